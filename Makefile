@@ -1,0 +1,78 @@
+# Winnow. `make help` lists what there is. Every target sets up what it needs.
+
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+OUT ?= benchmarks/results
+# Outside the clone, so that a fresh one finds them again.
+WINNOW_TOOLS ?= $(HOME)/.cache/winnow/tools
+# The release RELEASE.2025-09-07T16-13-09Z under the name that Go's module proxy knows it by.
+MINIO_VERSION ?= v0.0.0-20250907161309-07c3a429bfed
+
+BIN := .venv/bin
+export WINNOW_TOOLS
+# The GPU build of some libraries and Ray both print notices that are of no use here.
+export RAY_DEDUP_LOGS ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev plan harvest train test test-gpu lint format bench minio clean
+
+help:  ## Show this list
+	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value']"; echo
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+
+.venv/ready: pyproject.toml constraints.txt configs/embedded.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --no-deps -r configs/embedded.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: .venv/ready  ## Make .venv with everything that harvest and train need
+setup-dev: .venv/ready-dev  ## Add what test and lint need
+
+plan: setup  ## Tokenise and shuffle the corpus into CONFIG's root
+	$(BIN)/winnow plan $(CONFIG) $(ARGS)
+
+harvest: setup  ## Run the subject model and store its activations; resumes
+	$(BIN)/winnow harvest $(CONFIG) $(ARGS)
+
+train: setup  ## Train the sparse autoencoder on the stored activations; resumes
+	$(BIN)/winnow train $(CONFIG) $(ARGS)
+
+test: setup-dev  ## Run the tests (uses MinIO where `make minio` has built it, else moto)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: setup-dev  ## Run the GPU tests; fails if any is skipped
+	$(BIN)/python -m pytest tests/gpu --no-skips $(ARGS)
+
+lint: setup-dev  ## ruff, pyright, import-linter
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: setup-dev  ## Let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup-dev  ## Run the benchmarks into OUT, one JSON each
+	mkdir -p $(OUT)
+	for name in harvest stream; do $(BIN)/python -m benchmarks.$$name --json $(OUT)/$$name.json || exit 1; done
+
+minio: $(WINNOW_TOOLS)/bin/minio  ## Build MinIO for the S3 tests (needs Go; a few minutes, once)
+
+$(WINNOW_TOOLS)/bin/minio:
+	@command -v go >/dev/null || { echo "make minio needs Go on the PATH (https://go.dev); without it the tests use moto" >&2; exit 2; }
+	mkdir -p $(@D)
+	GOBIN=$(abspath $(@D)) go install github.com/minio/minio@$(MINIO_VERSION)
+
+clean:  ## Remove .venv, caches and the quickstart's data and runs
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build dist
+	rm -rf data/quickstart runs/quickstart
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,93 @@
+"""Harvest speed: end-to-end tokens/s over the bare truncated forward pass.
+
+The floor is the subject, truncated after the deepest hook, run over the same windows with the same
+batch and threads, and its output thrown away: no hook read, no permutation, no encoding, no store.
+The floor is measured before and after the harvest, half each, since machines drift.
+
+    python -m benchmarks.harvest --json OUT [--config configs/quickstart.yaml] [--units 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.report import write_report
+from harvester.cli import ensure_plan
+from harvester.driver import harvest, read_ledger
+from harvester.subject import Subject
+from schemas.config import Config
+from store.console import load_config, section
+from store.objects import ObjectStore, open_store
+from store.reader import load_plan, read_tokens
+
+
+def bare_forward_seconds(config: Config, store: ObjectStore, units: range) -> float:
+    """Seconds of the truncated subject alone over the windows of `units`."""
+    plan = load_plan(store)
+    subject = Subject.load(section(config.subject, "subject"), until=plan.spec.hooks)
+    batch = config.harvest.batch_windows
+    windows = np.concatenate([read_tokens(store, plan, unit) for unit in units]).astype(np.int64)
+    ids = torch.from_numpy(windows).to(subject.device)
+    blocks = subject.model.base_model
+    with torch.no_grad():
+        blocks(input_ids=ids[:batch], use_cache=False)
+        start = time.perf_counter()
+        for first in range(0, len(ids), batch):
+            blocks(input_ids=ids[first : first + batch], use_cache=False)
+        if subject.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Run the floor, the harvest, the floor again."""
+    threads = config.harvest.threads_per_actor or max(1, (os.cpu_count() or 1) // config.harvest.actors)
+    torch.set_num_threads(threads)
+    store = open_store(config.root, config.storage)
+    plan = ensure_plan(config, store)
+    half = plan.units // 2
+    before = bare_forward_seconds(config, store, range(half))
+    harvest(config, store, plan)
+    after = bare_forward_seconds(config, store, range(half, plan.units))
+    ledger = read_ledger(store)
+    tokens = plan.windows * plan.spec.context_length
+    rate = ledger.tokens_per_second or 0.0
+    return {
+        "over_truncated_forward": rate / (tokens / (before + after)),
+        "harvest_tokens_per_s": rate,
+        "forward_tokens_per_s": tokens / (before + after),
+        "forward_drift": (after / (plan.units - half)) / (before / half),
+        "tokens": tokens,
+        "units": plan.units,
+        "batch_windows": config.harvest.batch_windows,
+        "threads": threads,
+        "hooks": list(plan.spec.hooks),
+        "subject": plan.subject.model,
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--units", type=int, default=6, help="units harvested, one of them held out")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sets = [f"root={folder}/data", f"plan.train_units={args.units - 1}", *args.set]
+        result = measure(load_config(args.config, sets))
+    print(json.dumps(write_report("harvest", result, args.json), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What every result file says besides its figures: machine, versions, date."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_report(name: str, figures: dict[str, Any], path: Path | None) -> dict[str, Any]:
+    """Add provenance to a benchmark's figures and write them to `path` where one is given."""
+    report = {
+        "benchmark": name,
+        **figures,
+        "machine": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "winnow": version("winnow-sae")},
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+    return report
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,1 @@
+"""Metrics of a trained SAE; they run the subject model and read finished datasets."""

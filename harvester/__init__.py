@@ -1,0 +1,18 @@
+"""From text to activations: corpus, plan, subject model, harvest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harvester.subject import Subject as Subject
+
+__all__ = ["Subject"]
+
+
+def __getattr__(name: str) -> Any:  # importing the package alone must not load torch
+    if name == "Subject":
+        from harvester.subject import Subject
+
+        return Subject
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,140 @@
+"""`winnow plan` and `winnow harvest`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harvester.driver import check_space, harvest, read_ledger
+from harvester.planner import find_plan, make_plan
+from schemas.config import Config
+from schemas.harvest import HarvestManifest, HarvestPlan
+from store.console import Progress, emit, guard, human_bytes, load_config, print_table, section
+from store.objects import ObjectStore, open_store
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")]
+Sets = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field: `--set plan.train_units=4`; repeatable"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the harvester's commands to `app`."""
+    app.command("plan")(plan_command)
+    app.command("harvest")(harvest_command)
+
+
+def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> None:  # noqa: A002, B006
+    """Read the corpus, tokenise and shuffle it into windows, and write the dataset's plan.
+
+    Streams: memory stays flat however large the corpus is. Run again, it finds the plan and does
+    nothing, or fills in what an interrupted run left out. `winnow harvest` does this by itself.
+
+    Example: `winnow plan configs/quickstart.yaml --set root=s3://bucket/data`
+    """
+    with guard():
+        cfg = load_config(config, set)
+        store = open_store(cfg.root, cfg.storage)
+        plan = ensure_plan(cfg, store)
+        emit(_plan_facts(plan, store), json, lambda: _show_plan(plan, store))
+
+
+def harvest_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> None:  # noqa: A002, B006
+    """Run the subject model over the planned windows and store its activations.
+
+    Plans first where no plan is there. Interrupt or kill it at any point: the same command goes on
+    where it stopped, and units that have a receipt are never run again. Refuses a root that holds
+    another plan.
+
+    Example: `winnow harvest configs/quickstart.yaml --set harvest.actors=2`
+    """
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    with guard():
+        cfg = load_config(config, set)
+        store = open_store(cfg.root, cfg.storage)
+        plan = ensure_plan(cfg, store)
+        manifest = harvest(cfg, store, plan)
+        facts = _harvest_facts(manifest, plan, store)
+        emit(facts, json, lambda: _show_harvest(facts))
+
+
+def ensure_plan(config: Config, store: ObjectStore) -> HarvestPlan:
+    """The root's plan if it is whole and fits the config, else a freshly made or completed one."""
+    section(config.subject, "subject")
+    section(config.corpus, "corpus")
+    section(config.plan, "plan")
+    plan = find_plan(config, store)
+    if plan is not None:
+        check_space(plan, store, 0)
+        return plan
+    with Progress("plan", None, "tokens") as bar:
+        return make_plan(config, store, progress=lambda tokens, **facts: bar.update(tokens, **facts))
+
+
+def _plan_facts(plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
+    facts = plan.corpus_facts
+    return {
+        "root": store.uri,
+        "fingerprint": plan.fingerprint,
+        "documents": facts.documents,
+        "corpus_tokens": facts.tokens,
+        "units": plan.units,
+        "validation_units": plan.spec.validation_units,
+        "rows": plan.rows,
+        "windows": plan.windows,
+        "windows_unused": facts.windows_unused,
+        "duplicates_dropped": facts.duplicates_dropped,
+        "bytes": sum(plan.shard_bytes(site.name) for site in plan.sites) * plan.units,
+    }
+
+
+def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
+    facts = _plan_facts(plan, store)
+    print_table(
+        f"plan {plan.fingerprint[:12]} at {store.uri}",
+        [
+            ("subject", plan.subject.model),
+            ("hooks", ", ".join(f"{site.name} (D {site.d_model})" for site in plan.sites)),
+            ("documents", f"{facts['documents']:,} ({facts['duplicates_dropped']:,} duplicates dropped)"),
+            ("corpus", f"{facts['corpus_tokens']:,} tokens"),
+            ("units", f"{plan.units} ({plan.spec.validation_units} held out)"),
+            ("windows", f"{plan.windows:,} of {plan.spec.context_length} ({facts['windows_unused']:,} unused)"),
+            ("rows", f"{plan.rows:,}"),
+            ("size when harvested", human_bytes(facts["bytes"])),
+        ],
+    )
+
+
+def _harvest_facts(manifest: HarvestManifest, plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
+    ledger = read_ledger(store)
+    return {
+        "root": store.uri,
+        "dataset_sha256": manifest.dataset_sha256,
+        "plan_fingerprint": manifest.plan_fingerprint,
+        "units": manifest.units,
+        "rows": manifest.rows,
+        "bytes": manifest.bytes,
+        "sinks": manifest.sinks,
+        "void_units": list(manifest.void_units),
+        "tokens": plan.windows * plan.spec.context_length,
+        "tokens_per_s": ledger.tokens_per_second,
+    }
+
+
+def _show_harvest(facts: dict[str, Any]) -> None:
+    rate = facts["tokens_per_s"]
+    print_table(
+        f"dataset {facts['dataset_sha256'][:12]} at {facts['root']}",
+        [
+            ("units", facts["units"]),
+            ("rows", f"{facts['rows']:,}"),
+            ("size", human_bytes(facts["bytes"])),
+            ("sinks (weight 0)", ", ".join(f"{hook}: {count}" for hook, count in facts["sinks"].items())),
+            ("harvest", f"{rate:,.0f} tokens/s" if rate else "-"),
+        ],
+    )

@@ -1,0 +1,278 @@
+"""`winnow plan`: corpus to token windows to `plan.json` and the token chunks.
+
+One pass over the text; memory does not grow with it. Three stages overlap: reading (a thread), tokenising
+(a thread that waits for the tokenizer's own), packing and spilling (the caller). Nothing reaches the store
+before the whole corpus has been read and found good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
+from importlib import metadata
+from itertools import islice
+from typing import Any, Protocol
+
+from harvester.sources import find_files
+from harvester.tokenise import DocumentTokenizer
+from harvester.windows import CorpusWindows, PlanProgress, ProgressCallback
+from schemas.config import Config
+from schemas.corpus import CorpusSpec
+from schemas.errors import ConfigError, PlanMismatch, StoreError
+from schemas.harvest import Execution, HarvestPlan, PlanSpec
+from schemas.subject import HookSite, SubjectIdentity, SubjectSpec
+from store.layout import PLAN_KEY, TOKENS_ARRAY, tokens_key
+from store.objects import ObjectStore
+from store.reader import load_plan
+from store.writer import create_dataset, put_tokens
+
+PUT_THREADS = 8
+"""Token chunks on their way to the store together."""
+
+
+class PlanSubject(Protocol):
+    """What the planner asks of a subject (`harvester.subject.Subject` has it)."""
+
+    @property
+    def identity(self) -> SubjectIdentity: ...  # noqa: D102
+    @property
+    def tokenizer(self) -> Any: ...  # noqa: D102
+    def sites(self, hooks: tuple[str, ...], /) -> tuple[HookSite, ...]: ...  # noqa: D102
+
+
+def make_plan(
+    config: Config,
+    store: ObjectStore,
+    *,
+    subject: PlanSubject | None = None,
+    progress: ProgressCallback | None = None,
+) -> HarvestPlan:
+    """Read and tokenise the corpus, and store the plan and every token chunk.
+
+    On a root that holds the same plan it fills in the chunks that are missing.
+
+    Args:
+        config: `subject`, `corpus` and `plan` must be there.
+        store: The dataset's root.
+        subject: The subject model, where the caller has loaded it already.
+        progress: Called about once a second at most, from this thread.
+
+    Returns:
+        The plan as stored.
+
+    Raises:
+        ConfigError: Anything wrong with config or corpus; nothing has been written.
+        PlanMismatch: The root holds another plan; the differing fields are named.
+        StoreError: The disk is too small, or the store fails.
+        IntegrityError: A token chunk at the root differs from the plan's.
+    """
+    subject_spec, corpus, spec = _sections(config)
+    files = find_files(corpus)
+    subject = subject or _load(subject_spec, spec)
+    identity, sites = subject.identity, tuple(subject.sites(spec.hooks))
+    _check_context(spec, identity)
+    tokenizer = DocumentTokenizer(subject.tokenizer, identity, bos=spec.bos == "window")
+    stored = _stored_plan(store)
+    if stored is not None:
+        _refuse_other(stored, config, store, identity, sites)
+    folder = config.harvest.temp_dir or tempfile.gettempdir()
+    shown = PlanProgress(progress, files)
+    with CorpusWindows(corpus, spec, tokenizer, files, folder, shown) as run:
+        run.read()
+        digests = run.digests()
+        plan = HarvestPlan(
+            subject=identity,
+            corpus=corpus,
+            corpus_facts=run.facts(),
+            spec=spec,
+            sites=sites,
+            units=len(digests),
+            tokens_sha256=hashlib.sha256(digests.tobytes()).hexdigest(),
+            execution=Execution(
+                batch_windows=config.harvest.batch_windows,
+                threads_per_actor=config.harvest.threads_per_actor,
+                code_version=_version(),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            ),
+        )
+        missing = missing_tokens(plan, store)
+        _check_room(plan, store, len(missing))
+        plan = create_dataset(store, plan, digests)
+        _put(run, store, plan, missing, shown)
+    return plan
+
+
+def find_plan(
+    config: Config, store: ObjectStore, *, subject: PlanSubject | None = None
+) -> HarvestPlan | None:
+    """The root's plan, if there is a whole one, checked against the config without reading the corpus.
+
+    Sections that the config leaves out are not compared. Without `subject`, what the config itself says of
+    the subject is compared (name, and dtype and commit where they are given outright).
+
+    Returns:
+        The plan; None where there is none, or token chunks are missing (`make_plan` fills them in).
+
+    Raises:
+        PlanMismatch: The plan at the root differs; the fields are named.
+    """
+    plan = _stored_plan(store)
+    if plan is None:
+        return None
+    identity = subject.identity if subject else None
+    sites = tuple(subject.sites(plan.spec.hooks)) if subject and config.plan == plan.spec else None
+    _refuse_other(plan, config, store, identity, sites)
+    return None if missing_tokens(plan, store) else plan
+
+
+def missing_tokens(plan: HarvestPlan, store: ObjectStore) -> list[int]:
+    """Units whose token chunk is not in the store, ascending."""
+    have = {key for key, _ in store.list(TOKENS_ARRAY)}
+    return [unit for unit in range(plan.units) if tokens_key(unit) not in have]
+
+
+def plan_differences(
+    plan: HarvestPlan,
+    config: Config,
+    identity: SubjectIdentity | None = None,
+    sites: tuple[HookSite, ...] | None = None,
+) -> list[str]:
+    """Where `plan` is not what `config` would make: `field: plan has X, config has Y` for each."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if config.plan is not None:
+        pairs.append(("plan", plan.spec, config.plan))
+    if config.corpus is not None:
+        pairs.append(("corpus", plan.corpus, config.corpus))
+    lines = [
+        line
+        for name, ours, theirs in pairs
+        for line in _differences(name, ours.model_dump(mode="json"), theirs.model_dump(mode="json"))
+    ]
+    found = plan.subject.model_dump(mode="json")
+    if identity is not None:
+        lines += _differences("subject", found, identity.model_dump(mode="json"))
+    elif config.subject is not None:
+        lines += _differences("subject", found, {**found, **_stated(config.subject)})
+    if sites is not None:
+        widths = {site.name: site.d_model for site in plan.sites}
+        lines += _differences("d_model", widths, {site.name: site.d_model for site in sites})
+    return lines
+
+
+def _stated(spec: SubjectSpec) -> dict[str, Any]:
+    """The fields of an identity that the spec alone decides."""
+    stated: dict[str, Any] = {"model": spec.model, "attention": spec.attention}
+    if spec.dtype != "auto":
+        stated["dtype"] = spec.dtype
+    if spec.revision is not None and len(spec.revision) == 40:  # a commit, not a branch or tag
+        stated["revision"] = spec.revision
+    return stated
+
+
+def _differences(name: str, ours: Any, theirs: Any) -> list[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = sorted(ours.keys() | theirs.keys())
+        return [
+            line for key in keys for line in _differences(f"{name}.{key}", ours.get(key), theirs.get(key))
+        ]
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return [
+            line
+            for index, pair in enumerate(zip(ours, theirs, strict=True))
+            for line in _differences(f"{name}[{index}]", *pair)
+        ]
+    return [] if ours == theirs else [f"{name}: plan has {ours!r}, config has {theirs!r}"]
+
+
+def _refuse_other(
+    plan: HarvestPlan,
+    config: Config,
+    store: ObjectStore,
+    identity: SubjectIdentity | None,
+    sites: tuple[HookSite, ...] | None,
+) -> None:
+    lines = plan_differences(plan, config, identity, sites)
+    if lines:
+        raise PlanMismatch(
+            f"{store.uri} already holds another plan",
+            got="; ".join(lines[:12]),
+            fix="Name another root, or restore these fields in the config",
+        )
+
+
+def _stored_plan(store: ObjectStore) -> HarvestPlan | None:
+    return load_plan(store) if store.size(PLAN_KEY) is not None else None
+
+
+def _sections(config: Config) -> tuple[SubjectSpec, CorpusSpec, PlanSpec]:
+    for name in ("subject", "corpus", "plan"):
+        if getattr(config, name) is None:
+            raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix="Add it")
+    assert config.subject is not None
+    assert config.corpus is not None
+    assert config.plan is not None
+    return config.subject, config.corpus, config.plan
+
+
+def _load(subject: SubjectSpec, spec: PlanSpec) -> PlanSubject:
+    from harvester.subject import Subject  # here, not above: it brings torch, which an injected one spares
+
+    return Subject.load(subject, until=spec.hooks)
+
+
+def _check_context(spec: PlanSpec, identity: SubjectIdentity) -> None:
+    if identity.context_limit is not None and spec.context_length > identity.context_limit:
+        raise ConfigError(
+            "plan.context_length is longer than the subject allows",
+            expected=f"at most {identity.context_limit}",
+            got=spec.context_length,
+            fix="Lower plan.context_length",
+        )
+
+
+def _check_room(plan: HarvestPlan, store: ObjectStore, units: int) -> None:
+    needed, free = units * plan.spec.windows_per_unit * plan.spec.context_length * 4, store.free_bytes()
+    if free is not None and needed > free:
+        raise StoreError(
+            f"disk too small for the tokens at {store.uri}",
+            expected=f"{needed / 1e9:.2f} GB free",
+            got=f"{free / 1e9:.2f} GB",
+            fix="Free some space, choose another root, or lower plan.train_units",
+        )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("winnow-sae")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def _put(
+    run: CorpusWindows, store: ObjectStore, plan: HarvestPlan, missing: list[int], progress: PlanProgress
+) -> None:
+    """Store the token chunks of `missing`, a few at a time in parallel."""
+    wanted, done = set(missing), 0
+    running: set[Future[None]] = set()
+    pool = ThreadPoolExecutor(PUT_THREADS, "winnow-put-tokens")
+    try:
+        for unit, tokens in enumerate(islice(run.units(), max(missing, default=-1) + 1)):
+            if unit not in wanted:
+                continue
+            running.add(pool.submit(put_tokens, store, plan, unit, tokens))
+            while len(running) >= 2 * PUT_THREADS:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                done += _settle(finished)
+                progress.put(run.tokens, done, len(missing))
+        done += _settle(wait(running).done)
+        progress.put(run.tokens, done, len(missing))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _settle(finished: set[Future[None]]) -> int:
+    for future in finished:
+        future.result()
+    return len(finished)

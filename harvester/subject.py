@@ -1,0 +1,309 @@
+"""The subject model: load it, read activations at hooks, run it with activations replaced.
+
+Shapes: W windows, T positions, D width of the activation at a hook, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from harvester.hooks import Layout, Tap, find_layout, resolve_hook
+from harvester.splice import Replacement, next_token_loss, read, replaced
+from harvester.weights import Located, digest_files, load_model, load_tokenizer, locate
+from schemas.base import sha256_hex, validate
+from schemas.errors import ConfigError
+from schemas.subject import HookSite, SubjectIdentity, SubjectSpec
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Subject:
+    """A causal language model whose activations are read. Make one with `Subject.load`.
+
+    Not for use by several threads at once. The same windows in the same batch shape, with the same
+    number of threads on the same device, give the same bits.
+
+    Attributes:
+        spec: What was asked for.
+        model: The transformers model, in eval mode, without gradients.
+        device: Where it lives.
+        dtype: Of its weights and activations.
+        layout: Its blocks.
+    """
+
+    def __init__(
+        self,
+        spec: SubjectSpec,
+        located: Located,
+        model: transformers.PreTrainedModel,
+        layout: Layout,
+        modules: frozenset[str],
+        kept_layers: int,
+        device: torch.device,
+    ) -> None:
+        self.spec = spec
+        self.model = model
+        self.layout = layout
+        self.device = device
+        self.dtype = cast(torch.dtype, model.dtype)
+        self._located = located
+        self._modules = modules
+        self._kept_layers = kept_layers
+        self._taps: dict[str, tuple[Tap, int]] = {}
+
+    @classmethod
+    def load(
+        cls, spec: SubjectSpec | Mapping[str, Any] | str | Path, until: Sequence[str] | None = None
+    ) -> Subject:
+        """Load a subject.
+
+        Args:
+            spec: A SubjectSpec, a mapping of its fields, a hub id, a folder or a `.gguf` file.
+            until: Hooks. The model is truncated after the deepest of them: the weights of later layers
+                and of the LM head are dropped, and only hooks up to there can be read. Where one of them
+                lies outside the blocks (embeddings, final norm, LM head) the whole model is kept. None
+                keeps the whole model.
+
+        Raises:
+            ConfigError: Nothing loadable is there, a device that is absent, or a hook that is unknown.
+            DependencyMissing: `package://` names a distribution that is not installed.
+        """
+        if isinstance(spec, (str, Path)):
+            spec = {"model": str(spec)}
+        spec = validate(SubjectSpec, spec, origin="subject")
+        device = _device(spec.device)
+        located = locate(spec)
+        model = load_model(located.folder, spec, _dtype(spec.dtype, device))
+        config = model.config.get_text_config()
+        layout = find_layout(model, config)
+        modules = frozenset(name for name, _ in model.named_modules() if name)
+        kept = layout.layers
+        if until is not None:
+            layers = [resolve_hook(hook, layout, modules).layer for hook in until]
+            if not layers:
+                raise ConfigError("until", expected="at least one hook", got="none")
+            inside = [layer for layer in layers if layer is not None]
+            if len(inside) == len(layers):
+                kept = max(inside) + 1
+                _truncate(model, layout, kept)
+        model.to(device)  # pyright: ignore[reportArgumentType]  (its stub wants a self)
+        log.info(
+            "subject %s: %s, %d of %d layers, %s on %s, %s attention",
+            spec.model,
+            layout.architecture,
+            kept,
+            layout.layers,
+            str(model.dtype).removeprefix("torch."),
+            device,
+            spec.attention,
+        )
+        return cls(spec, located, model, layout, modules, kept, device)
+
+    @cached_property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """The subject's fast tokenizer."""
+        return load_tokenizer(self._located.folder, self.spec)
+
+    @cached_property
+    def identity(self) -> SubjectIdentity:
+        """What the activations depend on; the same for a truncated and a whole subject.
+
+        For a GGUF, `weights_sha256` is the digest of the GGUF file itself.
+        """
+        backend = self.tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        return SubjectIdentity(
+            model=self.spec.model,
+            revision=self._located.revision,
+            architecture=self.layout.architecture,
+            weights_sha256=digest_files(self._located.weights),
+            tokenizer_sha256=sha256_hex(backend.to_str().encode()),
+            dtype=next(name for name, dtype in _DTYPES.items() if dtype == self.dtype),  # pyright: ignore
+            attention=self.spec.attention,
+            layers=self.layout.layers,
+            vocabulary=self._vocabulary,
+            context_limit=self._context_limit,
+            bos_token_id=_token_id(self.tokenizer.bos_token_id),
+            eos_token_id=_token_id(self.tokenizer.eos_token_id),
+        )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether later layers and the LM head were dropped at loading."""
+        return self._kept_layers < self.layout.layers or self.model.get_output_embeddings() is None
+
+    def sites(self, hooks: Sequence[str]) -> tuple[HookSite, ...]:
+        """Resolve hooks and their widths D. Module paths cost one forward pass of two tokens.
+
+        Raises:
+            ConfigError: A hook is unknown, out of range, past the truncation, or gives no one tensor
+                [W, T, D] in a forward pass.
+        """
+        taps = self._resolve(hooks)
+        return tuple(HookSite(name=tap.hook, d_model=self._taps[tap.hook][1]) for tap in taps)
+
+    def activations(self, token_ids: Any, hooks: Sequence[str]) -> dict[str, Tensor]:
+        """Read activations; nothing after the last hook to be reached is computed.
+
+        Args:
+            token_ids: Integers [W, T], an array or a tensor. One forward pass: mind the memory.
+            hooks: Where to read; all in the same pass.
+
+        Returns:
+            hook -> [W, T, D], in the LM's dtype on its device.
+
+        Raises:
+            ConfigError: As for `sites`, or token ids of a wrong shape, type or range.
+        """
+        taps = self._resolve(hooks)
+        ids = self._ids(token_ids)
+        with torch.no_grad():
+            return read(self.model, taps, lambda: self._forward(ids), _shape(ids))
+
+    def logits(self, token_ids: Any, replace: Mapping[str, Replacement] | None = None) -> Tensor:
+        """Run the whole LM, with activations replaced if asked.
+
+        Args:
+            token_ids: Integers [W, T]. The result takes W*T*V numbers: pass few windows.
+            replace: hook -> fn; fn gets the activation as rows [W*T, D] (window by window, in the LM's
+                dtype) and returns rows of the same shape, which take its place. At `attn_out` and
+                `mlp_out` that is what is added to the residual stream.
+
+        Returns:
+            [W, T, V] in the LM's dtype.
+
+        Raises:
+            ConfigError: As for `activations`, or the subject is truncated.
+            ValueError: fn returned another shape.
+        """
+        if self.truncated:
+            raise ConfigError(
+                f"subject {self.spec.model!r} was truncated after layer {self._kept_layers - 1}",
+                expected="the whole model",
+                fix="Load it without `until`",
+            )
+        ids = self._ids(token_ids)
+        chosen = dict(replace or {})
+        taps = self._resolve(list(chosen)) if chosen else []
+        with torch.no_grad(), replaced(self.model, {tap: chosen[tap.hook] for tap in taps}, _shape(ids)):
+            return self._forward(ids).logits
+
+    def loss(self, token_ids: Any, replace: Mapping[str, Replacement] | None = None) -> Tensor:
+        """Cross-entropy of each next token, in nats; see `logits` for the arguments.
+
+        Returns:
+            float32 [W, T-1] on the LM's device; entry t is the loss of predicting token t+1.
+        """
+        ids = self._ids(token_ids)
+        logits = self.logits(ids, replace)
+        with torch.no_grad():
+            return next_token_loss(logits, ids)
+
+    def _forward(self, ids: Tensor) -> Any:
+        return self.model(input_ids=ids, use_cache=False)
+
+    def _resolve(self, hooks: Sequence[str]) -> list[Tap]:
+        if isinstance(hooks, str) or not hooks or len(set(hooks)) != len(hooks):
+            raise ConfigError("hooks", expected="a list of different hook names", got=repr(hooks))
+        new = [resolve_hook(hook, self.layout, self._modules) for hook in hooks if hook not in self._taps]
+        for tap in new:
+            if self.truncated and (tap.layer is None or tap.layer >= self._kept_layers):
+                raise ConfigError(
+                    f"hook {tap.hook!r}: the subject was truncated after layer {self._kept_layers - 1}",
+                    fix="Name this hook in `until`, or load the whole model",
+                )
+        width = int(self.model.config.get_text_config().hidden_size)
+        self._taps.update({tap.hook: (tap, width) for tap in new if tap.named})
+        if paths := [tap for tap in new if not tap.named]:
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+            whole = self.model if not self.truncated else self.model.base_model
+            with torch.no_grad():
+                found = read(self.model, paths, lambda: whole(input_ids=ids, use_cache=False), (1, 2), stop=False)
+            self._taps.update({tap.hook: (tap, found[tap.hook].shape[-1]) for tap in paths})
+        return [self._taps[hook][0] for hook in hooks]
+
+    def _ids(self, token_ids: Any) -> Tensor:
+        if isinstance(token_ids, np.ndarray) and token_ids.dtype.kind == "u":
+            token_ids = token_ids.astype(np.int64)  # torch has few operations on unsigned integers
+        ids = torch.as_tensor(token_ids)
+        if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ConfigError(
+                "token_ids", expected="integers [windows, T]", got=f"{ids.dtype} {list(ids.shape)}"
+            )
+        ids = ids.to(self.device, torch.int64)
+        low, high = (int(edge) for edge in torch.aminmax(ids))
+        if low < 0 or high >= self._vocabulary:
+            raise ConfigError(
+                "token_ids", expected=f"0 to {self._vocabulary - 1} (the vocabulary)", got=f"{low} to {high}"
+            )
+        if self._context_limit is not None and ids.shape[1] > self._context_limit:
+            raise ConfigError(
+                "token_ids: windows are too long for the subject",
+                expected=f"at most {self._context_limit} tokens",
+                got=ids.shape[1],
+            )
+        return ids
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings)
+
+    @property
+    def _context_limit(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _truncate(model: transformers.PreTrainedModel, layout: Layout, layers: int) -> None:
+    """Drop the blocks after the first `layers`, and the LM head. (A tied head's weight stays: the embedding.)"""
+    parent, _, name = layout.blocks.rpartition(".")
+    blocks = cast(nn.ModuleList, model.get_submodule(layout.blocks))
+    setattr(model.get_submodule(parent), name, blocks[:layers])
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if module is head:
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, None)
+
+
+def _device(name: str) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("subject.device", expected="auto, cpu, cuda or cuda:N", got=name) from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda" or (device.index or 0) >= count:
+        raise ConfigError(
+            "subject.device",
+            expected=f"a device of this machine (cpu{''.join(f', cuda:{i}' for i in range(count))})",
+            got=name,
+            fix="Set device to auto or cpu, or install a torch that sees the GPU",
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return _DTYPES[name]
+
+
+def _shape(ids: Tensor) -> tuple[int, int]:
+    return ids.shape[0], ids.shape[1]
+
+
+def _token_id(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,357 @@
+"""From the name of a subject to its files: hub ids, folders, packages, GGUF; digests; the per-user cache.
+
+Only safetensors are loaded (a pickle can run code). A GGUF file is converted once, exactly, into an
+ordinary float32 folder in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+
+from harvester.packages import is_package_uri, resolve_package
+from schemas.base import sha256_hex
+from schemas.errors import ConfigError, StoreError
+from schemas.subject import SubjectSpec
+
+log = logging.getLogger(__name__)
+
+CONVERSION = "v1"
+"""Raised when what a conversion writes changes; part of the cache key."""
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_INDEX = "model.safetensors.index.json"
+_WANTED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Located:
+    """The files of a subject.
+
+    Attributes:
+        folder: A local folder that transformers loads: config, safetensors, tokenizer.
+        weights: The files whose digest names the weights, in name order; for a GGUF, that file.
+        revision: The hub commit, where there is one.
+    """
+
+    folder: Path
+    weights: tuple[Path, ...]
+    revision: str | None = None
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/winnow`, or `~/.cache/winnow`: the one place that reads this variable."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "winnow"
+
+
+def locate(spec: SubjectSpec) -> Located:
+    """Find the subject's files, fetching or converting them if need be.
+
+    Raises:
+        ConfigError: Nothing is there, the hub cannot be reached, or the weights are pickles.
+        DependencyMissing: `package://` names a distribution that is not installed.
+        StoreError: The cache cannot be written.
+    """
+    if is_package_uri(spec.model):
+        paths = resolve_package(spec.model)
+        if len(paths) != 1 or paths[0].suffix != ".gguf":
+            raise ConfigError(
+                f"subject.model {spec.model!r}",
+                expected="exactly one .gguf file",
+                got=", ".join(path.name for path in paths[:5]),
+            )
+        path = paths[0]
+    else:
+        path = Path(spec.model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        path = path.resolve()
+        return Located(convert_gguf(path), (path,))
+    if path.is_dir():
+        return Located(path, weight_files(path))
+    if path.suffix == ".gguf" or not _HUB_ID.match(spec.model):
+        raise ConfigError(
+            f"subject.model {spec.model!r} is not there",
+            expected="a folder, a .gguf file, package://DIST/FILE.gguf or a hub id",
+            fix="Check the path",
+        )
+    folder = _fetch(spec)
+    return Located(folder, weight_files(folder), folder.name if folder.parent.name == "snapshots" else None)
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a model folder, in name order.
+
+    Raises:
+        ConfigError: There are none (pickles are refused), or the index names files outside the folder.
+    """
+    if (folder / "model.safetensors").is_file():
+        return (folder / "model.safetensors",)
+    if (folder / _INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{folder / _INDEX} is not a safetensors index", got=str(error)) from error
+        files = tuple(folder / name for name in names)
+        missing = [file.name for file in files if file.parent != folder or not file.is_file()]
+        if missing or not files:
+            raise ConfigError(f"{folder} lacks weight files that its index names", got=", ".join(missing[:5]))
+        return files
+    pickles = [file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind)]
+    raise ConfigError(
+        f"subject folder {folder} holds no model.safetensors",
+        expected="safetensors weights",
+        got=f"pickle weights ({', '.join(pickles[:3])}), which can run code and are refused"
+        if pickles
+        else "no weights",
+        fix="Load the model in an environment you trust and save it with "
+        "`save_pretrained(folder, safe_serialization=True)`"
+        if pickles
+        else "Give a folder with config.json, model.safetensors and tokenizer.json",
+    )
+
+
+def digest_files(paths: Sequence[Path]) -> str:
+    """SHA-256 of the files' bytes one after the other (`cat A B | sha256sum`), remembered in the cache.
+
+    The memory is keyed by each file's path, size, modification and change time; it is only a shortcut,
+    so a cache that cannot be written is passed over.
+    """
+    stats = [(str(path.resolve()), path.stat()) for path in paths]
+    facts = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
+    memory = cache_dir() / "digests" / sha256_hex(json.dumps(facts).encode())
+    try:
+        known = memory.read_text(encoding="ascii")
+        if re.fullmatch("[0-9a-f]{64}", known):
+            return known
+    except (OSError, ValueError):
+        pass
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="ascii") as file:
+            file.write(digest.hexdigest())
+        Path(file.name).replace(memory)
+    except OSError as error:
+        log.info("the digest of %s is not remembered: %s", paths[0].name, error)
+    return digest.hexdigest()
+
+
+def convert_gguf(path: Path) -> Path:
+    """An ordinary folder with the weights of a GGUF file, dequantised to float32; made once.
+
+    float32 because it is exact: at Q4_1, 42 % of the weights change when rounded to float16. The folder
+    appears under its final name only when whole and flushed; processes that convert at once wait for one.
+
+    Args:
+        path: A `.gguf` file of an architecture that transformers can read.
+
+    Returns:
+        `cache_dir()/gguf/<sha256 of the file>-<CONVERSION>`.
+
+    Raises:
+        ConfigError: The file cannot be read as a model.
+        StoreError: The cache cannot be written.
+    """
+    sha256 = digest_files([path])
+    target = cache_dir() / "gguf" / f"{sha256}-{CONVERSION}"
+    if target.is_dir():
+        return target
+    scratch = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(target.with_name(f".{target.name}.lock")):
+            if target.is_dir():
+                return target
+            shutil.rmtree(scratch, ignore_errors=True)  # left by a process that died; we hold the lock
+            log.info("converting %s to safetensors in %s (once)", path.name, target)
+            try:
+                _write_converted(path, scratch)
+                facts = {"file": path.name, "sha256": sha256, "transformers": transformers.__version__}
+                (scratch / "source.json").write_text(json.dumps(facts), encoding="utf-8")
+                _flush(scratch)
+                scratch.rename(target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise StoreError(
+            f"the converted weights of {path.name} cannot be written to {target.parent}",
+            got=str(error),
+            fix="Free some space (float32 weights: 4 bytes a parameter) or set XDG_CACHE_HOME",
+        ) from error
+    return target
+
+
+def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The causal LM in `folder`, on the CPU, in eval mode, without gradients.
+
+    Raises:
+        ConfigError: transformers cannot load it, or weights are missing.
+    """
+    with _quiet(), _explained(spec):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation=spec.attention,
+            output_loading_info=True,
+            **_dtype_argument(dtype),
+        )
+    _check_complete(report, folder)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, spec: SubjectSpec) -> transformers.PreTrainedTokenizerBase:
+    """The fast tokenizer in `folder`.
+
+    Raises:
+        ConfigError: There is none, or it is not one of the `tokenizers` library.
+    """
+    with _explained(spec):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=spec.trust_remote_code
+        )
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ConfigError(
+            f"subject.model {spec.model!r} has a slow tokenizer",
+            expected="a tokenizer.json of the tokenizers library",
+            got=type(tokenizer).__name__,
+        )
+    return tokenizer
+
+
+def _fetch(spec: SubjectSpec) -> Path:
+    import huggingface_hub
+
+    wanted = (*_WANTED, "*.py") if spec.trust_remote_code else _WANTED
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(spec.model, revision=spec.revision, allow_patterns=list(wanted))
+        )
+    except (OSError, HFValidationError, ValueError) as error:
+        raise ConfigError(
+            f"subject.model {spec.model!r} is no local folder and could not be fetched from the hub",
+            expected="a hub id that can be reached, or is in the hub's cache",
+            got=_first_line(error),
+            fix="Check the name, the revision and the network (and HF_TOKEN for a gated model), or "
+            "download it elsewhere and give its folder",
+        ) from error
+
+
+def _write_converted(path: Path, folder: Path) -> None:
+    spec = SubjectSpec(model=str(path))
+    with _quiet(), _explained(spec):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            local_files_only=True,
+            output_loading_info=True,
+            **_dtype_argument(torch.float32),
+        )
+        _check_complete(report, path)
+        # A model read from a GGUF believes itself quantised and refuses to be saved: its weights go into
+        # a plain twin.
+        config = type(model.config).from_dict(
+            {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+        )
+        with torch.device("meta"):
+            plain = transformers.AutoModelForCausalLM.from_config(config, **_dtype_argument(torch.float32))
+        plain.load_state_dict(model.state_dict(), assign=True)
+        plain.tie_weights()
+        plain.save_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True
+        )
+        tokenizer.save_pretrained(folder)
+
+
+def _check_complete(report: dict[str, Any], where: Path) -> None:
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        raise ConfigError(
+            f"{where} lacks weights of the model, which would be random",
+            got=f"{len(missing)} missing: {', '.join(missing[:5])}",
+        )
+    if unexpected := sorted(report.get("unexpected_keys") or ()):
+        log.info("%s holds %d weights the model does not use: %s ...", where, len(unexpected), unexpected[0])
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+@contextmanager
+def _explained(spec: SubjectSpec) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except _LOAD_ERRORS as error:
+        text = str(error)
+        fix = "Check that transformers supports this model, and that the files are whole"
+        if "scaled_dot_product_attention" in text:
+            fix = "Set subject.attention to eager"
+        elif "trust_remote_code" in text:
+            fix = "Set subject.trust_remote_code to true only if you have read and trust the model's code"
+        raise ConfigError(
+            f"subject.model {spec.model!r} cannot be loaded", got=_first_line(error), fix=fix
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars; transformers' own report of the weights gives way to `_check_complete`."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging as their_logging
+
+    bars, verbosity = their_logging.is_progress_bar_enabled(), their_logging.get_verbosity()
+    gguf_bar: Callable[..., Any] | None = getattr(gguf, "tqdm", None)
+    their_logging.disable_progress_bar()
+    their_logging.set_verbosity_error()
+    if gguf_bar is not None:
+        gguf.tqdm = lambda items, **_: items  # this one is not governed by disable_progress_bar
+    try:
+        yield
+    finally:
+        if gguf_bar is not None:
+            gguf.tqdm = gguf_bar
+        their_logging.set_verbosity(verbosity)
+        if bars:
+            their_logging.enable_progress_bar()

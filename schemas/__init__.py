@@ -1,0 +1,1 @@
+"""Contracts between the stages: pydantic models and the standard library only."""

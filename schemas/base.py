@@ -1,0 +1,134 @@
+"""The base of every contract: frozen pydantic models with canonical JSON, digests and versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from schemas.errors import ConfigError, IntegrityError, UnsupportedVersion
+
+MAX_JSON_BYTES = 64 * 1024 * 1024
+"""Largest JSON artefact that is parsed, in bytes; anything longer is refused unread."""
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""A SHA-256 digest in lower-case hexadecimal."""
+
+RelativeKey = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512),
+]
+"""An object key below a root: a strict alphabet; a part never starts with a dot, so none climbs out."""
+
+HookName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+([.][A-Za-z0-9_]+)*$", max_length=200)]
+"""`resid_pre|resid_post|attn_out|mlp_out` + `.` + layer, or a dotted module path of the subject."""
+
+
+def sha256_hex(data: bytes | bytearray | memoryview) -> str:
+    """SHA-256 of `data` in lower-case hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys, no spaces, no NaN, UTF-8: equal values give equal bytes."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
+    ).encode()
+
+
+class Contract(BaseModel):
+    """A frozen model that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def canonical(self) -> bytes:
+        """This model as canonical JSON."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return sha256_hex(self.canonical())
+
+
+class Artefact(Contract):
+    """A contract that is stored: it carries its kind and version, and is parsed with suspicion."""
+
+    MAJOR: ClassVar[int] = 1
+
+    kind: str
+    """What the object is; each subclass narrows this to one literal."""
+    version: str = "1.0"
+    """`major.minor`; another major version is refused."""
+
+    def to_json(self) -> bytes:
+        """Indented JSON for people and diffs, newline at the end; parse it with `from_json`."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
+        return text.encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, *, origin: str) -> Self:
+        """Parse stored bytes as hostile input.
+
+        Args:
+            data: The object's bytes.
+            origin: Where they came from, for messages.
+
+        Raises:
+            IntegrityError: Not JSON, too large, or fields that do not fit.
+            UnsupportedVersion: Another kind of object or another major version.
+        """
+        kind = cls.model_fields["kind"].default
+        if len(data) > MAX_JSON_BYTES:
+            raise IntegrityError(
+                f"{origin} is too large to be a {kind}",
+                expected=f"at most {MAX_JSON_BYTES} bytes",
+                got=f"{len(data)} bytes",
+            )
+        try:
+            raw = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise IntegrityError(
+                f"{origin} is not readable JSON", expected=kind, got=str(error)[:200]
+            ) from error
+        if not isinstance(raw, dict) or raw.get("kind") != kind:
+            got = raw.get("kind") if isinstance(raw, dict) else type(raw).__name__
+            raise UnsupportedVersion(f"{origin} is another kind of object", expected=kind, got=got)
+        major = str(raw.get("version", "")).split(".")[0]
+        if major != str(cls.MAJOR):
+            raise UnsupportedVersion(
+                f"{origin} has a version this Winnow cannot read",
+                expected=f"{cls.MAJOR}.x",
+                got=raw.get("version"),
+                fix="Read it with the Winnow release that wrote it, or upgrade this one",
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{origin} does not fit {kind} {cls.MAJOR}.x", got=explain(error)
+            ) from error
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one readable line: each field's path, complaint and input."""
+    lines: list[str] = []
+    for item in error.errors(include_url=False)[:8]:
+        path = ".".join(str(part) for part in item["loc"]) or "(top)"
+        given = "" if item["type"] == "missing" else f" (got {item['input']!r:.80})"
+        lines.append(f"{path}: {item['msg']}{given}")
+    return "; ".join(lines)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], raw: Any, *, origin: str) -> M:
+    """`model.model_validate(raw)`, with a `ConfigError` that names each wrong field."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{origin} is not valid: {explain(error)}", fix="Correct the named fields"
+        ) from error

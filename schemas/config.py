@@ -1,0 +1,41 @@
+"""The YAML file a run is started from. One file may hold every stage."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from schemas.base import Contract
+from schemas.corpus import CorpusSpec
+from schemas.harvest import HarvestSpec, PlanSpec
+from schemas.subject import SubjectSpec
+from schemas.training import TrainSpec
+
+
+class StorageSpec(Contract):
+    """How object storage is reached. Credentials never stand here: they come from the environment."""
+
+    allow_http: bool = False
+    """Permit `http://` endpoints beyond this machine's loopback."""
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """Longest wait for one request."""
+    single_writer: bool = False
+    """Accept a store that ignores if-none-match, since nobody else writes to this root."""
+
+
+class Config(Contract):
+    """`winnow plan|harvest|train CONFIG`. Stages read their own sections."""
+
+    root: str = Field(min_length=1)
+    """The dataset: a local folder or a URI (`file://`, `s3://bucket/prefix`)."""
+    subject: SubjectSpec | None = None
+    """plan, harvest: the language model."""
+    corpus: CorpusSpec | None = None
+    """plan: the text."""
+    plan: PlanSpec | None = None
+    """plan, harvest: how text becomes rows."""
+    harvest: HarvestSpec = HarvestSpec()
+    """harvest: how the work is run."""
+    storage: StorageSpec = StorageSpec()
+    """All stages."""
+    train: TrainSpec | None = None
+    """train: the SAE."""

@@ -1,0 +1,117 @@
+"""Every error Winnow raises on purpose, in one hierarchy.
+
+::
+
+    WinnowError
+    ├── ConfigError (ValueError)           the user's input is wrong                      exit 2
+    │   └── PlanMismatch                   the root holds a different plan                exit 2
+    ├── UnsupportedVersion (ValueError)    an artefact of a version this code can't read  exit 2
+    ├── DependencyMissing (ImportError)    an optional package is asked for and absent    exit 2
+    ├── StoreError (OSError)               storage unreachable, refusing or full          exit 2
+    │   ├── MissingObject (FileNotFoundError)  an object that must be there is not        exit 1
+    │   └── CommitUnknown                  a commit neither confirmed nor denied          exit 1
+    ├── IntegrityError (ValueError)        bytes differ from what was promised            exit 1
+    ├── NonFiniteError (ValueError)        NaN or infinity where numbers must be finite   exit 2
+    └── WorkerError (RuntimeError)         a worker died or gave up                       exit 1
+
+A message names the field or object, what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class WinnowError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        what: The field or object and what is wrong with it.
+        expected: What would have been right.
+        got: What was found.
+        fix: What the reader can do about it, as an imperative sentence.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: object = None,
+        got: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.expected, self.got, self.fix = what, expected, got, fix
+        parts = [what.rstrip(".")]
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if got is not None:
+            parts.append(f"got {got}")
+        message = ": ".join(parts[:1]) + (": " + ", ".join(parts[1:]) if parts[1:] else "") + "."
+        if fix:
+            message += f" {fix.rstrip('.')}."
+        super().__init__(message)
+
+    def __reduce__(self):  # keeps the keyword fields when Ray carries the error between processes
+        return _rebuild, (type(self), self.what, self.expected, self.got, self.fix)
+
+
+def _rebuild(
+    kind: type[WinnowError], what: str, expected: object, got: object, fix: str | None
+) -> WinnowError:
+    return kind(what, expected=expected, got=got, fix=fix)
+
+
+class ConfigError(WinnowError, ValueError):
+    """The user's input (config, flag, corpus, hook name) is wrong."""
+
+    exit_code = 2
+
+
+class PlanMismatch(ConfigError):
+    """The root already holds a plan that differs from the one asked for."""
+
+
+class UnsupportedVersion(WinnowError, ValueError):
+    """An artefact of a kind or major version this code does not read."""
+
+    exit_code = 2
+
+
+class DependencyMissing(WinnowError, ImportError):
+    """An optional dependency is asked for and not installed."""
+
+    exit_code = 2
+
+
+class StoreError(WinnowError, OSError):
+    """Storage is unreachable, refuses the credentials, lies, or is full."""
+
+    exit_code = 2
+
+
+class MissingObject(StoreError, FileNotFoundError):
+    """An object that must exist does not."""
+
+    exit_code = 1
+
+
+class CommitUnknown(StoreError):
+    """A commit could be neither confirmed nor denied; nothing was deleted, try again."""
+
+    exit_code = 1
+
+
+class IntegrityError(WinnowError, ValueError):
+    """Bytes differ from the digest, length or shape that was promised for them."""
+
+
+class NonFiniteError(WinnowError, ValueError):
+    """NaN or infinity where every number must be finite."""
+
+    exit_code = 2
+
+
+class WorkerError(WinnowError, RuntimeError):
+    """A worker died or failed more often than is allowed."""

@@ -1,0 +1,310 @@
+"""The data plane's artefacts: plan (identity), receipt (commit point), manifest (seal)."""
+
+from __future__ import annotations
+
+import platform
+from functools import cached_property
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256, canonical_json, sha256_hex
+from schemas.corpus import CorpusSpec
+from schemas.errors import ConfigError
+from schemas.subject import HookSite, SubjectIdentity
+
+SLICES = 64
+"""Inner chunks ("slices") of every shard; lanes own whole slices."""
+MOMENT_UNITS = 16
+"""Receipts of the first this-many units carry per-dimension moments."""
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
+
+
+class PlanSpec(Contract):
+    """How the corpus becomes rows: every field decides content."""
+
+    hooks: tuple[HookName, ...] = Field(min_length=1)
+    """Where activations are read; several are read in one pass of the LM."""
+    context_length: int = Field(default=128, ge=8)
+    """Window length T in tokens."""
+    drop_leading: int = Field(default=1, ge=0)
+    """Leading positions of each window that are not stored (position 0 is an attention sink)."""
+    windows_per_unit: int = Field(default=1024, gt=0, multiple_of=SLICES)
+    """Windows W in a unit; a unit is W x (T - drop_leading) rows, one shard a hook."""
+    train_units: int | None = Field(default=None, gt=0)
+    """Units kept for training, the first in keyed order; null keeps the whole corpus."""
+    validation_units: int = Field(default=1, ge=1)
+    """Units of held-out text; they come first."""
+    split_by: Literal["document", "window"] = "document"
+    """What is held out: whole documents, set aside before packing, or windows."""
+    bos: Literal["none", "window"] = "none"
+    """`window` starts every window with the BOS token; `none` never adds one."""
+    dtype: Dtype = "bfloat16"
+    """How activations are stored."""
+    compress: Literal["none"] = "none"
+    """Shard compression."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Key of the window order, the rows' order inside units and the held-out choice."""
+    sink_multiple: float = Field(default=10.0, gt=1)
+    """A row whose norm passes this multiple of its unit's median norm is marked (weight 0)."""
+    adopt_tolerance: float = Field(default=0.05, gt=0)
+    """Largest relative difference (Frobenius norm) at which rows stored by an attempt that died
+    before its receipt are taken for the same rows."""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.drop_leading >= self.context_length:
+            raise ValueError("drop_leading must be smaller than context_length")
+        if len(set(self.hooks)) != len(self.hooks):
+            raise ValueError("hooks must not repeat")
+        return self
+
+
+class HarvestSpec(Contract):
+    """How the harvest runs; nothing here changes which rows come out, only their float noise."""
+
+    batch_windows: int = Field(default=8, gt=0)
+    """Windows in one forward pass."""
+    actors: int = Field(default=1, gt=0)
+    """Ray actors, one copy of the truncated LM each."""
+    threads_per_actor: int = Field(default=0, ge=0)
+    """CPU threads of an actor; 0 divides the machine's cores by `actors`."""
+    gpus_per_actor: float = Field(default=0.0, ge=0)
+    """GPUs (or a share of one) that Ray reserves for an actor."""
+    unit_attempts: int = Field(default=3, gt=0)
+    """Failures of one unit before it is given up and the harvest stops."""
+    ray_address: str | None = None
+    """A running cluster (`auto`, `host:6379`); null starts Ray on this machine for the run."""
+    temp_dir: str | None = None
+    """Local folder for the planner's spill files; null takes the system's."""
+
+
+class CorpusFacts(Contract):
+    """What reading the corpus found."""
+
+    sha256: Sha256
+    """Digest over every document's text, length-prefixed, in order."""
+    documents: int = Field(gt=0)
+    tokens: int = Field(gt=0)
+    """Tokens of all documents, with the joining EOS."""
+    duplicates_dropped: int = Field(default=0, ge=0)
+    """Documents equal to an earlier one."""
+    windows_unused: int = Field(default=0, ge=0)
+    """Whole windows beyond the planned units."""
+    tokens_unused: int = Field(default=0, ge=0)
+    """Tokens in no window: the tail of each split."""
+
+
+class Execution(Contract):
+    """Plan fields outside the fingerprint: they only move float noise, and receipts record them."""
+
+    batch_windows: int
+    threads_per_actor: int
+    code_version: str
+    """Winnow's version at planning time."""
+    created: str
+    """UTC time, ISO 8601."""
+
+
+class HarvestPlan(Artefact):
+    """`plan.json`: the identity of a dataset. Create-only, never changed."""
+
+    kind: Literal["winnow.plan"] = "winnow.plan"
+    subject: SubjectIdentity
+    corpus: CorpusSpec
+    corpus_facts: CorpusFacts
+    spec: PlanSpec
+    sites: tuple[HookSite, ...]
+    """One for each hook of the spec, in its order, with widths."""
+    units: int = Field(gt=0)
+    """All units, the validation units first."""
+    tokens_sha256: Sha256
+    """SHA-256 of the `token_digests` array's bytes (uint8 [units, 32], each unit's token digest)."""
+    execution: Execution
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if tuple(site.name for site in self.sites) != self.spec.hooks:
+            raise ValueError("sites must name the spec's hooks in order")
+        if self.units <= self.spec.validation_units:
+            raise ValueError("a plan needs at least one training unit")
+        return self
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON of every field but `execution`."""
+        return sha256_hex(canonical_json(self.model_dump(mode="json", exclude={"execution"})))
+
+    @property
+    def rows_per_window(self) -> int:
+        return self.spec.context_length - self.spec.drop_leading
+
+    @property
+    def rows_per_unit(self) -> int:
+        return self.spec.windows_per_unit * self.rows_per_window
+
+    @property
+    def rows_per_slice(self) -> int:
+        return self.rows_per_unit // SLICES
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole dataset."""
+        return self.units * self.rows_per_unit
+
+    @property
+    def windows(self) -> int:
+        return self.units * self.spec.windows_per_unit
+
+    def d_model(self, hook: str) -> int:
+        """Width D at `hook`; ConfigError where the plan has no such hook."""
+        for site in self.sites:
+            if site.name == hook:
+                return site.d_model
+        raise ConfigError(f"hook {hook!r}", expected=f"one of {', '.join(self.spec.hooks)}", got=hook)
+
+    def split_units(self, split: str) -> range:
+        """Unit numbers of `"train"`, `"validation"` or `"all"`."""
+        held_out = self.spec.validation_units
+        splits = {
+            "train": range(held_out, self.units),
+            "validation": range(held_out),
+            "all": range(self.units),
+        }
+        if split not in splits:
+            raise ConfigError("split", expected=" or ".join(splits), got=repr(split))
+        return splits[split]
+
+    def shard_bytes(self, hook: str) -> int:
+        """Size of one uncompressed shard of `hook`, index and checksums included, in bytes."""
+        payload = self.rows_per_unit * self.d_model(hook) * DTYPE_BYTES[self.spec.dtype]
+        return payload + SLICES * 4 + SLICES * 16 + 4
+
+
+class Moments(Contract):
+    """Per-dimension sums over a unit's rows of weight 1; raw units of the activation."""
+
+    rows: int = Field(ge=0)
+    sums: tuple[float, ...]
+    """Sum over rows, one number a dimension."""
+    squares: tuple[float, ...]
+    """Sum of squares over rows, one number a dimension."""
+
+
+class ShardRecord(Contract):
+    """One committed shard, as read back or as written."""
+
+    key: RelativeKey
+    bytes: int = Field(ge=0)
+    sha256: Sha256
+    slice_crc32c: tuple[Crc32c, ...] = Field(min_length=SLICES, max_length=SLICES)
+    """crc32c of each slice's payload, in slice order."""
+    sum_squares: float = Field(ge=0, allow_inf_nan=False)
+    """Over all rows, in the stored values."""
+    largest_norm: float = Field(ge=0, allow_inf_nan=False)
+    median_norm: float = Field(ge=0, allow_inf_nan=False)
+    sinks: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Stored row numbers inside the unit whose norm passes sink_multiple x median, ascending."""
+    moments: Moments | None = None
+    """For the first `MOMENT_UNITS` units."""
+
+
+class Attempt(Contract):
+    """Who made a unit and how: provenance, outside the content digest."""
+
+    id: str
+    """Random, new for every attempt."""
+    worker: str = Field(default_factory=platform.node)
+    seconds: float = Field(ge=0)
+    """Wall-clock from the unit's start to its receipt."""
+    batch_windows: int
+    threads: int
+    device: str
+    finished: str
+    """UTC time, ISO 8601."""
+    adopted: tuple[HookName, ...] = ()
+    """Hooks whose shard an earlier attempt had already stored."""
+
+
+class UnitReceipt(Artefact):
+    """`receipts/<unit>.json`: the unit is part of the dataset. Create-only; the commit point."""
+
+    kind: Literal["winnow.receipt"] = "winnow.receipt"
+    plan_fingerprint: Sha256
+    unit: int = Field(ge=0)
+    revision: int = Field(default=0, ge=0)
+    """Raised by a repair; readers take the highest."""
+    tokens_sha256: Sha256
+    """Digest of the unit's token chunk (uint32 little-endian [W, T])."""
+    shards: dict[HookName, ShardRecord]
+    """One for each hook of the plan; empty for a void unit."""
+    void: str | None = None
+    """Why the unit holds no data: its rows keep their places with weight 0."""
+    attempt: Attempt
+
+    def content(self) -> bytes:
+        """Canonical JSON of what the unit holds, free of attempt, time and revision."""
+        return canonical_json(self.model_dump(mode="json", exclude={"attempt", "revision"}))
+
+
+class ManifestPart(Contract):
+    """A Parquet file of receipts."""
+
+    key: RelativeKey
+    bytes: int = Field(gt=0, le=1 << 30)
+    sha256: Sha256
+    first_unit: int = Field(ge=0)
+    units: int = Field(gt=0)
+
+
+class HarvestManifest(Artefact):
+    """`manifest.json`: every unit has a receipt; the dataset is sealed. Create-only."""
+
+    kind: Literal["winnow.manifest"] = "winnow.manifest"
+    plan_fingerprint: Sha256
+    revision: int = Field(default=0, ge=0)
+    parent: Sha256 | None = None
+    """SHA-256 of the manifest this one follows after a repair."""
+    units: int = Field(gt=0)
+    rows: int = Field(gt=0)
+    bytes: int = Field(ge=0)
+    """All shards together."""
+    sinks: dict[HookName, int]
+    """Marked rows (weight 0) by hook."""
+    void_units: tuple[int, ...] = ()
+    dataset_sha256: Sha256
+    """SHA-256 over the plan fingerprint and every unit's content digest, in unit order: equal for
+    equal data, whoever made it and whenever."""
+    parts: tuple[ManifestPart, ...] = Field(min_length=1)
+    created: str
+    """UTC time, ISO 8601."""
+
+
+class LedgerRun(Contract):
+    """What one run of `winnow harvest` did."""
+
+    finished: str
+    """UTC time, ISO 8601."""
+    units: int = Field(ge=0)
+    """Units committed by this run."""
+    tokens: int = Field(ge=0)
+    """Tokens of those units' windows (W x T each)."""
+    seconds: float = Field(ge=0)
+    """Wall-clock from the first unit handed out to the last receipt, model loading left out."""
+    failures: int = Field(default=0, ge=0)
+    """Unit attempts that failed and were tried again."""
+
+
+class HarvestLedger(Artefact):
+    """`ledger.json`: how the harvest went, run by run. Rewritten; no part of the dataset's identity."""
+
+    kind: Literal["winnow.ledger"] = "winnow.ledger"
+    runs: tuple[LedgerRun, ...] = ()
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens over seconds of all finished runs; None before the first."""
+        seconds = sum(run.seconds for run in self.runs)
+        return sum(run.tokens for run in self.runs) / seconds if seconds else None

@@ -1,0 +1,78 @@
+"""Which language model is read, and where in it."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field
+
+from schemas.base import Contract, HookName, Sha256
+
+HOOK_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+"""The sites every common architecture has; anything else is a dotted module path."""
+
+_NAMED = re.compile(rf"^({'|'.join(HOOK_SITES)})\.(\d+)$")
+
+
+def parse_hook(name: str) -> tuple[str, int] | None:
+    """`"resid_post.9"` -> `("resid_post", 9)`; None where `name` is a module path."""
+    match = _NAMED.match(name)
+    return (match[1], int(match[2])) if match else None
+
+
+class SubjectSpec(Contract):
+    """The subject model as the user names it."""
+
+    model: str = Field(min_length=1)
+    """A hub id, a local folder, a `.gguf` file, or `package://DIST/FILE.gguf` for weights that an
+    installed Python distribution ships."""
+    revision: str | None = None
+    """Hub ids: branch, tag or commit."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and activations inside the LM. `auto`: float32 on a CPU (bfloat16 is several times
+    slower there), bfloat16 on a GPU."""
+    device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """The attention implementation asked of transformers."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights. Off: such a model is refused."""
+
+
+class HookSite(Contract):
+    """A hook, resolved against a subject."""
+
+    name: HookName
+    """`resid_post.9`, or a dotted module path."""
+    d_model: int = Field(gt=0)
+    """Width D of the activation read there."""
+
+
+class SubjectIdentity(Contract):
+    """The subject model as it was found: what a dataset's activations depend on."""
+
+    model: str
+    """As in `SubjectSpec.model`."""
+    revision: str | None = None
+    """The commit a hub id resolved to, where it is known."""
+    architecture: str
+    """transformers' `model_type`, such as `llama`."""
+    weights_sha256: Sha256
+    """Digest of the weight files in name order."""
+    tokenizer_sha256: Sha256
+    """Digest of the tokenizer's serialised form."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Resolved from `auto`."""
+    attention: Literal["sdpa", "eager"]
+    """As in `SubjectSpec.attention`."""
+    layers: int = Field(gt=0)
+    """Transformer blocks of the whole model."""
+    vocabulary: int = Field(gt=0)
+    """Rows V of the embedding."""
+    context_limit: int | None = None
+    """Longest context the model's config allows, in tokens."""
+    bos_token_id: int | None = None
+    """Beginning of sequence, where the tokenizer has one."""
+    eos_token_id: int | None = None
+    """End of sequence: it joins documents."""

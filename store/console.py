@@ -1,0 +1,226 @@
+"""What every command shares: the config file, errors as exit codes, progress, tables.
+
+Results go to stdout, everything else to stderr, so that `--json` leaves one object for a program.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from schemas.base import validate
+from schemas.config import Config
+from schemas.errors import ConfigError, WinnowError
+
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+
+PLAIN_SECONDS = 10.0
+"""Between progress lines where stderr is no terminal."""
+
+T = TypeVar("T")
+
+
+def load_config(path: Path, sets: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply `--set dotted.key=value` overrides.
+
+    Args:
+        path: The file.
+        sets: Overrides; each value is YAML (`null`, `8`, `[a, b]`, `text`), the last one wins.
+
+    Raises:
+        ConfigError: No such file, not YAML, or fields that do not fit.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"config {path}", expected="a readable YAML file", got=error.strerror, fix="Give its path"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}", expected="YAML", got=" ".join(str(error).split())) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config {path}", expected="a mapping of sections", got=type(raw).__name__)
+    tree: dict[str, Any] = raw
+    for item in sets:
+        _override(tree, item)
+    return validate(Config, tree, origin=f"config {path}")
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    dotted, equals, text = item.partition("=")
+    if not equals or not dotted:
+        raise ConfigError("--set", expected="dotted.key=value", got=repr(item))
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {dotted}", expected="a YAML value", got=repr(text)) from error
+    *parents, leaf = dotted.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node[_index(node, part)] if isinstance(node, list) else _section(node, part)
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"--set {dotted}", expected=f"{part} to be a section", got=repr(node))
+    node[_index(node, leaf) if isinstance(node, list) else leaf] = value
+
+
+def _section(node: dict[str, Any], part: str) -> Any:
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _index(node: list[Any], part: str) -> int:
+    if not part.isdecimal() or int(part) >= len(node):
+        raise ConfigError(f"--set ...{part}", expected=f"a list index below {len(node)}", got=repr(part))
+    return int(part)
+
+
+def section(value: T | None, name: str) -> T:
+    """A section the command needs; ConfigError where the config leaves it out."""
+    if value is None:
+        raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix="Add it")
+    return value
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Turn a `WinnowError` into one sentence on stderr and its exit code; Ctrl-C into 130."""
+    try:
+        yield
+    except WinnowError as error:
+        stderr.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        stderr.print("interrupted: run the same command again to go on", style="yellow")
+        raise typer.Exit(130) from error
+
+
+def say(message: str) -> None:
+    """One line for people, on stderr."""
+    stderr.print(message, markup=False)
+
+
+def emit(value: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    """The command's result: one JSON object on stdout, or `show()` for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+        sys.stdout.flush()
+    else:
+        show()
+
+
+def print_table(title: str, rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
+    """A small table on stdout."""
+    table = Table(title=title, show_header=bool(header), title_justify="left")
+    for index in range(len(rows[0]) if rows else len(header)):
+        table.add_column(header[index] if header else "", justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*[str(cell) for cell in row])
+    stdout.print(table)
+
+
+class Progress:
+    """Progress with rate and ETA: a live bar on a terminal, plain lines elsewhere.
+
+    Args:
+        label: What is going on.
+        total: Work in `unit`s; None where it is not known.
+        unit: The rate's unit, such as `tokens`.
+        done: Work finished by an earlier run: shown, but not counted into the rate.
+    """
+
+    def __init__(self, label: str, total: float | None, unit: str, done: float = 0) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self._start_done, self._start, self._last = done, time.monotonic(), 0.0
+        self._facts = ""
+        self._bar: RichProgress | None = None
+
+    @property
+    def rate(self) -> float:
+        """Units a second in this run."""
+        return (self.done - self._start_done) / max(time.monotonic() - self._start, 1e-9)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds left at this run's rate, where it can be told."""
+        if self.total is None or self.rate <= 0:
+            return None
+        return max(self.total - self.done, 0) / self.rate
+
+    def __enter__(self) -> Progress:
+        self._start = time.monotonic()
+        if stderr.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}", style="dim"),
+                console=stderr,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(
+                self.label, total=self.total, completed=int(self.done), rate="", facts=""
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif error[0] is None:
+            self._line()
+
+    def advance(self, amount: float, **facts: object) -> None:
+        """Report `amount` more units done; `facts` are shown beside (`fvu="0.21"`)."""
+        self.update(self.done + amount, **facts)
+
+    def update(self, done: float, **facts: object) -> None:
+        """Report `done` units in all."""
+        self.done = done
+        if facts:
+            self._facts = " ".join(f"{key} {value}" for key, value in facts.items())
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=int(done), rate=f"{self.rate:,.0f} {self.unit}/s", facts=self._facts
+            )
+        elif time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._line()
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        share = f"/{self.total:,.0f} ({self.done / self.total:.0%})" if self.total else ""
+        eta = self.eta_seconds
+        left = f", ETA {int(eta // 60)}:{int(eta % 60):02d}" if eta is not None else ""
+        facts = f"  {self._facts}" if self._facts else ""
+        say(f"{self.label}: {self.done:,.0f}{share} {self.unit}, {self.rate:,.0f}/s{left}{facts}")
+
+
+def human_bytes(count: float) -> str:
+    """`1.5 GiB`."""
+    for suffix in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or suffix == "TiB":
+            return f"{count:.0f} {suffix}" if suffix == "B" else f"{count:.1f} {suffix}"
+        count /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,150 @@
+"""What the receipts say, in columns: small enough to hold for 100,000 units, checked against the plan.
+
+Letters: D d_model, R rows in a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.errors import IntegrityError, MissingObject
+from schemas.harvest import MOMENT_UNITS, SLICES, HarvestPlan, Moments, UnitReceipt
+from store.layout import receipt_key, shard_key
+
+
+@dataclass
+class HookColumns:
+    """One hook's facts by unit."""
+
+    crc32c: NDArray[np.uint32]
+    """[units, 64] checksum of each slice's payload."""
+    sinks: dict[int, NDArray[np.int64]] = field(default_factory=dict[int, "NDArray[np.int64]"])
+    """Unit -> stored rows of weight 0, ascending; units without any are absent."""
+    sum_squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """[units] sum of squares over all rows."""
+    moments: dict[int, Moments] = field(default_factory=dict[int, Moments])
+    """Unit -> per-dimension sums, for the first units only."""
+
+
+class ReceiptIndex:
+    """The receipts of a dataset in columns.
+
+    A unit is *present* once its receipt was added, *void* when the receipt says that it holds no data.
+
+    Args:
+        plan: The dataset's plan; every receipt is checked against it.
+    """
+
+    def __init__(self, plan: HarvestPlan) -> None:
+        self.plan = plan
+        self.present = np.zeros(plan.units, dtype=np.bool_)
+        self.void = np.zeros(plan.units, dtype=np.bool_)
+        self.revision = np.zeros(plan.units, dtype=np.int32)
+        self.token_sha256 = np.zeros((plan.units, 32), dtype=np.uint8)
+        self.hooks = {
+            name: HookColumns(
+                crc32c=np.zeros((plan.units, SLICES), dtype=np.uint32), sum_squares=np.zeros(plan.units)
+            )
+            for name in plan.spec.hooks
+        }
+
+    @classmethod
+    def of(cls, plan: HarvestPlan, receipts: Iterable[UnitReceipt]) -> ReceiptIndex:
+        """The index of these receipts."""
+        index = cls(plan)
+        for receipt in receipts:
+            index.add(receipt)
+        return index
+
+    def add(self, receipt: UnitReceipt) -> None:
+        """Check a receipt against the plan and take it in.
+
+        Raises:
+            IntegrityError: The receipt is of another plan, or its facts don't fit the plan.
+        """
+        plan = self.plan
+        check_receipt(plan, receipt)
+        unit = receipt.unit
+        self.present[unit] = True
+        self.void[unit] = receipt.void is not None
+        self.revision[unit] = receipt.revision
+        self.token_sha256[unit] = np.frombuffer(bytes.fromhex(receipt.tokens_sha256), dtype=np.uint8)
+        for hook, shard in receipt.shards.items():
+            columns = self.hooks[hook]
+            columns.crc32c[unit] = shard.slice_crc32c
+            columns.sum_squares[unit] = shard.sum_squares
+            columns.sinks.pop(unit, None)
+            if shard.sinks:
+                columns.sinks[unit] = np.asarray(shard.sinks, dtype=np.int64)
+            if shard.moments is not None:
+                columns.moments[unit] = shard.moments
+
+    def require(self, units: Sequence[int]) -> None:
+        """Raise MissingObject unless every one of `units` has a receipt."""
+        chosen = np.asarray(units, dtype=np.int64)
+        missing = chosen[~self.present[chosen]]
+        if missing.size:
+            raise MissingObject(
+                f"{missing.size} units have no receipt, the first is unit {int(missing[0])}",
+                expected=receipt_key(int(missing[0])),
+                fix="Run `winnow harvest` again: it does what is missing",
+            )
+
+    def sinks(self, hook: str, unit: int) -> NDArray[np.int64]:
+        """Stored rows of a unit that one hook marks, ascending."""
+        return self.hooks[hook].sinks.get(unit, _NONE)
+
+    def weights(self, hooks: Sequence[str], unit: int) -> NDArray[np.float32]:
+        """[R] weight of each stored row: 0 at sinks of any of the hooks and in void units, else 1."""
+        rows = self.plan.rows_per_unit
+        if self.void[unit]:
+            return np.zeros(rows, dtype=np.float32)
+        weights = np.ones(rows, dtype=np.float32)
+        for hook in hooks:
+            weights[self.sinks(hook, unit)] = 0
+        return weights
+
+
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+def check_receipt(plan: HarvestPlan, receipt: UnitReceipt) -> None:
+    """Refuse a receipt that does not fit the plan.
+
+    Raises:
+        IntegrityError: It names the unit, the field, what the plan expects and what was found.
+    """
+    unit = receipt.unit
+    name = f"receipt of unit {unit}"
+    _same(f"{name}: plan_fingerprint", plan.fingerprint, receipt.plan_fingerprint)
+    if unit >= plan.units:
+        raise IntegrityError(name, expected=f"a unit below {plan.units}", got=unit)
+    if receipt.void is not None:
+        _same(f"{name} (void): shards", (), tuple(receipt.shards))
+        return
+    _same(f"{name}: hooks", sorted(plan.spec.hooks), sorted(receipt.shards))
+    for hook, shard in receipt.shards.items():
+        where = f"{name}, hook {hook}"
+        _same(f"{where}: key", shard_key(hook, unit), shard.key)
+        _same(f"{where}: bytes", plan.shard_bytes(hook), shard.bytes)
+        sinks = np.asarray(shard.sinks, dtype=np.int64)
+        if sinks.size and (sinks[-1] >= plan.rows_per_unit or np.any(np.diff(sinks) <= 0)):
+            raise IntegrityError(
+                f"{where}: sinks", expected=f"ascending rows below {plan.rows_per_unit}", got=shard.sinks[:8]
+            )
+        if shard.moments is None:
+            if unit < MOMENT_UNITS:
+                raise IntegrityError(f"{where}: moments", expected="per-dimension sums", got=None)
+            continue
+        width = plan.d_model(hook)
+        _same(f"{where}: moments.sums length", width, len(shard.moments.sums))
+        _same(f"{where}: moments.squares length", width, len(shard.moments.squares))
+
+
+def _same(what: str, expected: object, got: object) -> None:
+    if expected != got:
+        raise IntegrityError(what, expected=expected, got=got)

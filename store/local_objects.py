@@ -1,0 +1,228 @@
+"""Objects in a local folder: create-only by hard link, durable on return."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from schemas.errors import IntegrityError, MissingObject, StoreError
+from store.objects import MAX_GET_BYTES, Data, ObjectStore, check_key
+
+_TEMP = ".tmp"
+_STALE_SECONDS = 24 * 3600
+_WRITE_BYTES = 64 << 20
+
+
+class LocalStore(ObjectStore):
+    """Objects as files under one folder, made when the first is written.
+
+    A put writes `<root>/.tmp/<random>`, syncs it, links it to its key (which fails where the key
+    exists), and syncs the folder. What a killed process leaves in `.tmp` is never listed; `probe`
+    removes it a day later.
+    """
+
+    def __init__(self, root: str | Path, temp: Path | None = None) -> None:
+        self._root = Path(root).expanduser().absolute()
+        self._temp = temp or self._root / _TEMP
+        self.uri = str(self._root)
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def put_new(self, key: str, data: Data) -> bool:
+        """See `ObjectStore.put_new`."""
+        path = self._path(key)
+        if path.exists():
+            return False
+        try:
+            temp = self._write_temp(data)
+            try:
+                _make_folder(path.parent)
+                os.link(temp, path)
+            except FileExistsError:
+                return False
+            finally:
+                temp.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+        except OSError as error:
+            self._fail(error, key, "writing")
+        return True
+
+    def put(self, key: str, data: Data) -> None:
+        """See `ObjectStore.put`."""
+        path = self._path(key)
+        try:
+            temp = self._write_temp(data)
+            try:
+                _make_folder(path.parent)
+                temp.replace(path)
+            finally:
+                temp.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+        except OSError as error:
+            self._fail(error, key, "writing")
+
+    def _write_temp(self, data: Data) -> Path:
+        _make_folder(self._temp)
+        temp = self._temp / secrets.token_hex(16)
+        view = memoryview(data).cast("B")
+        handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            done = 0
+            while done < len(view):
+                done += os.write(handle, view[done : done + _WRITE_BYTES])
+            os.fsync(handle)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
+        return temp
+
+    def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:
+        """See `ObjectStore.get`."""
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > limit:
+                    raise IntegrityError(
+                        f"{self.uri}/{key} is too large",
+                        expected=f"at most {limit} bytes",
+                        got=f"{size} bytes",
+                    )
+                return self._read(file.fileno(), key, 0, size)
+        except OSError as error:
+            self._fail(error, key, "reading")
+
+    def get_range(self, key: str, start: int, end: int) -> bytes | memoryview:
+        """See `ObjectStore.get_range`."""
+        return self.get_ranges(key, [start], [end])[0]
+
+    def get_ranges(self, key: str, starts: Sequence[int], ends: Sequence[int]) -> list[bytes | memoryview]:
+        """See `ObjectStore.get_ranges`."""
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                pairs = zip(starts, ends, strict=True)
+                return [self._read(file.fileno(), key, start, end) for start, end in pairs]
+        except OSError as error:
+            self._fail(error, key, "reading")
+
+    def get_suffix(self, key: str, length: int) -> bytes | memoryview:
+        """See `ObjectStore.get_suffix`."""
+        size = self.size(key)
+        return self.get_range(key, max(0, (size or 0) - length), max(size or 0, length))
+
+    def _read(self, handle: int, key: str, start: int, end: int) -> bytes:
+        """Exactly [start, end): one `pread` gives `bytes` without a copy; short reads are continued."""
+        data = os.pread(handle, end - start, start)
+        if len(data) == end - start:
+            return data
+        parts, done = [data], start + len(data)
+        while done < end and parts[-1]:
+            parts.append(os.pread(handle, end - done, done))
+            done += len(parts[-1])
+        if done < end:
+            raise IntegrityError(
+                f"{self.uri}/{key} is too short", expected=f"at least {end} bytes", got=f"{done} bytes"
+            )
+        return b"".join(parts)
+
+    def size(self, key: str) -> int | None:
+        """See `ObjectStore.size`."""
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            self._fail(error, key, "looking up")
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """See `ObjectStore.list`; names that start with a dot are not objects."""
+        top = self._path(prefix) if prefix else self._root
+        found: list[tuple[str, int]] = []
+
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        try:
+            for folder, folders, files in os.walk(top, onerror=refuse):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                place = Path(folder)
+                for name in files:
+                    if not name.startswith("."):
+                        path = place / name
+                        found.append((path.relative_to(self._root).as_posix(), path.stat().st_size))
+        except OSError as error:
+            self._fail(error, prefix, "listing")
+        found.sort()
+        return iter(found)
+
+    def delete(self, key: str) -> None:
+        """See `ObjectStore.delete`."""
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            self._fail(error, key, "deleting")
+
+    def child(self, prefix: str) -> LocalStore:
+        """See `ObjectStore.child`."""
+        return LocalStore(self._path(prefix), self._temp)
+
+    def free_bytes(self) -> int | None:
+        """Bytes free on the root's file system."""
+        place = self._root
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+    def probe(self, single_writer: bool = False) -> None:
+        """See `ObjectStore.probe`; also removes day-old leftovers of killed processes."""
+        try:
+            leftovers = list(self._temp.iterdir()) if self._temp.is_dir() else []
+            for path in leftovers:
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            self._fail(error, "", "tidying")
+        super().probe(single_writer)
+
+    def _fail(self, error: OSError, key: str, doing: str) -> NoReturn:
+        where = f"{self.uri}/{key}".rstrip("/")
+        if isinstance(error, StoreError):
+            raise error
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise MissingObject(f"{where} does not exist") from error
+        fixes = {
+            errno.ENOSPC: "Free some space or choose another root, then run the same command again",
+            errno.EDQUOT: "Free some quota or choose another root, then run the same command again",
+            errno.EACCES: "Choose a root this user may write to",
+            errno.EROFS: "Choose a root this user may write to",
+            errno.EPERM: "Choose a root on a file system with hard links",
+            errno.EOPNOTSUPP: "Choose a root on a file system with hard links",
+        }
+        reason = error.strerror or type(error).__name__
+        raise StoreError(f"{doing} {where} failed: {reason}", fix=fixes.get(error.errno or 0)) from error
+
+
+def _make_folder(path: Path) -> None:
+    """Make `path` and its parents, each new one durable."""
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,91 @@
+"""The stream as torch tensors: the only file of the store that imports torch.
+
+Letters: B rows in a batch, D d_model.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from schemas.training import StreamState
+from store.order import LaneOrder
+from store.stream import RowStream
+
+
+class Batch(NamedTuple):
+    """A rank's share of one step, in memory of the host."""
+
+    rows: dict[str, torch.Tensor]
+    """Hook -> float32 [B/world, D], raw activations; row i is the same token for every hook."""
+    weights: torch.Tensor
+    """float32 [B/world]: 0 at marked rows (sinks) and in void units, else 1."""
+    step: int
+    """Counted from 0 over all epochs."""
+
+
+def to_tensor(stored: NDArray[Any]) -> torch.Tensor:
+    """Stored rows as float32: uint16 is bfloat16's bits; float16 and float32 are themselves."""
+    tensor = torch.from_numpy(stored)
+    if stored.dtype == np.uint16:
+        tensor = tensor.view(torch.bfloat16)
+    return tensor.to(torch.float32)
+
+
+class Stream:
+    """An iterator of `Batch` over endless epochs, or up to a step; see `ActivationStore.stream`.
+
+    Use it as a context manager, or call `close()`.
+    """
+
+    def __init__(self, rows: RowStream) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        rows, weights, step = next(self._rows)
+        return Batch(
+            {hook: to_tensor(stored) for hook, stored in rows.items()}, torch.from_numpy(weights), step
+        )
+
+    @property
+    def order(self) -> LaneOrder:
+        """Which row comes when: steps per epoch, groups, mixing."""
+        return self._rows.order
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Seconds the consumer has waited for data."""
+        return self._rows.seconds_waiting
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of finished groups read from storage, refetches included."""
+        return self._rows.bytes_read
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of this rank's buffers, in bytes."""
+        return self._rows.memory_bytes
+
+    def state(self) -> StreamState:
+        """Where the stream stands: before its next step. Integers only."""
+        return self._rows.state()
+
+    def close(self) -> None:
+        """Stop reading and let the buffers go."""
+        self._rows.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,400 @@
+"""Writing a dataset: plan, tokens, units, seal. Every put is create-only (`store.commit`).
+
+Letters: W windows in a unit, T context length, R rows in a unit, D d_model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.base import MAX_JSON_BYTES, sha256_hex
+from schemas.errors import ConfigError, IntegrityError, MissingObject, PlanMismatch, WinnowError
+from schemas.harvest import (
+    MOMENT_UNITS,
+    SLICES,
+    Attempt,
+    HarvestManifest,
+    HarvestPlan,
+    ManifestPart,
+    ShardRecord,
+    UnitReceipt,
+)
+from store.commit import commit_receipt, load_receipt, settle, standing_receipts
+from store.layout import PLAN_KEY, STORED_DTYPES, manifest_key, shard_key, slice_bytes, tokens_key
+from store.objects import ObjectStore
+from store.parts import PART_UNITS, DatasetDigest, encode_part
+from store.shards import (
+    INDEX_BYTES,
+    Statistics,
+    Stored,
+    check_index,
+    crc32c,
+    decode_slices,
+    describe_rows,
+    encode_chunk,
+    encode_shard,
+    relative_difference,
+)
+from store.zarr_metadata import TOKEN_DIGESTS_KEY, same_array, zarr_objects
+
+RECEIPT_THREADS = 16
+"""Receipts read at the same time by `seal`."""
+
+Progress = Callable[[int, int], object]
+"""Called with (done, total)."""
+
+
+# Plan and tokens
+
+
+def create_dataset(
+    store: ObjectStore, plan: HarvestPlan, token_digests: NDArray[np.uint8]
+) -> HarvestPlan:
+    """Put plan.json, then what follows from it: zarr metadata and the token digests.
+
+    Safe to repeat: what is there already is compared and kept.
+
+    Args:
+        store: The dataset's root.
+        plan: The identity to establish.
+        token_digests: uint8 [units, 32], SHA-256 of each unit's tokens (uint32 little-endian).
+
+    Returns:
+        The plan that stands: `plan`, or an earlier one with the same fingerprint (whose batch shape
+        and threads then hold).
+
+    Raises:
+        PlanMismatch: The root holds another plan; the differing fields are named.
+        IntegrityError: The digests are not those of the plan, or an object there differs.
+    """
+    digests = np.ascontiguousarray(token_digests, dtype=np.uint8)
+    if digests.shape != (plan.units, 32) or sha256_hex(digests.tobytes()) != plan.tokens_sha256:
+        raise IntegrityError(
+            "the token digests are not those of the plan",
+            expected=f"uint8 [{plan.units}, 32] with sha256 {plan.tokens_sha256}",
+            got=f"{digests.dtype} {list(digests.shape)} with sha256 {sha256_hex(digests.tobytes())}",
+        )
+    found = settle(store, PLAN_KEY, plan.to_json())
+    if found is not None:
+        plan = same_plan(plan, HarvestPlan.from_json(found, origin=f"{store.uri}/{PLAN_KEY}"), store.uri)
+    for key, body in zarr_objects(plan).items():
+        found = settle(store, key, body)
+        if found is not None and found != body and not same_array(found, body):
+            raise _differs(store, key)
+    body = encode_chunk(digests)
+    found = settle(store, TOKEN_DIGESTS_KEY, body)
+    if found is not None and found != body:
+        raise _differs(store, TOKEN_DIGESTS_KEY)
+    return plan
+
+
+def same_plan(wanted: HarvestPlan, found: HarvestPlan, where: str) -> HarvestPlan:
+    """`found` where its fingerprint is `wanted`'s; PlanMismatch with the differing fields otherwise."""
+    if found.fingerprint == wanted.fingerprint:
+        return found
+    fields = differing_fields(found.model_dump(mode="json"), wanted.model_dump(mode="json"))
+    raise PlanMismatch(
+        f"{where} already holds another plan",
+        got=("; ".join(fields[:12]) + (f"; and {len(fields) - 12} more" if len(fields) > 12 else "")),
+        fix="Choose another root, or set the named fields back to the stored values",
+    )
+
+
+def differing_fields(stored: Any, wanted: Any, path: str = "") -> list[str]:
+    """`path: stored X, asked for Y` of every leaf that differs; `execution` does not count."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        keys = [key for key in {**stored, **wanted} if path or key != "execution"]
+        lines: list[str] = []
+        for key in keys:
+            lines += differing_fields(stored.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))
+        return lines
+    if stored == wanted:
+        return []
+    return [f"{path}: stored {stored!r:.120}, asked for {wanted!r:.120}"]
+
+
+def tokens_digest(tokens: NDArray[np.uint32]) -> str:
+    """SHA-256 of a unit's tokens [W, T] as uint32 little-endian."""
+    return sha256_hex(np.ascontiguousarray(tokens, dtype="<u4").tobytes())
+
+
+def put_tokens(store: ObjectStore, plan: HarvestPlan, unit: int, tokens: NDArray[np.uint32]) -> None:
+    """Put one unit's tokens [W, T].
+
+    Raises:
+        IntegrityError: Other tokens are there already.
+    """
+    _check_unit(plan, unit)
+    shape = (plan.spec.windows_per_unit, plan.spec.context_length)
+    if tokens.shape != shape:
+        raise ValueError(f"tokens of a unit must be {list(shape)}, got {list(tokens.shape)}")
+    key = tokens_key(unit)
+    body = encode_chunk(np.ascontiguousarray(tokens, dtype="<u4"))
+    found = settle(store, key, body)
+    if found is not None and found != body:
+        raise _differs(store, key)
+
+
+def _differs(store: ObjectStore, key: str) -> IntegrityError:
+    return IntegrityError(
+        f"{store.uri}/{key} differs from what the plan gives",
+        expected="the same bytes as planned now",
+        fix="Find out what wrote it; nothing was overwritten. A new root starts afresh",
+    )
+
+
+# Units
+
+
+def commit_unit(
+    store: ObjectStore,
+    plan: HarvestPlan,
+    unit: int,
+    rows: Mapping[str, Stored],
+    *,
+    tokens_sha256: str,
+    attempt: Attempt,
+) -> UnitReceipt:
+    """Store a unit's rows and commit them.
+
+    One encoded shard at a time is held beyond `rows`.
+
+    Args:
+        store: The dataset's root.
+        plan: Its plan.
+        unit: Which unit.
+        rows: Hook -> [R, D] in the dtype on disk and in stored order (`layout.row_permutation`).
+        tokens_sha256: Digest of the tokens the rows were computed from.
+        attempt: Who made them; the time spent here is added to its seconds.
+
+    Returns:
+        The receipt that stands, which an earlier attempt may have put.
+
+    Raises:
+        NonFiniteError: A NaN or infinity; nothing of that hook was written.
+        IntegrityError: An earlier attempt stored rows that differ beyond `adopt_tolerance`.
+        CommitUnknown: Whether the receipt was written could not be found out.
+    """
+    started = time.monotonic()
+    _check_unit(plan, unit)
+    if set(rows) != set(plan.spec.hooks):
+        raise ValueError(f"rows of hooks {sorted(plan.spec.hooks)} are needed, got {sorted(rows)}")
+    shards: dict[str, ShardRecord] = {}
+    adopted: list[str] = []
+    for hook in plan.spec.hooks:
+        shards[hook], ours = _store_shard(store, plan, unit, hook, rows[hook])
+        if not ours:
+            adopted.append(hook)
+    facts = {
+        "adopted": tuple(adopted),
+        "seconds": attempt.seconds + time.monotonic() - started,
+        "finished": now(),
+    }
+    receipt = UnitReceipt(
+        plan_fingerprint=plan.fingerprint,
+        unit=unit,
+        tokens_sha256=tokens_sha256,
+        shards=shards,
+        attempt=attempt.model_copy(update=facts),
+    )
+    return commit_receipt(store, plan, receipt)
+
+
+def commit_void(
+    store: ObjectStore,
+    plan: HarvestPlan,
+    unit: int,
+    cause: str,
+    *,
+    tokens_sha256: str,
+    attempt: Attempt,
+) -> UnitReceipt:
+    """Commit that `unit` holds no data; its rows keep their places with weight 0."""
+    _check_unit(plan, unit)
+    receipt = UnitReceipt(
+        plan_fingerprint=plan.fingerprint,
+        unit=unit,
+        tokens_sha256=tokens_sha256,
+        shards={},
+        void=cause,
+        attempt=attempt.model_copy(update={"finished": now()}),
+    )
+    return commit_receipt(store, plan, receipt)
+
+
+def _store_shard(
+    store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: Stored
+) -> tuple[ShardRecord, bool]:
+    """Put one shard or adopt the one there; its record, and whether this call created it."""
+    shape, dtype = (plan.rows_per_unit, plan.d_model(hook)), STORED_DTYPES[plan.spec.dtype]
+    if rows.shape != shape or rows.dtype != dtype:
+        raise ValueError(f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}")
+    facts = _describe(plan, unit, hook, rows)
+    key = shard_key(hook, unit)
+    shard = encode_shard(rows)
+    if store.put_new(key, shard.data):
+        return _record(key, shard.data, shard.slice_crc32c, facts), True
+    del shard
+    return _adopt(store, plan, unit, hook, rows), False
+
+
+def _adopt(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> ShardRecord:
+    """Check the shard an earlier attempt left, compare it with `rows`, describe the stored bytes."""
+    key = shard_key(hook, unit)
+    data = store.get(key)
+    if len(data) != plan.shard_bytes(hook):
+        raise IntegrityError(
+            f"unit {unit}, hook {hook!r}: the shard an earlier attempt left at {store.uri}/{key} is torn",
+            expected=f"{plan.shard_bytes(hook)} bytes",
+            got=f"{len(data)} bytes",
+            fix="Delete that one object if no harvest is running on this root, then run again",
+        )
+    check_index(data[-INDEX_BYTES:], plan, hook, unit)
+    crcs = slice_checksums(data, plan, hook)
+    found = decode_slices(data, 0, SLICES, plan=plan, hook=hook, unit=unit, crc=crcs).reshape(rows.shape)
+    facts = _describe(plan, unit, hook, found)
+    apart = relative_difference(found, rows, plan.spec.dtype, unit=unit, hook=hook)
+    if apart > plan.spec.adopt_tolerance:
+        raise IntegrityError(
+            f"unit {unit}, hook {hook!r}: the shard an earlier attempt left at {store.uri}/{key} holds "
+            "other rows than were just computed",
+            expected=f"a relative difference of at most adopt_tolerance = {plan.spec.adopt_tolerance:g}",
+            got=f"{apart:.3g}",
+            fix="Check that subject, device and code are those of the earlier attempt",
+        )
+    return _record(key, memoryview(data), crcs, facts)
+
+
+def slice_checksums(data: bytes, plan: HarvestPlan, hook: str) -> tuple[int, ...]:
+    """crc32c computed over each slice's payload of a whole shard."""
+    size = slice_bytes(plan, hook)
+    chunks = np.frombuffer(data, np.uint8)[: SLICES * size].reshape(SLICES, size)
+    return tuple(crc32c(chunks[number, :-4]) for number in range(SLICES))
+
+
+def _describe(plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> Statistics:
+    spec = plan.spec
+    return describe_rows(rows, spec.dtype, spec.sink_multiple, unit < MOMENT_UNITS, unit=unit, hook=hook)
+
+
+def _record(key: str, data: memoryview, crcs: tuple[int, ...], facts: Statistics) -> ShardRecord:
+    return ShardRecord(
+        key=key,
+        bytes=len(data),
+        sha256=sha256_hex(data),
+        slice_crc32c=crcs,
+        sum_squares=facts.sum_squares,
+        largest_norm=facts.largest_norm,
+        median_norm=facts.median_norm,
+        sinks=facts.sinks,
+        moments=facts.moments,
+    )
+
+
+def _check_unit(plan: HarvestPlan, unit: int) -> None:
+    if not 0 <= unit < plan.units:
+        raise ConfigError("unit", expected=f"0 to {plan.units - 1}", got=unit)
+
+
+# Seal
+
+
+def seal(store: ObjectStore, plan: HarvestPlan, progress: Progress | None = None) -> HarvestManifest:
+    """Gather every receipt and put manifest.json.
+
+    Safe to repeat and to do twice at once: the manifest that stands is returned.
+
+    Raises:
+        WinnowError: Units without a receipt; they are listed.
+        IntegrityError: A receipt does not fit the plan, or a manifest of other data stands there.
+    """
+    standing = load_manifest(store, plan)
+    if standing is not None:
+        return standing
+    receipts = standing_receipts(store, plan)
+    missing = [unit for unit in range(plan.units) if unit not in receipts]
+    if missing:
+        raise WinnowError(
+            f"{store.uri} cannot be sealed: {len(missing)} of {plan.units} units have no receipt",
+            got=f"missing {brief(missing)}",
+            fix="Run the harvest again: it does the missing units only",
+        )
+    parts: list[ManifestPart] = []
+    digest = DatasetDigest(plan)
+    total_bytes, sinks, void = 0, dict.fromkeys(plan.spec.hooks, 0), list[int]()
+    with ThreadPoolExecutor(RECEIPT_THREADS, thread_name_prefix="winnow-seal") as pool:
+        for first in range(0, plan.units, PART_UNITS):
+            units = range(first, min(first + PART_UNITS, plan.units))
+            batch = list(pool.map(lambda unit: load_receipt(store, plan, unit, receipts[unit]), units))
+            for receipt in batch:
+                digest.add(receipt)
+                for hook, shard in receipt.shards.items():
+                    total_bytes += shard.bytes
+                    sinks[hook] += len(shard.sinks)
+                if receipt.void is not None:
+                    void.append(receipt.unit)
+            body, part = encode_part(batch)
+            if settle(store, part.key, body) not in (None, body):
+                raise _differs(store, part.key)
+            parts.append(part)
+            if progress:
+                progress(units.stop, plan.units)
+    manifest = HarvestManifest(
+        plan_fingerprint=plan.fingerprint,
+        units=plan.units,
+        rows=plan.rows,
+        bytes=total_bytes,
+        sinks=sinks,
+        void_units=tuple(void),
+        dataset_sha256=digest.hexdigest(),
+        parts=tuple(parts),
+        created=now(),
+    )
+    if settle(store, manifest_key(), manifest.to_json()) is not None:
+        theirs = load_manifest(store, plan)
+        if theirs is None or theirs.dataset_sha256 != manifest.dataset_sha256:
+            raise _differs(store, manifest_key())
+        return theirs
+    return manifest
+
+
+def load_manifest(store: ObjectStore, plan: HarvestPlan) -> HarvestManifest | None:
+    """The manifest of the highest revision, or None where the dataset is not sealed.
+
+    Raises:
+        IntegrityError: It does not parse, or belongs to another plan.
+    """
+    revision = 0
+    while store.size(manifest_key(revision + 1)) is not None:
+        revision += 1
+    try:
+        data = store.get(manifest_key(revision), MAX_JSON_BYTES)
+    except MissingObject:
+        return None
+    origin = f"{store.uri}/{manifest_key(revision)}"
+    manifest = HarvestManifest.from_json(data, origin=origin)
+    expected = (plan.fingerprint, plan.units, plan.rows, revision)
+    got = (manifest.plan_fingerprint, manifest.units, manifest.rows, manifest.revision)
+    if got != expected:
+        raise IntegrityError(f"{origin} does not belong to the plan beside it", expected=expected, got=got)
+    if sum(part.units for part in manifest.parts) != plan.units:
+        raise IntegrityError(f"{origin} names parts that do not cover {plan.units} units")
+    return manifest
+
+
+def brief(units: list[int]) -> str:
+    """Unit numbers for a message: the first ten, and how many more."""
+    more = f" and {len(units) - 10} more" if len(units) > 10 else ""
+    return ", ".join(str(unit) for unit in units[:10]) + more
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,91 @@
+"""The dataset as a zarr v3 group: metadata only, made by zarr-python itself.
+
+Any zarr v3 reader then opens the root; Winnow's own readers never need this metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from typing import Any
+
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
+
+from schemas.harvest import HarvestPlan
+from store.layout import (
+    BFLOAT16_NAN,
+    STORED_DTYPES,
+    TOKEN_DIGESTS_ARRAY,
+    TOKENS_ARRAY,
+    array_key,
+)
+
+TOKEN_DIGESTS_KEY = f"{TOKEN_DIGESTS_ARRAY}/c/0/0"
+"""The one chunk of the token digests."""
+
+
+def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
+    """Key -> JSON of every `zarr.json` of the dataset; the root's holds them all (consolidated)."""
+    objects: dict[str, Buffer] = {}
+    memory = MemoryStore(objects)
+    about = {"plan": "plan.json", "plan_fingerprint": plan.fingerprint, "subject": plan.subject.model}
+    root = zarr.open_group(memory, mode="w-", zarr_format=3, attributes={"winnow": about})
+    common: dict[str, Any] = {"compressors": (Crc32cCodec(),), "filters": None}
+    little = BytesCodec(endian="little")
+    root.create_array(
+        TOKENS_ARRAY,
+        shape=(plan.windows, plan.spec.context_length),
+        chunks=(plan.spec.windows_per_unit, plan.spec.context_length),
+        dtype="uint32",
+        serializer=little,
+        fill_value=0,
+        dimension_names=("window", "position"),
+        attributes={"order": "planned"},
+        **common,
+    )
+    root.create_array(
+        TOKEN_DIGESTS_ARRAY,
+        shape=(plan.units, 32),
+        chunks=(plan.units, 32),
+        dtype="uint8",
+        fill_value=0,
+        dimension_names=("unit", "byte"),
+        attributes={"digest": "sha256 of each unit's tokens, uint32 little-endian"},
+        **common,
+    )
+    for site in plan.sites:
+        root.create_array(
+            array_key(site.name),
+            shape=(plan.rows, site.d_model),
+            chunks=(plan.rows_per_slice, site.d_model),
+            shards=(plan.rows_per_unit, site.d_model),
+            dtype=STORED_DTYPES[plan.spec.dtype],
+            serializer=little,
+            fill_value=BFLOAT16_NAN if plan.spec.dtype == "bfloat16" else math.nan,
+            dimension_names=("row", "dimension"),
+            attributes={
+                "hook": site.name,
+                "logical_dtype": plan.spec.dtype,
+                "rows_per_unit": plan.rows_per_unit,
+                "sinks": "marked in receipts",
+            },
+            **common,
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(memory)
+    return {key: value.to_bytes() for key, value in objects.items()}
+
+
+def same_array(found: bytes, expected: bytes) -> bool:
+    """Whether two `zarr.json` describe the same bytes (another zarr release may word them otherwise)."""
+    try:
+        theirs, ours = json.loads(found), json.loads(expected)
+    except ValueError:
+        return False
+    fields = ("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "codecs", "fill_value")
+    return isinstance(theirs, dict) and all(theirs.get(name) == ours.get(name) for name in fields)

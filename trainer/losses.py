@@ -1,0 +1,170 @@
+"""Losses, and the one home of the definitions of FVU and L0.
+
+Legend: B rows, D d_model, N latents, M dead latents, K active latents a row.
+
+Every function takes row weights [B]. Rows of weight 0 must not reach a sum even when they hold garbage
+(0 * inf is NaN), so `present` drops them first; sums are divided by the sum of weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.sae import Sae
+
+
+def present(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of `x` [B, D] whose weight is not 0, and their weights."""
+    keep = weights > 0
+    return (x, weights) if bool(keep.all()) else (x[keep], weights[keep])
+
+
+# ---- definitions ---------------------------------------------------------------------------------
+
+
+class Fvu:
+    """Fraction of variance unexplained, streaming, in float64.
+
+    ``sum_b w_b |x_b - x_hat_b|^2 / sum_b w_b |x_b - mean|^2`` with the weighted mean of all rows added.
+    The space is the caller's: feed normalised rows for `fvu`, raw rows for `fvu_raw`.
+
+    Args:
+        d_model: Width D.
+        device: Where the sums are kept.
+    """
+
+    def __init__(self, d_model: int, device: torch.device | str = "cpu") -> None:
+        self._error = torch.zeros((), dtype=torch.float64, device=device)
+        self._weight = torch.zeros_like(self._error)
+        self._sum = torch.zeros(d_model, dtype=torch.float64, device=device)
+        self._squares = torch.zeros_like(self._error)
+        self._shift: Tensor | None = None
+
+    def add(self, x: Tensor, x_hat: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows [B, D], their reconstruction [B, D] and their weights [B] (1 where not given)."""
+        w = torch.ones(len(x), device=x.device) if weights is None else weights
+        keep = w > 0
+        x, x_hat, w = x[keep].double(), x_hat[keep].double(), w[keep].double()
+        if not len(x):
+            return
+        if self._shift is None:  # moments about a row near the mean: nothing cancels
+            self._shift = (w @ x) / w.sum()
+        centred = x - self._shift
+        self._error += w @ (x - x_hat).square().sum(1)
+        self._weight += w.sum()
+        self._sum += w @ centred
+        self._squares += w @ centred.square().sum(1)
+
+    @property
+    def rows(self) -> float:
+        """Sum of the weights so far."""
+        return self._weight.item()
+
+    @property
+    def variance(self) -> float:
+        """``sum_b w_b |x_b - mean|^2`` so far."""
+        return (self._squares - self._sum.square().sum() / self._weight).item()
+
+    @property
+    def value(self) -> float:
+        """The FVU so far; NaN without rows, or where they do not vary."""
+        variance = self.variance
+        return self._error.item() / variance if variance > 0 else float("nan")
+
+
+class L0:
+    """Mean number of active latents (value > 0) a row, streaming."""
+
+    def __init__(self) -> None:
+        self._active, self._weight = 0.0, 0.0
+
+    def add(self, values: Tensor, weights: Tensor | None = None) -> None:
+        """Add the values [B, K] of codes and the rows' weights [B] (1 where not given)."""
+        active = (values > 0).sum(1).double()
+        w = torch.ones_like(active) if weights is None else weights.double()
+        self._active += (w @ active).item()
+        self._weight += w.sum().item()
+
+    @property
+    def value(self) -> float:
+        """Active latents a row; NaN without rows."""
+        return self._active / self._weight if self._weight else float("nan")
+
+
+# ---- training terms ------------------------------------------------------------------------------
+
+
+def mean_row(x: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean [D] of rows [B, D]."""
+    return (weights @ x) / weights.sum()
+
+
+def sum_squares(x: Tensor, weights: Tensor) -> Tensor:
+    """``sum_b w_b |x_b|^2`` of rows [B, D], a scalar."""
+    return weights @ x.square().sum(1)
+
+
+def variance_per_row(x: Tensor, weights: Tensor) -> Tensor:
+    """Mean squared error of predicting the mean row: what the loss is divided by, a scalar."""
+    return sum_squares(x - mean_row(x, weights), weights) / weights.sum()
+
+
+def reconstruction_loss(x: Tensor, x_hat: Tensor, weights: Tensor, constant: float) -> Tensor:
+    """Squared error a row over `constant`, so that predicting the mean costs about 1."""
+    return sum_squares(x - x_hat, weights) / (weights.sum() * constant)
+
+
+def multi_topk_loss(sae: Sae, x: Tensor, values: Tensor, indices: Tensor, weights: Tensor, constant: float):
+    """L(K) + L(4K)/8 (Gao et al., section A.4) and the reconstruction at K.
+
+    Args:
+        sae: The model.
+        x: Normalised rows [B, D].
+        values: The best min(4K, N) values of each row [B, 4K], descending.
+        indices: Their latents [B, 4K].
+        weights: [B].
+        constant: See `reconstruction_loss`.
+    """
+    x_hat = sae.reconstruct(values[:, : sae.k], indices[:, : sae.k])
+    wide = reconstruction_loss(x, sae.reconstruct(values, indices), weights, constant)
+    return reconstruction_loss(x, x_hat, weights, constant) + wide / 8, x_hat
+
+
+class AuxK(NamedTuple):
+    """The AuxK term of one step."""
+
+    loss: Tensor
+    """Scalar, 0 where it was not finite."""
+    finite: bool
+
+
+def auxk_loss(sae: Sae, x: Tensor, error: Tensor, weights: Tensor, dead: Tensor, k_aux: int) -> AuxK:
+    """What dead latents could still explain (Gao et al., section A.2).
+
+    With e = x - x_hat *detached*, the min(k_aux, M) best dead latents of each row give
+    ``e_hat = W_dec^T relu(z_dead)``, without b_pre; the term is
+    ``sum |e - e_hat|^2 / sum |e - mean(e)|^2``, weighted. Only the M dead rows of the weights are
+    touched, so the cost falls with their number.
+
+    Args:
+        sae: The model.
+        x: Normalised rows [B, D].
+        error: x - x_hat [B, D]; detached here.
+        weights: [B].
+        dead: Indices int64 [M] of the dead latents, M >= 1.
+        k_aux: Most latents a row.
+    """
+    e = error.detach()
+    W_enc = sae.W_enc[dead]
+    z = torch.addmm(sae.b_enc[dead] - W_enc @ sae.b_pre, x, W_enc.T).relu()
+    if k_aux < len(dead):
+        best, at = z.topk(k_aux, dim=1)
+        z = torch.zeros_like(z).scatter(1, at, best)
+    e_hat = z @ sae.W_dec[dead]
+    spread = sum_squares(e - mean_row(e, weights), weights)
+    loss = sum_squares(e - e_hat, weights) / spread
+    finite = bool(loss.isfinite())
+    return AuxK(loss if finite else torch.zeros_like(spread), finite)

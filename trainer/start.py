@@ -1,0 +1,127 @@
+"""Before the first step: is the spec right for the dataset, and where does the run stand?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+
+import torch
+
+from schemas.config import Config
+from schemas.errors import ConfigError, MissingObject
+from schemas.training import SaeIdentity, StreamState, TrainSpec
+from store import ActivationStore
+from store.console import say
+from store.objects import ObjectStore
+from store.order import LaneOrder, group_units_for
+from store.torch_stream import Batch
+from trainer.checkpoint import newest_checkpoint, require_same_run, unpack
+from trainer.device import cpu_threads
+from trainer.init import initialise
+from trainer.sae import Sae
+from trainer.step import Recipe, Run
+from trainer.telemetry import Telemetry
+
+
+def open_dataset(config: Config) -> ActivationStore:
+    """The sealed dataset at the config's root; ConfigError where there is none yet."""
+    try:
+        return ActivationStore.open(config.root, config.storage)
+    except MissingObject as error:
+        raise ConfigError(
+            f"root {config.root} holds no finished dataset",
+            expected="plan.json and manifest.json",
+            got=str(error).rstrip("."),
+            fix="Run `winnow harvest` with this config first",
+        ) from error
+
+
+def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
+    """Which row comes when; ConfigError where hook, batch, lanes or groups do not fit the dataset."""
+    plan = dataset.plan
+    plan.d_model(spec.hook)
+    units = spec.group_units or group_units_for(
+        spec.group_bytes, unit_bytes=plan.shard_bytes(spec.hook), units=len(plan.split_units("train"))
+    )
+    return LaneOrder.for_plan(
+        plan, batch_rows=spec.batch_rows, seed=spec.seed, lanes=spec.lanes, group_units=units
+    )
+
+
+def resolve_recipe(spec: TrainSpec, dataset: ActivationStore, order: LaneOrder) -> Recipe:
+    """The spec with its open fields filled; ConfigError where it and the dataset disagree."""
+    recipe = Recipe.resolve(spec, dataset.plan.d_model(spec.hook), order.steps_per_epoch)
+    if recipe.steps < 1:
+        least = f"at least {1 / order.steps_per_epoch:.3g}, which is one step"
+        raise ConfigError("epochs", expected=least, got=spec.epochs)
+    if spec.auxk_k is not None and spec.auxk_k > spec.latents:
+        raise ConfigError("auxk_k", expected=f"at most latents ({spec.latents})", got=spec.auxk_k)
+    return recipe
+
+
+def identity_of(dataset: ActivationStore) -> SaeIdentity:
+    """What the SAE's weights will belong to."""
+    return SaeIdentity(
+        plan_fingerprint=dataset.plan.fingerprint,
+        dataset_sha256=dataset.manifest.dataset_sha256,
+        subject_model=dataset.plan.subject.model,
+        subject_weights_sha256=dataset.plan.subject.weights_sha256,
+    )
+
+
+def stream_state(dataset: ActivationStore, order: LaneOrder, hook: str, step: int) -> StreamState:
+    """Where the stream stands before a step."""
+    return order.state(dataset.plan.fingerprint, "train", (hook,), step)
+
+
+def stand(
+    recipe: Recipe,
+    dataset: ActivationStore,
+    order: LaneOrder,
+    identity: SaeIdentity,
+    out: ObjectStore,
+    device: torch.device,
+) -> tuple[Run, Telemetry, bool]:
+    """The state to go on from: the newest checkpoint's, or a new one that `begin` must fill.
+
+    Returns:
+        The run, its telemetry, and whether it is new.
+
+    Raises:
+        ConfigError: `out` holds a run of another spec, dataset or order.
+        IntegrityError: Every checkpoint is damaged.
+    """
+    spec = recipe.spec
+    sae = Sae(dataset.plan.d_model(spec.hook), spec.latents, spec.k, spec.normalize, device=device)
+    run = Run(sae, recipe, loss_constant=1.0)
+    found = newest_checkpoint(out, warn=say)
+    if found is None:
+        return run, Telemetry(out), True
+    index, tensors = found
+    require_same_run(index.spec, index.identity, spec, identity)
+    now = stream_state(dataset, order, spec.hook, index.step)
+    if index.stream != now:
+        raise ConfigError("the order of the rows has changed", expected=index.stream, got=now)
+    unpack(run, tensors)
+    threads = cpu_threads(spec)
+    if (index.threads, index.device) != (threads, str(run.device)):
+        say(
+            f"warning: this run had {index.threads} threads on {index.device} and now has {threads} on "
+            f"{run.device}: the result is as good, but not bit-identical"
+        )
+    say(f"going on from the checkpoint at step {index.step} of {recipe.steps}")
+    return run, Telemetry.resume(out, index.step, warn=say), False
+
+
+def begin(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Initialise a new run from the first `sample_rows` rows of its own stream.
+
+    Returns:
+        The batches from the first one on: those the sample took are trained on all the same.
+    """
+    spec = run.recipe.spec
+    drawn = list(islice(batches, min(-(-spec.sample_rows // spec.batch_rows), run.recipe.steps)))
+    rows = torch.cat([batch.rows[spec.hook] for batch in drawn])[: spec.sample_rows]
+    weights = torch.cat([batch.weights for batch in drawn])[: spec.sample_rows]
+    run.loss_constant = initialise(run.sae, rows.to(run.device), weights.to(run.device), spec.seed)
+    return chain(drawn, batches)

@@ -1,0 +1,220 @@
+"""The state of a run and one training step.
+
+Legend: B rows, D d_model, N latents, K active latents a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from schemas.errors import NonFiniteError
+from schemas.training import TrainSpec
+from trainer import losses
+from trainer.dead import DeadCounter
+from trainer.optim import (
+    Ema,
+    clip_gradients,
+    ema_beta,
+    lr_at,
+    make_adam,
+    project_decoder_gradient,
+    renormalise_decoder,
+)
+from trainer.sae import PARAMETERS, Sae
+
+LONGEST_DEAD_AFTER = 10_000_000
+"""Most rows of silence before a latent is dead, where the spec does not say."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The spec, resolved against a dataset: everything a step needs and no step changes."""
+
+    spec: TrainSpec
+    steps: int
+    """Steps of the whole run."""
+    steps_per_epoch: int
+    k_aux: int
+    dead_after: int
+    """Rows of silence after which a latent is dead."""
+
+    @classmethod
+    def resolve(cls, spec: TrainSpec, d_model: int, steps_per_epoch: int) -> Recipe:
+        """Fill the spec's open fields for rows of width D."""
+        steps = int(spec.epochs * steps_per_epoch + 1e-9)
+        planned = steps * spec.batch_rows
+        return cls(
+            spec,
+            steps,
+            steps_per_epoch,
+            k_aux=spec.auxk_k if spec.auxk_k is not None else power_of_two_near(d_model / 2),
+            dead_after=spec.dead_after_tokens
+            if spec.dead_after_tokens is not None
+            else max(1, min(LONGEST_DEAD_AFTER, planned // 10)),
+        )
+
+    @property
+    def last_epoch_start(self) -> int:
+        """The first step of the last `steps_per_epoch` steps."""
+        return max(0, self.steps - self.steps_per_epoch)
+
+
+def power_of_two_near(size: float) -> int:
+    """The power of two nearest `size` on a log scale, at least 1."""
+    return 1 << max(0, round(torch.tensor(size, dtype=torch.float64).log2().item()))
+
+
+@dataclass
+class Counts:
+    """Numbers a run carries along; all of them are checkpointed."""
+
+    step: int = 0
+    """Steps finished."""
+    tokens: int = 0
+    """Rows of weight above 0 trained on."""
+    tokens_before_last_epoch: int = 0
+    """`tokens` when the last epoch began."""
+    auxk_steps: int = 0
+    """Steps on which AuxK was active."""
+    auxk_nonfinite: int = 0
+    """Steps on which AuxK was not finite and counted as 0."""
+    seconds: float = 0.0
+    """Wall-clock spent in steps, waiting for data included."""
+    seconds_waiting: float = 0.0
+    """Of it, waiting for data."""
+
+
+class Run:
+    """Everything that changes while training: weights, Adam, moving average, dead counts, counts.
+
+    Args:
+        sae: An initialised SAE.
+        recipe: How it is trained.
+        loss_constant: From `trainer.init.initialise`.
+    """
+
+    def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float) -> None:
+        self.sae, self.recipe, self.loss_constant = sae, recipe, loss_constant
+        self.adam = make_adam(sae, recipe.spec)
+        self.ema = Ema(sae, ema_beta(recipe.spec, recipe.steps)) if recipe.spec.ema else None
+        self.dead = DeadCounter(sae.latents, self.device)
+        self.counts = Counts()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.sae.W_enc.device
+
+    @property
+    def dead_share_of_last_epoch(self) -> float:
+        """Share of the latents never active over the last epoch so far."""
+        return self.dead.share(max(1, self.counts.tokens - self.counts.tokens_before_last_epoch))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step found."""
+
+    loss: float
+    """The whole loss: reconstruction (over the constant) and AuxK."""
+    auxk: float
+    grad_norm: float
+    """Before clipping, after projection."""
+    lr: float
+    dead: int
+    """Dead latents at the start of the step."""
+    x: Tensor
+    """Normalised rows [B, D] of weight above 0; with the next three, for telemetry."""
+    x_hat: Tensor
+    values: Tensor
+    weights: Tensor
+
+    @property
+    def fvu(self) -> float:
+        """FVU of this batch in the normalised space."""
+        sums = losses.Fvu(self.x.shape[1], self.x.device)
+        sums.add(self.x, self.x_hat, self.weights)
+        return sums.value
+
+    @property
+    def l0(self) -> float:
+        """Active latents a row in this batch."""
+        count = losses.L0()
+        count.add(self.values, self.weights)
+        return count.value
+
+
+def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
+    """Train on one batch.
+
+    Args:
+        run: The state, changed in place.
+        rows: Raw activations [B, D] on the SAE's device.
+        weights: [B]; rows of weight 0 take part in nothing, whatever they hold.
+
+    Returns:
+        None where every row has weight 0: nothing but the step number moves.
+
+    Raises:
+        NonFiniteError: The loss or the gradient is NaN or infinite; the weights are left as they were.
+    """
+    sae, spec, counts = run.sae, run.recipe.spec, run.counts
+    step = counts.step
+    if step == run.recipe.last_epoch_start:
+        counts.tokens_before_last_epoch = counts.tokens
+    rows, weights = losses.present(rows, weights)
+    if not len(rows):
+        counts.step += 1
+        return None
+    with torch.no_grad():
+        x = sae.normalise(rows)[0]
+    dead = run.dead.silent(run.recipe.dead_after)  # frozen for the whole step
+
+    if spec.multi_topk:
+        values, indices = sae.select(x, min(4 * sae.k, sae.latents))
+        loss, x_hat = losses.multi_topk_loss(sae, x, values, indices, weights, run.loss_constant)
+        values, indices = values[:, : sae.k], indices[:, : sae.k]
+    else:
+        values, indices = sae.select(x)
+        x_hat = sae.reconstruct(values, indices)
+        loss = losses.reconstruction_loss(x, x_hat, weights, run.loss_constant)
+    auxk = 0.0
+    if spec.auxk_coefficient and len(dead):
+        aux = losses.auxk_loss(sae, x, x - x_hat, weights, dead, run.recipe.k_aux)
+        loss, auxk = loss + spec.auxk_coefficient * aux.loss, aux.loss.item()
+        counts.auxk_steps += 1
+        counts.auxk_nonfinite += not aux.finite
+
+    _require_finite("loss", loss.item(), step)
+    run.adam.zero_grad()
+    loss.backward()
+    project_decoder_gradient(sae)
+    grad_norm = clip_gradients((getattr(sae, name) for name in PARAMETERS), spec.clip_norm)
+    _require_finite("gradient norm", grad_norm, step)
+    lr = lr_at(step, run.recipe.steps, spec)
+    for group in run.adam.param_groups:
+        group["lr"] = lr
+    run.adam.step()
+    renormalise_decoder(sae.W_dec)
+    if run.ema is not None:
+        run.ema.update(sae)
+
+    run.dead.update(values, indices)
+    counts.step += 1
+    counts.tokens += len(x)
+    return StepReport(
+        loss.item(), auxk, grad_norm, lr, len(dead), x, x_hat.detach(), values.detach(), weights
+    )
+
+
+def _require_finite(what: str, value: float, step: int) -> None:
+    if not -float("inf") < value < float("inf"):
+        raise NonFiniteError(
+            f"the {what} of step {step} is not finite",
+            expected="a number",
+            got=value,
+            fix="The last checkpoint is kept. Lower lr or set clip_norm, and train into another `out`",
+        )

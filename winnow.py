@@ -1,0 +1,32 @@
+"""The `winnow` command: the packages' commands under one name."""
+
+from __future__ import annotations
+
+import typer
+
+from evaluator.heldout import measure_in_subject
+from harvester.cli import register as register_harvester
+from store.cli import register as register_store
+from trainer.cli import register as register_trainer
+
+app = typer.Typer(
+    name="winnow",
+    help="From a language model's activations to sparse, readable features.",
+    epilog="Start: `winnow plan`, `harvest`, `train` with configs/quickstart.yaml.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+register_harvester(app)
+register_trainer(app, after_train=measure_in_subject)
+register_store(app)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
