@@ -23,8 +23,12 @@ def write_report(name: str, figures: dict[str, Any], path: Path | None) -> dict[
             "cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "winnow": version("winnow-sae")},
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "winnow": version("winnow-sae"),
+        },
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,13 +11,14 @@ predictions of the windows, in nats. `delta_ce` = patched - clean; `loss_recover
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from harvester.driver import read_ledger
+from harvester.splice import Replacement
 from harvester.subject import Subject
 from schemas.config import Config
 from schemas.errors import ConfigError
@@ -47,8 +48,8 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
     found, harvested = subject.identity.weights_sha256, store.plan.subject.weights_sha256
     if found != harvested:
         raise ConfigError("subject weights", expected=f"{harvested} (the dataset's)", got=found)
-    windows = np.arange(len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit)
-    losses = splice_losses(subject, sae, store, hook, windows[:MAX_WINDOWS])
+    held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
+    losses = splice_losses(subject, sae, store, hook, range(min(held_out, MAX_WINDOWS)))
     figures = summarise(losses)
     rate = read_ledger(open_store(config.root, config.storage)).tokens_per_second
     return figures if rate is None else figures | {"harvest_tokens_per_s": rate}
@@ -64,7 +65,7 @@ def _subject_spec(config: Config, store: ActivationStore) -> SubjectSpec:
 
 
 def splice_losses(
-    subject: Subject, sae: Sae, store: ActivationStore, hook: str, windows: NDArray[np.int64]
+    subject: Subject, sae: Sae, store: ActivationStore, hook: str, windows: Sequence[int]
 ) -> dict[str, NDArray[np.float64]]:
     """Mean cross-entropy of each window, clean and with the hook replaced.
 
@@ -81,7 +82,7 @@ def splice_losses(
     device = subject.device
     sae = sae.to(device)
     mean = torch.from_numpy(store.mean(hook)).to(device, torch.float32)
-    variants: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    variants: dict[str, Replacement] = {
         "sae": lambda x: sae(x),
         "zero": torch.zeros_like,
         "mean": lambda x: mean.expand_as(x),
@@ -90,17 +91,19 @@ def splice_losses(
     with Progress("delta CE", len(windows), "windows") as bar:
         for first in range(0, len(windows), BATCH_WINDOWS):
             batch = windows[first : first + BATCH_WINDOWS]
-            tokens = np.stack([store.tokens(int(window)) for window in batch])
+            tokens = np.stack([store.tokens(window) for window in batch])
             replaced = torch.from_numpy(store.window_weights([hook], batch) > 0).reshape(-1, 1).to(device)
             losses["clean"].append(subject.loss(tokens).mean(1))
             for name, variant in variants.items():
-
-                def splice(x: torch.Tensor, variant=variant, replaced=replaced) -> torch.Tensor:
-                    return torch.where(replaced, variant(x.float()).to(x.dtype), x)
-
-                losses[name].append(subject.loss(tokens, replace={hook: splice}).mean(1))
+                patched = subject.loss(tokens, replace={hook: _at(replaced, variant)})
+                losses[name].append(patched.mean(1))
             bar.advance(len(batch))
     return {name: torch.cat(values).double().cpu().numpy() for name, values in losses.items()}
+
+
+def _at(rows: torch.Tensor, variant: Replacement) -> Replacement:
+    """`variant` where `rows` [B*T, 1] is true, the activation itself elsewhere."""
+    return lambda x: torch.where(rows, variant(x.float()).to(x.dtype), x)
 
 
 def summarise(losses: dict[str, NDArray[np.float64]], seed: int = 0) -> dict[str, float]:

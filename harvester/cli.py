@@ -15,10 +15,14 @@ from schemas.harvest import HarvestManifest, HarvestPlan
 from store.console import Progress, emit, guard, human_bytes, load_config, print_table, section
 from store.objects import ObjectStore, open_store
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+]
 Sets = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a field: `--set plan.train_units=4`; repeatable"),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a field: `--set plan.train_units=4`; repeatable"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
 
@@ -29,7 +33,7 @@ def register(app: typer.Typer) -> None:
     app.command("harvest")(harvest_command)
 
 
-def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> None:  # noqa: A002, B006
+def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> None:  # noqa: B006
     """Read the corpus, tokenise and shuffle it into windows, and write the dataset's plan.
 
     Streams: memory stays flat however large the corpus is. Run again, it finds the plan and does
@@ -44,7 +48,7 @@ def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> No
         emit(_plan_facts(plan, store), json, lambda: _show_plan(plan, store))
 
 
-def harvest_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> None:  # noqa: A002, B006
+def harvest_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> None:  # noqa: B006
     """Run the subject model over the planned windows and store its activations.
 
     Plans first where no plan is there. Interrupt or kill it at any point: the same command goes on
@@ -103,7 +107,10 @@ def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
             ("documents", f"{facts['documents']:,} ({facts['duplicates_dropped']:,} duplicates dropped)"),
             ("corpus", f"{facts['corpus_tokens']:,} tokens"),
             ("units", f"{plan.units} ({plan.spec.validation_units} held out)"),
-            ("windows", f"{plan.windows:,} of {plan.spec.context_length} ({facts['windows_unused']:,} unused)"),
+            (
+                "windows",
+                f"{plan.windows:,} of {plan.spec.context_length} ({facts['windows_unused']:,} unused)",
+            ),
             ("rows", f"{plan.rows:,}"),
             ("size when harvested", human_bytes(facts["bytes"])),
         ],

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,7 +92,7 @@ def _record(store: ObjectStore, run: LedgerRun) -> None:
 
 
 @contextmanager
-def _cluster(config: Config) -> Iterator[None]:
+def _cluster(config: Config) -> Generator[None]:
     """Ray: the cluster that the config names, or one on this machine for the time of the run."""
     if ray.is_initialized():
         yield
@@ -140,7 +140,7 @@ class _Run:
                 tokens = max(units * unit_tokens, done_before * unit_tokens + self._tokens_run())
                 bar.update(tokens, units=f"{units}/{self._plan.units}", failed=self._failures.total())
         return LedgerRun(
-            finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             units=self._committed,
             tokens=self._committed * unit_tokens,
             seconds=time.monotonic() - start,
@@ -150,9 +150,10 @@ class _Run:
     def _spawn(self) -> None:
         spec = self._config.harvest
         threads = spec.threads_per_actor or max(1, (os.cpu_count() or 1) // spec.actors)
-        remote = ray.remote(
+        actor_class: Any = ray.remote(UnitWorker)
+        remote = actor_class.options(
             num_cpus=threads, num_gpus=spec.gpus_per_actor, max_concurrency=UNITS_QUEUED + 1
-        )(UnitWorker)
+        )
         self._actors[self._spawned] = remote.remote(
             self._plan.to_json(),
             self._store.uri,

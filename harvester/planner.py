@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import islice
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from harvester.sources import find_files
 from harvester.tokenise import DocumentTokenizer
@@ -26,27 +27,32 @@ from schemas.subject import HookSite, SubjectIdentity, SubjectSpec
 from store.layout import PLAN_KEY, TOKENS_ARRAY, tokens_key
 from store.objects import ObjectStore
 from store.reader import load_plan
-from store.writer import create_dataset, put_tokens
+from store.writer import create_dataset, differing_fields, put_tokens
+
+if TYPE_CHECKING:
+    from harvester.subject import Subject
 
 PUT_THREADS = 8
 """Token chunks on their way to the store together."""
 
 
 class PlanSubject(Protocol):
-    """What the planner asks of a subject (`harvester.subject.Subject` has it)."""
+    """What the planner asks of a subject; for one that is not a `Subject`."""
 
-    @property
-    def identity(self) -> SubjectIdentity: ...  # noqa: D102
-    @property
-    def tokenizer(self) -> Any: ...  # noqa: D102
-    def sites(self, hooks: tuple[str, ...], /) -> tuple[HookSite, ...]: ...  # noqa: D102
+    identity: SubjectIdentity
+    tokenizer: Any
+    """Of transformers (fast), or of `tokenizers`."""
+
+    def sites(self, hooks: Sequence[str], /) -> tuple[HookSite, ...]:
+        """The hooks, resolved; ConfigError for an unknown one."""
+        ...
 
 
 def make_plan(
     config: Config,
     store: ObjectStore,
     *,
-    subject: PlanSubject | None = None,
+    subject: Subject | PlanSubject | None = None,
     progress: ProgressCallback | None = None,
 ) -> HarvestPlan:
     """Read and tokenise the corpus, and store the plan and every token chunk.
@@ -105,7 +111,7 @@ def make_plan(
 
 
 def find_plan(
-    config: Config, store: ObjectStore, *, subject: PlanSubject | None = None
+    config: Config, store: ObjectStore, *, subject: Subject | PlanSubject | None = None
 ) -> HarvestPlan | None:
     """The root's plan, if there is a whole one, checked against the config without reading the corpus.
 
@@ -139,26 +145,20 @@ def plan_differences(
     identity: SubjectIdentity | None = None,
     sites: tuple[HookSite, ...] | None = None,
 ) -> list[str]:
-    """Where `plan` is not what `config` would make: `field: plan has X, config has Y` for each."""
-    pairs: list[tuple[str, Any, Any]] = []
+    """Where `plan` is not what `config` would make: `field: stored X, asked for Y` for each."""
+    stored: dict[str, Any] = plan.model_dump(mode="json")
+    wanted = dict(stored)
     if config.plan is not None:
-        pairs.append(("plan", plan.spec, config.plan))
+        wanted["spec"] = config.plan.model_dump(mode="json")
     if config.corpus is not None:
-        pairs.append(("corpus", plan.corpus, config.corpus))
-    lines = [
-        line
-        for name, ours, theirs in pairs
-        for line in _differences(name, ours.model_dump(mode="json"), theirs.model_dump(mode="json"))
-    ]
-    found = plan.subject.model_dump(mode="json")
+        wanted["corpus"] = config.corpus.model_dump(mode="json")
     if identity is not None:
-        lines += _differences("subject", found, identity.model_dump(mode="json"))
+        wanted["subject"] = identity.model_dump(mode="json")
     elif config.subject is not None:
-        lines += _differences("subject", found, {**found, **_stated(config.subject)})
+        wanted["subject"] = {**stored["subject"], **_stated(config.subject)}
     if sites is not None:
-        widths = {site.name: site.d_model for site in plan.sites}
-        lines += _differences("d_model", widths, {site.name: site.d_model for site in sites})
-    return lines
+        wanted["sites"] = [site.model_dump(mode="json") for site in sites]
+    return differing_fields(stored, wanted)
 
 
 def _stated(spec: SubjectSpec) -> dict[str, Any]:
@@ -169,21 +169,6 @@ def _stated(spec: SubjectSpec) -> dict[str, Any]:
     if spec.revision is not None and len(spec.revision) == 40:  # a commit, not a branch or tag
         stated["revision"] = spec.revision
     return stated
-
-
-def _differences(name: str, ours: Any, theirs: Any) -> list[str]:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        keys = sorted(ours.keys() | theirs.keys())
-        return [
-            line for key in keys for line in _differences(f"{name}.{key}", ours.get(key), theirs.get(key))
-        ]
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        return [
-            line
-            for index, pair in enumerate(zip(ours, theirs, strict=True))
-            for line in _differences(f"{name}[{index}]", *pair)
-        ]
-    return [] if ours == theirs else [f"{name}: plan has {ours!r}, config has {theirs!r}"]
 
 
 def _refuse_other(
@@ -216,7 +201,7 @@ def _sections(config: Config) -> tuple[SubjectSpec, CorpusSpec, PlanSpec]:
     return config.subject, config.corpus, config.plan
 
 
-def _load(subject: SubjectSpec, spec: PlanSpec) -> PlanSubject:
+def _load(subject: SubjectSpec, spec: PlanSpec) -> Subject:
     from harvester.subject import Subject  # here, not above: it brings torch, which an injected one spares
 
     return Subject.load(subject, until=spec.hooks)

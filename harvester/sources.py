@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import fsspec
@@ -36,6 +36,8 @@ FORMATS: dict[str, Literal["txt", "jsonl", "parquet"]] = {
     ".parquet": "parquet",
 }
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_CLIENTS = ("botocore.", "aiobotocore.", "aiohttp.")
+"""Modules whose errors, of no common base, mean that remote storage failed."""
 _SIGNATURES = ("x-amz-signature", "x-amz-credential", "x-goog-signature", "sig=")
 
 
@@ -81,7 +83,7 @@ def open_file(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     try:
         with file.filesystem.open(file.path, "rb", block_size=BLOCK_BYTES) as raw:
             with _decompress(raw, file) as stream:
-                yield stream, raw
+                yield stream, cast(IO[bytes], raw)
     except WinnowError:
         raise
     except _DAMAGED as error:
@@ -93,6 +95,11 @@ def open_file(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         ) from error
     except OSError as error:
         raise StoreError(f"corpus file {file.name} cannot be read", got=str(error)) from error
+    except Exception as error:
+        if not type(error).__module__.startswith(_CLIENTS):
+            raise
+        got = f"{type(error).__name__}: {error}"
+        raise StoreError(f"corpus file {file.name} cannot be read", got=got) from error
 
 
 def _files_of(source: SourceSpec) -> list[SourceFile]:
@@ -122,7 +129,7 @@ def _match(uri: str) -> list[tuple[AbstractFileSystem, str, int | None]]:
             f"corpus source {uri!r} needs a package for {protocol}://", got=str(error), fix="Install it"
         ) from error
     except FileNotFoundError:
-        found = {}
+        filesystem, found = None, dict[str, dict[str, Any]]()
     except ValueError as error:
         raise ConfigError(
             f"corpus source {uri!r}", expected="a path or an fsspec URI", got=str(error)
@@ -133,12 +140,13 @@ def _match(uri: str) -> list[tuple[AbstractFileSystem, str, int | None]]:
             got=f"{type(error).__name__}: {error}",
             fix="Check the address and the credentials in the environment",
         ) from error
-    if not found:
+    if filesystem is None or not found:
         raise ConfigError(
             f"corpus source {uri!r} matches nothing",
             expected="at least one file",
             got="none",
-            fix="Check corpus.sources: relative paths start at the working directory",
+            fix="Check corpus.sources"
+            + ("" if "://" in uri else ": relative paths start at the working directory"),
         )
     for name, info in found.items():
         if info.get("type") == "directory":
@@ -214,7 +222,7 @@ class _Zstd(io.RawIOBase):
 
     def __init__(self, raw: IO[bytes], file: SourceFile) -> None:
         try:
-            import zstandard
+            import zstandard  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise DependencyMissing(
                 f"corpus file {file.name} needs the package zstandard",

@@ -26,6 +26,8 @@ BUCKET_BYTES = 16 * 2**20
 MAX_BUCKETS = 4096
 BUCKETS_WHEN_UNKNOWN = 1024
 HASH_BYTES = 8
+PIECE_BYTES = 16 * 2**10
+"""Least a bucket gets of the buffer, so that it is not read back in crumbs."""
 
 
 def record_bytes(context_length: int, dtype: np.dtype[np.generic]) -> int:
@@ -85,7 +87,7 @@ class WindowSpill:
         self._pieces: list[list[tuple[int, int]]] = [[] for _ in range(buckets)]  # (offset, windows)
         self._sizes = np.zeros(buckets, np.int64)
         self._open = buckets
-        room = max(buffer_bytes, buckets * 16 * 2**10) // self._record.itemsize
+        room = max(buffer_bytes, buckets * PIECE_BYTES) // self._record.itemsize
         self._buffer = np.empty(max(room, 1), self._record)
         self._filled = 0
         self.windows = 0

@@ -8,7 +8,7 @@ be shared by threads that run it at the same time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -26,7 +26,12 @@ class _AllRead(Exception):
 
 
 def read(
-    model: nn.Module, taps: Sequence[Tap], run: Callable[[], object], shape: tuple[int, int], *, stop: bool = True
+    model: nn.Module,
+    taps: Sequence[Tap],
+    run: Callable[[], object],
+    shape: tuple[int, int],
+    *,
+    stop: bool = True,
 ) -> dict[str, Tensor]:
     """Run a forward pass and return what passes the taps.
 
@@ -55,10 +60,8 @@ def read(
     with ExitStack() as stack:
         for tap in taps:
             stack.enter_context(_attached(model, tap, keep))
-        try:
+        with suppress(_AllRead):
             run()
-        except _AllRead:
-            pass
     for tap in taps:
         if tap.hook not in found:
             raise _not_run(tap)

@@ -17,8 +17,9 @@ import transformers
 from torch import Tensor, nn
 
 from harvester.hooks import Layout, Tap, find_layout, resolve_hook
+from harvester.pretrained import load_model, load_tokenizer
 from harvester.splice import Replacement, next_token_loss, read, replaced
-from harvester.weights import Located, digest_files, load_model, load_tokenizer, locate
+from harvester.weights import Located, digest_files, locate
 from schemas.base import sha256_hex, validate
 from schemas.errors import ConfigError
 from schemas.subject import HookSite, SubjectIdentity, SubjectSpec
@@ -40,6 +41,7 @@ class Subject:
         device: Where it lives.
         dtype: Of its weights and activations.
         layout: Its blocks.
+        truncated: Whether later layers and the LM head were dropped at loading.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Subject:
         model: transformers.PreTrainedModel,
         layout: Layout,
         modules: frozenset[str],
-        kept_layers: int,
+        kept_layers: int | None,
         device: torch.device,
     ) -> None:
         self.spec = spec
@@ -59,7 +61,8 @@ class Subject:
         self.dtype = cast(torch.dtype, model.dtype)
         self._located = located
         self._modules = modules
-        self._kept_layers = kept_layers
+        self.truncated = kept_layers is not None
+        self._kept_layers = layout.layers if kept_layers is None else kept_layers
         self._taps: dict[str, tuple[Tap, int]] = {}
 
     @classmethod
@@ -88,7 +91,7 @@ class Subject:
         config = model.config.get_text_config()
         layout = find_layout(model, config)
         modules = frozenset(name for name, _ in model.named_modules() if name)
-        kept = layout.layers
+        kept = None
         if until is not None:
             layers = [resolve_hook(hook, layout, modules).layer for hook in until]
             if not layers:
@@ -102,7 +105,7 @@ class Subject:
             "subject %s: %s, %d of %d layers, %s on %s, %s attention",
             spec.model,
             layout.architecture,
-            kept,
+            layout.layers if kept is None else kept,
             layout.layers,
             str(model.dtype).removeprefix("torch."),
             device,
@@ -121,14 +124,14 @@ class Subject:
 
         For a GGUF, `weights_sha256` is the digest of the GGUF file itself.
         """
-        backend = self.tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        backend = cast(Any, self.tokenizer).backend_tokenizer
         return SubjectIdentity(
             model=self.spec.model,
             revision=self._located.revision,
             architecture=self.layout.architecture,
             weights_sha256=digest_files(self._located.weights),
             tokenizer_sha256=sha256_hex(backend.to_str().encode()),
-            dtype=next(name for name, dtype in _DTYPES.items() if dtype == self.dtype),  # pyright: ignore
+            dtype=cast(Any, str(self.dtype).removeprefix("torch.")),
             attention=self.spec.attention,
             layers=self.layout.layers,
             vocabulary=self._vocabulary,
@@ -136,11 +139,6 @@ class Subject:
             bos_token_id=_token_id(self.tokenizer.bos_token_id),
             eos_token_id=_token_id(self.tokenizer.eos_token_id),
         )
-
-    @property
-    def truncated(self) -> bool:
-        """Whether later layers and the LM head were dropped at loading."""
-        return self._kept_layers < self.layout.layers or self.model.get_output_embeddings() is None
 
     def sites(self, hooks: Sequence[str]) -> tuple[HookSite, ...]:
         """Resolve hooks and their widths D. Module paths cost one forward pass of two tokens.
@@ -228,7 +226,9 @@ class Subject:
             ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
             whole = self.model if not self.truncated else self.model.base_model
             with torch.no_grad():
-                found = read(self.model, paths, lambda: whole(input_ids=ids, use_cache=False), (1, 2), stop=False)
+                found = read(
+                    self.model, paths, lambda: whole(input_ids=ids, use_cache=False), (1, 2), stop=False
+                )
             self._taps.update({tap.hook: (tap, found[tap.hook].shape[-1]) for tap in paths})
         return [self._taps[hook][0] for hook in hooks]
 
@@ -264,7 +264,7 @@ class Subject:
 
 
 def _truncate(model: transformers.PreTrainedModel, layout: Layout, layers: int) -> None:
-    """Drop the blocks after the first `layers`, and the LM head. (A tied head's weight stays: the embedding.)"""
+    """Drop the blocks after the first `layers`, and the LM head (a tied weight stays, as the embedding)."""
     parent, _, name = layout.blocks.rpartition(".")
     blocks = cast(nn.ModuleList, model.get_submodule(layout.blocks))
     setattr(model.get_submodule(parent), name, blocks[:layers])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +28,7 @@ AHEAD = 2
 T = TypeVar("T")
 
 
-def read_ahead(items: Iterable[T], depth: int = AHEAD) -> Iterator[T]:
+def read_ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
     """`items`, made in a thread of their own, at most `depth` of them waiting.
 
     An error in `items` is raised here; leaving early ends the thread.

@@ -13,19 +13,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
-import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 from harvester.packages import is_package_uri, resolve_package
+from harvester.pretrained import convert, first_line
 from schemas.base import sha256_hex
 from schemas.errors import ConfigError, StoreError
 from schemas.subject import SubjectSpec
@@ -38,7 +36,6 @@ CONVERSION = "v1"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _INDEX = "model.safetensors.index.json"
 _WANTED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return (folder / "model.safetensors",)
     if (folder / _INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{folder / _INDEX} is not a safetensors index", got=str(error)) from error
         files = tuple(folder / name for name in names)
@@ -187,59 +186,20 @@ def convert_gguf(path: Path) -> Path:
             shutil.rmtree(scratch, ignore_errors=True)  # left by a process that died; we hold the lock
             log.info("converting %s to safetensors in %s (once)", path.name, target)
             try:
-                _write_converted(path, scratch)
+                convert(path, scratch)
                 facts = {"file": path.name, "sha256": sha256, "transformers": transformers.__version__}
                 (scratch / "source.json").write_text(json.dumps(facts), encoding="utf-8")
                 _flush(scratch)
                 scratch.rename(target)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StoreError(
             f"the converted weights of {path.name} cannot be written to {target.parent}",
             got=str(error),
             fix="Free some space (float32 weights: 4 bytes a parameter) or set XDG_CACHE_HOME",
         ) from error
     return target
-
-
-def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The causal LM in `folder`, on the CPU, in eval mode, without gradients.
-
-    Raises:
-        ConfigError: transformers cannot load it, or weights are missing.
-    """
-    with _quiet(), _explained(spec):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=spec.trust_remote_code,
-            attn_implementation=spec.attention,
-            output_loading_info=True,
-            **_dtype_argument(dtype),
-        )
-    _check_complete(report, folder)
-    return model.eval().requires_grad_(False)
-
-
-def load_tokenizer(folder: Path, spec: SubjectSpec) -> transformers.PreTrainedTokenizerBase:
-    """The fast tokenizer in `folder`.
-
-    Raises:
-        ConfigError: There is none, or it is not one of the `tokenizers` library.
-    """
-    with _explained(spec):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=spec.trust_remote_code
-        )
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ConfigError(
-            f"subject.model {spec.model!r} has a slow tokenizer",
-            expected="a tokenizer.json of the tokenizers library",
-            got=type(tokenizer).__name__,
-        )
-    return tokenizer
 
 
 def _fetch(spec: SubjectSpec) -> Path:
@@ -254,48 +214,10 @@ def _fetch(spec: SubjectSpec) -> Path:
         raise ConfigError(
             f"subject.model {spec.model!r} is no local folder and could not be fetched from the hub",
             expected="a hub id that can be reached, or is in the hub's cache",
-            got=_first_line(error),
+            got=first_line(error),
             fix="Check the name, the revision and the network (and HF_TOKEN for a gated model), or "
             "download it elsewhere and give its folder",
         ) from error
-
-
-def _write_converted(path: Path, folder: Path) -> None:
-    spec = SubjectSpec(model=str(path))
-    with _quiet(), _explained(spec):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            local_files_only=True,
-            output_loading_info=True,
-            **_dtype_argument(torch.float32),
-        )
-        _check_complete(report, path)
-        # A model read from a GGUF believes itself quantised and refuses to be saved: its weights go into
-        # a plain twin.
-        config = type(model.config).from_dict(
-            {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-        )
-        with torch.device("meta"):
-            plain = transformers.AutoModelForCausalLM.from_config(config, **_dtype_argument(torch.float32))
-        plain.load_state_dict(model.state_dict(), assign=True)
-        plain.tie_weights()
-        plain.save_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True
-        )
-        tokenizer.save_pretrained(folder)
-
-
-def _check_complete(report: dict[str, Any], where: Path) -> None:
-    missing = sorted(report.get("missing_keys") or ())
-    if missing:
-        raise ConfigError(
-            f"{where} lacks weights of the model, which would be random",
-            got=f"{len(missing)} missing: {', '.join(missing[:5])}",
-        )
-    if unexpected := sorted(report.get("unexpected_keys") or ()):
-        log.info("%s holds %d weights the model does not use: %s ...", where, len(unexpected), unexpected[0])
 
 
 def _flush(folder: Path) -> None:
@@ -305,53 +227,3 @@ def _flush(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
-    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
-
-
-@contextmanager
-def _explained(spec: SubjectSpec) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except _LOAD_ERRORS as error:
-        text = str(error)
-        fix = "Check that transformers supports this model, and that the files are whole"
-        if "scaled_dot_product_attention" in text:
-            fix = "Set subject.attention to eager"
-        elif "trust_remote_code" in text:
-            fix = "Set subject.trust_remote_code to true only if you have read and trust the model's code"
-        raise ConfigError(
-            f"subject.model {spec.model!r} cannot be loaded", got=_first_line(error), fix=fix
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars; transformers' own report of the weights gives way to `_check_complete`."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
-    from transformers.utils import logging as their_logging
-
-    bars, verbosity = their_logging.is_progress_bar_enabled(), their_logging.get_verbosity()
-    gguf_bar: Callable[..., Any] | None = getattr(gguf, "tqdm", None)
-    their_logging.disable_progress_bar()
-    their_logging.set_verbosity_error()
-    if gguf_bar is not None:
-        gguf.tqdm = lambda items, **_: items  # this one is not governed by disable_progress_bar
-    try:
-        yield
-    finally:
-        if gguf_bar is not None:
-            gguf.tqdm = gguf_bar
-        their_logging.set_verbosity(verbosity)
-        if bars:
-            their_logging.enable_progress_bar()

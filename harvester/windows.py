@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from harvester.corpus import Tally, documents
+from harvester.corpus import documents
 from harvester.packing import (
     Holdout,
     Packer,
@@ -29,6 +29,7 @@ from harvester.packing import (
 )
 from harvester.sources import SourceFile
 from harvester.spill import WindowSpill, bucket_count, check_space, record_bytes
+from harvester.tally import Tally
 from harvester.tokenise import DocumentTokenizer, batches, read_ahead
 from schemas.corpus import CorpusSpec
 from schemas.errors import ConfigError
@@ -54,6 +55,7 @@ class PlanProgress:
         self._start = time.monotonic()
 
     def read(self, tokens: int, tally: Tally) -> None:
+        """Report how much of the corpus is read."""
         if self._due():
             facts = {"documents": f"{tally.documents:,}"}
             if self.total:
@@ -65,6 +67,7 @@ class PlanProgress:
             self._call(tokens, facts)
 
     def put(self, tokens: int, done: int, total: int) -> None:
+        """Report how many token chunks are stored."""
         if self._due() or done == total:
             self._call(tokens, {"chunks": f"{done:,}/{total:,}"})
 
@@ -123,9 +126,12 @@ class CorpusWindows:
                 buckets=bucket_count(self._forecast(PACKED)),
                 keep=wanted * spec.windows_per_unit if wanted is not None else None,
             )
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise ConfigError(
-                "harvest.temp_dir", expected="an existing local folder", got=folder, fix="Create it"
+                "harvest.temp_dir",
+                expected="a local folder that can be written",
+                got=f"{folder} ({error.strerror})",
+                fix="Create it, or name another",
             ) from error
 
     def __enter__(self) -> Self:
@@ -176,8 +182,8 @@ class CorpusWindows:
             needed = (spec.validation_units + 1) * size * self._packer.payload
             raise ConfigError(
                 "the corpus is too small for plan.validation_units and one training unit",
-                expected=f"at least {needed:,} tokens (({spec.validation_units} + 1) units x {size} windows x "
-                f"{self._packer.payload} tokens, and what whole documents leave over)",
+                expected=f"at least {needed:,} tokens ({spec.validation_units + 1} units x {size} windows x "
+                f"{self._packer.payload}) and what whole documents leave over",
                 got=f"{self.tokens:,} tokens in {self._tally.documents:,} documents",
                 fix="Lower plan.windows_per_unit (a multiple of 64) or plan.validation_units, or add text; "
                 "where a few long documents are all there is, lower corpus.max_document_chars",
@@ -192,7 +198,7 @@ class CorpusWindows:
         self._validation.planned = held_out
         self._train.planned = (spec.train_units or units) * size
 
-    def units(self) -> Iterator[Tokens]:
+    def units(self) -> Iterator[NDArray[np.uint32]]:
         """Every planned unit's tokens, uint32 little-endian [W, T], the validation units first."""
         size = self._spec.windows_per_unit
         held = self._validation.planned // size if self._by_document else 0
@@ -201,7 +207,7 @@ class CorpusWindows:
             regroup([self._held_windows], size, held),
             regroup(self._spill.ordered(), size, total - held),
         )
-        return (part.astype("<u4") for part in parts)
+        return (part.astype(np.dtype("<u4")) for part in parts)
 
     def digests(self) -> NDArray[np.uint8]:
         """uint8 [units, 32]: SHA-256 of each unit's tokens."""
@@ -241,5 +247,5 @@ class CorpusWindows:
             check_space(self._folder, needed, "the rest of the planner's spill file")
 
 
-def _tokenised(texts: Iterator[str], tokenizer: DocumentTokenizer) -> Iterator[list[Tokens]]:
+def _tokenised(texts: Iterator[str], tokenizer: DocumentTokenizer) -> Generator[list[Tokens], None, None]:
     return read_ahead(tokenizer(batch) for batch in read_ahead(batches(texts)))

@@ -104,7 +104,7 @@ class UnitWorker:
                 batch_windows=self._batch,
                 threads=self._threads,
                 device=str(self._subject.device),
-                finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             ),
         )
         return unit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
@@ -18,7 +18,9 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 RelativeKey = Annotated[
     str,
-    StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512),
+    StringConstraints(
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512
+    ),
 ]
 """An object key below a root: a strict alphabet; a part never starts with a dot, so none climbs out."""
 
@@ -53,12 +55,13 @@ class Contract(BaseModel):
 
 
 class Artefact(Contract):
-    """A contract that is stored: it carries its kind and version, and is parsed with suspicion."""
+    """A contract that is stored: it carries its kind and version, and is parsed with suspicion.
+
+    Each subclass has a field `kind`, one literal that says what the object is.
+    """
 
     MAJOR: ClassVar[int] = 1
 
-    kind: str
-    """What the object is; each subclass narrows this to one literal."""
     version: str = "1.0"
     """`major.minor`; another major version is refused."""
 
@@ -87,28 +90,27 @@ class Artefact(Contract):
                 got=f"{len(data)} bytes",
             )
         try:
-            raw = json.loads(data)
+            raw: Any = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise IntegrityError(
                 f"{origin} is not readable JSON", expected=kind, got=str(error)[:200]
             ) from error
-        if not isinstance(raw, dict) or raw.get("kind") != kind:
-            got = raw.get("kind") if isinstance(raw, dict) else type(raw).__name__
+        fields = cast("dict[str, Any]", raw) if isinstance(raw, dict) else {"kind": type(raw).__name__}
+        if fields.get("kind") != kind:
+            got = fields.get("kind")
             raise UnsupportedVersion(f"{origin} is another kind of object", expected=kind, got=got)
-        major = str(raw.get("version", "")).split(".")[0]
+        major = str(fields.get("version", "")).split(".")[0]
         if major != str(cls.MAJOR):
             raise UnsupportedVersion(
                 f"{origin} has a version this Winnow cannot read",
                 expected=f"{cls.MAJOR}.x",
-                got=raw.get("version"),
+                got=fields.get("version"),
                 fix="Read it with the Winnow release that wrote it, or upgrade this one",
             )
         try:
-            return cls.model_validate(raw)
+            return cls.model_validate(fields)
         except ValidationError as error:
-            raise IntegrityError(
-                f"{origin} does not fit {kind} {cls.MAJOR}.x", got=explain(error)
-            ) from error
+            raise IntegrityError(f"{origin} does not fit {kind} {cls.MAJOR}.x", got=explain(error)) from error
 
 
 def explain(error: ValidationError) -> str:

@@ -24,7 +24,8 @@ from store.objects import Data, ObjectStore
 PUT_TRIES = 3
 """Puts of one object before an absent one is given up."""
 
-_RECEIPT = re.compile(rf"{RECEIPTS_DIR}/(\d{{8,}})(?:\.r([1-9]\d*))?\.json")
+RECEIPT_KEY = re.compile(rf"{RECEIPTS_DIR}/(\d{{8,}})(?:\.r([1-9]\d*))?\.json")
+"""Keys of receipts: unit, and revision if it is not 0."""
 
 
 def settle(store: ObjectStore, key: str, body: Data) -> bytes | None:
@@ -110,7 +111,7 @@ def standing_receipts(store: ObjectStore, plan: HarvestPlan) -> dict[int, int]:
     """Unit -> highest revision of its receipt, for every unit that has one; by listing, unread."""
     found: dict[int, int] = {}
     for key, _ in store.list(RECEIPTS_DIR):
-        match = _RECEIPT.fullmatch(key)
+        match = RECEIPT_KEY.fullmatch(key)
         if match and int(match[1]) < plan.units and key == receipt_key(int(match[1]), int(match[2] or 0)):
             found[int(match[1])] = max(found.get(int(match[1]), 0), int(match[2] or 0))
     return found

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import typer
 import yaml
@@ -59,7 +59,7 @@ def load_config(path: Path, sets: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config {path}", expected="YAML", got=" ".join(str(error).split())) from error
     if not isinstance(raw, dict):
         raise ConfigError(f"config {path}", expected="a mapping of sections", got=type(raw).__name__)
-    tree: dict[str, Any] = raw
+    tree = cast("dict[str, Any]", raw)
     for item in sets:
         _override(tree, item)
     return validate(Config, tree, origin=f"config {path}")
@@ -76,21 +76,30 @@ def _override(tree: dict[str, Any], item: str) -> None:
     *parents, leaf = dotted.split(".")
     node: Any = tree
     for part in parents:
-        node = node[_index(node, part)] if isinstance(node, list) else _section(node, part)
-        if not isinstance(node, (dict, list)):
-            raise ConfigError(f"--set {dotted}", expected=f"{part} to be a section", got=repr(node))
-    node[_index(node, leaf) if isinstance(node, list) else leaf] = value
+        inner: Any = _child(node, part)
+        if not isinstance(inner, (dict, list)):
+            raise ConfigError(f"--set {dotted}", expected=f"{part} to be a section", got=repr(inner))
+        node = cast("Any", inner)
+    if isinstance(node, list):
+        items = cast("list[Any]", node)
+        items[_index(items, leaf)] = value
+    else:
+        node[leaf] = value
 
 
-def _section(node: dict[str, Any], part: str) -> Any:
+def _child(node: Any, part: str) -> Any:
+    """What lies below `node`; a section that is absent is opened."""
+    if isinstance(node, list):
+        items = cast("list[Any]", node)
+        return items[_index(items, part)]
     if node.get(part) is None:
         node[part] = {}
     return node[part]
 
 
-def _index(node: list[Any], part: str) -> int:
-    if not part.isdecimal() or int(part) >= len(node):
-        raise ConfigError(f"--set ...{part}", expected=f"a list index below {len(node)}", got=repr(part))
+def _index(items: list[Any], part: str) -> int:
+    if not part.isdecimal() or int(part) >= len(items):
+        raise ConfigError(f"--set ...{part}", expected=f"a list index below {len(items)}", got=repr(part))
     return int(part)
 
 
@@ -102,12 +111,12 @@ def section(value: T | None, name: str) -> T:
 
 
 @contextmanager
-def guard() -> Iterator[None]:
+def guard() -> Generator[None]:
     """Turn a `WinnowError` into one sentence on stderr and its exit code; Ctrl-C into 130."""
     try:
         yield
     except WinnowError as error:
-        stderr.print(f"error: {error}", style="red", markup=False)
+        stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         stderr.print("interrupted: run the same command again to go on", style="yellow")
@@ -116,7 +125,7 @@ def guard() -> Iterator[None]:
 
 def say(message: str) -> None:
     """One line for people, on stderr."""
-    stderr.print(message, markup=False)
+    stderr.print(message, markup=False, soft_wrap=True)
 
 
 def emit(value: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -130,7 +139,8 @@ def emit(value: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> N
 
 def print_table(title: str, rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
     """A small table on stdout."""
-    table = Table(title=title, show_header=bool(header), title_justify="left")
+    stdout.print(title, style="bold", markup=False, soft_wrap=True)
+    table = Table(show_header=bool(header))
     for index in range(len(rows[0]) if rows else len(header)):
         table.add_column(header[index] if header else "", justify="left" if index == 0 else "right")
     for row in rows:
@@ -151,7 +161,7 @@ class Progress:
     def __init__(self, label: str, total: float | None, unit: str, done: float = 0) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done
         self._start_done, self._start, self._last = done, time.monotonic(), 0.0
-        self._facts = ""
+        self._facts, self._shown = "", -1.0
         self._bar: RichProgress | None = None
 
     @property
@@ -189,7 +199,7 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif error[0] is None:
+        elif error[0] is None and self.done != self._shown:
             self._line()
 
     def advance(self, amount: float, **facts: object) -> None:
@@ -203,18 +213,26 @@ class Progress:
             self._facts = " ".join(f"{key} {value}" for key, value in facts.items())
         if self._bar is not None:
             self._bar.update(
-                self._task, completed=int(done), rate=f"{self.rate:,.0f} {self.unit}/s", facts=self._facts
+                self._task,
+                completed=int(done),
+                rate=f"{human_rate(self.rate)} {self.unit}/s",
+                facts=self._facts,
             )
         elif time.monotonic() - self._last >= PLAIN_SECONDS:
             self._line()
 
     def _line(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._shown = time.monotonic(), self.done
         share = f"/{self.total:,.0f} ({self.done / self.total:.0%})" if self.total else ""
         eta = self.eta_seconds
         left = f", ETA {int(eta // 60)}:{int(eta % 60):02d}" if eta is not None else ""
         facts = f"  {self._facts}" if self._facts else ""
-        say(f"{self.label}: {self.done:,.0f}{share} {self.unit}, {self.rate:,.0f}/s{left}{facts}")
+        say(f"{self.label}: {self.done:,.0f}{share} {self.unit}, {human_rate(self.rate)}/s{left}{facts}")
+
+
+def human_rate(rate: float) -> str:
+    """`1,204`, or `0.35` where the figure is small."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def human_bytes(count: float) -> str:

@@ -5,7 +5,7 @@ Letters: D d_model, P rows in a slice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ def fetch_slices(
     hook: str,
     unit: int,
     first: int,
-    outs: Sequence[NDArray[Any]],
+    stop: int,
+    take: Callable[[int, NDArray[Any]], None],
 ) -> int:
     """Read neighbouring slices of a shard, each checked against the unit's receipt.
 
@@ -40,7 +41,9 @@ def fetch_slices(
         hook: Which shard.
         unit: Which shard.
         first: The first slice.
-        outs: One [P, D] array of the stored dtype for each slice; filled.
+        stop: One past the last slice.
+        take: Called with each slice's number and its rows [P, D], a read-only view that is valid during
+            the call.
 
     Returns:
         Bytes read from storage.
@@ -51,9 +54,9 @@ def fetch_slices(
     """
     crcs: list[int] = index.hooks[hook].crc32c[unit].tolist()
     size = slice_bytes(plan, hook)
-    data = np.frombuffer(_read(store, plan, hook, unit, first, first + len(outs)), np.uint8)
+    data = np.frombuffer(_read(store, plan, hook, unit, first, stop), np.uint8)
     received = data.size
-    for number, out in enumerate(outs, first):
+    for number in range(first, stop):
         start = (number - first) * size
         piece: Data = data[start : start + size].data
         for left in range(REFETCHES, -1, -1):
@@ -65,7 +68,7 @@ def fetch_slices(
                 piece = _read(store, plan, hook, unit, number, number + 1)
                 received += len(piece)
             else:
-                out[:] = rows[0]
+                take(number, rows[0])
                 break
     return received
 

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,9 +42,9 @@ class LocalStore(ObjectStore):
         if path.exists():
             return False
         try:
+            _make_folder(path.parent)
             temp = self._write_temp(data)
             try:
-                _make_folder(path.parent)
                 os.link(temp, path)
             except FileExistsError:
                 return False
@@ -58,9 +59,9 @@ class LocalStore(ObjectStore):
         """See `ObjectStore.put`."""
         path = self._path(key)
         try:
+            _make_folder(path.parent)
             temp = self._write_temp(data)
             try:
-                _make_folder(path.parent)
                 temp.replace(path)
             finally:
                 temp.unlink(missing_ok=True)
@@ -166,10 +167,14 @@ class LocalStore(ObjectStore):
 
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`."""
+        path = self._path(key)
         try:
-            self._path(key).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError as error:
             self._fail(error, key, "deleting")
+        if path.parent != self._root:
+            with suppress(OSError):  # object storage has no empty folders; one in use stays
+                path.parent.rmdir()
 
     def child(self, prefix: str) -> LocalStore:
         """See `ObjectStore.child`."""

@@ -12,8 +12,7 @@ from store.parts import DatasetDigest, read_part
 
 
 def find_manifest(store: ObjectStore, plan: HarvestPlan) -> HarvestManifest | None:
-    """The manifest of highest revision, checked against the plan and against its parents; None where
-    the dataset is not sealed.
+    """The manifest of highest revision, checked against the plan and its parents; None: not sealed.
 
     Raises:
         IntegrityError, UnsupportedVersion: A manifest cannot be read or does not fit.

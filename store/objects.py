@@ -118,7 +118,7 @@ class ObjectStore(ABC):
         Raises:
             StoreError: What the store got wrong.
         """
-        key, body = f"probe/{secrets.token_hex(16)}", secrets.token_bytes(64)
+        key, body = f"probe-{secrets.token_hex(16)}/object", secrets.token_bytes(64)
         try:
             self._probe(key, body, single_writer)
         finally:
@@ -397,7 +397,9 @@ class S3Store(ObjectStore):
         cut = len(self._prefix) + 1 if self._prefix else 0
         found: list[tuple[str, int]] = []
         try:
-            for chunk in obstore.list(self._client, folder or None, chunk_size=1000):
+            for chunk in obstore.list(  # pyright: ignore[reportUnknownMemberType]
+                self._client, folder or None, chunk_size=1000
+            ):
                 found.extend((item["path"][cut:], item["size"]) for item in chunk)
         except _FAILURES as error:
             self._fail(error, prefix, "listing")
@@ -440,7 +442,7 @@ class S3Store(ObjectStore):
         ) from None
 
 
-_REFUSED = re.compile(r"AccessDenied|SignatureDoesNotMatch|InvalidAccessKeyId|ExpiredToken|\\b40[13]\\b")
+_REFUSED = re.compile(r"AccessDenied|SignatureDoesNotMatch|InvalidAccessKeyId|ExpiredToken|\b40[13]\b")
 _FAILURES = (obstore.exceptions.BaseError, OSError, ValueError)
 
 

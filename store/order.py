@@ -251,17 +251,19 @@ class LaneOrder:
 
     @property
     def same_window(self) -> float:
-        """Probability that two rows of a batch share a window: the rows' mean of 1/(units * W) over
-        the groups, which is groups/(all units * W)."""
+        """Probability that two rows of a batch share a window.
+
+        Inside a group of u units it is 1/(u * W); the mean over all rows is groups/(all units * W).
+        """
         return self.groups / (len(self.units) * self.windows_per_unit)
 
     @property
     def excess(self) -> float:
         """`same_window` beyond that of a uniform shuffle of the whole split, 1/(all units * W).
 
-        The design states the excess as 1/(U*W), against an endless corpus. Of a split that is one
-        group, every batch *is* a uniform draw from the split, so its excess is 0; with many groups
-        the two agree.
+        The design states the excess as 1/(U*W), against an endless corpus. Where the split is one
+        group, every batch is a uniform draw from the split, so its excess is 0; with many groups the
+        two agree. A shorter last group mixes worse than the others and enters by its share of rows.
         """
         return (self.groups - 1) / (len(self.units) * self.windows_per_unit)
 

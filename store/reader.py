@@ -202,7 +202,11 @@ class ActivationStore:
             stored = np.empty(
                 (last - first, slice_rows, width), dtype=layout.STORED_DTYPES[self.plan.spec.dtype]
             )
-            fetch_slices(self.store, self.plan, self.index, hook, unit, first, list(stored))
+
+            def take(number: int, rows: NDArray[Any], stored: Any = stored, first: int = first) -> None:
+                stored[number - first] = rows
+
+            fetch_slices(self.store, self.plan, self.index, hook, unit, first, last, take)
             chosen = stored.reshape(-1, width)[low - first * slice_rows : high - first * slice_rows]
             to_float32(chosen, self.plan.spec.dtype, out=target)
         return out
@@ -256,8 +260,12 @@ class ActivationStore:
         return out
 
     def moments(self, hook: str) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-        """(rows, sums [D], sums of squares [D]) over the training rows of weight 1 that the first
-        units' receipts describe; a sample without bias, since windows are shuffled corpus-wide.
+        """Sums over the training rows of weight 1 that the first units' receipts describe.
+
+        A sample without bias, since windows are shuffled corpus-wide.
+
+        Returns:
+            (rows, sums float64 [D], sums of squares float64 [D]), raw units.
 
         Raises:
             ConfigError: Unknown hook, or no training unit among those described.

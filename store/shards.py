@@ -8,9 +8,9 @@ Spec: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/ind
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import google_crc32c
 import numpy as np
@@ -31,8 +31,9 @@ _CHUNK_VALUES = 1 << 17
 
 def crc32c(data: Data | NDArray[np.uint8]) -> int:
     """crc32c (Castagnoli) of contiguous bytes, without a copy."""
-    # The C function takes read-only buffers only; a NumPy view of any buffer passes for one.
-    return google_crc32c.value(np.frombuffer(data, np.uint8))  # pyright: ignore[reportArgumentType]
+    # The C function refuses writable buffers, and takes a NumPy view of any buffer.
+    value = cast(Callable[..., int], google_crc32c.value)  # pyright: ignore[reportUnknownMemberType]
+    return value(np.frombuffer(data, np.uint8))
 
 
 # Values
@@ -221,7 +222,7 @@ def encode_shard(rows: Stored) -> EncodedShard:
         crcs[number] = crc32c(raw[number])
     chunks[:, -4:] = crcs.view(np.uint8).reshape(SLICES, 4)
     data[SLICES * size :] = np.frombuffer(shard_index(size), np.uint8)
-    return EncodedShard(memoryview(data), tuple(crcs.tolist()))
+    return EncodedShard(data.data, tuple(crcs.tolist()))
 
 
 def shard_index(size: int) -> bytes:
@@ -301,7 +302,7 @@ def decode_slices(
             )
     shape = (count, plan.rows_per_slice, width)
     strides = (size, width * dtype.itemsize, dtype.itemsize)
-    rows: NDArray[Any] = np.ndarray(shape, dtype, buffer=chunks, strides=strides)
+    rows: NDArray[Any] = np.ndarray(shape, dtype, buffer=cast(Any, chunks), strides=strides)
     rows.flags.writeable = False
     return rows
 

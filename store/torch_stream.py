@@ -29,11 +29,11 @@ class Batch(NamedTuple):
 
 
 def to_tensor(stored: NDArray[Any]) -> torch.Tensor:
-    """Stored rows as float32: uint16 is bfloat16's bits; float16 and float32 are themselves."""
-    tensor = torch.from_numpy(stored)
+    """A float32 copy of stored rows: uint16 is bfloat16's bits; float16 and float32 are themselves."""
+    tensor = torch.from_numpy(stored)  # pyright: ignore[reportUnknownMemberType]
     if stored.dtype == np.uint16:
         tensor = tensor.view(torch.bfloat16)
-    return tensor.to(torch.float32)
+    return tensor.to(torch.float32, copy=True)
 
 
 class Stream:
@@ -50,9 +50,7 @@ class Stream:
 
     def __next__(self) -> Batch:
         rows, weights, step = next(self._rows)
-        return Batch(
-            {hook: to_tensor(stored) for hook, stored in rows.items()}, torch.from_numpy(weights), step
-        )
+        return Batch({hook: to_tensor(stored) for hook, stored in rows.items()}, to_tensor(weights), step)
 
     @property
     def order(self) -> LaneOrder:

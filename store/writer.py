@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.base import MAX_JSON_BYTES, sha256_hex
-from schemas.errors import ConfigError, IntegrityError, MissingObject, PlanMismatch, WinnowError
+from schemas.base import sha256_hex
+from schemas.errors import ConfigError, IntegrityError, PlanMismatch, WinnowError
 from schemas.harvest import (
     MOMENT_UNITS,
     SLICES,
@@ -28,6 +28,7 @@ from schemas.harvest import (
 )
 from store.commit import commit_receipt, load_receipt, settle, standing_receipts
 from store.layout import PLAN_KEY, STORED_DTYPES, manifest_key, shard_key, slice_bytes, tokens_key
+from store.manifest import find_manifest, load_manifest
 from store.objects import ObjectStore
 from store.parts import PART_UNITS, DatasetDigest, encode_part
 from store.shards import (
@@ -54,9 +55,7 @@ Progress = Callable[[int, int], object]
 # Plan and tokens
 
 
-def create_dataset(
-    store: ObjectStore, plan: HarvestPlan, token_digests: NDArray[np.uint8]
-) -> HarvestPlan:
+def create_dataset(store: ObjectStore, plan: HarvestPlan, token_digests: NDArray[np.uint8]) -> HarvestPlan:
     """Put plan.json, then what follows from it: zarr metadata and the token digests.
 
     Safe to repeat: what is there already is compared and kept.
@@ -110,10 +109,11 @@ def same_plan(wanted: HarvestPlan, found: HarvestPlan, where: str) -> HarvestPla
 def differing_fields(stored: Any, wanted: Any, path: str = "") -> list[str]:
     """`path: stored X, asked for Y` of every leaf that differs; `execution` does not count."""
     if isinstance(stored, dict) and isinstance(wanted, dict):
-        keys = [key for key in {**stored, **wanted} if path or key != "execution"]
+        before, after = cast(dict[str, Any], stored), cast(dict[str, Any], wanted)
+        keys = [key for key in {**before, **after} if path or key != "execution"]
         lines: list[str] = []
         for key in keys:
-            lines += differing_fields(stored.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))
+            lines += differing_fields(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
         return lines
     if stored == wanted:
         return []
@@ -164,7 +164,7 @@ def commit_unit(
 ) -> UnitReceipt:
     """Store a unit's rows and commit them.
 
-    One encoded shard at a time is held beyond `rows`.
+    One encoded shard is held beyond `rows`; two while a shard of an earlier attempt is adopted.
 
     Args:
         store: The dataset's root.
@@ -235,7 +235,9 @@ def _store_shard(
     """Put one shard or adopt the one there; its record, and whether this call created it."""
     shape, dtype = (plan.rows_per_unit, plan.d_model(hook)), STORED_DTYPES[plan.spec.dtype]
     if rows.shape != shape or rows.dtype != dtype:
-        raise ValueError(f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}")
+        raise ValueError(
+            f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
+        )
     facts = _describe(plan, unit, hook, rows)
     key = shard_key(hook, unit)
     shard = encode_shard(rows)
@@ -315,7 +317,7 @@ def seal(store: ObjectStore, plan: HarvestPlan, progress: Progress | None = None
         WinnowError: Units without a receipt; they are listed.
         IntegrityError: A receipt does not fit the plan, or a manifest of other data stands there.
     """
-    standing = load_manifest(store, plan)
+    standing = find_manifest(store, plan)
     if standing is not None:
         return standing
     receipts = standing_receipts(store, plan)
@@ -328,11 +330,15 @@ def seal(store: ObjectStore, plan: HarvestPlan, progress: Progress | None = None
         )
     parts: list[ManifestPart] = []
     digest = DatasetDigest(plan)
+
+    def load(unit: int) -> UnitReceipt:
+        return load_receipt(store, plan, unit, receipts[unit])
+
     total_bytes, sinks, void = 0, dict.fromkeys(plan.spec.hooks, 0), list[int]()
     with ThreadPoolExecutor(RECEIPT_THREADS, thread_name_prefix="winnow-seal") as pool:
         for first in range(0, plan.units, PART_UNITS):
             units = range(first, min(first + PART_UNITS, plan.units))
-            batch = list(pool.map(lambda unit: load_receipt(store, plan, unit, receipts[unit]), units))
+            batch = list(pool.map(load, units))
             for receipt in batch:
                 digest.add(receipt)
                 for hook, shard in receipt.shards.items():
@@ -359,33 +365,9 @@ def seal(store: ObjectStore, plan: HarvestPlan, progress: Progress | None = None
     )
     if settle(store, manifest_key(), manifest.to_json()) is not None:
         theirs = load_manifest(store, plan)
-        if theirs is None or theirs.dataset_sha256 != manifest.dataset_sha256:
+        if theirs.dataset_sha256 != manifest.dataset_sha256:
             raise _differs(store, manifest_key())
         return theirs
-    return manifest
-
-
-def load_manifest(store: ObjectStore, plan: HarvestPlan) -> HarvestManifest | None:
-    """The manifest of the highest revision, or None where the dataset is not sealed.
-
-    Raises:
-        IntegrityError: It does not parse, or belongs to another plan.
-    """
-    revision = 0
-    while store.size(manifest_key(revision + 1)) is not None:
-        revision += 1
-    try:
-        data = store.get(manifest_key(revision), MAX_JSON_BYTES)
-    except MissingObject:
-        return None
-    origin = f"{store.uri}/{manifest_key(revision)}"
-    manifest = HarvestManifest.from_json(data, origin=origin)
-    expected = (plan.fingerprint, plan.units, plan.rows, revision)
-    got = (manifest.plan_fingerprint, manifest.units, manifest.rows, manifest.revision)
-    if got != expected:
-        raise IntegrityError(f"{origin} does not belong to the plan beside it", expected=expected, got=got)
-    if sum(part.units for part in manifest.parts) != plan.units:
-        raise IntegrityError(f"{origin} names parts that do not cover {plan.units} units")
     return manifest
 
 

@@ -3,12 +3,15 @@
 Any zarr v3 reader then opens the root; Winnow's own readers never need this metadata.
 """
 
+# zarr's signatures name numcodecs, which has no type stubs.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import json
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
@@ -84,8 +87,12 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
 def same_array(found: bytes, expected: bytes) -> bool:
     """Whether two `zarr.json` describe the same bytes (another zarr release may word them otherwise)."""
     try:
-        theirs, ours = json.loads(found), json.loads(expected)
+        theirs: Any = json.loads(found)
+        ours: dict[str, Any] = json.loads(expected)
     except ValueError:
         return False
     fields = ("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "codecs", "fill_value")
-    return isinstance(theirs, dict) and all(theirs.get(name) == ours.get(name) for name in fields)
+    if not isinstance(theirs, dict):
+        return False
+    given = cast(dict[str, Any], theirs)
+    return all(given.get(name) == ours.get(name) for name in fields)

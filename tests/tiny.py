@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 EOS = "<|endoftext|>"
@@ -33,10 +40,15 @@ ARCHITECTURES = (
     "qwen3",
     "gemma",
     "gemma2",
+    "gemma3_text",
     "olmo",
     "olmo2",
+    "olmo3",
     "phi",
     "phi3",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
 )
 """transformers' `model_type` of every architecture that `tiny_config` knows."""
 
@@ -56,12 +68,14 @@ def make_tokenizer(vocab: int = 384, sentences: Iterable[str] = SENTENCES) -> Pr
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
 
 
-def tiny_config(architecture: str = "llama", *, layers: int = 4, width: int = 32, vocab: int = 384):
-    """A config of `architecture` with 4 heads, an MLP of twice the width and contexts up to 256."""
+def tiny_config(
+    architecture: str = "llama", *, layers: int = 4, width: int = 32, vocab: int = 384, **extra: Any
+) -> PretrainedConfig:
+    """A config with 4 heads, an MLP of twice the width and contexts up to 256; `extra` fields win."""
     common = {"vocab_size": vocab, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     if architecture == "gpt2":
         sizes = {"n_layer": layers, "n_embd": width, "n_head": 4, "n_positions": 256, "n_inner": 2 * width}
-        return AutoConfig.for_model("gpt2", **sizes, **common)
+        return AutoConfig.for_model("gpt2", **{**sizes, **common, **extra})
     sizes = {
         "num_hidden_layers": layers,
         "hidden_size": width,
@@ -71,20 +85,26 @@ def tiny_config(architecture: str = "llama", *, layers: int = 4, width: int = 32
     }
     if architecture != "gpt_neox":
         sizes["num_key_value_heads"] = 4 if architecture in ("phi", "phi3") else 2
-    if architecture in ("qwen3", "gemma", "gemma2"):
+    if architecture in ("qwen3", "gemma", "gemma2", "gemma3_text"):
         sizes["head_dim"] = width // 4
-    if architecture == "gemma2":
+    if architecture in ("gemma2", "gemma3_text"):
         sizes["query_pre_attn_scalar"] = width // 4
-    return AutoConfig.for_model(architecture, **sizes, **common)
+    return AutoConfig.for_model(architecture, **{**sizes, **common, **extra})
 
 
 def tiny_model(
-    architecture: str = "llama", *, layers: int = 4, width: int = 32, vocab: int = 384, seed: int = 0
+    architecture: str = "llama",
+    *,
+    layers: int = 4,
+    width: int = 32,
+    vocab: int = 384,
+    seed: int = 0,
+    **extra: Any,
 ) -> PreTrainedModel:
     """A random float32 model in eval mode; the weights' scale is raised so that every part matters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = tiny_config(architecture, layers=layers, width=width, vocab=vocab)
+        config = tiny_config(architecture, layers=layers, width=width, vocab=vocab, **extra)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         with torch.no_grad():
             for parameter in model.parameters():

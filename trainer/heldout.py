@@ -26,7 +26,7 @@ def heldout_rows(dataset: ActivationStore, hook: str) -> Iterator[tuple[Tensor, 
     size = dataset.plan.rows_per_unit
     for first in range(units.start * size, units.stop * size, CHUNK_ROWS):
         stop = min(first + CHUNK_ROWS, units.stop * size)
-        weights = dataset.row_weights([hook], first, stop)
+        weights = dataset.weights([hook], first, stop)
         yield torch.from_numpy(dataset.read_rows(hook, first, stop)), torch.from_numpy(weights)
 
 

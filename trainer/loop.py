@@ -16,7 +16,7 @@ from trainer.checkpoint import save_checkpoint
 from trainer.device import cpu_threads, resolve_device, stop_on_signals, torch_settings
 from trainer.publish import Summary, finished_summary, publish, put_summary
 from trainer.sae import Sae
-from trainer.start import begin, identity_of, open_dataset, plan_order, resolve_recipe, stand, stream_state
+from trainer.start import begin, identity_of, plan_order, resolve_recipe, stand, stream_state
 from trainer.step import Run, StepReport, train_step
 from trainer.telemetry import Record, Telemetry
 
@@ -42,7 +42,7 @@ def train(config: Config, *, after_train: AfterTrain | None = None) -> Summary:
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was made.
     """
     spec = section(config.train, "train")
-    dataset = open_dataset(config)
+    dataset = ActivationStore.open(config.root, config.storage)
     order = plan_order(spec, dataset)
     recipe = resolve_recipe(spec, dataset, order)
     device = resolve_device(spec.device)
@@ -92,7 +92,7 @@ def take_steps(
         lanes=spec.lanes,
         group_units=order.group_units,
         start_step=counts.step,
-        stop_step=recipe.steps,
+        steps=recipe.steps,
     )
     bar = Progress("train", recipe.steps * spec.batch_rows, "rows", done=counts.step * spec.batch_rows)
     with closing(stream), stop_on_signals() as stopping, bar:

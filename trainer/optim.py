@@ -6,7 +6,7 @@ decoder's, clipping, Adam, renormalisation of the decoder's rows, moving average
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class Ema:
         for name, total in self.sums.items():
             total.lerp_(getattr(sae, name).detach(), 1 - self.beta)
 
-    def weights(self) -> Mapping[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The corrected average by parameter name, decoder rows renormalised; after one step or more."""
         correction = 1 - self.beta**self.steps
         averages = {name: total / correction for name, total in self.sums.items()}

@@ -288,10 +288,10 @@ class _EncodeTopK(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, values, indices = ctx.saved_tensors
         wants_x, wants_W, wants_b, _ = ctx.needs_input_grad
-        dz = torch.where(values > 0, grad_values, 0.0)
+        dz = torch.where(values > 0, grads[0], 0.0)
         dx = F.embedding_bag(indices, W_enc, per_sample_weights=dz, mode="sum") if wants_x else None
         dW = sum_by_latent(dz, indices, x, len(W_enc)) if wants_W else None
         db = dz.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), dz.flatten()) if wants_b else None

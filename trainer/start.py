@@ -7,8 +7,7 @@ from itertools import chain, islice
 
 import torch
 
-from schemas.config import Config
-from schemas.errors import ConfigError, MissingObject
+from schemas.errors import ConfigError
 from schemas.training import SaeIdentity, StreamState, TrainSpec
 from store import ActivationStore
 from store.console import say
@@ -21,19 +20,6 @@ from trainer.init import initialise
 from trainer.sae import Sae
 from trainer.step import Recipe, Run
 from trainer.telemetry import Telemetry
-
-
-def open_dataset(config: Config) -> ActivationStore:
-    """The sealed dataset at the config's root; ConfigError where there is none yet."""
-    try:
-        return ActivationStore.open(config.root, config.storage)
-    except MissingObject as error:
-        raise ConfigError(
-            f"root {config.root} holds no finished dataset",
-            expected="plan.json and manifest.json",
-            got=str(error).rstrip("."),
-            fix="Run `winnow harvest` with this config first",
-        ) from error
 
 
 def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:

@@ -73,6 +73,7 @@ def draw_curves(records: Sequence[Record], title: str) -> bytes:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     ink, blue, orange, green = "#333333", "#2563a8", "#d9822b", "#3a8f5c"
     rows = [record["tokens"] / 1e6 for record in records]
@@ -84,6 +85,7 @@ def draw_curves(records: Sequence[Record], title: str) -> bytes:
     top.plot(rows, [r["loss"] for r in records], color=orange, lw=1.1, alpha=0.75, label="loss (with AuxK)")
     top.plot(rows, [r["fvu"] for r in records], color=blue, lw=1.6, label="FVU of the batch")
     top.set_yscale("log")
+    top.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     top.yaxis.set_major_formatter("{x:g}")
     top.yaxis.set_minor_formatter("{x:g}")
     top.set_ylabel("loss, FVU (log)")
@@ -113,6 +115,7 @@ def draw_curves(records: Sequence[Record], title: str) -> bytes:
     for axes in (top, middle, bottom):
         axes.spines["right"].set_visible(False)
         axes.grid(True, which="major", color="#dddddd", lw=0.6)
+    figure.align_ylabels([top, middle, bottom])
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

@@ -38,7 +38,7 @@ def attempts(root: Path) -> dict[str, str]:
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """kill -9 of the driver and of everything it started."""
+    """Kill -9 of the driver and of everything it started."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         try:

@@ -44,7 +44,9 @@ def test_rows_are_the_subjects_activations_at_the_tokens_they_name(harvested):
     assert positions.min() >= 1
     expected = lm.activations(tokens, hooks=list(store.hooks))
     for hook in store.hooks:
-        found = np.concatenate([store.read_rows(hook, 0, 40), store.read_rows(hook, store.rows - 40, store.rows)])
+        found = np.concatenate(
+            [store.read_rows(hook, 0, 40), store.read_rows(hook, store.rows - 40, store.rows)]
+        )
         wanted = expected[hook].float().numpy()[np.arange(len(rows)), positions]
         assert found.shape == (80, store.d_model(hook))
         np.testing.assert_allclose(found, wanted, rtol=2**-7, atol=1e-3)
@@ -53,11 +55,11 @@ def test_rows_are_the_subjects_activations_at_the_tokens_they_name(harvested):
 def test_a_second_harvest_finds_everything_done(harvested):
     config, facts = harvested
     store = open_store(facts["root"])
-    before = {key: size for key, size in store.list("receipts/")}
+    before = dict(store.list("receipts"))
     code, out, err = winnow("harvest", config, "--json")
     assert code == 0, err
     assert json.loads(out)["dataset_sha256"] == facts["dataset_sha256"]
-    assert dict(store.list("receipts/")) == before
+    assert dict(store.list("receipts")) == before
 
 
 def test_another_plan_on_the_same_root_is_refused_with_the_differing_fields(harvested):
@@ -117,40 +119,38 @@ def test_a_nan_names_hook_unit_and_window_and_commits_nothing(tmp_path):
     assert "unit 0" in shown
     assert "window 0" in shown
     store = open_store(str(tmp_path / "data"))
-    assert not list(store.list("receipts/"))
+    assert not list(store.list("receipts"))
 
 
 def test_a_disk_too_small_is_refused_before_the_first_shard(tmp_path, monkeypatch):
     config = pipeline_config(tmp_path)
     code, _, err = winnow("plan", config)
     assert code == 0, err
-    monkeypatch.setattr(type(open_store(str(tmp_path / "data"))), "free_bytes", lambda self: 1000)
+    monkeypatch.setattr(type(open_store(str(tmp_path / "data"))), "free_bytes", lambda _: 1000)
     code, _, err = winnow("harvest", config)
     assert code == 2
     assert "disk" in err
-    assert not list(open_store(str(tmp_path / "data")).list("activations/resid_post.1/c/"))
+    assert not list(open_store(str(tmp_path / "data")).list("activations/resid_post.1/c"))
 
 
-def test_harvest_and_read_back_on_s3(tmp_path, harvested, s3_root):
+def test_harvest_and_read_back_on_s3(tmp_path, harvested, s3_uri):
     config_path, facts = harvested
-    code, out, err = winnow("harvest", config_path, "--json", "--set", f"root={s3_root}")
+    code, out, err = winnow("harvest", config_path, "--json", "--set", f"root={s3_uri}")
     assert code == 0, err
     assert json.loads(out)["dataset_sha256"] == facts["dataset_sha256"]
-    code, out, err = winnow("verify", s3_root, "--level", "full", "--json")
+    code, out, err = winnow("verify", s3_uri, "--level", "full", "--json")
     assert code == 0, out + err
-    local, remote = ActivationStore.open(load_config(config_path).root), ActivationStore.open(s3_root)
+    local, remote = ActivationStore.open(load_config(config_path).root), ActivationStore.open(s3_uri)
     np.testing.assert_array_equal(
         local.read_rows("mlp_out.0", 100, 300), remote.read_rows("mlp_out.0", 100, 300)
     )
-    assert len(receipts_present(open_store(s3_root), remote.plan)) == 5
+    assert len(receipts_present(open_store(s3_uri), remote.plan)) == 5
 
 
 def test_two_actors_make_the_same_rows(tmp_path, harvested):
     config_path, _ = harvested
     root = tmp_path / "two"
-    code, _, err = winnow(
-        "harvest", config_path, "--set", f"root={root}", "--set", "harvest.actors=2"
-    )
+    code, _, err = winnow("harvest", config_path, "--set", f"root={root}", "--set", "harvest.actors=2")
     assert code == 0, err
     one = ActivationStore.open(yaml.safe_load(config_path.read_text())["root"])
     two = ActivationStore.open(str(root))

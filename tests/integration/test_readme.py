@@ -40,11 +40,11 @@ def tiny(tmp_path_factory):
     }
 
 
-def test_readme_commands(tiny, tmp_path, s3_root, s3_environment):
+def test_readme_commands(tiny, tmp_path, s3_uri, s3_environment):
     assert shutil.which("make")
     environment = {
         **os.environ,
-        **s3_environment,
+        **s3_environment.environment(),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     ran = 0
@@ -54,13 +54,20 @@ def test_readme_commands(tiny, tmp_path, s3_root, s3_environment):
         command = written
         for path, replacement in tiny.items():
             command = command.replace(path, replacement)
-        command = command.replace("s3://my-bucket/data", s3_root)
+        command = command.replace("s3://my-bucket/data", s3_uri)
         if command.startswith("make") and "CONFIG=" not in command and "help" not in command:
             command += f" CONFIG={tiny['configs/quickstart.yaml']}"
         if command.startswith("export AWS_"):
             continue
         result = subprocess.run(
-            command, shell=True, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command,
+            shell=True,
+            cwd=REPO,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert result.returncode == 0, f"{written}\n{result.stdout}\n{result.stderr}"
         ran += 1

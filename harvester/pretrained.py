@@ -1,0 +1,153 @@
+"""The seam to transformers: load a causal LM, its tokenizer, or a GGUF; quietly, and with errors in words."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from schemas.errors import ConfigError
+from schemas.subject import SubjectSpec
+
+log = logging.getLogger(__name__)
+
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The causal LM in `folder`, on the CPU, in eval mode, without gradients.
+
+    Raises:
+        ConfigError: transformers cannot load it, or weights are missing.
+    """
+    with _quiet(), _explained(spec):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation=spec.attention,
+            output_loading_info=True,
+            **_dtype_argument(dtype),
+        )
+    model, report = cast("tuple[transformers.PreTrainedModel, dict[str, Any]]", loaded)
+    _check_complete(report, folder)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, spec: SubjectSpec) -> transformers.PreTrainedTokenizerBase:
+    """The fast tokenizer in `folder`.
+
+    Raises:
+        ConfigError: There is none, or it is not one of the `tokenizers` library.
+    """
+    with _explained(spec):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=spec.trust_remote_code
+        )
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ConfigError(
+            f"subject.model {spec.model!r} has a slow tokenizer",
+            expected="a tokenizer.json of the tokenizers library",
+            got=type(tokenizer).__name__,
+        )
+    return tokenizer
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file into `folder` as float32 safetensors.
+
+    Raises:
+        ConfigError: transformers cannot read the file, or weights are missing in it.
+        OSError, SafetensorError: The folder cannot be written.
+    """
+    where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    with _quiet():
+        with _explained(SubjectSpec(model=str(path))):
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, output_loading_info=True, **where, **_dtype_argument(torch.float32)
+            )
+            model, report = loaded
+            _check_complete(report, path)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **where)
+            # A model read from a GGUF believes itself quantised and refuses to be saved: its weights go
+            # into a plain twin.
+            fields = model.config.to_dict()
+            fields.pop("quantization_config", None)
+            with torch.device("meta"):
+                plain = transformers.AutoModelForCausalLM.from_config(
+                    type(model.config).from_dict(fields), **_dtype_argument(torch.float32)
+                )
+            plain.load_state_dict(model.state_dict(), assign=True)
+            plain.tie_weights()
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _check_complete(report: dict[str, Any], where: Path) -> None:
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        raise ConfigError(
+            f"{where} lacks weights of the model, which would be random",
+            got=f"{len(missing)} missing: {', '.join(missing[:5])}",
+        )
+    if unexpected := sorted(report.get("unexpected_keys") or ()):
+        log.info("%s holds %d weights the model does not use: %s ...", where, len(unexpected), unexpected[0])
+
+
+def _dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of ours."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+@contextmanager
+def _explained(spec: SubjectSpec) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except _LOAD_ERRORS as error:
+        text = str(error)
+        fix = "Check that transformers supports this model, and that the files are whole"
+        if "scaled_dot_product_attention" in text:
+            fix = "Set subject.attention to eager"
+        elif "trust_remote_code" in text:
+            fix = "Set subject.trust_remote_code to true only if you have read and trust the model's code"
+        raise ConfigError(
+            f"subject.model {spec.model!r} cannot be loaded", got=first_line(error), fix=fix
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars; transformers' own report of the weights gives way to `_check_complete`."""
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging as their_logging
+
+    gguf: Any = modeling_gguf_pytorch_utils
+    bars, verbosity = their_logging.is_progress_bar_enabled(), their_logging.get_verbosity()
+    gguf_bar: Callable[..., Any] | None = getattr(gguf, "tqdm", None)
+    their_logging.disable_progress_bar()
+    their_logging.set_verbosity_error()
+    if gguf_bar is not None:
+        gguf.tqdm = lambda items, **_: items  # this one is not governed by disable_progress_bar
+    try:
+        yield
+    finally:
+        if gguf_bar is not None:
+            gguf.tqdm = gguf_bar
+        their_logging.set_verbosity(verbosity)
+        if bars:
+            their_logging.enable_progress_bar()

@@ -1,0 +1,260 @@
+"""Every backend passes the conformance suite; moto's server too, whichever server S3 tests use."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from schemas.config import StorageSpec
+from schemas.errors import ConfigError, StoreError
+from store.local_objects import LocalStore
+from store.objects import ObjectStore, S3Store, check_endpoint, describe_failure, open_store
+from store.testing import StoreConformance
+from tests.conftest import S3Server, make_bucket, moto_server
+
+
+class TestLocal(StoreConformance):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> ObjectStore:
+        return open_store(str(tmp_path / "root"))
+
+    def test_uris(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for uri in ("a b", f"{tmp_path}/a b", f"file://{tmp_path}/a%20b", f"file://localhost{tmp_path}/a b"):
+            assert open_store(uri).uri == str(tmp_path / "a b")
+        with pytest.raises(ConfigError, match="another machine"):
+            open_store("file://elsewhere/x")
+
+    def test_leftovers_of_killed_processes(self, store: ObjectStore, tmp_path: Path) -> None:
+        store.put_new("x", b"1")
+        old, new = tmp_path / "root/.tmp/old", tmp_path / "root/.tmp/new"
+        for path in (old, new):
+            path.write_bytes(b"torn")
+        os.utime(old, (1, 1))
+        assert list(store.list()) == [("x", 1)]
+        store.probe()
+        assert (old.exists(), new.exists()) == (False, True)
+
+    def test_no_temporary_file_stays(self, store: ObjectStore, tmp_path: Path) -> None:
+        store.put_new("a/x", b"1")
+        store.put_new("a/x", b"2")
+        store.put("a/x", b"3")
+        assert list((tmp_path / "root/.tmp").iterdir()) == []
+
+    def test_full_disk(self, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> int:
+            raise OSError(28, "No space left on device")
+
+        store.put_new("before", b"1")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(StoreError, match=r"No space left.*Free some space"):
+                store.put_new("a/x", bytes(100))
+        assert store.size("a/x") is None
+        assert list((tmp_path / "root/.tmp").iterdir()) == []
+
+    def test_a_file_in_the_way(self, store: ObjectStore) -> None:
+        store.put_new("a", b"1")
+        with pytest.raises(StoreError):
+            store.put_new("a/b", b"2")
+        assert store.size("a/b") is None
+
+    def test_free_bytes(self, store: ObjectStore) -> None:
+        assert (store.free_bytes() or 0) > 0
+
+
+class TestS3(StoreConformance):
+    @pytest.fixture
+    def store(self, s3_uri: str) -> ObjectStore:
+        return open_store(s3_uri)
+
+    def test_missing_bucket(self, s3_environment: S3Server) -> None:
+        store = open_store(f"s3://winnow-absent-{secrets.token_hex(4)}/x")
+        for call in (lambda: store.put_new("a", b"1"), lambda: store.get("a"), lambda: list(store.list())):
+            with pytest.raises(StoreError, match="does not exist"):
+                call()
+        with pytest.raises(StoreError, match=r"bucket .* does not exist"):
+            store.probe()
+
+    def test_unreachable(self, s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        with pytest.raises(StoreError, match="failed"):
+            open_store(s3_uri).get("a")
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[S3Server]:
+    yield from moto_server()
+
+
+@pytest.fixture(scope="module")
+def moto_bucket(moto: S3Server) -> str:
+    return make_bucket(moto)
+
+
+class TestMoto(StoreConformance):
+    @pytest.fixture
+    def store(self, moto: S3Server, moto_bucket: str, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+        for name, value in moto.environment().items():
+            monkeypatch.setenv(name, value)
+        return open_store(f"s3://{moto_bucket}/{secrets.token_hex(8)}")
+
+
+# Opening
+
+
+@pytest.fixture
+def no_aws(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    return monkeypatch
+
+
+def test_missing_credentials_are_said_quickly(no_aws: pytest.MonkeyPatch) -> None:
+    started = time.monotonic()
+    with pytest.raises(StoreError, match=r"S3 credentials are missing.*AWS_ACCESS_KEY_ID"):
+        open_store("s3://bucket/x")
+    no_aws.setenv("AWS_ACCESS_KEY_ID", "key")
+    with pytest.raises(StoreError, match="no AWS_SECRET_ACCESS_KEY"):
+        open_store("s3://bucket/x")
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["gs://bucket/x", "http://host/x", "memory://x", "s3://", "s3://ab/x", "s3://key:secret@bucket/x"],
+)
+def test_uris_that_are_refused(uri: str, no_aws: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_store(uri)
+    assert "secret@" not in str(caught.value)
+
+
+def test_prefixes_stay_below_the_bucket(s3_environment: S3Server) -> None:
+    with pytest.raises(StoreError, match="not allowed"):
+        open_store("s3://bucket/../x")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "allow", "plain"),
+    [
+        ("https://s3.example.com", False, False),
+        ("http://127.0.0.1:9000", False, True),
+        ("http://localhost:9000", False, True),
+        ("http://[::1]:9000", False, True),
+        ("http://10.0.0.1:9000", True, True),
+    ],
+)
+def test_endpoints(endpoint: str, allow: bool, plain: bool) -> None:
+    assert check_endpoint(endpoint, allow) is plain
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://10.0.0.1:9000", "http://minio:9000", "http://127.0.0.1.example.com", "ftp://x", "host:9000"],
+)
+def test_endpoints_that_are_refused(endpoint: str, s3_environment: S3Server, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL"):
+        open_store("s3://bucket/x", StorageSpec())
+
+
+def test_endpoint_with_a_password_is_refused_without_quoting_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_endpoint("https://user:canary@host", False)
+    assert "canary" not in str(caught.value)
+
+
+# Secrets
+
+
+def test_a_refused_secret_is_not_repeated(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "canary-key")
+    store = open_store(s3_uri)
+    said = [repr(store), str(vars(store))]
+    for call in (lambda: store.get("a"), lambda: store.put_new("a", b"1"), lambda: list(store.list())):
+        try:
+            call()
+        except StoreError as error:
+            said += [str(error), repr(error), str(error.__cause__)]
+    assert "canary" not in " ".join(said)
+
+
+def test_failures_are_told_without_signed_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "canary-token")
+    body = (
+        "Generic S3 error: 403: <Error><Code>SignatureDoesNotMatch</Code><Message>No canary-token</Message>"
+        "<CanonicalRequest>x-amz-security-token:canary-token</CanonicalRequest></Error>"
+    )
+    assert describe_failure(ValueError(body)) == "SignatureDoesNotMatch: No ***"
+
+
+# The probe: stores that lie
+
+
+class Liar(LocalStore):
+    """A local store that gets one thing wrong."""
+
+    lie = ""
+
+    def put_new(self, key, data):
+        if self.lie == "overwrites":
+            self.put(key, data)
+            return True
+        created = super().put_new(key, data)
+        if self.lie == "replaces" and not created:
+            self.put(key, data)
+        return created
+
+    def get(self, key, limit=1 << 31):
+        return b"old" if self.lie == "stale" else super().get(key, limit)
+
+    def get_ranges(self, key, starts, ends):
+        if self.lie == "whole":
+            return [super(Liar, self).get(key) for _ in starts]
+        return super().get_ranges(key, starts, ends)
+
+    def get_suffix(self, key, length):
+        return self.get_range(key, 0, length) if self.lie == "prefix" else super().get_suffix(key, length)
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        ("overwrites", "if-none-match.*single_writer: true"),
+        ("replaces", "if-none-match"),
+        ("stale", "read after write|if-none-match"),
+        ("whole", "range read"),
+        ("prefix", "suffix range"),
+    ],
+)
+def test_probe_refuses_a_lying_store(lie: str, said: str, tmp_path: Path) -> None:
+    store = Liar(tmp_path)
+    store.lie = lie
+    with pytest.raises(StoreError, match=said):
+        store.probe()
+    assert list(store.list()) == []
+
+
+def test_single_writer_accepts_only_the_missing_precondition(tmp_path: Path) -> None:
+    store = Liar(tmp_path)
+    store.lie = "overwrites"
+    store.probe(single_writer=True)
+    store.lie = "whole"
+    with pytest.raises(StoreError, match="range read"):
+        store.probe(single_writer=True)
+
+
+def test_a_forked_child_may_not_use_the_client(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(s3_uri)
+    assert isinstance(store, S3Store)
+    monkeypatch.setattr(store, "_process", -1)
+    with pytest.raises(StoreError, match="forked"):
+        store.get("a")

@@ -1,0 +1,84 @@
+"""The published SAE: two files, no pickle, a digest that holds them together."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from schemas.errors import IntegrityError, MissingObject, UnsupportedVersion
+from store.objects import open_store
+from trainer import Sae
+from trainer.init import initialise
+
+D, N, K = 8, 24, 3
+
+
+def publish(folder, normalize="layer") -> Sae:
+    sae = Sae(D, N, K, normalize)
+    sample = torch.randn(200, D, generator=torch.Generator().manual_seed(0)) + 3
+    initialise(sae, sample, torch.ones(200), seed=1)
+    sae.save(open_store(str(folder)), hook="resid_post.1", metrics={"fvu_normalised.raw": 0.5})
+    return sae
+
+
+@pytest.mark.parametrize("normalize", ["layer", "dataset", "none"])
+def test_a_saved_sae_loads_and_encodes_alike(tmp_path, normalize):
+    sae = publish(tmp_path, normalize)
+    for place in (tmp_path, f"file://{tmp_path}"):
+        loaded = Sae.load(place)
+        assert loaded.card == sae.card
+        x = torch.randn(50, D)
+        assert torch.equal(loaded(x), sae(x))
+        assert all(torch.equal(a, b) for a, b in zip(loaded.encode(x), sae.encode(x), strict=True))
+        assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_the_files_hold_what_the_format_says(tmp_path):
+    publish(tmp_path, "dataset")
+    tensors = safetensors.torch.load_file(tmp_path / "sae.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == {
+        "W_enc": (N, D),
+        "b_enc": (N,),
+        "W_dec": (N, D),
+        "b_pre": (D,),
+        "input_mean": (D,),
+        "input_scale": (),
+    }
+    card = json.loads((tmp_path / "sae.json").read_text())
+    assert (card["kind"], card["version"], card["normalize"]) == ("winnow.sae", "1.0", "dataset")
+
+
+def test_a_flipped_byte_is_refused(tmp_path):
+    publish(tmp_path)
+    data = bytearray((tmp_path / "sae.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "sae.safetensors").write_bytes(data)
+    with pytest.raises(IntegrityError, match="sha256"):
+        Sae.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"version": "2.0"}, UnsupportedVersion, "version"),
+        ({"kind": "winnow.plan"}, UnsupportedVersion, "another kind"),
+        ({"latents": 23}, IntegrityError, "W_enc"),
+        ({"normalize": "dataset"}, IntegrityError, "input_mean"),
+        ({"surprise": 1}, IntegrityError, "surprise"),
+    ],
+)
+def test_a_card_that_does_not_fit_is_refused(tmp_path, change, error, words):
+    publish(tmp_path)
+    card = json.loads((tmp_path / "sae.json").read_text())
+    (tmp_path / "sae.json").write_text(json.dumps(card | change))
+    with pytest.raises(error, match=words):
+        Sae.load(tmp_path)
+
+
+def test_a_folder_without_an_sae_is_said_to_be_one(tmp_path):
+    with pytest.raises(MissingObject, match=r"sae\.json"):
+        Sae.load(tmp_path)

@@ -1,0 +1,109 @@
+"""A dataset is an ordinary zarr v3 group: zarr-python reads it, here and over s3fs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from s3fs import S3FileSystem
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore
+
+from schemas.harvest import HarvestPlan
+from store.layout import BFLOAT16_NAN, shard_key
+from store.objects import ObjectStore, open_store
+from store.shards import to_float32, to_stored
+from store.testing import flip_bit, make_plan, synthetic_rows, synthetic_tokens, write_dataset
+from tests.conftest import S3Server
+
+HOOKS = {"resid_post.1": 8, "model.layers.0.mlp": 5}
+
+
+def check(group: zarr.Group, plan: HarvestPlan) -> None:
+    assert group.attrs["winnow"]["plan_fingerprint"] == plan.fingerprint
+    for hook, width in HOOKS.items():
+        array = group[f"activations/{hook}"]
+        assert isinstance(array, zarr.Array)
+        assert array.shape == (plan.rows, width)
+        assert array.shards == (plan.rows_per_unit, width)
+        assert array.chunks == (plan.rows_per_slice, width)
+        assert array.metadata.dimension_names == ("row", "dimension")
+        assert (array.attrs["logical_dtype"], array.attrs["hook"]) == (plan.spec.dtype, hook)
+        for unit in range(plan.units):
+            found = array[unit * plan.rows_per_unit : (unit + 1) * plan.rows_per_unit]
+            expected = to_stored(synthetic_rows(plan, unit, hook), plan.spec.dtype)
+            assert np.array_equal(found, expected)
+    tokens = np.concatenate([synthetic_tokens(plan, unit) for unit in range(plan.units)])
+    assert np.array_equal(group["tokens"][:], tokens)
+    assert group["token_digests"].shape == (plan.units, 32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_local(tmp_path: Path, dtype) -> None:
+    plan = make_plan(hooks=HOOKS, dtype=dtype)
+    write_dataset(open_store(str(tmp_path)), plan)
+    check(zarr.open_group(tmp_path, mode="r"), plan)
+
+
+def test_unsealed_and_unconsolidated(tmp_path: Path) -> None:
+    plan = make_plan(hooks=HOOKS)
+    write_dataset(open_store(str(tmp_path)), plan, units=[0, 1, 2])
+    check(zarr.open_group(tmp_path, mode="r", use_consolidated=False), plan)
+
+
+@pytest.fixture
+def filesystem(s3_environment: S3Server) -> Iterator[S3FileSystem]:
+    server = s3_environment
+    opened = S3FileSystem(
+        key=server.access_key,
+        secret=server.secret_key,
+        endpoint_url=server.endpoint,
+        client_kwargs={"region_name": server.region},
+        asynchronous=True,
+        skip_instance_cache=True,
+    )
+    yield opened
+    sync(sync(opened.set_session()).close())  # in zarr's event loop, where it was opened
+
+
+def test_over_s3fs(s3_uri: str, filesystem: S3FileSystem) -> None:
+    plan = make_plan(hooks=HOOKS)
+    write_dataset(open_store(s3_uri), plan)
+    store = FsspecStore(filesystem, read_only=True, path=s3_uri.removeprefix("s3://"))
+    check(zarr.open_group(store, mode="r"), plan)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> tuple[ObjectStore, HarvestPlan, Path]:
+    plan = make_plan()
+    store = open_store(str(tmp_path))
+    write_dataset(store, plan)
+    return store, plan, tmp_path
+
+
+def test_a_missing_shard_shows_as_nan(damaged: tuple[ObjectStore, HarvestPlan, Path]) -> None:
+    store, plan, root = damaged
+    store.delete(shard_key("resid_post.1", 1))
+    rows = zarr.open_group(root, mode="r")["activations/resid_post.1"][:]
+    gone = rows[plan.rows_per_unit : 2 * plan.rows_per_unit]
+    assert (gone == BFLOAT16_NAN).all()
+    assert np.isnan(to_float32(gone, "bfloat16")).all()
+    assert np.isfinite(to_float32(rows[: plan.rows_per_unit], "bfloat16")).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_missing_shard_of_another_dtype(tmp_path: Path, dtype) -> None:
+    plan = make_plan(dtype=dtype)
+    write_dataset(open_store(str(tmp_path)), plan, units=[0])
+    rows = zarr.open_group(tmp_path, mode="r")["activations/resid_post.1"][:]
+    assert np.isnan(rows[plan.rows_per_unit :]).all()
+
+
+def test_zarr_refuses_a_flipped_bit(damaged: tuple[ObjectStore, HarvestPlan, Path]) -> None:
+    store, _, root = damaged
+    flip_bit(store, shard_key("resid_post.1", 0), 100)
+    with pytest.raises(ValueError, match="checksum"):
+        zarr.open_group(root, mode="r")["activations/resid_post.1"][:8]

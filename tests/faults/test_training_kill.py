@@ -1,0 +1,64 @@
+"""kill -9 of training, run again: bit-identical published weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.planted import planted_config
+
+EPOCHS = 8
+
+
+def command(config, out) -> list[str]:
+    return [sys.executable, "-m", "trainer", str(config), "--json", "--set", f"train.out={out}"]
+
+
+def finish(config, out) -> dict:
+    result = subprocess.run(command(config, out), capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    config = planted_config(folder, epochs=EPOCHS, checkpoint_seconds=0)
+    finish(config, folder / "run")
+    return config, (folder / "run" / "sae.safetensors").read_bytes()
+
+
+MOMENTS = {
+    "while a checkpoint is written": lambda out: any(out.glob(".tmp/*")) and any(out.glob("checkpoints/*/*")),
+    "in the middle": lambda out: any(int(p.name) > 8 * EPOCHS for p in out.glob("checkpoints/*")),
+    "before it is published": lambda out: any(
+        int(p.name) >= 16 * EPOCHS - 3 for p in out.glob("checkpoints/*")
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_run_again_gives_the_same_bits(whole, tmp_path, moment):
+    config, weights = whole
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not MOMENTS[moment](out):
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < end, "the awaited moment never came"
+        time.sleep(0.004)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "summary.json").exists()
+
+    summary = finish(config, out)
+    assert (out / "sae.safetensors").read_bytes() == weights
+    assert summary["steps"] == 16 * EPOCHS
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(10, 16 * EPOCHS, 10), 16 * EPOCHS]

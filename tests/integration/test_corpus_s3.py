@@ -1,0 +1,76 @@
+"""A corpus in object storage, read through s3fs with the usual environment."""
+
+import gzip
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+
+from harvester.corpus import documents
+from harvester.planner import make_plan
+from harvester.sources import find_files
+from harvester.tally import Tally
+from harvester.testing import byte_subject
+from schemas.base import validate
+from schemas.config import Config
+from schemas.corpus import CorpusSpec
+from schemas.errors import ConfigError, StoreError
+from store.objects import open_store
+
+
+@pytest.fixture
+def bucket(s3_uri):
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield s3_uri
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def spec(uri: str) -> CorpusSpec:
+    return CorpusSpec.model_validate({"sources": [{"uri": uri}]})
+
+
+def test_every_format_from_s3(bucket):
+    storage = fsspec.filesystem("s3")
+    storage.pipe_file(f"{bucket}/text/a.txt", b"hello\r\nworld")
+    storage.pipe_file(f"{bucket}/text/b.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"text": "y"}'))
+    with storage.open(f"{bucket}/text/c.parquet", "wb") as file:
+        pq.write_table(pa.table({"text": ["p", "q"]}), file)
+    tally = Tally()
+    assert list(documents(spec(f"{bucket}/text/*"), tally)) == ["hello\nworld", "x", "y", "p", "q"]
+    assert tally.bytes_done == sum(file.size or 0 for file in find_files(spec(f"{bucket}/text/*")))
+    storage.pipe_file(f"{bucket}/text/d.txt", b"caf\xe9")
+    with pytest.raises(ConfigError, match=r"s3://.*d\.txt is not UTF-8 at byte 3"):
+        list(documents(spec(f"{bucket}/text/*")))
+
+
+def test_complaints(bucket, monkeypatch):
+    with pytest.raises(ConfigError, match="matches nothing"):
+        find_files(spec(f"{bucket}/absent/*.txt"))
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/text/a.txt", b"hello")
+    with pytest.raises(ConfigError, match=r"Give a pattern"):
+        find_files(spec(f"{bucket}/text"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreError, match="Check the address and the credentials"):
+        find_files(spec(f"{bucket}/text/*"))
+
+
+def test_a_plan_from_s3_to_s3(bucket):
+    text = "".join(f'{{"text": "document {n} of the corpus"}}\n' for n in range(300))
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/text/a.jsonl", text.encode())
+    raw = {
+        "root": f"{bucket}/root",
+        "subject": {"model": "testing/tokenizer-only"},
+        "corpus": {"sources": [{"uri": f"{bucket}/text/*.jsonl"}]},
+        "plan": {"hooks": ["resid_post.1"], "context_length": 16, "windows_per_unit": 64},
+    }
+    config = validate(Config, raw, origin="test")
+    plan = make_plan(config, open_store(config.root), subject=byte_subject())
+    again = make_plan(config, open_store(config.root), subject=byte_subject())
+    assert plan == again
+    assert plan.corpus_facts.documents == 300

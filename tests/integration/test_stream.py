@@ -1,0 +1,247 @@
+"""The stream over real storage: the order's rows, read once, by whoever owns them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from schemas.errors import ConfigError
+from store import ActivationStore
+from store import order as order_module
+from store.layout import slice_bytes
+from store.objects import open_store
+from store.stream import memory_bytes
+from store.testing import make_plan, synthetic_rows, write_dataset
+
+HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
+SEED = 11
+
+
+@pytest.fixture(autouse=True)
+def any_mixing(monkeypatch):
+    """Tiny groups of tiny units mix badly; the arithmetic is the same."""
+    monkeypatch.setattr(order_module, "LARGEST_DESIGN_EFFECT", float("inf"))
+
+
+@pytest.fixture
+def no_threads_left():
+    yield
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("winnow-stream"):
+            thread.join(10)
+            assert not thread.is_alive(), thread.name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("dataset"))
+    write_dataset(open_store(folder), make_plan(units=6, hooks=HOOKS))
+    return folder
+
+
+@pytest.fixture
+def store(folder, no_threads_left):
+    return ActivationStore.open(folder)
+
+
+def all_rows(plan, hook):
+    return np.concatenate([synthetic_rows(plan, unit, hook) for unit in range(plan.units)])
+
+
+def test_on_every_backend(root_uri):
+    plan = make_plan(units=4, hooks=HOOKS)
+    write_dataset(open_store(root_uri), plan)
+    store = ActivationStore.open(root_uri)
+    whole = {hook: all_rows(plan, hook) for hook in HOOKS}
+    with store.stream(list(HOOKS), batch_rows=64, seed=SEED, group_units=2, epochs=2) as stream:
+        for number, batch in enumerate(stream):
+            assert batch.step == number
+            for hook, rows in batch.rows.items():
+                assert np.array_equal(rows.numpy(), whole[hook][stream.order.rows_at(batch.step)])
+        assert number + 1 == 2 * stream.order.steps_per_epoch
+
+
+@pytest.mark.parametrize("group_units", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_ranks_together_yield_the_order(store, group_units, world):
+    whole = {hook: all_rows(store.plan, hook) for hook in HOOKS}
+    options = {"batch_rows": 48, "seed": SEED, "lanes": 16, "group_units": group_units, "epochs": 3}
+    ranks = [store.stream(list(HOOKS), rank=rank, world=world, **options) for rank in range(world)]
+    order, steps = ranks[0].order, 0
+    for batches in zip(*ranks, strict=True):
+        rows = order.rows_at(batches[0].step)
+        for hook in HOOKS:
+            found = torch.cat([batch.rows[hook] for batch in batches])
+            assert found.dtype == torch.float32
+            assert np.array_equal(found.numpy(), whole[hook][rows])
+        weights = torch.cat([batch.weights for batch in batches])
+        assert np.array_equal(weights.numpy(), store.weights(list(HOOKS), 0, store.rows)[rows])
+        steps += 1
+    assert steps == 3 * order.steps_per_epoch
+
+
+def test_batches_are_the_consumers_own(tmp_path, no_threads_left):
+    """A batch kept must not change when its group's buffers are used again, in any stored dtype."""
+    for dtype in ("bfloat16", "float16", "float32"):
+        root = str(tmp_path / dtype)
+        plan = make_plan(units=5, dtype=dtype)
+        write_dataset(open_store(root), plan)
+        with ActivationStore.open(root).stream(
+            "resid_post.1", batch_rows=64, seed=1, group_units=2, epochs=2
+        ) as stream:
+            kept = list(stream)
+        whole = np.concatenate([synthetic_rows(plan, unit, "resid_post.1") for unit in range(5)])
+        if dtype == "float16":
+            whole = whole.astype(np.float16).astype(np.float32)
+        for batch in kept:
+            assert np.array_equal(batch.rows["resid_post.1"].numpy(), whole[stream.order.rows_at(batch.step)])
+
+
+@pytest.mark.parametrize("group_units", [2, 16])
+def test_resuming_anywhere_equals_skipping(store, group_units):
+    options = {"batch_rows": 64, "seed": SEED, "group_units": group_units, "steps": 90}
+    with store.stream("mlp_out.2", **options) as stream:
+        through = [batch.rows["mlp_out.2"] for batch in stream]
+        edges = [
+            0,
+            1,
+            stream.order.steps_in(0) - 1,
+            stream.order.steps_in(0),
+            stream.order.steps_per_epoch,
+            89,
+            90,
+        ]
+    assert len(through) == 90
+    for start in edges:
+        with store.stream("mlp_out.2", start_step=start, **options) as stream:
+            assert stream.state().step == start
+            rest = [batch.rows["mlp_out.2"] for batch in stream]
+            assert stream.state().step == 90
+        assert len(rest) == 90 - start
+        assert all(torch.equal(a, b) for a, b in zip(rest, through[start:], strict=True))
+
+
+def test_elastic_resume_through_worlds(store):
+    """Three changes of world size, at a group's edge, in a group and at an epoch's end."""
+    options = {"batch_rows": 64, "seed": SEED, "group_units": 2}
+    with store.stream("mlp_out.2", **options) as stream:
+        order = stream.order
+        stops = [order.steps_in(0), order.steps_in(0) + 3, order.steps_per_epoch, order.steps_per_epoch + 5]
+        through = [next(stream).rows["mlp_out.2"] for _ in range(stops[-1])]
+    done = []
+    for world, stop in zip([4, 1, 8, 2], stops, strict=True):
+        ranks = [
+            store.stream("mlp_out.2", rank=rank, world=world, start_step=len(done), steps=stop, **options)
+            for rank in range(world)
+        ]
+        done += [torch.cat([b.rows["mlp_out.2"] for b in batches]) for batches in zip(*ranks, strict=True)]
+    assert len(done) == len(through)
+    assert all(torch.equal(a, b) for a, b in zip(done, through, strict=True))
+
+
+def test_a_rank_reads_only_its_own_bytes_and_a_single_group_once(store):
+    plan = store.plan
+    epoch_bytes = 5 * 64 * sum(slice_bytes(plan, hook) for hook in HOOKS)
+    for group_units, epochs, times in [(2, 3, 3), (16, 3, 1)]:
+        for world in (1, 4):
+            with store.stream(
+                list(HOOKS), batch_rows=64, seed=SEED, group_units=group_units, epochs=epochs, world=world
+            ) as stream:
+                for _ in stream:
+                    pass
+                assert stream.bytes_read == epoch_bytes * times // world
+                assert stream.seconds_waiting > 0
+
+
+def test_memory_is_counted(store):
+    order = store.order(batch_rows=64, seed=0, group_units=2)
+    with store.stream(list(HOOKS), batch_rows=64, seed=0, group_units=2) as stream:
+        next(stream)
+        rows, held = 2 * store.plan.rows_per_unit, stream._rows
+        buffers = [held._current, held._coming.buffers]
+        exact = sum(sum(a.nbytes for a in b.rows.values()) + b.weights.nbytes for b in buffers)
+        assert exact == 2 * rows * (2 * 12 + 4)
+        assert stream.memory_bytes == memory_bytes(store.plan, order, list(HOOKS)) == exact + rows * 2 * 8
+
+
+def test_splits(store):
+    size = store.plan.rows_per_unit
+    for split, rows in [("train", (size, 6 * size)), ("validation", (0, size)), ("all", (0, 6 * size))]:
+        with store.stream("mlp_out.2", split=split, batch_rows=64, seed=0, epochs=1) as stream:
+            found = np.sort(np.concatenate([stream.order.rows_at(batch.step) for batch in stream]))
+        assert np.array_equal(found, np.arange(*rows))
+    with pytest.raises(ConfigError, match="split"):
+        store.stream("mlp_out.2", split="test", batch_rows=64, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hooks": ["resid_post.9"]}, "resid_post.1, mlp_out.2"),
+        ({"hooks": []}, "hooks"),
+        ({"hooks": ["mlp_out.2", "mlp_out.2"]}, "hooks"),
+        ({"batch_rows": 65}, "batch_rows"),
+        ({"batch_rows": 64 * 1000}, "batch_rows"),
+        ({"lanes": 48}, "lanes"),
+        ({"world": 3}, "world"),
+        ({"rank": 1}, "rank"),
+        ({"start_step": -1}, "step"),
+        ({"prefetch": 0}, "prefetch"),
+        ({"steps": 4, "epochs": 1}, "both"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_reading(store, change, named):
+    with pytest.raises(ConfigError, match=named):
+        store.stream(**{"hooks": ["mlp_out.2"], "batch_rows": 64, "seed": 0, **change})
+
+
+def test_bad_mixing_is_refused(store, monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="Set group_units to 5 or more"):
+        store.stream("mlp_out.2", batch_rows=512, seed=0, group_units=1)
+
+
+def test_closing_in_the_middle(store):
+    stream = store.stream("mlp_out.2", batch_rows=64, seed=0, group_units=1)
+    next(stream)
+    stream.close()
+    stream.close()
+    with pytest.raises(ConfigError, match="closed"):
+        next(stream)
+    with store.stream("mlp_out.2", batch_rows=64, seed=0, steps=0) as stream:
+        assert list(stream) == []
+
+
+def test_a_stream_let_go_leaves_no_thread(store):
+    stream = store.stream("mlp_out.2", batch_rows=64, seed=0, group_units=1)
+    next(stream)
+    del stream  # the fixture looks for its threads
+
+
+def test_the_store_imports_no_torch():
+    code = "import sys, store, store.stream; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_benchmark_runs(tmp_path):
+    from benchmarks.stream import main
+
+    out = tmp_path / "out.json"
+    sizes = ["--units", "3", "--group-units", "2", "--windows-per-unit", "64", "--context-length", "9"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys,
+            "argv",
+            ["stream", "--json", str(out), *sizes, "--d-model", "8", "--batch-rows", "64", "--rounds", "1"],
+        )
+        main()
+    figures = json.loads(out.read_text())
+    assert figures["over_plain_read"] > 0

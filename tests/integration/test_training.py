@@ -1,0 +1,302 @@
+"""Training from a real dataset on disk: it learns, resumes exactly, publishes, and refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import trainer.loop as loop
+from schemas.errors import ConfigError, IntegrityError, NonFiniteError
+from schemas.training import CheckpointIndex
+from store import ActivationStore
+from store.console import load_config
+from store.objects import open_store
+from store.testing import make_plan, write_dataset
+from tests.planted import D_MODEL, HOOK, SINKS_PER_UNIT, mean_max_cosine, planted_config, planted_rows
+from trainer import Sae
+from trainer.cli import make_app
+from trainer.heldout import heldout_figures
+from trainer.loop import train
+
+WEIGHTS = "sae.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder whose dataset is written once."""
+    path = tmp_path_factory.mktemp("planted")
+    planted_config(path)
+    return path
+
+
+@pytest.fixture
+def config_of(folder, tmp_path):
+    """A config of the shared dataset with `out` in this test's folder."""
+
+    def make(**fields):
+        return load_config(planted_config(folder, **{"out": str(tmp_path / "run")} | fields))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> bytes:
+    """The published weights of the config as it is, trained without a break."""
+    train(load_config(planted_config(folder, out=str(folder / "whole"))))
+    return (folder / "whole" / WEIGHTS).read_bytes()
+
+
+class Stopped(Exception):
+    """Raised in place of a kill."""
+
+
+def stop_after(monkeypatch, steps: int):
+    """Make the step number `steps` fail like a killed process: nothing is saved on the way out."""
+    original = loop.train_step
+
+    def step(run, rows, weights):
+        if run.counts.step == steps:
+            raise Stopped
+        return original(run, rows, weights)
+
+    monkeypatch.setattr(loop, "train_step", step)
+
+
+def lines(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_planted_directions_are_found_and_everything_is_published(config_of, tmp_path):
+    config = config_of(epochs=30, lr=0.006)
+    summary = train(config)
+    out = tmp_path / "run"
+    sae = Sae.load(out)
+    assert mean_max_cosine(sae.W_dec) > 0.9
+    assert summary["fvu"] < 0.1
+    assert 0 < summary["l0"] <= 3
+    dataset = ActivationStore.open(config.root)
+    figures = heldout_figures(sae, dataset, HOOK)
+    assert (figures["fvu_normalised"], figures["fvu_raw"]) == (summary["fvu"], summary["fvu_raw"])
+    assert summary["fvu_raw"] < 0.1  # the sinks, 1000 times larger, are left out
+    assert sae.card is not None
+    assert sae.card.weights == summary["weights"]
+    assert {"fvu_normalised.raw", "fvu_normalised.ema"} <= set(sae.card.metrics)
+    best = min(sae.card.metrics[f"fvu_normalised.{name}"] for name in ("raw", "ema"))
+    assert summary["fvu"] == best
+    assert sae.card.identity is not None
+    assert sae.card.identity.dataset_sha256 == dataset.manifest.dataset_sha256
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    steps = [line["step"] for line in lines(out)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == summary["steps"]
+    rows = 8 * 512 - 8 * SINKS_PER_UNIT
+    assert summary["tokens"] == 30 * rows
+    assert checkpoints(out)[-1] == summary["steps"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"normalize": "dataset"}, {"normalize": "none"}, {"multi_topk": True, "ema": False}]
+)
+def test_other_recipes_train_too(config_of, fields):
+    summary = train(config_of(epochs=8, **fields))
+    assert summary["fvu"] < 0.6
+
+
+@pytest.mark.parametrize("moment", [7, 16, 47])
+def test_a_run_stopped_at_any_step_and_run_again_gives_the_same_bits(
+    config_of, tmp_path, monkeypatch, moment
+):
+    fields = {"log_every_steps": 3, "normalize": "dataset", "multi_topk": True}
+    fields |= {"latents": 512, "dead_after_tokens": 600}
+    train(config_of(out=str(tmp_path / "whole"), **fields))
+    config = config_of(checkpoint_seconds=0, **fields)
+    with monkeypatch.context() as patch:
+        stop_after(patch, moment)
+        with pytest.raises(Stopped):
+            train(config)
+    assert not (tmp_path / "run" / WEIGHTS).exists()
+    train(config)
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    kept = ("step", "tokens", "loss", "fvu", "l0", "dead_share", "auxk_steps", "grad_norm", "lr")
+    found, expected = ([[line[k] for k in kept] for line in lines(tmp_path / n)] for n in ("run", "whole"))
+    assert found == expected
+    assert expected[-1][6] > 0, "AuxK was never active"
+
+
+def checkpoints(out) -> list[int]:
+    return sorted(int(path.parent.name) for path in out.glob("checkpoints/*/index.json"))
+
+
+def damage(path, how):
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "missing":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 8
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "index.json"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_stepped_over(whole, config_of, tmp_path, monkeypatch, capsys, file, how):
+    config = config_of(checkpoint_seconds=0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 20)
+        with pytest.raises(Stopped):
+            train(config)
+    assert checkpoints(tmp_path / "run") == [19, 20]
+    damage(tmp_path / "run" / "checkpoints" / f"{20:012d}" / file, how)
+    train(config)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step 19 of 48" in said
+    if (file, how) != ("index.json", "missing"):  # without an index it is no checkpoint at all
+        assert "checkpoint 20 is damaged" in said
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == whole
+    assert checkpoints(tmp_path / "run") == [47, 48]
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_guessed(config_of, tmp_path, monkeypatch):
+    config = config_of(checkpoint_seconds=0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stopped):
+            train(config)
+    for path in (tmp_path / "run" / "checkpoints").glob("*/state.safetensors"):
+        damage(path, "flipped")
+    with pytest.raises(IntegrityError, match="every checkpoint"):
+        train(config)
+
+
+def test_a_finished_run_is_shown_and_not_trained_again(config_of, tmp_path, monkeypatch, capsys):
+    config = config_of()
+    first = train(config)
+    stop_after(monkeypatch, 0)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert train(config) == first
+    assert "finished" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_figures_that_need_the_subject_are_added_once(config_of):
+    config, calls = config_of(), []
+
+    def after(given, sae, dataset, hook):
+        calls.append((given, hook, sae.card.hook, dataset.rows))
+        return {"delta_ce": 0.25}
+
+    assert "delta_ce" in train(config)["left_out"]
+    for _ in range(2):
+        summary = train(config, after_train=after)
+        assert (summary["delta_ce"], summary["left_out"]) == (0.25, [])
+    assert calls == [(config, HOOK, HOOK, 9 * 512)]
+
+
+def test_another_spec_or_dataset_in_the_same_out_is_refused(config_of, tmp_path, monkeypatch):
+    config = config_of(checkpoint_seconds=0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stopped):
+            train(config)
+    with pytest.raises(ConfigError, match=r"k: 3 -> 5.*lr: 0\.003 -> 0\.01"):
+        train(config_of(k=5, lr=0.01))
+    root = tmp_path / "other"
+    write_dataset(open_store(str(root)), make_plan(9, hooks={HOOK: D_MODEL}, seed=5), planted_rows)
+    with pytest.raises(ConfigError, match="plan_fingerprint"):
+        train(config.model_copy(update={"root": str(root)}))
+    train(config_of(log_every_steps=1, checkpoint_seconds=100, checkpoints_kept=3))  # these may change
+    with pytest.raises(ConfigError, match="k: 3 -> 5"):
+        train(config_of(k=5))
+
+
+def test_sigterm_makes_a_checkpoint_and_says_how_to_go_on(whole, config_of, tmp_path, monkeypatch, capsys):
+    assert threading.current_thread() is threading.main_thread()
+    original, handler = loop.train_step, signal.getsignal(signal.SIGTERM)
+
+    def step(run, rows, weights):
+        if run.counts.step == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, rows, weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(config_of())
+    assert "step 10 of 48" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is handler
+    found = tmp_path / "run" / "checkpoints" / "000000000010" / "index.json"
+    index = CheckpointIndex.from_json(found.read_bytes(), origin="test")
+    assert (index.step, index.stream.step, index.threads) == (10, 10, 1)
+    train(config_of())
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == whole
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(config_of, tmp_path, monkeypatch):
+    original = loop.train_step
+
+    def step(run, rows, weights):
+        return original(run, rows * (1e30 if run.counts.step == 12 else 1), weights)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    with pytest.raises(NonFiniteError, match="step 12"):
+        train(config_of(normalize="none", checkpoint_seconds=0))
+    assert (tmp_path / "run" / "checkpoints" / "000000000012" / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hook": "resid_post.7"}, "resid_post.1, mlp_out.0"),
+        ({"batch_rows": 8192}, "batch_rows=8192"),
+        ({"epochs": 0.01}, "epochs"),
+        ({"auxk_k": 65}, "auxk_k"),
+        ({"device": "cuda:9"}, "device"),
+        ({"device": "tpu"}, "device"),
+        ({"group_units": 1, "batch_rows": 448}, "design effect"),
+        ({"k": 65}, "K <= N"),
+        ({"batch_rows": 100}, "lanes"),
+    ],
+)
+def test_bad_input_is_one_sentence_exit_2_and_nothing_written(folder, tmp_path, fields, words):
+    path = planted_config(folder, **{"out": str(tmp_path / "run")} | fields)
+    result = CliRunner().invoke(make_app(), [str(path)])
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_that_is_not_finished_is_refused(folder, tmp_path):
+    root = tmp_path / "data"
+    write_dataset(open_store(str(root)), make_plan(9, hooks={HOOK: D_MODEL}), planted_rows, units=[0, 1])
+    arguments = ["--set", f"root={root}", "--set", f"train.out={tmp_path / 'run'}"]
+    result = CliRunner().invoke(make_app(), [str(planted_config(folder)), *arguments])
+    assert result.exit_code == 2, result.output
+    assert "harvest" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_prints_one_json_object_or_a_table(folder, tmp_path):
+    path = str(planted_config(folder, out=str(tmp_path / "run")))
+    result = CliRunner().invoke(make_app(), [path, "--json"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert {"fvu", "fvu_raw", "l0", "dead_share", "tokens", "train_tokens_per_s"} <= set(summary)
+    result = CliRunner().invoke(make_app(), [path])
+    assert result.exit_code == 0, result.output
+    assert "FVU, held out" in result.stdout
+    assert "left out: delta_ce" in result.stderr
+    helped = CliRunner().invoke(make_app(), ["--help"])
+    assert "Example" in helped.stdout
+
+
+def test_threads_are_put_back(config_of):
+    before = torch.get_num_threads()
+    train(config_of(epochs=0.1))
+    assert torch.get_num_threads() == before

@@ -1,0 +1,302 @@
+"""Text to documents: formats, compression, cutting, joining, dropping, and every complaint."""
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import harvester.corpus as corpus_module
+from harvester.corpus import cut, documents
+from harvester.sources import find_files
+from harvester.tally import DigestSet, Tally
+from schemas.corpus import CorpusSpec
+from schemas.errors import ConfigError, DependencyMissing
+
+
+def corpus(*sources: dict[str, object] | str | Path, **fields: object) -> CorpusSpec:
+    given = [source if isinstance(source, dict) else {"uri": str(source)} for source in sources]
+    return CorpusSpec.model_validate({"sources": given, **fields})
+
+
+def texts(*sources: dict[str, object] | str | Path, **fields: object) -> list[str]:
+    return list(documents(corpus(*sources, **fields)))
+
+
+def write_jsonl(path: Path, records: list[object]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(params=[7, 2**20], ids=["chunks of 7 bytes", "chunks of 1 MiB"])
+def chunks(request, monkeypatch):
+    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", request.param)
+
+
+def test_patterns_are_read_in_sorted_order(tmp_path):
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "folder.txt").mkdir()
+    assert texts(f"{tmp_path}/*.txt") == ["a.txt", "b.txt"]
+    assert texts(tmp_path / "b.txt", tmp_path.as_uri() + "/a.txt") == ["b.txt", "a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+)
+def test_compression_follows_the_suffix(tmp_path, suffix, pack):
+    packed = pack(b"one half, ") + pack(b"and the other")  # two members in one file
+    (tmp_path / f"a.txt.{suffix}").write_bytes(packed)
+    assert texts(f"{tmp_path}/*") == ["one half, and the other"]
+    (tmp_path / f"a.txt.{suffix}").write_bytes(packed[:-9])
+    with pytest.raises(ConfigError, match=rf"a\.txt\.{suffix} is damaged"):
+        texts(f"{tmp_path}/*")
+
+
+def test_zstd(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    text = b"".join(hashlib.sha256(bytes([at % 256])).hexdigest().encode() for at in range(20_000))
+    packed = zstandard.compress(text) + zstandard.compress(b" the end")
+    (tmp_path / "a.txt.zst").write_bytes(packed)
+    assert "".join(texts(f"{tmp_path}/*", deduplicate=False)) == text.decode() + " the end"
+    for cut_at in (-3, -20, 100, 3):
+        (tmp_path / "a.txt.zst").write_bytes(packed[:cut_at])
+        with pytest.raises(ConfigError, match="damaged"):
+            texts(f"{tmp_path}/*")
+
+
+def test_zstd_absent_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    (tmp_path / "a.txt.zst").write_bytes(b"")
+    with pytest.raises(DependencyMissing, match=r"winnow-sae\[zstd\]"):
+        texts(f"{tmp_path}/*")
+
+
+@pytest.mark.usefixtures("chunks")
+def test_txt_line_ends_and_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffcafé\r\nsix \U0001f980\r\n\rend\r".encode())
+    assert texts(tmp_path / "a.txt") == ["café\nsix \U0001f980\n\nend\n"]
+
+
+@pytest.mark.usefixtures("chunks")
+def test_long_text_is_cut_without_loss(tmp_path):
+    paragraphs = [f"Paragraph {n} " + "goes on and on " * (n % 9) + "\nuntil here." for n in range(300)]
+    text = "\n\n".join(paragraphs)
+    (tmp_path / "a.txt").write_text(text)
+    pieces = texts(tmp_path / "a.txt", max_document_chars=400, deduplicate=False)
+    assert "".join(pieces) == text
+    assert all(len(piece) <= 400 for piece in pieces)
+    assert all(piece.endswith("\n\n") for piece in pieces[:-1])
+    record = write_jsonl(tmp_path / "a.jsonl", [{"text": text}])
+    assert texts(record, max_document_chars=400, deduplicate=False) == pieces
+
+
+@given(st.text("ab \n", min_size=30, max_size=300), st.integers(2, 20))
+def test_cut(text, limit):
+    if len(text) <= limit:
+        return
+    stop = cut(text, 0, limit)
+    assert 0 < stop <= limit
+    second_half = text[limit // 2 : limit]
+    marks = [mark for mark in ("\n\n", "\n", " ") if mark in second_half]
+    assert text[:stop].endswith(marks[0]) if marks else stop == limit
+
+
+def test_jsonl_records(tmp_path):
+    records = [{"text": "one\r\n", "n": 1}, {"text": ""}, {"text": None}, "a string", {"text": " \n"}]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n") + b'{"text": "last"}')
+    assert texts(path) == ["one\r\n", "a string", "last"]
+
+
+def test_jsonl_groups(tmp_path):
+    verses = [("Gen", 1, "a"), ("Gen", 1, "b"), ("Gen", 2, "c"), ("Ex", 2, "d"), ("Gen", 1, "e")]
+    records = [{"book": book, "chapter": chapter, "verse": text} for book, chapter, text in verses]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\n\n", 1))  # a blank line parts nothing
+    source = {"uri": str(path), "column": "verse", "group_by": ["book", "chapter"]}
+    assert texts(source) == ["a\nb", "c", "d", "e"]
+    assert texts({**source, "separator": " / ", "group_by": ["book"]}) == ["a / b / c", "d", "e"]
+
+
+def test_a_group_of_any_size_is_cut(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"k": 0, "text": f"line {n:04d}"} for n in range(1000)])
+    pieces = texts({"uri": str(path), "group_by": ["k"]}, max_document_chars=200)
+    assert "".join(pieces) == "\n".join(f"line {n:04d}" for n in range(1000))
+    assert all(piece.endswith("\n") and len(piece) <= 200 for piece in pieces[:-1])
+
+
+def test_parquet(tmp_path):
+    rows = [f"document {n}" for n in range(150)]
+    table = pa.table({"id": range(150), "body": rows, "kind": ["x"] * 100 + ["y"] * 50})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=40)
+    source = {"uri": f"{tmp_path}/*.parquet", "column": "body"}
+    assert texts(source) == rows
+    assert texts({**source, "group_by": ["kind"]}) == ["\n".join(rows[:100]), "\n".join(rows[100:])]
+    coded = table.set_column(1, "body", table["body"].dictionary_encode())
+    pq.write_table(coded, tmp_path / "a.parquet")
+    assert texts(source) == rows
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one", "one", "three"])
+    tally = Tally()
+    assert list(documents(corpus(path), tally)) == ["one", "two", "three"]
+    assert (tally.documents, tally.duplicates, tally.characters) == (3, 2, 11)
+    assert tally.bytes_done == path.stat().st_size
+    assert texts(path, deduplicate=False) == ["one", "two", "one", "one", "three"]
+
+
+def test_the_digest_is_over_lengths_and_texts(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["café", "", "x", "x"])
+    tally = Tally()
+    list(documents(corpus(path), tally))
+    stream = (5).to_bytes(8, "little") + "café".encode() + (1).to_bytes(8, "little") + b"x"
+    assert tally.sha256() == hashlib.sha256(stream).hexdigest()
+
+
+@given(st.lists(st.integers(0, 3000), max_size=400))
+def test_digest_set_is_a_set(numbers):
+    ours, theirs = DigestSet(), set[int]()
+    for number in numbers:
+        digest = hashlib.blake2b(str(number).encode(), digest_size=16).digest()
+        assert ours.add(digest) == (number not in theirs)
+        theirs.add(number)
+
+
+def test_digest_set_grows(tmp_path):
+    digests = [hashlib.blake2b(str(n).encode(), digest_size=16).digest() for n in range(30_000)]
+    held = DigestSet()
+    assert all(held.add(digest) for digest in digests)
+    assert not any(held.add(digest) for digest in digests)
+    assert held.bytes <= 64 * len(digests)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("before", "bad"), [("", b"\xff\xfeh\x00"), ("some café first, ", b"\xe9t\xe9"), ("cut ", b"\xf0\x9f")]
+)
+def test_not_utf8_names_file_and_byte(tmp_path, name, before, bad):
+    data = b'"fine"\n' + before.encode() + bad
+    (tmp_path / name).write_bytes(data)
+    offset = len(data) - len(bad)
+    with pytest.raises(ConfigError, match=rf"{name} is not UTF-8 at byte {offset}\b"):
+        texts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("[1]", r"line 2.*a JSON object or string.*list"),
+        ("{", r"line 2.*one JSON value a line"),
+        ("[" * 100_000, r"line 2.*one JSON value a line"),
+        ('{"txt": "x", "url": 1}', r"line 2.*no column 'text'.*txt, url"),
+        ('{"text": 3}', r"line 2.*text in the column.*int"),
+        ('"\\ud800"', r"line 2.*surrogate"),
+    ],
+)
+def test_a_bad_record_is_named(tmp_path, line, complaint):
+    (tmp_path / "a.jsonl").write_text('"fine"\n' + line)
+    with pytest.raises(ConfigError, match=complaint):
+        texts(tmp_path / "a.jsonl")
+
+
+def test_group_by_wants_objects_with_the_fields(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["text"])
+    with pytest.raises(ConfigError, match=r"line 1: expected a JSON object, got a JSON str"):
+        texts({"uri": str(path), "group_by": ["k"]})
+    path = write_jsonl(path, [{"text": "x"}])
+    with pytest.raises(ConfigError, match=r"no column 'k'.*group_by"):
+        texts({"uri": str(path), "group_by": ["k"]})
+
+
+def test_parquet_complaints(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [1], "body": ["x"]}), path)
+    with pytest.raises(ConfigError, match=r"no column 'text': expected one of id, body"):
+        texts(path)
+    with pytest.raises(ConfigError, match=r"column 'id': expected text, got int64"):
+        texts({"uri": str(path), "column": "id"})
+    path.write_bytes(b"no Parquet at all")
+    with pytest.raises(ConfigError, match=r"a\.parquet: expected a Parquet file"):
+        texts(path)
+
+
+def test_parquet_text_must_be_utf8(tmp_path):
+    bad = pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"rows 0 to 2 are not UTF-8"):
+        texts(tmp_path / "a.parquet")
+
+
+def test_an_endless_line_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "MAX_RECORD_BYTES", 2**20)
+    (tmp_path / "a.jsonl").write_bytes(b'"' + b"x" * 3 * 2**20 + b'"')
+    with pytest.raises(ConfigError, match="line 1 is too long"):
+        texts(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"", b" \r\n\t\n", b"\xef\xbb\xbf"])
+def test_an_empty_corpus(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match="hold no text"):
+        texts(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["*.txt", "absent.txt"])
+def test_no_match(tmp_path, name):
+    with pytest.raises(ConfigError, match="matches nothing"):
+        texts(tmp_path / name)
+
+
+def test_a_folder_is_refused_with_a_pattern(tmp_path):
+    with pytest.raises(ConfigError, match=r"Give a pattern"):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.txt.zip", "a"])
+def test_a_format_that_cannot_be_told(tmp_path, name):
+    (tmp_path / name).write_text("text")
+    with pytest.raises(ConfigError, match="format cannot be told"):
+        texts(tmp_path / name)
+    assert texts({"uri": str(tmp_path / name), "format": "txt"}) == ["text"]
+
+
+def test_packed_parquet_is_refused(tmp_path):
+    (tmp_path / "a.parquet.gz").write_bytes(b"")
+    with pytest.raises(ConfigError, match="compresses inside"):
+        texts(tmp_path / "a.parquet.gz")
+
+
+def test_unknown_protocols():
+    with pytest.raises(ConfigError, match="expected a path or an fsspec URI"):
+        find_files(corpus("nonsense://a/b.txt"))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:secret@bucket/a.txt",
+        "https://user:word@host/a.txt",
+        "https://host/a.txt?X-Amz-Credential=abc&X-Amz-Signature=def",
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_not_shown(uri):
+    with pytest.raises(ConfigError, match="carries credentials") as caught:
+        find_files(corpus(uri))
+    assert "secret" not in str(caught.value)
+    assert "word" not in str(caught.value)
+    assert "def" not in str(caught.value)
+
+
+def test_package_files_are_read():
+    files = find_files(corpus("package://pytest/entry_points.txt"))
+    assert [Path(file.path).name for file in files][:1] == ["entry_points.txt"]
