@@ -9,10 +9,11 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import ray
@@ -101,7 +102,8 @@ def _cluster(config: Config) -> Generator[None]:
     local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 80 * 2**20}
     ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # Ray prints a dead worker's story on stdout
+            yield
     finally:
         ray.shutdown()
 
