@@ -48,7 +48,27 @@ def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> No
         emit(_plan_facts(plan, store), json, lambda: _show_plan(plan, store))
 
 
-def harvest_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> None:  # noqa: B006
+def harvest_command(
+    config: ConfigPath,
+    set: Sets = [],  # noqa: B006
+    json: AsJson = False,
+    accept_quarantined: Annotated[
+        bool,
+        typer.Option(
+            "--accept-quarantined",
+            help="Try the units that are left once more, and commit those that fail again as void: their "
+            "rows keep their places with weight 0",
+        ),
+    ] = False,
+    single_writer: Annotated[
+        bool,
+        typer.Option(
+            "--single-writer",
+            help="For a store without if-none-match that nobody else writes to: make the units in this "
+            "process, one after another (sets storage.single_writer)",
+        ),
+    ] = False,
+) -> None:
     """Run the subject model over the planned windows and store its activations.
 
     Plans first where no plan is there. Interrupt or kill it at any point: the same command goes on
@@ -59,10 +79,10 @@ def harvest_command(config: ConfigPath, set: Sets = [], json: AsJson = False) ->
     """
     logging.getLogger("ray").setLevel(logging.WARNING)
     with guard():
-        cfg = load_config(config, set)
+        cfg = load_config(config, [*set, "storage.single_writer=true"] if single_writer else set)
         store = open_store(cfg.root, cfg.storage)
         plan = ensure_plan(cfg, store)
-        manifest = harvest(cfg, store, plan)
+        manifest = harvest(cfg, store, plan, accept_quarantined=accept_quarantined)
         facts = _harvest_facts(manifest, plan, store)
         emit(facts, json, lambda: _show_harvest(facts))
 

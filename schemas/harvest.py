@@ -74,7 +74,11 @@ class HarvestSpec(Contract):
     gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPUs (or a share of one) that Ray reserves for an actor."""
     unit_attempts: int = Field(default=3, gt=0)
-    """Failures of one unit before it is given up and the harvest stops."""
+    """Failures of one unit before it is quarantined: the harvest goes on with the others and ends with
+    a list. NaN and infinity quarantine at once; failures of storage are not the unit's."""
+    abort_after_failures: int = Field(default=10, gt=0)
+    """Failed attempts one after another, over all units, at which the harvest stops: the cause is then
+    hardly the units'."""
     ray_address: str | None = None
     """A running cluster (`auto`, `host:6379`); null starts Ray on this machine for the run."""
     temp_dir: str | None = None

@@ -231,7 +231,7 @@ def _open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
             },
         },
     )
-    return S3Store(client, bucket, prefix)
+    return S3Store(client, bucket, prefix, storage.single_writer)
 
 
 def check_endpoint(endpoint: str, allow_http: bool) -> bool:
@@ -305,8 +305,9 @@ def _instance_role() -> bool:
 class S3Store(ObjectStore):
     """Objects of one S3 bucket under a prefix, through obstore."""
 
-    def __init__(self, client: ObstoreS3, bucket: str, prefix: str) -> None:
+    def __init__(self, client: ObstoreS3, bucket: str, prefix: str, single_writer: bool = False) -> None:
         self._client, self._bucket, self._prefix = client, bucket, prefix
+        self._single_writer = single_writer
         self._process = os.getpid()
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
@@ -318,7 +319,12 @@ class S3Store(ObjectStore):
         return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
 
     def put_new(self, key: str, data: Data) -> bool:
-        """See `ObjectStore.put_new`: If-None-Match: *, one part."""
+        """See `ObjectStore.put_new`: If-None-Match: *, one part; a single writer looks first instead."""
+        if self._single_writer:
+            if self.size(key) is not None:
+                return False
+            self.put(key, data)
+            return True
         try:
             obstore.put(self._client, self._path(key), data, mode="create", use_multipart=False)
         except AlreadyExistsError:
@@ -417,7 +423,7 @@ class S3Store(ObjectStore):
 
     def child(self, prefix: str) -> S3Store:
         """See `ObjectStore.child`."""
-        return S3Store(self._client, self._bucket, self._path(prefix))
+        return S3Store(self._client, self._bucket, self._path(prefix), self._single_writer)
 
     def _fail(self, error: Exception, key: str, doing: str) -> NoReturn:
         """Raise what `error` means. The cause is cut off: S3 replies can quote signed headers."""
