@@ -9,11 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from harvester.driver import check_space, harvest, read_ledger
-from harvester.planner import find_plan, make_plan
+from harvester.mend import mend
+from harvester.planner import find_plan, make_plan, refuse_other
 from schemas.config import Config
 from schemas.harvest import HarvestManifest, HarvestPlan
-from store.console import Progress, emit, guard, human_bytes, load_config, print_table, section
+from store.console import Progress, emit, guard, human_bytes, load_config, print_table, say, section
 from store.objects import ObjectStore, open_store
+from store.reader import load_plan
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
@@ -68,6 +70,14 @@ def harvest_command(
             "process, one after another (sets storage.single_writer)",
         ),
     ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="First make again what is missing, torn or rotten, from corpus and subject. Nobody else "
+            "may write to the root meanwhile",
+        ),
+    ] = False,
 ) -> None:
     """Run the subject model over the planned windows and store its activations.
 
@@ -81,10 +91,26 @@ def harvest_command(
     with guard():
         cfg = load_config(config, [*set, "storage.single_writer=true"] if single_writer else set)
         store = open_store(cfg.root, cfg.storage)
+        if repair:
+            _repair(cfg, store)
         plan = ensure_plan(cfg, store)
         manifest = harvest(cfg, store, plan, accept_quarantined=accept_quarantined)
         facts = _harvest_facts(manifest, plan, store)
         emit(facts, json, lambda: _show_harvest(facts))
+
+
+def _repair(config: Config, store: ObjectStore) -> None:
+    plan = load_plan(store)
+    refuse_other(plan, config, store)
+    report = mend(config, store, plan)
+    for key in report.restored:
+        say(f"repair: {key} was written anew")
+    for key in report.removed:
+        say(f"repair: {key} was removed, the harvest makes its unit again")
+    say(
+        f"repair: {len(report.restored)} objects written, {len(report.revised)} units with a new receipt, "
+        + ("a new manifest" if report.manifest else "the manifest stands")
+    )
 
 
 def ensure_plan(config: Config, store: ObjectStore) -> HarvestPlan:

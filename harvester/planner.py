@@ -82,7 +82,7 @@ def make_plan(
     tokenizer = DocumentTokenizer(subject.tokenizer, identity, bos=spec.bos == "window")
     stored = _stored_plan(store)
     if stored is not None:
-        _refuse_other(stored, config, store, identity, sites)
+        refuse_other(stored, config, store, identity, sites)
     folder = config.harvest.temp_dir or tempfile.gettempdir()
     shown = PlanProgress(progress, files)
     with CorpusWindows(corpus, spec, tokenizer, files, folder, shown) as run:
@@ -110,6 +110,15 @@ def make_plan(
     return plan
 
 
+def read_corpus(config: Config, folder: str) -> CorpusWindows:
+    """The config's corpus as it is planned, not read yet; for a plan that exists already."""
+    subject_spec, corpus, spec = _sections(config)
+    files = find_files(corpus)
+    subject = _load(subject_spec, spec)
+    tokenizer = DocumentTokenizer(subject.tokenizer, subject.identity, bos=spec.bos == "window")
+    return CorpusWindows(corpus, spec, tokenizer, files, folder, PlanProgress(None, files))
+
+
 def find_plan(
     config: Config, store: ObjectStore, *, subject: Subject | PlanSubject | None = None
 ) -> HarvestPlan | None:
@@ -129,7 +138,7 @@ def find_plan(
         return None
     identity = subject.identity if subject else None
     sites = tuple(subject.sites(plan.spec.hooks)) if subject and config.plan == plan.spec else None
-    _refuse_other(plan, config, store, identity, sites)
+    refuse_other(plan, config, store, identity, sites)
     return None if missing_tokens(plan, store) else plan
 
 
@@ -171,13 +180,14 @@ def _stated(spec: SubjectSpec) -> dict[str, Any]:
     return stated
 
 
-def _refuse_other(
+def refuse_other(
     plan: HarvestPlan,
     config: Config,
     store: ObjectStore,
-    identity: SubjectIdentity | None,
-    sites: tuple[HookSite, ...] | None,
+    identity: SubjectIdentity | None = None,
+    sites: tuple[HookSite, ...] | None = None,
 ) -> None:
+    """PlanMismatch, with the differing fields, where `plan` is not what `config` asks for."""
     lines = plan_differences(plan, config, identity, sites)
     if lines:
         raise PlanMismatch(

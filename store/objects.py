@@ -18,7 +18,13 @@ from typing import Any, NoReturn, cast
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import S3Store as ObstoreS3
 
 from schemas.config import StorageSpec
@@ -62,6 +68,26 @@ class ObjectStore(ABC):
     @abstractmethod
     def put(self, key: str, data: Data) -> None:
         """Create or overwrite. For run outputs and repair only, never for a dataset's hot path."""
+
+    def version(self, key: str) -> str | None:
+        """A mark that changes with the object (an ETag); None where there is no object or no mark."""
+        del key
+        return None
+
+    def replace(self, key: str, data: Data, version: str | None) -> None:
+        """Overwrite an object that is damaged. For repair only.
+
+        Args:
+            key: The object.
+            data: What it shall hold.
+            version: What `version` gave before the damage was looked at. Where the storage can, it refuses
+                if the object has changed since.
+
+        Raises:
+            StoreError: Somebody else wrote the object meanwhile.
+        """
+        del version
+        self.put(key, data)
 
     @abstractmethod
     def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:
@@ -337,6 +363,33 @@ class S3Store(ObjectStore):
         """See `ObjectStore.put`."""
         try:
             obstore.put(self._client, self._path(key), data, use_multipart=False)
+        except _FAILURES as error:
+            self._fail(error, key, "writing")
+
+    def version(self, key: str) -> str | None:
+        """See `ObjectStore.version`: the ETag."""
+        try:
+            return obstore.head(self._client, self._path(key))["e_tag"]
+        except FileNotFoundError:
+            return None
+        except _FAILURES as error:
+            self._fail(error, key, "looking up")
+
+    def replace(self, key: str, data: Data, version: str | None) -> None:
+        """See `ObjectStore.replace`: If-Match, where the store knows it."""
+        if version is None:
+            self.put(key, data)
+            return
+        mode: Any = {"e_tag": version}
+        try:
+            obstore.put(self._client, self._path(key), data, mode=mode, use_multipart=False)
+        except PreconditionError:
+            raise StoreError(
+                f"{self.uri}/{key} changed while it was repaired",
+                fix="Repair when nobody else writes to this root",
+            ) from None
+        except (NotImplementedError, NotSupportedError):
+            self.put(key, data)
         except _FAILURES as error:
             self._fail(error, key, "writing")
 
