@@ -169,7 +169,7 @@ class ObjectStore(ABC):
             middle, last = self.get_range(key, 7, 29), self.get_suffix(key, 16)
             several = self.get_ranges(key, [0, 40], [8, 64])
         except (StoreError, IntegrityError) as error:
-            self._lies("range read", "the bytes asked for", str(error))
+            self._lies("range read", "the bytes asked for", str(error).rstrip("."))
         if middle != body[7:29] or several != [body[:8], body[40:]]:
             self._lies("range read", "the bytes asked for", "other bytes")
         if last != body[-16:]:

@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.base import sha256_hex
-from schemas.errors import ConfigError, IntegrityError, PlanMismatch, WinnowError
+from schemas.errors import (
+    ConfigError,
+    IntegrityError,
+    MissingObject,
+    PlanMismatch,
+    StoreError,
+    WinnowError,
+)
 from schemas.harvest import (
     MOMENT_UNITS,
     SLICES,
@@ -26,7 +33,7 @@ from schemas.harvest import (
     ShardRecord,
     UnitReceipt,
 )
-from store.commit import commit_receipt, load_receipt, settle, standing_receipts
+from store.commit import PUT_TRIES, commit_receipt, load_receipt, settle, standing_receipts
 from store.layout import PLAN_KEY, STORED_DTYPES, manifest_key, shard_key, slice_bytes, tokens_key
 from store.manifest import find_manifest, load_manifest
 from store.objects import ObjectStore
@@ -238,11 +245,25 @@ def _store_shard(
         raise ValueError(
             f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
         )
-    data, record = make_shard(plan, unit, hook, rows)
-    if store.put_new(record.key, data):
-        return record, True
-    del data
-    return _adopt(store, plan, unit, hook, rows), False
+    failure: StoreError | None = None
+    for _ in range(PUT_TRIES):
+        data, record = make_shard(plan, unit, hook, rows)
+        try:
+            if store.put_new(record.key, data):
+                return record, True
+            failure = None
+        except StoreError as error:
+            failure = error  # it may have taken effect all the same
+        del data
+        try:
+            return _adopt(store, plan, unit, hook, rows), False
+        except MissingObject:
+            continue
+    raise failure or StoreError(
+        f"unit {unit}, hook {hook!r}: its shard can neither be created nor read at {store.uri}",
+        got="'already exists' from the put, 'absent' from the read",
+        fix="Use a store with read-after-write consistency",
+    )
 
 
 def make_shard(plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> tuple[memoryview, ShardRecord]:
