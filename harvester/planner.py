@@ -22,7 +22,7 @@ from harvester.windows import CorpusWindows, PlanProgress, ProgressCallback
 from schemas.config import Config
 from schemas.corpus import CorpusSpec
 from schemas.errors import ConfigError, PlanMismatch, StoreError
-from schemas.harvest import Execution, HarvestPlan, PlanSpec
+from schemas.harvest import Execution, HarvestPlan, PlanSpec, check_shard_size
 from schemas.subject import HookSite, SubjectIdentity, SubjectSpec
 from store.layout import PLAN_KEY, TOKENS_ARRAY, tokens_key
 from store.objects import ObjectStore
@@ -79,6 +79,7 @@ def make_plan(
     subject = subject or _load(subject_spec, spec)
     identity, sites = subject.identity, tuple(subject.sites(spec.hooks))
     _check_context(spec, identity)
+    _check_shards(spec, sites)
     tokenizer = DocumentTokenizer(subject.tokenizer, identity, bos=spec.bos == "window")
     stored = _stored_plan(store)
     if stored is not None:
@@ -225,6 +226,14 @@ def _check_context(spec: PlanSpec, identity: SubjectIdentity) -> None:
             got=spec.context_length,
             fix="Lower plan.context_length",
         )
+
+
+def _check_shards(spec: PlanSpec, sites: tuple[HookSite, ...]) -> None:
+    for site in sites:
+        try:
+            check_shard_size(spec, site)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _check_room(plan: HarvestPlan, store: ObjectStore, units: int) -> None:
