@@ -16,7 +16,7 @@ export RAY_DEDUP_LOGS ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan harvest train test test-gpu lint format bench minio clean
+.PHONY: help setup setup-dev plan harvest train test test-gpu test-faults lint format bench minio clean
 
 help:  ## Show this list
 	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value']"; echo
@@ -50,6 +50,9 @@ test: setup-dev  ## Run the tests (uses MinIO where `make minio` has built it, e
 
 test-gpu: setup-dev  ## Run the GPU tests; fails if any is skipped
 	$(BIN)/python -m pytest tests/gpu --no-skips $(ARGS)
+
+test-faults: setup-dev  ## Run the tests that kill, cut and corrupt; part of `make test`
+	$(BIN)/python -m pytest tests/faults tests/contract $(ARGS)
 
 lint: setup-dev  ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .

@@ -19,9 +19,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from harvester.failures import Failures
+from harvester.single import LocalRun, accept, check_single_writer
 from harvester.worker import UnitWorker
 from schemas.config import Config
-from schemas.errors import MissingObject, NonFiniteError, StoreError, WinnowError, WorkerError
+from schemas.errors import MissingObject, StoreError, WinnowError, WorkerError
 from schemas.harvest import HarvestLedger, HarvestManifest, HarvestPlan, LedgerRun
 from store.console import Progress, human_bytes, say, section
 from store.objects import ObjectStore
@@ -51,19 +53,23 @@ def check_space(plan: HarvestPlan, store: ObjectStore, units: int) -> None:
         )
 
 
-def harvest(config: Config, store: ObjectStore, plan: HarvestPlan) -> HarvestManifest:
+def harvest(
+    config: Config, store: ObjectStore, plan: HarvestPlan, *, accept_quarantined: bool = False
+) -> HarvestManifest:
     """Make every unit that has no receipt yet, then seal the dataset.
 
     Args:
         config: With `subject` and `harvest`.
         store: The dataset's root.
         plan: The plan found there.
+        accept_quarantined: Commit units that cannot be made as void, with the cause.
 
     Raises:
-        WorkerError: A unit failed `harvest.unit_attempts` times.
-        NonFiniteError: The subject gave NaN or infinity.
+        WorkerError: Units are quarantined, or too many attempts failed in a row.
+        NonFiniteError: Nothing but NaN or infinity from the subject stands in the way.
         StoreError: The store lies, refuses or is full.
     """
+    check_single_writer(config)
     have = receipts_present(store, plan)
     todo = [unit for unit in range(plan.units) if unit not in have]
     if todo:
@@ -73,9 +79,21 @@ def harvest(config: Config, store: ObjectStore, plan: HarvestPlan) -> HarvestMan
             f"harvest: {len(todo)} of {plan.units} units to do, "
             f"{human_bytes(forecast_bytes(plan, len(todo)))} to write to {store.uri}"
         )
-        with _cluster(config):
-            run = _Run(config, store, plan, todo).go()
+
+        def enough_space() -> None:
+            check_space(plan, store, plan.units - len(receipts_present(store, plan)))
+
+        failures = Failures(config.harvest, enough_space)
+        if config.storage.single_writer:
+            run = LocalRun(config, store, plan, todo, failures).go()
+        else:
+            with _cluster(config):
+                run = _Run(config, store, plan, todo, failures).go()
         _record(store, run)
+        if failures.quarantined:
+            if not accept_quarantined:
+                raise failures.refusal(plan.units)
+            accept(store, plan, config.harvest, failures)
     return seal(store, plan)
 
 
@@ -111,11 +129,13 @@ def _cluster(config: Config) -> Generator[None]:
 class _Run:
     """One run's bookkeeping: which unit is where, what failed how often."""
 
-    def __init__(self, config: Config, store: ObjectStore, plan: HarvestPlan, todo: list[int]) -> None:
+    def __init__(
+        self, config: Config, store: ObjectStore, plan: HarvestPlan, todo: list[int], failures: Failures
+    ) -> None:
         self._config, self._store, self._plan = config, store, plan
         self._queue = deque(todo)
         self._flying: dict[Any, tuple[int, int]] = {}  # result ref -> (actor's number, unit)
-        self._failures: Counter[int] = Counter()
+        self._failures = failures
         self._windows: dict[int, int] = {}  # actor's number -> windows it has run
         self._actors: dict[int, Any] = {}
         self._spawned = 0
@@ -140,13 +160,13 @@ class _Run:
                 self._hand_out()
                 units = done_before + self._committed
                 tokens = max(units * unit_tokens, done_before * unit_tokens + self._tokens_run())
-                bar.update(tokens, units=f"{units}/{self._plan.units}", failed=self._failures.total())
+                bar.update(tokens, units=f"{units}/{self._plan.units}", failed=self._failures.total)
         return LedgerRun(
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             units=self._committed,
             tokens=self._committed * unit_tokens,
             seconds=time.monotonic() - start,
-            failures=self._failures.total(),
+            failures=self._failures.total,
         )
 
     def _spawn(self) -> None:
@@ -181,40 +201,36 @@ class _Run:
             ) from error
 
     def _hand_out(self) -> None:
-        load = Counter(number for number, _ in self._flying.values())
+        load: Counter[int] = Counter()
+        for number, unit in self._flying.values():
+            load[number] += UNITS_QUEUED if self._failures.alone(unit) else 1
         for number, actor in self._actors.items():
             while self._queue and load[number] < UNITS_QUEUED:
+                if self._failures.alone(self._queue[0]) and load[number]:
+                    break
                 unit = self._queue.popleft()
                 self._flying[actor.run.remote(unit)] = (number, unit)
-                load[number] += 1
+                load[number] += UNITS_QUEUED if self._failures.alone(unit) else 1
 
     def _collect(self, ref: Any) -> None:
         number, unit = self._flying.pop(ref)
         try:
             ray.get(ref)
         except RayActorError as error:
-            self._failed(unit, f"its actor died: {_first_line(error)}")
+            cause = WorkerError(f"unit {unit}: its actor died", got=_first_line(error))
             if self._actors.pop(number, None) is not None:
                 self._spawn()
+            self._failed(unit, cause, died=True)
         except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, WinnowError) else None
-            if isinstance(cause, NonFiniteError):
-                raise cause from error
-            self._failed(unit, str(cause) if cause else _first_line(error))
+            known = error.cause if isinstance(error.cause, WinnowError) else None
+            self._failed(unit, known or WorkerError(f"unit {unit}", got=_first_line(error)))
         else:
             self._committed += 1
+            self._failures.succeeded(unit)
 
-    def _failed(self, unit: int, cause: str) -> None:
-        self._failures[unit] += 1
-        say(f"unit {unit} failed ({self._failures[unit]}x), tried again: {cause}")
-        if self._failures[unit] >= self._config.harvest.unit_attempts:
-            raise WorkerError(
-                f"unit {unit} failed {self._failures[unit]} times",
-                expected="a receipt",
-                got=cause,
-                fix="Remove the cause and run the same command again; finished units are kept",
-            )
-        self._queue.appendleft(unit)
+    def _failed(self, unit: int, error: WinnowError, *, died: bool = False) -> None:
+        if self._failures.failed(unit, error, died=died):
+            self._queue.append(unit)
 
     def _tokens_run(self) -> int:
         """Tokens the LM has run in this run; an actor that does not answer keeps its last count."""

@@ -88,26 +88,25 @@ class UnitWorker:
             NonFiniteError: NaN or infinity in an activation, with unit, hook and window.
             IntegrityError, StoreError: From the store.
         """
+        rows, attempt, tokens_sha256 = self.make(unit)
+        commit_unit(self._store, self._plan, unit, rows, tokens_sha256=tokens_sha256, attempt=attempt)
+        return unit
+
+    def make(self, unit: int) -> tuple[dict[str, NDArray[np.generic]], Attempt, str]:
+        """Compute one unit and store nothing: hook -> rows [R, D], by whom, and its tokens' digest."""
         with self._lm:
             start = time.monotonic()
             tokens = read_tokens(self._store, self._plan, unit)
             rows = self._rows(unit, tokens)
-        commit_unit(
-            self._store,
-            self._plan,
-            unit,
-            rows,
-            tokens_sha256=hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest(),
-            attempt=Attempt(
-                id=uuid.uuid4().hex,
-                seconds=time.monotonic() - start,
-                batch_windows=self._batch,
-                threads=self._threads,
-                device=str(self._subject.device),
-                finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            ),
+        attempt = Attempt(
+            id=uuid.uuid4().hex,
+            seconds=time.monotonic() - start,
+            batch_windows=self._batch,
+            threads=self._threads,
+            device=str(self._subject.device),
+            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        return unit
+        return rows, attempt, hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest()
 
     def _rows(self, unit: int, tokens: NDArray[np.uint32]) -> dict[str, NDArray[np.generic]]:
         """Every hook's rows [R, D] of a unit, in stored order and stored dtype."""
