@@ -35,6 +35,7 @@ from store.shards import (
     INDEX_BYTES,
     Statistics,
     Stored,
+    check_finite,
     check_index,
     crc32c,
     decode_slices,
@@ -238,11 +239,16 @@ def _store_shard(
         raise ValueError(
             f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
         )
-    facts = _describe(plan, unit, hook, rows)
+    check_finite(rows, plan.spec.dtype, unit=unit, hook=hook)
     key = shard_key(hook, unit)
     shard = encode_shard(rows)
-    if store.put_new(key, shard.data):
-        return _record(key, shard.data, shard.slice_crc32c, facts), True
+    with ThreadPoolExecutor(1, thread_name_prefix="winnow-commit") as beside:
+        # The digest and the statistics take as long as the put, which mostly waits.
+        digest = beside.submit(sha256_hex, shard.data)
+        facts = beside.submit(_describe, plan, unit, hook, rows)
+        if store.put_new(key, shard.data):
+            return _record(key, len(shard.data), digest.result(), shard.slice_crc32c, facts.result()), True
+        facts.cancel()
     del shard
     return _adopt(store, plan, unit, hook, rows), False
 
@@ -271,7 +277,7 @@ def _adopt(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: St
             got=f"{apart:.3g}",
             fix="Check that subject, device and code are those of the earlier attempt",
         )
-    return _record(key, memoryview(data), crcs, facts)
+    return _record(key, len(data), sha256_hex(data), crcs, facts)
 
 
 def slice_checksums(data: bytes, plan: HarvestPlan, hook: str) -> tuple[int, ...]:
@@ -286,11 +292,11 @@ def _describe(plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> Statisti
     return describe_rows(rows, spec.dtype, spec.sink_multiple, unit < MOMENT_UNITS, unit=unit, hook=hook)
 
 
-def _record(key: str, data: memoryview, crcs: tuple[int, ...], facts: Statistics) -> ShardRecord:
+def _record(key: str, size: int, sha256: str, crcs: tuple[int, ...], facts: Statistics) -> ShardRecord:
     return ShardRecord(
         key=key,
-        bytes=len(data),
-        sha256=sha256_hex(data),
+        bytes=size,
+        sha256=sha256,
         slice_crc32c=crcs,
         sum_squares=facts.sum_squares,
         largest_norm=facts.largest_norm,
