@@ -66,7 +66,7 @@ format: setup-dev  ## Let ruff format and fix
 
 bench: setup-dev  ## Run the benchmarks into OUT, one JSON each
 	mkdir -p $(OUT)
-	for name in harvest stream; do $(BIN)/python -m benchmarks.$$name --json $(OUT)/$$name.json || exit 1; done
+	for name in harvest store mixing; do $(BIN)/python -m benchmarks.$$name --json $(OUT)/$$name.json || exit 1; done
 
 minio: $(WINNOW_TOOLS)/bin/minio  ## Build MinIO for the S3 tests (needs Go; a few minutes, once)
 

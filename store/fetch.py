@@ -5,7 +5,7 @@ Letters: D d_model, P rows in a slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from schemas.errors import IntegrityError, MissingObject
 from schemas.harvest import HarvestPlan
 from store.index import ReceiptIndex
 from store.layout import shard_key, slice_bytes, slice_range
-from store.objects import Data, ObjectStore
-from store.shards import decode_slices
+from store.objects import ObjectStore
+from store.shards import check_slice
 
 REFETCHES = 2
 """A slice that fails its check is fetched this many times more before it counts as rotten."""
@@ -30,9 +30,9 @@ def fetch_slices(
     unit: int,
     first: int,
     stop: int,
-    take: Callable[[int, NDArray[Any]], None],
+    place: Callable[[int], NDArray[Any]],
 ) -> int:
-    """Read neighbouring slices of a shard, each checked against the unit's receipt.
+    """Read neighbouring slices of a shard into place, each checked against the unit's receipt.
 
     Args:
         store: The dataset's root.
@@ -42,34 +42,32 @@ def fetch_slices(
         unit: Which shard.
         first: The first slice.
         stop: One past the last slice.
-        take: Called with each slice's number and its rows [P, D], a read-only view that is valid during
-            the call.
+        place: A slice's number -> where its rows go: contiguous [P, D] in the dtype on disk.
 
     Returns:
         Bytes read from storage.
 
     Raises:
         MissingObject: The shard is not there.
-        IntegrityError: A slice differs from the receipt, thrice; or the shard's length does.
+        IntegrityError: A slice differs from the receipt, thrice; or the shard's length does. What is
+            in place then is worthless.
     """
     crcs: list[int] = index.hooks[hook].crc32c[unit].tolist()
-    size = slice_bytes(plan, hook)
-    data = np.frombuffer(_read(store, plan, hook, unit, first, stop), np.uint8)
-    received = data.size
-    for number in range(first, stop):
-        start = (number - first) * size
-        piece: Data = data[start : start + size].data
+    beside = np.empty(4, np.uint8)
+    payloads = [place(number).reshape(-1).view(np.uint8) for number in range(first, stop)]
+    received = (stop - first) * slice_bytes(plan, hook)
+    reads = _read(store, plan, hook, unit, first, stop, [(payload, beside) for payload in payloads])
+    for number, payload, _ in zip(range(first, stop), payloads, reads, strict=True):
         for left in range(REFETCHES, -1, -1):
+            stored = int.from_bytes(beside.tobytes(), "little")
             try:
-                rows = decode_slices(piece, number, number + 1, plan=plan, hook=hook, unit=unit, crc=crcs)
+                check_slice(payload, stored, crcs[number], unit=unit, hook=hook, number=number)
+                break
             except IntegrityError:
                 if not left:
                     raise
-                piece = _read(store, plan, hook, unit, number, number + 1)
-                received += len(piece)
-            else:
-                take(number, rows[0])
-                break
+            for _ in _read(store, plan, hook, unit, number, number + 1, [(payload, beside)]):
+                received += slice_bytes(plan, hook)
     return received
 
 
@@ -79,13 +77,20 @@ def describe(hook: str, unit: int, first: int, stop: int) -> str:
     return f"unit {unit}, hook {hook!r}, {slices}"
 
 
-def _read(store: ObjectStore, plan: HarvestPlan, hook: str, unit: int, first: int, stop: int) -> Data:
-    """The bytes of slices [first, stop), or an error that says what is wrong with their shard."""
+def _read(
+    store: ObjectStore,
+    plan: HarvestPlan,
+    hook: str,
+    unit: int,
+    first: int,
+    stop: int,
+    parts: Sequence[Sequence[NDArray[np.uint8]]],
+) -> Iterator[None]:
+    """Slices [first, stop) into `parts`, or an error that says what is wrong with their shard."""
     key = shard_key(hook, unit)
-    start, end = slice_range(plan, hook, first, stop)
     where = describe(hook, unit, first, stop)
     try:
-        data = store.get_range(key, start, end)
+        yield from store.read_into(key, slice_range(plan, hook, first, stop)[0], parts)
     except MissingObject as error:
         raise MissingObject(
             f"{where}: the shard is missing",
@@ -99,10 +104,3 @@ def _read(store: ObjectStore, plan: HarvestPlan, hook: str, unit: int, first: in
             got=f"{store.size(key)} bytes",
             fix=f"`winnow verify {store.uri}` says what else is damaged",
         ) from error
-    if len(data) != end - start:
-        raise IntegrityError(
-            f"{where}: a range of {key} came back with another length",
-            expected=f"{end - start} bytes",
-            got=f"{len(data)} bytes",
-        )
-    return data

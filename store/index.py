@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,30 @@ class HookColumns:
     """[units] sum of squares over all rows."""
     moments: dict[int, Moments] = field(default_factory=dict[int, Moments])
     """Unit -> per-dimension sums, for the first units only."""
+
+
+class UnitColumns(NamedTuple):
+    """Facts of consecutive units in columns; hooks are sorted by name.
+
+    Letters: n units, h of them that hold data, H hooks.
+    """
+
+    units: NDArray[np.int64]
+    """[n] unit numbers."""
+    held: NDArray[np.bool_]
+    """[n] False for void units."""
+    revision: NDArray[np.int32]
+    """[n]"""
+    token_sha256: NDArray[np.uint8]
+    """[n, 32]"""
+    content_sha256: list[str]
+    """[n] digest of each receipt's content."""
+    crc32c: NDArray[np.uint32]
+    """[h, H, 64]"""
+    sum_squares: NDArray[np.float64]
+    """[h, H]"""
+    sinks: list[NDArray[np.int64]] | None
+    """[h * H] marked rows; None where no unit has any."""
 
 
 class ReceiptIndex:
@@ -82,6 +107,21 @@ class ReceiptIndex:
                 columns.sinks[unit] = np.asarray(shard.sinks, dtype=np.int64)
             if shard.moments is not None:
                 columns.moments[unit] = shard.moments
+
+    def add_columns(self, columns: UnitColumns) -> None:
+        """Take in many units at once, all but their moments; they have been checked against the plan."""
+        units = columns.units[columns.held]
+        self.present[columns.units] = True
+        self.void[columns.units] = ~columns.held
+        self.revision[columns.units] = columns.revision
+        self.token_sha256[columns.units] = columns.token_sha256
+        for number, hook in enumerate(sorted(self.hooks)):
+            self.hooks[hook].crc32c[units] = columns.crc32c[:, number]
+            self.hooks[hook].sum_squares[units] = columns.sum_squares[:, number]
+            if columns.sinks is not None:
+                lists = columns.sinks[number :: len(self.hooks)]
+                found = {unit: rows for unit, rows in zip(units.tolist(), lists, strict=True) if rows.size}
+                self.hooks[hook].sinks.update(found)
 
     def require(self, units: Sequence[int]) -> None:
         """Raise MissingObject unless every one of `units` has a receipt."""

@@ -8,7 +8,7 @@ from schemas.harvest import HarvestManifest, HarvestPlan
 from store.index import ReceiptIndex
 from store.layout import manifest_key
 from store.objects import ObjectStore
-from store.parts import DatasetDigest, read_part
+from store.parts import DatasetDigest, read_index
 
 
 def find_manifest(store: ObjectStore, plan: HarvestPlan) -> HarvestManifest | None:
@@ -53,9 +53,7 @@ def load_index(store: ObjectStore, plan: HarvestPlan, manifest: HarvestManifest)
     """
     index, digest = ReceiptIndex(plan), DatasetDigest(plan)
     for part in manifest.parts:
-        for receipt in read_part(store, plan, part):
-            index.add(receipt)
-            digest.add(receipt)
+        read_index(store, plan, part, index, digest)
     facts = (
         ("dataset_sha256", manifest.dataset_sha256, digest.hexdigest()),
         ("void_units", manifest.void_units, tuple(index.void.nonzero()[0].tolist())),

@@ -17,7 +17,9 @@ from datetime import timedelta
 from typing import Any, NoReturn, cast
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import obstore
+from numpy.typing import NDArray
 from obstore.exceptions import (
     AlreadyExistsError,
     NotSupportedError,
@@ -114,6 +116,29 @@ class ObjectStore(ABC):
     @abstractmethod
     def get_suffix(self, key: str, length: int) -> bytes | memoryview:
         """The last `length` bytes in one request; errors as in `get_range`."""
+
+    def read_into(self, key: str, start: int, parts: Sequence[Sequence[NDArray[np.uint8]]]) -> Iterator[None]:
+        """Fill buffers with the run of bytes that begins at `start`; errors as in `get_range`.
+
+        Args:
+            key: The object.
+            start: Where the first part begins.
+            parts: Buffers [bytes], writable, that lie one after another in the object. A buffer may be in
+                several parts, to be looked at in between.
+
+        Yields:
+            Once after each part is filled, so that it can be looked at while it is in the cache.
+        """
+        data = np.frombuffer(
+            self.get_range(key, start, start + sum(buffer.size for part in parts for buffer in part)),
+            np.uint8,
+        )
+        done = 0
+        for part in parts:
+            for buffer in part:
+                buffer[:] = data[done : done + buffer.size]
+                done += buffer.size
+            yield
 
     @abstractmethod
     def size(self, key: str) -> int | None:

@@ -11,8 +11,13 @@ tokens_sha256   string
 content_sha256  string, digest of `UnitReceipt.content()`
 bytes           int64, all shards of the unit
 sinks           int64, marked rows over all hooks
+slice_crc32c    list of uint32: 64 for each hook, hooks sorted by name; none for a void unit
+sum_squares     list of float64: one for each hook
+sink_rows       list of lists of int32: each hook's marked rows
 receipt         string, the receipt as canonical JSON
 =============== ========================================================================
+
+Opening a dataset reads the typed columns only (`read_index`); `verify` compares them with the JSON.
 """
 
 # pyarrow has no type stubs.
@@ -24,15 +29,18 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.base import sha256_hex
 from schemas.errors import IntegrityError
-from schemas.harvest import HarvestPlan, ManifestPart, UnitReceipt
+from schemas.harvest import MOMENT_UNITS, SLICES, HarvestPlan, ManifestPart, ShardRecord, UnitReceipt
 from store.commit import parse_receipt
+from store.index import ReceiptIndex, UnitColumns
 from store.layout import MANIFEST_DIR
 from store.objects import ObjectStore
 
@@ -54,9 +62,15 @@ _SCHEMA: Any = pa.schema(
         pa.field("content_sha256", pa.string(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("sinks", pa.int64(), nullable=False),
+        pa.field("slice_crc32c", pa.list_(pa.uint32()), nullable=False),
+        pa.field("sum_squares", pa.list_(pa.float64()), nullable=False),
+        pa.field("sink_rows", pa.list_(pa.list_(pa.int32())), nullable=False),
         pa.field("receipt", pa.string(), nullable=False),
     ]
 )
+_TYPED = ("slice_crc32c", "sum_squares", "sink_rows")
+_SCHEMA_1_0: Any = pa.schema([field for field in _SCHEMA if field.name not in _TYPED])
+_COLUMNS = [field.name for field in _SCHEMA if field.name not in ("receipt", "sinks")]
 
 
 def part_key(sha256: str) -> str:
@@ -77,6 +91,9 @@ def encode_part(receipts: Sequence[UnitReceipt]) -> tuple[bytes, ManifestPart]:
         [sha256_hex(r.content()) for r in receipts],
         [sum(shard.bytes for shard in r.shards.values()) for r in receipts],
         [sum(len(shard.sinks) for shard in r.shards.values()) for r in receipts],
+        [[crc for shard in _by_hook(r) for crc in shard.slice_crc32c] for r in receipts],
+        [[shard.sum_squares for shard in _by_hook(r)] for r in receipts],
+        [[list(shard.sinks) for shard in _by_hook(r)] for r in receipts],
         [r.canonical().decode() for r in receipts],
     ]
     arrays = [pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)]
@@ -104,6 +121,11 @@ def encode_part(receipts: Sequence[UnitReceipt]) -> tuple[bytes, ManifestPart]:
     return body, part
 
 
+def _by_hook(receipt: UnitReceipt) -> list[ShardRecord]:
+    """A receipt's shards, hooks sorted by name."""
+    return [receipt.shards[hook] for hook in sorted(receipt.shards)]
+
+
 def read_part(store: ObjectStore, plan: HarvestPlan, part: ManifestPart) -> Iterator[UnitReceipt]:
     """The receipts of one part, in unit order, each checked against the plan; a thousand at a time.
 
@@ -113,6 +135,79 @@ def read_part(store: ObjectStore, plan: HarvestPlan, part: ManifestPart) -> Iter
         MissingObject: The part is not there.
         IntegrityError: Its bytes, columns or receipts are not what the manifest and the plan promise.
     """
+    unit = part.first_unit
+    for revisions, texts in _batches(_open(store, part), ["revision", "receipt"], f"{store.uri}/{part.key}"):
+        for revision, text in zip(revisions.to_pylist(), texts.to_pylist(), strict=True):
+            where = f"{store.uri}/{part.key}, receipt of unit {unit}"
+            yield parse_receipt(text.encode(), plan, unit, revision, origin=where)
+            unit += 1
+
+
+def read_index(
+    store: ObjectStore, plan: HarvestPlan, part: ManifestPart, index: ReceiptIndex, digest: DatasetDigest
+) -> None:
+    """Take one part into the index and the dataset's digest, from its typed columns where it has them.
+
+    Raises:
+        MissingObject, IntegrityError: As `read_part`.
+    """
+    file = _open(store, part)
+    if not file.schema_arrow.equals(_SCHEMA):  # a part of version 1.0
+        for receipt in read_part(store, plan, part):
+            index.add(receipt)
+            digest.add(receipt)
+        return
+    for columns in _columns(file, plan, part, f"{store.uri}/{part.key}"):
+        index.add_columns(columns)
+        digest.add_contents(columns.content_sha256)
+    if part.first_unit < MOMENT_UNITS:  # moments are in the receipts alone
+        for receipt in islice(read_part(store, plan, part), MOMENT_UNITS):
+            index.add(receipt)
+
+
+def _columns(file: Any, plan: HarvestPlan, part: ManifestPart, origin: str) -> Iterator[UnitColumns]:
+    """A part's typed columns, a thousand units at a time, checked against the plan."""
+    hooks = len(plan.spec.hooks)
+    whole = sum(plan.shard_bytes(hook) for hook in plan.spec.hooks)
+    first = part.first_unit
+    for columns in _batches(file, _COLUMNS, origin):
+        units, revision, void, tokens, content, size, crcs, squares, sinks = columns
+        units = units.to_numpy()
+        held = ~void.is_valid().to_numpy(zero_copy_only=False)
+        inner = sinks.flatten()
+        marked, ends = inner.flatten().to_numpy(), np.cumsum(inner.value_lengths().to_numpy())
+        inside = np.ones(len(marked), np.bool_)
+        inside[ends[ends < len(marked)]] = False  # the first of a list follows none
+        facts = (
+            ("unit", np.array_equal(units, np.arange(first, first + len(units)))),
+            ("tokens_sha256", set(map(len, tokens.to_pylist())) == {64}),
+            ("content_sha256", set(map(len, content.to_pylist())) == {64}),
+            ("bytes", np.array_equal(size.to_numpy(), held * whole)),
+            ("slice_crc32c", np.array_equal(crcs.value_lengths().to_numpy(), held * hooks * SLICES)),
+            ("sum_squares", np.array_equal(squares.value_lengths().to_numpy(), held * hooks)),
+            ("sink_rows", np.array_equal(sinks.value_lengths().to_numpy(), held * hooks)),
+            ("sink_rows", not marked.size or 0 <= marked.min() <= marked.max() < plan.rows_per_unit),
+            ("sink_rows", bool(np.all(np.diff(marked)[inside[1:]] > 0))),
+        )
+        for name, sound in facts:
+            if not sound:
+                raise IntegrityError(f"{origin}: column {name} does not fit the plan")
+        digests = np.frombuffer(bytes.fromhex("".join(tokens.to_pylist())), np.uint8)
+        yield UnitColumns(
+            units=units,
+            held=held,
+            revision=revision.to_numpy(),
+            token_sha256=digests.reshape(-1, 32),
+            content_sha256=content.to_pylist(),
+            crc32c=crcs.flatten().to_numpy().reshape(-1, hooks, SLICES),
+            sum_squares=squares.flatten().to_numpy().reshape(-1, hooks),
+            sinks=np.split(marked.astype(np.int64), ends[:-1]) if len(marked) else None,
+        )
+        first += len(units)
+
+
+def _open(store: ObjectStore, part: ManifestPart) -> Any:
+    """A part as a Parquet file, once its digest and its shape are checked."""
     origin = f"{store.uri}/{part.key}"
     body = store.get(part.key, part.bytes)
     if len(body) != part.bytes or sha256_hex(body) != part.sha256:
@@ -123,23 +218,25 @@ def read_part(store: ObjectStore, plan: HarvestPlan, part: ManifestPart) -> Iter
             thrift_string_size_limit=MAX_FOOTER_BYTES,
             thrift_container_size_limit=MAX_FOOTER_BYTES,
         )
-        if not file.schema_arrow.equals(_SCHEMA):
-            raise IntegrityError(f"{origin} has other columns", expected=_SCHEMA.names)
-        if file.metadata.num_rows != part.units:
-            raise IntegrityError(f"{origin} is incomplete", expected=f"{part.units} units")
-        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-        if any(group.total_byte_size > MAX_GROUP_BYTES for group in groups):
-            raise IntegrityError(f"{origin} unpacks to too much", expected=f"{MAX_GROUP_BYTES} bytes a group")
-        if any(group.num_rows > PART_GROUP for group in groups):
-            raise IntegrityError(
-                f"{origin} has too large a row group", expected=f"{PART_GROUP} units at most"
-            )
-        unit = part.first_unit
-        for batch in file.iter_batches(batch_size=PART_GROUP, columns=["revision", "receipt"]):
-            for revision, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                where = f"{origin}, receipt of unit {unit}"
-                yield parse_receipt(text.encode(), plan, unit, revision, origin=where)
-                unit += 1
+    except pa.ArrowException as error:
+        raise IntegrityError(f"{origin} is not readable Parquet", got=str(error)[:200]) from error
+    if not any(file.schema_arrow.equals(schema) for schema in (_SCHEMA, _SCHEMA_1_0)):
+        raise IntegrityError(f"{origin} has other columns", expected=_SCHEMA.names)
+    if file.metadata.num_rows != part.units:
+        raise IntegrityError(f"{origin} is incomplete", expected=f"{part.units} units")
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    if any(group.total_byte_size > MAX_GROUP_BYTES for group in groups):
+        raise IntegrityError(f"{origin} unpacks to too much", expected=f"{MAX_GROUP_BYTES} bytes a group")
+    if any(group.num_rows > PART_GROUP for group in groups):
+        raise IntegrityError(f"{origin} has too large a row group", expected=f"{PART_GROUP} units at most")
+    return file
+
+
+def _batches(file: Any, columns: list[str], origin: str) -> Iterator[list[Any]]:
+    """Some columns of a part, `PART_GROUP` units at a time."""
+    try:
+        for batch in file.iter_batches(batch_size=PART_GROUP, columns=columns):
+            yield [batch.column(name) for name in columns]
     except pa.ArrowException as error:
         raise IntegrityError(f"{origin} is not readable Parquet", got=str(error)[:200]) from error
 
@@ -152,7 +249,11 @@ class DatasetDigest:
 
     def add(self, receipt: UnitReceipt) -> None:
         """Take in the next unit."""
-        self._hash.update(sha256_hex(receipt.content()).encode() + b"\n")
+        self.add_contents([sha256_hex(receipt.content())])
+
+    def add_contents(self, digests: Sequence[str]) -> None:
+        """Take in the next units by the digests of their content."""
+        self._hash.update("".join(f"{digest}\n" for digest in digests).encode())
 
     def hexdigest(self) -> str:
         """The digest over all units fed so far."""

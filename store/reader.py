@@ -203,10 +203,10 @@ class ActivationStore:
                 (last - first, slice_rows, width), dtype=layout.STORED_DTYPES[self.plan.spec.dtype]
             )
 
-            def take(number: int, rows: NDArray[Any], stored: Any = stored, first: int = first) -> None:
-                stored[number - first] = rows
+            def place(number: int, stored: NDArray[Any] = stored, first: int = first) -> NDArray[Any]:
+                return stored[number - first]
 
-            fetch_slices(self.store, self.plan, self.index, hook, unit, first, last, take)
+            fetch_slices(self.store, self.plan, self.index, hook, unit, first, last, place)
             chosen = stored.reshape(-1, width)[low - first * slice_rows : high - first * slice_rows]
             to_float32(chosen, self.plan.spec.dtype, out=target)
         return out
@@ -354,7 +354,7 @@ class ActivationStore:
                 and slice.
         """
         from store.stream import RowStream
-        from store.torch_stream import Stream
+        from store.torch_stream import Stream, widen
 
         order = self.order(
             batch_rows=batch_rows, seed=seed, split=split, lanes=lanes, group_units=group_units
@@ -376,6 +376,7 @@ class ActivationStore:
                 start_step=start_step,
                 stop_step=steps,
                 requests=prefetch,
+                widen=widen,
             )
         )
 

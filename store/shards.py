@@ -25,6 +25,12 @@ Stored = NDArray[np.generic]
 """Rows in the dtype on disk: uint16 (logical bfloat16), float16 or float32."""
 INDEX_BYTES = SLICES * 16 + 4
 """Length of a shard's index with its crc32c."""
+_EXPONENTS = {
+    "bfloat16": np.uint16(0x7F80),
+    "float16": np.uint16(0x7C00),
+    "float32": np.uint32(0x7F800000),
+}
+"""The exponent's bits, all of them set in NaN and infinity only."""
 _CHUNK_VALUES = 1 << 17
 """Values handled at a time by conversions and statistics: 512 KiB as float32, inside the cache."""
 
@@ -107,6 +113,20 @@ class Statistics:
     median_norm: float
     sinks: tuple[int, ...]
     moments: Moments | None
+
+
+def check_finite(rows: Stored, dtype: str, *, unit: int, hook: str) -> None:
+    """Refuse rows [R, D] that hold a NaN or infinity, at the cost of one look at the exponents.
+
+    Raises:
+        NonFiniteError: As from `square_norms`.
+    """
+    exponent = _EXPONENTS[dtype]
+    flat = np.ascontiguousarray(rows).reshape(-1).view(exponent.dtype)
+    for start in range(0, flat.size, _CHUNK_VALUES):
+        if (flat[start : start + _CHUNK_VALUES] & exponent).max() == exponent:
+            square_norms(rows, dtype, unit=unit, hook=hook)
+            return
 
 
 def square_norms(rows: Stored, dtype: str, *, unit: int, hook: str) -> NDArray[np.float64]:
@@ -292,19 +312,33 @@ def decode_slices(
     chunks = raw[: count * size].reshape(count, size)
     stored = np.ascontiguousarray(chunks[:, -4:]).view("<u4").reshape(count)
     for number in range(count):
-        found = crc32c(chunks[number, :-4])
-        if found != crc[first + number] or found != stored[number]:
-            raise IntegrityError(
-                f"unit {unit}, hook {hook!r}, slice {first + number}: wrong bytes",
-                expected=f"crc32c {crc[first + number]:08x}",
-                got=f"{found:08x} over the payload, {int(stored[number]):08x} stored beside it",
-                fix=_REPAIR,
-            )
+        check_slice(
+            chunks[number, :-4],
+            int(stored[number]),
+            crc[first + number],
+            unit=unit,
+            hook=hook,
+            number=first + number,
+        )
     shape = (count, plan.rows_per_slice, width)
     strides = (size, width * dtype.itemsize, dtype.itemsize)
     rows: NDArray[Any] = np.ndarray(shape, dtype, buffer=cast(Any, chunks), strides=strides)
     rows.flags.writeable = False
     return rows
+
+
+def check_slice(
+    payload: NDArray[np.uint8], stored: int, crc: int, *, unit: int, hook: str, number: int
+) -> None:
+    """Check a slice's bytes against the crc32c beside it and the receipt's; IntegrityError names it."""
+    found = crc32c(payload)
+    if found != crc or found != stored:
+        raise IntegrityError(
+            f"unit {unit}, hook {hook!r}, slice {number}: wrong bytes",
+            expected=f"crc32c {crc:08x}",
+            got=f"{found:08x} over the payload, {stored:08x} stored beside it",
+            fix=_REPAIR,
+        )
 
 
 _REPAIR = "Run `winnow verify ROOT --level full` to see everything that is damaged"

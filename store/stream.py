@@ -4,17 +4,22 @@ Letters: B rows in a batch, D d_model, G lanes, L lanes of this rank, U units in
 lane owns of one unit.
 
 A rank's lanes own neighbouring slices of every unit, so a rank reads one run of bytes a unit and hook,
-and no byte that another rank reads. While one group is consumed, the next is read into a second set of
-buffers. A split that is a single group is read once and shuffled anew each epoch.
+and no byte that another rank reads. Slices go from storage into the group's buffers with one copy and are
+checked there; a batch gathers its rows from all over the group and widens them to float32, ahead of the
+consumer. While one group is consumed, the next is read into a second set of buffers. A split that is a
+single group is read once and shuffled anew each epoch.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -29,19 +34,21 @@ from store.index import ReceiptIndex
 from store.layout import STORED_DTYPES, slice_bytes
 from store.objects import ObjectStore
 from store.order import LaneOrder
+from store.shards import to_float32
 
 REQUEST_BYTES = 8 * 2**20
 """A run of slices is asked for in ranges of about this many bytes, so that several are in flight."""
+BATCHES_AHEAD = 2
+"""Batches assembled ahead of the consumer, each by a thread of its own."""
+CHUNK_BYTES = 2**19
+"""Bytes gathered at a time before they are widened."""
 
 
 class RowBatch(NamedTuple):
-    """A rank's share of one step.
+    """A rank's share of one step; the arrays are the consumer's own."""
 
-    The arrays may be views of the stream's buffers: copy what is kept beyond the next step.
-    """
-
-    rows: dict[str, NDArray[np.generic]]
-    """Hook -> [B/world, D] in the stored dtype (bfloat16 as uint16)."""
+    rows: dict[str, NDArray[np.float32]]
+    """Hook -> float32 [B/world, D]."""
     weights: NDArray[np.float32]
     """[B/world] 0 for marked rows and void units, else 1; equal for all hooks (they multiply)."""
     step: int
@@ -60,7 +67,7 @@ def memory_bytes(plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], worl
 
 
 class _Buffers:
-    """One group's rows of this rank: filled by the reading threads, then only read."""
+    """One group's rows of this rank, lane after lane: filled by the reading threads, then only read."""
 
     def __init__(self, plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], lanes: int) -> None:
         most = lanes * min(order.group_units, len(order.units)) * order.lane_unit_rows
@@ -69,87 +76,43 @@ class _Buffers:
         self.weights = np.empty(most, dtype=np.float32)
 
 
-Place = slice | NDArray[np.int64]
-"""Rows of the buffers, for indexing."""
+class _Turns:
+    """Where in a group's buffers each step finds its rows; the lanes shuffle in the background.
 
-
-class _Layout(ABC):
-    """Where in the buffers a lane's rows of a group go, and where a step finds its rows."""
-
-    @abstractmethod
-    def place(self, lane: int, position: int, first: int, stop: int) -> Place:
-        """Where rows `first` to `stop - 1` of a lane's share of a unit go.
-
-        Args:
-            lane: Counted from this rank's first.
-            position: The unit's position in the group, as the order counts it.
-            first: Row of the lane's share of the unit.
-            stop: One past the last row.
-        """
-
-    @abstractmethod
-    def batch(self, step_in_group: int) -> Place:
-        """Where a step's rows are, in batch order."""
-
-
-class _Shuffled(_Layout):
-    """Rows are shuffled as they arrive, so that a batch is one run of the buffers: no gather is left.
-
-    What the group drops lies behind its last batch.
+    A split that is one group stays in its buffers, unit by unit in the split's order; the units of a
+    later epoch, which the order counts otherwise, are found through `slots`.
     """
 
     def __init__(self, order: LaneOrder, lanes: range, epoch: int, group: int, pool: Executor) -> None:
-        self._order, self._lanes, self._group = order, lanes, group
-        self._places = [pool.submit(self._shuffle, epoch, lane) for lane in lanes]
-
-    def _shuffle(self, epoch: int, lane: int) -> NDArray[np.int64]:
-        order, number = self._order, lane - self._lanes.start
-        permutation = order.lane_permutation(epoch, self._group, lane)
-        used, batch = order.steps_in(self._group) * order.lane_batch, order.lane_batch
-        step, turn = np.divmod(np.arange(used), batch)
-        places = np.empty_like(permutation)
-        places[permutation[:used]] = (step * len(self._lanes) + number) * batch + turn
-        tail = len(permutation) - used
-        behind = used * len(self._lanes) + number * tail
-        places[permutation[used:]] = np.arange(behind, behind + tail)
-        return places
-
-    def place(self, lane: int, position: int, first: int, stop: int) -> Place:
-        start = position * self._order.lane_unit_rows
-        return self._places[lane].result()[start + first : start + stop]
-
-    def batch(self, step_in_group: int) -> Place:
-        size = len(self._lanes) * self._order.lane_batch
-        return slice(step_in_group * size, (step_in_group + 1) * size)
-
-
-class _Held(_Layout):
-    """A split that is one group: rows stay as they are stored, and each epoch has turns of its own."""
-
-    def __init__(self, order: LaneOrder, lanes: range, epoch: int, group: int, pool: Executor) -> None:
         self._order, self._units = order, order.units_in(group)
-        position = {unit: number for number, unit in enumerate(order.units)}
-        slots = np.array([position[unit] for unit in order.units_of(epoch, group)], dtype=np.int64)
-        self._slots = slots
-        self._turns = [
-            pool.submit(self._shuffle, slots, epoch, group, lane, lane - lanes.start) for lane in lanes
+        self._slots: NDArray[np.int64] | None = None
+        if order.groups == 1 and epoch:
+            slots = {unit: number for number, unit in enumerate(order.units)}
+            self._slots = np.array([slots[unit] for unit in order.units_of(epoch, group)], dtype=np.int64)
+        self._rows = np.empty((order.steps_in(group), len(lanes), order.lane_batch), np.int64)
+        self._shuffles = [
+            pool.submit(self._shuffle, epoch, group, lane, number) for number, lane in enumerate(lanes)
         ]
 
-    def _shuffle(
-        self, slots: NDArray[np.int64], epoch: int, group: int, lane: int, number: int
-    ) -> NDArray[np.int64]:
-        order = self._order
-        used = order.steps_in(group) * order.lane_batch
-        unit, row = np.divmod(order.lane_permutation(epoch, group, lane)[:used], order.lane_unit_rows)
-        return (number * self._units + slots[unit]) * order.lane_unit_rows + row
+    def _shuffle(self, epoch: int, group: int, lane: int, number: int) -> None:
+        size, taken = self._order.lane_unit_rows, self._rows[:, number]
+        rows = self._order.lane_permutation(epoch, group, lane)[: taken.size]
+        if self._slots is not None:
+            unit, row = np.divmod(rows, size)
+            rows = self._slots[unit] * size + row
+        np.add(rows.reshape(taken.shape), number * self._units * size, out=taken)
 
-    def place(self, lane: int, position: int, first: int, stop: int) -> Place:
-        start = (lane * self._units + int(self._slots[position])) * self._order.lane_unit_rows
-        return slice(start + first, start + stop)
+    def start(self, lane: int, position: int) -> int:
+        """The first row of a lane (counted from this rank's first) of a unit, by its position."""
+        slot = position if self._slots is None else int(self._slots[position])
+        return (lane * self._units + slot) * self._order.lane_unit_rows
 
-    def batch(self, step_in_group: int) -> Place:
-        turn = slice(step_in_group * self._order.lane_batch, (step_in_group + 1) * self._order.lane_batch)
-        return np.concatenate([turns.result()[turn] for turns in self._turns])
+    def rows(self, step_in_group: int) -> NDArray[np.int64]:
+        """[B/world] rows of the buffers that a step takes, in batch order."""
+        for shuffle in self._shuffles:
+            shuffle.result()
+        self._shuffles = []
+        return self._rows[step_in_group].reshape(-1)
 
 
 class GroupReader:
@@ -184,29 +147,24 @@ class GroupReader:
         """New, unfilled buffers for one group."""
         return _Buffers(self.plan, self.order, self.hooks, len(self.lanes))
 
-    def layout(self, epoch: int, group: int) -> _Layout:
+    def turns(self, epoch: int, group: int) -> _Turns:
         """Start shuffling a group's lanes."""
-        return (_Held if self.holds else _Shuffled)(self.order, self.lanes, epoch, group, self.pool)
+        return _Turns(self.order, self.lanes, epoch, group, self.pool)
 
-    def read(self, buffers: _Buffers, layout: _Layout, units: tuple[int, ...]) -> list[Future[int]]:
-        """Start filling `buffers`; each future gives the bytes it read from storage.
-
-        The pool takes tasks in turn, so the shuffles that these wait for have begun before them.
-        """
+    def read(self, buffers: _Buffers, turns: _Turns, units: tuple[int, ...]) -> list[Future[int]]:
+        """Start filling `buffers`; each future gives the bytes it read from storage."""
         self.index.require(units)
         futures: list[Future[int]] = []
         for position, unit in enumerate(units):
-            futures.append(self.pool.submit(self._weights, buffers, layout, position, unit))
+            starts = [turns.start(lane, position) for lane in range(len(self.lanes))]
+            futures.append(self.pool.submit(self._weights, buffers, starts, unit))
             for hook in self.hooks:
+                rows = buffers.rows[hook]
                 if self.index.void[unit]:
-                    futures.append(self.pool.submit(self._blank, buffers.rows[hook], layout, position))
+                    futures.append(self.pool.submit(self._blank, rows, starts))
                     continue
                 for first, stop in self._runs(hook):
-                    futures.append(
-                        self.pool.submit(
-                            self._fetch, buffers.rows[hook], layout, position, hook, unit, first, stop
-                        )
-                    )
+                    futures.append(self.pool.submit(self._fetch, rows, starts, hook, unit, first, stop))
         return futures
 
     def _runs(self, hook: str) -> Iterator[tuple[int, int]]:
@@ -216,41 +174,87 @@ class GroupReader:
         for start in range(first, last, step):
             yield start, min(start + step, last)
 
-    def _weights(self, buffers: _Buffers, layout: _Layout, position: int, unit: int) -> int:
+    def _weights(self, buffers: _Buffers, starts: list[int], unit: int) -> int:
         share = self.index.weights(self.hooks, unit).reshape(self.order.lanes, -1)
-        for number, lane in enumerate(self.lanes):
-            buffers.weights[layout.place(number, position, 0, self.order.lane_unit_rows)] = share[lane]
+        for lane, start in zip(self.lanes, starts, strict=True):
+            buffers.weights[start : start + share.shape[1]] = share[lane]
         return 0
 
-    def _blank(self, target: NDArray[Any], layout: _Layout, position: int) -> int:
-        for number in range(len(self.lanes)):
-            target[layout.place(number, position, 0, self.order.lane_unit_rows)] = 0
+    def _blank(self, rows: NDArray[Any], starts: list[int]) -> int:
+        for start in starts:
+            rows[start : start + self.order.lane_unit_rows] = 0
         return 0
 
     def _fetch(
-        self,
-        target: NDArray[Any],
-        layout: _Layout,
-        position: int,
-        hook: str,
-        unit: int,
-        first: int,
-        stop: int,
+        self, rows: NDArray[Any], starts: list[int], hook: str, unit: int, first: int, stop: int
     ) -> int:
-        whole = whole_rows(target)
+        size = self.order.rows_per_slice
 
-        def take(number: int, rows: NDArray[Any]) -> None:
+        def place(number: int) -> NDArray[Any]:
             lane, part = divmod(number, self.order.lane_slices)
-            start = part * len(rows)
-            place = layout.place(lane - self.lanes.start, position, start, start + len(rows))
-            whole[place] = whole_rows(rows)
+            start = starts[lane - self.lanes.start] + part * size
+            return rows[start : start + size]
 
-        return fetch_slices(self.store, self.plan, self.index, hook, unit, first, stop, take)
+        return fetch_slices(self.store, self.plan, self.index, hook, unit, first, stop, place)
 
 
-def whole_rows(rows: NDArray[Any]) -> NDArray[Any]:
-    """[R] a view of contiguous [R, D] with one opaque element a row: NumPy moves those fastest."""
-    return rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
+Widen = Callable[[NDArray[Any], NDArray[np.float32]], object]
+"""Writes stored values into a float32 array of their shape."""
+
+
+class _Assembler:
+    """Gathers a step's rows into a batch of float32, in arrays that are used again.
+
+    An array is used again once nothing outside refers to it any more, so that the pages of a consumer
+    who drops his batches are touched once, and a batch that is kept is never changed.
+    """
+
+    def __init__(self, widen: Widen) -> None:
+        self.widen = widen
+        self.pool = ThreadPoolExecutor(max_workers=BATCHES_AHEAD, thread_name_prefix="winnow-stream-batch")
+        self._lock, self._local = threading.Lock(), threading.local()
+        self._arrays: dict[tuple[int, ...], list[NDArray[np.float32]]] = {}
+
+    def start(self, buffers: _Buffers, turns: _Turns, step_in_group: int, step: int) -> Future[RowBatch]:
+        """Begin a step's batch."""
+        return self.pool.submit(self._assemble, buffers, turns, step_in_group, step)
+
+    def _assemble(self, buffers: _Buffers, turns: _Turns, step_in_group: int, step: int) -> RowBatch:
+        chosen = turns.rows(step_in_group)
+        rows = {hook: self._gather(held, chosen) for hook, held in buffers.rows.items()}
+        return RowBatch(rows, np.take(buffers.weights, chosen), step)
+
+    def _gather(self, held: NDArray[Any], chosen: NDArray[np.int64]) -> NDArray[np.float32]:
+        out = self._array((len(chosen), held.shape[1]))
+        if held.dtype == np.float32:
+            np.take(held, chosen, axis=0, out=out, mode="clip")
+            return out
+        step = max(1, CHUNK_BYTES // (held.shape[1] * held.itemsize))  # what is gathered stays in the cache
+        scratch = self._scratch(step, held)
+        for first in range(0, len(chosen), step):
+            part = slice(first, first + step)
+            some = scratch[: len(chosen[part])]
+            np.take(held, chosen[part], axis=0, out=some, mode="clip")
+            self.widen(some, out[part])
+        return out
+
+    def _scratch(self, rows: int, like: NDArray[Any]) -> NDArray[Any]:
+        """This thread's own [rows, D], made once: a fresh one would cost as much as what it is for."""
+        found: NDArray[Any] | None = getattr(self._local, "scratch", None)
+        if found is None or found.shape != (rows, like.shape[1]):
+            found = self._local.scratch = np.empty((rows, like.shape[1]), like.dtype)
+        return found
+
+    def _array(self, shape: tuple[int, int]) -> NDArray[np.float32]:
+        with self._lock:
+            arrays = self._arrays.setdefault(shape, [])
+            for number in range(len(arrays)):
+                if sys.getrefcount(arrays[number]) == 2:  # the list's and the call's own
+                    return arrays[number]
+            array = np.empty(shape, np.float32)
+            arrays.append(array)
+            del arrays[: -2 * (BATCHES_AHEAD + 2)]
+            return array
 
 
 class RowStream:
@@ -278,6 +282,7 @@ class RowStream:
         start_step: int = 0,
         stop_step: int | None = None,
         requests: int = 8,
+        widen: Widen | None = None,
     ) -> None:
         hooks = (hooks,) if isinstance(hooks, str) else tuple(hooks)
         if not hooks or len(set(hooks)) != len(hooks):
@@ -298,11 +303,14 @@ class RowStream:
         """Bytes of finished groups read from storage, refetches included."""
         self._failed: BaseException | None = None
         self._reader = GroupReader(store, plan, index, order, hooks, lanes, requests)
+        self._assembler = _Assembler(widen or partial(_widen, dtype=plan.spec.dtype))
         self._current: _Buffers | None = None
-        self._layout: _Layout | None = None
+        self._turns: _Turns | None = None
+        self._ready: deque[Future[RowBatch]] = deque()
         self._coming: _Coming | None = None
         self._closed = False
-        weakref.finalize(self, self._reader.pool.shutdown, wait=False, cancel_futures=True)
+        for pool in (self._reader.pool, self._assembler.pool):
+            weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
         if not self._finished(start_step):
             self._begin(self.place.epoch, self.place.group, self._reader.buffers())
 
@@ -319,18 +327,42 @@ class RowStream:
         if self._finished(self.next_step):
             self._release()
             raise StopIteration
-        if self._layout is None:
-            self._advance()
-        assert self._current is not None
-        assert self._layout is not None
-        chosen = self._layout.batch(self.place.step_in_group)
-        rows = {hook: _rows(held, chosen) for hook, held in self._current.rows.items()}
-        batch = RowBatch(rows, self._current.weights[chosen], self.next_step)
+        started = time.perf_counter()
+        try:
+            if self._turns is None:
+                self._advance()
+            self._ask()
+            batch = self._ready.popleft().result()
+        except BaseException as error:
+            self._failed = error
+            self._release()
+            raise
+        finally:
+            self.seconds_waiting += time.perf_counter() - started
         self.next_step += 1
         before, self.place = self.place, self.order.locate(self.next_step)
         if (before.epoch, before.group) != (self.place.epoch, self.place.group):
-            self._layout = None
+            self._turns = None
+        else:
+            self._ask()
         return batch
+
+    def _ask(self) -> None:
+        """Have the group's next batches assembled."""
+        assert self._current is not None
+        assert self._turns is not None
+        last = self.order.first_step(self.place.epoch, self.place.group) + self.order.steps_in(
+            self.place.group
+        )
+        if self.stop_step is not None:
+            last = min(last, self.stop_step)
+        while len(self._ready) < BATCHES_AHEAD and self.next_step + len(self._ready) < last:
+            ahead = len(self._ready)
+            self._ready.append(
+                self._assembler.start(
+                    self._current, self._turns, self.place.step_in_group + ahead, self.next_step + ahead
+                )
+            )
 
     def state(self) -> StreamState:
         """Where the stream stands: before its next step. Integers only."""
@@ -347,8 +379,10 @@ class RowStream:
         self._release()
 
     def _release(self) -> None:
-        self._reader.pool.shutdown(wait=True, cancel_futures=True)
-        self._current = self._layout = self._coming = None
+        for pool in (self._reader.pool, self._assembler.pool):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._current = self._turns = self._coming = None
+        self._ready.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -365,24 +399,16 @@ class RowStream:
 
     def _begin(self, epoch: int, group: int, buffers: _Buffers, *, held: bool = False) -> None:
         """Start reading a group into `buffers`, unless its rows are held there already."""
-        layout = self._reader.layout(epoch, group)
+        turns = self._reader.turns(epoch, group)
         units = self.order.units_of(epoch, group)
-        self._coming = _Coming(buffers, layout, [] if held else self._reader.read(buffers, layout, units))
+        self._coming = _Coming(buffers, turns, [] if held else self._reader.read(buffers, turns, units))
 
     def _advance(self) -> None:
         """Wait for the group that is coming, make it the current one, and start the one after it."""
         assert self._coming is not None
         coming, self._coming = self._coming, None
-        started = time.perf_counter()
-        try:
-            self.bytes_read += coming.result()
-        except BaseException as error:
-            self._failed = error
-            self._release()
-            raise
-        finally:
-            self.seconds_waiting += time.perf_counter() - started
-        spare, self._current, self._layout = self._current, coming.buffers, coming.layout
+        self.bytes_read += coming.result()
+        spare, self._current, self._turns = self._current, coming.buffers, coming.turns
         epoch, group = self.place.epoch, self.place.group + 1
         if group == self.order.groups:
             epoch, group = epoch + 1, 0
@@ -398,7 +424,7 @@ class _Coming(NamedTuple):
     """A group being read."""
 
     buffers: _Buffers
-    layout: _Layout
+    turns: _Turns
     reads: list[Future[int]]
 
     def result(self) -> int:
@@ -410,8 +436,5 @@ class _Coming(NamedTuple):
         return sum(future.result() for future in self.reads)
 
 
-def _rows(held: NDArray[Any], chosen: Place) -> NDArray[Any]:
-    """The chosen rows of [R, D]: a view of a run, or a copy gathered by number."""
-    if isinstance(chosen, slice):
-        return held[chosen]
-    return np.take(held, chosen, axis=0, mode="clip")
+def _widen(stored: NDArray[Any], out: NDArray[np.float32], dtype: str) -> None:
+    to_float32(stored, dtype, out=out)

@@ -28,12 +28,11 @@ class Batch(NamedTuple):
     """Counted from 0 over all epochs."""
 
 
-def to_tensor(stored: NDArray[Any]) -> torch.Tensor:
-    """A float32 copy of stored rows: uint16 is bfloat16's bits; float16 and float32 are themselves."""
-    tensor = torch.from_numpy(stored)  # pyright: ignore[reportUnknownMemberType]
-    if stored.dtype == np.uint16:
-        tensor = tensor.view(torch.bfloat16)
-    return tensor.to(torch.float32, copy=True)
+def widen(stored: NDArray[Any], out: NDArray[np.float32]) -> None:
+    """Stored rows as float32 into `out`: uint16 is bfloat16's bits; float16 and float32 are themselves."""
+    source: torch.Tensor = torch.from_numpy(stored)  # pyright: ignore[reportUnknownMemberType]
+    target: torch.Tensor = torch.from_numpy(out)  # pyright: ignore[reportUnknownMemberType]
+    target.copy_(source.view(torch.bfloat16) if stored.dtype == np.uint16 else source)
 
 
 class Stream:
@@ -50,7 +49,7 @@ class Stream:
 
     def __next__(self) -> Batch:
         rows, weights, step = next(self._rows)
-        return Batch({hook: to_tensor(stored) for hook, stored in rows.items()}, to_tensor(weights), step)
+        return Batch({hook: _tensor(values) for hook, values in rows.items()}, _tensor(weights), step)
 
     @property
     def order(self) -> LaneOrder:
@@ -87,3 +86,8 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _tensor(values: NDArray[np.float32]) -> torch.Tensor:
+    """The same memory as a tensor, which keeps the array alive."""
+    return torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]

@@ -42,6 +42,7 @@ from store.shards import (
     INDEX_BYTES,
     Statistics,
     Stored,
+    check_finite,
     check_index,
     crc32c,
     decode_slices,
@@ -245,16 +246,24 @@ def _store_shard(
         raise ValueError(
             f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
         )
+    check_finite(rows, plan.spec.dtype, unit=unit, hook=hook)
+    key = shard_key(hook, unit)
     failure: StoreError | None = None
     for _ in range(PUT_TRIES):
-        data, record = make_shard(plan, unit, hook, rows)
-        try:
-            if store.put_new(record.key, data):
-                return record, True
-            failure = None
-        except StoreError as error:
-            failure = error  # it may have taken effect all the same
-        del data
+        shard = encode_shard(rows)
+        with ThreadPoolExecutor(1, thread_name_prefix="winnow-commit") as beside:
+            # The digest and the statistics take as long as the put, which mostly waits.
+            digest = beside.submit(sha256_hex, shard.data)
+            facts = beside.submit(_describe, plan, unit, hook, rows)
+            try:
+                if store.put_new(key, shard.data):
+                    size = len(shard.data)
+                    return _record(key, size, digest.result(), shard.slice_crc32c, facts.result()), True
+                failure = None
+            except StoreError as error:
+                failure = error  # it may have taken effect all the same
+            facts.cancel()
+        del shard
         try:
             return _adopt(store, plan, unit, hook, rows), False
         except MissingObject:
@@ -270,7 +279,8 @@ def make_shard(plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> tuple[m
     """A unit's rows of one hook as the bytes of its shard, and the receipt's entry for them."""
     facts = _describe(plan, unit, hook, rows)
     shard = encode_shard(rows)
-    return shard.data, _record(shard_key(hook, unit), shard.data, shard.slice_crc32c, facts)
+    digest = sha256_hex(shard.data)
+    return shard.data, _record(shard_key(hook, unit), len(shard.data), digest, shard.slice_crc32c, facts)
 
 
 def _adopt(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> ShardRecord:
@@ -308,7 +318,7 @@ def read_orphan(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str) -> 
     shape = (plan.rows_per_unit, plan.d_model(hook))
     found = decode_slices(data, 0, SLICES, plan=plan, hook=hook, unit=unit, crc=crcs).reshape(shape)
     facts = _describe(plan, unit, hook, found)
-    return found, _record(key, memoryview(data), crcs, facts)
+    return found, _record(key, len(data), sha256_hex(data), crcs, facts)
 
 
 def slice_checksums(data: bytes, plan: HarvestPlan, hook: str) -> tuple[int, ...]:
@@ -323,11 +333,11 @@ def _describe(plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> Statisti
     return describe_rows(rows, spec.dtype, spec.sink_multiple, unit < MOMENT_UNITS, unit=unit, hook=hook)
 
 
-def _record(key: str, data: memoryview, crcs: tuple[int, ...], facts: Statistics) -> ShardRecord:
+def _record(key: str, size: int, sha256: str, crcs: tuple[int, ...], facts: Statistics) -> ShardRecord:
     return ShardRecord(
         key=key,
-        bytes=len(data),
-        sha256=sha256_hex(data),
+        bytes=size,
+        sha256=sha256,
         slice_crc32c=crcs,
         sum_squares=facts.sum_squares,
         largest_norm=facts.largest_norm,

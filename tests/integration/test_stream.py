@@ -231,17 +231,26 @@ def test_the_store_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_benchmark_runs(tmp_path):
-    from benchmarks.stream import main
+def test_the_benchmark_runs(tmp_path, s3_environment):
+    from benchmarks.store import main
 
     out = tmp_path / "out.json"
-    sizes = ["--units", "3", "--group-units", "2", "--windows-per-unit", "64", "--context-length", "9"]
+    sizes = {"units": 3, "group-units": 2, "windows-per-unit": 64, "commit-windows": 64, "context-length": 9}
+    sizes |= {"d-model": 8, "batch-rows": 64, "rounds": 1, "open-units": 1200}
+    arguments = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys,
-            "argv",
-            ["stream", "--json", str(out), *sizes, "--d-model", "8", "--batch-rows", "64", "--rounds", "1"],
-        )
+        patch.setattr(sys, "argv", ["store", "--json", str(out), *arguments])
         main()
     figures = json.loads(out.read_text())
-    assert figures["over_plain_read"] > 0
+    for key in ("local_stream_over_loop", "s3_stream_over_get", "commit_over_loop", "open_100k_units_s"):
+        assert figures[key] > 0
+    assert figures["order_peak_bytes"] < 2**20
+
+
+def test_arrays_are_used_again_once_dropped(store):
+    """A consumer who drops his batches gets the same few arrays; one who keeps them, fresh ones."""
+    with store.stream("mlp_out.2", batch_rows=64, seed=0, group_units=2) as stream:
+        dropped = {next(stream).rows["mlp_out.2"].data_ptr() for _ in range(60)}
+        kept = [next(stream).rows["mlp_out.2"][3:5] for _ in range(60)]  # views count too
+        assert len(dropped) <= 8
+        assert len({rows.data_ptr() for rows in kept}) == 60

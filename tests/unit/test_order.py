@@ -106,14 +106,14 @@ GOLDEN = {  # step: (first six rows, start of the SHA-256 of the whole batch as 
     0: ([782, 1559, 1566, 1581, 1604, 1206], "d713c45cd6af3f04"),
     5: ([770, 775, 812, 1177, 1211, 1205], "f54d52f4f0d4b7c4"),
     83: ([3088, 3087, 3115, 3103, 3126, 3140], "188525cf9c1d416c"),
-    84: ([788, 2688, 802, 1949, 819, 1973], "1f16c8f5340d9f02"),
-    1000: ([1557, 1558, 1570, 1566, 1584, 1586], "3293b83bbe143e1e"),
+    84: ([2324, 1152, 2338, 3101, 2355, 3125], "0812b48c54a04f96"),
+    1000: ([1173, 1174, 1186, 1182, 1200, 1202], "79e95e6e17ef041d"),
 }
 
 
 @pytest.mark.parametrize("step", GOLDEN)
 def test_golden_rows(step):
-    """What `lanes.v1` yields may never change: a checkpoint resumed later would see other rows."""
+    """What `lanes.v2` yields may never change: a checkpoint resumed later would see other rows."""
     order = make(check=False)
     rows = order.rows_at(step)
     digest = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
@@ -121,7 +121,7 @@ def test_golden_rows(step):
 
 
 def test_golden_unit_order():
-    assert LaneOrder(range(22), 127, 64, 64, 7, 64, 22).units_of(1, 0)[:8] == (0, 5, 8, 15, 3, 10, 20, 6)
+    assert LaneOrder(range(22), 127, 64, 64, 7, 64, 22).units_of(1, 0)[:8] == (16, 1, 0, 11, 10, 15, 7, 9)
 
 
 # Mixing
@@ -212,7 +212,7 @@ def test_ten_to_the_twelve_rows_cost_nothing():
     started = time.perf_counter()
     for step in range(0, order.steps_per_epoch, order.steps_per_epoch // 1000):
         place = order.locate(step)
-        assert len(order.units_of(0, place.group)) == 64
+        assert len(set(order.units_of(3, place.group))) == 64
     assert time.perf_counter() - started < 5
 
 
@@ -268,4 +268,4 @@ def test_a_step_before_the_first_is_refused():
 
 def test_the_state_is_integers():
     state = make(check=False).state("0" * 64, "train", ["a.1"], 17)
-    assert (state.algorithm, state.step, state.lanes, state.group_units) == ("lanes.v1", 17, 16, 3)
+    assert (state.algorithm, state.step, state.lanes, state.group_units) == ("lanes.v2", 17, 16, 3)
