@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM ?= true
 RUN = $(BIN)/winnow $(if $(RAY_ADDRESS),submit --address $(RAY_ADDRESS) $(JOB) --)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan harvest train test test-gpu lint format bench minio clean
+.PHONY: help setup setup-dev plan harvest train test test-gpu test-faults lint format bench minio clean
 
 help:  ## Show this list
 	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value'] [RAY_ADDRESS=http://HEAD:8265]"; echo
@@ -56,6 +56,9 @@ test: setup-dev  ## Run the tests (uses MinIO where `make minio` has built it, e
 
 test-gpu: setup-dev  ## Run the GPU tests; fails if any is skipped
 	$(BIN)/python -m pytest tests/gpu --no-skips $(ARGS)
+
+test-faults: setup-dev  ## Run the tests that kill, cut and corrupt; part of `make test`
+	$(BIN)/python -m pytest tests/faults tests/contract $(ARGS)
 
 lint: setup-dev  ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .

@@ -11,11 +11,13 @@ import typer
 from harvester import forecast as forecasts
 from harvester.driver import check_space, harvest
 from harvester.ledger import account, read_ledger
-from harvester.planner import find_plan, make_plan
+from harvester.mend import mend
+from harvester.planner import find_plan, make_plan, refuse_other
 from schemas.config import Config
 from schemas.harvest import HarvestManifest, HarvestPlan
 from store.console import Progress, emit, guard, human_bytes, load_config, print_table, say, section
 from store.objects import ObjectStore, open_store
+from store.reader import load_plan
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
@@ -58,6 +60,30 @@ def harvest_command(
         bool,
         typer.Option("--forecast", help="Say what is left to do and what it takes; write nothing, then stop"),
     ] = False,
+    accept_quarantined: Annotated[
+        bool,
+        typer.Option(
+            "--accept-quarantined",
+            help="Try the units that are left once more, and commit those that fail again as void: their "
+            "rows keep their places with weight 0",
+        ),
+    ] = False,
+    single_writer: Annotated[
+        bool,
+        typer.Option(
+            "--single-writer",
+            help="For a store without if-none-match that nobody else writes to: make the units in this "
+            "process, one after another (sets storage.single_writer)",
+        ),
+    ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="First make again what is missing, torn or rotten, from corpus and subject. Nobody else "
+            "may write to the root meanwhile",
+        ),
+    ] = False,
 ) -> None:
     """Run the subject model over the planned windows and store its activations.
 
@@ -69,7 +95,7 @@ def harvest_command(
     """
     logging.getLogger("ray").setLevel(logging.WARNING)
     with guard():
-        cfg = load_config(config, set)
+        cfg = load_config(config, [*set, "storage.single_writer=true"] if single_writer else set)
         store = open_store(cfg.root, cfg.storage)
         if forecast:
             found = forecasts.forecast(
@@ -78,13 +104,29 @@ def harvest_command(
             title = f"harvest of {store.uri}"
             emit(found.model_dump(mode="json"), json, lambda: print_table(title, forecasts.rows(found)))
             return
+        if repair:
+            _repair(cfg, store)
         plan = ensure_plan(cfg, store)
         before = forecasts.forecast(cfg, store, plan)
         if before.units_to_do:
             say(forecasts.line(before))
-        manifest = harvest(cfg, store, plan)
+        manifest = harvest(cfg, store, plan, accept_quarantined=accept_quarantined)
         facts = _harvest_facts(manifest, plan, store)
         emit(facts, json, lambda: _show_harvest(facts))
+
+
+def _repair(config: Config, store: ObjectStore) -> None:
+    plan = load_plan(store)
+    refuse_other(plan, config, store)
+    report = mend(config, store, plan)
+    for key in report.restored:
+        say(f"repair: {key} was written anew")
+    for key in report.removed:
+        say(f"repair: {key} was removed, the harvest makes its unit again")
+    say(
+        f"repair: {len(report.restored)} objects written, {len(report.revised)} units with a new receipt, "
+        + ("a new manifest" if report.manifest else "the manifest stands")
+    )
 
 
 def ensure_plan(config: Config, store: ObjectStore) -> HarvestPlan:

@@ -13,10 +13,12 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from harvester.cluster import Crew, cluster, first_line, threads_per_actor
+from harvester.failures import Failures
 from harvester.ledger import RunLedger, settle_account
+from harvester.single import LocalRun, accept, check_single_writer
 from harvester.worker import UnitWorker
 from schemas.config import Config
-from schemas.errors import NonFiniteError, StoreError, WinnowError, WorkerError
+from schemas.errors import StoreError, WinnowError, WorkerError
 from schemas.harvest import HarvestManifest, HarvestPlan
 from store.console import Progress, human_bytes, say, section
 from store.objects import ObjectStore
@@ -45,19 +47,23 @@ def check_space(plan: HarvestPlan, store: ObjectStore, units: int) -> None:
         )
 
 
-def harvest(config: Config, store: ObjectStore, plan: HarvestPlan) -> HarvestManifest:
+def harvest(
+    config: Config, store: ObjectStore, plan: HarvestPlan, *, accept_quarantined: bool = False
+) -> HarvestManifest:
     """Make every unit that has no receipt yet, then seal the dataset.
 
     Args:
         config: With `subject` and `harvest`.
         store: The dataset's root.
         plan: The plan found there.
+        accept_quarantined: Commit units that cannot be made as void, with the cause.
 
     Raises:
-        WorkerError: A unit failed `harvest.unit_attempts` times.
-        NonFiniteError: The subject gave NaN or infinity.
+        WorkerError: Units are quarantined, or too many attempts failed in a row.
+        NonFiniteError: Nothing but NaN or infinity from the subject stands in the way.
         StoreError: The store lies, refuses or is full.
     """
+    check_single_writer(config)
     have = receipts_present(store, plan)
     todo = [unit for unit in range(plan.units) if unit not in have]
     if todo:
@@ -67,8 +73,21 @@ def harvest(config: Config, store: ObjectStore, plan: HarvestPlan) -> HarvestMan
             f"harvest: {len(todo)} of {plan.units} units to do, "
             f"{human_bytes(forecast_bytes(plan, len(todo)))} to write to {store.uri}"
         )
-        with cluster(config):
-            _Run(config, store, plan, todo).go()
+
+        def enough_space() -> None:
+            check_space(plan, store, plan.units - len(receipts_present(store, plan)))
+
+        failures = Failures(config.harvest, enough_space)
+        with RunLedger(store, plan, failures) as ledger:
+            if config.storage.single_writer:
+                LocalRun(config, store, plan, todo, failures, ledger).go()
+            else:
+                with cluster(config):
+                    _Run(config, store, plan, todo, failures, ledger).go()
+        if failures.quarantined:
+            if not accept_quarantined:
+                raise failures.refusal(plan.units)
+            accept(store, plan, config.harvest, failures)
     manifest = seal(store, plan)
     settle_account(store, plan, manifest)
     return manifest
@@ -77,12 +96,19 @@ def harvest(config: Config, store: ObjectStore, plan: HarvestPlan) -> HarvestMan
 class _Run:
     """One run's bookkeeping: which unit is where, what failed how often."""
 
-    def __init__(self, config: Config, store: ObjectStore, plan: HarvestPlan, todo: list[int]) -> None:
-        self._config, self._store, self._plan = config, store, plan
-        self._ledger = RunLedger(store, plan)
+    def __init__(
+        self,
+        config: Config,
+        store: ObjectStore,
+        plan: HarvestPlan,
+        todo: list[int],
+        failures: Failures,
+        ledger: RunLedger,
+    ) -> None:
+        self._config, self._store, self._plan, self._ledger = config, store, plan, ledger
         self._queue = deque(todo)
         self._flying: dict[Any, tuple[int, int]] = {}  # result ref -> (actor's number, unit)
-        self._failures: Counter[int] = Counter()
+        self._failures = failures
         self._windows: dict[int, int] = {}  # actor's number -> windows it has run
         self._committed = 0
         self._total = len(todo)
@@ -109,9 +135,7 @@ class _Run:
                 self._hand_out()
                 units = done_before + self._committed
                 tokens = max(units * unit_tokens, done_before * unit_tokens + self._tokens_run())
-                bar.update(tokens, units=f"{units}/{self._plan.units}", failed=self._failures.total())
-        self._ledger.failures = self._failures.total()
-        self._ledger.end()
+                bar.update(tokens, units=f"{units}/{self._plan.units}", failed=self._failures.total)
 
     def _muster(self) -> Crew:
         """Ask for the actors."""
@@ -140,12 +164,16 @@ class _Run:
         )
 
     def _hand_out(self) -> None:
-        load = Counter(number for number, _ in self._flying.values())
+        load: Counter[int] = Counter()
+        for number, unit in self._flying.values():
+            load[number] += UNITS_QUEUED if self._failures.alone(unit) else 1
         for number, actor in self._actors.items():
             while self._queue and load[number] < UNITS_QUEUED:
+                if self._failures.alone(self._queue[0]) and load[number]:
+                    break
                 unit = self._queue.popleft()
                 self._flying[actor.run.remote(unit)] = (number, unit)
-                load[number] += 1
+                load[number] += UNITS_QUEUED if self._failures.alone(unit) else 1
 
     def _collect(self, ref: Any) -> None:
         number, unit = self._flying.pop(ref)
@@ -155,26 +183,17 @@ class _Run:
             if self._crew.lost(number, error):  # with its node: no fault of the unit
                 self._queue.appendleft(unit)
                 return
-            self._failed(unit, f"its actor died: {first_line(error)}")
+            self._failed(unit, WorkerError(f"unit {unit}: its actor died", got=first_line(error)), died=True)
         except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, WinnowError) else None
-            if isinstance(cause, NonFiniteError):
-                raise cause from error
-            self._failed(unit, str(cause) if cause else first_line(error))
+            known = error.cause if isinstance(error.cause, WinnowError) else None
+            self._failed(unit, known or WorkerError(f"unit {unit}", got=first_line(error)))
         else:
             self._committed += 1
+            self._failures.succeeded(unit)
 
-    def _failed(self, unit: int, cause: str) -> None:
-        self._failures[unit] += 1
-        say(f"unit {unit} failed ({self._failures[unit]}x), tried again: {cause}")
-        if self._failures[unit] >= self._config.harvest.unit_attempts:
-            raise WorkerError(
-                f"unit {unit} failed {self._failures[unit]} times",
-                expected="a receipt",
-                got=cause,
-                fix="Remove the cause and run the same command again; finished units are kept",
-            )
-        self._queue.appendleft(unit)
+    def _failed(self, unit: int, error: WinnowError, *, died: bool = False) -> None:
+        if self._failures.failed(unit, error, died=died):
+            self._queue.append(unit)
 
     def _tokens_run(self) -> int:
         """Tokens the LM has run in this run; an actor that does not answer keeps its last count."""

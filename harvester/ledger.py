@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 
-from schemas.errors import MissingObject
+from harvester.failures import Failures
+from schemas.errors import MissingObject, WinnowError
 from schemas.harvest import HarvestLedger, HarvestManifest, HarvestPlan, LedgerRun, TokenAccount
 from store.objects import ObjectStore
 
@@ -59,14 +61,25 @@ class RunLedger:
     Args:
         store: The dataset's root.
         plan: Its plan.
+        failures: Counts the attempts that failed.
     """
 
-    def __init__(self, store: ObjectStore, plan: HarvestPlan) -> None:
-        self._store, self._plan = store, plan
+    def __init__(self, store: ObjectStore, plan: HarvestPlan, failures: Failures | None = None) -> None:
+        self._store, self._plan, self._failures = store, plan, failures
         self._id, self._start = uuid.uuid4().hex, time.monotonic()
         self._written = self._start
-        self.units = self.bytes = self.failures = 0
+        self.units = self.bytes = 0
         self.lm_seconds = self.storage_wait_seconds = 0.0
+
+    def __enter__(self) -> RunLedger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self._write(ended=True)
+        elif self.units:
+            with suppress(WinnowError):  # what ended the run is the message
+                self._write(ended=False)
 
     def start(self) -> None:
         """The first unit is handed out now."""
@@ -94,12 +107,8 @@ class RunLedger:
             seconds=time.monotonic() - self._start,
             lm_seconds=self.lm_seconds,
             storage_wait_seconds=self.storage_wait_seconds,
-            failures=self.failures,
+            failures=self._failures.total if self._failures else 0,
         )
-
-    def end(self) -> None:
-        """Write the entry for the last time."""
-        self._write(ended=True)
 
     def _write(self, *, ended: bool) -> None:
         ledger = read_ledger(self._store)

@@ -22,7 +22,7 @@ from harvester.windows import CorpusWindows, PlanProgress, ProgressCallback
 from schemas.config import Config
 from schemas.corpus import CorpusSpec
 from schemas.errors import ConfigError, PlanMismatch, StoreError
-from schemas.harvest import Execution, HarvestPlan, PlanSpec
+from schemas.harvest import Execution, HarvestPlan, PlanSpec, check_shard_size
 from schemas.subject import HookSite, SubjectIdentity, SubjectSpec
 from store.layout import PLAN_KEY, TOKENS_ARRAY, tokens_key
 from store.objects import ObjectStore
@@ -79,10 +79,11 @@ def make_plan(
     subject = subject or _load(subject_spec, spec)
     identity, sites = subject.identity, tuple(subject.sites(spec.hooks))
     _check_context(spec, identity)
+    _check_shards(spec, sites)
     tokenizer = DocumentTokenizer(subject.tokenizer, identity, bos=spec.bos == "window")
     stored = _stored_plan(store)
     if stored is not None:
-        _refuse_other(stored, config, store, identity, sites)
+        refuse_other(stored, config, store, identity, sites)
     folder = config.harvest.temp_dir or tempfile.gettempdir()
     shown = PlanProgress(progress, files)
     with CorpusWindows(corpus, spec, tokenizer, files, folder, shown) as run:
@@ -110,6 +111,15 @@ def make_plan(
     return plan
 
 
+def read_corpus(config: Config, folder: str) -> CorpusWindows:
+    """The config's corpus as it is planned, not read yet; for a plan that exists already."""
+    subject_spec, corpus, spec = _sections(config)
+    files = find_files(corpus)
+    subject = _load(subject_spec, spec)
+    tokenizer = DocumentTokenizer(subject.tokenizer, subject.identity, bos=spec.bos == "window")
+    return CorpusWindows(corpus, spec, tokenizer, files, folder, PlanProgress(None, files))
+
+
 def find_plan(
     config: Config, store: ObjectStore, *, subject: Subject | PlanSubject | None = None
 ) -> HarvestPlan | None:
@@ -129,7 +139,7 @@ def find_plan(
         return None
     identity = subject.identity if subject else None
     sites = tuple(subject.sites(plan.spec.hooks)) if subject and config.plan == plan.spec else None
-    _refuse_other(plan, config, store, identity, sites)
+    refuse_other(plan, config, store, identity, sites)
     return None if missing_tokens(plan, store) else plan
 
 
@@ -171,13 +181,14 @@ def _stated(spec: SubjectSpec) -> dict[str, Any]:
     return stated
 
 
-def _refuse_other(
+def refuse_other(
     plan: HarvestPlan,
     config: Config,
     store: ObjectStore,
-    identity: SubjectIdentity | None,
-    sites: tuple[HookSite, ...] | None,
+    identity: SubjectIdentity | None = None,
+    sites: tuple[HookSite, ...] | None = None,
 ) -> None:
+    """PlanMismatch, with the differing fields, where `plan` is not what `config` asks for."""
     lines = plan_differences(plan, config, identity, sites)
     if lines:
         raise PlanMismatch(
@@ -215,6 +226,14 @@ def _check_context(spec: PlanSpec, identity: SubjectIdentity) -> None:
             got=spec.context_length,
             fix="Lower plan.context_length",
         )
+
+
+def _check_shards(spec: PlanSpec, sites: tuple[HookSite, ...]) -> None:
+    for site in sites:
+        try:
+            check_shard_size(spec, site)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _check_room(plan: HarvestPlan, store: ObjectStore, units: int) -> None:

@@ -91,29 +91,30 @@ class UnitWorker:
             NonFiniteError: NaN or infinity in an activation, with unit, hook and window.
             IntegrityError, StoreError: From the store.
         """
+        rows, attempt, tokens_sha256 = self.make(unit)
+        with self._wait.commit():
+            receipt = commit_unit(
+                self._store, self._plan, unit, rows, tokens_sha256=tokens_sha256, attempt=attempt
+            )
+        return UnitFacts(unit, sum(shard.bytes for shard in receipt.shards.values()), *self._wait.take())
+
+    def make(self, unit: int) -> tuple[dict[str, NDArray[np.generic]], Attempt, str]:
+        """Compute one unit and store nothing: hook -> rows [R, D], by whom, and its tokens' digest."""
         with self._lm:
             start = time.monotonic()
             with self._wait.tokens():
                 tokens = read_tokens(self._store, self._plan, unit)
             with self._wait.lm():
                 rows = self._rows(unit, tokens)
-        with self._wait.commit():
-            receipt = commit_unit(
-                self._store,
-                self._plan,
-                unit,
-                rows,
-                tokens_sha256=hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest(),
-                attempt=Attempt(
-                    id=uuid.uuid4().hex,
-                    seconds=time.monotonic() - start,
-                    batch_windows=self._batch,
-                    threads=self._threads,
-                    device=str(self._subject.device),
-                    finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                ),
-            )
-        return UnitFacts(unit, sum(shard.bytes for shard in receipt.shards.values()), *self._wait.take())
+        attempt = Attempt(
+            id=uuid.uuid4().hex,
+            seconds=time.monotonic() - start,
+            batch_windows=self._batch,
+            threads=self._threads,
+            device=str(self._subject.device),
+            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        return rows, attempt, hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest()
 
     def _rows(self, unit: int, tokens: NDArray[np.uint32]) -> dict[str, NDArray[np.generic]]:
         """Every hook's rows [R, D] of a unit, in stored order and stored dtype."""

@@ -19,7 +19,8 @@ class StorageSpec(Contract):
     timeout_seconds: float = Field(default=60.0, gt=0)
     """Longest wait for one request."""
     single_writer: bool = False
-    """Accept a store that ignores if-none-match, since nobody else writes to this root."""
+    """Accept a store that ignores if-none-match, since nobody else writes to this root: existing objects
+    are looked for instead, and a harvest makes its units in its own process."""
 
 
 class PricesSpec(Contract):

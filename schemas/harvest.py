@@ -17,6 +17,15 @@ SLICES = 64
 """Inner chunks ("slices") of every shard; lanes own whole slices."""
 MOMENT_UNITS = 16
 """Receipts of the first this-many units carry per-dimension moments."""
+# A plan from elsewhere must not make a reader allocate what it merely claims.
+MAX_UNITS = 1 << 24
+MAX_HOOKS = 1024
+MAX_CONTEXT = 1 << 20
+MAX_ROWS_PER_UNIT = 1 << 26
+MAX_SHARD_BYTES = 1 << 31
+"""One shard is put in one part and read back whole when it is adopted."""
+MAX_TOKENS_PER_UNIT = 1 << 28
+"""Their chunk is read whole."""
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
@@ -25,13 +34,13 @@ Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 class PlanSpec(Contract):
     """How the corpus becomes rows: every field decides content."""
 
-    hooks: tuple[HookName, ...] = Field(min_length=1)
+    hooks: tuple[HookName, ...] = Field(min_length=1, max_length=MAX_HOOKS)
     """Where activations are read; several are read in one pass of the LM."""
-    context_length: int = Field(default=128, ge=8)
+    context_length: int = Field(default=128, ge=8, le=MAX_CONTEXT)
     """Window length T in tokens."""
     drop_leading: int = Field(default=1, ge=0)
     """Leading positions of each window that are not stored (position 0 is an attention sink)."""
-    windows_per_unit: int = Field(default=1024, gt=0, multiple_of=SLICES)
+    windows_per_unit: int = Field(default=1024, gt=0, le=MAX_ROWS_PER_UNIT, multiple_of=SLICES)
     """Windows W in a unit; a unit is W x (T - drop_leading) rows, one shard a hook."""
     train_units: int | None = Field(default=None, gt=0)
     """Units kept for training, the first in keyed order; null keeps the whole corpus."""
@@ -59,6 +68,10 @@ class PlanSpec(Contract):
             raise ValueError("drop_leading must be smaller than context_length")
         if len(set(self.hooks)) != len(self.hooks):
             raise ValueError("hooks must not repeat")
+        if self.windows_per_unit * self.context_length > MAX_TOKENS_PER_UNIT:
+            raise ValueError(f"windows_per_unit x context_length must be at most {MAX_TOKENS_PER_UNIT}")
+        if self.windows_per_unit * (self.context_length - self.drop_leading) > MAX_ROWS_PER_UNIT:
+            raise ValueError(f"rows of a unit must be at most {MAX_ROWS_PER_UNIT}: lower windows_per_unit")
         return self
 
 
@@ -74,7 +87,11 @@ class HarvestSpec(Contract):
     gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPUs (or a share of one) that Ray reserves for an actor."""
     unit_attempts: int = Field(default=3, gt=0)
-    """Failures of one unit before it is given up and the harvest stops."""
+    """Failures of one unit before it is quarantined: the harvest goes on with the others and ends with
+    a list. NaN and infinity quarantine at once; failures of storage are not the unit's."""
+    abort_after_failures: int = Field(default=10, gt=0)
+    """Failed attempts one after another, over all units, at which the harvest stops: the cause is then
+    hardly the units'."""
     ray_address: str | None = None
     """A running cluster (`auto`, `host:6379`); null starts Ray on this machine for the run."""
     temp_dir: str | None = None
@@ -108,6 +125,16 @@ class Execution(Contract):
     """UTC time, ISO 8601."""
 
 
+def check_shard_size(spec: PlanSpec, site: HookSite) -> None:
+    """ValueError where one shard would be larger than `MAX_SHARD_BYTES`."""
+    rows = spec.windows_per_unit * (spec.context_length - spec.drop_leading)
+    if rows * site.d_model * DTYPE_BYTES[spec.dtype] > MAX_SHARD_BYTES - 4096:
+        raise ValueError(
+            f"a shard of {site.name} (D = {site.d_model}) would pass {MAX_SHARD_BYTES} bytes: "
+            "lower windows_per_unit"
+        )
+
+
 class HarvestPlan(Artefact):
     """`plan.json`: the identity of a dataset. Create-only, never changed."""
 
@@ -118,7 +145,7 @@ class HarvestPlan(Artefact):
     spec: PlanSpec
     sites: tuple[HookSite, ...]
     """One for each hook of the spec, in its order, with widths."""
-    units: int = Field(gt=0)
+    units: int = Field(gt=0, le=MAX_UNITS)
     """All units, the validation units first."""
     tokens_sha256: Sha256
     """SHA-256 of the `token_digests` array's bytes (uint8 [units, 32], each unit's token digest)."""
@@ -130,6 +157,10 @@ class HarvestPlan(Artefact):
             raise ValueError("sites must name the spec's hooks in order")
         if self.units <= self.spec.validation_units:
             raise ValueError("a plan needs at least one training unit")
+        if self.units * len(self.sites) > MAX_UNITS:
+            raise ValueError(f"units x hooks must be at most {MAX_UNITS}")
+        for site in self.sites:
+            check_shard_size(self.spec, site)
         return self
 
     @cached_property
@@ -233,14 +264,14 @@ class UnitReceipt(Artefact):
 
     kind: Literal["winnow.receipt"] = "winnow.receipt"
     plan_fingerprint: Sha256
-    unit: int = Field(ge=0)
-    revision: int = Field(default=0, ge=0)
+    unit: int = Field(ge=0, lt=MAX_UNITS)
+    revision: int = Field(default=0, ge=0, lt=1 << 31)
     """Raised by a repair; readers take the highest."""
     tokens_sha256: Sha256
     """Digest of the unit's token chunk (uint32 little-endian [W, T])."""
     shards: dict[HookName, ShardRecord]
     """One for each hook of the plan; empty for a void unit."""
-    void: str | None = None
+    void: str | None = Field(default=None, max_length=4096)
     """Why the unit holds no data: its rows keep their places with weight 0."""
     attempt: Attempt
 
@@ -255,8 +286,8 @@ class ManifestPart(Contract):
     key: RelativeKey
     bytes: int = Field(gt=0, le=1 << 30)
     sha256: Sha256
-    first_unit: int = Field(ge=0)
-    units: int = Field(gt=0)
+    first_unit: int = Field(ge=0, lt=MAX_UNITS)
+    units: int = Field(gt=0, le=MAX_UNITS)
 
 
 class HarvestManifest(Artefact):
@@ -267,7 +298,7 @@ class HarvestManifest(Artefact):
     revision: int = Field(default=0, ge=0)
     parent: Sha256 | None = None
     """SHA-256 of the manifest this one follows after a repair."""
-    units: int = Field(gt=0)
+    units: int = Field(gt=0, le=MAX_UNITS)
     rows: int = Field(gt=0)
     bytes: int = Field(ge=0)
     """All shards together."""

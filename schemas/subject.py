@@ -45,7 +45,7 @@ class HookSite(Contract):
 
     name: HookName
     """`resid_post.9`, or a dotted module path."""
-    d_model: int = Field(gt=0)
+    d_model: int = Field(gt=0, le=1 << 20)
     """Width D of the activation read there."""
 
 

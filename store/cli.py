@@ -12,6 +12,7 @@ from schemas.config import StorageSpec
 from store.console import Progress, emit, guard, human_bytes, print_table, say, stdout
 from store.info import DatasetInfo, dataset_info
 from store.objects import ObjectStore, open_store
+from store.repair import repair
 from store.verify import LEVELS, Problem, damage, verify
 
 
@@ -63,15 +64,28 @@ def verify_command(
     allow_http: AllowHttp = False,
     timeout_seconds: Timeout = 60.0,
     threads: Annotated[int, typer.Option(help="Shards read at a time.", min=1)] = 4,
+    repair_: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="First put right what the rest of the dataset tells: metadata, receipts, checksums, "
+            "manifests. Nobody else may write meanwhile. Sets --level full. Lost rows and tokens need "
+            "`winnow harvest CONFIG --repair`.",
+        ),
+    ] = False,
 ) -> None:
     """Say what is missing, torn or rotten; exit with 1 where anything is.
 
-    A dataset that is not sealed yet is checked as far as it goes. Nothing is changed.
+    A dataset that is not sealed yet is checked as far as it goes. Without --repair nothing is changed.
 
     Example: winnow verify s3://bucket/run7 --level full
     """
     with guard():
         store = _open(uri, allow_http, timeout_seconds)
+        if repair_:
+            level = LevelChoice.FULL
+            for key in repair(store).restored:
+                say(f"repair: {key} was written anew")
         with Progress(f"verify --level {level.value}", None, "shards") as bar:
 
             def report(done: int, total: int) -> None:
@@ -142,6 +156,7 @@ def _show_problems(uri: str, level: str, problems: list[Problem], facts: Dataset
     deeper = LEVELS[-1] if level != LEVELS[-1] else None
     if broken:
         say(f"{uri}: {broken} problem{'s' if broken > 1 else ''} at level {level}")
+        say("`winnow harvest CONFIG --repair` makes again what is damaged, from corpus and subject")
     else:
         hint = f" (--level {deeper} reads every byte)" if deeper else ""
         say(f"{uri}: nothing wrong at level {level}{hint}")

@@ -18,7 +18,13 @@ from typing import Any, NoReturn, cast
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import S3Store as ObstoreS3
 
 from schemas.config import StorageSpec
@@ -62,6 +68,26 @@ class ObjectStore(ABC):
     @abstractmethod
     def put(self, key: str, data: Data) -> None:
         """Create or overwrite. For run outputs and repair only, never for a dataset's hot path."""
+
+    def version(self, key: str) -> str | None:
+        """A mark that changes with the object (an ETag); None where there is no object or no mark."""
+        del key
+        return None
+
+    def replace(self, key: str, data: Data, version: str | None) -> None:
+        """Overwrite an object that is damaged. For repair only.
+
+        Args:
+            key: The object.
+            data: What it shall hold.
+            version: What `version` gave before the damage was looked at. Where the storage can, it refuses
+                if the object has changed since.
+
+        Raises:
+            StoreError: Somebody else wrote the object meanwhile.
+        """
+        del version
+        self.put(key, data)
 
     @abstractmethod
     def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:
@@ -143,7 +169,7 @@ class ObjectStore(ABC):
             middle, last = self.get_range(key, 7, 29), self.get_suffix(key, 16)
             several = self.get_ranges(key, [0, 40], [8, 64])
         except (StoreError, IntegrityError) as error:
-            self._lies("range read", "the bytes asked for", str(error))
+            self._lies("range read", "the bytes asked for", str(error).rstrip("."))
         if middle != body[7:29] or several != [body[:8], body[40:]]:
             self._lies("range read", "the bytes asked for", "other bytes")
         if last != body[-16:]:
@@ -231,7 +257,7 @@ def _open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
             },
         },
     )
-    return S3Store(client, bucket, prefix)
+    return S3Store(client, bucket, prefix, storage.single_writer)
 
 
 def check_endpoint(endpoint: str, allow_http: bool) -> bool:
@@ -305,8 +331,9 @@ def _instance_role() -> bool:
 class S3Store(ObjectStore):
     """Objects of one S3 bucket under a prefix, through obstore."""
 
-    def __init__(self, client: ObstoreS3, bucket: str, prefix: str) -> None:
+    def __init__(self, client: ObstoreS3, bucket: str, prefix: str, single_writer: bool = False) -> None:
         self._client, self._bucket, self._prefix = client, bucket, prefix
+        self._single_writer = single_writer
         self._process = os.getpid()
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
@@ -318,7 +345,12 @@ class S3Store(ObjectStore):
         return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
 
     def put_new(self, key: str, data: Data) -> bool:
-        """See `ObjectStore.put_new`: If-None-Match: *, one part."""
+        """See `ObjectStore.put_new`: If-None-Match: *, one part; a single writer looks first instead."""
+        if self._single_writer:
+            if self.size(key) is not None:
+                return False
+            self.put(key, data)
+            return True
         try:
             obstore.put(self._client, self._path(key), data, mode="create", use_multipart=False)
         except AlreadyExistsError:
@@ -331,6 +363,33 @@ class S3Store(ObjectStore):
         """See `ObjectStore.put`."""
         try:
             obstore.put(self._client, self._path(key), data, use_multipart=False)
+        except _FAILURES as error:
+            self._fail(error, key, "writing")
+
+    def version(self, key: str) -> str | None:
+        """See `ObjectStore.version`: the ETag."""
+        try:
+            return obstore.head(self._client, self._path(key))["e_tag"]
+        except FileNotFoundError:
+            return None
+        except _FAILURES as error:
+            self._fail(error, key, "looking up")
+
+    def replace(self, key: str, data: Data, version: str | None) -> None:
+        """See `ObjectStore.replace`: If-Match, where the store knows it."""
+        if version is None:
+            self.put(key, data)
+            return
+        mode: Any = {"e_tag": version}
+        try:
+            obstore.put(self._client, self._path(key), data, mode=mode, use_multipart=False)
+        except PreconditionError:
+            raise StoreError(
+                f"{self.uri}/{key} changed while it was repaired",
+                fix="Repair when nobody else writes to this root",
+            ) from None
+        except (NotImplementedError, NotSupportedError):
+            self.put(key, data)
         except _FAILURES as error:
             self._fail(error, key, "writing")
 
@@ -417,7 +476,7 @@ class S3Store(ObjectStore):
 
     def child(self, prefix: str) -> S3Store:
         """See `ObjectStore.child`."""
-        return S3Store(self._client, self._bucket, self._path(prefix))
+        return S3Store(self._client, self._bucket, self._path(prefix), self._single_writer)
 
     def _fail(self, error: Exception, key: str, doing: str) -> NoReturn:
         """Raise what `error` means. The cause is cut off: S3 replies can quote signed headers."""

@@ -40,8 +40,10 @@ PART_UNITS = 10_000
 """Units in one part; the last has fewer."""
 PART_GROUP = 1000
 """Units in one row group of a part."""
-MAX_GROUP_BYTES = 1 << 30
+MAX_GROUP_BYTES = 1 << 29
 """Largest row group that is unpacked, in bytes."""
+MAX_FOOTER_BYTES = 1 << 24
+"""Longest string, and most entries of a list, in a part's footer."""
 
 _SCHEMA: Any = pa.schema(
     [
@@ -116,14 +118,22 @@ def read_part(store: ObjectStore, plan: HarvestPlan, part: ManifestPart) -> Iter
     if len(body) != part.bytes or sha256_hex(body) != part.sha256:
         raise IntegrityError(f"{origin} is damaged", expected=f"{part.bytes} bytes of sha256 {part.sha256}")
     try:
-        file = pq.ParquetFile(io.BytesIO(body))
+        file = pq.ParquetFile(
+            io.BytesIO(body),
+            thrift_string_size_limit=MAX_FOOTER_BYTES,
+            thrift_container_size_limit=MAX_FOOTER_BYTES,
+        )
         if not file.schema_arrow.equals(_SCHEMA):
             raise IntegrityError(f"{origin} has other columns", expected=_SCHEMA.names)
         if file.metadata.num_rows != part.units:
             raise IntegrityError(f"{origin} is incomplete", expected=f"{part.units} units")
-        groups = range(file.metadata.num_row_groups)
-        if any(file.metadata.row_group(group).total_byte_size > MAX_GROUP_BYTES for group in groups):
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        if any(group.total_byte_size > MAX_GROUP_BYTES for group in groups):
             raise IntegrityError(f"{origin} unpacks to too much", expected=f"{MAX_GROUP_BYTES} bytes a group")
+        if any(group.num_rows > PART_GROUP for group in groups):
+            raise IntegrityError(
+                f"{origin} has too large a row group", expected=f"{PART_GROUP} units at most"
+            )
         unit = part.first_unit
         for batch in file.iter_batches(batch_size=PART_GROUP, columns=["revision", "receipt"]):
             for revision, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):

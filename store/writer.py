@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.base import sha256_hex
-from schemas.errors import ConfigError, IntegrityError, PlanMismatch, WinnowError
+from schemas.errors import (
+    ConfigError,
+    IntegrityError,
+    MissingObject,
+    PlanMismatch,
+    StoreError,
+    WinnowError,
+)
 from schemas.harvest import (
     MOMENT_UNITS,
     SLICES,
@@ -26,7 +33,7 @@ from schemas.harvest import (
     ShardRecord,
     UnitReceipt,
 )
-from store.commit import commit_receipt, load_receipt, settle, standing_receipts
+from store.commit import PUT_TRIES, commit_receipt, load_receipt, settle, standing_receipts
 from store.layout import PLAN_KEY, STORED_DTYPES, manifest_key, shard_key, slice_bytes, tokens_key
 from store.manifest import find_manifest, load_manifest
 from store.objects import ObjectStore
@@ -238,17 +245,55 @@ def _store_shard(
         raise ValueError(
             f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
         )
+    failure: StoreError | None = None
+    for _ in range(PUT_TRIES):
+        data, record = make_shard(plan, unit, hook, rows)
+        try:
+            if store.put_new(record.key, data):
+                return record, True
+            failure = None
+        except StoreError as error:
+            failure = error  # it may have taken effect all the same
+        del data
+        try:
+            return _adopt(store, plan, unit, hook, rows), False
+        except MissingObject:
+            continue
+    raise failure or StoreError(
+        f"unit {unit}, hook {hook!r}: its shard can neither be created nor read at {store.uri}",
+        got="'already exists' from the put, 'absent' from the read",
+        fix="Use a store with read-after-write consistency",
+    )
+
+
+def make_shard(plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> tuple[memoryview, ShardRecord]:
+    """A unit's rows of one hook as the bytes of its shard, and the receipt's entry for them."""
     facts = _describe(plan, unit, hook, rows)
-    key = shard_key(hook, unit)
     shard = encode_shard(rows)
-    if store.put_new(key, shard.data):
-        return _record(key, shard.data, shard.slice_crc32c, facts), True
-    del shard
-    return _adopt(store, plan, unit, hook, rows), False
+    return shard.data, _record(shard_key(hook, unit), shard.data, shard.slice_crc32c, facts)
 
 
 def _adopt(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> ShardRecord:
     """Check the shard an earlier attempt left, compare it with `rows`, describe the stored bytes."""
+    found, record = read_orphan(store, plan, unit, hook)
+    apart = relative_difference(found, rows, plan.spec.dtype, unit=unit, hook=hook)
+    if apart > plan.spec.adopt_tolerance:
+        raise IntegrityError(
+            f"unit {unit}, hook {hook!r}: the shard an earlier attempt left at {store.uri}/{record.key} "
+            "holds other rows than were just computed",
+            expected=f"a relative difference of at most adopt_tolerance = {plan.spec.adopt_tolerance:g}",
+            got=f"{apart:.3g}",
+            fix="Check that subject, device and code are those of the earlier attempt",
+        )
+    return record
+
+
+def read_orphan(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str) -> tuple[Stored, ShardRecord]:
+    """A shard that no receipt vouches for: its rows [R, D] and what a receipt would say of it.
+
+    Raises:
+        IntegrityError, NonFiniteError: It is not sound in itself.
+    """
     key = shard_key(hook, unit)
     data = store.get(key)
     if len(data) != plan.shard_bytes(hook):
@@ -256,22 +301,14 @@ def _adopt(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: St
             f"unit {unit}, hook {hook!r}: the shard an earlier attempt left at {store.uri}/{key} is torn",
             expected=f"{plan.shard_bytes(hook)} bytes",
             got=f"{len(data)} bytes",
-            fix="Delete that one object if no harvest is running on this root, then run again",
+            fix="Run `winnow harvest CONFIG --repair` while no other harvest runs on this root",
         )
     check_index(data[-INDEX_BYTES:], plan, hook, unit)
     crcs = slice_checksums(data, plan, hook)
-    found = decode_slices(data, 0, SLICES, plan=plan, hook=hook, unit=unit, crc=crcs).reshape(rows.shape)
+    shape = (plan.rows_per_unit, plan.d_model(hook))
+    found = decode_slices(data, 0, SLICES, plan=plan, hook=hook, unit=unit, crc=crcs).reshape(shape)
     facts = _describe(plan, unit, hook, found)
-    apart = relative_difference(found, rows, plan.spec.dtype, unit=unit, hook=hook)
-    if apart > plan.spec.adopt_tolerance:
-        raise IntegrityError(
-            f"unit {unit}, hook {hook!r}: the shard an earlier attempt left at {store.uri}/{key} holds "
-            "other rows than were just computed",
-            expected=f"a relative difference of at most adopt_tolerance = {plan.spec.adopt_tolerance:g}",
-            got=f"{apart:.3g}",
-            fix="Check that subject, device and code are those of the earlier attempt",
-        )
-    return _record(key, memoryview(data), crcs, facts)
+    return found, _record(key, memoryview(data), crcs, facts)
 
 
 def slice_checksums(data: bytes, plan: HarvestPlan, hook: str) -> tuple[int, ...]:
@@ -320,6 +357,26 @@ def seal(store: ObjectStore, plan: HarvestPlan, progress: Progress | None = None
     standing = find_manifest(store, plan)
     if standing is not None:
         return standing
+    manifest = gather(store, plan, progress=progress)
+    if settle(store, manifest_key(), manifest.to_json()) is not None:
+        theirs = load_manifest(store, plan)
+        if theirs.dataset_sha256 != manifest.dataset_sha256:
+            raise _differs(store, manifest_key())
+        return theirs
+    return manifest
+
+
+def gather(
+    store: ObjectStore, plan: HarvestPlan, *, repair: bool = False, progress: Progress | None = None
+) -> HarvestManifest:
+    """Put the parts, from every unit's receipt of highest revision; the manifest that names them.
+
+    Args:
+        store: The dataset's root.
+        plan: Its plan.
+        repair: Overwrite a part whose bytes are not those that its name promises.
+        progress: Called after each part.
+    """
     receipts = standing_receipts(store, plan)
     missing = [unit for unit in range(plan.units) if unit not in receipts]
     if missing:
@@ -348,11 +405,13 @@ def seal(store: ObjectStore, plan: HarvestPlan, progress: Progress | None = None
                     void.append(receipt.unit)
             body, part = encode_part(batch)
             if settle(store, part.key, body) not in (None, body):
-                raise _differs(store, part.key)
+                if not repair:
+                    raise _differs(store, part.key)
+                store.replace(part.key, body, store.version(part.key))
             parts.append(part)
             if progress:
                 progress(units.stop, plan.units)
-    manifest = HarvestManifest(
+    return HarvestManifest(
         plan_fingerprint=plan.fingerprint,
         units=plan.units,
         rows=plan.rows,
@@ -363,12 +422,6 @@ def seal(store: ObjectStore, plan: HarvestPlan, progress: Progress | None = None
         parts=tuple(parts),
         created=now(),
     )
-    if settle(store, manifest_key(), manifest.to_json()) is not None:
-        theirs = load_manifest(store, plan)
-        if theirs.dataset_sha256 != manifest.dataset_sha256:
-            raise _differs(store, manifest_key())
-        return theirs
-    return manifest
 
 
 def brief(units: list[int]) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError, UnsupportedVersion
-from store import ActivationStore
+from store import ActivationStore, parts
 from store import order as order_module
 from store.layout import manifest_key, shard_key, slice_bytes, tokens_key
 from store.objects import open_store
 from store.reader import read_receipt
 from store.testing import FaultyStore, make_plan, write_dataset
+from store.verify import verify
 
 HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
 HOOK = "mlp_out.2"
@@ -87,6 +88,14 @@ def test_a_truncated_shard_is_named(root, read, length):
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(IntegrityError, match=rf"unit 2, hook '{HOOK}', slices 0-63.*got {length} bytes"):
         read(root)
+
+
+@READERS
+def test_a_lengthened_shard_reads_right_and_is_found_by_verify(root, read):
+    path = root / shard_key(HOOK, 2)
+    path.write_bytes(path.read_bytes() + b"more")
+    read(root)  # every slice is where it was, and checked
+    assert [(p.level, p.unit, p.hook) for p in verify(open_store(str(root)), "full")] == [("size", 2, HOOK)]
 
 
 @READERS
@@ -279,6 +288,16 @@ def test_a_damaged_part_is_refused_before_it_is_parsed(root, damage):
     else:
         part.unlink()
     with pytest.raises(MissingObject if damage == "gone" else IntegrityError, match=r"units-.*parquet"):
+        ActivationStore.open(str(root))
+
+
+@pytest.mark.parametrize(
+    ("cap", "value", "said"),
+    [("PART_GROUP", 2, "too large a row group"), ("MAX_GROUP_BYTES", 100, "unpacks to too much")],
+)
+def test_a_part_that_unpacks_to_too_much_is_refused(root, monkeypatch, cap, value, said):
+    monkeypatch.setattr(parts, cap, value)
+    with pytest.raises(IntegrityError, match=said):
         ActivationStore.open(str(root))
 
 

@@ -56,11 +56,10 @@ def test_a_forecast_from_the_config_alone_is_what_the_harvest_takes(tmp_path, mo
     plan = ensure_plan(config, store)
     store.probe()
     worker = UnitWorker(plan.to_json(), config.root, config.storage, config.subject, 1, 16)
-    run = RunLedger(store, plan)
-    run.start()
-    for unit in range(plan.units):
-        run.add(worker.run(unit))
-    run.end()
+    with RunLedger(store, plan) as run:
+        run.start()
+        for unit in range(plan.units):
+            run.add(worker.run(unit))
     settle_account(store, plan, seal(store, plan))
 
     assert sum(counts.values()) == said["requests"]["puts"]
@@ -118,9 +117,9 @@ def test_a_killed_run_leaves_its_entry_and_the_next_run_keeps_it(tmp_path, monke
     killed, other = RunLedger(store, plan), RunLedger(store, plan)
     killed.start()
     killed.add(UnitFacts(0, 1000, 2.0, 0.5))
-    other.start()
-    other.add(UnitFacts(1, 1000, 1.0, 0.25))
-    other.end()
+    with other:
+        other.start()
+        other.add(UnitFacts(1, 1000, 1.0, 0.25))
     entries = {run.ended: run for run in read_ledger(store).runs}
     assert entries[False].units == 1
     assert entries[False].bytes == 1000

@@ -139,11 +139,25 @@ def test_later_minor_versions_are_read() -> None:
         ("spec.compress", "pickle", "compress"),
         ("spec.dtype", "object", "dtype"),
         ("sites.0.d_model", -4, "d_model"),
+        ("sites.0.d_model", 10**12, "d_model"),
+        ("units", 10**11, "units"),
+        ("spec.context_length", 10**9, "context_length"),
+        ("spec.windows_per_unit", 64 * 10**9, "windows_per_unit"),
+        ("spec.windows_per_unit", 2**25, "windows_per_unit x context_length"),
+        ("spec.hooks", [f"h{number}" for number in range(2000)], "hooks"),
     ],
 )
 def test_plans_that_do_not_fit(path: str, value: object, said: str) -> None:
     with pytest.raises(IntegrityError, match=said):
         HarvestPlan.from_json(altered(make_plan(), path, value), origin="x")
+
+
+def test_a_shard_too_large_to_be_put_at_once_is_refused() -> None:
+    plan = make_plan(hooks={"resid_post.1": 64})
+    with pytest.raises(IntegrityError, match=r"a shard of resid_post\.1 \(D = 64\) would pass"):
+        HarvestPlan.from_json(altered(plan, "spec.windows_per_unit", 2**21), origin="x")
+    with pytest.raises(IntegrityError, match="units x hooks"):
+        HarvestPlan.from_json(altered(make_plan(hooks={"a": 1, "b": 1}), "units", 2**24), origin="x")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""`winnow harvest CONFIG --repair`: what only corpus and subject can make again.
+
+Tokens come from the corpus and must be the planned ones byte for byte. Rows come from the subject, in
+this process: a repair has one writer. `store.repair` does the rest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+
+from harvester.planner import read_corpus
+from harvester.single import local_worker
+from schemas.base import sha256_hex
+from schemas.config import Config
+from schemas.errors import IntegrityError, MissingObject
+from schemas.harvest import Attempt, HarvestPlan
+from store.console import say
+from store.layout import tokens_key
+from store.objects import ObjectStore
+from store.reader import load_token_digests, read_tokens
+from store.repair import RepairReport, repair
+from store.shards import Stored, encode_chunk
+from store.zarr_metadata import TOKEN_DIGESTS_KEY
+
+
+def mend(config: Config, store: ObjectStore, plan: HarvestPlan) -> RepairReport:
+    """Repair a dataset; units without a receipt are left to the harvest that follows.
+
+    Args:
+        config: The harvest's own.
+        store: The dataset's root. Nobody else may write to it meanwhile.
+        plan: The plan found there.
+
+    Raises:
+        IntegrityError: The corpus gives other tokens, or the subject other rows, than were stored.
+        StoreError: Storage fails, or somebody else writes.
+    """
+    tokens = mend_tokens(config, store, plan)
+    worker = local_worker(config, store, plan)
+
+    def remake(unit: int) -> tuple[Mapping[str, Stored], Attempt]:
+        say(f"repair: making unit {unit} again")
+        rows, attempt, _ = worker.make(unit)
+        return rows, attempt
+
+    report = repair(store, remake)
+    report.restored[:0] = tokens
+    return report
+
+
+def mend_tokens(config: Config, store: ObjectStore, plan: HarvestPlan) -> list[str]:
+    """Write missing and damaged token chunks anew from the corpus; their keys."""
+    try:
+        digests = load_token_digests(store, plan)
+    except (IntegrityError, MissingObject):
+        digests = None
+    bad: set[int] = set()
+    for unit in range(plan.units):
+        try:
+            if digests is None:
+                break
+            read_tokens(store, plan, unit, digests)
+        except (IntegrityError, MissingObject):
+            bad.add(unit)
+    if digests is not None and not bad:
+        return []
+    say(
+        "repair: reading the corpus again for " + ("the token digests" if digests is None else "token chunks")
+    )
+    folder = config.harvest.temp_dir or tempfile.gettempdir()
+    done: list[str] = []
+    with read_corpus(config, folder) as run:
+        run.read()
+        made = run.digests()
+        if sha256_hex(made.tobytes()) != plan.tokens_sha256:
+            raise IntegrityError(
+                "the corpus gives other tokens than were planned",
+                expected=f"sha256 {plan.tokens_sha256}",
+                got=sha256_hex(made.tobytes()),
+                fix="Repair with the corpus and the tokenizer of the plan",
+            )
+        if digests is None:
+            store.replace(TOKEN_DIGESTS_KEY, encode_chunk(made), store.version(TOKEN_DIGESTS_KEY))
+            done.append(TOKEN_DIGESTS_KEY)
+        for unit, tokens in enumerate(run.units()):
+            key = tokens_key(unit)
+            version = store.version(key)
+            try:
+                read_tokens(store, plan, unit, made)
+            except (IntegrityError, MissingObject):
+                store.replace(key, encode_chunk(tokens), version)
+                done.append(key)
+    return done
