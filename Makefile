@@ -3,6 +3,9 @@
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
+# http://HEAD:8265 of a Ray cluster: harvest and train become jobs there. JOB: options of `winnow submit`.
+RAY_ADDRESS ?=
+JOB ?=
 OUT ?= benchmarks/results
 # Outside the clone, so that a fresh one finds them again.
 WINNOW_TOOLS ?= $(HOME)/.cache/winnow/tools
@@ -15,11 +18,14 @@ export WINNOW_TOOLS
 export RAY_DEDUP_LOGS ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
+# `winnow`, or `winnow submit ... --` where a cluster is named.
+RUN = $(BIN)/winnow $(if $(RAY_ADDRESS),submit --address $(RAY_ADDRESS) $(JOB) --)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev plan harvest train test test-gpu test-faults lint format bench minio clean
 
 help:  ## Show this list
-	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value']"; echo
+	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value'] [RAY_ADDRESS=http://HEAD:8265]"; echo
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
 
 .venv/ready: pyproject.toml constraints.txt configs/embedded.txt
@@ -37,13 +43,13 @@ setup: .venv/ready  ## Make .venv with everything that harvest and train need
 setup-dev: .venv/ready-dev  ## Add what test and lint need
 
 plan: setup  ## Tokenise and shuffle the corpus into CONFIG's root
-	$(BIN)/winnow plan $(CONFIG) $(ARGS)
+	$(RUN) plan $(CONFIG) $(ARGS)
 
 harvest: setup  ## Run the subject model and store its activations; resumes
-	$(BIN)/winnow harvest $(CONFIG) $(ARGS)
+	$(RUN) harvest $(CONFIG) $(ARGS)
 
 train: setup  ## Train the sparse autoencoder on the stored activations; resumes
-	$(BIN)/winnow train $(CONFIG) $(ARGS)
+	$(RUN) train $(CONFIG) $(ARGS)
 
 test: setup-dev  ## Run the tests (uses MinIO where `make minio` has built it, else moto)
 	$(BIN)/python -m pytest $(ARGS)

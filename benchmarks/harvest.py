@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.report import write_report
 from harvester.cli import ensure_plan
-from harvester.driver import harvest, read_ledger
+from harvester.driver import harvest
+from harvester.ledger import read_ledger
 from harvester.subject import Subject
 from schemas.config import Config
 from store.console import load_config, section

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harvester.driver import read_ledger
+from harvester.ledger import read_ledger
 from harvester.splice import Replacement
 from harvester.subject import Subject
 from schemas.config import Config

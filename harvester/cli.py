@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from harvester.driver import check_space, harvest, read_ledger
+from harvester import forecast as forecasts
+from harvester.driver import check_space, harvest
+from harvester.ledger import account, read_ledger
 from harvester.mend import mend
 from harvester.planner import find_plan, make_plan, refuse_other
 from schemas.config import Config
@@ -54,6 +56,10 @@ def harvest_command(
     config: ConfigPath,
     set: Sets = [],  # noqa: B006
     json: AsJson = False,
+    forecast: Annotated[
+        bool,
+        typer.Option("--forecast", help="Say what is left to do and what it takes; write nothing, then stop"),
+    ] = False,
     accept_quarantined: Annotated[
         bool,
         typer.Option(
@@ -91,9 +97,19 @@ def harvest_command(
     with guard():
         cfg = load_config(config, [*set, "storage.single_writer=true"] if single_writer else set)
         store = open_store(cfg.root, cfg.storage)
+        if forecast:
+            found = forecasts.forecast(
+                cfg, store, find_plan(cfg, store), measure=lambda: forecasts.measured(cfg)
+            )
+            title = f"harvest of {store.uri}"
+            emit(found.model_dump(mode="json"), json, lambda: print_table(title, forecasts.rows(found)))
+            return
         if repair:
             _repair(cfg, store)
         plan = ensure_plan(cfg, store)
+        before = forecasts.forecast(cfg, store, plan)
+        if before.units_to_do:
+            say(forecasts.line(before))
         manifest = harvest(cfg, store, plan, accept_quarantined=accept_quarantined)
         facts = _harvest_facts(manifest, plan, store)
         emit(facts, json, lambda: _show_harvest(facts))
@@ -176,11 +192,14 @@ def _harvest_facts(manifest: HarvestManifest, plan: HarvestPlan, store: ObjectSt
         "void_units": list(manifest.void_units),
         "tokens": plan.windows * plan.spec.context_length,
         "tokens_per_s": ledger.tokens_per_second,
+        "bytes_per_s": ledger.bytes_per_second,
+        "storage_wait_s": ledger.storage_wait_seconds,
+        "tokens_account": account(plan, manifest).model_dump(mode="json"),
     }
 
 
 def _show_harvest(facts: dict[str, Any]) -> None:
-    rate = facts["tokens_per_s"]
+    rate, kept = facts["tokens_per_s"], facts["tokens_account"]
     print_table(
         f"dataset {facts['dataset_sha256'][:12]} at {facts['root']}",
         [
@@ -188,6 +207,12 @@ def _show_harvest(facts: dict[str, Any]) -> None:
             ("rows", f"{facts['rows']:,}"),
             ("size", human_bytes(facts["bytes"])),
             ("sinks (weight 0)", ", ".join(f"{hook}: {count}" for hook, count in facts["sinks"].items())),
+            ("tokens not stored", f"{kept['beyond_plan'] + kept['tails'] + kept['leading']:,}"),
+            ("  beyond the plan", f"{kept['beyond_plan']:,}"),
+            ("  tails, in no window", f"{kept['tails']:,}"),
+            ("  leading positions", f"{kept['leading']:,}"),
             ("harvest", f"{rate:,.0f} tokens/s" if rate else "-"),
+            ("written", f"{human_bytes(facts['bytes_per_s'])}/s" if facts["bytes_per_s"] else "-"),
+            ("LM waited for storage", f"{facts['storage_wait_s']:,.1f} s"),
         ],
     )

@@ -6,31 +6,25 @@ same command again) needs nothing more. One driver, no leases.
 
 from __future__ import annotations
 
-import datetime
-import logging
-import os
-import sys
-import time
 from collections import Counter, deque
-from collections.abc import Generator
-from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from harvester.cluster import Crew, cluster, first_line, threads_per_actor
 from harvester.failures import Failures
+from harvester.ledger import RunLedger, settle_account
 from harvester.single import LocalRun, accept, check_single_writer
 from harvester.worker import UnitWorker
 from schemas.config import Config
-from schemas.errors import MissingObject, StoreError, WinnowError, WorkerError
-from schemas.harvest import HarvestLedger, HarvestManifest, HarvestPlan, LedgerRun
+from schemas.errors import StoreError, WinnowError, WorkerError
+from schemas.harvest import HarvestManifest, HarvestPlan
 from store.console import Progress, human_bytes, say, section
 from store.objects import ObjectStore
 from store.reader import receipts_present
 from store.writer import seal
 
-LEDGER_KEY = "ledger.json"
 UNITS_QUEUED = 2
 """Units at an actor at once: one in the LM, one being committed. Bounds an actor's memory."""
 POLL_SECONDS = 1.0
@@ -84,121 +78,90 @@ def harvest(
             check_space(plan, store, plan.units - len(receipts_present(store, plan)))
 
         failures = Failures(config.harvest, enough_space)
-        if config.storage.single_writer:
-            run = LocalRun(config, store, plan, todo, failures).go()
-        else:
-            with _cluster(config):
-                run = _Run(config, store, plan, todo, failures).go()
-        _record(store, run)
+        with RunLedger(store, plan, failures) as ledger:
+            if config.storage.single_writer:
+                LocalRun(config, store, plan, todo, failures, ledger).go()
+            else:
+                with cluster(config):
+                    _Run(config, store, plan, todo, failures, ledger).go()
         if failures.quarantined:
             if not accept_quarantined:
                 raise failures.refusal(plan.units)
             accept(store, plan, config.harvest, failures)
-    return seal(store, plan)
-
-
-def read_ledger(store: ObjectStore) -> HarvestLedger:
-    """The ledger beside the manifest; empty where no run has finished."""
-    try:
-        return HarvestLedger.from_json(store.get(LEDGER_KEY), origin=LEDGER_KEY)
-    except MissingObject:
-        return HarvestLedger()
-
-
-def _record(store: ObjectStore, run: LedgerRun) -> None:
-    ledger = read_ledger(store)
-    store.put(LEDGER_KEY, HarvestLedger(runs=(*ledger.runs, run)).to_json())
-
-
-@contextmanager
-def _cluster(config: Config) -> Generator[None]:
-    """Ray: the cluster that the config names, or one on this machine for the time of the run."""
-    if ray.is_initialized():
-        yield
-        return
-    address = config.harvest.ray_address
-    local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 80 * 2**20}
-    ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
-    try:
-        with redirect_stdout(sys.stderr):  # Ray prints a dead worker's story on stdout
-            yield
-    finally:
-        ray.shutdown()
+    manifest = seal(store, plan)
+    settle_account(store, plan, manifest)
+    return manifest
 
 
 class _Run:
     """One run's bookkeeping: which unit is where, what failed how often."""
 
     def __init__(
-        self, config: Config, store: ObjectStore, plan: HarvestPlan, todo: list[int], failures: Failures
+        self,
+        config: Config,
+        store: ObjectStore,
+        plan: HarvestPlan,
+        todo: list[int],
+        failures: Failures,
+        ledger: RunLedger,
     ) -> None:
-        self._config, self._store, self._plan = config, store, plan
+        self._config, self._store, self._plan, self._ledger = config, store, plan, ledger
         self._queue = deque(todo)
         self._flying: dict[Any, tuple[int, int]] = {}  # result ref -> (actor's number, unit)
         self._failures = failures
         self._windows: dict[int, int] = {}  # actor's number -> windows it has run
-        self._actors: dict[int, Any] = {}
-        self._spawned = 0
         self._committed = 0
         self._total = len(todo)
 
-    def go(self) -> LedgerRun:
+    def go(self) -> None:
         """Work until the queue is empty."""
         spec = self._plan.spec
         unit_tokens = spec.windows_per_unit * spec.context_length
-        for _ in range(min(self._config.harvest.actors, self._total)):
-            self._spawn()
-        self._await_subjects()
-        start = time.monotonic()
+        self._crew = self._muster()
+        self._actors = self._crew.members
+        self._crew.await_first()
+        self._ledger.start()
         done_before = self._plan.units - self._total
         with Progress("harvest", self._plan.units * unit_tokens, "tokens", done_before * unit_tokens) as bar:
             self._hand_out()
-            while self._flying:
-                finished, _ = ray.wait(list(self._flying), num_returns=1, timeout=POLL_SECONDS)
+            while self._flying or self._queue:
+                moments = [*self._flying, *self._crew.waiting]
+                finished, _ = ray.wait(moments, num_returns=1, timeout=POLL_SECONDS)
                 for ref in finished:
-                    self._collect(ref)
+                    if ref in self._flying:
+                        self._collect(ref)
+                    else:
+                        self._crew.welcome(ref)
                 self._hand_out()
                 units = done_before + self._committed
                 tokens = max(units * unit_tokens, done_before * unit_tokens + self._tokens_run())
                 bar.update(tokens, units=f"{units}/{self._plan.units}", failed=self._failures.total)
-        return LedgerRun(
-            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            units=self._committed,
-            tokens=self._committed * unit_tokens,
-            seconds=time.monotonic() - start,
-            failures=self._failures.total,
-        )
 
-    def _spawn(self) -> None:
+    def _muster(self) -> Crew:
+        """Ask for the actors."""
         spec = self._config.harvest
-        threads = spec.threads_per_actor or max(1, (os.cpu_count() or 1) // spec.actors)
+        threads = threads_per_actor(self._config)
         actor_class: Any = ray.remote(UnitWorker)
         remote = actor_class.options(
             num_cpus=threads, num_gpus=spec.gpus_per_actor, max_concurrency=UNITS_QUEUED + 1
         )
-        self._actors[self._spawned] = remote.remote(
-            self._plan.to_json(),
-            self._store.uri,
-            self._config.storage,
-            section(self._config.subject, "subject"),
-            threads,
-            spec.batch_windows,
-        )
-        self._spawned += 1
 
-    def _await_subjects(self) -> None:
-        try:
-            ray.get([actor.ready.remote() for actor in self._actors.values()])
-        except RayTaskError as error:
-            if isinstance(error.cause, WinnowError):
-                raise error.cause from error
-            raise WorkerError("loading the subject on a worker", got=_first_line(error)) from error
-        except RayActorError as error:
-            raise WorkerError(
-                "a worker died while it loaded the subject",
-                got=_first_line(error),
-                fix="Look for memory: each of harvest.actors holds one copy of the truncated model",
-            ) from error
+        def make() -> Any:
+            return remote.remote(
+                self._plan.to_json(),
+                self._store.uri,
+                self._config.storage,
+                section(self._config.subject, "subject"),
+                threads,
+                spec.batch_windows,
+            )
+
+        return Crew(
+            make,
+            min(spec.actors, self._total),
+            {"CPU": threads, "GPU": spec.gpus_per_actor},
+            growing=spec.ray_address is not None,
+        )
 
     def _hand_out(self) -> None:
         load: Counter[int] = Counter()
@@ -215,15 +178,15 @@ class _Run:
     def _collect(self, ref: Any) -> None:
         number, unit = self._flying.pop(ref)
         try:
-            ray.get(ref)
+            self._ledger.add(ray.get(ref))
         except RayActorError as error:
-            cause = WorkerError(f"unit {unit}: its actor died", got=_first_line(error))
-            if self._actors.pop(number, None) is not None:
-                self._spawn()
-            self._failed(unit, cause, died=True)
+            if self._crew.lost(number, error):  # with its node: no fault of the unit
+                self._queue.appendleft(unit)
+                return
+            self._failed(unit, WorkerError(f"unit {unit}: its actor died", got=first_line(error)), died=True)
         except RayTaskError as error:
             known = error.cause if isinstance(error.cause, WinnowError) else None
-            self._failed(unit, known or WorkerError(f"unit {unit}", got=_first_line(error)))
+            self._failed(unit, known or WorkerError(f"unit {unit}", got=first_line(error)))
         else:
             self._committed += 1
             self._failures.succeeded(unit)
@@ -243,8 +206,3 @@ class _Run:
                 continue
         most = self._total * self._plan.spec.windows_per_unit
         return min(sum(self._windows.values()), most) * self._plan.spec.context_length
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

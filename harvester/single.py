@@ -9,16 +9,16 @@ driver makes the units itself, one after another.
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from harvester.failures import Failures
+from harvester.ledger import RunLedger, UnitFacts
 from harvester.worker import UnitWorker
 from schemas.config import Config
 from schemas.errors import ConfigError, WinnowError, WorkerError
-from schemas.harvest import Attempt, HarvestPlan, HarvestSpec, LedgerRun
+from schemas.harvest import Attempt, HarvestPlan, HarvestSpec
 from store.console import Progress, say, section
 from store.objects import ObjectStore
 from store.reader import load_token_digests
@@ -57,20 +57,27 @@ class LocalRun:
     """A run in this process: the same work list, failures and figures as one on Ray."""
 
     def __init__(
-        self, config: Config, store: ObjectStore, plan: HarvestPlan, todo: list[int], failures: Failures
+        self,
+        config: Config,
+        store: ObjectStore,
+        plan: HarvestPlan,
+        todo: list[int],
+        failures: Failures,
+        ledger: RunLedger,
     ) -> None:
-        self._config, self._store, self._plan = config, store, plan
+        self._config, self._store, self._plan, self._ledger = config, store, plan, ledger
         self._queue, self._failures, self._committed = deque(todo), failures, 0
 
-    def go(self) -> LedgerRun:
+    def go(self) -> None:
         """Work until the queue is empty."""
         worker = local_worker(self._config, self._store, self._plan)
         say("harvest: single writer, the units are made in this process")
         worker.ready()
-        plan, start = self._plan, time.monotonic()
+        self._ledger.start()
+        plan = self._plan
         unit_tokens = plan.spec.windows_per_unit * plan.spec.context_length
         done_before = (plan.units - len(self._queue)) * unit_tokens
-        flying: dict[Future[int], int] = {}
+        flying: dict[Future[UnitFacts], int] = {}
         pool = ThreadPoolExecutor(UNITS_HELD, thread_name_prefix="winnow-unit")
         try:
             with Progress("harvest", plan.units * unit_tokens, "tokens", done_before) as bar:
@@ -84,18 +91,12 @@ class LocalRun:
                     bar.update(done, units=f"{done // unit_tokens}/{plan.units}", failed=self._failures.total)
         finally:
             pool.shutdown(cancel_futures=True)
-        return LedgerRun(
-            finished=now(),
-            units=self._committed,
-            tokens=self._committed * unit_tokens,
-            seconds=time.monotonic() - start,
-            failures=self._failures.total,
-        )
 
-    def _collect(self, future: Future[int], unit: int) -> None:
+    def _collect(self, future: Future[UnitFacts], unit: int) -> None:
         error = future.exception()
         if error is None:
             self._committed += 1
+            self._ledger.add(future.result())
             self._failures.succeeded(unit)
             return
         if not isinstance(error, Exception):

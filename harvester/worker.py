@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from harvester.ledger import UnitFacts
 from harvester.subject import Subject
+from harvester.waiting import StorageWait
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, NonFiniteError
 from schemas.harvest import Attempt, HarvestPlan
@@ -58,6 +60,7 @@ class UnitWorker:
         self._spec, self._threads, self._batch = subject, threads, batch_windows
         self._lm = threading.Lock()
         self._windows_done = 0
+        self._wait = StorageWait()
 
     @cached_property
     def _subject(self) -> Subject:
@@ -78,26 +81,31 @@ class UnitWorker:
         """Windows run through the LM so far."""
         return self._windows_done
 
-    def run(self, unit: int) -> int:
+    def run(self, unit: int) -> UnitFacts:
         """Make and commit one unit.
 
         Returns:
-            The unit's number, once its receipt is in the store.
+            What it took, once its receipt is in the store.
 
         Raises:
             NonFiniteError: NaN or infinity in an activation, with unit, hook and window.
             IntegrityError, StoreError: From the store.
         """
         rows, attempt, tokens_sha256 = self.make(unit)
-        commit_unit(self._store, self._plan, unit, rows, tokens_sha256=tokens_sha256, attempt=attempt)
-        return unit
+        with self._wait.commit():
+            receipt = commit_unit(
+                self._store, self._plan, unit, rows, tokens_sha256=tokens_sha256, attempt=attempt
+            )
+        return UnitFacts(unit, sum(shard.bytes for shard in receipt.shards.values()), *self._wait.take())
 
     def make(self, unit: int) -> tuple[dict[str, NDArray[np.generic]], Attempt, str]:
         """Compute one unit and store nothing: hook -> rows [R, D], by whom, and its tokens' digest."""
         with self._lm:
             start = time.monotonic()
-            tokens = read_tokens(self._store, self._plan, unit)
-            rows = self._rows(unit, tokens)
+            with self._wait.tokens():
+                tokens = read_tokens(self._store, self._plan, unit)
+            with self._wait.lm():
+                rows = self._rows(unit, tokens)
         attempt = Attempt(
             id=uuid.uuid4().hex,
             seconds=time.monotonic() - start,

@@ -23,6 +23,23 @@ class StorageSpec(Contract):
     are looked for instead, and a harvest makes its units in its own process."""
 
 
+class PricesSpec(Contract):
+    """What things cost, for the forecast's money lines; any currency. Leave out what costs nothing."""
+
+    currency: str = Field(default="USD", min_length=1, max_length=12)
+    """Printed beside the amounts."""
+    gib_month: float = Field(default=0.0, ge=0)
+    """Keeping 1 GiB for a month."""
+    months_kept: float = Field(default=1.0, ge=0)
+    """Months the dataset is kept."""
+    puts_1000: float = Field(default=0.0, ge=0)
+    """1,000 writing or listing requests."""
+    gets_1000: float = Field(default=0.0, ge=0)
+    """1,000 reading requests."""
+    actor_hour: float = Field(default=0.0, ge=0)
+    """One actor's share of a machine, with its GPUs, for an hour."""
+
+
 class Config(Contract):
     """`winnow plan|harvest|train CONFIG`. Stages read their own sections."""
 
@@ -38,5 +55,7 @@ class Config(Contract):
     """harvest: how the work is run."""
     storage: StorageSpec = StorageSpec()
     """All stages."""
+    prices: PricesSpec | None = None
+    """harvest: prices for `--forecast`; null prints no money."""
     train: TrainSpec | None = None
     """train: the SAE."""

@@ -313,17 +313,48 @@ class HarvestManifest(Artefact):
     """UTC time, ISO 8601."""
 
 
+class TokenAccount(Contract):
+    """Where every token of the corpus went: `corpus + bos_added` is the sum of the four below it."""
+
+    corpus: int = Field(ge=0)
+    """Tokens of all documents, with the joining EOS."""
+    bos_added: int = Field(ge=0)
+    """BOS tokens that planned windows begin with; they are not of the corpus."""
+    beyond_plan: int = Field(ge=0)
+    """In whole windows beyond the planned units."""
+    tails: int = Field(ge=0)
+    """In no window: the end of each split."""
+    leading: int = Field(ge=0)
+    """At the leading positions of planned windows, which are not stored."""
+    stored: int = Field(ge=0)
+    """Rows of each hook once every unit is there."""
+    sinks: dict[HookName, int] = {}
+    """Of `stored`: rows marked with weight 0, by hook; known once the dataset is sealed."""
+    void: int | None = None
+    """Of `stored`: rows of void units, weight 0; known once the dataset is sealed."""
+
+
 class LedgerRun(Contract):
     """What one run of `winnow harvest` did."""
 
+    id: str = ""
+    """Random, new for every run."""
     finished: str
-    """UTC time, ISO 8601."""
+    """UTC time of the last entry, ISO 8601."""
+    ended: bool = True
+    """False while the run is going on, and for ever where it was killed."""
     units: int = Field(ge=0)
     """Units committed by this run."""
     tokens: int = Field(ge=0)
     """Tokens of those units' windows (W x T each)."""
+    bytes: int = Field(default=0, ge=0)
+    """Shard bytes of those units."""
     seconds: float = Field(ge=0)
     """Wall-clock from the first unit handed out to the last receipt, model loading left out."""
+    lm_seconds: float = Field(default=0.0, ge=0)
+    """Seconds the LM worked, summed over actors."""
+    storage_wait_seconds: float = Field(default=0.0, ge=0)
+    """Seconds the LM stood still for storage (tokens to come, units to be committed), over actors."""
     failures: int = Field(default=0, ge=0)
     """Unit attempts that failed and were tried again."""
 
@@ -333,9 +364,24 @@ class HarvestLedger(Artefact):
 
     kind: Literal["winnow.ledger"] = "winnow.ledger"
     runs: tuple[LedgerRun, ...] = ()
+    account: TokenAccount | None = None
+    """Where the corpus's tokens went."""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens over seconds of all finished runs; None before the first."""
+        """Tokens over seconds of all runs; None before the first."""
         seconds = sum(run.seconds for run in self.runs)
-        return sum(run.tokens for run in self.runs) / seconds if seconds else None
+        tokens = sum(run.tokens for run in self.runs)
+        return tokens / seconds if seconds and tokens else None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Shard bytes over seconds of all runs that counted them; None before the first."""
+        counted = [run for run in self.runs if run.bytes]
+        seconds = sum(run.seconds for run in counted)
+        return sum(run.bytes for run in counted) / seconds if seconds else None
+
+    @property
+    def storage_wait_seconds(self) -> float:
+        """Seconds the LM stood still for storage, over all runs and actors."""
+        return sum(run.storage_wait_seconds for run in self.runs)

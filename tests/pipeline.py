@@ -63,7 +63,7 @@ def pipeline_config(folder: Path, *, root: str | None = None, units: int = 4, **
         },
     }
     for name, values in sections.items():
-        config[name] = {**config[name], **values}
+        config[name] = {**config.get(name, {}), **values}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path

@@ -1,0 +1,232 @@
+"""The harvest's side of Ray: where it runs, and the crew of actors that comes and goes with nodes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+
+from schemas.config import Config
+from schemas.errors import ConfigError, WinnowError, WorkerError
+from store.console import say
+
+WAIT_NOTE_SECONDS = 30.0
+"""Between messages while no node has room for a single actor."""
+LOCAL_OBJECTS_BYTES = 80 * 2**20
+"""Ray's own object store on this machine: activations never go through it."""
+
+VERDICT_SECONDS = 30.0
+"""An actor that cannot be reached has so long to come back or to be known dead."""
+
+_NODE_LOST = ("node has died", "node is dead", "node died", "node was", "preempt")
+
+
+@contextmanager
+def cluster(config: Config) -> Generator[None]:
+    """Ray: the cluster that the config names, or one on this machine for the time of the run.
+
+    Raises:
+        ConfigError: No such cluster, or it wants a token that was not given.
+    """
+    with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is the result's
+        yield from _session(config)
+
+
+def _session(config: Config) -> Generator[None]:
+    if ray.is_initialized():
+        yield
+        return
+    address = config.harvest.ray_address
+    local: dict[str, Any] = (
+        {} if address else {"include_dashboard": False, "object_store_memory": LOCAL_OBJECTS_BYTES}
+    )
+    try:
+        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
+    except (ConnectionError, RuntimeError) as error:
+        if not address:
+            raise
+        raise ConfigError(
+            f"harvest.ray_address {address!r}: no Ray cluster can be joined there",
+            got=first_line(error),
+            fix="Start one (`ray start --head`), give its host:port, and set RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH where it asks for a token",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def threads_per_actor(config: Config) -> int:
+    """CPU threads of an actor: as configured, or a machine's cores shared by its actors.
+
+    On a cluster that machine is the smallest node with CPUs, which is said aloud: the number of threads
+    decides the last bits of the rows.
+    """
+    spec = config.harvest
+    if spec.threads_per_actor:
+        return spec.threads_per_actor
+    if not spec.ray_address and not _joined():
+        return max(1, (os.cpu_count() or 1) // spec.actors)
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cores = [count for count in cores if count]
+    threads = max(1, min(cores, default=1) // math.ceil(spec.actors / max(len(cores), 1)))
+    say(f"harvest: {threads} threads an actor, from the nodes there are; harvest.threads_per_actor fixes it")
+    return threads
+
+
+def _joined() -> bool:
+    return ray.is_initialized() and len(ray.nodes()) > 1
+
+
+class Crew:
+    """Actors that are wanted, those that have a node and a loaded subject, and those that are gone.
+
+    Ray keeps an actor that finds no room waiting and places it on the first node that has some, so a
+    node that joins late gets work; the harvest needs one actor to begin.
+
+    Args:
+        make: Makes the handle of a new actor, which has `ready()`.
+        wanted: Actors at the most.
+        needs: Resources of one, such as `{"CPU": 2, "GPU": 0.5}`.
+        growing: Whether nodes may join: if not, needs that no node here meets are an error.
+    """
+
+    def __init__(
+        self, make: Callable[[], Any], wanted: int, needs: dict[str, float], *, growing: bool
+    ) -> None:
+        self._make, self._needs, self._growing = make, needs, growing
+        self.members: dict[int, Any] = {}
+        """Actor's number -> handle, of those that are ready for units."""
+        self._coming: dict[Any, tuple[int, Any]] = {}  # ref of ready() -> (number, handle)
+        self._spawned = 0
+        self._fallen: dict[int, bool] = {}  # number of a dead actor -> whether its node went with it
+        self.nodes_lost = 0
+        for _ in range(wanted):
+            self._spawn()
+
+    @property
+    def waiting(self) -> list[Any]:
+        """References that resolve when an actor is ready, for `ray.wait` beside one's own."""
+        return list(self._coming)
+
+    def await_first(self) -> None:
+        """Wait until one actor is ready.
+
+        Raises:
+            ConfigError: This machine cannot hold an actor.
+            WinnowError: Loading the subject failed; the cause.
+        """
+        noted = time.monotonic()
+        while not self.members:
+            self._require_room()
+            done, _ = ray.wait(self.waiting, num_returns=1, timeout=WAIT_NOTE_SECONDS / 10)
+            for ref in done:
+                self.welcome(ref)
+            if not self.members and time.monotonic() - noted >= WAIT_NOTE_SECONDS:
+                noted = time.monotonic()
+                say(f"harvest: no actor yet; one needs {self._ask()}, the cluster has {_free()} free")
+
+    def welcome(self, ref: Any) -> None:
+        """Take in the actor whose reference from `waiting` has resolved."""
+        number, actor = self._coming.pop(ref)
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, WinnowError):
+                raise error.cause from error
+            raise WorkerError("loading the subject on a worker", got=first_line(error)) from error
+        except RayActorError as error:
+            if node_lost(error):
+                self.nodes_lost += 1
+                self._spawn()
+                return
+            raise WorkerError(
+                "a worker died while it loaded the subject",
+                got=first_line(error),
+                fix="Look for memory: each of harvest.actors holds one copy of the truncated model",
+            ) from error
+        self.members[number] = actor
+
+    def lost(self, number: int, error: RayActorError) -> bool:
+        """A unit's actor died or cannot be reached; a dead one is replaced.
+
+        Returns:
+            True where it is no fault of the unit: the node is gone, or the actor was out of reach for a
+            moment and is back.
+        """
+        if number in self._fallen:  # the other unit it held
+            return self._fallen[number]
+        actor = self.members[number]
+        verdict = _verdict(actor, error)
+        if verdict is None:
+            return True
+        gone = self._fallen[number] = node_lost(verdict)
+        del self.members[number]
+        self._spawn()
+        if gone:
+            self.nodes_lost += 1
+            say(f"harvest: a node is gone, {len(self.members)} actors go on: {first_line(verdict)}")
+        return gone
+
+    def _spawn(self) -> None:
+        actor = self._make()
+        self._coming[actor.ready.remote()] = (self._spawned, actor)
+        self._spawned += 1
+
+    def _require_room(self) -> None:
+        if self._growing:
+            return
+        total = ray.cluster_resources()
+        for name, amount in self._needs.items():
+            if amount > total.get(name, 0):
+                raise ConfigError(
+                    f"this machine cannot hold one harvest actor: it needs {self._ask()}",
+                    expected=f"at least {amount:g} {name}",
+                    got=f"{total.get(name, 0):g}",
+                    fix="Lower harvest.gpus_per_actor or harvest.threads_per_actor, or name a cluster in "
+                    "harvest.ray_address",
+                )
+
+    def _ask(self) -> str:
+        return ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items() if amount)
+
+
+def node_lost(error: RayActorError) -> bool:
+    """Whether the actor's whole node is gone, which is no fault of the unit it worked on."""
+    text = str(error).lower()
+    return error.preempted or any(words in text for words in _NODE_LOST)
+
+
+def _verdict(actor: Any, error: RayActorError) -> RayActorError | None:
+    """Why an actor died; None where it answers again. Death of a node is known only after a while."""
+    end = time.monotonic() + VERDICT_SECONDS
+    while isinstance(error, ActorUnavailableError) and time.monotonic() < end:
+        try:
+            ray.get(actor.windows_done.remote(), timeout=VERDICT_SECONDS)
+            return None
+        except GetTimeoutError:
+            break
+        except RayActorError as again:
+            error = again
+            time.sleep(0.2)
+    return error
+
+
+def first_line(error: Exception) -> str:
+    """The last line that says something, of an error from Ray."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+def _free() -> str:
+    found = ray.available_resources()
+    return ", ".join(f"{found.get(name, 0):g} {name}" for name in ("CPU", "GPU"))

@@ -1,0 +1,135 @@
+"""A Ray cluster of two nodes on this machine, a harvest to S3, and a node killed under load.
+
+The first node works alone until the second joins, and is killed with units in its hands once both
+work. The dataset's digest must be that of a harvest which nothing disturbed. Anyone can run it:
+
+    make test ARGS=tests/integration/test_cluster_follow.py
+
+It takes MinIO where `make minio` has built it, else moto.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from harvester import driver
+from harvester.cli import ensure_plan
+from harvester.driver import harvest
+from harvester.ledger import read_ledger
+from harvester.worker import UnitWorker
+from schemas.config import Config
+from store.console import load_config
+from store.objects import open_store
+from store.reader import receipts_present
+from store.verify import verify
+from store.writer import seal
+from tests.gated_worker import FREE_UNITS, GATE, GatedWorker
+from tests.pipeline import pipeline_config
+
+UNITS = 12
+NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+PATIENCE_SECONDS = 180.0
+
+
+@contextmanager
+def small_cluster() -> Iterator[Cluster]:
+    """A head without CPUs and one node with one; the test lets another join."""
+    head = {**NODE, "num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+    try:
+        cluster.add_node(**NODE)
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@contextmanager
+def looking_on(config: Config) -> Iterator[None]:
+    """What runs beside the harvest from before its first unit until its seal: the place of a trainer."""
+    yield
+
+
+class Trouble(threading.Thread):
+    """Lets a second node join and kills the first, each at its moment; then opens the gate."""
+
+    def __init__(self, cluster: Cluster, config: Config, gate: Path) -> None:
+        super().__init__(daemon=True)
+        self._cluster, self._config, self._gate = cluster, config, gate
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self.failure = error
+        finally:
+            (self._gate / "open").touch()
+
+    def _run(self) -> None:
+        [first] = self._cluster.worker_nodes
+        self._await(lambda: len(self._begun()) > FREE_UNITS, "units on the first node")
+        assert {node for node, _ in self._begun()} == {first.node_id}
+        self._cluster.add_node(**NODE)
+        self._await(lambda: len({node for node, _ in self._begun()}) == 2, "units on the node that joined")
+        held = {unit for node, unit in self._begun() if node == first.node_id}
+        store = open_store(self._config.root)
+        plan = ensure_plan(self._config, store)
+        assert held - set(receipts_present(store, plan)), "it holds units that are not committed"
+        self._cluster.remove_node(first, allow_graceful=False)
+
+    def _begun(self) -> list[tuple[str, int]]:
+        names = [path.name.split("-") for path in self._gate.iterdir() if "-" in path.name]
+        return [(node, int(unit)) for node, unit in names]
+
+    def _await(self, moment: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not moment():
+            assert time.monotonic() < end, f"there were no {what}"
+            time.sleep(0.02)
+
+
+def undisturbed(config: Config, root: str) -> str:
+    """The digest of the same plan, harvested by one worker in this process, without Ray."""
+    alone = config.model_copy(update={"root": root})
+    store = open_store(root)
+    plan = ensure_plan(alone, store)
+    assert alone.subject is not None
+    worker = UnitWorker(plan.to_json(), root, alone.storage, alone.subject, 1, alone.harvest.batch_windows)
+    for unit in range(plan.units):
+        worker.run(unit)
+    return seal(store, plan).dataset_sha256
+
+
+def test_a_node_joins_another_is_killed_and_the_digest_is_the_undisturbed_one(
+    tmp_path: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = {"actors": 2, "threads_per_actor": 1}
+    config = load_config(pipeline_config(tmp_path, root=s3_uri, units=UNITS - 1, harvest=wanted))
+    expected = undisturbed(config, str(tmp_path / "alone"))
+    gate = tmp_path / "gate"
+    gate.mkdir()
+    monkeypatch.setenv(GATE, str(gate))  # before the nodes start: they hand it on
+    monkeypatch.setattr(driver, "UnitWorker", GatedWorker)
+    store = open_store(config.root)
+    plan = ensure_plan(config, store)
+    with looking_on(config), small_cluster() as cluster:
+        trouble = Trouble(cluster, config, gate)
+        trouble.start()
+        manifest = harvest(config, store, plan)
+        trouble.join(PATIENCE_SECONDS)
+    assert trouble.failure is None, trouble.failure
+    assert manifest.dataset_sha256 == expected
+    [run] = read_ledger(store).runs
+    assert (run.units, run.failures, run.ended) == (UNITS, 0, True), "a lost node is no fault of its units"
+    assert not verify(store, level="full")

@@ -1,0 +1,201 @@
+"""`winnow submit` against a real Ray head with token authentication, and what it refuses beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import winnow_jobs
+from schemas.errors import ConfigError, WinnowError
+from tests.pipeline import pipeline_config
+from tests.ray_head import Head, ray_head
+
+REPO = Path(__file__).parents[2]
+CANARY = "canary-7f3a91c2"
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user has it: the code, a config, a subject, a corpus; and what must not travel."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("schemas", "store", "harvester", "trainer", "evaluator"):
+        shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("winnow.py", "winnow_jobs.py"):
+        shutil.copy(REPO / name, folder)
+    path = pipeline_config(folder, units=2, train={"epochs": 1, "out": str(folder / "elsewhere" / "run")})
+    config = yaml.safe_load(path.read_text())
+    config["root"] = str(folder / "elsewhere" / "data")
+    path.write_text(yaml.safe_dump(config))
+    (folder / ".env").write_text(f"AWS_SECRET_ACCESS_KEY={CANARY}")
+    (folder / "data").mkdir()
+    (folder / "data" / "large").write_text(CANARY)
+    return folder
+
+
+def environment(head: Head) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPO), **head.environment(), "AWS_SECRET_ACCESS_KEY": CANARY}
+
+
+def test_make_harvest_and_make_train_as_jobs(head, project):
+    arguments = [
+        f"CONFIG={project / 'config.yaml'}",
+        f"RAY_ADDRESS={head.url}",
+        f"JOB=--working-dir {project}",
+    ]
+    for target in ("harvest", "train"):
+        result = subprocess.run(
+            ["make", target, *arguments, f"BIN={Path(sys.executable).parent}", "-o", "setup"],
+            cwd=REPO, env=environment(head), capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert (project / "elsewhere" / "data" / "manifest.json").is_file()
+    assert (project / "elsewhere" / "run" / "sae.json").is_file()
+    assert "FVU" in result.stdout, "the job's log is shown"
+    for path in head.folder.rglob("*"):
+        if path.is_file() and not path.is_socket():
+            assert CANARY.encode() not in path.read_bytes(), f"{path} holds the submitter's secret"
+
+
+@pytest.fixture
+def client(head: Head, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return winnow_jobs.connect(head.url, head.token)
+
+
+@pytest.mark.parametrize(("line", "code"), [("echo out; exit 7", 7), ("kill -9 $$", 137)])
+def test_the_exit_code_is_the_commands(client, tmp_path, line, code):
+    written: list[str] = []
+    job = winnow_jobs.Job(f"sh -c {shlex.quote(line)}", tmp_path, id=f"winnow-exit-{code}")
+    assert winnow_jobs.run(client, job, write=written.append) == code
+    assert ("out" in "".join(written)) == (code == 7)
+
+
+def test_ctrl_c_stops_the_job_and_a_detached_one_runs_on(client, tmp_path, capsys):
+    job = winnow_jobs.Job("sh -c 'echo up; sleep 600'", tmp_path, id="winnow-stopped")
+
+    def interrupt(text: str) -> None:
+        if "up" in text:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        winnow_jobs.run(client, job, write=interrupt)
+    assert client.get_job_status(job.id) == "STOPPED"
+    detached = winnow_jobs.Job("sh -c 'sleep 600'", tmp_path, id="winnow-detached")
+    assert winnow_jobs.run(client, detached, detach=True) == 0
+    assert capsys.readouterr().out == "winnow-detached\n"
+    assert not client.get_job_status(detached.id).is_terminal()
+    client.stop_job(detached.id)
+
+
+@pytest.mark.parametrize(("token", "code"), [("", "401"), ("0" * 64, "403")])
+def test_a_missing_or_wrong_token_is_said_in_words(head, token, code):
+    with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN") as caught:
+        winnow_jobs.connect(head.url, token or None)
+    assert code in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["dance"], "harvest"),
+        (["harvest"], "the config right after it"),
+        (["harvest", "--set", "a=b"], "the config right after it"),
+        (["harvest", "{outside}"], "--working-dir"),
+        (["harvest", "{config}", "--set", "root=data/here"], "s3://"),
+        (["train", "{config}", "--set=train.out=runs/x"], "train.out"),
+        (["harvest", "{config}", "--set", "harvest.actors=0"], "actors"),
+    ],
+)
+def test_what_would_fail_there_is_refused_here(project, tmp_path, command, words):
+    outside = tmp_path / "config.yaml"
+    outside.write_text("root: s3://bucket/x")
+    places = {"{outside}": str(outside), "{config}": str(project / "config.yaml")}
+    with pytest.raises(WinnowError, match=words):
+        winnow_jobs.entrypoint([places.get(word, word) for word in command], project, "python")
+
+
+def test_the_command_that_runs_there(project):
+    line = winnow_jobs.entrypoint(
+        ["train", str(project / "config.yaml"), "--set", "train.k=8", "--json"], project, "python3.11"
+    )
+    assert (
+        line == "python3.11 -m winnow train config.yaml --set train.k=8 --json --set harvest.ray_address=auto"
+    )
+
+
+def test_secrets_are_not_handed_on_and_addresses_are_checked():
+    there = {"AWS_REGION": "x", "AWS_SECRET_ACCESS_KEY": CANARY, "HF_TOKEN": CANARY}
+    assert winnow_jobs.handed_on(["AWS_REGION"], there) == {"AWS_REGION": "x"}
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "NOWHERE"):
+        with pytest.raises(ConfigError) as caught:
+            winnow_jobs.handed_on([name], there)
+        assert CANARY not in str(caught.value)
+    for address in ("", "auto", "head:6379", "ray://head:10001", "http://user:secret@head:8265"):
+        with pytest.raises(ConfigError, match="8265"):
+            winnow_jobs.connect(address, None)
+
+
+def test_the_token_is_found_where_ray_finds_it(tmp_path):
+    assert winnow_jobs.auth_token({"HOME": str(tmp_path)}) is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("from-home\n")
+    assert winnow_jobs.auth_token({"HOME": str(tmp_path)}) == "from-home"
+    named = tmp_path / "token"
+    named.write_text("named\n")
+    assert winnow_jobs.auth_token({"RAY_AUTH_TOKEN_PATH": str(named)}) == "named"
+    assert winnow_jobs.auth_token({"RAY_AUTH_TOKEN": "given", "RAY_AUTH_TOKEN_PATH": str(named)}) == "given"
+    with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN_PATH"):
+        winnow_jobs.auth_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "gone")})
+
+
+class Flaky:
+    """A client whose log stream breaks twice, in the middle of the text."""
+
+    def __init__(self) -> None:
+        self.tails = 0
+
+    async def tail_job_logs(self, job_id):
+        self.tails += 1
+        yield "one\n"
+        if self.tails == 1:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        yield "two\nthr"
+        if self.tails == 2:
+            raise OSError("reset")
+        yield "ee\n"
+
+    def get_job_status(self, job_id):
+        class Status(str):
+            def is_terminal(self) -> bool:
+                return self == "SUCCEEDED"
+
+        return Status("SUCCEEDED" if self.tails == 3 else "RUNNING")
+
+
+def test_a_broken_log_stream_is_taken_up_where_it_broke(monkeypatch):
+    import asyncio
+
+    async def at_once(seconds):
+        return None
+
+    monkeypatch.setattr(winnow_jobs.asyncio, "sleep", at_once)
+    written: list[str] = []
+    asyncio.run(winnow_jobs._follow(Flaky(), "job", written.append))
+    assert "".join(written) == "one\ntwo\nthree\n"
+    assert json.dumps(written).count("one") == 1
