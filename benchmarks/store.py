@@ -246,7 +246,8 @@ class Loop:
         size = slice_bytes(self.plan, HOOK) - 4
         for number in range(first, stop):
             payload = raw[(slot * SLICES + number) * size : (slot * SLICES + number + 1) * size]
-            os.preadv(self.files[unit], [payload, beside], number * (size + 4))
+            parts: Any = [payload, beside]
+            os.preadv(self.files[unit], parts, number * (size + 4))
             if not read_only:
                 crc32c(payload)
 

@@ -18,9 +18,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from harvester.brake import Brake
 from harvester.worker import UnitWorker
 from schemas.config import Config
 from schemas.errors import MissingObject, NonFiniteError, StoreError, WinnowError, WorkerError
+from schemas.follow import FollowLimits
 from schemas.harvest import HarvestLedger, HarvestManifest, HarvestPlan, LedgerRun
 from store.console import Progress, human_bytes, say, section
 from store.objects import ObjectStore
@@ -38,9 +40,13 @@ def forecast_bytes(plan: HarvestPlan, units: int) -> int:
     return units * sum(plan.shard_bytes(site.name) for site in plan.sites)
 
 
-def check_space(plan: HarvestPlan, store: ObjectStore, units: int) -> None:
-    """StoreError where a local root's disk is too small for `units` more units."""
+def check_space(
+    plan: HarvestPlan, store: ObjectStore, units: int, follow: FollowLimits | None = None
+) -> None:
+    """StoreError where a local root's disk is too small for `units` more units, or for the ring."""
     need, free = forecast_bytes(plan, units), store.free_bytes()
+    if follow is not None and follow.ring:
+        need = min(need, follow.high_water_bytes)
     if free is not None and need > free:
         raise StoreError(
             f"disk of {store.uri} is too small for this harvest",
@@ -67,7 +73,7 @@ def harvest(config: Config, store: ObjectStore, plan: HarvestPlan) -> HarvestMan
     todo = [unit for unit in range(plan.units) if unit not in have]
     if todo:
         store.probe(single_writer=config.storage.single_writer)
-        check_space(plan, store, len(todo))
+        check_space(plan, store, len(todo), config.harvest.follow)
         say(
             f"harvest: {len(todo)} of {plan.units} units to do, "
             f"{human_bytes(forecast_bytes(plan, len(todo)))} to write to {store.uri}"
@@ -119,6 +125,8 @@ class _Run:
         self._spawned = 0
         self._committed = 0
         self._total = len(todo)
+        have = set(range(plan.units)) - set(todo)
+        self._brake = Brake(config.harvest.follow, store, plan, have)
 
     def go(self) -> LedgerRun:
         """Work until the queue is empty."""
@@ -131,7 +139,11 @@ class _Run:
         done_before = self._plan.units - self._total
         with Progress("harvest", self._plan.units * unit_tokens, "tokens", done_before * unit_tokens) as bar:
             self._hand_out()
-            while self._flying:
+            while self._flying or self._queue:
+                if not self._flying:  # the brake is on
+                    time.sleep(POLL_SECONDS)
+                    self._hand_out()
+                    continue
                 finished, _ = ray.wait(list(self._flying), num_returns=1, timeout=POLL_SECONDS)
                 for ref in finished:
                     self._collect(ref)
@@ -181,8 +193,9 @@ class _Run:
     def _hand_out(self) -> None:
         load = Counter(number for number, _ in self._flying.values())
         for number, actor in self._actors.items():
-            while self._queue and load[number] < UNITS_QUEUED:
+            while self._queue and load[number] < UNITS_QUEUED and self._brake.may_begin(self._queue[0]):
                 unit = self._queue.popleft()
+                self._brake.begin(unit)
                 self._flying[actor.run.remote(unit)] = (number, unit)
                 load[number] += 1
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +123,7 @@ class LocalStore(ObjectStore):
             with self._path(key).open("rb", buffering=0) as file:
                 for part in parts:
                     end = start + sum(buffer.size for buffer in part)
-                    if os.preadv(file.fileno(), part, start) != end - start:
+                    if os.preadv(file.fileno(), cast(Any, part), start) != end - start:
                         rest = np.frombuffer(self._read(file.fileno(), key, start, end), np.uint8)
                         for buffer in part:
                             buffer[:], rest = rest[: buffer.size], rest[buffer.size :]
