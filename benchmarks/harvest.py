@@ -4,6 +4,8 @@ The floor is the subject, truncated after the deepest hook, run over the same wi
 batch and threads, and its output thrown away: no hook read, no permutation, no encoding, no store.
 The floor is measured before and after the harvest, half each, since machines drift.
 
+`ceiling_over_put` is the whole path with a subject that costs nothing (see `benchmarks.ceiling`).
+
     python -m benchmarks.harvest --json OUT [--config configs/quickstart.yaml] [--units 4]
 """
 
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.ceiling import measure_ceiling
 from benchmarks.report import write_report
 from harvester.cli import ensure_plan
 from harvester.driver import harvest
@@ -83,10 +86,21 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=6, help="units harvested, one of them held out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--ceiling-units", type=int, default=8, help="units of `ceiling_over_put`; 0: none")
+    parser.add_argument("--ceiling-windows", type=int, default=512, help="windows of each of them")
+    parser.add_argument("--ceiling-only", action="store_true", help="measure `ceiling_over_put` alone")
     args = parser.parse_args()
+    result: dict[str, Any] = {}
+    if args.ceiling_units:
+        result |= measure_ceiling(
+            units=args.ceiling_units, windows_per_unit=args.ceiling_windows, d_model=576, rounds=2
+        )
+    if args.ceiling_only:
+        print(json.dumps(write_report("harvest", result, args.json), indent=1))
+        return
     with tempfile.TemporaryDirectory() as folder:
         sets = [f"root={folder}/data", f"plan.train_units={args.units - 1}", *args.set]
-        result = measure(load_config(args.config, sets))
+        result |= measure(load_config(args.config, sets))
     print(json.dumps(write_report("harvest", result, args.json), indent=1))
 
 

@@ -6,12 +6,14 @@ same command again) needs nothing more. One driver, no leases.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from harvester.brake import Brake
 from harvester.cluster import Crew, cluster, first_line, threads_per_actor
 from harvester.failures import Failures
 from harvester.ledger import RunLedger, settle_account
@@ -19,6 +21,7 @@ from harvester.single import LocalRun, accept, check_single_writer
 from harvester.worker import UnitWorker
 from schemas.config import Config
 from schemas.errors import StoreError, WinnowError, WorkerError
+from schemas.follow import FollowLimits
 from schemas.harvest import HarvestManifest, HarvestPlan
 from store.console import Progress, human_bytes, say, section
 from store.objects import ObjectStore
@@ -35,9 +38,13 @@ def forecast_bytes(plan: HarvestPlan, units: int) -> int:
     return units * sum(plan.shard_bytes(site.name) for site in plan.sites)
 
 
-def check_space(plan: HarvestPlan, store: ObjectStore, units: int) -> None:
-    """StoreError where a local root's disk is too small for `units` more units."""
+def check_space(
+    plan: HarvestPlan, store: ObjectStore, units: int, follow: FollowLimits | None = None
+) -> None:
+    """StoreError where a local root's disk is too small for `units` more units, or for the ring."""
     need, free = forecast_bytes(plan, units), store.free_bytes()
+    if follow is not None and follow.ring:
+        need = min(need, follow.high_water_bytes)
     if free is not None and need > free:
         raise StoreError(
             f"disk of {store.uri} is too small for this harvest",
@@ -68,7 +75,7 @@ def harvest(
     todo = [unit for unit in range(plan.units) if unit not in have]
     if todo:
         store.probe(single_writer=config.storage.single_writer)
-        check_space(plan, store, len(todo))
+        check_space(plan, store, len(todo), config.harvest.follow)
         say(
             f"harvest: {len(todo)} of {plan.units} units to do, "
             f"{human_bytes(forecast_bytes(plan, len(todo)))} to write to {store.uri}"
@@ -112,6 +119,8 @@ class _Run:
         self._windows: dict[int, int] = {}  # actor's number -> windows it has run
         self._committed = 0
         self._total = len(todo)
+        have = set(range(plan.units)) - set(todo)
+        self._brake = Brake(config.harvest.follow, store, plan, have)
 
     def go(self) -> None:
         """Work until the queue is empty."""
@@ -126,6 +135,10 @@ class _Run:
             self._hand_out()
             while self._flying or self._queue:
                 moments = [*self._flying, *self._crew.waiting]
+                if not moments:  # the brake is on
+                    time.sleep(POLL_SECONDS)
+                    self._hand_out()
+                    continue
                 finished, _ = ray.wait(moments, num_returns=1, timeout=POLL_SECONDS)
                 for ref in finished:
                     if ref in self._flying:
@@ -168,10 +181,11 @@ class _Run:
         for number, unit in self._flying.values():
             load[number] += UNITS_QUEUED if self._failures.alone(unit) else 1
         for number, actor in self._actors.items():
-            while self._queue and load[number] < UNITS_QUEUED:
+            while self._queue and load[number] < UNITS_QUEUED and self._brake.may_begin(self._queue[0]):
                 if self._failures.alone(self._queue[0]) and load[number]:
                     break
                 unit = self._queue.popleft()
+                self._brake.begin(unit)
                 self._flying[actor.run.remote(unit)] = (number, unit)
                 load[number] += UNITS_QUEUED if self._failures.alone(unit) else 1
 

@@ -31,6 +31,12 @@ UNITS_HELD = 2
 def check_single_writer(config: Config) -> None:
     """ConfigError where a single writer is asked for together with several actors."""
     spec = config.harvest
+    if config.storage.single_writer and spec.follow is not None:
+        raise ConfigError(
+            "harvest.follow holds back actors, and storage.single_writer has none",
+            expected="one of the two",
+            fix="Leave harvest.follow out, or use a store that honours if-none-match",
+        )
     if config.storage.single_writer and (spec.actors > 1 or spec.ray_address):
         raise ConfigError(
             "storage.single_writer makes the units in this process, without Ray",

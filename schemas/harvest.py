@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256, canonical_json, sha256_hex
 from schemas.corpus import CorpusSpec
 from schemas.errors import ConfigError
+from schemas.follow import FollowLimits
 from schemas.subject import HookSite, SubjectIdentity
 
 SLICES = 64
@@ -94,6 +95,8 @@ class HarvestSpec(Contract):
     hardly the units'."""
     ray_address: str | None = None
     """A running cluster (`auto`, `host:6379`); null starts Ray on this machine for the run."""
+    follow: FollowLimits | None = None
+    """How far the harvest may run ahead of trainers with `train.follow`; null never waits for them."""
     temp_dir: str | None = None
     """Local folder for the planner's spill files; null takes the system's."""
 

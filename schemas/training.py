@@ -63,6 +63,10 @@ class TrainSpec(Contract):
     """Rows of the initial sample: geometric median, loss constants, encoder scale."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Weights and the stream's order."""
+    follow: bool = False
+    """Train while the dataset is harvested: wait for each group of units, and see the same batches."""
+    follow_seconds: float = Field(default=600.0, gt=0)
+    """A follower gives up after this long without the plan, or without any unit being committed."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
     threads: int = Field(default=0, ge=0)
@@ -107,7 +111,8 @@ class SaeIdentity(Contract):
     """What an SAE's weights belong to."""
 
     plan_fingerprint: Sha256
-    dataset_sha256: Sha256
+    dataset_sha256: Sha256 | None
+    """Null where the dataset was not sealed yet: the plan's fingerprint alone says what was harvested."""
     subject_model: str
     subject_weights_sha256: Sha256
 

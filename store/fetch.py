@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from schemas.errors import IntegrityError, MissingObject
 from schemas.harvest import HarvestPlan
 from store.index import ReceiptIndex
-from store.layout import shard_key, slice_bytes, slice_range
+from store.layout import ring_key, shard_key, slice_bytes, slice_range
 from store.objects import ObjectStore
 from store.shards import check_slice
 
@@ -92,6 +92,12 @@ def _read(
     try:
         yield from store.read_into(key, slice_range(plan, hook, first, stop)[0], parts)
     except MissingObject as error:
+        if store.size(ring_key(unit)) is not None:
+            raise MissingObject(
+                f"{where}: the harvest's ring has deleted the shard behind its followers",
+                expected=key,
+                fix="Harvest again without harvest.follow.ring to keep the rows",
+            ) from error
         raise MissingObject(
             f"{where}: the shard is missing",
             expected=key,

@@ -94,7 +94,6 @@ class ReceiptIndex:
         plan = self.plan
         check_receipt(plan, receipt)
         unit = receipt.unit
-        self.present[unit] = True
         self.void[unit] = receipt.void is not None
         self.revision[unit] = receipt.revision
         self.token_sha256[unit] = np.frombuffer(bytes.fromhex(receipt.tokens_sha256), dtype=np.uint8)
@@ -107,6 +106,7 @@ class ReceiptIndex:
                 columns.sinks[unit] = np.asarray(shard.sinks, dtype=np.int64)
             if shard.moments is not None:
                 columns.moments[unit] = shard.moments
+        self.present[unit] = True  # last: readers of a dataset that is followed go by it
 
     def add_columns(self, columns: UnitColumns) -> None:
         """Take in many units at once, all but their moments; they have been checked against the plan."""

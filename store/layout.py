@@ -16,6 +16,8 @@ from schemas.harvest import SLICES, HarvestPlan
 PLAN_KEY = "plan.json"
 MANIFEST_DIR = "manifest"
 RECEIPTS_DIR = "receipts"
+FOLLOWERS_DIR = "followers"
+RING_DIR = "ring"
 TOKENS_ARRAY = "tokens"
 TOKEN_DIGESTS_ARRAY = "token_digests"
 ACTIVATIONS_GROUP = "activations"
@@ -38,6 +40,11 @@ def manifest_key(revision: int = 0) -> str:
 def receipt_key(unit: int, revision: int = 0) -> str:
     """Key of a unit's receipt: the unit's number in eight digits, with `.rN` after a repair."""
     return f"{RECEIPTS_DIR}/{unit:08d}{f'.r{revision}' if revision else ''}.json"
+
+
+def ring_key(unit: int) -> str:
+    """Key of the record that a unit's shards were deleted on purpose."""
+    return f"{RING_DIR}/{unit:08d}.json"
 
 
 def array_key(hook: str) -> str:

@@ -5,7 +5,7 @@ Letters: D d_model, T context length, W windows in a unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from schemas.base import MAX_JSON_BYTES, sha256_hex
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, IntegrityError, MissingObject
-from schemas.harvest import SLICES, HarvestManifest, HarvestPlan, UnitReceipt
+from schemas.harvest import MOMENT_UNITS, SLICES, HarvestManifest, HarvestPlan, UnitReceipt
 from store import layout
 from store.commit import load_receipt, standing_receipts
 from store.fetch import fetch_slices
+from store.follow import Arrivals, wait_for_plan
 from store.index import ReceiptIndex
-from store.manifest import load_index, load_manifest
+from store.manifest import find_manifest, load_index, load_manifest
 from store.objects import ObjectStore, open_store
 from store.order import LaneOrder
 from store.shards import decode_chunk, to_float32
@@ -129,20 +130,33 @@ class ActivationStore:
     """
 
     def __init__(
-        self, store: ObjectStore, plan: HarvestPlan, manifest: HarvestManifest, index: ReceiptIndex
+        self,
+        store: ObjectStore,
+        plan: HarvestPlan,
+        manifest: HarvestManifest | None,
+        index: ReceiptIndex,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self.store = store
         """The root."""
         self.plan = plan
         """What the dataset is."""
-        self.manifest = manifest
-        """That it is whole, and what it holds."""
         self.index = index
-        """Its receipts, in columns."""
+        """Its receipts, in columns; of a dataset that is followed, those that were asked for."""
+        self.arrivals = arrivals
+        """Awaits receipts while the dataset is harvested; None: it is sealed."""
+        self._manifest = manifest
         self._digests: NDArray[np.uint8] | None = None
 
     @classmethod
-    def open(cls, uri: str, storage: StorageSpec | None = None) -> ActivationStore:
+    def open(
+        cls,
+        uri: str,
+        storage: StorageSpec | None = None,
+        *,
+        follow: bool = False,
+        timeout_seconds: float = 600.0,
+    ) -> ActivationStore:
         """Open the dataset at `uri`: verify manifest, receipts and plan against each other.
 
         No activation is read.
@@ -150,20 +164,50 @@ class ActivationStore:
         Args:
             uri: A local path, `file://` or `s3://bucket/prefix`.
             storage: Time-outs and permissions.
+            follow: Take a dataset that is not sealed, or not even planned yet. Whatever is read then waits
+                for its units' receipts; streams yield the very batches they would yield later.
+            timeout_seconds: Longest wait, for the plan or while no unit is committed.
 
         Raises:
-            ConfigError: No dataset there, or one that is not sealed.
+            ConfigError: No dataset there, or one that is not sealed (following: none after the time-out).
             IntegrityError, UnsupportedVersion: Its artefacts cannot be read or disagree.
             StoreError: The storage cannot be reached.
         """
-        return cls.over(open_store(uri, storage))
+        return cls.over(open_store(uri, storage), follow=follow, timeout_seconds=timeout_seconds)
 
     @classmethod
-    def over(cls, store: ObjectStore) -> ActivationStore:
+    def over(
+        cls, store: ObjectStore, *, follow: bool = False, timeout_seconds: float = 600.0
+    ) -> ActivationStore:
         """As `open`, over an object store that is open already."""
+        if follow:
+            wait_for_plan(store, timeout_seconds)
         plan = load_plan(store)
+        if follow and find_manifest(store, plan) is None:
+            index = ReceiptIndex(plan)
+            return cls(store, plan, None, index, Arrivals(store, plan, index, timeout_seconds))
         manifest = load_manifest(store, plan)
         return cls(store, plan, manifest, load_index(store, plan, manifest))
+
+    @property
+    def manifest(self) -> HarvestManifest:
+        """That the dataset is whole, and what it holds; ConfigError where it is not sealed yet."""
+        if self._manifest is None:
+            self._manifest = load_manifest(self.store, self.plan)
+        return self._manifest
+
+    @property
+    def dataset_sha256(self) -> str | None:
+        """The manifest's digest; None while the dataset is not sealed."""
+        if self._manifest is None:
+            self._manifest = find_manifest(self.store, self.plan)
+        return self._manifest.dataset_sha256 if self._manifest else None
+
+    def _await(self, units: Iterable[int]) -> None:
+        """Following: wait for the receipts of some units."""
+        if self.arrivals is not None:
+            for unit in units:
+                self.arrivals.wait(unit)
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -192,6 +236,7 @@ class ActivationStore:
         out = np.empty((stop - start, width), dtype=np.float32)
         unit_rows, slice_rows = self.plan.rows_per_unit, self.plan.rows_per_slice
         for unit in range(start // unit_rows, -(-stop // unit_rows)):
+            self._await((unit,))
             low, high = max(start, unit * unit_rows), min(stop, (unit + 1) * unit_rows)
             target = out[low - start : high - start]
             if self.index.void[unit]:
@@ -234,6 +279,7 @@ class ActivationStore:
         self._check(hooks[0], start, stop)
         unit_rows = self.plan.rows_per_unit
         units = range(start // unit_rows, -(-stop // unit_rows))
+        self._await(units)
         parts = [self.index.weights(hooks, unit) for unit in units]
         whole = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
         offset = units.start * unit_rows
@@ -251,6 +297,7 @@ class ActivationStore:
             raise ConfigError("windows", expected=f"0 to {plan.windows - 1}", got=windows)
         out = np.zeros((asked.size, plan.spec.context_length), dtype=np.float32)
         units, numbers = np.divmod(asked, plan.spec.windows_per_unit)
+        self._await(np.unique(units).tolist())
         for unit in np.unique(units):
             planned = np.empty(plan.rows_per_unit, dtype=np.float32)
             planned[layout.row_permutation(plan, int(unit))] = self.index.weights(hooks, int(unit))
@@ -270,6 +317,7 @@ class ActivationStore:
         Raises:
             ConfigError: Unknown hook, or no training unit among those described.
         """
+        self._await(range(min(MOMENT_UNITS, self.plan.units)))
         width, held = self.plan.d_model(hook), self.index.hooks[hook].moments
         chosen = [held[unit] for unit in sorted(held) if unit in self.plan.split_units("train")]
         rows = sum(moments.rows for moments in chosen)
@@ -377,6 +425,7 @@ class ActivationStore:
                 stop_step=steps,
                 requests=prefetch,
                 widen=widen,
+                arrivals=self.arrivals,
             )
         )
 

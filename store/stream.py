@@ -30,6 +30,7 @@ from schemas.errors import ConfigError
 from schemas.harvest import DTYPE_BYTES, HarvestPlan
 from schemas.training import StreamState
 from store.fetch import fetch_slices
+from store.follow import Arrivals
 from store.index import ReceiptIndex
 from store.layout import STORED_DTYPES, slice_bytes
 from store.objects import ObjectStore
@@ -126,6 +127,7 @@ class GroupReader:
         hooks: Read together, aligned by row.
         lanes: The lanes of this rank.
         requests: Range requests in flight at the most.
+        arrivals: Awaits the units' receipts, where the dataset is still being harvested.
     """
 
     def __init__(
@@ -137,7 +139,9 @@ class GroupReader:
         hooks: tuple[str, ...],
         lanes: range,
         requests: int,
+        arrivals: Arrivals | None = None,
     ) -> None:
+        self.arrivals, self.closing = arrivals, threading.Event()
         self.store, self.plan, self.index = store, plan, index
         self.order, self.hooks, self.lanes = order, hooks, lanes
         self.holds = order.groups == 1
@@ -153,9 +157,12 @@ class GroupReader:
 
     def read(self, buffers: _Buffers, turns: _Turns, units: tuple[int, ...]) -> list[Future[int]]:
         """Start filling `buffers`; each future gives the bytes it read from storage."""
-        self.index.require(units)
+        if self.arrivals is None:
+            self.index.require(units)
         futures: list[Future[int]] = []
         for position, unit in enumerate(units):
+            if self.arrivals is not None:
+                self.arrivals.wait(unit, self.closing)
             starts = [turns.start(lane, position) for lane in range(len(self.lanes))]
             futures.append(self.pool.submit(self._weights, buffers, starts, unit))
             for hook in self.hooks:
@@ -283,6 +290,7 @@ class RowStream:
         stop_step: int | None = None,
         requests: int = 8,
         widen: Widen | None = None,
+        arrivals: Arrivals | None = None,
     ) -> None:
         hooks = (hooks,) if isinstance(hooks, str) else tuple(hooks)
         if not hooks or len(set(hooks)) != len(hooks):
@@ -302,14 +310,16 @@ class RowStream:
         self.bytes_read = 0
         """Bytes of finished groups read from storage, refetches included."""
         self._failed: BaseException | None = None
-        self._reader = GroupReader(store, plan, index, order, hooks, lanes, requests)
+        self._reader = GroupReader(store, plan, index, order, hooks, lanes, requests, arrivals)
+        self._waiter = ThreadPoolExecutor(1, "winnow-stream-follow") if arrivals else None
         self._assembler = _Assembler(widen or partial(_widen, dtype=plan.spec.dtype))
         self._current: _Buffers | None = None
         self._turns: _Turns | None = None
         self._ready: deque[Future[RowBatch]] = deque()
         self._coming: _Coming | None = None
         self._closed = False
-        for pool in (self._reader.pool, self._assembler.pool):
+        weakref.finalize(self, self._reader.closing.set)
+        for pool in self._pools():
             weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
         if not self._finished(start_step):
             self._begin(self.place.epoch, self.place.group, self._reader.buffers())
@@ -378,8 +388,13 @@ class RowStream:
         self._closed = True
         self._release()
 
+    def _pools(self) -> list[ThreadPoolExecutor]:
+        """All of its threads; who submits work to others comes first."""
+        return [*([self._waiter] if self._waiter else []), self._reader.pool, self._assembler.pool]
+
     def _release(self) -> None:
-        for pool in (self._reader.pool, self._assembler.pool):
+        self._reader.closing.set()
+        for pool in self._pools():
             pool.shutdown(wait=True, cancel_futures=True)
         self._current = self._turns = self._coming = None
         self._ready.clear()
@@ -401,7 +416,13 @@ class RowStream:
         """Start reading a group into `buffers`, unless its rows are held there already."""
         turns = self._reader.turns(epoch, group)
         units = self.order.units_of(epoch, group)
-        self._coming = _Coming(buffers, turns, [] if held else self._reader.read(buffers, turns, units))
+        if held:
+            reads: list[Future[int]] | Future[list[Future[int]]] = []
+        elif self._waiter:  # receipts may take hours to come, while batches of this group are wanted
+            reads = self._waiter.submit(self._reader.read, buffers, turns, units)
+        else:
+            reads = self._reader.read(buffers, turns, units)
+        self._coming = _Coming(buffers, turns, reads)
 
     def _advance(self) -> None:
         """Wait for the group that is coming, make it the current one, and start the one after it."""
@@ -425,15 +446,17 @@ class _Coming(NamedTuple):
 
     buffers: _Buffers
     turns: _Turns
-    reads: list[Future[int]]
+    reads: list[Future[int]] | Future[list[Future[int]]]
+    """Or, of a dataset that is followed, the future that begins them."""
 
     def result(self) -> int:
         """Bytes read, once everything is; or the first error of any of its threads."""
-        done, _ = wait(self.reads, return_when=FIRST_EXCEPTION)
-        for future in self.reads:
+        reads = self.reads.result() if isinstance(self.reads, Future) else self.reads
+        done, _ = wait(reads, return_when=FIRST_EXCEPTION)
+        for future in reads:
             if future in done and future.exception() is not None:
                 future.result()
-        return sum(future.result() for future in self.reads)
+        return sum(future.result() for future in reads)
 
 
 def _widen(stored: NDArray[Any], out: NDArray[np.float32], dtype: str) -> None:

@@ -32,9 +32,12 @@ from schemas.errors import (
 )
 from schemas.harvest import SLICES, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
 from store.commit import RECEIPT_KEY, load_receipt, standing_receipts
+from store.follow import deleted_units
 from store.layout import (
+    FOLLOWERS_DIR,
     MANIFEST_DIR,
     PLAN_KEY,
+    RING_DIR,
     manifest_key,
     receipt_key,
     shard_key,
@@ -57,6 +60,9 @@ LEDGER_KEY = "ledger.json"
 """What harvests cost, kept beside the manifest by the harvester; no part of the data."""
 READ_BYTES = 16 << 20
 """Bytes of a shard that one thread holds at a time."""
+
+_BESIDE = (f"{MANIFEST_DIR}/", "manifest.", f"{FOLLOWERS_DIR}/", f"{RING_DIR}/")
+"""What may lie there beside the data."""
 
 T = TypeVar("T")
 _WRONG = (IntegrityError, MissingObject, UnsupportedVersion, NonFiniteError)
@@ -132,6 +138,7 @@ class _Check:
         self.threads, self.progress = threads, progress
         self.sizes = dict(store.list())
         self.problems: list[Problem] = []
+        self.deleted = deleted_units(store, plan)
         self.metadata = zarr_objects(plan)
         self.digests: NDArray[np.uint8] | None = None
         # A plan from elsewhere may claim any number of units: believe what the digests' length backs.
@@ -262,6 +269,8 @@ class _Check:
                 what = "the receipt is for other tokens than were planned"
                 self.problems.append(Problem("list", receipt_key(unit, receipt.revision), what, unit=unit))
             for hook, shard in receipt.shards.items():
+                if unit in self.deleted and shard.key not in self.sizes:
+                    continue  # by a ring, on purpose
                 self.present(shard.key, shard.bytes, unit=unit, hook=hook)
 
     def present(
@@ -289,7 +298,7 @@ class _Check:
             match = RECEIPT_KEY.fullmatch(key)
             of_plan = match is not None and int(match[1]) < plan.units
             # Parts of an interrupted seal, or of a manifest since followed, are no strays.
-            if key in known or of_plan or key.startswith((f"{MANIFEST_DIR}/", "manifest.")):
+            if key in known or of_plan or key.startswith(_BESIDE):
                 continue
             self.problems.append(Problem("list", key, "a stray: no part of this dataset", stray=True))
 

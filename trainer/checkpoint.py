@@ -30,6 +30,7 @@ from trainer.sae import PARAMETERS
 from trainer.step import Counts, Run
 
 FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
+FREE_FIELDS |= {"follow", "follow_seconds"}
 """Spec fields that may change between a run and its resume; `device` and `threads` move float noise."""
 STATE = "state.safetensors"
 LARGEST_STATE_BYTES = 1 << 40
@@ -51,7 +52,11 @@ def require_same_run(spec: TrainSpec, identity: SaeIdentity, now: TrainSpec, dat
     """Refuse to go on with another spec or dataset than `out` holds: ConfigError with the differences."""
     differing = differing_fields(spec, now)
     old, new = identity.model_dump(), dataset.model_dump()
-    differing += [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
+    differing += [
+        f"{key}: {old[key]} -> {new[key]}"
+        for key in old
+        if old[key] != new[key] and None not in (old[key], new[key])
+    ]
     if differing:
         raise ConfigError(
             f"{now.out} holds a run of another spec or dataset",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 
 from schemas.config import Config
 from schemas.training import SaeIdentity
 from store import ActivationStore
 from store.console import Progress, human_bytes, say, section
+from store.follow import Follower
 from store.objects import ObjectStore, open_store
 from store.order import LaneOrder
 from trainer.checkpoint import save_checkpoint
@@ -42,7 +43,9 @@ def train(config: Config, *, after_train: AfterTrain | None = None) -> Summary:
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was made.
     """
     spec = section(config.train, "train")
-    dataset = ActivationStore.open(config.root, config.storage)
+    dataset = ActivationStore.open(
+        config.root, config.storage, follow=spec.follow, timeout_seconds=spec.follow_seconds
+    )
     order = plan_order(spec, dataset)
     recipe = resolve_recipe(spec, dataset, order)
     device = resolve_device(spec.device)
@@ -56,14 +59,36 @@ def train(config: Config, *, after_train: AfterTrain | None = None) -> Summary:
         with torch_settings(device, cpu_threads(spec)):
             run, telemetry, is_new = stand(recipe, dataset, order, identity, out, device)
             out.probe(single_writer=True)  # can we write there? asked before hours of work
-            if run.counts.step < recipe.steps:
-                take_steps(run, telemetry, dataset, order, identity, out, is_new)
-            summary = publish(run, telemetry, dataset, identity, out)
+            with following(run, dataset, order) as follower:
+                if run.counts.step < recipe.steps:
+                    take_steps(run, telemetry, dataset, order, identity, out, is_new, follower)
+                identity = identity_of(dataset)  # the dataset may have been sealed meanwhile
+                summary = publish(run, telemetry, dataset, identity, out)
+                if follower is not None:
+                    follower.at(run.counts.step, finished=True)
     if after_train is not None and summary["left_out"]:
         sae = Sae.load(spec.out, device=device, storage=config.storage)
         summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
         put_summary(out, summary)
     return summary
+
+
+def following(
+    run: Run, dataset: ActivationStore, order: LaneOrder
+) -> AbstractContextManager[Follower | None]:
+    """What tells a harvest how far this run is; nothing where the dataset is sealed."""
+    spec = run.recipe.spec
+    if dataset.arrivals is None:
+        return nullcontext()
+    return Follower(
+        dataset.store,
+        dataset.plan,
+        order,
+        out=spec.out,
+        epochs=run.recipe.steps / order.steps_per_epoch,
+        sample_steps=-(-spec.sample_rows // spec.batch_rows),
+        step=run.counts.step,
+    )
 
 
 def take_steps(
@@ -74,6 +99,7 @@ def take_steps(
     identity: SaeIdentity,
     out: ObjectStore,
     is_new: bool,
+    follower: Follower | None = None,
 ) -> None:
     """Take every step that is left, with checkpoints on the way and one at the end."""
     recipe, spec, counts = run.recipe, run.recipe.spec, run.counts
@@ -82,6 +108,8 @@ def take_steps(
         telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
         state = stream_state(dataset, order, spec.hook, counts.step)
         save_checkpoint(out, run, identity=identity, stream=state, threads=cpu_threads(spec))
+        if follower is not None:
+            follower.at(counts.step)
         return time.monotonic()
 
     stream = dataset.stream(
@@ -120,7 +148,8 @@ def take_steps(
                 checkpoint()
                 say(f"stopped after step {counts.step} of {recipe.steps}; a checkpoint is kept")
                 raise KeyboardInterrupt
-            if last or now - last_checkpoint >= spec.checkpoint_seconds:
+            edge = follower is not None and order.locate(counts.step).step_in_group == 0
+            if edge or last or now - last_checkpoint >= spec.checkpoint_seconds:
                 last_checkpoint = checkpoint()
 
 

@@ -49,7 +49,7 @@ def identity_of(dataset: ActivationStore) -> SaeIdentity:
     """What the SAE's weights will belong to."""
     return SaeIdentity(
         plan_fingerprint=dataset.plan.fingerprint,
-        dataset_sha256=dataset.manifest.dataset_sha256,
+        dataset_sha256=dataset.dataset_sha256,
         subject_model=dataset.plan.subject.model,
         subject_weights_sha256=dataset.plan.subject.weights_sha256,
     )

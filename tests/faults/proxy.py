@@ -6,6 +6,7 @@ A rule sees each request and names a fault, or None to pass it on untouched::
 
 =================== =====================================================================
 `503`, `500`, `409` answer so; the server never sees the request
+`403`               refused because the clocks are apart
 `500 after`         the request takes effect, the answer is 500
 `lost reply`        the request takes effect, the connection is reset
 `reset`             the connection is reset; the server never sees the request
@@ -113,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = proxy.decide(self.command, self.path)
         if fault == "reset":
             return self.reset()
-        if fault in ("503", "500", "409"):
+        if fault in ("503", "500", "409", "403"):
             return self.reply(int(fault), [], _error(fault))
         status, headers, data = self.forward(body, fault == "no precondition")
         if fault == "lost reply":
@@ -180,5 +181,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _error(status: str) -> bytes:
-    code = {"503": "SlowDown", "500": "InternalError", "409": "ConditionalRequestConflict"}[status]
+    codes = {"503": "SlowDown", "500": "InternalError", "409": "ConditionalRequestConflict"}
+    code = codes.get(status, "RequestTimeTooSkewed")
     return f"<Error><Code>{code}</Code><Message>said the proxy</Message></Error>".encode()

@@ -150,6 +150,11 @@ def test_an_outage_is_one_sentence_and_loses_nothing(hostile, reference: str, ou
         assert whole(direct) == reference
 
 
+def test_a_clock_that_the_server_does_not_believe_is_named(hostile) -> None:
+    with hostile(lambda _: "403") as (store, _, _), pytest.raises(StoreError, match="RequestTimeTooSkewed"):
+        store.put_new("x", b"1")
+
+
 BODIES: dict[str, Callable[[Call], str | None]] = {
     fault: lambda call, fault=fault: (
         fault if call.method == "GET" and "/c/1/0" in call.path and call.attempt == 1 else None

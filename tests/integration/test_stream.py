@@ -254,3 +254,35 @@ def test_arrays_are_used_again_once_dropped(store):
         kept = [next(stream).rows["mlp_out.2"][3:5] for _ in range(60)]  # views count too
         assert len(dropped) <= 8
         assert len({rows.data_ptr() for rows in kept}) == 60
+
+
+def test_real_batches_mix_as_the_formula_says():
+    from benchmarks.mixing import measure
+
+    found = measure(units=6, group_units=2, windows_per_unit=64, context_length=33, batch_rows=64, epochs=3)
+    assert 0.9 < found["measured_over_formula"] < 1.1
+    assert found["buffer_over_formula"] > 0
+
+
+@pytest.mark.parametrize("group_units", [2, 3, 16])
+def test_elastic_resume_at_every_kind_of_edge(store, group_units):
+    """Worlds 1, 2, 4 and 8, resumed three times in a row at step 0, group edges and epoch ends."""
+    options = {"batch_rows": 64, "seed": SEED, "group_units": group_units}
+    with store.stream("mlp_out.2", **options) as stream:
+        order = stream.order
+        epoch, edge = order.steps_per_epoch, order.steps_in(0)
+        through = [next(stream).rows["mlp_out.2"] for _ in range(epoch + edge + 1)]
+    stops = sorted({0, edge, epoch, epoch + edge})
+    for worlds in ((1, 2, 4, 8), (8, 4, 2, 1), (2, 8, 1, 4)):
+        done = []
+        for world, stop in zip(worlds, [*stops[-3:], len(through)], strict=True):
+            if world == worlds[0]:  # a run that is resumed before its first step
+                for rank in range(world):
+                    with store.stream("mlp_out.2", rank=rank, world=world, steps=0, **options) as stream:
+                        assert list(stream) == []
+            ranks = [
+                store.stream("mlp_out.2", rank=rank, world=world, start_step=len(done), steps=stop, **options)
+                for rank in range(world)
+            ]
+            done += [torch.cat([b.rows["mlp_out.2"] for b in step]) for step in zip(*ranks, strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(done, through, strict=True))
