@@ -54,7 +54,7 @@ def test_readme_commands(tiny, tmp_path, s3_uri, s3_environment):
         command = written
         for path, replacement in tiny.items():
             command = command.replace(path, replacement)
-        command = command.replace("s3://my-bucket/data", s3_uri)
+        command = command.replace("s3://my-bucket", s3_uri)
         if command.startswith("make") and "CONFIG=" not in command and "help" not in command:
             command += f" CONFIG={tiny['configs/quickstart.yaml']}"
         if command.startswith("export AWS_"):
