@@ -40,11 +40,12 @@ PLAN = make_plan(units=3, hooks={HOOK: 2})
 ROWS = PLAN.rows_per_unit
 UNITS = st.integers(0, PLAN.units - 1)
 NOISE = st.sampled_from((1.0, 1.0, 1.004, 0.99))
-FAULTS = st.dictionaries(
-    st.integers(1, 12),
-    st.sampled_from(("crash_before", "crash_after", "error_before", "error_after", "lost_reply")),
-    max_size=2,
-)
+
+
+def faults(calls: int) -> st.SearchStrategy[dict[int, str]]:
+    """One or two faults among the first `calls` calls to storage."""
+    kinds = ("crash_before", "crash_after", "error_before", "error_after", "lost_reply")
+    return st.dictionaries(st.integers(1, calls), st.sampled_from(kinds), min_size=1, max_size=2)
 
 
 def noisy(scale: float):
@@ -77,7 +78,7 @@ class Harvest(RuleBasedStateMachine):
     def hand(self, faults: dict[int, str]) -> FaultyStore:
         return FaultyStore(self.store, faults)
 
-    @rule(unit=UNITS, scale=NOISE, faults=FAULTS)
+    @rule(unit=UNITS, scale=NOISE, faults=faults(3))
     def commit(self, unit: int, scale: float, faults: dict[int, str]) -> None:
         if unit in standing_receipts(self.store, PLAN):
             return  # the work list is the plan minus the receipts
@@ -95,7 +96,7 @@ class Harvest(RuleBasedStateMachine):
         if before == 0 and receipt is not None:
             assert receipt.content() == self.contents[unit, 0]
 
-    @rule(unit=UNITS, faults=FAULTS)
+    @rule(unit=UNITS, faults=faults(3))
     def give_up(self, unit: int, faults: dict[int, str]) -> None:
         if unit in standing_receipts(self.store, PLAN):
             return
@@ -105,7 +106,7 @@ class Harvest(RuleBasedStateMachine):
                 self.hand(faults), PLAN, unit, "gave up", tokens_sha256=tokens, attempt=make_attempt()
             )
 
-    @rule(faults=FAULTS)
+    @rule(faults=faults(14))
     def seal(self, faults: dict[int, str]) -> None:
         with suppress(Crash, WinnowError):
             seal(self.hand(faults), PLAN)
@@ -124,7 +125,7 @@ class Harvest(RuleBasedStateMachine):
             self.store.delete(shard_key(HOOK, unit))
             self.damaged.add(unit)
 
-    @rule(scale=NOISE, faults=FAULTS)
+    @rule(scale=NOISE, faults=faults(90))
     def repair(self, scale: float, faults: dict[int, str]) -> None:
         def remake(unit: int) -> tuple[dict[str, Stored], object]:
             return stored_rows(PLAN, unit, noisy(scale)), make_attempt()
@@ -185,5 +186,5 @@ class Harvest(RuleBasedStateMachine):
 
 TestHarvest = Harvest.TestCase
 TestHarvest.settings = settings(
-    max_examples=12, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=20, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck)
 )
