@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,17 +32,15 @@ HOOK = "resid_post.1"
 class PreparedWorker(UnitWorker):
     """A worker whose subject gives the same float32 rows for every batch, at once."""
 
-    @property
+    @cached_property
     def _subject(self) -> Any:
-        plan, batch = self._plan, self._batch
-        if not hasattr(self, "_rows_made"):
-            draw = torch.Generator().manual_seed(0)
-            shape = (batch, plan.spec.context_length, plan.d_model(HOOK))
-            self._rows_made = torch.randn(shape, generator=draw)
+        plan = self._plan
+        shape = (self._batch, plan.spec.context_length, plan.d_model(HOOK))
+        rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return SimpleNamespace(
             identity=plan.subject,
             device=torch.device("cpu"),
-            activations=lambda windows, hooks: {hook: self._rows_made[: len(windows)] for hook in hooks},
+            activations=lambda windows, hooks: {hook: rows[: len(windows)] for hook in hooks},
         )
 
 
