@@ -71,6 +71,9 @@ class TrainSpec(Contract):
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 takes every core. Bit-identical resume needs the same number."""
+    kernels: Literal["auto", "eager", "cpu", "triton"] = "auto"
+    """How a step is computed. `auto`: `cpu` on a CPU, `triton` on a GPU; both leave one dense product a
+    step. `eager`: the plain step that the others are held to. Another choice moves float noise."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Wall-clock between checkpoints; 0 checkpoints after every step."""
     checkpoints_kept: int = Field(default=2, ge=2)

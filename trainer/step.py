@@ -14,6 +14,8 @@ from schemas.errors import NonFiniteError
 from schemas.training import TrainSpec
 from trainer import losses
 from trainer.dead import DeadCounter
+from trainer.fused import Pass, fused_pass
+from trainer.kernels import Backend, choose
 from trainer.optim import (
     Ema,
     clip_gradients,
@@ -24,6 +26,7 @@ from trainer.optim import (
     renormalise_decoder,
 )
 from trainer.sae import PARAMETERS, Sae
+from trainer.update import fused_update
 
 LONGEST_DEAD_AFTER = 10_000_000
 """Most rows of silence before a latent is dead, where the spec does not say."""
@@ -98,6 +101,7 @@ class Run:
 
     def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float) -> None:
         self.sae, self.recipe, self.loss_constant = sae, recipe, loss_constant
+        self.kernels: Backend = choose(recipe.spec.kernels, self.device)
         self.adam = make_adam(sae, recipe.spec)
         self.ema = Ema(sae, ema_beta(recipe.spec, recipe.steps)) if recipe.spec.ema else None
         self.dead = DeadCounter(sae.latents, self.device)
@@ -173,6 +177,40 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
         x = sae.normalise(rows)[0]
     dead = run.dead.silent(run.recipe.dead_after)  # frozen for the whole step
 
+    if run.kernels == "eager":
+        found = eager_pass(run, x, weights, dead)
+    else:
+        k_aux, constant = run.recipe.k_aux, run.loss_constant
+        found = fused_pass(sae, spec, x, weights, dead, k_aux, constant, run.kernels)
+    if found.auxk is not None:
+        counts.auxk_steps += 1
+        counts.auxk_nonfinite += not found.auxk_finite
+    _require_finite("loss", found.loss, step)
+    lr = lr_at(step, run.recipe.steps, spec)
+    if found.grad_norm is None:
+        grad_norm = eager_update(run, lr)
+    else:
+        grad_norm = found.grad_norm
+        _require_finite("gradient norm", grad_norm, step)
+        fused_update(sae, run.adam, run.ema, lr=lr, grad_norm=grad_norm, largest=spec.clip_norm)
+
+    run.dead.update(found.values, found.indices)
+    counts.step += 1
+    counts.tokens += len(x)
+    auxk = found.auxk or 0.0
+    return StepReport(found.loss, auxk, grad_norm, lr, len(dead), x, found.x_hat, found.values, weights)
+
+
+def eager_pass(run: Run, x: Tensor, weights: Tensor, dead: Tensor) -> Pass:
+    """Loss and gradients, readable: THE SPECIFICATION of `trainer.fused.fused_pass`.
+
+    Args:
+        run: Its SAE's `.grad`s are overwritten.
+        x: Normalised rows [B, D].
+        weights: [B], above 0.
+        dead: int64 [M], ascending.
+    """
+    sae, spec = run.sae, run.recipe.spec
     if spec.multi_topk:
         values, indices = sae.select(x, min(4 * sae.k, sae.latents))
         loss, x_hat = losses.multi_topk_loss(sae, x, values, indices, weights, run.loss_constant)
@@ -181,33 +219,32 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
         values, indices = sae.select(x)
         x_hat = sae.reconstruct(values, indices)
         loss = losses.reconstruction_loss(x, x_hat, weights, run.loss_constant)
-    auxk = 0.0
+    auxk, finite = None, True
     if spec.auxk_coefficient and len(dead):
         aux = losses.auxk_loss(sae, x, x - x_hat, weights, dead, run.recipe.k_aux)
-        loss, auxk = loss + spec.auxk_coefficient * aux.loss, aux.loss.item()
-        counts.auxk_steps += 1
-        counts.auxk_nonfinite += not aux.finite
-
-    _require_finite("loss", loss.item(), step)
+        loss, auxk, finite = loss + spec.auxk_coefficient * aux.loss, aux.loss.item(), aux.finite
     run.adam.zero_grad()
     loss.backward()
+    return Pass(loss.item(), auxk, finite, None, x_hat.detach(), values.detach(), indices)
+
+
+def eager_update(run: Run, lr: float) -> float:
+    """Projection, clipping, Adam, renormalisation and moving average; gives the norm before clipping.
+
+    Raises:
+        NonFiniteError: The gradient is NaN or infinite; nothing but `.grad` has changed.
+    """
+    sae = run.sae
     project_decoder_gradient(sae)
-    grad_norm = clip_gradients((getattr(sae, name) for name in PARAMETERS), spec.clip_norm)
-    _require_finite("gradient norm", grad_norm, step)
-    lr = lr_at(step, run.recipe.steps, spec)
+    norm = clip_gradients((getattr(sae, name) for name in PARAMETERS), run.recipe.spec.clip_norm)
+    _require_finite("gradient norm", norm, run.counts.step)
     for group in run.adam.param_groups:
         group["lr"] = lr
     run.adam.step()
     renormalise_decoder(sae.W_dec)
     if run.ema is not None:
         run.ema.update(sae)
-
-    run.dead.update(values, indices)
-    counts.step += 1
-    counts.tokens += len(x)
-    return StepReport(
-        loss.item(), auxk, grad_norm, lr, len(dead), x, x_hat.detach(), values.detach(), weights
-    )
+    return norm
 
 
 def _require_finite(what: str, value: float, step: int) -> None:

@@ -1,0 +1,22 @@
+"""The sparse operations of a training step: after the encoder's product nothing dense is left.
+
+One operation a file, each with a CPU path (torch alone) and a Triton path (`*_triton.py`, imported only
+when asked for); `dispatch` chooses between them by name, `reference` holds the dense equivalents that
+tests and benchmarks compare with. See docs/kernels.md for what they cost.
+"""
+
+from trainer.kernels.decode import decode
+from trainer.kernels.decode_grad_values import decode_grad_values
+from trainer.kernels.dispatch import Backend, choose
+from trainer.kernels.encode_topk import encode_topk
+from trainer.kernels.segment_grad import decode_grad_weight, encode_grad_weight
+
+__all__ = [
+    "Backend",
+    "choose",
+    "decode",
+    "decode_grad_values",
+    "decode_grad_weight",
+    "encode_grad_weight",
+    "encode_topk",
+]

@@ -1,0 +1,144 @@
+"""The best k of each row of a matrix seen one block of columns at a time, exactly, ties included.
+
+Legend: R rows, C columns of a block, k kept a row, H hits.
+
+The order is value descending, then column ascending; NaN counts as the largest number, as in torch.
+The k-th best of any part of a row is a lower bound (tau) for the k-th best of the whole, so of every
+block only what reaches tau is looked at: a compare, a scan for hits eight at a time, and a top-k over
+the few that are left.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SPARSE_BLOCK = 16
+"""Columns a kept entry from which a first block is worth filtering before its top-k."""
+HITS_PER_KEPT = 8
+"""A block with more hits than this a kept entry is sorted whole: tau did not filter it."""
+_NO_HITS = 0x0101010101010101  # eight times True, as one integer
+_LAST = 2**63 - 1
+
+
+class Best:
+    """The running best k of each of R rows.
+
+    Args:
+        k: Entries kept a row; fewer columns than that in all are an error of the caller.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.values: Tensor | None = None
+        """[R, min(k, columns so far)], in no order."""
+        self.ids = torch.empty(0, dtype=torch.int64)
+        """int64, of the shape of `values`."""
+
+    def feed(self, z: Tensor, first: int) -> None:
+        """Take in a contiguous block [R, C] whose columns are first, first + 1, ...
+
+        Blocks come in ascending order of columns.
+        """
+        if self.values is None or self.values.shape[1] < self.k:
+            wide = z.shape[1] >= SPARSE_BLOCK * self.k
+            found = self._hits(z, first, _lower_bound(z, self.k), strict=False) if wide else None
+        else:  # a later column that only equals tau loses to the k earlier ones
+            found = self._hits(z, first, self.values.amin(1), strict=True)
+        if found is None:
+            values, at = best(z, min(self.k, z.shape[1]))
+            found = values, at + first
+        self._merge(*found)
+
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """The best so far in no order: values [R, k], and their columns int64 [R, k]."""
+        assert self.values is not None, "nothing was fed"
+        return self.values, self.ids
+
+    def ordered(self) -> tuple[Tensor, Tensor]:
+        """Values [R, k] descending, and their columns int64 [R, k], ascending among equals."""
+        values, ids = self.codes()
+        values, at = values.sort(dim=1, descending=True)
+        ids = ids.gather(1, at)
+        tied = (values[:, 1:] == values[:, :-1]).any(1) | values.isnan().any(1)
+        if bool(tied.any()):
+            rows = tied.nonzero().flatten()
+            values[rows], ids[rows] = sort_pairs(values[rows], ids[rows])
+        return values, ids
+
+    def _merge(self, values: Tensor, ids: Tensor) -> None:
+        if self.values is not None:
+            values, ids = torch.cat([self.values, values], 1), torch.cat([self.ids, ids], 1)
+        if values.shape[1] > self.k:
+            values, at = best(values, self.k, ids)
+            ids = ids.gather(1, at)
+        self.values, self.ids = values, ids
+
+    def _hits(self, z: Tensor, first: int, tau: Tensor, *, strict: bool) -> tuple[Tensor, Tensor] | None:
+        """What reaches tau [R], packed to the left with -inf behind; None where that is too much."""
+        rows, columns = z.shape
+        size = rows * columns
+        mask = torch.empty(-(-size // 8) * 8, dtype=torch.bool)
+        mask[size:] = True
+        # what is *below*, so that NaN, for which every comparison is false, is a hit
+        (torch.le if strict else torch.lt)(z, tau[:, None], out=mask[:size].view(rows, columns))
+        words = mask.view(torch.int64).ne(_NO_HITS).nonzero().flatten()
+        limit = HITS_PER_KEPT * self.k + 8
+        if len(words) > rows * limit:
+            return None
+        hit = mask.view(-1, 8).index_select(0, words).logical_not_().flatten().nonzero().flatten()
+        at = words.index_select(0, hit >> 3).mul_(8).add_(hit.bitwise_and_(7))
+        row = at.div(columns, rounding_mode="floor")
+        counts = torch.bincount(row, minlength=rows)
+        width = int(counts.max()) if rows else 0
+        if width > limit:
+            return None
+        before = torch.arange(rows).mul_(width) - (counts.cumsum(0) - counts)
+        slot = torch.arange(len(at)).add_(before.index_select(0, row))
+        values = z.new_full((rows, width), -torch.inf)
+        ids = torch.full((rows, width), _LAST)  # behind a real -inf
+        values.view(-1)[slot] = z.view(-1).index_select(0, at)
+        ids.view(-1)[slot] = at.sub_(row.mul_(columns)).add_(first)
+        return values, ids
+
+
+def _lower_bound(z: Tensor, k: int) -> Tensor:
+    """A value [R] that at least k entries of each row of z [R, C] reach, C >= 2k.
+
+    The k-th best of the maxima of about 2k groups of columns.
+    """
+    size = max(1, z.shape[1] // (2 * k))
+    groups = z.shape[1] // size
+    maxima = z[:, : size * groups].unflatten(1, (size, groups)).amax(1)
+    return maxima.topk(k, dim=1, sorted=False).values.amin(1)
+
+
+def best(values: Tensor, k: int, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The best k of each row of values [R, C] in no order, and their positions int64 [R, k].
+
+    Args:
+        values: [R, C], C >= k.
+        k: Kept.
+        ids: int64 [R, C]: among equal values the lower id wins; the position where not given.
+    """
+    kept, at = values.topk(k, dim=1, sorted=False)
+    if k == 0:
+        return kept, at
+    # torch chooses freely among equals at the edge: such rows (and NaN's) are done again in full order
+    doubtful = (values >= kept.amin(1, keepdim=True)).sum(1) != k
+    if bool(doubtful.any()):
+        for rows in doubtful.nonzero().flatten().split(64):
+            part = values[rows]
+            place = torch.arange(values.shape[1], device=values.device).expand_as(part)
+            order = place if ids is None else ids[rows].argsort(dim=1)
+            by_value = part.gather(1, order).sort(dim=1, descending=True, stable=True)
+            kept[rows] = by_value.values[:, :k]
+            at[rows] = order.gather(1, by_value.indices[:, :k])
+    return kept, at
+
+
+def sort_pairs(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [R, k] by value descending, then id ascending."""
+    ids, by_id = ids.sort(dim=1)
+    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, by_value)

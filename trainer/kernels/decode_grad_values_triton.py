@@ -1,0 +1,51 @@
+"""`decode_grad_values` on a GPU: a program for each row takes its K dots, a few latents at a time.
+
+Legend: B rows, D width, K entries a row. Sums are taken in float32.
+"""
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.kernels.support_triton import block_of, cdiv, launch
+
+LARGEST_BLOCK = 256
+LATENTS = 16
+
+
+@triton.jit
+def _dots(grad, indices, W_dec, out, K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    latent = tl.load(indices + row * K + entry, mask=entry < K, other=0)
+    total = tl.zeros([BLOCK_K], dtype=tl.float32)
+    for left in range(0, D, BLOCK_D):
+        d = left + tl.arange(0, BLOCK_D)
+        g = tl.load(grad + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        inside = (entry < K)[:, None] & (d < D)[None, :]
+        directions = tl.load(W_dec + latent[:, None] * D + d[None, :], mask=inside, other=0.0)
+        total += tl.sum(directions.to(tl.float32) * g[None, :], axis=1)
+    tl.store(out + row * K + entry, total, mask=entry < K)
+
+
+def decode_grad_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """See `trainer.kernels.decode_grad_values`."""
+    count, kept = indices.shape
+    out = torch.empty(indices.shape, dtype=torch.float32, device=grad.device)
+    if out.numel():
+        width = W_dec.shape[1]
+        contiguous = grad.contiguous(), indices.contiguous(), W_dec.contiguous()
+        grid = (count, cdiv(kept, LATENTS))
+        launch(
+            _dots,
+            grid,
+            *contiguous,
+            out,
+            kept,
+            width,
+            BLOCK_K=LATENTS,
+            BLOCK_D=block_of(width, LARGEST_BLOCK),
+        )
+    return out

@@ -1,0 +1,38 @@
+"""`decode` on a GPU: a program for each row and block of D gathers the row's K directions.
+
+Legend: B rows, D width, K entries a row. Sums are taken in float32, entry by entry.
+"""
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.kernels.support_triton import block_of, cdiv, launch
+
+LARGEST_BLOCK = 1024
+
+
+@triton.jit
+def _decode(values, indices, W_dec, out, K, D, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for entry in range(K):
+        value = tl.load(values + row * K + entry).to(tl.float32)
+        latent = tl.load(indices + row * K + entry)
+        direction = tl.load(W_dec + latent * D + d, mask=d < D, other=0.0)
+        total += value * direction.to(tl.float32)
+    tl.store(out + row * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """See `trainer.kernels.decode`."""
+    width = W_dec.shape[1]
+    out = W_dec.new_empty(len(values), width)
+    if out.numel():
+        block = block_of(width, LARGEST_BLOCK)
+        grid = (len(values), cdiv(width, block))
+        contiguous = values.contiguous(), indices.contiguous(), W_dec.contiguous()
+        launch(_decode, grid, *contiguous, out, values.shape[1], width, BLOCK_D=block)
+    return out

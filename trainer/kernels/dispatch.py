@@ -1,0 +1,81 @@
+"""Which implementation runs: chosen by name, once, and never swapped behind anyone's back.
+
+- `eager`: the dense equivalents of `reference`, and for a training step the plain eager one.
+- `cpu`: torch's own sparse primitives, for tensors on the CPU.
+- `triton`: Triton kernels, for tensors on a GPU; under its interpreter (tests) also on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from schemas.errors import ConfigError, DependencyMissing
+
+Backend = Literal["eager", "cpu", "triton"]
+BACKENDS: tuple[Backend, ...] = ("eager", "cpu", "triton")
+_LOG = logging.getLogger("winnow.kernels")
+
+
+def choose(kernels: str, device: torch.device) -> Backend:
+    """The backend of a run, logged once.
+
+    Args:
+        kernels: `auto` (`cpu` on the CPU, `triton` on a GPU) or a backend's name.
+        device: Where the tensors live.
+
+    Raises:
+        ConfigError: Another name, or a backend that does not run on this device.
+        DependencyMissing: Triton is chosen and not installed.
+    """
+    wanted = ("triton" if device.type == "cuda" else "cpu") if kernels == "auto" else kernels
+    for backend in BACKENDS:
+        if backend == wanted:
+            _require(backend, device)
+            _LOG.info("kernels: %s on %s (asked for: %s)", backend, device, kernels)
+            return backend
+    raise ConfigError("kernels", expected="auto, eager, cpu or triton", got=repr(kernels))
+
+
+def _require(backend: Backend, device: torch.device) -> None:
+    if backend == "cpu" and device.type != "cpu":
+        raise ConfigError(
+            "kernels: cpu", expected="tensors on the CPU", got=device, fix="Set kernels: auto, or device: cpu"
+        )
+    if backend == "triton" and device.type != "cuda" and not triton_module("support").interpreted():
+        raise ConfigError(
+            "kernels: triton",
+            expected="tensors on a GPU",
+            got=device,
+            fix="Set kernels: auto, or device: cuda",
+        )
+    if backend == "triton":
+        triton_module("support")
+
+
+def triton_module(name: str) -> ModuleType:
+    """The module `trainer.kernels.<name>_triton`.
+
+    Raises:
+        DependencyMissing: Triton is not installed.
+    """
+    try:
+        return importlib.import_module(f"trainer.kernels.{name}_triton")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise DependencyMissing(
+            "kernels: triton",
+            expected="the package triton",
+            got="it is not installed",
+            fix="`pip install triton`, or a CUDA build of torch, which brings it; or set kernels: eager",
+        ) from error
+
+
+def unknown(backend: str) -> ConfigError:
+    """What a custom op raises for a backend it does not know."""
+    return ConfigError("backend", expected=f"one of {', '.join(BACKENDS)}", got=repr(backend))

@@ -1,0 +1,124 @@
+"""`encode_topk(x, W_enc, b, k)`: the best k latents of each row, without ever holding [B, N].
+
+Equivalent to `reference.encode_topk`: `(x @ W_enc.T + b).topk(k)`, value descending, then index
+ascending, on the accumulator (float32 for half precision, whose own rounding would make ties).
+
+Legend: B rows, D width, N latents, K kept a row, M watched latents.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.kernels import reference
+from trainer.kernels.best import Best
+from trainer.kernels.decode import decode
+from trainer.kernels.dispatch import triton_module, unknown
+from trainer.kernels.reference import accumulator
+from trainer.kernels.segment_grad import encode_grad_weight
+
+ROW_TILE = 1024
+"""Rows of a tile: the library repacks W_enc for every tile, so few rows make the product dear."""
+COLUMN_TILE = 4096
+"""Columns of a tile: 16 MiB of float32 together with ROW_TILE, about what a shared cache holds."""
+
+
+class Watch(NamedTuple):
+    """Columns handed on while their tile is at hand, so that nobody multiplies by them again."""
+
+    ids: Tensor
+    """int64 [M], ascending."""
+    sink: Callable[[slice, slice, Tensor], None]
+    """Called with a slice of the B rows, a slice of the M columns, and z [rows, columns] of these."""
+
+
+@torch.library.custom_op("winnow::encode_topk", mutates_args=())
+def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+    """The best k of `x @ W_enc.T + b` a row.
+
+    Args:
+        x: [B, D].
+        W_enc: [N, D], of x's type.
+        b: [N].
+        k: Latents kept a row, at most N.
+        backend: See `dispatch`.
+
+    Returns:
+        values [B, k] in the accumulator's type, descending, negatives and all; indices int64 [B, k],
+        ascending among equal values, not differentiable.
+    """
+    if backend == "cpu":
+        return encode_topk_cpu(x, W_enc, b, k)
+    if backend == "triton":
+        return triton_module("encode_topk").encode_topk(x, W_enc, b, k)
+    if backend == "eager":
+        return reference.encode_topk(x, W_enc, b, k)
+    raise unknown(backend)
+
+
+@encode_topk.register_fake
+def _(x: Tensor, W_enc: Tensor, b: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    values = x.new_empty(x.shape[0], k, dtype=accumulator(x.dtype))
+    return values, torch.empty_like(values, dtype=torch.int64)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, W_enc, _, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(True)
+    ctx.save_for_backward(x, W_enc, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _indices: Tensor) -> tuple[Tensor | None, ...]:
+    x, W_enc, indices = ctx.saved_tensors
+    wants_x, wants_W, wants_b, *_ = ctx.needs_input_grad
+    grad = grad.to(x.dtype)
+    dx = decode(grad, indices, W_enc, ctx.backend) if wants_x else None
+    dW = encode_grad_weight(grad, indices, x, len(W_enc), ctx.backend) if wants_W else None
+    db = grad_bias(grad, indices, len(W_enc)) if wants_b else None
+    return dx, dW, db, None, None
+
+
+encode_topk.register_autograd(_backward, setup_context=_setup)
+
+
+def grad_bias(grad: Tensor, indices: Tensor, latents: int) -> Tensor:
+    """`scatter(grad).sum(0)`: [N]. Deterministic on the CPU; on a GPU where torch is told to be."""
+    return grad.new_zeros(latents).index_add_(0, indices.flatten(), grad.flatten())
+
+
+def cuts_of(ids: Tensor, edges: list[int]) -> list[int]:
+    """For each edge, how many of the ascending ids int64 [M] lie below it."""
+    return torch.searchsorted(ids, torch.tensor(edges, device=ids.device)).tolist()
+
+
+@torch.no_grad()
+def encode_topk_cpu(
+    x: Tensor, W_enc: Tensor, b: Tensor, k: int, watch: Watch | None = None
+) -> tuple[Tensor, Tensor]:
+    """`encode_topk` in tiles of ROW_TILE x COLUMN_TILE with a running threshold (see `best`)."""
+    (count, _), latents, kind = x.shape, len(W_enc), accumulator(x.dtype)
+    values = torch.empty(count, k, dtype=kind)
+    indices = torch.empty(count, k, dtype=torch.int64)
+    buffer = torch.empty(min(ROW_TILE, count) * min(COLUMN_TILE, latents), dtype=kind)
+    b = b.to(kind)
+    starts = range(0, latents, COLUMN_TILE)
+    cuts = cuts_of(watch.ids, [*starts, latents]) if watch else []
+    for top in range(0, count, ROW_TILE):
+        rows = slice(top, min(top + ROW_TILE, count))
+        x_tile = x[rows].to(kind)
+        running = Best(k)
+        for tile, left in enumerate(starts):
+            W_tile = W_enc[left : left + COLUMN_TILE].to(kind)
+            z = buffer[: len(x_tile) * len(W_tile)].view(len(x_tile), len(W_tile))
+            torch.addmm(b[left : left + COLUMN_TILE], x_tile, W_tile.T, out=z)
+            if k:
+                running.feed(z, left)
+            if watch and cuts[tile] < cuts[tile + 1]:
+                columns = slice(cuts[tile], cuts[tile + 1])
+                watch.sink(rows, columns, z.index_select(1, watch.ids[columns] - left))
+        if k:
+            values[rows], indices[rows] = running.ordered()
+    return values, indices

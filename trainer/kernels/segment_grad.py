@@ -1,0 +1,103 @@
+"""`decode_grad_weight` and `encode_grad_weight`: gradients [N, D] as sums over each latent's entries.
+
+Equivalent to `reference.segment_grad`: `scatter(values).T @ rows`. For W_dec the values are the codes and
+the rows the gradient of the reconstruction; for W_enc the values are the codes' gradient and the rows the
+encoder's input.
+
+The B*K entries are sorted by latent, stably, so by row inside one, and every latent's segment is summed
+in that order: no atomics, the same bits every run.
+
+Legend: B rows, D width, N latents, K entries a row.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.kernels import reference
+from trainer.kernels.dispatch import triton_module, unknown
+
+BLOCK_BYTES = 2 << 20
+"""Sums made at a time on the CPU: small enough to stay in cache until they are used or stored."""
+
+
+class Segments(NamedTuple):
+    """The entries of codes [B, K], sorted by latent."""
+
+    order: Tensor
+    """int64 [B*K]: where each sorted entry stands in the flattened codes."""
+    row: Tensor
+    """int64 [B*K]: its row."""
+    latent: Tensor
+    """int64 [B*K]: its latent, ascending."""
+    ends: Tensor
+    """int64 [N + 1]: latent n's entries are ends[n] up to ends[n + 1]."""
+
+
+def segments_of(indices: Tensor, latents: int) -> Segments:
+    """Sort the entries of indices int64 [B, K]."""
+    flat = indices.flatten()
+    latent, order = flat.sort(stable=True)
+    ends = F.pad(torch.bincount(flat, minlength=latents).cumsum(0), (1, 0))
+    return Segments(order, order.div(max(1, indices.shape[1]), rounding_mode="floor"), latent, ends)
+
+
+@torch.library.custom_op("winnow::segment_grad", mutates_args=())
+def segment_grad(values: Tensor, indices: Tensor, rows: Tensor, latents: int, backend: str) -> Tensor:
+    """For each latent the sum of `rows` weighted by its values.
+
+    Args:
+        values: [B, K].
+        indices: int64 [B, K], each in [0, N).
+        rows: [B, D].
+        latents: N.
+        backend: See `dispatch`.
+
+    Returns:
+        [N, D] of rows' type; not differentiable again.
+    """
+    if backend == "cpu":
+        segments = segments_of(indices, latents)
+        return segment_sums_cpu(values.flatten()[segments.order], segments, rows)
+    if backend == "triton":
+        segments = segments_of(indices, latents)
+        module = triton_module("segment_grad")
+        return module.segment_sums(values.flatten()[segments.order], segments, rows)
+    if backend == "eager":
+        return reference.segment_grad(values, indices, rows, latents)
+    raise unknown(backend)
+
+
+@segment_grad.register_fake
+def _(values: Tensor, indices: Tensor, rows: Tensor, latents: int, backend: str) -> Tensor:  # noqa: ARG001
+    return rows.new_empty(latents, rows.shape[1])
+
+
+decode_grad_weight = encode_grad_weight = segment_grad
+
+
+def segment_sums_cpu(values: Tensor, segments: Segments, rows: Tensor) -> Tensor:
+    """[N, D] from values [B*K] in the segments' order."""
+    latents = len(segments.ends) - 1
+    sums = rows.new_empty(latents, rows.shape[1])
+    for block in latent_blocks(latents, rows):
+        sums[block] = segment_block_cpu(values, segments, rows, block)
+    return sums
+
+
+def latent_blocks(latents: int, rows: Tensor) -> list[slice]:
+    """The N latents cut into slices whose sums of rows [B, D] take BLOCK_BYTES."""
+    size = max(1, BLOCK_BYTES // max(1, rows.shape[1] * rows.element_size()))
+    return [slice(first, min(first + size, latents)) for first in range(0, latents, size)]
+
+
+def segment_block_cpu(values: Tensor, segments: Segments, rows: Tensor, block: slice) -> Tensor:
+    """The sums of a slice of the latents: latents are bags of rows."""
+    low, high = int(segments.ends[block.start]), int(segments.ends[block.stop])
+    if low == high:
+        return rows.new_zeros(block.stop - block.start, rows.shape[1])
+    starts = segments.ends[block] - low
+    weights = values[low:high].to(rows.dtype)
+    return F.embedding_bag(segments.row[low:high], rows, starts, per_sample_weights=weights, mode="sum")
