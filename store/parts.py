@@ -17,7 +17,8 @@ sink_rows       list of lists of int32: each hook's marked rows
 receipt         string, the receipt as canonical JSON
 =============== ========================================================================
 
-Opening a dataset reads the typed columns only (`read_index`); `verify` compares them with the JSON.
+Opening a dataset reads the typed columns only (`read_index`); one writer makes both from the same receipt
+(`encode_part`), and the SHA-256 in the manifest covers both.
 """
 
 # pyarrow has no type stubs.
@@ -129,7 +130,7 @@ def _by_hook(receipt: UnitReceipt) -> list[ShardRecord]:
 def read_part(store: ObjectStore, plan: HarvestPlan, part: ManifestPart) -> Iterator[UnitReceipt]:
     """The receipts of one part, in unit order, each checked against the plan; a thousand at a time.
 
-    The part's own digest is checked; `content_sha256` is left to `verify`.
+    The part's own digest is checked before it is parsed.
 
     Raises:
         MissingObject: The part is not there.
