@@ -86,6 +86,15 @@ def test_the_exit_code_is_the_commands(client, tmp_path, line, code):
     assert ("out" in "".join(written)) == (code == 7)
 
 
+@pytest.fixture
+def ctrl_c_works():
+    """SIGINT raises KeyboardInterrupt, also where the tests were started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_works")
 def test_ctrl_c_stops_the_job_and_a_detached_one_runs_on(client, tmp_path, capsys):
     job = winnow_jobs.Job("sh -c 'echo up; sleep 600'", tmp_path, id="winnow-stopped")
 
