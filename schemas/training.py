@@ -11,6 +11,15 @@ from schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256
 Normalize = Literal["layer", "dataset", "none"]
 
 
+class MeshSpec(Contract):
+    """How the processes of a run are laid out; see docs/trainer.md."""
+
+    data: int | None = Field(default=None, gt=0)
+    """Ranks that split the batch; it divides `lanes`. Null takes the processes that `latent` leaves."""
+    latent: int = Field(default=1, gt=0)
+    """Ranks that split the latents."""
+
+
 class TrainSpec(Contract):
     """One SAE and how it is trained (recipe: Gao et al. 2024, arXiv 2406.04093)."""
 
@@ -30,7 +39,7 @@ class TrainSpec(Contract):
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the training split."""
     lanes: int = Field(default=64, gt=0)
-    """Lanes G of the stream; divides 64, and the world size must divide it."""
+    """Lanes G of the stream; divides 64, and `mesh.data` must divide it."""
     group_units: int | None = Field(default=None, gt=0)
     """Units U shuffled together; null takes as many as `group_bytes` holds."""
     group_bytes: int = Field(default=2 * 2**30, gt=0)
@@ -67,6 +76,8 @@ class TrainSpec(Contract):
     """Train while the dataset is harvested: wait for each group of units, and see the same batches."""
     follow_seconds: float = Field(default=600.0, gt=0)
     """A follower gives up after this long without the plan, or without any unit being committed."""
+    mesh: MeshSpec = MeshSpec()
+    """Processes of the run, started by `torchrun -m trainer`; data x latent of them. May change on resume."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
     threads: int = Field(default=0, ge=0)

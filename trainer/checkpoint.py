@@ -30,7 +30,7 @@ from trainer.sae import PARAMETERS
 from trainer.step import Counts, Run
 
 FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
-FREE_FIELDS |= {"follow", "follow_seconds"}
+FREE_FIELDS |= {"follow", "follow_seconds", "mesh"}
 """Spec fields that may change between a run and its resume; `device` and `threads` move float noise."""
 STATE = "state.safetensors"
 LARGEST_STATE_BYTES = 1 << 40

@@ -25,6 +25,7 @@ from trainer.optim import (
     project_decoder_gradient,
     renormalise_decoder,
 )
+from trainer.parallel import World
 from trainer.sae import PARAMETERS, Sae
 from trainer.update import fused_update
 
@@ -97,10 +98,12 @@ class Run:
         sae: An initialised SAE.
         recipe: How it is trained.
         loss_constant: From `trainer.init.initialise`.
+        world: The mesh; the SAE holds this rank's shard of the latents. Alone where not given.
     """
 
-    def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float) -> None:
+    def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float, world: World | None = None) -> None:
         self.sae, self.recipe, self.loss_constant = sae, recipe, loss_constant
+        self.world = world or World()
         self.kernels: Backend = choose(recipe.spec.kernels, self.device)
         self.adam = make_adam(sae, recipe.spec)
         self.ema = Ema(sae, ema_beta(recipe.spec, recipe.steps)) if recipe.spec.ema else None
