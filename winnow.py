@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from evaluator.cli import register as register_evaluator
 from evaluator.heldout import measure_in_subject
 from harvester.cli import register as register_harvester
 from store.cli import register as register_store
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 register_harvester(app)
 register_trainer(app, after_train=measure_in_subject)
+register_evaluator(app)
 register_store(app)
 register_jobs(app)
 

@@ -15,6 +15,7 @@ from store.objects import ObjectStore, open_store
 from store.order import LaneOrder
 from trainer.checkpoint import save_checkpoint
 from trainer.device import cpu_threads, resolve_device, stop_on_signals, torch_settings
+from trainer.parallel import Launch, check_mesh, open_world
 from trainer.publish import Summary, finished_summary, publish, put_summary
 from trainer.sae import Sae
 from trainer.start import begin, identity_of, plan_order, resolve_recipe, stand, stream_state
@@ -25,13 +26,14 @@ AfterTrain = Callable[[Config, Sae, ActivationStore, str], dict[str, float]]
 """`after_train(config, sae, dataset, hook)` gives more figures for the summary."""
 
 
-def train(config: Config, *, after_train: AfterTrain | None = None) -> Summary:
+def train(config: Config, *, after_train: AfterTrain | None = None, launch: Launch | None = None) -> Summary:
     """Train one SAE, or go on from its newest checkpoint, and publish it in `train.out`.
 
     Args:
         config: `root`, `storage` and the section `train` are read.
         after_train: Measures what needs the subject model. Without it the summary names in `left_out`
             what is missing, and a later call that has it adds just that.
+        launch: This process's place among those that train together; alone where not given.
 
     Returns:
         What `summary.json` holds. A run that is finished is not trained again.
@@ -42,13 +44,14 @@ def train(config: Config, *, after_train: AfterTrain | None = None) -> Summary:
         IntegrityError: Stored bytes are not what was promised.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was made.
     """
-    spec = section(config.train, "train")
+    spec, launch = section(config.train, "train"), launch or Launch()
     dataset = ActivationStore.open(
         config.root, config.storage, follow=spec.follow, timeout_seconds=spec.follow_seconds
     )
     order = plan_order(spec, dataset)
     recipe = resolve_recipe(spec, dataset, order)
-    device = resolve_device(spec.device)
+    check_mesh(spec, launch.size)
+    device = resolve_device(spec.device, launch.local_rank if launch.size > 1 else None)
     identity = identity_of(dataset)
     out = open_store(spec.out, config.storage)
 
@@ -56,9 +59,10 @@ def train(config: Config, *, after_train: AfterTrain | None = None) -> Summary:
     if summary is not None:
         say(f"{spec.out} is finished: nothing to train")
     else:
-        with torch_settings(device, cpu_threads(spec)):
-            run, telemetry, is_new = stand(recipe, dataset, order, identity, out, device)
-            out.probe(single_writer=True)  # can we write there? asked before hours of work
+        with torch_settings(device, cpu_threads(spec)), open_world(spec, device, launch) as world:
+            run, telemetry, is_new = stand(recipe, dataset, order, identity, out, device, world)
+            with world.together():
+                out.probe(single_writer=True)  # can we write there? asked before hours of work
             with following(run, dataset, order) as follower:
                 if run.counts.step < recipe.steps:
                     take_steps(run, telemetry, dataset, order, identity, out, is_new, follower)
@@ -66,7 +70,7 @@ def train(config: Config, *, after_train: AfterTrain | None = None) -> Summary:
                 summary = publish(run, telemetry, dataset, identity, out)
                 if follower is not None:
                     follower.at(run.counts.step, finished=True)
-    if after_train is not None and summary["left_out"]:
+    if after_train is not None and summary["left_out"] and launch.rank == 0:
         sae = Sae.load(spec.out, device=device, storage=config.storage)
         summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
         put_summary(out, summary)
@@ -78,7 +82,7 @@ def following(
 ) -> AbstractContextManager[Follower | None]:
     """What tells a harvest how far this run is; nothing where the dataset is sealed."""
     spec = run.recipe.spec
-    if dataset.arrivals is None:
+    if dataset.arrivals is None or not run.world.leads:
         return nullcontext()
     return Follower(
         dataset.store,
@@ -102,7 +106,7 @@ def take_steps(
     follower: Follower | None = None,
 ) -> None:
     """Take every step that is left, with checkpoints on the way and one at the end."""
-    recipe, spec, counts = run.recipe, run.recipe.spec, run.counts
+    recipe, spec, counts, world = run.recipe, run.recipe.spec, run.counts, run.world
 
     def checkpoint() -> float:
         telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
@@ -119,6 +123,8 @@ def take_steps(
         seed=spec.seed,
         lanes=spec.lanes,
         group_units=order.group_units,
+        rank=world.data.rank,
+        world=world.data.size,
         start_step=counts.step,
         steps=recipe.steps,
     )
@@ -132,7 +138,8 @@ def take_steps(
         mark = last_checkpoint = time.monotonic()
         while counts.step < recipe.steps:
             asked = time.monotonic()
-            batch = next(batches)
+            with world.together():  # data that one rank cannot read stops all of them
+                batch = next(batches)
             counts.seconds_waiting += time.monotonic() - asked
             report = train_step(run, batch.rows[spec.hook].to(run.device), batch.weights.to(run.device))
             now = time.monotonic()
@@ -144,12 +151,14 @@ def take_steps(
                 telemetry.log(record)
                 shown = {key: f"{record[key]:.3f}" for key in ("loss", "fvu", "l0", "dead_share")}
                 bar.update(counts.step * spec.batch_rows, step=f"{counts.step}/{recipe.steps}", **shown)
-            if stopping.is_set() and not last:
+            edge = follower is not None and order.locate(counts.step).step_in_group == 0
+            is_time = now - last_checkpoint >= spec.checkpoint_seconds
+            stop, due = world.any(stopping.is_set(), world.leads and (edge or is_time))
+            if stop and not last:
                 checkpoint()
                 say(f"stopped after step {counts.step} of {recipe.steps}; a checkpoint is kept")
                 raise KeyboardInterrupt
-            edge = follower is not None and order.locate(counts.step).step_in_group == 0
-            if edge or last or now - last_checkpoint >= spec.checkpoint_seconds:
+            if due or last:
                 last_checkpoint = checkpoint()
 
 
@@ -163,7 +172,7 @@ def make_record(run: Run, report: StepReport) -> Record:
         "loss": report.loss,
         "fvu": report.fvu,
         "l0": report.l0,
-        "dead_share": report.dead / run.sae.latents,
+        "dead_share": report.dead / run.recipe.spec.latents,
         "auxk": report.auxk,
         "auxk_steps": counts.auxk_steps,
         "auxk_nonfinite_steps": counts.auxk_nonfinite,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schemas.errors import NonFiniteError
-from schemas.training import TrainSpec
+from schemas.errors import ConfigError, NonFiniteError
+from schemas.training import SaeParts, TrainSpec
 from trainer import losses
 from trainer.dead import DeadCounter
 from trainer.fused import Pass, fused_pass
@@ -25,7 +25,8 @@ from trainer.optim import (
     project_decoder_gradient,
     renormalise_decoder,
 )
-from trainer.sae import PARAMETERS, Sae
+from trainer.parallel import World
+from trainer.sae import Sae
 from trainer.update import fused_update
 
 LONGEST_DEAD_AFTER = 10_000_000
@@ -97,10 +98,14 @@ class Run:
         sae: An initialised SAE.
         recipe: How it is trained.
         loss_constant: From `trainer.init.initialise`.
+        world: The mesh; the SAE holds this rank's shard of the latents. Alone where not given.
     """
 
-    def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float) -> None:
+    def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float, world: World | None = None) -> None:
+        if sae.parts != SaeParts():
+            raise ConfigError("the trainer", expected="a plain TopK autoencoder", got=sae.parts)
         self.sae, self.recipe, self.loss_constant = sae, recipe, loss_constant
+        self.world = world or World()
         self.kernels: Backend = choose(recipe.spec.kernels, self.device)
         self.adam = make_adam(sae, recipe.spec)
         self.ema = Ema(sae, ema_beta(recipe.spec, recipe.steps)) if recipe.spec.ema else None
@@ -236,7 +241,7 @@ def eager_update(run: Run, lr: float) -> float:
     """
     sae = run.sae
     project_decoder_gradient(sae)
-    norm = clip_gradients((getattr(sae, name) for name in PARAMETERS), run.recipe.spec.clip_norm)
+    norm = clip_gradients((getattr(sae, name) for name in sae.parameter_names), run.recipe.spec.clip_norm)
     _require_finite("gradient norm", norm, run.counts.step)
     for group in run.adam.param_groups:
         group["lr"] = lr
