@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from evaluator.heldout import measure_in_subject
+from explorer.cli import register as register_explorer
 from harvester.cli import register as register_harvester
 from store.cli import register as register_store
 from trainer.cli import register as register_trainer
@@ -22,6 +23,7 @@ app = typer.Typer(
 register_harvester(app)
 register_trainer(app, after_train=measure_in_subject)
 register_store(app)
+register_explorer(app)
 register_jobs(app)
 
 
