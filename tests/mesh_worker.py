@@ -1,6 +1,7 @@
 """One rank of several meshes of small runs in float64: `python -m tests.mesh_worker FOLDER RANK`.
 
-Four ranks meet once and go through every case on 2 x 2 and 1 x 4, and as two pairs on 2 x 1 and 1 x 2. Each writes what it ends with into FOLDER; `tests/integration/test_mesh.py` reads it.
+Four ranks meet once and go through every case on 2 x 2 and 1 x 4, and as two pairs on 2 x 1 and 1 x 2.
+Each writes what it ends with into FOLDER; `tests/integration/test_mesh.py` reads it.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def _encode(shard: _Shard, centred: Tensor, m: int, dead: Tensor, k_dead: int) -
 
 
 def _auxk(shard: _Shard, codes: Codes, e: Tensor, coefficient: float) -> tuple[float, Tensor | None]:
-    """The term of `losses.auxk_loss`, and `coefficient` times its gradient by e_hat; 0 and None if not finite."""
+    """The term of `losses.auxk_loss`, and its gradient by e_hat times `coefficient`; else 0 and None."""
     data, weights = shard.world.data, shard.weights
     mean = data.sum(weights @ e) / shard.share.weight
     error = shard.decode(codes).sub_(e)

@@ -81,7 +81,9 @@ def stand(
     """
     spec = recipe.spec
     latents = len(world.part(spec.latents))
-    sae = Sae(dataset.plan.d_model(spec.hook), latents, spec.k, spec.normalize, device=device)
+    widths = {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks}
+    d_model = sum(widths[hook] for hook in spec.input_hooks)
+    sae = Sae(d_model, latents, spec.k, spec.normalize, spec.parts(widths), device=device)
     run = Run(sae, recipe, loss_constant=1.0, world=world)
     found = newest_checkpoint(out, warn=say)
     if found is None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schemas.errors import NonFiniteError
-from schemas.training import TrainSpec
+from schemas.errors import ConfigError, NonFiniteError
+from schemas.training import SaeParts, TrainSpec
 from trainer import losses
 from trainer.dead import DeadCounter
 from trainer.fused import Pass, fused_pass
@@ -27,7 +27,7 @@ from trainer.optim import (
 )
 from trainer.parallel import World
 from trainer.parallel_step import Share, parallel_pass
-from trainer.sae import PARAMETERS, Sae
+from trainer.sae import Sae
 from trainer.update import fused_update
 
 LONGEST_DEAD_AFTER = 10_000_000
@@ -103,6 +103,8 @@ class Run:
     """
 
     def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float, world: World | None = None) -> None:
+        if sae.parts != SaeParts():
+            raise ConfigError("the trainer", expected="a plain TopK autoencoder", got=sae.parts)
         self.sae, self.recipe, self.loss_constant = sae, recipe, loss_constant
         self.world = world or World()
         self.kernels: Backend = choose(recipe.spec.kernels, self.device)
@@ -269,7 +271,7 @@ def eager_update(run: Run, lr: float) -> float:
     """
     sae = run.sae
     project_decoder_gradient(sae)
-    norm = clip_gradients((getattr(sae, name) for name in PARAMETERS), run.recipe.spec.clip_norm)
+    norm = clip_gradients((getattr(sae, name) for name in sae.parameter_names), run.recipe.spec.clip_norm)
     _require_finite("gradient norm", norm, run.counts.step)
     for group in run.adam.param_groups:
         group["lr"] = lr

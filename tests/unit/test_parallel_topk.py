@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,10 +54,7 @@ def expected(shards: list[torch.Tensor], k: int) -> list[torch.Tensor]:
     whole = torch.cat(shards, 1)
     chosen = whole.sort(dim=1, descending=True, stable=True).indices[:, :k]
     edges = torch.tensor([0, *[shard.shape[1] for shard in shards]]).cumsum(0)
-    return [
-        ((chosen >= first) & (chosen < last)).sum(1)
-        for first, last in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [((chosen >= first) & (chosen < last)).sum(1) for first, last in pairwise(edges.tolist())]
 
 
 @given(st.integers(0, 10**6), st.integers(2, 5), st.integers(1, 40), st.sampled_from([2, 9, 1000]))
