@@ -26,6 +26,7 @@ from trainer.optim import (
     renormalise_decoder,
 )
 from trainer.sae import PARAMETERS, Sae
+from trainer.spans import mark
 from trainer.update import fused_update
 
 LONGEST_DEAD_AFTER = 10_000_000
@@ -194,6 +195,8 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
         _require_finite("gradient norm", grad_norm, step)
         fused_update(sae, run.adam, run.ema, lr=lr, grad_norm=grad_norm, largest=spec.clip_norm)
 
+    mark("update")
+
     run.dead.update(found.values, found.indices)
     counts.step += 1
     counts.tokens += len(x)
@@ -223,8 +226,10 @@ def eager_pass(run: Run, x: Tensor, weights: Tensor, dead: Tensor) -> Pass:
     if spec.auxk_coefficient and len(dead):
         aux = losses.auxk_loss(sae, x, x - x_hat, weights, dead, run.recipe.k_aux)
         loss, auxk, finite = loss + spec.auxk_coefficient * aux.loss, aux.loss.item(), aux.finite
+    mark("forward")
     run.adam.zero_grad()
     loss.backward()
+    mark("backward")
     return Pass(loss.item(), auxk, finite, None, x_hat.detach(), values.detach(), indices)
 
 
