@@ -28,6 +28,7 @@ from trainer.kernels.segment_grad import Segments, segments_of
 from trainer.kernels.step_ops import Dead, StepOps, step_ops
 from trainer.losses import mean_row
 from trainer.sae import PARAMETERS, Sae
+from trainer.spans import mark
 
 DENSE_AUX = 12
 """AuxK works on dense [B, M] up to this many dead latents for each one kept: a gathered multiplication
@@ -107,6 +108,7 @@ def fused_pass(
         wanted = Dead(dead, k, dense=len(dead) <= DENSE_AUX * k)
     k_wide = min(4 * sae.k, sae.latents) if spec.multi_topk else sae.k
     wide, indices_wide, z_dead = ops.encode(centred, W_enc, b_enc, k_wide, wanted)
+    mark("encode")
     wide.relu_()
     values, indices = wide[:, : sae.k].contiguous(), indices_wide[:, : sae.k].contiguous()
 
@@ -126,7 +128,9 @@ def fused_pass(
         aux = _auxk(ops, W_dec, wanted, z_dead, centred, error.neg_(), weights, spec.auxk_coefficient)
         loss += spec.auxk_coefficient * aux.loss
         parts += [aux.part] if aux.part else []
+    mark("decode")
     norm = _gradients(ops, sae, parts, aux.rows if aux else None, centred, pulls_b_pre)
+    mark("backward")
     finite = aux is None or aux.part is not None or aux.rows is not None
     return Pass(loss.item(), aux.loss if aux else None, finite, norm, x_hat, values, indices)
 

@@ -28,6 +28,7 @@ from trainer.optim import (
 from trainer.parallel import World
 from trainer.parallel_step import Share, parallel_pass
 from trainer.sae import Sae
+from trainer.spans import mark
 from trainer.update import fused_update
 
 LONGEST_DEAD_AFTER = 10_000_000
@@ -216,6 +217,8 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
         _require_finite("gradient norm", grad_norm, step)
         fused_update(sae, run.adam, run.ema, lr=lr, grad_norm=grad_norm, largest=spec.clip_norm)
 
+    mark("update")
+
     active = run.dead.active(found.values, found.indices)
     run.dead.update(run.world.data.largest(active), share.rows)
     counts.step += 1
@@ -258,8 +261,10 @@ def eager_pass(run: Run, x: Tensor, weights: Tensor, dead: Tensor) -> Pass:
     if spec.auxk_coefficient and len(dead):
         aux = losses.auxk_loss(sae, x, x - x_hat, weights, dead, run.recipe.k_aux)
         loss, auxk, finite = loss + spec.auxk_coefficient * aux.loss, aux.loss.item(), aux.finite
+    mark("forward")
     run.adam.zero_grad()
     loss.backward()
+    mark("backward")
     return Pass(loss.item(), auxk, finite, None, x_hat.detach(), values.detach(), indices)
 
 
