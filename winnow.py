@@ -8,6 +8,7 @@ from evaluator.heldout import measure_in_subject
 from harvester.cli import register as register_harvester
 from store.cli import register as register_store
 from trainer.cli import register as register_trainer
+from trainer.formats.cli import register as register_formats
 from winnow_jobs import register as register_jobs
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 register_harvester(app)
 register_trainer(app, after_train=measure_in_subject)
+register_formats(app)
 register_store(app)
 register_jobs(app)
 
