@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from evaluator import compute, downstream, reconstruction, stability
+from evaluator import ablation, compute, downstream, reconstruction, stability
 from evaluator.setting import Measured, Setting
 from schemas.base import canonical_json, sha256_hex
 from schemas.errors import ConfigError, MissingObject
@@ -25,6 +25,7 @@ MEASURES: dict[str, Callable[[Setting], Measured]] = {
     "reconstruction": reconstruction.measure,
     "downstream": downstream.measure,
     "stability": stability.measure,
+    "ablation": ablation.measure,
 }
 """Family -> what measures it; `compute` follows from `downstream`."""
 DEPENDS: dict[str, tuple[str, ...]] = {
@@ -32,6 +33,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "downstream": ("windows",),
     "compute": ("windows", "law"),
     "stability": ("against",),
+    "ablation": ("windows", "ablation_rows", "ablation_latents", "ablation_tokens"),
 }
 """Fields of `EvaluateSpec` that move a family's figures, beside the seed."""
 
