@@ -49,7 +49,7 @@ def held_out(group: str) -> bool:
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") < TEST_SHARE * 2**32
 
 
-def build_task(name: str, pool: list[Example]) -> pa.Table:
+def build_task(name: str, pool: list[Example]) -> Any:
     """A balanced task drawn from a pool: no text twice, no group on both sides, halves of each label.
 
     Raises:

@@ -129,7 +129,7 @@ def pooled(
     sequences = [ids[: setting.spec.probe_tokens] for ids in encoded]
     if any(not ids for ids in sequences):
         raise ConfigError("probe tasks", expected="texts of a token at least", got="one that has none")
-    sparse: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = [None] * len(sequences)  # pyright: ignore
+    sparse: dict[int, tuple[Any, Any, Any]] = {}
     for codes in sequence_codes(setting, sequences, label):
         on = codes.values > 0
         values, latents = codes.values[on].cpu().numpy(), codes.indices[on].cpu().numpy()
@@ -138,9 +138,9 @@ def pooled(
         np.add.at(total, inverse, values)
         np.maximum.at(top, inverse, values)
         sparse[codes.number] = (own, total / len(codes.values), top)
-    latents = np.unique(np.concatenate([own for own, _, _ in sparse]))
+    latents = np.unique(np.concatenate([own for own, _, _ in sparse.values()]))
     out = {pool: np.zeros((len(texts), len(latents)), np.float32) for pool in POOLS}
-    for line, (own, mean, top) in enumerate(sparse):
+    for line, (own, mean, top) in sparse.items():
         at = np.searchsorted(latents, own)
         out["mean"][line, at], out["max"][line, at] = mean, top
     return out, latents

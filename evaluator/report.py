@@ -127,7 +127,9 @@ def evaluate(setting: Setting, *, out: str | None = None, again: bool = False) -
     if earlier is not None and _same(earlier, result):
         kept = dict(earlier.families)
     # all digests before the first measurement: making them also says what is missing
-    digests = {family: settings_digest(setting, family) for family in chosen_families(setting)}
+    digests: dict[Family, str] = {
+        family: settings_digest(setting, family) for family in chosen_families(setting)
+    }
     for family, digest in digests.items():
         if not again and family in kept and kept[family].settings_sha256 == digest:
             say(f"{family}: kept from {kept[family].finished}")
