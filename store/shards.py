@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import google_crc32c
 import numpy as np
-from numcodecs import zstd
+from numcodecs import zstd  # pyright: ignore
 from numpy.typing import NDArray
 
 from schemas.errors import IntegrityError, NonFiniteError
