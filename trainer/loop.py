@@ -18,7 +18,7 @@ from trainer.device import cpu_threads, resolve_device, stop_on_signals, torch_s
 from trainer.parallel import Launch, check_mesh, open_world
 from trainer.publish import Summary, finished_summary, publish, put_summary
 from trainer.sae import Sae
-from trainer.start import begin, identity_of, plan_order, resolve_recipe, stand, stream_state
+from trainer.start import begin, identity_of, plan_order, resolve_recipe, rows_of, stand, stream_state
 from trainer.step import Run, StepReport, train_step
 from trainer.telemetry import Record, Telemetry
 
@@ -110,14 +110,14 @@ def take_steps(
 
     def checkpoint() -> float:
         telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
-        state = stream_state(dataset, order, spec.hook, counts.step)
+        state = stream_state(dataset, order, spec.read_hooks, counts.step)
         save_checkpoint(out, run, identity=identity, stream=state, threads=cpu_threads(spec))
         if follower is not None:
             follower.at(counts.step)
         return time.monotonic()
 
     stream = dataset.stream(
-        [spec.hook],
+        spec.read_hooks,
         split="train",
         batch_rows=spec.batch_rows,
         seed=spec.seed,
@@ -141,7 +141,9 @@ def take_steps(
             with world.together():  # data that one rank cannot read stops all of them
                 batch = next(batches)
             counts.seconds_waiting += time.monotonic() - asked
-            report = train_step(run, batch.rows[spec.hook].to(run.device), batch.weights.to(run.device))
+            rows, target = rows_of(batch, spec)
+            wanted = () if target is None else (target.to(run.device),)
+            report = train_step(run, rows.to(run.device), batch.weights.to(run.device), *wanted)
             now = time.monotonic()
             counts.seconds, mark = counts.seconds + now - mark, now
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 import torch
+from torch import Tensor
 
 from schemas.errors import ConfigError
 from schemas.training import SaeIdentity, StreamState, TrainSpec
@@ -26,9 +27,11 @@ from trainer.telemetry import Telemetry
 def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
     """Which row comes when; ConfigError where hook, batch, lanes or groups do not fit the dataset."""
     plan = dataset.plan
-    plan.d_model(spec.hook)
+    for hook in spec.read_hooks:
+        plan.d_model(hook)
+    unit_bytes = sum(plan.shard_bytes(hook) for hook in spec.read_hooks)
     units = spec.group_units or group_units_for(
-        spec.group_bytes, unit_bytes=plan.shard_bytes(spec.hook), units=len(plan.split_units("train"))
+        spec.group_bytes, unit_bytes=unit_bytes, units=len(plan.split_units("train"))
     )
     return LaneOrder.for_plan(
         plan, batch_rows=spec.batch_rows, seed=spec.seed, lanes=spec.lanes, group_units=units
@@ -37,7 +40,8 @@ def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
 
 def resolve_recipe(spec: TrainSpec, dataset: ActivationStore, order: LaneOrder) -> Recipe:
     """The spec with its open fields filled; ConfigError where it and the dataset disagree."""
-    recipe = Recipe.resolve(spec, dataset.plan.d_model(spec.hook), order.steps_per_epoch)
+    d_model = sum(dataset.plan.d_model(hook) for hook in spec.input_hooks)
+    recipe = Recipe.resolve(spec, d_model, order.steps_per_epoch)
     if recipe.steps < 1:
         least = f"at least {1 / order.steps_per_epoch:.3g}, which is one step"
         raise ConfigError("epochs", expected=least, got=spec.epochs)
@@ -56,9 +60,18 @@ def identity_of(dataset: ActivationStore) -> SaeIdentity:
     )
 
 
-def stream_state(dataset: ActivationStore, order: LaneOrder, hook: str, step: int) -> StreamState:
+def stream_state(
+    dataset: ActivationStore, order: LaneOrder, hooks: tuple[str, ...], step: int
+) -> StreamState:
     """Where the stream stands before a step."""
-    return order.state(dataset.plan.fingerprint, "train", (hook,), step)
+    return order.state(dataset.plan.fingerprint, "train", hooks, step)
+
+
+def rows_of(batch: Batch, spec: TrainSpec) -> tuple[Tensor, Tensor | None]:
+    """A batch's raw input rows [B, D], those of several hooks joined, and a transcoder's target rows."""
+    inputs = [batch.rows[hook] for hook in spec.input_hooks]
+    rows = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
+    return rows, batch.rows[spec.target_hook] if spec.target_hook else None
 
 
 def stand(
@@ -90,7 +103,7 @@ def stand(
         return run, Telemetry(out), True
     index, tensors = found
     require_same_run(index.spec, index.identity, spec, identity)
-    now = stream_state(dataset, order, spec.hook, index.step)
+    now = stream_state(dataset, order, spec.read_hooks, index.step)
     if index.stream != now:
         raise ConfigError("the order of the rows has changed", expected=index.stream, got=now)
     unpack(run, tensors)
@@ -112,7 +125,9 @@ def begin(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
     """
     spec = run.recipe.spec
     drawn = list(islice(batches, min(-(-spec.sample_rows // spec.batch_rows), run.recipe.steps)))
-    rows = torch.cat([batch.rows[spec.hook] for batch in drawn])[: spec.sample_rows]
-    weights = torch.cat([batch.weights for batch in drawn])[: spec.sample_rows]
-    run.loss_constant = initialise(run.sae, rows.to(run.device), weights.to(run.device), spec.seed)
+    rows, targets = zip(*(rows_of(batch, spec) for batch in drawn), strict=True)
+    rows, weights = torch.cat(rows), torch.cat([batch.weights for batch in drawn])
+    sample, weights = (part[: spec.sample_rows].to(run.device) for part in (rows, weights))
+    target = torch.cat(targets)[: spec.sample_rows].to(run.device) if spec.target_hook else None
+    run.loss_constant = initialise(run.sae, sample, weights, spec.seed, target)
     return chain(drawn, batches)
