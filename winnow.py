@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from evaluator.cli import register as register_evaluator
 from evaluator.heldout import measure_in_subject
+from explorer.cli import register as register_explorer
 from harvester.cli import register as register_harvester
 from store.cli import register as register_store
 from trainer.cli import register as register_trainer
@@ -21,7 +23,9 @@ app = typer.Typer(
 )
 register_harvester(app)
 register_trainer(app, after_train=measure_in_subject)
+register_evaluator(app)
 register_store(app)
+register_explorer(app)
 register_jobs(app)
 
 

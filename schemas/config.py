@@ -6,6 +6,7 @@ from pydantic import Field
 
 from schemas.base import Contract
 from schemas.corpus import CorpusSpec
+from schemas.evaluation import EvaluateSpec
 from schemas.harvest import HarvestSpec, PlanSpec
 from schemas.subject import SubjectSpec
 from schemas.training import TrainSpec
@@ -41,7 +42,7 @@ class PricesSpec(Contract):
 
 
 class Config(Contract):
-    """`winnow plan|harvest|train CONFIG`. Stages read their own sections."""
+    """`winnow plan|harvest|train|evaluate CONFIG`. Stages read their own sections."""
 
     root: str = Field(min_length=1)
     """The dataset: a local folder or a URI (`file://`, `s3://bucket/prefix`)."""
@@ -59,3 +60,5 @@ class Config(Contract):
     """harvest: prices for `--forecast`; null prints no money."""
     train: TrainSpec | None = None
     """train: the SAE."""
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """evaluate: sample sizes and what optional families need."""

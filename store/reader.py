@@ -6,7 +6,7 @@ Letters: D d_model, T context length, W windows in a unit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -373,6 +373,7 @@ class ActivationStore:
         epochs: int | None = None,
         steps: int | None = None,
         prefetch: int = 8,
+        dtype: Literal["float32", "stored"] = "float32",
     ) -> Stream:
         """Batches in lane order, read ahead in the background.
 
@@ -392,6 +393,8 @@ class ActivationStore:
             epochs: Stop after this many epochs counted from step 0; None never stops.
             steps: Stop before this step, counted from step 0; None never stops.
             prefetch: Range requests in flight.
+            dtype: Of the batches' rows: `float32`, or `stored`, as the plan keeps them (bfloat16 mostly),
+                which is half the bytes to carry to a GPU that widens them there.
 
         Returns:
             An iterator of `store.torch_stream.Batch` that is also a context manager.
@@ -424,6 +427,7 @@ class ActivationStore:
                 start_step=start_step,
                 stop_step=steps,
                 requests=prefetch,
+                dtype=dtype,
                 widen=widen,
                 arrivals=self.arrivals,
             )
