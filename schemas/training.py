@@ -29,6 +29,9 @@ class SaeParts(Contract):
     """Widths of a crosscoder's hooks, whose rows are joined in this order; empty for a single hook."""
     matryoshka: tuple[int, ...] = ()
     """Sizes of the prefixes of latents that were trained to reconstruct on their own; N is always one."""
+    layer_epsilon: float = Field(default=0.0, ge=0)
+    """`layer` divides a row by (std + layer_epsilon) sqrt(D - 1), std being its unbiased standard deviation,
+    and restores it with std sqrt(D - 1). 0 in Winnow's own SAEs, 1e-5 in those from OpenAI and SAELens."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

@@ -187,7 +187,21 @@ class ActivationStore:
             index = ReceiptIndex(plan)
             return cls(store, plan, None, index, Arrivals(store, plan, index, timeout_seconds))
         manifest = load_manifest(store, plan)
-        return cls(store, plan, manifest, load_index(store, plan, manifest))
+        opened = cls(store, plan, manifest, load_index(store, plan, manifest))
+        opened._check_tokens()
+        return opened
+
+    def _check_tokens(self) -> None:
+        """Refuse receipts of other tokens than were planned."""
+        self._digests = load_token_digests(self.store, self.plan)
+        other = np.flatnonzero(np.any(self.index.token_sha256 != self._digests, axis=1))
+        if other.size:
+            raise IntegrityError(
+                f"{self.store.uri}: the receipt of unit {int(other[0])} is for other tokens "
+                "than were planned",
+                expected=f"sha256 {self._digests[other[0]].tobytes().hex()}",
+                got=self.index.token_sha256[other[0]].tobytes().hex(),
+            )
 
     @property
     def manifest(self) -> HarvestManifest:

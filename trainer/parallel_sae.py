@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemas.training import Normalize
-from store.objects import Data, ObjectStore
+from store.objects import Data, ObjectStore, Pieces
 from trainer.parallel import World
 from trainer.parallel_topk import count_kept, keep
 from trainer.sae import Sae
@@ -84,7 +84,7 @@ class Witness(ObjectStore):
     def __init__(self, store: ObjectStore) -> None:
         self._store, self.uri = store, store.uri
 
-    def put_new(self, key: str, data: Data) -> bool:
+    def put_new(self, key: str, data: Data | Pieces) -> bool:  # noqa: ARG002
         """Nothing."""
         del key, data
         return True
