@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from schemas.base import Contract
 from schemas.corpus import CorpusSpec
+from schemas.evaluation import EvaluateSpec
 from schemas.harvest import HarvestSpec, PlanSpec
 from schemas.subject import SubjectSpec
 from schemas.training import TrainSpec
@@ -38,10 +41,22 @@ class PricesSpec(Contract):
     """1,000 reading requests."""
     actor_hour: float = Field(default=0.0, ge=0)
     """One actor's share of a machine, with its GPUs, for an hour."""
+    trainer_hour: float = Field(default=0.0, ge=0)
+    """One training process with its GPU, or its share of a machine, for an hour."""
+
+
+class SweepSpec(Contract):
+    """`winnow sweep`: the section `train`, once for every combination of the grid."""
+
+    out: str = Field(min_length=1)
+    """Folder or URI that holds the SAEs' folders, named by their values: `<out>/latents-512_k-8`."""
+    grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
+    """Fields of `train` and their values: `{latents: [512, 1024], k: [8, 16]}`. Combinations with k above
+    latents are left out. A grid over `seed` keeps `order_seed`, so that one read serves all."""
 
 
 class Config(Contract):
-    """`winnow plan|harvest|train CONFIG`. Stages read their own sections."""
+    """`winnow plan|harvest|train|evaluate CONFIG`. Stages read their own sections."""
 
     root: str = Field(min_length=1)
     """The dataset: a local folder or a URI (`file://`, `s3://bucket/prefix`)."""
@@ -56,6 +71,10 @@ class Config(Contract):
     storage: StorageSpec = StorageSpec()
     """All stages."""
     prices: PricesSpec | None = None
-    """harvest: prices for `--forecast`; null prints no money."""
+    """Prices for `harvest --forecast`, `estimate` and `runs`; null prints no money."""
     train: TrainSpec | None = None
-    """train: the SAE."""
+    """train, sweep: the SAE."""
+    sweep: SweepSpec | None = None
+    """sweep: the grid."""
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """evaluate: sample sizes and what optional families need."""
