@@ -1,0 +1,239 @@
+"""`winnow index`, `winnow explore` and `winnow export-features`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from explorer.index import Indexer, open_index_store
+from explorer.subjects import LazySubject
+from explorer.table import FeatureTable
+from schemas.base import validate
+from schemas.config import StorageSpec
+from schemas.errors import ConfigError, StoreError
+from schemas.features import FeatureIndex, IndexSpec
+from schemas.subject import SubjectSpec
+from store import ActivationStore
+from store.console import Progress, emit, guard, load_config, print_table, say
+from trainer.sae import Sae
+
+if TYPE_CHECKING:
+    from explorer.api import Desk
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TOKEN_VARIABLE = "WINNOW_EXPLORER_TOKEN"
+"""Environment variable with the token to ask for; a new one is made where it is not set."""
+
+SaeUri = Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI of a published SAE")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="YAML file with `root` and, if wanted, `subject` and `storage`"
+    ),
+]
+Root = Annotated[
+    str | None, typer.Option("--root", metavar="ROOT", help="The dataset, a folder or URI; over the config's")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
+
+
+class Place(NamedTuple):
+    """Where the dataset and the subject are, as the options say."""
+
+    root: str | None
+    subject: SubjectSpec | None
+    storage: StorageSpec
+
+    @classmethod
+    def of(cls, config: Path | None, root: str | None) -> Place:
+        """Read the config, if there is one."""
+        if config is None:
+            return cls(root, None, StorageSpec())
+        settings = load_config(config, [f"root={root}"] if root else [])
+        return cls(settings.root, settings.subject, settings.storage)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the explorer's commands to `app`."""
+    app.command("index")(index_command)
+    app.command("explore")(explore_command)
+
+
+def default_index(sae: str) -> str:
+    """Where the index of an SAE lies unless somebody says otherwise."""
+    return sae.rstrip("/") + "/features"
+
+
+def index_command(
+    sae: SaeUri,
+    config: ConfigFile = None,
+    root: Root = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="Where the index goes; default SAE/features")
+    ] = None,
+    scratch: Annotated[
+        str | None,
+        typer.Option(
+            "--scratch", metavar="DIR", help="Local folder for codes while it is made; default OUT/scratch"
+        ),
+    ] = None,
+    units: Annotated[
+        int | None, typer.Option(help="Read this many units of the dataset; default all")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Best windows kept a latent")] = 16,
+    logits: Annotated[
+        int, typer.Option(help="Promoted and suppressed tokens kept a latent; 0 does without the subject")
+    ] = 12,
+    neighbours: Annotated[
+        int, typer.Option(help="Nearest latents kept, by cosine and by co-activation")
+    ] = 12,
+    as_json: AsJson = False,
+) -> None:
+    """Index an SAE's latents: best windows, random windows, histograms, logits, neighbours.
+
+    Encodes the dataset's stored activations once; the subject model is loaded for its unembedding only.
+    Memory stays flat however many latents or rows there are. Interrupt it whenever you like: the same
+    command goes on where it stopped, and a finished index is only shown again.
+
+    Example: `winnow index runs/quickstart --config configs/quickstart.yaml`
+    """
+    with guard():
+        spec = validate(
+            IndexSpec,
+            {"units": units, "top": top, "logits": logits, "neighbours": neighbours},
+            origin="the options",
+        )
+        place = Place.of(config, root)
+        meta = build_index(sae, place, out or default_index(sae), scratch, spec)
+        emit(meta.model_dump(mode="json"), as_json, lambda: _show(meta, out or default_index(sae)))
+
+
+def build_index(sae_uri: str, place: Place, out: str, scratch: str | None, spec: IndexSpec) -> FeatureIndex:
+    """What `winnow index` does, with progress on stderr."""
+    if place.root is None:
+        raise ConfigError("the dataset", expected="--root ROOT or --config FILE", got="neither")
+    dataset = ActivationStore.open(place.root, place.storage)
+    subject = LazySubject(place.subject, dataset.plan.subject)
+    sae = Sae.load(sae_uri, device=subject.device, storage=place.storage)
+    store, folder = open_index_store(out, scratch, place.storage)
+    indexer = Indexer(
+        dataset,
+        place.root,
+        sae,
+        store,
+        folder,
+        spec,
+        subject.whole() if spec.logits else None,
+        subject.tokenizer,
+    )
+    with ExitStack() as stack:
+        bars: dict[str, Progress] = {}
+
+        def progress(step: str, done: int, total: int) -> None:
+            if step not in bars:
+                stack.pop_all().close()
+                bars[step] = stack.enter_context(Progress(f"index, {step}", total, step))
+            bars[step].update(done)
+
+        return indexer.run(progress)
+
+
+def _show(meta: FeatureIndex, out: str) -> None:
+    print_table(
+        f"index of {meta.hook} → {out}",
+        [
+            ("latents", f"{meta.latents:,}"),
+            ("windows read", f"{meta.windows:,}"),
+            ("rows read", f"{meta.rows:,}"),
+            ("made", meta.created),
+        ],
+    )
+
+
+def explore_command(
+    saes: Annotated[
+        list[str],
+        typer.Argument(metavar="SAE...", help="Published SAEs that are indexed; two can be compared"),
+    ],
+    config: ConfigFile = None,
+    root: Root = None,
+    index: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--index", metavar="DIR", help="Where an SAE's index is, in the SAEs' order; default SAE/features"
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free")] = 8517,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Where to listen. Beyond loopback a token is asked for; it is printed at the start"
+        ),
+    ] = "127.0.0.1",
+    seats: Annotated[
+        int, typer.Option(min=1, help="Requests at the model at once, waiting ones included")
+    ] = 8,
+) -> None:
+    """Look at SAEs in the browser: what each latent fires on, what it promotes, what it does to the text.
+
+    Serves on this machine only, and needs no network. The subject model is loaded when something first asks
+    for it (a text, a steered generation, an ablation).
+
+    Example: `winnow explore runs/quickstart --config configs/quickstart.yaml`
+    """
+    with guard():
+        from explorer.serve import listen, make_app, serve
+
+        place = Place.of(config, root)
+        desk = open_desk(saes, index, place, seats)
+        token = None if host in LOOPBACK else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+        listener = listen(host, port)
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listener.getsockname()[1]}/"
+        say(f"explorer: {address}{f'?token={token}' if token else ''}  (Ctrl-C ends it)")
+        with listener:
+            serve(make_app(desk, token), listener)
+
+
+def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int) -> Desk:
+    """What a server of these SAEs shows.
+
+    Raises:
+        ConfigError: An SAE is not indexed, or they belong to different subjects.
+    """
+    from explorer.api import Desk
+    from explorer.exhibit import Exhibit
+    from explorer.lane import Lane
+
+    where = [*(index or []), *(default_index(sae) for sae in saes[len(index or []) :])]
+    exhibits: list[Exhibit] = []
+    for sae, folder in zip(saes, where, strict=True):
+        table = FeatureTable.open(folder, place.storage)
+        exhibits.append(Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage))
+    subjects = {exhibit.table.meta.subject.weights_sha256 for exhibit in exhibits}
+    if len(subjects) > 1:
+        raise ConfigError("the SAEs", expected="of one subject model", got=f"{len(subjects)} subjects")
+    meta = exhibits[0].table.meta
+    root = place.root or meta.root
+
+    @cache
+    def dataset() -> ActivationStore:
+        found = ActivationStore.open(root, place.storage)
+        if found.plan.fingerprint != meta.plan_fingerprint:
+            raise ConfigError(
+                f"the dataset at {root}", expected=meta.plan_fingerprint, got=found.plan.fingerprint
+            )
+        return found
+
+    try:
+        dataset()
+    except (StoreError, ConfigError) as error:
+        say(f"explorer: the dataset is not at hand, so ablations take pasted text only ({error})")
+        return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats))
+    return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats), dataset)
