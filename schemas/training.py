@@ -137,7 +137,9 @@ class TrainSpec(Contract):
     sample_rows: int = Field(default=8192, gt=0)
     """Rows of the initial sample: geometric median, loss constants, encoder scale."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Weights and the stream's order."""
+    """Weights, and the stream's order where `order_seed` is null."""
+    order_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """The stream's order. SAEs that differ in `seed` alone share one read of the store if this is set."""
     follow: bool = False
     """Train while the dataset is harvested: wait for each group of units, and see the same batches."""
     follow_seconds: float = Field(default=600.0, gt=0)
@@ -157,6 +159,11 @@ class TrainSpec(Contract):
     """Newest checkpoints kept."""
     log_every_steps: int = Field(default=10, gt=0)
     """Steps between telemetry lines."""
+
+    @property
+    def stream_seed(self) -> int:
+        """Key of the stream's order."""
+        return self.seed if self.order_seed is None else self.order_seed
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -200,6 +207,11 @@ class TrainSpec(Contract):
     def groups(self) -> int:
         """`selection_groups`, resolved."""
         return self.selection_groups if self.selection_groups is not None else min(8, self.lanes)
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Latents of each prefix that reconstructs on its own; the last is N."""
+        return (*(size for size in self.matryoshka if size < self.latents), self.latents)
 
     @property
     def input_hooks(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from trainer.kernels.segment_grad import Segments, segments_of
 from trainer.kernels.step_ops import Dead, StepOps, step_ops
 from trainer.losses import mean_row
 from trainer.sae import PARAMETERS, Sae
+from trainer.spans import mark
 
 DENSE_AUX = 12
 """AuxK works on dense [B, M] up to this many dead latents for each one kept: a gathered multiplication
@@ -47,6 +48,8 @@ class Pass(NamedTuple):
     x_hat: Tensor
     values: Tensor
     indices: Tensor
+    second_rounds: int = 0
+    """On a mesh: rows whose top-k took a second round over the shards."""
 
 
 class _Part(NamedTuple):
@@ -105,6 +108,7 @@ def fused_pass(
         wanted = Dead(dead, k, dense=len(dead) <= DENSE_AUX * k)
     k_wide = min(4 * sae.k, sae.latents) if spec.multi_topk else sae.k
     wide, indices_wide, z_dead = ops.encode(centred, W_enc, b_enc, k_wide, wanted)
+    mark("encode")
     wide.relu_()
     values, indices = wide[:, : sae.k].contiguous(), indices_wide[:, : sae.k].contiguous()
 
@@ -124,7 +128,9 @@ def fused_pass(
         aux = _auxk(ops, W_dec, wanted, z_dead, centred, error.neg_(), weights, spec.auxk_coefficient)
         loss += spec.auxk_coefficient * aux.loss
         parts += [aux.part] if aux.part else []
+    mark("decode")
     norm = _gradients(ops, sae, parts, aux.rows if aux else None, centred, pulls_b_pre)
+    mark("backward")
     finite = aux is None or aux.part is not None or aux.rows is not None
     return Pass(loss.item(), aux.loss if aux else None, finite, norm, x_hat, values, indices)
 
@@ -186,7 +192,7 @@ def _gradients(
     ops: StepOps, sae: Sae, parts: list[_Part], dead: _DeadRows | None, centred: Tensor, pulls_b_pre: Tensor
 ) -> float:
     """Fill every `.grad`, the decoder's projected, and give their joint norm."""
-    W_enc, b_enc, W_dec, b_pre = (_gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
+    W_enc, b_enc, W_dec, b_pre = (gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
     sorted_parts: list[tuple[Segments, Tensor, Tensor, Tensor]] = []
     b_enc.zero_()
     for part in parts:
@@ -226,7 +232,8 @@ def _sum(tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def _gradient_buffer(parameter: Tensor) -> Tensor:
+def gradient_buffer(parameter: Tensor) -> Tensor:
+    """The parameter's `.grad`, which lives from step to step."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
