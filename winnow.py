@@ -10,6 +10,7 @@ from explorer.cli import register as register_explorer
 from harvester.cli import register as register_harvester
 from store.cli import register as register_store
 from trainer.cli import register as register_trainer
+from trainer.formats.cli import register as register_formats
 from winnow_jobs import register as register_jobs
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 register_harvester(app)
 register_trainer(app, after_train=measure_in_subject)
+register_formats(app)
 register_evaluator(app)
 register_store(app)
 register_explorer(app)

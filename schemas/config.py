@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from schemas.base import Contract
@@ -22,6 +24,10 @@ class StorageSpec(Contract):
     single_writer: bool = False
     """Accept a store that ignores if-none-match, since nobody else writes to this root: existing objects
     are looked for instead, and a harvest makes its units in its own process."""
+    cache_folder: str | None = None
+    """Local folder that keeps what is read of a remote dataset, for later epochs and runs; null: none."""
+    cache_bytes: int = Field(default=64 * 2**30, gt=0)
+    """Most bytes that folder may hold, all datasets together."""
 
 
 class PricesSpec(Contract):
@@ -39,6 +45,18 @@ class PricesSpec(Contract):
     """1,000 reading requests."""
     actor_hour: float = Field(default=0.0, ge=0)
     """One actor's share of a machine, with its GPUs, for an hour."""
+    trainer_hour: float = Field(default=0.0, ge=0)
+    """One training process with its GPU, or its share of a machine, for an hour."""
+
+
+class SweepSpec(Contract):
+    """`winnow sweep`: the section `train`, once for every combination of the grid."""
+
+    out: str = Field(min_length=1)
+    """Folder or URI that holds the SAEs' folders, named by their values: `<out>/latents-512_k-8`."""
+    grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
+    """Fields of `train` and their values: `{latents: [512, 1024], k: [8, 16]}`. Combinations with k above
+    latents are left out. A grid over `seed` keeps `order_seed`, so that one read serves all."""
 
 
 class Config(Contract):
@@ -57,8 +75,10 @@ class Config(Contract):
     storage: StorageSpec = StorageSpec()
     """All stages."""
     prices: PricesSpec | None = None
-    """harvest: prices for `--forecast`; null prints no money."""
+    """Prices for `harvest --forecast`, `estimate` and `runs`; null prints no money."""
     train: TrainSpec | None = None
-    """train: the SAE."""
+    """train, sweep: the SAE."""
+    sweep: SweepSpec | None = None
+    """sweep: the grid."""
     evaluate: EvaluateSpec = EvaluateSpec()
     """evaluate: sample sizes and what optional families need."""

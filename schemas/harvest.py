@@ -28,6 +28,7 @@ MAX_SHARD_BYTES = 1 << 31
 MAX_TOKENS_PER_UNIT = 1 << 28
 """Their chunk is read whole."""
 Dtype = Literal["bfloat16", "float16", "float32"]
+Compress = Literal["none", "zstd"]
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 
@@ -53,8 +54,8 @@ class PlanSpec(Contract):
     """`window` starts every window with the BOS token; `none` never adds one."""
     dtype: Dtype = "bfloat16"
     """How activations are stored."""
-    compress: Literal["none"] = "none"
-    """Shard compression."""
+    compress: Compress = "none"
+    """Codec of each slice: `zstd` saves some bytes and costs time (docs/data.md has the figures)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of the window order, the rows' order inside units and the held-out choice."""
     sink_multiple: float = Field(default=10.0, gt=1)
@@ -79,8 +80,10 @@ class PlanSpec(Contract):
 class HarvestSpec(Contract):
     """How the harvest runs; nothing here changes which rows come out, only their float noise."""
 
-    batch_windows: int = Field(default=8, gt=0)
-    """Windows in one forward pass."""
+    batch_windows: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    """Windows in one forward pass, halved where memory runs out. `auto` measures what is fastest, once for
+    a root and a kind of device; the number decides the rows' last bits, so give it to get equal digests of
+    two roots."""
     actors: int = Field(default=1, gt=0)
     """Ray actors, one copy of the truncated LM each."""
     threads_per_actor: int = Field(default=0, ge=0)
@@ -120,7 +123,7 @@ class CorpusFacts(Contract):
 class Execution(Contract):
     """Plan fields outside the fingerprint: they only move float noise, and receipts record them."""
 
-    batch_windows: int
+    batch_windows: int | Literal["auto"]
     threads_per_actor: int
     code_version: str
     """Winnow's version at planning time."""
@@ -212,7 +215,10 @@ class HarvestPlan(Artefact):
         return splits[split]
 
     def shard_bytes(self, hook: str) -> int:
-        """Size of one uncompressed shard of `hook`, index and checksums included, in bytes."""
+        """Size of one uncompressed shard of `hook`, index and checksums included, in bytes.
+
+        A compressed one is smaller, mostly; its receipt says by how much.
+        """
         payload = self.rows_per_unit * self.d_model(hook) * DTYPE_BYTES[self.spec.dtype]
         return payload + SLICES * 4 + SLICES * 16 + 4
 
@@ -234,7 +240,11 @@ class ShardRecord(Contract):
     bytes: int = Field(ge=0)
     sha256: Sha256
     slice_crc32c: tuple[Crc32c, ...] = Field(min_length=SLICES, max_length=SLICES)
-    """crc32c of each slice's payload, in slice order."""
+    """crc32c of each slice's payload as stored, in slice order."""
+    slice_lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(), max_length=SLICES, exclude_if=lambda lengths: not lengths
+    )
+    """Bytes of each slice's payload as stored, where the plan compresses; empty and left out otherwise."""
     sum_squares: float = Field(ge=0, allow_inf_nan=False)
     """Over all rows, in the stored values."""
     largest_norm: float = Field(ge=0, allow_inf_nan=False)
@@ -316,6 +326,20 @@ class HarvestManifest(Artefact):
     """UTC time, ISO 8601."""
 
 
+class BatchRecord(Artefact):
+    """`batches/<device>.json`: the windows in a pass that one kind of device harvests this root with.
+
+    `batches/<device>/<windows>.json` says that memory ran out since, and how many windows are left.
+    Create-only.
+    """
+
+    kind: Literal["winnow.batch"] = "winnow.batch"
+    plan_fingerprint: Sha256
+    batch_windows: int = Field(gt=0)
+    tokens_per_s: dict[int, float] = {}
+    """Size -> what was measured; empty where memory ran out."""
+
+
 class TokenAccount(Contract):
     """Where every token of the corpus went: `corpus + bos_added` is the sum of the four below it."""
 
@@ -360,6 +384,8 @@ class LedgerRun(Contract):
     """Seconds the LM stood still for storage (tokens to come, units to be committed), over actors."""
     failures: int = Field(default=0, ge=0)
     """Unit attempts that failed and were tried again."""
+    batch_windows: int | None = None
+    """Windows in a pass of the LM for the unit that was committed last."""
 
 
 class HarvestLedger(Artefact):

@@ -29,6 +29,9 @@ class SaeParts(Contract):
     """Widths of a crosscoder's hooks, whose rows are joined in this order; empty for a single hook."""
     matryoshka: tuple[int, ...] = ()
     """Sizes of the prefixes of latents that were trained to reconstruct on their own; N is always one."""
+    layer_epsilon: float = Field(default=0.0, ge=0)
+    """`layer` divides a row by (std + layer_epsilon) sqrt(D - 1), std being its unbiased standard deviation,
+    and restores it with std sqrt(D - 1). 0 in Winnow's own SAEs, 1e-5 in those from OpenAI and SAELens."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -134,7 +137,9 @@ class TrainSpec(Contract):
     sample_rows: int = Field(default=8192, gt=0)
     """Rows of the initial sample: geometric median, loss constants, encoder scale."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Weights and the stream's order."""
+    """Weights, and the stream's order where `order_seed` is null."""
+    order_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """The stream's order. SAEs that differ in `seed` alone share one read of the store if this is set."""
     follow: bool = False
     """Train while the dataset is harvested: wait for each group of units, and see the same batches."""
     follow_seconds: float = Field(default=600.0, gt=0)
@@ -154,6 +159,11 @@ class TrainSpec(Contract):
     """Newest checkpoints kept."""
     log_every_steps: int = Field(default=10, gt=0)
     """Steps between telemetry lines."""
+
+    @property
+    def stream_seed(self) -> int:
+        """Key of the stream's order."""
+        return self.seed if self.order_seed is None else self.order_seed
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

@@ -6,6 +6,7 @@ Letters: D d_model, P rows in a slice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 
 from schemas.errors import IntegrityError, MissingObject
 from schemas.harvest import HarvestPlan
+from store.cache import SliceCache
 from store.index import ReceiptIndex
-from store.layout import ring_key, shard_key, slice_bytes, slice_range
+from store.layout import ring_key, shard_key
 from store.objects import ObjectStore
-from store.shards import check_slice
+from store.shards import INDEX_BYTES, check_slice, unpack
 
 REFETCHES = 2
 """A slice that fails its check is fetched this many times more before it counts as rotten."""
@@ -31,6 +33,7 @@ def fetch_slices(
     first: int,
     stop: int,
     place: Callable[[int], NDArray[Any]],
+    cache: SliceCache | None = None,
 ) -> int:
     """Read neighbouring slices of a shard into place, each checked against the unit's receipt.
 
@@ -43,6 +46,7 @@ def fetch_slices(
         first: The first slice.
         stop: One past the last slice.
         place: A slice's number -> where its rows go: contiguous [P, D] in the dtype on disk.
+        cache: Looked into first, and given what storage gave.
 
     Returns:
         Bytes read from storage.
@@ -53,22 +57,60 @@ def fetch_slices(
             in place then is worthless.
     """
     crcs: list[int] = index.hooks[hook].crc32c[unit].tolist()
+    starts: list[int] = index.starts(hook, unit).tolist()
     beside = np.empty(4, np.uint8)
-    payloads = [place(number).reshape(-1).view(np.uint8) for number in range(first, stop)]
-    received = (stop - first) * slice_bytes(plan, hook)
-    reads = _read(store, plan, hook, unit, first, stop, [(payload, beside) for payload in payloads])
-    for number, payload, _ in zip(range(first, stop), payloads, reads, strict=True):
-        for left in range(REFETCHES, -1, -1):
-            stored = int.from_bytes(beside.tobytes(), "little")
-            try:
-                check_slice(payload, stored, crcs[number], unit=unit, hook=hook, number=number)
-                break
-            except IntegrityError:
-                if not left:
-                    raise
-            for _ in _read(store, plan, hook, unit, number, number + 1, [(payload, beside)]):
-                received += slice_bytes(plan, hook)
+    places = [place(number).reshape(-1).view(np.uint8) for number in range(first, stop)]
+    packed = plan.spec.compress != "none"
+    payloads = places
+    if packed:  # a slice is checked and unpacked before the next one takes its place
+        sizes = [starts[number + 1] - starts[number] - 4 for number in range(first, stop)]
+        space = np.empty(max(sizes), np.uint8)
+        payloads = [space[:size] for size in sizes]
+
+    def settle(number: int) -> None:
+        payload, stored = payloads[number - first], int.from_bytes(beside.tobytes(), "little")
+        check_slice(payload, stored, crcs[number], unit=unit, hook=hook, number=number)
+        if packed:
+            unpack(payload, places[number - first], unit=unit, hook=hook, number=number)
+
+    def name(number: int) -> str:
+        return SliceCache.name(hook, unit, number, crcs[number], payloads[number - first].size)
+
+    def cached(number: int) -> bool:
+        if cache is None or not cache.read(name(number), payloads[number - first], beside):
+            return False
+        try:
+            settle(number)
+        except IntegrityError:
+            cache.drop(name(number))
+            return False
+        return True
+
+    received = 0
+    for begin, end in _runs([number for number in range(first, stop) if not cached(number)]):
+        parts = [(payload, beside) for payload in payloads[begin - first : end - first]]
+        received += starts[end] - starts[begin]
+        reads = _read(store, hook, unit, begin, end, starts, parts)
+        for number, part, _ in zip(range(begin, end), parts, reads, strict=True):
+            for left in range(REFETCHES, -1, -1):
+                try:
+                    settle(number)
+                    break
+                except IntegrityError:
+                    if not left:
+                        raise
+                for _ in _read(store, hook, unit, number, number + 1, starts, [part]):
+                    received += starts[number + 1] - starts[number]
+            if cache is not None:
+                cache.keep(name(number), *part)
     return received
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as runs [first, stop) of neighbours."""
+    edges = [place for place in range(1, len(numbers)) if numbers[place] != numbers[place - 1] + 1]
+    for first, stop in pairwise([0, *edges, len(numbers)] if numbers else [0]):
+        yield numbers[first], numbers[stop - 1] + 1
 
 
 def describe(hook: str, unit: int, first: int, stop: int) -> str:
@@ -79,18 +121,18 @@ def describe(hook: str, unit: int, first: int, stop: int) -> str:
 
 def _read(
     store: ObjectStore,
-    plan: HarvestPlan,
     hook: str,
     unit: int,
     first: int,
     stop: int,
+    starts: Sequence[int],
     parts: Sequence[Sequence[NDArray[np.uint8]]],
 ) -> Iterator[None]:
     """Slices [first, stop) into `parts`, or an error that says what is wrong with their shard."""
     key = shard_key(hook, unit)
     where = describe(hook, unit, first, stop)
     try:
-        yield from store.read_into(key, slice_range(plan, hook, first, stop)[0], parts)
+        yield from store.read_into(key, starts[first], parts)
     except MissingObject as error:
         if store.size(ring_key(unit)) is not None:
             raise MissingObject(
@@ -106,7 +148,7 @@ def _read(
     except IntegrityError as error:
         raise IntegrityError(
             f"{where}: {key} has another length than its receipt says",
-            expected=f"{plan.shard_bytes(hook)} bytes",
+            expected=f"{starts[-1] + INDEX_BYTES} bytes",
             got=f"{store.size(key)} bytes",
             fix=f"`winnow verify {store.uri}` says what else is damaged",
         ) from error

@@ -7,6 +7,7 @@ A row's life: (window, position) -> planned row in its unit -> stored row (permu
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ MANIFEST_DIR = "manifest"
 RECEIPTS_DIR = "receipts"
 FOLLOWERS_DIR = "followers"
 RING_DIR = "ring"
+BATCHES_DIR = "batches"
 TOKENS_ARRAY = "tokens"
 TOKEN_DIGESTS_ARRAY = "token_digests"
 ACTIVATIONS_GROUP = "activations"
@@ -45,6 +47,16 @@ def receipt_key(unit: int, revision: int = 0) -> str:
 def ring_key(unit: int) -> str:
     """Key of the record that a unit's shards were deleted on purpose."""
     return f"{RING_DIR}/{unit:08d}.json"
+
+
+def batch_key(kind: str, windows: int | None = None) -> str:
+    """Key of the batch that a kind of device harvests with, or of the record that it is down to `windows`."""
+    return f"{BATCHES_DIR}/{kind}.json" if windows is None else f"{batches_prefix(kind)}/{windows}.json"
+
+
+def batches_prefix(kind: str) -> str:
+    """What the keys begin with that say a kind of device ran out of memory."""
+    return f"{BATCHES_DIR}/{kind}"
 
 
 def array_key(hook: str) -> str:
@@ -121,6 +133,21 @@ def slice_bytes(plan: HarvestPlan, hook: str) -> int:
     """Bytes of one uncompressed slice with its crc32c, in a shard of `hook`."""
     itemsize = STORED_DTYPES[plan.spec.dtype].itemsize
     return plan.rows_per_slice * plan.d_model(hook) * itemsize + 4
+
+
+def slice_starts(plan: HarvestPlan, hook: str, lengths: Sequence[int] = ()) -> NDArray[np.int64]:
+    """[65] where each slice of a shard begins, and where the last one ends, in bytes.
+
+    Args:
+        plan: The dataset's plan.
+        hook: Which hook.
+        lengths: The receipt's `slice_lengths`: of compressed slices, without their crc32c.
+    """
+    if not len(lengths):
+        return np.arange(SLICES + 1, dtype=np.int64) * slice_bytes(plan, hook)
+    starts = np.zeros(SLICES + 1, np.int64)
+    np.cumsum(np.asarray(lengths, np.int64) + 4, out=starts[1:])
+    return starts
 
 
 def slice_range(plan: HarvestPlan, hook: str, first: int, stop: int) -> tuple[int, int]:

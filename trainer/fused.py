@@ -31,6 +31,7 @@ from trainer.kernels.segment_grad import Segments, segments_of
 from trainer.kernels.step_ops import Dead, StepOps, step_ops
 from trainer.losses import Rows, mean_row
 from trainer.sae import PARAMETERS, Sae
+from trainer.spans import mark
 
 DENSE_AUX = 12
 """AuxK works on dense [B, M] up to this many dead latents for each one kept: a gathered multiplication
@@ -52,6 +53,8 @@ class Pass(NamedTuple):
     x_hat: Tensor
     values: Tensor
     indices: Tensor
+    second_rounds: int = 0
+    """On a mesh: rows whose top-k took a second round over the shards."""
 
 
 class _Part(NamedTuple):
@@ -125,6 +128,7 @@ def fused_pass(
     batched = sae.parts.activation == "batchtopk"
     times = BATCH_CANDIDATES if batched else 4 if spec.multi_topk else 1
     wide, indices_wide, z_dead = ops.encode(centred, W_enc, b_enc, min(times * sae.k, sae.latents), wanted)
+    mark("encode")
     wide.relu_()
     if batched:
         values, indices = _best_of_batch(ops, wide, indices_wide, centred, W_enc, b_enc, sae.k, batch.groups)
@@ -145,7 +149,9 @@ def fused_pass(
         aux = _auxk(ops, W_dec, wanted, z_dead, centred, error.neg_(), weights, spec.auxk_coefficient)
         loss += spec.auxk_coefficient * aux.loss
         parts += [aux.part] if aux.part else []
+    mark("decode")
     norm = _gradients(ops, sae, parts, aux.rows if aux else None, centred, pulls, batch.x)
+    mark("backward")
     finite = aux is None or aux.part is not None or aux.rows is not None
     return Pass(loss.item(), aux.loss if aux else None, finite, norm, y_hat, values, indices)
 
@@ -166,7 +172,7 @@ def _prefixes(
     first part's is the gradient of the bias. With one prefix there is one part, and the plain loss.
     """
     W_dec, share = sae.W_dec.detach(), (2 / len(prefixes) * scale)[:, None]
-    y_hat = error = torch.zeros_like(batch.y)
+    y_hat = error = batch.y
     chosen: list[Tensor | None] = []
     grads: list[Tensor] = []
     loss = scale.new_zeros(())
@@ -300,7 +306,7 @@ def _gradients(
 
     `pulls` [B, O] is the gradient of the whole output.
     """
-    W_enc, b_enc, W_dec, b_pre = (_gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
+    W_enc, b_enc, W_dec, b_pre = (gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
     sorted_parts: list[_Sorted] = []
     b_enc.zero_()
     for part in parts:
@@ -341,9 +347,9 @@ def _bias_gradients(sae: Sae, b_enc: Tensor, b_pre: Tensor, pulls: Tensor, x: Te
     if sae.b_dec is None:
         b_pre += total
     else:
-        norms.append(_gradient_buffer(sae.b_dec).copy_(total).norm())
+        norms.append(gradient_buffer(sae.b_dec).copy_(total).norm())
     if sae.W_skip is not None:
-        norms.append(torch.mm(pulls.T, x, out=_gradient_buffer(sae.W_skip)).norm())
+        norms.append(torch.mm(pulls.T, x, out=gradient_buffer(sae.W_skip)).norm())
     return [b_pre.norm(), *norms]
 
 
@@ -354,7 +360,8 @@ def _sum(tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def _gradient_buffer(parameter: Tensor) -> Tensor:
+def gradient_buffer(parameter: Tensor) -> Tensor:
+    """The parameter's `.grad`, which lives from step to step."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

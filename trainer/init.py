@@ -15,6 +15,8 @@ from trainer.sae import SMALLEST_NORM, Sae
 
 CHUNK_ROWS = 4096
 """Rows encoded at once when the encoder is scaled."""
+DRAWN_ROWS = 4096
+"""Random directions drawn at a time; a multiple of 16."""
 FIRST_THRESHOLD = 0.001
 """Where JumpReLU's thresholds start, in the normalised space (Rajamanoharan et al. 2024)."""
 
@@ -93,8 +95,9 @@ def initialise(sae: Sae, sample: Tensor, weights: Tensor, seed: int, target: Ten
         raise ConfigError("the initial sample", expected="rows that differ", got="equal rows")
 
     generator = torch.Generator().manual_seed(seed)
-    sae.W_dec.copy_(_directions(sae.W_dec, generator))
-    sae.W_enc.copy_(_directions(sae.W_enc, generator) if sae.has_target else sae.W_dec)
+    part, of = getattr(sae, "part", None), getattr(sae, "of", sae.latents)
+    sae.W_dec.copy_(_directions(sae.d_out, of, generator, part))
+    sae.W_enc.copy_(_directions(sae.d_model, of, generator) if sae.has_target else sae.W_dec)
     sae.b_enc.zero_()
     sae.W_enc.mul_(_encoder_scale(sae, x, y, weights))
     if sae.parts.activation == "jumprelu":
@@ -116,9 +119,17 @@ def _constants(sample: Tensor, weights: Tensor, widths: tuple[int, ...]) -> tupl
     return mean, spreads.sqrt().clamp_min(SMALLEST_NORM)
 
 
-def _directions(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random unit rows of a shape [N, D]."""
-    return F.normalize(torch.randn(like.shape, generator=generator, dtype=torch.float32), dim=1)
+def _directions(width: int, latents: int, generator: torch.Generator, part: range | None = None) -> Tensor:
+    """Random unit rows [N, width], or those of a part of the latents: the same rows in any partition.
+
+    Drawn in blocks, so that a shard never holds them all; what is drawn does not depend on the part.
+    """
+    part = part or range(latents)
+    kept: list[Tensor] = []
+    for first in range(0, part.stop, DRAWN_ROWS):
+        rows = torch.randn(min(DRAWN_ROWS, latents - first), width, generator=generator, dtype=torch.float32)
+        kept.append(rows[max(0, part.start - first) : part.stop - first])
+    return F.normalize(torch.cat(kept), dim=1)
 
 
 def _encoder_scale(sae: Sae, x: Tensor, y: Tensor, weights: Tensor) -> float:

@@ -1,38 +1,51 @@
-"""A training run, top to bottom."""
+"""Training, top to bottom: one SAE, or a fleet of them fed by one pass over the stream.
+
+SAEs whose stream is the same (hook, batch, lanes, groups and order seed) take their steps together: each
+batch is read once and given to all. Every SAE keeps its own folder, checkpoints, telemetry and end, and its
+weights have the bits that the same spec gives alone.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 
 from schemas.config import Config
-from schemas.training import SaeIdentity
+from schemas.errors import ConfigError, NonFiniteError
+from schemas.training import TrainSpec
 from store import ActivationStore
 from store.console import Progress, human_bytes, say, section
-from store.follow import Follower
-from store.objects import ObjectStore, open_store
-from store.order import LaneOrder
-from trainer.checkpoint import save_checkpoint
+from store.objects import open_store
 from trainer.device import cpu_threads, resolve_device, stop_on_signals, torch_settings
-from trainer.parallel import Launch, check_mesh, open_world
-from trainer.publish import Summary, finished_summary, publish, put_summary
+from trainer.member import Member
+from trainer.parallel import Launch, World, check_mesh, open_world
+from trainer.publish import Summary, finished_summary, put_summary
 from trainer.sae import Sae
-from trainer.start import begin, identity_of, plan_order, resolve_recipe, rows_of, stand, stream_state
-from trainer.step import Run, StepReport, train_step
-from trainer.telemetry import Record, Telemetry
+from trainer.spans import sampling
+from trainer.start import begin, identity_of, plan_order, resolve_recipe, rows_of
+from trainer.status import asked_to_stop
+from trainer.step import StepReport, train_step
+from trainer.telemetry import Record
 
 AfterTrain = Callable[[Config, Sae, ActivationStore, str], dict[str, float]]
 """`after_train(config, sae, dataset, hook)` gives more figures for the summary."""
 
 
-def train(config: Config, *, after_train: AfterTrain | None = None, launch: Launch | None = None) -> Summary:
+def train(
+    config: Config,
+    *,
+    after_train: AfterTrain | None = None,
+    extend: bool = False,
+    launch: Launch | None = None,
+) -> Summary:
     """Train one SAE, or go on from its newest checkpoint, and publish it in `train.out`.
 
     Args:
-        config: `root`, `storage` and the section `train` are read.
+        config: `root`, `storage`, `prices` and the section `train` are read.
         after_train: Measures what needs the subject model. Without it the summary names in `left_out`
             what is missing, and a later call that has it adds just that.
+        extend: `train.epochs` may be more than the run in `out` has been trained or planned for.
         launch: This process's place among those that train together; alone where not given.
 
     Returns:
@@ -42,133 +55,253 @@ def train(config: Config, *, after_train: AfterTrain | None = None, launch: Laun
         ConfigError: A spec that does not fit the dataset, or another run in `out`; nothing is written.
         NonFiniteError: Loss or gradient is NaN or infinite; the last checkpoint is kept.
         IntegrityError: Stored bytes are not what was promised.
-        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was made.
+        KeyboardInterrupt: SIGINT, SIGTERM or `winnow stop` came; a checkpoint was made.
     """
-    spec, launch = section(config.train, "train"), launch or Launch()
+    specs = [section(config.train, "train")]
+    return train_fleet(config, specs, after_train=after_train, extend=extend, launch=launch)[0]
+
+
+def train_fleet(
+    config: Config,
+    specs: Sequence[TrainSpec],
+    *,
+    after_train: AfterTrain | None = None,
+    extend: bool = False,
+    launch: Launch | None = None,
+) -> list[Summary]:
+    """Train several SAEs from one dataset in this process; see `train`.
+
+    Those that are finished are skipped. One whose loss is not finite stops alone; the others go on.
+
+    Args:
+        config: `root`, `storage` and `prices` are read.
+        specs: One or more, each with its own `out`; device and threads are the same for all.
+        after_train: See `train`.
+        extend: See `train`.
+        launch: See `train`.
+
+    Returns:
+        The summaries, in the order of `specs`.
+
+    Raises:
+        NonFiniteError: After the last step of the others, naming every SAE that failed.
+        Others: See `train`.
+    """
+    first, alone, launch = specs[0], len(specs) == 1, launch or Launch()
+    _require_one_process(specs)
     dataset = ActivationStore.open(
-        config.root, config.storage, follow=spec.follow, timeout_seconds=spec.follow_seconds
+        config.root, config.storage, follow=first.follow, timeout_seconds=first.follow_seconds
     )
-    order = plan_order(spec, dataset)
-    recipe = resolve_recipe(spec, dataset, order)
-    check_mesh(spec, launch.size)
-    device = resolve_device(spec.device, launch.local_rank if launch.size > 1 else None)
+    for spec in specs:
+        check_mesh(spec, launch.size)
+    device = resolve_device(first.device, launch.local_rank if launch.size > 1 else None)
     identity = identity_of(dataset)
-    out = open_store(spec.out, config.storage)
+    found: dict[str, Summary] = {}
+    members: list[Member] = []
+    with torch_settings(device, cpu_threads(first)), ExitStack() as cleanup:
+        todo = []
+        for spec in specs:  # all are checked before any is begun
+            order = plan_order(spec, dataset)
+            recipe = resolve_recipe(spec, dataset, order)
+            out = open_store(spec.out, config.storage)
+            summary = finished_summary(out, spec, identity, extend=extend)
+            if summary is None:
+                todo.append((recipe, order, out))
+            else:
+                found[spec.out] = summary
+                say(f"{spec.out} is finished: nothing to train")
+        world = cleanup.enter_context(open_world(first, device, launch)) if todo else World()
+        for recipe, order, out in todo:
+            members.append(Member(config, recipe, dataset, order, out, device, world=world, extend=extend))
+        try:
+            for member in members:
+                member.begin(cleanup)
+            for summary, member in _run(members, dataset, alone):
+                found[member.spec.out] = summary
+        except BaseException as error:
+            for member in members:
+                if member.spec.out not in found and member.failure is None:
+                    member.leave(error)
+            raise
+    _require_all(members, alone)
+    for spec in specs:
+        summary = found[spec.out]
+        if after_train is not None and summary["left_out"] and launch.rank == 0:
+            sae = Sae.load(spec.out, device=device, storage=config.storage)
+            summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
+            put_summary(open_store(spec.out, config.storage), summary)
+    return [found[spec.out] for spec in specs]
 
-    summary = finished_summary(out, spec, identity)
-    if summary is not None:
-        say(f"{spec.out} is finished: nothing to train")
-    else:
-        with torch_settings(device, cpu_threads(spec)), open_world(spec, device, launch) as world:
-            run, telemetry, is_new = stand(recipe, dataset, order, identity, out, device, world)
-            with world.together():
-                out.probe(single_writer=True)  # can we write there? asked before hours of work
-            with following(run, dataset, order) as follower:
-                if run.counts.step < recipe.steps:
-                    take_steps(run, telemetry, dataset, order, identity, out, is_new, follower)
-                identity = identity_of(dataset)  # the dataset may have been sealed meanwhile
-                summary = publish(run, telemetry, dataset, identity, out)
-                if follower is not None:
-                    follower.at(run.counts.step, finished=True)
-    if after_train is not None and summary["left_out"] and launch.rank == 0:
-        sae = Sae.load(spec.out, device=device, storage=config.storage)
-        summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
-        put_summary(out, summary)
-    return summary
+
+def _require_one_process(specs: Sequence[TrainSpec]) -> None:
+    for field in ("device", "threads", "mesh", "follow", "follow_seconds"):
+        values = {str(getattr(spec, field)) for spec in specs}
+        if len(values) > 1:
+            raise ConfigError(f"{field} of SAEs trained together", expected="one value", got=sorted(values))
+    outs = [spec.out for spec in specs]
+    if len(set(outs)) < len(outs):
+        raise ConfigError("out of SAEs trained together", expected="a folder each", got=sorted(outs))
 
 
-def following(
-    run: Run, dataset: ActivationStore, order: LaneOrder
-) -> AbstractContextManager[Follower | None]:
-    """What tells a harvest how far this run is; nothing where the dataset is sealed."""
-    spec = run.recipe.spec
-    if dataset.arrivals is None or not run.world.leads:
-        return nullcontext()
-    return Follower(
-        dataset.store,
-        dataset.plan,
-        order,
-        out=spec.out,
-        epochs=run.recipe.steps / order.steps_per_epoch,
-        sample_steps=-(-spec.sample_rows // spec.batch_rows),
-        step=run.counts.step,
+def _require_all(members: Sequence[Member], alone: bool) -> None:
+    failed = [member for member in members if member.failure is not None]
+    if not failed:
+        return
+    if alone and failed[0].failure is not None:
+        raise failed[0].failure
+    raise NonFiniteError(
+        f"{len(failed)} of {len(members)} SAEs failed, the others are published",
+        got="; ".join(f"{member.spec.out}: {member.failure}" for member in failed),
     )
 
 
-def take_steps(
-    run: Run,
-    telemetry: Telemetry,
-    dataset: ActivationStore,
-    order: LaneOrder,
-    identity: SaeIdentity,
-    out: ObjectStore,
-    is_new: bool,
-    follower: Follower | None = None,
-) -> None:
-    """Take every step that is left, with checkpoints on the way and one at the end."""
-    recipe, spec, counts, world = run.recipe, run.recipe.spec, run.counts, run.world
+def _run(
+    members: Sequence[Member], dataset: ActivationStore, alone: bool
+) -> Iterator[tuple[Summary, Member]]:
+    """Take all steps that are left, pass by pass; yields a summary as each SAE is done."""
+    left = list(members)
+    while left:
+        together, until = next_pass(left)
+        if together[0].step < until:
+            take_steps(together, dataset, until, alone)
+        for member in together:
+            if member.failure is None and member.step == member.recipe.steps:
+                yield member.publish(), member
+        left = [m for m in left if m.failure is None and m.step < m.recipe.steps]
 
-    def checkpoint() -> float:
-        telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
-        state = stream_state(dataset, order, spec.read_hooks, counts.step)
-        save_checkpoint(out, run, identity=identity, stream=state, threads=cpu_threads(spec))
-        if follower is not None:
-            follower.at(counts.step)
-        return time.monotonic()
 
+def next_pass(members: Sequence[Member]) -> tuple[list[Member], int]:
+    """Who takes the next steps together, and up to which step.
+
+    Those of one stream that are furthest behind go until the first of them ends, or until they stand where
+    another of their stream stands and it joins.
+    """
+    last = min(members, key=lambda member: member.step)
+    stream = [member for member in members if member.shares == last.shares]
+    together = [member for member in stream if member.step == last.step]
+    ends = [member.recipe.steps for member in together]
+    return together, min(ends + [member.step for member in stream if member.step > last.step])
+
+
+def take_steps(members: list[Member], dataset: ActivationStore, until: int, alone: bool = True) -> None:
+    """Take the steps up to `until`, with checkpoints on the way and one at the end.
+
+    Args:
+        members: Of one stream and one step.
+        dataset: What they are trained on.
+        until: The step to stop before.
+        alone: Whether the process has but one SAE, whose name need not be said.
+    """
+    first, order = members[0], members[0].order
+    spec, device, steps = first.spec, first.run.device, max(m.recipe.steps for m in members)
+    world = first.run.world
     stream = dataset.stream(
         spec.read_hooks,
         split="train",
         batch_rows=spec.batch_rows,
-        seed=spec.seed,
+        seed=spec.stream_seed,
         lanes=spec.lanes,
         group_units=order.group_units,
         rank=world.data.rank,
         world=world.data.size,
-        start_step=counts.step,
-        steps=recipe.steps,
+        start_step=first.step,
+        steps=until,
     )
-    bar = Progress("train", recipe.steps * spec.batch_rows, "rows", done=counts.step * spec.batch_rows)
+    bar = Progress("train", steps * spec.batch_rows, "rows", done=first.step * spec.batch_rows)
     with closing(stream), stop_on_signals() as stopping, bar:
         say(
-            f"{recipe.steps} steps of {spec.batch_rows} rows on {run.device}; {order.group_units} units are "
+            ("" if alone else f"{len(members)} SAEs from one stream: ")
+            + f"{steps} steps of {spec.batch_rows} rows on {device}; {order.group_units} units are "
             f"shuffled together, {human_bytes(stream.memory_bytes)} of memory"
         )
-        batches = begin(run, stream) if is_new else stream
-        mark = last_checkpoint = time.monotonic()
-        while counts.step < recipe.steps:
+        batches = begin([m.run for m in members], stream) if first.is_new else stream
+        for member in members:
+            member.is_new = False
+        running = list(members)
+        opened = mark = last_checkpoint = time.monotonic()
+        step = first.step
+        while step < until and running:
             asked = time.monotonic()
             with world.together():  # data that one rank cannot read stops all of them
                 batch = next(batches)
-            counts.seconds_waiting += time.monotonic() - asked
+            waited = time.monotonic() - asked
+            weights = batch.weights.to(device)
+            step += 1
+            own: dict[Member, float] = {}
+            reports: dict[Member, tuple[StepReport, dict[str, float]]] = {}
             rows, target = rows_of(batch, spec)
-            wanted = () if target is None else (target.to(run.device),)
-            report = train_step(run, rows.to(run.device), batch.weights.to(run.device), *wanted)
+            wanted = () if target is None else (target.to(device),)
+            rows = rows.to(device)
+            for member in running:
+                started = time.monotonic()
+                logged = step == member.recipe.steps or step % member.spec.log_every_steps == 0
+                report = None
+                with sampling(device, logged) as spans:
+                    try:
+                        report = train_step(member.run, rows, weights, *wanted)
+                    except NonFiniteError as error:
+                        member.fail(error)
+                if report is not None and spans is not None:
+                    reports[member] = report, spans.shares()
+                own[member] = time.monotonic() - started
             now = time.monotonic()
-            counts.seconds, mark = counts.seconds + now - mark, now
+            shared, mark = now - mark - sum(own.values()), now
+            for member, seconds in own.items():
+                counts = member.run.counts
+                counts.seconds += seconds + shared / len(own)
+                counts.seconds_waiting += waited / len(own)
+            for member in [member for member in running if member.failure is not None]:
+                running.remove(member)
+                if not alone:
+                    say(f"{member.spec.out}: {member.failure} The others go on.")
+            rate = stream.bytes_read / (now - opened)
+            for member, (report, shares) in reports.items():
+                member.log(make_record(member, report) | shares | {"bytes_read_per_s": rate})
+            if reports:
+                _show(bar, step, steps, spec.batch_rows, {m: r for m, (r, _) in reports.items()})
 
-            last = counts.step == recipe.steps
-            if report is not None and (last or counts.step % spec.log_every_steps == 0):
-                record = make_record(run, report)
-                telemetry.log(record)
-                shown = {key: f"{record[key]:.3f}" for key in ("loss", "fvu", "l0", "dead_share")}
-                bar.update(counts.step * spec.batch_rows, step=f"{counts.step}/{recipe.steps}", **shown)
-            edge = follower is not None and order.locate(counts.step).step_in_group == 0
+            last = step == until
+            edge = first.follower is not None and order.locate(step).step_in_group == 0
             is_time = now - last_checkpoint >= spec.checkpoint_seconds
-            stop, due = world.any(stopping.is_set(), world.leads and (edge or is_time))
-            if stop and not last:
-                checkpoint()
-                say(f"stopped after step {counts.step} of {recipe.steps}; a checkpoint is kept")
+            must_stop = _must_stop(running, stopping.is_set())
+            stop, due = world.any(must_stop, world.leads and (edge or is_time))  # all of them, or none
+            if stop and step < steps:
+                for member in running:
+                    member.checkpoint()
+                    name = "" if alone else f"{member.spec.out}: "
+                    say(f"{name}stopped after step {step} of {member.recipe.steps}; a checkpoint is kept")
                 raise KeyboardInterrupt
-            if due or last:
-                last_checkpoint = checkpoint()
+            if running and (due or last):
+                for member in running:
+                    member.checkpoint()
+                last_checkpoint = time.monotonic()
 
 
-def make_record(run: Run, report: StepReport) -> Record:
+def _must_stop(running: Sequence[Member], signalled: bool) -> bool:
+    """Whether the process is told to stop; shows signs of life on the way."""
+    due = [member for member in running if member.status.due]
+    for member in due:
+        member.status.write("training")
+    return bool(running) and (signalled or any(asked_to_stop(member.out) for member in due))
+
+
+def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member, StepReport]) -> None:
+    """The figures of a lone SAE, or the range of a fleet's FVU."""
+    records = [member.telemetry.records[-1] for member in reports]
+    if len(records) == 1:
+        shown = {key: f"{records[0][key]:.3f}" for key in ("loss", "fvu", "l0", "dead_share")}
+    else:
+        fvus = [record["fvu"] for record in records]
+        shown = {"SAEs": len(records), "fvu": f"{min(fvus):.3f} to {max(fvus):.3f}"}
+    bar.update(step * rows, step=f"{step}/{steps}", **shown)
+
+
+def make_record(member: Member, report: StepReport) -> Record:
     """One line of telemetry."""
-    counts = run.counts
+    run, counts = member.run, member.run.counts
     return {
         "step": counts.step,
+        "time": round(time.time(), 3),
         "epoch": round(counts.step / run.recipe.steps_per_epoch, 4),
         "tokens": counts.tokens,
         "loss": report.loss,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from schemas.training import TrainSpec
 SILENCE = timedelta(minutes=15)
 """A collective that takes longer has lost a rank: every other one stops."""
 AGAIN = "Start the same command again, on this mesh or another: it goes on from the newest checkpoint"
+
+
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch renamed it
 
 
 class Launch(NamedTuple):
@@ -105,9 +108,7 @@ class Axis:
         self.bytes_sent += (self.size - 1) * tensor.nbytes
         out = tensor.new_empty(self.size, *tensor.shape)
         with _peers():
-            work = dist.all_gather_into_tensor(
-                out.flatten(), tensor.flatten(), group=self._group, async_op=True
-            )
+            work = _gather(out.flatten(), tensor.flatten(), group=self._group, async_op=True)
         return Pending(out, work)
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -143,6 +144,10 @@ class World:
     ) -> None:
         self.data, self.latent = data or Axis(), latent or Axis()
         self.whole, self.files = whole or Axis(), files or Axis()
+        self.meshed = self.size > 1
+        """Whether steps take the mesh's path; a process alone need not."""
+        self.exchange: Literal["auto", "rows", "dense"] = "auto"
+        """How gradients cross the data axis; `auto` sends less. See `trainer.parallel_exchange`."""
 
     @property
     def size(self) -> int:
@@ -154,10 +159,14 @@ class World:
         """Whether this is the one rank that writes telemetry, summary and the published SAE."""
         return self.data.rank == self.latent.rank == 0
 
+    def parts(self, latents: int) -> list[range]:
+        """The latents of N that each shard holds; shards differ by one where S does not divide N."""
+        size = self.latent.size
+        return [range(place * latents // size, (place + 1) * latents // size) for place in range(size)]
+
     def part(self, latents: int) -> range:
-        """The latents of N that this rank holds; shards differ by one where S does not divide N."""
-        place, size = self.latent.rank, self.latent.size
-        return range(place * latents // size, (place + 1) * latents // size)
+        """The latents of N that this rank holds."""
+        return self.parts(latents)[self.latent.rank]
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on any rank."""

@@ -16,6 +16,7 @@ from store.objects import ObjectStore
 from trainer.checkpoint import require_same_run
 from trainer.heldout import calibration_rows, candidates, heldout_figures
 from trainer.sae import CARD_KEY
+from trainer.start import planned_as
 from trainer.step import Run
 from trainer.telemetry import PLOT_KEY, Telemetry, draw_curves
 from trainer.threshold import calibrate
@@ -85,8 +86,12 @@ def put_summary(out: ObjectStore, summary: Summary) -> None:
     out.put(SUMMARY_KEY, json.dumps(summary, indent=1, sort_keys=True).encode() + b"\n")
 
 
-def finished_summary(out: ObjectStore, spec: TrainSpec, identity: SaeIdentity) -> Summary | None:
+def finished_summary(
+    out: ObjectStore, spec: TrainSpec, identity: SaeIdentity, *, extend: bool = False
+) -> Summary | None:
     """The summary of the run that `out` holds, or None where it is not finished.
+
+    With `extend`, a run of fewer epochs is not finished.
 
     Raises:
         ConfigError: `out` holds a finished run of another spec or dataset.
@@ -99,7 +104,9 @@ def finished_summary(out: ObjectStore, spec: TrainSpec, identity: SaeIdentity) -
         raise ConfigError(
             f"{out.uri} holds an SAE that was not trained there", fix="Train into another `out`"
         )
-    require_same_run(card.spec, card.identity, spec, identity)
+    require_same_run(planned_as(card.spec, spec, extend), card.identity, spec, identity)
+    if spec.epochs > card.spec.epochs:
+        return None
     try:
         summary = json.loads(out.get(SUMMARY_KEY))
         return summary if isinstance(summary["left_out"], list) else None

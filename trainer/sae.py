@@ -152,7 +152,8 @@ class Sae(nn.Module):
             mean = x.mean(dim=1, keepdim=True)
             centred = x - mean
             norm = centred.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
-            return centred / norm, Scale(mean, norm)
+            epsilon = self.parts.layer_epsilon * (x.shape[1] - 1) ** 0.5
+            return centred / (norm + epsilon), Scale(mean, norm)
         scale = Scale(self.input_mean, self.input_scale)
         if self.parts.widths:
             widths = torch.tensor(self.parts.widths, device=x.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 import torch
@@ -18,7 +18,9 @@ from store.torch_stream import Batch
 from trainer.checkpoint import newest_checkpoint, require_same_run, unpack
 from trainer.device import cpu_threads
 from trainer.init import initialise
+from trainer.optim import Ema
 from trainer.parallel import World
+from trainer.parallel_sae import Shard
 from trainer.sae import Sae
 from trainer.step import Recipe, Run
 from trainer.telemetry import Telemetry
@@ -34,7 +36,7 @@ def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
         spec.group_bytes, unit_bytes=unit_bytes, units=len(plan.split_units("train"))
     )
     return LaneOrder.for_plan(
-        plan, batch_rows=spec.batch_rows, seed=spec.seed, lanes=spec.lanes, group_units=units
+        plan, batch_rows=spec.batch_rows, seed=spec.stream_seed, lanes=spec.lanes, group_units=units
     )
 
 
@@ -81,7 +83,9 @@ def stand(
     identity: SaeIdentity,
     out: ObjectStore,
     device: torch.device,
+    *,
     world: World,
+    extend: bool = False,
 ) -> tuple[Run, Telemetry, bool]:
     """The state to go on from: the newest checkpoint's, or a new one that `begin` must fill.
 
@@ -93,20 +97,24 @@ def stand(
         IntegrityError: Every checkpoint is damaged.
     """
     spec = recipe.spec
-    latents = len(world.part(spec.latents))
     widths = {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks}
     d_model = sum(widths[hook] for hook in spec.input_hooks)
-    sae = Sae(d_model, latents, spec.k, spec.normalize, spec.parts(widths), device=device)
+    if world.meshed:
+        sae = Shard(d_model, spec.latents, spec.k, spec.normalize, world, device=device)
+    else:
+        sae = Sae(d_model, spec.latents, spec.k, spec.normalize, spec.parts(widths), device=device)
     run = Run(sae, recipe, loss_constant=1.0, world=world)
     found = newest_checkpoint(out, warn=say)
     if found is None:
         return run, Telemetry(out), True
     index, tensors = found
-    require_same_run(index.spec, index.identity, spec, identity)
+    require_same_run(planned_as(index.spec, spec, extend), index.identity, spec, identity)
     now = stream_state(dataset, order, spec.read_hooks, index.step)
     if index.stream != now:
         raise ConfigError("the order of the rows has changed", expected=index.stream, got=now)
     unpack(run, tensors)
+    if spec.epochs > index.spec.epochs and run.ema is not None:
+        run.ema = Ema(run.sae, run.ema.beta)  # its beta follows from the number of steps
     threads = cpu_threads(spec)
     if (index.threads, index.device) != (threads, str(run.device)):
         say(
@@ -117,17 +125,49 @@ def stand(
     return run, Telemetry.resume(out, index.step, warn=say), False
 
 
-def begin(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Initialise a new run from the first `sample_rows` rows of its own stream.
+def planned_as(before: TrainSpec, now: TrainSpec, extend: bool) -> TrainSpec:
+    """The spec that a run had, to be compared with the one it shall have.
+
+    Extending, fewer epochs are no difference: the run goes on as if it had been planned with the new
+    number. Learning rate, dead_after and the moving average's beta are those of the new number of steps,
+    so a run that had begun to decay goes back up to its peak rate, and the average starts anew.
+
+    Raises:
+        ConfigError: More epochs, without `extend`.
+    """
+    if now.epochs <= before.epochs:
+        return before
+    if not extend:
+        raise ConfigError(
+            f"{now.out} holds a run of fewer epochs",
+            expected=before.epochs,
+            got=now.epochs,
+            fix="Add --extend to train it on: its learning rate goes back up to the new schedule's",
+        )
+    return before.model_copy(update={"epochs": now.epochs})
+
+
+def begin(runs: Sequence[Run], batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Initialise new runs, each from the first `sample_rows` rows of their common stream.
 
     Returns:
-        The batches from the first one on: those the sample took are trained on all the same.
+        The batches from the first one on: those the samples took are trained on all the same.
     """
-    spec = run.recipe.spec
-    drawn = list(islice(batches, min(-(-spec.sample_rows // spec.batch_rows), run.recipe.steps)))
-    rows, targets = zip(*(rows_of(batch, spec) for batch in drawn), strict=True)
-    rows, weights = torch.cat(rows), torch.cat([batch.weights for batch in drawn])
-    sample, weights = (part[: spec.sample_rows].to(run.device) for part in (rows, weights))
-    target = torch.cat(targets)[: spec.sample_rows].to(run.device) if spec.target_hook else None
-    run.loss_constant = initialise(run.sae, sample, weights, spec.seed, target)
+    specs = [run.recipe.spec for run in runs]
+    needs = [
+        min(-(-spec.sample_rows // spec.batch_rows), run.recipe.steps)
+        for run, spec in zip(runs, specs, strict=True)
+    ]
+    with runs[0].world.together():
+        drawn = list(islice(batches, max(needs)))
+    for run, spec, need in zip(runs, specs, needs, strict=True):
+        rows, targets = zip(*(rows_of(batch, spec) for batch in drawn[:need]), strict=True)
+        weights = [batch.weights for batch in drawn[:need]]
+
+        def sample(parts: Sequence[Tensor], run: Run = run, size: int = spec.sample_rows) -> Tensor:
+            whole = [run.world.data.gather(part).flatten(0, 1) for part in parts]  # of the whole batch
+            return torch.cat(whole)[:size].to(run.device)
+
+        target = sample(targets) if spec.target_hook else None
+        run.loss_constant = initialise(run.sae, sample(rows), sample(weights), spec.seed, target)
     return chain(drawn, batches)

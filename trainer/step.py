@@ -27,7 +27,9 @@ from trainer.optim import (
     renormalise_decoder,
 )
 from trainer.parallel import World
+from trainer.parallel_step import Share, parallel_pass
 from trainer.sae import Sae
+from trainer.spans import mark
 from trainer.update import fused_update
 
 LONGEST_DEAD_AFTER = 10_000_000
@@ -152,8 +154,10 @@ class Run:
 
     @property
     def dead_share_of_last_epoch(self) -> float:
-        """Share of the latents never active over the last epoch so far."""
-        return self.dead.share(max(1, self.counts.tokens - self.counts.tokens_before_last_epoch))
+        """Share of the latents never active over the last epoch so far; on a mesh, a collective."""
+        rows = max(1, self.counts.tokens - self.counts.tokens_before_last_epoch)
+        silent = self.world.latent.sum(torch.tensor(len(self.dead.silent(rows))))
+        return int(silent) / self.recipe.spec.latents
 
 
 @dataclass(frozen=True)
@@ -167,25 +171,33 @@ class StepReport:
     """Before clipping, after projection."""
     lr: float
     dead: int
-    """Dead latents at the start of the step."""
+    """Dead latents at the start of the step, of all shards."""
     x: Tensor
     """Normalised rows of weight above 0 as they should be, [B, O]; with the next three, for telemetry."""
     x_hat: Tensor
     values: Tensor
     weights: Tensor
+    world: World
+    """On a mesh the rows are this rank's, the codes its shard's, and the figures below are collectives."""
+    second_rounds: int
+    """Rows whose top-k took a second round over the shards."""
+    rows: int
+    """Rows of weight above 0 in the whole batch."""
 
     @property
     def fvu(self) -> float:
-        """FVU of this batch in the normalised space."""
+        """FVU of the whole batch in the normalised space."""
         sums = losses.Fvu(self.x.shape[1], self.x.device)
         sums.add(self.x, self.x_hat, self.weights)
-        return sums.value
+        return (sums.over(self.world.data.sum) if self.world.meshed else sums).value
 
     @property
     def l0(self) -> float:
-        """Active latents a row in this batch."""
+        """Active latents a row in the whole batch."""
         count = losses.L0()
         count.add(self.values, self.weights)
+        if self.world.meshed:  # every shard counted the rows
+            return count.over(self.world.whole.sum).value * self.world.latent.size
         return count.value
 
 
@@ -194,7 +206,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
 
     Args:
         run: The state, changed in place.
-        rows: Raw activations [B, D] on the SAE's device.
+        rows: Raw activations [B, D] on the SAE's device; on a mesh, this rank's share of the batch.
         weights: [B]; rows of weight 0 take part in nothing, whatever they hold.
         target: A transcoder's raw target rows [B, O].
 
@@ -210,15 +222,21 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         counts.tokens_before_last_epoch = counts.tokens
     batch = prepare(run, rows, weights, target)
     x, weights = batch.x, batch.weights
-    if not len(x):
+    share = Share.of(weights, run.world.data)
+    if not share.rows:
         counts.step += 1
         return None
     dead = run.dead.silent(run.recipe.dead_after)  # frozen for the whole step
+    dead_sizes = run.world.latent.gather(torch.tensor(len(dead))).tolist()
+    k_aux, constant = run.recipe.k_aux, run.loss_constant
 
-    if run.kernels == "eager":
+    if run.world.meshed:
+        found = parallel_pass(
+            sae, spec, x, weights, dead, k_aux, constant, run.kernels, run.world, share, dead_sizes
+        )
+    elif run.kernels == "eager":
         found = eager_pass(run, batch, dead)
     else:
-        k_aux, constant = run.recipe.k_aux, run.loss_constant
         found = fused_pass(sae, spec, batch, dead, k_aux, constant, run.kernels)
     if found.auxk is not None:
         counts.auxk_steps += 1
@@ -232,11 +250,26 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         _require_finite("gradient norm", grad_norm, step)
         fused_update(sae, run.adam, run.ema, lr=lr, grad_norm=grad_norm, largest=spec.clip_norm)
 
-    run.dead.update(found.values, found.indices)
+    mark("update")
+
+    active = run.dead.active(found.values, found.indices)
+    run.dead.update(run.world.data.largest(active), share.rows)
     counts.step += 1
-    counts.tokens += len(x)
-    auxk = found.auxk or 0.0
-    return StepReport(found.loss, auxk, grad_norm, lr, len(dead), batch.y, found.x_hat, found.values, weights)
+    counts.tokens += share.rows
+    return StepReport(
+        found.loss,
+        found.auxk or 0.0,
+        grad_norm,
+        lr,
+        sum(dead_sizes),
+        batch.y,
+        found.x_hat,
+        found.values,
+        weights,
+        run.world,
+        found.second_rounds,
+        share.rows,
+    )
 
 
 @torch.no_grad()
@@ -277,8 +310,10 @@ def eager_pass(run: Run, batch: losses.Rows, dead: Tensor) -> Pass:
     if spec.auxk_coefficient and len(dead):
         aux = losses.auxk_loss(sae, batch.x, batch.y - y_hat, batch.weights, dead, run.recipe.k_aux)
         loss, auxk, finite = loss + spec.auxk_coefficient * aux.loss, aux.loss.item(), aux.finite
+    mark("forward")
     run.adam.zero_grad()
     loss.backward()
+    mark("backward")
     if indices is None:
         indices = torch.arange(sae.latents, device=values.device).expand_as(values)
     return Pass(loss.item(), auxk, finite, None, y_hat.detach(), values.detach(), indices)

@@ -1,0 +1,142 @@
+"""One SAE of a training process: its folder, its state, its end.
+
+A process trains one SAE or several (a fleet). What they share is the stream; everything else is here.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+
+import torch
+
+from schemas.config import Config
+from schemas.errors import NonFiniteError, StoreError
+from schemas.training import SaeIdentity, TrainSpec
+from store import ActivationStore
+from store.follow import Follower
+from store.objects import ObjectStore
+from store.order import LaneOrder
+from trainer.checkpoint import save_checkpoint
+from trainer.device import cpu_threads
+from trainer.parallel import World
+from trainer.parallel_sae import Witness
+from trainer.publish import Summary, publish
+from trainer.start import identity_of, stand, stream_state
+from trainer.status import StatusWriter
+from trainer.step import Recipe
+from trainer.telemetry import Record
+
+
+class Member:
+    """One SAE that is being trained.
+
+    Args:
+        config: `storage` and `prices` are read.
+        recipe: How it is trained.
+        dataset: From what.
+        order: Which row comes when.
+        out: Its folder.
+        device: Where its weights live.
+        world: The mesh of processes.
+        extend: Take over a checkpoint of fewer epochs.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        recipe: Recipe,
+        dataset: ActivationStore,
+        order: LaneOrder,
+        out: ObjectStore,
+        device: torch.device,
+        *,
+        world: World,
+        extend: bool,
+    ) -> None:
+        self.recipe, self.order, self._dataset = recipe, order, dataset
+        self._files = out
+        self.out = out if world.leads else Witness(out)  # one rank tells of the run
+        self._identity: SaeIdentity = identity_of(dataset)
+        self.run, self.telemetry, self.is_new = stand(
+            recipe, dataset, order, self._identity, self.out, device, world=world, extend=extend
+        )
+        self.status = StatusWriter(self.out, self.run, config.prices)
+        self.follower: Follower | None = None
+        self.failure: NonFiniteError | None = None
+
+    def begin(self, cleanup: ExitStack) -> None:
+        """The first writing, once nothing can be wrong with any SAE of the process."""
+        with self.run.world.together():
+            self._files.probe(single_writer=True)  # can we write there? asked before hours of work
+            self.status.write("training")
+        if self._dataset.arrivals is not None and self.run.world.leads:
+            self.follower = cleanup.enter_context(self._following())
+
+    def _following(self) -> Follower:
+        """What tells a harvest how far this run is."""
+        return Follower(
+            self._dataset.store,
+            self._dataset.plan,
+            self.order,
+            out=self.spec.out,
+            epochs=self.recipe.steps / self.order.steps_per_epoch,
+            sample_steps=-(-self.spec.sample_rows // self.spec.batch_rows),
+            step=self.step,
+        )
+
+    @property
+    def spec(self) -> TrainSpec:
+        """Its spec."""
+        return self.recipe.spec
+
+    @property
+    def step(self) -> int:
+        """Steps finished."""
+        return self.run.counts.step
+
+    @property
+    def shares(self) -> tuple[tuple[str, ...], LaneOrder]:
+        """Equal for those that one stream can feed."""
+        return self.spec.read_hooks, self.order
+
+    def fail(self, error: NonFiniteError) -> None:
+        """Take note that the run cannot go on: which units its rows come from, and what is kept."""
+        place = self.order.locate(self.step)
+        units = list(self.order.units_of(place.epoch, place.group))
+        fix = f"Its rows come from units {units}. {error.fix or ''}"
+        self.failure = NonFiniteError(error.what, expected=error.expected, got=error.got, fix=fix)
+        self.telemetry.flush()
+        self.status.write("failed", str(self.failure))
+
+    def log(self, record: Record) -> None:
+        """Add a telemetry line."""
+        self.status.fvu = record["fvu"]
+        self.telemetry.log(record)
+
+    def checkpoint(self) -> None:
+        """Make the run as it stands durable."""
+        self.telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
+        state = stream_state(self._dataset, self.order, self.spec.read_hooks, self.step)
+        save_checkpoint(
+            self._files, self.run, identity=self._identity, stream=state, threads=cpu_threads(self.spec)
+        )
+        if self.follower is not None:
+            self.follower.at(self.step)
+
+    def publish(self) -> Summary:
+        """Evaluate, write the SAE, and be done."""
+        # the dataset may have been sealed meanwhile
+        summary = publish(self.run, self.telemetry, self._dataset, identity_of(self._dataset), self.out)
+        if self.follower is not None:
+            self.follower.at(self.step, finished=True)
+        self.status.fvu = summary["fvu"]
+        self.status.write("finished")
+        return summary
+
+    def leave(self, cause: BaseException) -> None:
+        """Say how the run ended before its last step, if storage still takes it."""
+        with suppress(StoreError):
+            if isinstance(cause, KeyboardInterrupt):
+                self.status.write("stopped")
+            else:
+                self.status.write("failed", str(cause))
