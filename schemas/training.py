@@ -209,6 +209,11 @@ class TrainSpec(Contract):
         return self.selection_groups if self.selection_groups is not None else min(8, self.lanes)
 
     @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Latents of each prefix that reconstructs on its own; the last is N."""
+        return (*(size for size in self.matryoshka if size < self.latents), self.latents)
+
+    @property
     def input_hooks(self) -> tuple[str, ...]:
         """The hooks whose rows, joined, are the input."""
         return (self.hook, *self.with_hooks)

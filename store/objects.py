@@ -64,6 +64,8 @@ class ObjectStore(ABC):
 
     uri: str
     """The root, without credentials."""
+    remote = True
+    """Whether reading costs a network's time, so that a local copy may pay."""
 
     @abstractmethod
     def put_new(self, key: str, data: Data | Pieces) -> bool:

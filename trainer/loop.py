@@ -23,7 +23,7 @@ from trainer.parallel import Launch, World, check_mesh, open_world
 from trainer.publish import Summary, finished_summary, put_summary
 from trainer.sae import Sae
 from trainer.spans import sampling
-from trainer.start import begin, identity_of, plan_order, resolve_recipe
+from trainer.start import begin, identity_of, plan_order, resolve_recipe, rows_of
 from trainer.status import asked_to_stop
 from trainer.step import StepReport, train_step
 from trainer.telemetry import Record
@@ -196,7 +196,7 @@ def take_steps(members: list[Member], dataset: ActivationStore, until: int, alon
     spec, device, steps = first.spec, first.run.device, max(m.recipe.steps for m in members)
     world = first.run.world
     stream = dataset.stream(
-        [spec.hook],
+        spec.read_hooks,
         split="train",
         batch_rows=spec.batch_rows,
         seed=spec.stream_seed,
@@ -225,17 +225,20 @@ def take_steps(members: list[Member], dataset: ActivationStore, until: int, alon
             with world.together():  # data that one rank cannot read stops all of them
                 batch = next(batches)
             waited = time.monotonic() - asked
-            rows, weights = batch.rows[spec.hook].to(device), batch.weights.to(device)
+            weights = batch.weights.to(device)
             step += 1
             own: dict[Member, float] = {}
             reports: dict[Member, tuple[StepReport, dict[str, float]]] = {}
+            rows, target = rows_of(batch, spec)
+            wanted = () if target is None else (target.to(device),)
+            rows = rows.to(device)
             for member in running:
                 started = time.monotonic()
                 logged = step == member.recipe.steps or step % member.spec.log_every_steps == 0
                 report = None
                 with sampling(device, logged) as spans:
                     try:
-                        report = train_step(member.run, rows, weights)
+                        report = train_step(member.run, rows, weights, *wanted)
                     except NonFiniteError as error:
                         member.fail(error)
                 if report is not None and spans is not None:

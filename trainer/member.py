@@ -95,9 +95,9 @@ class Member:
         return self.run.counts.step
 
     @property
-    def shares(self) -> tuple[str, LaneOrder]:
+    def shares(self) -> tuple[tuple[str, ...], LaneOrder]:
         """Equal for those that one stream can feed."""
-        return self.spec.hook, self.order
+        return self.spec.read_hooks, self.order
 
     def fail(self, error: NonFiniteError) -> None:
         """Take note that the run cannot go on: which units its rows come from, and what is kept."""
@@ -116,7 +116,7 @@ class Member:
     def checkpoint(self) -> None:
         """Make the run as it stands durable."""
         self.telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
-        state = stream_state(self._dataset, self.order, self.spec.hook, self.step)
+        state = stream_state(self._dataset, self.order, self.spec.read_hooks, self.step)
         save_checkpoint(
             self._files, self.run, identity=self._identity, stream=state, threads=cpu_threads(self.spec)
         )

@@ -65,10 +65,13 @@ class Shard(Sae):
         return keep(values, indices, kept)
 
     @torch.no_grad()
-    def reconstruct(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
+    def reconstruct(self, values: Tensor, indices: Tensor | None, x: Tensor | None = None) -> Tensor:
         """Normalised rows [B, D] from every shard's codes."""
-        x_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
-        return self.add_bias(self.world.latent.sum(x_hat.detach()), x)
+        if indices is None:
+            x_hat = values @ self.W_dec
+        else:
+            x_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
+        return self.add_bias(self.world.latent.sum(x_hat.contiguous()), x)
 
 
 class Witness(ObjectStore):
@@ -81,15 +84,18 @@ class Witness(ObjectStore):
     def __init__(self, store: ObjectStore) -> None:
         self._store, self.uri = store, store.uri
 
-    def put_new(self, key: str, data: Data | Pieces) -> bool:  # noqa: ARG002
+    def put_new(self, key: str, data: Data | Pieces) -> bool:
         """Nothing."""
+        del key, data
         return True
 
     def put(self, key: str, data: Data) -> None:
         """Nothing."""
+        del key, data
 
     def delete(self, key: str) -> None:
         """Nothing."""
+        del key
 
     def get(self, key: str, limit: int = 1 << 31) -> bytes:
         """See `ObjectStore.get`."""

@@ -13,6 +13,7 @@ from schemas.training import TrainSpec
 from trainer import fused
 from trainer.checkpoint import pack, unpack
 from trainer.init import initialise
+from trainer.losses import Rows
 from trainer.sae import PARAMETERS, Sae
 from trainer.step import Recipe, Run, eager_pass, train_step
 
@@ -94,7 +95,7 @@ def test_gradients_in_float32_are_within_1e_5_of_dense_autograd(auxk_k, multi_to
     weights = torch.rand(B, generator=torch.Generator().manual_seed(3)) + 0.5
     twin = copy.deepcopy(run)
     twin.sae = twin.sae.double()
-    expected = eager_pass(twin, x.double(), weights.double(), dead)
+    expected = eager_pass(twin, Rows(x.double(), x.double(), weights.double(), (B,)), dead)
     found = fused.fused_pass(
         run.sae, run.recipe.spec, x, weights, dead, run.recipe.k_aux, run.loss_constant, "cpu"
     )
