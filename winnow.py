@@ -5,9 +5,10 @@ from __future__ import annotations
 import typer
 
 from evaluator.heldout import measure_in_subject
+from evaluator.scaling_cli import register as register_scaling
 from harvester.cli import register as register_harvester
 from store.cli import register as register_store
-from trainer.cli import register as register_trainer
+from trainer.cli import register_all as register_trainer
 from winnow_jobs import register as register_jobs
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 register_harvester(app)
 register_trainer(app, after_train=measure_in_subject)
 register_store(app)
+register_scaling(app)
 register_jobs(app)
 
 

@@ -20,7 +20,7 @@ from trainer.checkpoint import save_checkpoint
 from trainer.device import cpu_threads
 from trainer.publish import Summary, publish
 from trainer.start import identity_of, stand, stream_state
-from trainer.status import StatusWriter
+from trainer.status import StatusWriter, allow_again, asked_to_stop
 from trainer.step import Recipe
 from trainer.telemetry import Record
 
@@ -58,9 +58,20 @@ class Member:
         self.follower: Follower | None = None
         self.failure: NonFiniteError | None = None
 
-    def begin(self, cleanup: ExitStack) -> None:
-        """The first writing, once nothing can be wrong with any SAE of the process."""
+    def begin(self, cleanup: ExitStack, stopped_before: bool = False) -> None:
+        """The first writing, once nothing can be wrong with any SAE of the process.
+
+        Args:
+            cleanup: Ends what is begun.
+            stopped_before: Heed an old `winnow stop`, instead of taking it away.
+
+        Raises:
+            KeyboardInterrupt: Such a one is there.
+        """
         self.out.probe(single_writer=True)  # can we write there? asked before hours of work
+        if stopped_before and asked_to_stop(self.out):
+            raise KeyboardInterrupt
+        allow_again(self.out)
         self.status.write("training")
         if self._dataset.arrivals is not None:
             self.follower = cleanup.enter_context(self._following())
