@@ -6,10 +6,11 @@ import typer
 
 from evaluator.cli import register as register_evaluator
 from evaluator.heldout import measure_in_subject
+from evaluator.scaling_cli import register as register_scaling
 from explorer.cli import register as register_explorer
 from harvester.cli import register as register_harvester
 from store.cli import register as register_store
-from trainer.cli import register as register_trainer
+from trainer.cli import register_all as register_trainer
 from trainer.formats.cli import register as register_formats
 from winnow_jobs import register as register_jobs
 
@@ -28,6 +29,7 @@ register_formats(app)
 register_evaluator(app)
 register_store(app)
 register_explorer(app)
+register_scaling(app)
 register_jobs(app)
 
 
