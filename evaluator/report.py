@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from evaluator import ablation, compute, downstream, probes, reconstruction, stability
+from evaluator import ablation, compute, downstream, n2g, probes, reconstruction, stability
 from evaluator.probe_tasks import tasks_identity
 from evaluator.setting import Measured, Setting
 from schemas.base import canonical_json, sha256_hex
@@ -28,6 +28,7 @@ MEASURES: dict[str, Callable[[Setting], Measured]] = {
     "stability": stability.measure,
     "ablation": ablation.measure,
     "probes": probes.measure,
+    "n2g": n2g.measure,
 }
 """Family -> what measures it; `compute` follows from `downstream`."""
 DEPENDS: dict[str, tuple[str, ...]] = {
@@ -37,6 +38,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "stability": ("against",),
     "ablation": ("windows", "ablation_rows", "ablation_latents", "ablation_tokens"),
     "probes": ("tasks", "probe_train", "probe_test", "probe_tokens", "probe_ridge"),
+    "n2g": ("windows", "n2g_latents", "n2g_examples", "n2g_train_rows", "n2g_positives"),
 }
 """Fields of `EvaluateSpec` that move a family's figures, beside the seed."""
 

@@ -63,6 +63,7 @@ def register(app: typer.Typer) -> None:
     """Add the explorer's commands to `app`."""
     app.command("index")(index_command)
     app.command("explore")(explore_command)
+    app.command("export-features")(export_command)
 
 
 def default_index(sae: str) -> str:
@@ -237,3 +238,29 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
         say(f"explorer: the dataset is not at hand, so ablations take pasted text only ({error})")
         return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats))
     return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats), dataset)
+
+
+def export_command(
+    sae: SaeUri,
+    latents: Annotated[str, typer.Option(metavar="LIST", help="Such as 3,10-12, or all (at most 10,000)")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Local folder for the files")],
+    index: Annotated[
+        str | None, typer.Option("--index", metavar="DIR", help="Where the index is; default SAE/features")
+    ] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take latents along: a self-contained HTML page, and JSON for OpenAI's sae-viewer and for Neuronpedia.
+
+    Example: `winnow export-features runs/quickstart --latents 3,10-12 --out site`
+    """
+    with guard():
+        from explorer.exhibit import Exhibit
+        from explorer.export import export, parse_latents
+
+        place = Place.of(config, None)
+        table = FeatureTable.open(index or default_index(sae), place.storage)
+        exhibit = Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage)
+        files = export(exhibit, parse_latents(latents, table.meta.latents), out)
+        facts = {"files": len(files), "page": str(files[0])}
+        emit(facts, as_json, lambda: say(f"{len(files)} files; open {files[0]}"))

@@ -243,9 +243,10 @@ def describe_rows(
 def _moments(rows: Stored, dtype: str, kept: NDArray[np.bool_]) -> Moments:
     sums, squares = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
     for start, piece in _pieces(rows, dtype):
-        chosen = piece[kept[start : start + piece.shape[0]]].astype(np.float64)
+        part = kept[start : start + piece.shape[0]]
+        chosen = (piece if part.all() else piece[part]).astype(np.float64)
         sums += chosen.sum(axis=0)
-        squares += np.square(chosen).sum(axis=0)
+        squares += np.square(chosen, out=chosen).sum(axis=0)
     return Moments(rows=int(kept.sum()), sums=tuple(sums.tolist()), squares=tuple(squares.tolist()))
 
 

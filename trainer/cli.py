@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from store.console import emit, guard, load_config, print_table, say
+from store.console import emit, guard, load_config, print_table, say, stderr
 from trainer.loop import AfterTrain, train
+from trainer.parallel import Launch
 from trainer.publish import Summary
 
 HELP = """Train a TopK sparse autoencoder on a harvested dataset.
@@ -20,6 +23,9 @@ Reads the config's `root` (the dataset) and its section `train`; writes into `tr
 
 Stop it whenever you like: the same command goes on from the newest checkpoint and ends with the very
 same weights. A finished run is only shown again.
+
+On several GPUs or machines: `torchrun --nproc-per-node 8 -m trainer CONFIG --set train.mesh.latent=4` splits
+the latents over 4 ranks and the batch over 2. Another mesh may go on where this one stopped.
 """
 EPILOG = "Example: `winnow train configs/quickstart.yaml --set train.k=64 --set train.out=runs/k64`"
 
@@ -49,8 +55,29 @@ def register(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard():
             settings = load_config(config, set_ or [])
-            summary = train(settings, after_train=after_train)
-            emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
+            launch = launched()
+            with only_the_first_tells(launch):
+                summary = train(settings, after_train=after_train, launch=launch)
+            if launch.rank == 0:
+                emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
+
+
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def launched() -> Launch:
+    """Which of torchrun's processes this is; alone where it was started otherwise."""
+    return Launch(*(int(os.environ.get(name, alone)) for name, alone in _TORCHRUN.items()))
+
+
+@contextmanager
+def only_the_first_tells(launch: Launch) -> Iterator[None]:
+    """Progress and notices come from one rank; errors from each."""
+    before, stderr.quiet = stderr.quiet, stderr.quiet or launch.rank > 0
+    try:
+        yield
+    finally:
+        stderr.quiet = before
 
 
 def make_app(after_train: AfterTrain | None = None) -> typer.Typer:

@@ -268,6 +268,7 @@ def take_steps(members: list[Member], dataset: ActivationStore, until: int, alon
             if stop and step < steps:
                 for member in running:
                     member.checkpoint()
+                    member.saver.wait()
                     name = "" if alone else f"{member.spec.out}: "
                     say(f"{name}stopped after step {step} of {member.recipe.steps}; a checkpoint is kept")
                 raise KeyboardInterrupt

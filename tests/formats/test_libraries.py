@@ -192,3 +192,32 @@ def test_dictionary_learning_reads_ours(tmp_path, activation, normalize):
     sae, x = make_sae(activation, normalize), rows()
     theirs, _ = load_dictionary(str(exported(sae, "dictionary_learning", tmp_path)), device="cpu")
     assert error(theirs(x), sae(x)) < LARGEST_ERROR
+
+
+# ---- the peers' own trainers, which the benchmarks measure -----------------------------------------
+
+
+def test_every_peer_steps_and_saves_what_we_import(tmp_path):
+    from benchmarks.peer_trainers import PEERS, Job
+
+    x = rows(spread=3.0)
+    for name, make in PEERS.items():
+        peer = make(Job(D, N, K, len(x), x, steps=40, lr=1e-2, warmup=2, decay=8, dead_after=5 * len(x)))
+        for _ in range(30):
+            peer.step(x)
+        folder = tmp_path / name
+        peer.save(folder)
+        import_sae(folder, peer.format, str(tmp_path / f"{name}-ours"))
+        ours = Sae.load(tmp_path / f"{name}-ours")
+        variance = (x - x.mean(0)).square().sum()
+        assert (ours(x) - x).square().sum() < 0.9 * variance, f"{name} has learnt nothing of raw rows"
+
+
+def test_peer_steps_are_measured_beside_ours():
+    from benchmarks.peer_steps import measure_peers
+    from benchmarks.peer_trainers import PEERS
+    from benchmarks.train_step import SIZES
+
+    found = measure_peers(SIZES["tiny"], rounds=1)
+    assert set(found["peers"]) == set(found["peers_over_winnow"]) == set(PEERS)
+    assert min(*found["peers"].values(), found["winnow"]) > 0
