@@ -332,4 +332,12 @@ def make_record(member: Member, report: StepReport) -> Record:
         "tokens_per_s": counts.tokens / counts.seconds if counts.seconds else 0.0,
         "seconds": counts.seconds,
         "seconds_waiting_for_data": counts.seconds_waiting,
+    } | ({} if not run.world.meshed else _of_the_mesh(run.world, report))
+
+
+def _of_the_mesh(world: World, report: StepReport) -> Record:
+    """Second rounds a row of this step, and bytes that this rank has sent so far."""
+    return {
+        "second_rounds": report.second_rounds / report.rows,
+        "bytes_sent": world.data.bytes_sent + world.latent.bytes_sent,
     }
