@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM ?= true
 RUN = $(BIN)/winnow $(if $(RAY_ADDRESS),submit --address $(RAY_ADDRESS) $(JOB) --)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan harvest train test test-gpu test-faults lint format bench minio clean
+.PHONY: help setup setup-dev plan harvest train test test-gpu test-faults test-formats peers lint format bench minio clean
 
 help:  ## Show this list
 	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value'] [RAY_ADDRESS=http://HEAD:8265]"; echo
@@ -59,6 +59,12 @@ test-gpu: setup-dev  ## Run the GPU tests; fails if any is skipped
 
 test-faults: setup-dev  ## Run the tests that kill, cut and corrupt; part of `make test`
 	$(BIN)/python -m pytest tests/faults tests/contract $(ARGS)
+
+test-formats: setup-dev  ## Test import and export against the other libraries' own code (see `make peers`)
+	$(BIN)/python -m benchmarks.peers -- $(BIN)/python -m pytest tests/formats $(ARGS)
+
+peers: setup-dev  ## Install other libraries for SAEs, to be compared with, in a folder of their own (260 MB)
+	$(BIN)/python -m benchmarks.peers
 
 lint: setup-dev  ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .

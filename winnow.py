@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from evaluator.cli import register as register_evaluator
 from evaluator.heldout import measure_in_subject
 from evaluator.scaling_cli import register as register_scaling
+from explorer.cli import register as register_explorer
 from harvester.cli import register as register_harvester
 from store.cli import register as register_store
 from trainer.cli import register_all as register_trainer
+from trainer.formats.cli import register as register_formats
 from winnow_jobs import register as register_jobs
 
 app = typer.Typer(
@@ -22,8 +25,11 @@ app = typer.Typer(
 )
 register_harvester(app)
 register_trainer(app, after_train=measure_in_subject)
+register_formats(app)
+register_evaluator(app)
 register_store(app)
 register_scaling(app)
+register_explorer(app)
 register_jobs(app)
 
 

@@ -54,10 +54,11 @@ from store.layout import PLAN_KEY, manifest_key, shard_key, slice_bytes, slice_r
 from store.objects import ObjectStore, S3Store, open_store
 from store.order import LaneOrder
 from store.parts import PART_UNITS, DatasetDigest, encode_part
-from store.shards import crc32c, encode_shard
+from store.shards import crc32c, encode_chunk, encode_shard
 from store.stream import BATCHES_AHEAD, REQUEST_BYTES
-from store.testing import make_attempt, make_plan, synthetic_tokens, write_dataset
+from store.testing import make_attempt, make_plan, synthetic_digests, synthetic_tokens, write_dataset
 from store.writer import commit_unit, now, tokens_digest
+from store.zarr_metadata import TOKEN_DIGESTS_KEY
 
 HOOK = "resid_post.1"
 SEED = 3
@@ -392,6 +393,8 @@ def seal_fabricated(objects: ObjectStore, plan: HarvestPlan) -> None:
     )
     shard = model.shards[HOOK]
     moments = {"rows": plan.rows_per_unit, "sums": (0.0,) * 8, "squares": (1.0,) * 8}
+    tokens = synthetic_digests(plan)
+    objects.put(TOKEN_DIGESTS_KEY, encode_chunk(tokens))
     digest, parts, sinks = DatasetDigest(plan), [], 0
     for first in range(0, plan.units, PART_UNITS):
         receipts: list[UnitReceipt] = []
@@ -406,7 +409,8 @@ def seal_fabricated(objects: ObjectStore, plan: HarvestPlan) -> None:
             if unit < 16:
                 made = ShardRecord.model_validate(made.model_dump() | {"moments": moments})
             sinks += len(made.sinks)
-            receipts.append(model.model_copy(update={"unit": unit, "shards": {HOOK: made}}))
+            its = {"unit": unit, "shards": {HOOK: made}, "tokens_sha256": tokens[unit].tobytes().hex()}
+            receipts.append(model.model_copy(update=its))
             digest.add(receipts[-1])
         body, part = encode_part(receipts)
         objects.put(part.key, body)

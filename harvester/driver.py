@@ -200,7 +200,8 @@ class _Run:
             self._failed(unit, WorkerError(f"unit {unit}: its actor died", got=first_line(error)), died=True)
         except RayTaskError as error:
             known = error.cause if isinstance(error.cause, WinnowError) else None
-            self._failed(unit, known or WorkerError(f"unit {unit}", got=first_line(error)))
+            starved = isinstance(error.cause, MemoryError)  # tried alone, as after a kill by the kernel
+            self._failed(unit, known or WorkerError(f"unit {unit}", got=first_line(error)), died=starved)
         else:
             self._committed += 1
             self._failures.succeeded(unit)

@@ -75,7 +75,7 @@ def make_plan(
         IntegrityError: A token chunk at the root differs from the plan's.
     """
     subject_spec, corpus, spec = _sections(config)
-    files = find_files(corpus)
+    files = find_files(corpus, allow_http=config.storage.allow_http)
     subject = subject or _load(subject_spec, spec)
     identity, sites = subject.identity, tuple(subject.sites(spec.hooks))
     _check_context(spec, identity)
@@ -114,7 +114,7 @@ def make_plan(
 def read_corpus(config: Config, folder: str) -> CorpusWindows:
     """The config's corpus as it is planned, not read yet; for a plan that exists already."""
     subject_spec, corpus, spec = _sections(config)
-    files = find_files(corpus)
+    files = find_files(corpus, allow_http=config.storage.allow_http)
     subject = _load(subject_spec, spec)
     tokenizer = DocumentTokenizer(subject.tokenizer, subject.identity, bos=spec.bos == "window")
     return CorpusWindows(corpus, spec, tokenizer, files, folder, PlanProgress(None, files))

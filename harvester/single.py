@@ -105,8 +105,8 @@ class LocalRun:
             self._ledger.add(future.result())
             self._failures.succeeded(unit)
             return
-        if not isinstance(error, Exception):
-            raise error
+        if isinstance(error, MemoryError) or not isinstance(error, Exception):
+            raise error  # this very process has no more memory: no fault of the unit
         known = error if isinstance(error, WinnowError) else WorkerError(f"unit {unit}", got=str(error)[:300])
         if self._failures.failed(unit, known):
             self._queue.append(unit)

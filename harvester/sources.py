@@ -24,6 +24,7 @@ from fsspec import AbstractFileSystem
 from harvester.packages import is_package_uri, resolve_package
 from schemas.corpus import CorpusSpec, SourceSpec
 from schemas.errors import ConfigError, DependencyMissing, StoreError, WinnowError
+from store.objects import s3_endpoint
 
 BLOCK_BYTES = 8 * 2**20
 """Read-ahead of a remote file."""
@@ -60,15 +61,21 @@ class SourceFile:
         return self.path if _is_local(self.filesystem) else self.filesystem.unstrip_protocol(self.path)
 
 
-def find_files(corpus: CorpusSpec) -> list[SourceFile]:
+def find_files(corpus: CorpusSpec, *, allow_http: bool = False) -> list[SourceFile]:
     """Every file of the corpus, in reading order: by source, then by path. Reads no data.
 
+    Args:
+        corpus: What is read.
+        allow_http: Permit an `http://` S3 endpoint beyond this machine's loopback, as `storage.allow_http`.
+
     Raises:
-        ConfigError: A pattern without a match, a folder, a format that cannot be told, or a URI that
-            carries credentials.
+        ConfigError: A pattern without a match, a folder, a format that cannot be told, a URI that
+            carries credentials, or a plain `http://` S3 endpoint beyond loopback.
         DependencyMissing: The protocol or the compression needs a package that is not installed.
         StoreError: The storage cannot be reached or refuses.
     """
+    if any(source.uri.startswith(("s3://", "s3a://")) for source in corpus.sources):
+        s3_endpoint(allow_http)
     return [file for source in corpus.sources for file in _files_of(source)]
 
 

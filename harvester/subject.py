@@ -6,7 +6,7 @@ Shapes: W windows, T positions, D width of the activation at a hook, V vocabular
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from harvester.generate import GeneratedToken, Steer, generate
 from harvester.hooks import Layout, Tap, find_layout, resolve_hook
 from harvester.pretrained import load_model, load_tokenizer
 from harvester.splice import Replacement, next_token_loss, read, replaced
@@ -184,12 +185,7 @@ class Subject:
             ConfigError: As for `activations`, or the subject is truncated.
             ValueError: fn returned another shape.
         """
-        if self.truncated:
-            raise ConfigError(
-                f"subject {self.spec.model!r} was truncated after layer {self._kept_layers - 1}",
-                expected="the whole model",
-                fix="Load it without `until`",
-            )
+        self._require_whole()
         ids = self._ids(token_ids)
         chosen = dict(replace or {})
         taps = self._resolve(list(chosen)) if chosen else []
@@ -206,6 +202,79 @@ class Subject:
         logits = self.logits(ids, replace)
         with torch.no_grad():
             return next_token_loss(logits, ids)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        steer: Mapping[str, Sequence[Steer]] | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+    ) -> Iterator[GeneratedToken]:
+        """Continue a prompt, token by token, with latents steered if asked.
+
+        A steer that changes no code (`add` of 0, `scale` by 1) leaves every logit bit-identical.
+
+        Args:
+            prompt: Text, tokenised without BOS as a corpus is, or token ids [T].
+            max_new_tokens: The most tokens to give; it ends earlier after EOS.
+            steer: hook -> changes there; see `harvester.generate.Steer`.
+            seed: Of the draw. The same seed gives a clean and a steered run the same random numbers.
+            temperature: Divides the logits; 0 takes the likeliest token and draws nothing.
+
+        Returns:
+            The tokens, each computed when it is asked for.
+
+        Raises:
+            ConfigError: The subject is truncated, the prompt is empty or with `max_new_tokens` too long
+                for it, a hook is unknown, an SAE's width is not the hook's, or a number is out of range.
+        """
+        self._require_whole()
+        if isinstance(prompt, str):
+            prompt = cast("list[int]", self.tokenizer.encode(prompt, add_special_tokens=False))
+        if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
+            raise ConfigError(
+                "generate",
+                expected="max_new_tokens of 1 or more and a finite temperature of 0 or more",
+                got=f"{max_new_tokens} and {temperature}",
+            )
+        if not len(prompt):
+            raise ConfigError("prompt", expected="at least one token", got="none")
+        ids = self._ids(torch.as_tensor(prompt)[None])
+        if self._context_limit is not None and len(prompt) + max_new_tokens > self._context_limit:
+            raise ConfigError(
+                "generate: prompt and new tokens are too many for the subject",
+                expected=f"at most {self._context_limit} tokens",
+                got=f"{len(prompt)} + {max_new_tokens}",
+            )
+        chosen = {hook: tuple(steers) for hook, steers in (steer or {}).items() if steers}
+        sites = self.sites(list(chosen)) if chosen else ()
+        for site in sites:
+            for one in chosen[site.name]:
+                if one.sae.W_dec.shape[1] != site.d_model:
+                    raise ConfigError(
+                        f"steer at {site.name}: the SAE is of another width",
+                        expected=f"D = {site.d_model}",
+                        got=one.sae.W_dec.shape[1],
+                    )
+        return generate(
+            self.model,
+            self.tokenizer,
+            ids,
+            {self._taps[hook][0]: steers for hook, steers in chosen.items()},
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            temperature=temperature,
+        )
+
+    def _require_whole(self) -> None:
+        if self.truncated:
+            raise ConfigError(
+                f"subject {self.spec.model!r} was truncated after layer {self._kept_layers - 1}",
+                expected="the whole model",
+                fix="Load it without `until`",
+            )
 
     def _forward(self, ids: Tensor) -> Any:
         return self.model(input_ids=ids, use_cache=False)

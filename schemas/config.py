@@ -8,6 +8,7 @@ from pydantic import Field
 
 from schemas.base import Contract
 from schemas.corpus import CorpusSpec
+from schemas.evaluation import EvaluateSpec
 from schemas.harvest import HarvestSpec, PlanSpec
 from schemas.subject import SubjectSpec
 from schemas.training import TrainSpec
@@ -55,7 +56,7 @@ class SweepSpec(Contract):
 
 
 class Config(Contract):
-    """`winnow plan|harvest|train CONFIG`. Stages read their own sections."""
+    """`winnow plan|harvest|train|evaluate CONFIG`. Stages read their own sections."""
 
     root: str = Field(min_length=1)
     """The dataset: a local folder or a URI (`file://`, `s3://bucket/prefix`)."""
@@ -75,3 +76,5 @@ class Config(Contract):
     """train, sweep: the SAE."""
     sweep: SweepSpec | None = None
     """sweep: the grid."""
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """evaluate: sample sizes and what optional families need."""

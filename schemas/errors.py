@@ -4,7 +4,8 @@
 
     WinnowError
     ├── ConfigError (ValueError)           the user's input is wrong                      exit 2
-    │   └── PlanMismatch                   the root holds a different plan                exit 2
+    │   ├── PlanMismatch                   the root holds a different plan                exit 2
+    │   └── SaeMismatch                    the SAE is not of this dataset's subject       exit 2
     ├── UnsupportedVersion (ValueError)    an artefact of a version this code can't read  exit 2
     ├── DependencyMissing (ImportError)    an optional package is asked for and absent    exit 2
     ├── StoreError (OSError)               storage unreachable, refusing or full          exit 2
@@ -71,6 +72,10 @@ class ConfigError(WinnowError, ValueError):
 
 class PlanMismatch(ConfigError):
     """The root already holds a plan that differs from the one asked for."""
+
+
+class SaeMismatch(ConfigError):
+    """The SAE belongs to another subject, hook or width than the dataset."""
 
 
 class UnsupportedVersion(WinnowError, ValueError):

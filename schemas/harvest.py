@@ -28,6 +28,7 @@ MAX_SHARD_BYTES = 1 << 31
 MAX_TOKENS_PER_UNIT = 1 << 28
 """Their chunk is read whole."""
 Dtype = Literal["bfloat16", "float16", "float32"]
+Compress = Literal["none", "zstd"]
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 
@@ -53,8 +54,8 @@ class PlanSpec(Contract):
     """`window` starts every window with the BOS token; `none` never adds one."""
     dtype: Dtype = "bfloat16"
     """How activations are stored."""
-    compress: Literal["none"] = "none"
-    """Shard compression."""
+    compress: Compress = "none"
+    """Codec of each slice: `zstd` saves some bytes and costs time (docs/data.md has the figures)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of the window order, the rows' order inside units and the held-out choice."""
     sink_multiple: float = Field(default=10.0, gt=1)
@@ -212,7 +213,10 @@ class HarvestPlan(Artefact):
         return splits[split]
 
     def shard_bytes(self, hook: str) -> int:
-        """Size of one uncompressed shard of `hook`, index and checksums included, in bytes."""
+        """Size of one uncompressed shard of `hook`, index and checksums included, in bytes.
+
+        A compressed one is smaller, mostly; its receipt says by how much.
+        """
         payload = self.rows_per_unit * self.d_model(hook) * DTYPE_BYTES[self.spec.dtype]
         return payload + SLICES * 4 + SLICES * 16 + 4
 
@@ -234,7 +238,11 @@ class ShardRecord(Contract):
     bytes: int = Field(ge=0)
     sha256: Sha256
     slice_crc32c: tuple[Crc32c, ...] = Field(min_length=SLICES, max_length=SLICES)
-    """crc32c of each slice's payload, in slice order."""
+    """crc32c of each slice's payload as stored, in slice order."""
+    slice_lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(), max_length=SLICES, exclude_if=lambda lengths: not lengths
+    )
+    """Bytes of each slice's payload as stored, where the plan compresses; empty and left out otherwise."""
     sum_squares: float = Field(ge=0, allow_inf_nan=False)
     """Over all rows, in the stored values."""
     largest_norm: float = Field(ge=0, allow_inf_nan=False)

@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from itertools import pairwise
+from typing import Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
 from schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256
 
 Normalize = Literal["layer", "dataset", "none"]
+Activation = Literal["topk", "batchtopk", "relu", "jumprelu"]
+
+
+class SaeParts(Contract):
+    """What an SAE is made of beside its sizes; the default is the paper's TopK autoencoder."""
+
+    activation: Activation = "topk"
+    """`topk`: the K best of each row. `batchtopk`: trained on the best K a row of a whole batch, used with
+    one threshold. `relu`: all above 0. `jumprelu`: all above their latent's own threshold."""
+    d_out: int | None = Field(default=None, gt=0)
+    """Width of a transcoder's target rows; null where the input is reconstructed."""
+    target_normalize: Literal["dataset", "none"] | None = None
+    """How a transcoder's target rows are normalised; null where there is none."""
+    skip: bool = False
+    """A transcoder's linear path W_skip [d_out, D] beside the latents."""
+    widths: tuple[int, ...] = ()
+    """Widths of a crosscoder's hooks, whose rows are joined in this order; empty for a single hook."""
+    matryoshka: tuple[int, ...] = ()
+    """Sizes of the prefixes of latents that were trained to reconstruct on their own; N is always one."""
+    layer_epsilon: float = Field(default=0.0, ge=0)
+    """`layer` divides a row by (std + layer_epsilon) sqrt(D - 1), std being its unbiased standard deviation,
+    and restores it with std sqrt(D - 1). 0 in Winnow's own SAEs, 1e-5 in those from OpenAI and SAELens."""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if (self.d_out is None) != (self.target_normalize is None):
+            raise ValueError("d_out and target_normalize belong together: a transcoder has both")
+        if self.skip and self.d_out is None:
+            raise ValueError("skip needs a target: it is a transcoder's part")
+        if self.widths and (len(self.widths) < 2 or min(self.widths) < 1 or self.d_out is not None):
+            raise ValueError(f"widths are those of a crosscoder's two hooks or more, got {self.widths}")
+        _require_prefixes(self.matryoshka)
+        return self
+
+
+def _require_prefixes(sizes: tuple[int, ...]) -> None:
+    if any(size < 1 for size in sizes) or any(a >= b for a, b in pairwise(sizes)):
+        raise ValueError(f"matryoshka takes ascending sizes above 0, got {list(sizes)}")
+
+
+class MeshSpec(Contract):
+    """How the processes of a run are laid out; see docs/trainer.md."""
+
+    data: int | None = Field(default=None, gt=0)
+    """Ranks that split the batch; it divides `lanes`. Null takes the processes that `latent` leaves."""
+    latent: int = Field(default=1, gt=0)
+    """Ranks that split the latents."""
 
 
 class TrainSpec(Contract):
@@ -21,16 +69,32 @@ class TrainSpec(Contract):
     latents: int = Field(gt=0)
     """Dictionary size N."""
     k: int = Field(gt=0)
-    """Active latents K for each row."""
+    """Active latents K for each row; with `batchtopk` their mean, with `jumprelu` the mean aimed at, with
+    `relu` not used."""
     normalize: Normalize = "layer"
     """`layer`: each row's mean removed and scaled to unit norm (the paper's); `dataset`: the dataset's
     mean removed and one scalar for a mean squared norm of 1; `none`."""
+    activation: Activation = "topk"
+    """`topk` (the paper's), `batchtopk` (Bussmann et al. 2024), or the baselines `relu` (with an L1 penalty)
+    and `jumprelu` (Rajamanoharan et al. 2024)."""
+    target_hook: HookName | None = None
+    """Transcoder: the latents read `hook` and reconstruct this hook's rows of the same tokens."""
+    target_normalize: Normalize = "dataset"
+    """As `normalize`, for `target_hook`. `layer` is refused: at inference nobody knows a target's norm."""
+    skip: bool = False
+    """Transcoder: add a linear path from the input to the target (Paulo et al. 2025)."""
+    with_hooks: tuple[HookName, ...] = ()
+    """Crosscoder: more hooks, whose rows are joined to those of `hook`; all are read and reconstructed by
+    the same latents, each normalised by its own constants."""
+    matryoshka: tuple[int, ...] = ()
+    """Ascending numbers of latents: the first so many must reconstruct on their own (Bussmann et al. 2025).
+    All `latents` together are always the last of them."""
     batch_rows: int = Field(default=2048, gt=0)
     """Rows B of a global batch; divisible by `lanes`."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the training split."""
     lanes: int = Field(default=64, gt=0)
-    """Lanes G of the stream; divides 64, and the world size must divide it."""
+    """Lanes G of the stream; divides 64, and `mesh.data` must divide it."""
     group_units: int | None = Field(default=None, gt=0)
     """Units U shuffled together; null takes as many as `group_bytes` holds."""
     group_bytes: int = Field(default=2 * 2**30, gt=0)
@@ -55,6 +119,17 @@ class TrainSpec(Contract):
     """A latent silent for this many rows is dead; null takes min(10 M, planned rows / 10)."""
     multi_topk: bool = False
     """Add the loss at 4K, divided by 8."""
+    selection_groups: int | None = Field(default=None, gt=0)
+    """`batchtopk`: parts of the batch, of whole lanes, in each of which the best K a row are selected; a
+    world divides it. Null takes 8, or `lanes` where that is less."""
+    sparsity_coefficient: float | None = Field(default=None, ge=0)
+    """`relu`: weight of the L1 term; null takes 5/sqrt(D) (Anthropic, April 2024, in these units).
+    `jumprelu`: weight of (L0/K - 1)^2; null takes 1."""
+    sparsity_warmup_fraction: float = Field(default=0.05, ge=0, le=1)
+    """`relu`, `jumprelu`: share of the steps over which that weight rises linearly from 0."""
+    bandwidth: float = Field(default=0.001, gt=0)
+    """`jumprelu`: width, in units of the normalised space, of the kernel that tells the thresholds which
+    way to go (Rajamanoharan et al. 2024, section 4)."""
     ema: bool = True
     """Keep an exponential moving average of the weights and export it if it is better."""
     ema_beta: float | None = Field(default=None, ge=0, lt=1)
@@ -69,6 +144,8 @@ class TrainSpec(Contract):
     """Train while the dataset is harvested: wait for each group of units, and see the same batches."""
     follow_seconds: float = Field(default=600.0, gt=0)
     """A follower gives up after this long without the plan, or without any unit being committed."""
+    mesh: MeshSpec = MeshSpec()
+    """Processes of the run, started by `torchrun -m trainer`; data x latent of them. May change on resume."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
     threads: int = Field(default=0, ge=0)
@@ -98,7 +175,65 @@ class TrainSpec(Contract):
             raise ValueError(
                 f"batch_rows must be a multiple of lanes: batch_rows={self.batch_rows}, lanes={self.lanes}"
             )
+        if self.lanes % self.groups:
+            raise ValueError(
+                f"selection_groups must divide lanes: selection_groups={self.groups}, lanes={self.lanes}"
+            )
+        self._coherent_parts()
         return self
+
+    def _coherent_parts(self) -> None:
+        if self.target_hook is not None and self.target_normalize == "layer":
+            raise ValueError("target_normalize: layer is refused, a target's norm is unknown at inference")
+        if self.target_hook == self.hook:
+            raise ValueError("target_hook is hook itself: leave it out for an autoencoder")
+        if self.skip and self.target_hook is None:
+            raise ValueError("skip needs target_hook: it is a transcoder's part")
+        if self.with_hooks and self.target_hook is not None:
+            raise ValueError("with_hooks and target_hook: a crosscoder reconstructs its own hooks")
+        if self.with_hooks and self.normalize == "layer":
+            raise ValueError("a crosscoder needs normalize: dataset or none, its hooks are targets too")
+        if len({self.hook, *self.with_hooks}) != 1 + len(self.with_hooks):
+            raise ValueError(f"with_hooks names a hook twice: {self.hook}, {', '.join(self.with_hooks)}")
+        _require_prefixes(self.matryoshka)
+        if self.matryoshka and self.matryoshka[-1] > self.latents:
+            raise ValueError(
+                f"matryoshka sizes are at most latents: {self.matryoshka[-1]}, latents={self.latents}"
+            )
+        if self.multi_topk and (self.activation != "topk" or self.matryoshka):
+            raise ValueError("multi_topk goes with activation: topk, and not with matryoshka")
+
+    @property
+    def groups(self) -> int:
+        """`selection_groups`, resolved."""
+        return self.selection_groups if self.selection_groups is not None else min(8, self.lanes)
+
+    @property
+    def input_hooks(self) -> tuple[str, ...]:
+        """The hooks whose rows, joined, are the input."""
+        return (self.hook, *self.with_hooks)
+
+    @property
+    def output_hooks(self) -> tuple[str, ...]:
+        """The hooks whose rows, joined, are reconstructed."""
+        return self.input_hooks if self.target_hook is None else (self.target_hook,)
+
+    @property
+    def read_hooks(self) -> tuple[str, ...]:
+        """Every hook that is read."""
+        return self.input_hooks if self.target_hook is None else (self.hook, self.target_hook)
+
+    def parts(self, widths: dict[str, int]) -> SaeParts:
+        """What the SAE is made of, given each hook's width."""
+        target = self.target_hook
+        return SaeParts(
+            activation=self.activation,
+            d_out=None if target is None else widths[target],
+            target_normalize=cast("Literal['dataset', 'none']", self.target_normalize) if target else None,
+            skip=self.skip,
+            widths=tuple(widths[hook] for hook in self.input_hooks) if self.with_hooks else (),
+            matryoshka=self.matryoshka,
+        )
 
 
 class StreamState(Contract):
@@ -150,12 +285,20 @@ class SaeCard(Artefact):
     """`sae.json`: everything needed to use `sae.safetensors`, and where it came from."""
 
     kind: Literal["winnow.sae"] = "winnow.sae"
-    architecture: Literal["topk"] = "topk"
+    version: str = "1.1"
+    """1.1 added the parts; 1.0 knew one, TopK, and named it `architecture`."""
     d_model: int = Field(gt=0)
+    """Width D of the input; of a crosscoder, the sum over its hooks."""
     latents: int = Field(gt=0)
     k: int = Field(gt=0)
     hook: HookName
+    """Where the input is read; of a crosscoder, the first hook."""
+    with_hooks: tuple[HookName, ...] = ()
+    """A crosscoder's other hooks, in the order of their rows."""
+    target_hook: HookName | None = None
+    """A transcoder's target."""
     normalize: Normalize
+    parts: SaeParts = SaeParts()
     weights: Literal["raw", "ema"]
     """Which of the two was better on held-out rows and is exported."""
     weights_sha256: Sha256
@@ -164,3 +307,32 @@ class SaeCard(Artefact):
     spec: TrainSpec | None = None
     metrics: dict[str, float] = {}
     """Held-out figures by definition id, such as `fvu_normalised.raw`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_1_0(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        fields = cast("dict[str, Any]", raw)
+        if fields.get("version") == "1.0" and fields.get("architecture") == "topk":
+            return {key: value for key, value in fields.items() if key != "architecture"}
+        return fields
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if (self.target_hook is None) != (self.parts.d_out is None):
+            raise ValueError("target_hook and parts.d_out belong together: a transcoder has both")
+        widths = self.parts.widths
+        if (len(widths) or 1) != 1 + len(self.with_hooks) or (widths and sum(widths) != self.d_model):
+            raise ValueError(f"parts.widths {widths} do not fit the hooks, or d_model {self.d_model}")
+        return self
+
+    @property
+    def input_hooks(self) -> tuple[str, ...]:
+        """The hooks whose rows, joined, are the input."""
+        return (self.hook, *self.with_hooks)
+
+    @property
+    def output_hooks(self) -> tuple[str, ...]:
+        """The hooks whose rows, joined, are reconstructed."""
+        return self.input_hooks if self.target_hook is None else (self.target_hook,)

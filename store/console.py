@@ -112,12 +112,22 @@ def section(value: T | None, name: str) -> T:
 
 @contextmanager
 def guard() -> Generator[None]:
-    """Turn a `WinnowError` into one sentence on stderr and its exit code; Ctrl-C into 130."""
+    """A `WinnowError` becomes a sentence on stderr and its exit code; no memory 1, Ctrl-C 130."""
     try:
         yield
     except WinnowError as error:
         stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
+    except MemoryError as error:
+        detail = f" ({' '.join(str(error).split())})" if str(error) else ""
+        stderr.print(
+            f"error: this process ran out of memory{detail}. What it had stored is kept: give it more "
+            "memory, or free some, and run the same command again.",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         stderr.print("interrupted: run the same command again to go on", style="yellow")
         raise typer.Exit(130) from error

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from schemas.errors import IntegrityError, MissingObject
 from schemas.harvest import HarvestPlan
 from store.index import ReceiptIndex
-from store.layout import ring_key, shard_key, slice_bytes, slice_range
+from store.layout import ring_key, shard_key
 from store.objects import ObjectStore
-from store.shards import check_slice
+from store.shards import INDEX_BYTES, check_slice, unpack
 
 REFETCHES = 2
 """A slice that fails its check is fetched this many times more before it counts as rotten."""
@@ -53,21 +53,30 @@ def fetch_slices(
             in place then is worthless.
     """
     crcs: list[int] = index.hooks[hook].crc32c[unit].tolist()
+    starts: list[int] = index.starts(hook, unit).tolist()
     beside = np.empty(4, np.uint8)
-    payloads = [place(number).reshape(-1).view(np.uint8) for number in range(first, stop)]
-    received = (stop - first) * slice_bytes(plan, hook)
-    reads = _read(store, plan, hook, unit, first, stop, [(payload, beside) for payload in payloads])
-    for number, payload, _ in zip(range(first, stop), payloads, reads, strict=True):
+    places = [place(number).reshape(-1).view(np.uint8) for number in range(first, stop)]
+    packed = plan.spec.compress != "none"
+    payloads = places
+    if packed:  # a slice is checked and unpacked before the next one takes its place
+        sizes = [starts[number + 1] - starts[number] - 4 for number in range(first, stop)]
+        space = np.empty(max(sizes), np.uint8)
+        payloads = [space[:size] for size in sizes]
+    received = starts[stop] - starts[first]
+    reads = _read(store, hook, unit, first, stop, starts, [(payload, beside) for payload in payloads])
+    for number, payload, rows, _ in zip(range(first, stop), payloads, places, reads, strict=True):
         for left in range(REFETCHES, -1, -1):
             stored = int.from_bytes(beside.tobytes(), "little")
             try:
                 check_slice(payload, stored, crcs[number], unit=unit, hook=hook, number=number)
+                if packed:
+                    unpack(payload, rows, unit=unit, hook=hook, number=number)
                 break
             except IntegrityError:
                 if not left:
                     raise
-            for _ in _read(store, plan, hook, unit, number, number + 1, [(payload, beside)]):
-                received += slice_bytes(plan, hook)
+            for _ in _read(store, hook, unit, number, number + 1, starts, [(payload, beside)]):
+                received += starts[number + 1] - starts[number]
     return received
 
 
@@ -79,18 +88,18 @@ def describe(hook: str, unit: int, first: int, stop: int) -> str:
 
 def _read(
     store: ObjectStore,
-    plan: HarvestPlan,
     hook: str,
     unit: int,
     first: int,
     stop: int,
+    starts: Sequence[int],
     parts: Sequence[Sequence[NDArray[np.uint8]]],
 ) -> Iterator[None]:
     """Slices [first, stop) into `parts`, or an error that says what is wrong with their shard."""
     key = shard_key(hook, unit)
     where = describe(hook, unit, first, stop)
     try:
-        yield from store.read_into(key, slice_range(plan, hook, first, stop)[0], parts)
+        yield from store.read_into(key, starts[first], parts)
     except MissingObject as error:
         if store.size(ring_key(unit)) is not None:
             raise MissingObject(
@@ -106,7 +115,7 @@ def _read(
     except IntegrityError as error:
         raise IntegrityError(
             f"{where}: {key} has another length than its receipt says",
-            expected=f"{plan.shard_bytes(hook)} bytes",
+            expected=f"{starts[-1] + INDEX_BYTES} bytes",
             got=f"{store.size(key)} bytes",
             fix=f"`winnow verify {store.uri}` says what else is damaged",
         ) from error

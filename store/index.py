@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from schemas.errors import IntegrityError, MissingObject
 from schemas.harvest import MOMENT_UNITS, SLICES, HarvestPlan, Moments, UnitReceipt
-from store.layout import receipt_key, shard_key
+from store.layout import receipt_key, shard_key, slice_bytes, slice_starts
+from store.shards import INDEX_BYTES, packed_bound
 
 
 @dataclass
@@ -22,7 +23,9 @@ class HookColumns:
     """One hook's facts by unit."""
 
     crc32c: NDArray[np.uint32]
-    """[units, 64] checksum of each slice's payload."""
+    """[units, 64] checksum of each slice's payload as stored."""
+    lengths: NDArray[np.uint32] | None = None
+    """[units, 64] bytes of each slice's payload as stored; None where the plan does not compress."""
     sinks: dict[int, NDArray[np.int64]] = field(default_factory=dict[int, "NDArray[np.int64]"])
     """Unit -> stored rows of weight 0, ascending; units without any are absent."""
     sum_squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
@@ -49,6 +52,8 @@ class UnitColumns(NamedTuple):
     """[n] digest of each receipt's content."""
     crc32c: NDArray[np.uint32]
     """[h, H, 64]"""
+    lengths: NDArray[np.uint32] | None
+    """[h, H, 64]; None where the plan does not compress."""
     sum_squares: NDArray[np.float64]
     """[h, H]"""
     sinks: list[NDArray[np.int64]] | None
@@ -70,9 +75,12 @@ class ReceiptIndex:
         self.void = np.zeros(plan.units, dtype=np.bool_)
         self.revision = np.zeros(plan.units, dtype=np.int32)
         self.token_sha256 = np.zeros((plan.units, 32), dtype=np.uint8)
+        shape, packed = (plan.units, SLICES), plan.spec.compress != "none"
         self.hooks = {
             name: HookColumns(
-                crc32c=np.zeros((plan.units, SLICES), dtype=np.uint32), sum_squares=np.zeros(plan.units)
+                crc32c=np.zeros(shape, dtype=np.uint32),
+                lengths=np.zeros(shape, dtype=np.uint32) if packed else None,
+                sum_squares=np.zeros(plan.units),
             )
             for name in plan.spec.hooks
         }
@@ -100,6 +108,8 @@ class ReceiptIndex:
         for hook, shard in receipt.shards.items():
             columns = self.hooks[hook]
             columns.crc32c[unit] = shard.slice_crc32c
+            if columns.lengths is not None:
+                columns.lengths[unit] = shard.slice_lengths
             columns.sum_squares[unit] = shard.sum_squares
             columns.sinks.pop(unit, None)
             if shard.sinks:
@@ -117,6 +127,9 @@ class ReceiptIndex:
         self.token_sha256[columns.units] = columns.token_sha256
         for number, hook in enumerate(sorted(self.hooks)):
             self.hooks[hook].crc32c[units] = columns.crc32c[:, number]
+            held = self.hooks[hook].lengths
+            if held is not None and columns.lengths is not None:
+                held[units] = columns.lengths[:, number]
             self.hooks[hook].sum_squares[units] = columns.sum_squares[:, number]
             if columns.sinks is not None:
                 lists = columns.sinks[number :: len(self.hooks)]
@@ -133,6 +146,11 @@ class ReceiptIndex:
                 expected=receipt_key(int(missing[0])),
                 fix="Run `winnow harvest` again: it does what is missing",
             )
+
+    def starts(self, hook: str, unit: int) -> NDArray[np.int64]:
+        """[65] where each slice of a unit's shard begins, and where the last one ends."""
+        lengths = self.hooks[hook].lengths
+        return slice_starts(self.plan, hook, () if lengths is None else lengths[unit].tolist())
 
     def sinks(self, hook: str, unit: int) -> NDArray[np.int64]:
         """Stored rows of a unit that one hook marks, ascending."""
@@ -170,7 +188,17 @@ def check_receipt(plan: HarvestPlan, receipt: UnitReceipt) -> None:
     for hook, shard in receipt.shards.items():
         where = f"{name}, hook {hook}"
         _same(f"{where}: key", shard_key(hook, unit), shard.key)
-        _same(f"{where}: bytes", plan.shard_bytes(hook), shard.bytes)
+        if plan.spec.compress == "none":
+            _same(f"{where}: slice_lengths", (), shard.slice_lengths)
+        else:
+            _same(f"{where}: slice_lengths", SLICES, len(shard.slice_lengths))
+            most = packed_bound(slice_bytes(plan, hook) - 4)
+            if max(shard.slice_lengths) > most:
+                raise IntegrityError(
+                    f"{where}: slice_lengths", expected=f"at most {most}", got=max(shard.slice_lengths)
+                )
+        size = int(slice_starts(plan, hook, shard.slice_lengths)[-1]) + INDEX_BYTES
+        _same(f"{where}: bytes", size, shard.bytes)
         sinks = np.asarray(shard.sinks, dtype=np.int64)
         if sinks.size and (sinks[-1] >= plan.rows_per_unit or np.any(np.diff(sinks) <= 0)):
             raise IntegrityError(

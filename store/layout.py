@@ -7,6 +7,7 @@ A row's life: (window, position) -> planned row in its unit -> stored row (permu
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,6 +122,21 @@ def slice_bytes(plan: HarvestPlan, hook: str) -> int:
     """Bytes of one uncompressed slice with its crc32c, in a shard of `hook`."""
     itemsize = STORED_DTYPES[plan.spec.dtype].itemsize
     return plan.rows_per_slice * plan.d_model(hook) * itemsize + 4
+
+
+def slice_starts(plan: HarvestPlan, hook: str, lengths: Sequence[int] = ()) -> NDArray[np.int64]:
+    """[65] where each slice of a shard begins, and where the last one ends, in bytes.
+
+    Args:
+        plan: The dataset's plan.
+        hook: Which hook.
+        lengths: The receipt's `slice_lengths`: of compressed slices, without their crc32c.
+    """
+    if not len(lengths):
+        return np.arange(SLICES + 1, dtype=np.int64) * slice_bytes(plan, hook)
+    starts = np.zeros(SLICES + 1, np.int64)
+    np.cumsum(np.asarray(lengths, np.int64) + 4, out=starts[1:])
+    return starts
 
 
 def slice_range(plan: HarvestPlan, hook: str, first: int, stop: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import IntegrityError, MissingObject, StoreError
-from store.objects import MAX_GET_BYTES, Data, ObjectStore, check_key
+from store.objects import MAX_GET_BYTES, Data, ObjectStore, Pieces, check_key
 
 _TEMP = ".tmp"
 _STALE_SECONDS = 24 * 3600
@@ -39,7 +39,7 @@ class LocalStore(ObjectStore):
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
-    def put_new(self, key: str, data: Data) -> bool:
+    def put_new(self, key: str, data: Data | Pieces) -> bool:
         """See `ObjectStore.put_new`."""
         path = self._path(key)
         if path.exists():
@@ -72,15 +72,18 @@ class LocalStore(ObjectStore):
         except OSError as error:
             self._fail(error, key, "writing")
 
-    def _write_temp(self, data: Data) -> Path:
+    def _write_temp(self, data: Data | Pieces) -> Path:
         _make_folder(self._temp)
         temp = self._temp / secrets.token_hex(16)
-        view = memoryview(data).cast("B")
+        views = [memoryview(piece).cast("B") for piece in (data if isinstance(data, tuple) else (data,))]
         handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            done = 0
-            while done < len(view):
-                done += os.write(handle, view[done : done + _WRITE_BYTES])
+            while views:
+                done = os.writev(handle, _some(views))
+                while views and done >= len(views[0]):
+                    done -= len(views.pop(0))
+                if views:
+                    views[0] = views[0][done:]
             os.fsync(handle)
         except BaseException:
             temp.unlink(missing_ok=True)
@@ -232,6 +235,17 @@ class LocalStore(ObjectStore):
         }
         reason = error.strerror or type(error).__name__
         raise StoreError(f"{doing} {where} failed: {reason}", fix=fixes.get(error.errno or 0)) from error
+
+
+def _some(views: list[memoryview]) -> list[memoryview]:
+    """The first of `views`, as many as one write takes: `_WRITE_BYTES`, and far fewer than IOV_MAX."""
+    chosen, room = list[memoryview](), _WRITE_BYTES
+    for view in views[:256]:
+        if not room:
+            break
+        chosen.append(view[:room])
+        room -= len(chosen[-1])
+    return chosen
 
 
 def _make_folder(path: Path) -> None:

@@ -34,12 +34,19 @@ from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreErro
 
 Data = bytes | bytearray | memoryview
 """What a store takes; ranges come back as `bytes` or a read-only `memoryview` without a copy."""
+Pieces = tuple[Data, ...]
+"""One object's bytes, in order, so that nobody has to copy them together first."""
 
 MAX_GET_BYTES = 1 << 31
 """Largest object that `get` reads whole unless told otherwise, in bytes."""
 
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
+
+
+def joined(data: Data | Pieces) -> Data:
+    """An object's bytes in one buffer; a copy only where they lie in pieces."""
+    return b"".join(data) if isinstance(data, tuple) else data
 
 
 def check_key(key: str) -> str:
@@ -59,7 +66,7 @@ class ObjectStore(ABC):
     """The root, without credentials."""
 
     @abstractmethod
-    def put_new(self, key: str, data: Data) -> bool:
+    def put_new(self, key: str, data: Data | Pieces) -> bool:
         """Create an object, in one part, durable on return.
 
         Returns:
@@ -256,8 +263,7 @@ def _open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
     if prefix:
         check_key(prefix)
     env = os.environ
-    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
-    plain = check_endpoint(endpoint, storage.allow_http) if endpoint else False
+    endpoint, plain = s3_endpoint(storage.allow_http)
     _require_credentials()
     wait = timedelta(seconds=storage.timeout_seconds)
     config: dict[str, Any] = {"region": env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1"}
@@ -283,6 +289,13 @@ def _open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
         },
     )
     return S3Store(client, bucket, prefix, storage.single_writer)
+
+
+def s3_endpoint(allow_http: bool) -> tuple[str | None, bool]:
+    """The environment's S3 endpoint (None: AWS itself), checked, and whether it speaks plain HTTP."""
+    env = os.environ
+    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
+    return endpoint, check_endpoint(endpoint, allow_http) if endpoint else False
 
 
 def check_endpoint(endpoint: str, allow_http: bool) -> bool:
@@ -369,8 +382,9 @@ class S3Store(ObjectStore):
             )
         return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
 
-    def put_new(self, key: str, data: Data) -> bool:
+    def put_new(self, key: str, data: Data | Pieces) -> bool:
         """See `ObjectStore.put_new`: If-None-Match: *, one part; a single writer looks first instead."""
+        data = joined(data)
         if self._single_writer:
             if self.size(key) is not None:
                 return False

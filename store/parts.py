@@ -14,11 +14,12 @@ sinks           int64, marked rows over all hooks
 slice_crc32c    list of uint32: 64 for each hook, hooks sorted by name; none for a void unit
 sum_squares     list of float64: one for each hook
 sink_rows       list of lists of int32: each hook's marked rows
+slice_lengths   list of uint32 like slice_crc32c; a column only where the plan compresses
 receipt         string, the receipt as canonical JSON
 =============== ========================================================================
 
 Opening a dataset reads the typed columns only (`read_index`); one writer makes both from the same receipt
-(`encode_part`), and the SHA-256 in the manifest covers both.
+(`encode_part`), the SHA-256 in the manifest covers both, and `winnow verify` compares them (`check_columns`).
 """
 
 # pyarrow has no type stubs.
@@ -29,21 +30,23 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from schemas.base import sha256_hex
 from schemas.errors import IntegrityError
 from schemas.harvest import MOMENT_UNITS, SLICES, HarvestPlan, ManifestPart, ShardRecord, UnitReceipt
 from store.commit import parse_receipt
 from store.index import ReceiptIndex, UnitColumns
-from store.layout import MANIFEST_DIR
+from store.layout import MANIFEST_DIR, slice_bytes
 from store.objects import ObjectStore
+from store.shards import INDEX_BYTES, packed_bound
 
 PART_UNITS = 10_000
 """Units in one part; the last has fewer."""
@@ -71,6 +74,7 @@ _SCHEMA: Any = pa.schema(
 )
 _TYPED = ("slice_crc32c", "sum_squares", "sink_rows")
 _SCHEMA_1_0: Any = pa.schema([field for field in _SCHEMA if field.name not in _TYPED])
+_SCHEMA_PACKED: Any = _SCHEMA.append(pa.field("slice_lengths", pa.list_(pa.uint32()), nullable=False))
 _COLUMNS = [field.name for field in _SCHEMA if field.name not in ("receipt", "sinks")]
 
 
@@ -84,23 +88,12 @@ def encode_part(receipts: Sequence[UnitReceipt]) -> tuple[bytes, ManifestPart]:
 
     Equal receipts give equal bytes with the same pyarrow release.
     """
-    columns: list[list[Any]] = [
-        [r.unit for r in receipts],
-        [r.revision for r in receipts],
-        [r.void for r in receipts],
-        [r.tokens_sha256 for r in receipts],
-        [sha256_hex(r.content()) for r in receipts],
-        [sum(shard.bytes for shard in r.shards.values()) for r in receipts],
-        [sum(len(shard.sinks) for shard in r.shards.values()) for r in receipts],
-        [[crc for shard in _by_hook(r) for crc in shard.slice_crc32c] for r in receipts],
-        [[shard.sum_squares for shard in _by_hook(r)] for r in receipts],
-        [[list(shard.sinks) for shard in _by_hook(r)] for r in receipts],
-        [r.canonical().decode() for r in receipts],
-    ]
-    arrays = [pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)]
+    packed = any(shard.slice_lengths for r in receipts for shard in r.shards.values())
+    schema = _SCHEMA_PACKED if packed else _SCHEMA
+    arrays = [pa.array([_VALUES[field.name](r) for r in receipts], field.type) for field in schema]
     sink = io.BytesIO()
     pq.write_table(
-        pa.Table.from_arrays(arrays, schema=_SCHEMA),
+        pa.Table.from_arrays(arrays, schema=schema),
         sink,
         row_group_size=PART_GROUP,
         compression="zstd",
@@ -125,6 +118,23 @@ def encode_part(receipts: Sequence[UnitReceipt]) -> tuple[bytes, ManifestPart]:
 def _by_hook(receipt: UnitReceipt) -> list[ShardRecord]:
     """A receipt's shards, hooks sorted by name."""
     return [receipt.shards[hook] for hook in sorted(receipt.shards)]
+
+
+_VALUES: dict[str, Callable[[UnitReceipt], Any]] = {
+    "unit": lambda r: r.unit,
+    "revision": lambda r: r.revision,
+    "void": lambda r: r.void,
+    "tokens_sha256": lambda r: r.tokens_sha256,
+    "content_sha256": lambda r: sha256_hex(r.content()),
+    "bytes": lambda r: sum(shard.bytes for shard in r.shards.values()),
+    "sinks": lambda r: sum(len(shard.sinks) for shard in r.shards.values()),
+    "slice_crc32c": lambda r: [crc for shard in _by_hook(r) for crc in shard.slice_crc32c],
+    "sum_squares": lambda r: [shard.sum_squares for shard in _by_hook(r)],
+    "sink_rows": lambda r: [list(shard.sinks) for shard in _by_hook(r)],
+    "slice_lengths": lambda r: [size for shard in _by_hook(r) for size in shard.slice_lengths],
+    "receipt": lambda r: r.canonical().decode(),
+}
+"""Column -> its value for a receipt."""
 
 
 def read_part(store: ObjectStore, plan: HarvestPlan, part: ManifestPart) -> Iterator[UnitReceipt]:
@@ -153,7 +163,7 @@ def read_index(
         MissingObject, IntegrityError: As `read_part`.
     """
     file = _open(store, part)
-    if not file.schema_arrow.equals(_SCHEMA):  # a part of version 1.0
+    if file.schema_arrow.equals(_SCHEMA_1_0):
         for receipt in read_part(store, plan, part):
             index.add(receipt)
             digest.add(receipt)
@@ -166,13 +176,36 @@ def read_index(
             index.add(receipt)
 
 
+def check_columns(store: ObjectStore, plan: HarvestPlan, part: ManifestPart) -> None:
+    """Compare a part's typed columns, which opening a dataset relies on, with its receipts.
+
+    Raises:
+        MissingObject, IntegrityError: As `read_part`; or the first column that says something else.
+    """
+    file, origin = _open(store, part), f"{store.uri}/{part.key}"
+    receipts = read_part(store, plan, part)
+    names = [name for name in file.schema_arrow.names if name != "receipt"]
+    for found in _batches(file, names, origin):
+        batch = list(islice(receipts, len(found[0])))
+        for name, column in zip(names, found, strict=True):
+            values = _VALUES[name]
+            for receipt, value in zip(batch, column.to_pylist(), strict=True):
+                if values(receipt) != value:
+                    raise IntegrityError(
+                        f"{origin}: column {name} of unit {receipt.unit} differs from the unit's receipt",
+                        expected=f"{values(receipt)!r:.100}",
+                        got=f"{value!r:.100}",
+                    )
+
+
 def _columns(file: Any, plan: HarvestPlan, part: ManifestPart, origin: str) -> Iterator[UnitColumns]:
     """A part's typed columns, a thousand units at a time, checked against the plan."""
-    hooks = len(plan.spec.hooks)
-    whole = sum(plan.shard_bytes(hook) for hook in plan.spec.hooks)
+    hooks, whole = len(plan.spec.hooks), sum(plan.shard_bytes(hook) for hook in plan.spec.hooks)
     first = part.first_unit
-    for columns in _batches(file, _COLUMNS, origin):
-        units, revision, void, tokens, content, size, crcs, squares, sinks = columns
+    packed = plan.spec.compress != "none" and file.schema_arrow.equals(_SCHEMA_PACKED)
+    for columns in _batches(file, [*_COLUMNS, "slice_lengths"] if packed else _COLUMNS, origin):
+        units, revision, void, tokens, content, size, crcs, squares, sinks = columns[:9]
+        lengths = columns[9].flatten().to_numpy() if packed else None
         units = units.to_numpy()
         held = ~void.is_valid().to_numpy(zero_copy_only=False)
         inner = sinks.flatten()
@@ -183,7 +216,9 @@ def _columns(file: Any, plan: HarvestPlan, part: ManifestPart, origin: str) -> I
             ("unit", np.array_equal(units, np.arange(first, first + len(units)))),
             ("tokens_sha256", set(map(len, tokens.to_pylist())) == {64}),
             ("content_sha256", set(map(len, content.to_pylist())) == {64}),
-            ("bytes", np.array_equal(size.to_numpy(), held * whole)),
+            ("bytes", lengths is not None or np.array_equal(size.to_numpy(), held * whole)),
+            ("slice_lengths", plan.spec.compress == "none" or packed or not held.any()),
+            ("slice_lengths", lengths is None or _lengths_fit(plan, size, columns[9], lengths, held)),
             ("slice_crc32c", np.array_equal(crcs.value_lengths().to_numpy(), held * hooks * SLICES)),
             ("sum_squares", np.array_equal(squares.value_lengths().to_numpy(), held * hooks)),
             ("sink_rows", np.array_equal(sinks.value_lengths().to_numpy(), held * hooks)),
@@ -194,17 +229,32 @@ def _columns(file: Any, plan: HarvestPlan, part: ManifestPart, origin: str) -> I
             if not sound:
                 raise IntegrityError(f"{origin}: column {name} does not fit the plan")
         digests = np.frombuffer(bytes.fromhex("".join(tokens.to_pylist())), np.uint8)
+        shape = (-1, hooks, SLICES)
         yield UnitColumns(
             units=units,
             held=held,
             revision=revision.to_numpy(),
             token_sha256=digests.reshape(-1, 32),
             content_sha256=content.to_pylist(),
-            crc32c=crcs.flatten().to_numpy().reshape(-1, hooks, SLICES),
+            crc32c=crcs.flatten().to_numpy().reshape(shape),
+            lengths=None if lengths is None else lengths.reshape(shape),
             sum_squares=squares.flatten().to_numpy().reshape(-1, hooks),
             sinks=np.split(marked.astype(np.int64), ends[:-1]) if len(marked) else None,
         )
         first += len(units)
+
+
+def _lengths_fit(plan: HarvestPlan, size: Any, column: Any, lengths: Any, held: NDArray[np.bool_]) -> bool:
+    """Whether a part's slice lengths are as many and as long as can be, and give the units' bytes."""
+    hooks = sorted(plan.spec.hooks)
+    if not np.array_equal(column.value_lengths().to_numpy(), held * len(hooks) * SLICES):
+        return False
+    by_hook = lengths.astype(np.int64).reshape(-1, len(hooks), SLICES)
+    most = [packed_bound(slice_bytes(plan, hook) - 4) for hook in hooks]
+    if by_hook.size and (by_hook.min() < 1 or np.any(by_hook.max(axis=(0, 2)) > most)):
+        return False
+    sums = by_hook.sum(axis=(1, 2)) + len(hooks) * (SLICES * 4 + INDEX_BYTES)
+    return np.array_equal(size.to_numpy()[held], sums)
 
 
 def _open(store: ObjectStore, part: ManifestPart) -> Any:
@@ -221,7 +271,7 @@ def _open(store: ObjectStore, part: ManifestPart) -> Any:
         )
     except pa.ArrowException as error:
         raise IntegrityError(f"{origin} is not readable Parquet", got=str(error)[:200]) from error
-    if not any(file.schema_arrow.equals(schema) for schema in (_SCHEMA, _SCHEMA_1_0)):
+    if not any(file.schema_arrow.equals(schema) for schema in (_SCHEMA, _SCHEMA_1_0, _SCHEMA_PACKED)):
         raise IntegrityError(f"{origin} has other columns", expected=_SCHEMA.names)
     if file.metadata.num_rows != part.units:
         raise IntegrityError(f"{origin} is incomplete", expected=f"{part.units} units")

@@ -6,7 +6,7 @@ Letters: D d_model, T context length, W windows in a unit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,7 +187,21 @@ class ActivationStore:
             index = ReceiptIndex(plan)
             return cls(store, plan, None, index, Arrivals(store, plan, index, timeout_seconds))
         manifest = load_manifest(store, plan)
-        return cls(store, plan, manifest, load_index(store, plan, manifest))
+        opened = cls(store, plan, manifest, load_index(store, plan, manifest))
+        opened._check_tokens()
+        return opened
+
+    def _check_tokens(self) -> None:
+        """Refuse receipts of other tokens than were planned."""
+        self._digests = load_token_digests(self.store, self.plan)
+        other = np.flatnonzero(np.any(self.index.token_sha256 != self._digests, axis=1))
+        if other.size:
+            raise IntegrityError(
+                f"{self.store.uri}: the receipt of unit {int(other[0])} is for other tokens "
+                "than were planned",
+                expected=f"sha256 {self._digests[other[0]].tobytes().hex()}",
+                got=self.index.token_sha256[other[0]].tobytes().hex(),
+            )
 
     @property
     def manifest(self) -> HarvestManifest:
@@ -373,6 +387,7 @@ class ActivationStore:
         epochs: int | None = None,
         steps: int | None = None,
         prefetch: int = 8,
+        dtype: Literal["float32", "stored"] = "float32",
     ) -> Stream:
         """Batches in lane order, read ahead in the background.
 
@@ -392,6 +407,8 @@ class ActivationStore:
             epochs: Stop after this many epochs counted from step 0; None never stops.
             steps: Stop before this step, counted from step 0; None never stops.
             prefetch: Range requests in flight.
+            dtype: Of the batches' rows: `float32`, or `stored`, as the plan keeps them (bfloat16 mostly),
+                which is half the bytes to carry to a GPU that widens them there.
 
         Returns:
             An iterator of `store.torch_stream.Batch` that is also a context manager.
@@ -424,6 +441,7 @@ class ActivationStore:
                 start_step=start_step,
                 stop_step=steps,
                 requests=prefetch,
+                dtype=dtype,
                 widen=widen,
                 arrivals=self.arrivals,
             )

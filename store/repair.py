@@ -30,12 +30,20 @@ from schemas.base import MAX_JSON_BYTES, sha256_hex
 from schemas.errors import IntegrityError, MissingObject, NonFiniteError, UnsupportedVersion, WinnowError
 from schemas.harvest import SLICES, Attempt, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
 from store.commit import commit_receipt, load_receipt, standing_receipts
-from store.layout import manifest_key, receipt_key, shard_key, slice_bytes, tokens_key
+from store.layout import manifest_key, receipt_key, shard_key, slice_starts, tokens_key
 from store.manifest import find_manifest, load_index
 from store.objects import ObjectStore
 from store.parts import read_part
 from store.reader import MAX_TOKEN_CHUNK_BYTES, load_plan, load_token_digests
-from store.shards import Stored, crc32c, decode_chunk, encode_chunk, relative_difference, shard_index
+from store.shards import (
+    Stored,
+    crc32c,
+    decode_chunk,
+    decode_slices,
+    encode_chunk,
+    relative_difference,
+    shard_index,
+)
 from store.verify import damage, verify
 from store.writer import gather, make_shard, read_orphan, tokens_digest
 from store.zarr_metadata import TOKEN_DIGESTS_KEY, same_array, zarr_objects
@@ -209,12 +217,11 @@ class _Repair:
             return True
         if len(data) != record.bytes:
             return False
-        size = slice_bytes(self.plan, hook)
+        starts = slice_starts(self.plan, hook, record.slice_lengths)
         body = bytearray(data)
-        for number, crc in enumerate(record.slice_crc32c):
-            end = (number + 1) * size
+        for crc, end in zip(record.slice_crc32c, starts[1:].tolist(), strict=True):
             body[end - 4 : end] = crc.to_bytes(4, "little")
-        body[SLICES * size :] = shard_index(size)
+        body[starts[-1] :] = shard_index(starts)
         if sha256_hex(body) != record.sha256:
             return False
         self.put_back(record.key, memoryview(body), version)
@@ -226,13 +233,25 @@ class _Repair:
             data = self.store.get(record.key)
         except _WRONG:
             return
-        size, dtype = slice_bytes(self.plan, hook), rows.dtype
+        starts = slice_starts(self.plan, hook, record.slice_lengths).tolist()
         made = rows.reshape(SLICES, self.plan.rows_per_slice, -1)
         for number, crc in enumerate(record.slice_crc32c):
-            payload = data[number * size : (number + 1) * size - 4]
-            if len(payload) != size - 4 or crc32c(payload) != crc:
+            payload = data[starts[number] : starts[number + 1] - 4]
+            if crc32c(payload) != crc:
                 continue
-            kept = np.frombuffer(payload, dtype).reshape(made.shape[1:])
+            try:
+                kept = decode_slices(
+                    payload + crc.to_bytes(4, "little"),  # the payload alone counts here
+                    number,
+                    number + 1,
+                    plan=self.plan,
+                    hook=hook,
+                    unit=unit,
+                    crc=record.slice_crc32c,
+                    lengths=record.slice_lengths,
+                )[0]
+            except IntegrityError:  # too short
+                continue
             apart = relative_difference(kept, made[number], self.plan.spec.dtype, unit=unit, hook=hook)
             if apart > self.plan.spec.adopt_tolerance:
                 raise IntegrityError(

@@ -1,25 +1,29 @@
 """One shard, one unit of one hook: encode, decode, check, describe. No I/O.
 
 Letters: R rows in a unit, D d_model, S slices (64), P rows in a slice (R / 64).
-A shard is zarr v3's `sharding_indexed` layout: S inner chunks, each the slice's little-endian values
-in C order and their crc32c; then the index, (offset, length) as two u64 a slice, and its crc32c.
+A shard is zarr v3's `sharding_indexed` layout: S inner chunks one after another, each the slice's payload
+(its little-endian values in C order, or those as one zstd frame) and the payload's crc32c; then the index,
+(offset, length) as two u64 a slice, and its crc32c.
 Spec: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import google_crc32c
 import numpy as np
+from numcodecs import zstd  # pyright: ignore
 from numpy.typing import NDArray
 
 from schemas.errors import IntegrityError, NonFiniteError
-from schemas.harvest import SLICES, HarvestPlan, Moments
-from store.layout import STORED_DTYPES, slice_bytes
-from store.objects import Data
+from schemas.harvest import SLICES, Compress, HarvestPlan, Moments
+from store.layout import STORED_DTYPES, slice_bytes, slice_starts
+from store.objects import Data, Pieces, joined
 
 Stored = NDArray[np.generic]
 """Rows in the dtype on disk: uint16 (logical bfloat16), float16 or float32."""
@@ -31,8 +35,12 @@ _EXPONENTS = {
     "float32": np.uint32(0x7F800000),
 }
 """The exponent's bits, all of them set in NaN and infinity only."""
-_CHUNK_VALUES = 1 << 17
-"""Values handled at a time by conversions and statistics: 512 KiB as float32, inside the cache."""
+_CHUNK_VALUES = 1 << 16
+"""Values handled at a time by conversions and statistics: 256 KiB as float32, inside the cache."""
+_MOMENT_VALUES = 1 << 17
+"""Values summed at a time in moments: another number would move their last bits, and so receipts' digests."""
+ZSTD_LEVEL = 1
+"""Of compressed slices; higher levels gain next to nothing on activations."""
 
 
 def crc32c(data: Data | NDArray[np.uint8]) -> int:
@@ -85,16 +93,25 @@ def to_float32(stored: Stored, dtype: str, out: NDArray[np.float32] | None = Non
     """
     if out is None:
         out = np.empty(stored.shape, np.float32)
-    if dtype == "bfloat16":
-        np.left_shift(stored, 16, out=out.view(np.uint32), casting="unsafe", dtype=np.uint32)
-    else:
+    if dtype != "bfloat16":
         np.copyto(out, stored, casting="unsafe")
+        return out
+    bits = out.view(np.uint32)
+    if stored.size <= _CHUNK_VALUES or not (bits.flags.c_contiguous and stored.flags.c_contiguous):
+        np.copyto(bits, stored, casting="unsafe")
+        np.left_shift(bits, 16, out=bits)
+        return out
+    flat, source = bits.reshape(-1), stored.reshape(-1)
+    for start in range(0, flat.size, _CHUNK_VALUES):  # shifted while it is in the cache
+        part = flat[start : start + _CHUNK_VALUES]
+        np.copyto(part, source[start : start + _CHUNK_VALUES], casting="unsafe")
+        np.left_shift(part, 16, out=part)
     return out
 
 
 def _pieces(rows: Stored, dtype: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """`rows` [R, D] as float32 blocks of whole rows with their first row; the block is reused."""
-    step = max(1, _CHUNK_VALUES // rows.shape[1])
+    step = max(1, _MOMENT_VALUES // rows.shape[1])
     space = np.empty((step, rows.shape[1]), np.float32)
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
@@ -123,38 +140,75 @@ def check_finite(rows: Stored, dtype: str, *, unit: int, hook: str) -> None:
     """
     exponent = _EXPONENTS[dtype]
     flat = np.ascontiguousarray(rows).reshape(-1).view(exponent.dtype)
+    space = np.empty(min(flat.size, _CHUNK_VALUES), exponent.dtype)
     for start in range(0, flat.size, _CHUNK_VALUES):
-        if (flat[start : start + _CHUNK_VALUES] & exponent).max() == exponent:
+        part = flat[start : start + _CHUNK_VALUES]
+        if np.bitwise_and(part, exponent, out=space[: part.size]).max() == exponent:
             square_norms(rows, dtype, unit=unit, hook=hook)
             return
 
 
-def square_norms(rows: Stored, dtype: str, *, unit: int, hook: str) -> NDArray[np.float64]:
-    """[R] squared norm of each row of [R, D].
+class SquareNorms:
+    """[R] squared norm of each row of [R, D], a block at a time, by every thread that calls `work`.
 
     Squares and their pairwise sums over a row are float32 (relative error about 1e-7), float64 where
-    that overflows: NumPy's summation order is fixed, so equal bytes give equal numbers.
+    that overflows: NumPy's summation order is fixed, so equal bytes give equal numbers, however many work.
+    """
+
+    def __init__(self, rows: Stored, dtype: str, *, unit: int, hook: str) -> None:
+        self.rows, self.dtype, self.unit, self.hook = rows, dtype, unit, hook
+        self.squares = np.empty(rows.shape[0], np.float64)
+        """Whole once every `work` has returned."""
+        self._step = max(1, _CHUNK_VALUES // rows.shape[1])
+        self._blocks = deque(range(0, rows.shape[0], self._step))
+
+    def stop(self) -> None:
+        """Nobody wants the norms any more."""
+        self._blocks.clear()
+
+    def work(self) -> None:
+        """Take blocks until none is left.
+
+        Raises:
+            NonFiniteError: A NaN or infinity; names unit, hook and the first bad row of a block.
+        """
+        shape = (min(self._step, len(self.rows)), self.rows.shape[1])
+        wide, squared = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            while True:
+                try:
+                    start = self._blocks.popleft()
+                except IndexError:
+                    return
+                block = self.rows[start : start + self._step]
+                self._block(start, to_float32(block, self.dtype, wide[: len(block)]), squared[: len(block)])
+
+    def _block(self, start: int, values: NDArray[np.float32], squared: NDArray[np.float32]) -> None:
+        part = self.squares[start : start + len(values)]
+        part[:] = np.add.reduce(np.multiply(values, values, out=squared), axis=1)
+        bad = np.flatnonzero(~np.isfinite(part))
+        if bad.size:
+            part[bad] = np.add.reduce(np.square(values[bad].astype(np.float64)), axis=1)
+            bad = bad[~np.isfinite(part[bad])]
+        if bad.size:
+            raise NonFiniteError(
+                f"unit {self.unit}, hook {self.hook!r}, "
+                f"stored row {start + int(bad[0])} holds NaN or infinity",
+                expected="finite activations",
+                got=f"{bad.size} bad rows among {len(values)} looked at",
+                fix="Compute the subject in float32, or store as bfloat16 if float16 overflows",
+            )
+
+
+def square_norms(rows: Stored, dtype: str, *, unit: int, hook: str) -> NDArray[np.float64]:
+    """[R] squared norm of each row of [R, D]; see `SquareNorms`.
 
     Raises:
         NonFiniteError: A NaN or infinity; names unit, hook and the first bad row.
     """
-    squares = np.empty(rows.shape[0], np.float64)
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        for start, piece in _pieces(rows, dtype):
-            part = squares[start : start + piece.shape[0]]
-            part[:] = np.add.reduce(np.multiply(piece, piece), axis=1)
-            bad = np.flatnonzero(~np.isfinite(part))
-            if bad.size:
-                part[bad] = np.add.reduce(np.square(piece[bad].astype(np.float64)), axis=1)
-                bad = bad[~np.isfinite(part[bad])]
-            if bad.size:
-                raise NonFiniteError(
-                    f"unit {unit}, hook {hook!r}, stored row {start + int(bad[0])} holds NaN or infinity",
-                    expected="finite activations",
-                    got=f"{bad.size} bad rows among {piece.shape[0]} looked at",
-                    fix="Compute the subject in float32, or store as bfloat16 if float16 overflows",
-                )
-    return squares
+    norms = SquareNorms(rows, dtype, unit=unit, hook=hook)
+    norms.work()
+    return norms.squares
 
 
 def describe_rows(
@@ -165,13 +219,15 @@ def describe_rows(
     *,
     unit: int,
     hook: str,
+    squares: NDArray[np.float64] | None = None,
 ) -> Statistics:
-    """Norms, sinks and (asked for) moments of one shard's rows [R, D].
+    """Norms, sinks and (asked for) moments of one shard's rows [R, D]; `squares` are their `square_norms`.
 
     Raises:
         NonFiniteError: A NaN or infinity; names unit, hook and the first bad row.
     """
-    squares = square_norms(rows, dtype, unit=unit, hook=hook)
+    if squares is None:
+        squares = square_norms(rows, dtype, unit=unit, hook=hook)
     norms = np.sqrt(squares)
     median = float(np.median(norms))
     sinks = norms > sink_multiple * median
@@ -217,54 +273,147 @@ def relative_difference(found: Stored, ours: Stored, dtype: str, *, unit: int, h
 class EncodedShard:
     """A shard ready to be put."""
 
-    data: memoryview
-    """The whole object."""
+    pieces: Pieces
+    """The object's bytes in order: views of the rows, or their compressed slices, and what goes between."""
     slice_crc32c: tuple[int, ...]
     """crc32c of each slice's payload."""
+    slice_lengths: tuple[int, ...]
+    """Bytes of each slice's payload where it is compressed; else empty."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the object."""
+        return sum(len(piece) for piece in self.pieces)
+
+    @property
+    def data(self) -> memoryview:
+        """The whole object in one buffer: a copy."""
+        return memoryview(joined(self.pieces))
+
+    def sha256(self) -> str:
+        """Digest of the object."""
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            digest.update(piece)
+        return digest.hexdigest()
 
 
-def encode_shard(rows: Stored) -> EncodedShard:
-    """Encode a unit's rows.
+def encode_shard(rows: Stored, compress: Compress = "none") -> EncodedShard:
+    """Encode a unit's rows; not copied unless compressed, so leave them alone while the shard is used.
 
     Args:
         rows: [R, D] in the dtype on disk and in stored order; R a multiple of 64.
+        compress: The plan's codec.
     """
     source = np.ascontiguousarray(rows)
     if source.ndim != 2 or source.shape[0] % SLICES or not source.size:
         raise ValueError(f"rows must be [R, D] with R a multiple of {SLICES}, got shape {rows.shape}")
-    raw = source.view(np.uint8).reshape(SLICES, -1)
-    size = raw.shape[1] + 4
-    data = np.empty(SLICES * size + INDEX_BYTES, np.uint8)
-    chunks = data[: SLICES * size].reshape(SLICES, size)
-    crcs = np.empty(SLICES, "<u4")
-    for number in range(SLICES):
-        chunks[number, :-4] = raw[number]
-        crcs[number] = crc32c(raw[number])
-    chunks[:, -4:] = crcs.view(np.uint8).reshape(SLICES, 4)
-    data[SLICES * size :] = np.frombuffer(shard_index(size), np.uint8)
-    return EncodedShard(data.data, tuple(crcs.tolist()))
+    pieces, crcs, lengths = list[Data](), list[int](), list[int]()
+    for raw in source.view(np.uint8).reshape(SLICES, -1):
+        payload: Data = raw.data if compress == "none" else pack(raw)
+        crcs.append(crc32c(payload))
+        lengths.append(len(payload))
+        pieces += (payload, crcs[-1].to_bytes(4, "little"))
+    ends = np.cumsum([0, *(length + 4 for length in lengths)])
+    pieces.append(shard_index(ends))
+    return EncodedShard(tuple(pieces), tuple(crcs), tuple(lengths) if compress == "zstd" else ())
 
 
-def shard_index(size: int) -> bytes:
-    """The index of a shard whose slices take `size` bytes each, crc32c included."""
+def pack(payload: NDArray[np.uint8]) -> bytes:
+    """A slice's values as one zstd frame."""
+    return cast(bytes, zstd.compress(payload, ZSTD_LEVEL))  # pyright: ignore[reportUnknownMemberType]
+
+
+def packed_bound(size: int) -> int:
+    """Most bytes that zstd makes of `size` (`ZSTD_compressBound`, and a little more)."""
+    return size + (size >> 8) + (1 << 7)
+
+
+def unpack(frame: NDArray[np.uint8], out: NDArray[np.uint8], *, unit: int, hook: str, number: int) -> None:
+    """A slice's values from its zstd frame, whose crc32c was checked before.
+
+    Args:
+        frame: [bytes] The payload as stored.
+        out: [bytes] Where the values go, of exactly their length.
+        unit: For messages.
+        hook: For messages.
+        number: The slice, for messages.
+
+    Raises:
+        IntegrityError: No frame of that many bytes.
+    """
+    try:
+        if _frame_content(frame[:18].tobytes()) != out.size:  # zstd would leave the rest of `out` as it is
+            raise ValueError("a frame of other bytes")
+        zstd.decompress(frame, out)  # pyright: ignore[reportUnknownMemberType]
+    except (RuntimeError, ValueError) as error:
+        raise IntegrityError(
+            f"unit {unit}, hook {hook!r}, slice {number}: cannot be unpacked",
+            expected=f"a zstd frame of {out.size} bytes",
+            got=str(error)[:200],
+            fix=_REPAIR,
+        ) from error
+
+
+def _frame_content(header: bytes) -> int | None:
+    """Bytes that a zstd frame says it holds (RFC 8878, 3.1.1.1); None where it says nothing."""
+    if len(header) < 6 or header[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    descriptor = header[4]
+    single = descriptor >> 5 & 1
+    length = (single, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
+    value = int.from_bytes(header[start : start + length], "little")
+    return None if not length else value + 256 if length == 2 else value
+
+
+def shard_index(starts: NDArray[np.int64]) -> bytes:
+    """The index of a shard, crc32c included; `starts` as from `layout.slice_starts`."""
     index = np.empty((SLICES, 2), "<u8")
-    index[:, 0] = np.arange(SLICES, dtype=np.uint64) * np.uint64(size)
-    index[:, 1] = size
+    index[:, 0] = starts[:-1]
+    index[:, 1] = np.diff(starts)
     body = index.tobytes()
     return body + crc32c(body).to_bytes(4, "little")
 
 
-# Decoding
+def read_shard_index(footer: Data, plan: HarvestPlan, hook: str, unit: int) -> NDArray[np.int64]:
+    """[65] `slice_starts` by a shard's last `INDEX_BYTES` bytes, where no receipt tells them.
+
+    Raises:
+        IntegrityError: Damaged, or slices that do not follow one another or cannot be so long.
+    """
+    index = np.frombuffer(footer, "<u8", SLICES * 2) if len(footer) == INDEX_BYTES else np.zeros(0, "<u8")
+    index = index.reshape(-1, 2)
+    most = packed_bound(slice_bytes(plan, hook) - 4) + 4
+    if index.size and index[:, 1].min() > 4 and index[:, 1].max() <= most:
+        starts = np.zeros(SLICES + 1, np.int64)
+        np.cumsum(index[:, 1], out=starts[1:])
+        if bytes(footer) == shard_index(starts):
+            return starts
+    raise IntegrityError(
+        f"unit {unit}, hook {hook!r}: the shard's index is wrong",
+        expected=f"{SLICES} slices one after another, and their crc32c",
+        fix=_REPAIR,
+    )
 
 
-def check_index(footer: Data, plan: HarvestPlan, hook: str, unit: int) -> None:
-    """Check a shard's last `INDEX_BYTES` bytes; IntegrityError names unit and hook."""
-    if bytes(footer) != shard_index(slice_bytes(plan, hook)):
+def check_index(footer: Data, plan: HarvestPlan, hook: str, unit: int, lengths: Sequence[int] = ()) -> None:
+    """Check a shard's last `INDEX_BYTES` bytes; IntegrityError names unit and hook.
+
+    Args:
+        footer: Those bytes.
+        plan: The dataset's plan.
+        hook: Which hook.
+        unit: Which unit.
+        lengths: The receipt's `slice_lengths`.
+    """
+    if bytes(footer) != shard_index(slice_starts(plan, hook, lengths)):
         whole = len(footer) == INDEX_BYTES
         sound = whole and crc32c(bytes(footer[:-4])) == int.from_bytes(footer[-4:], "little")
+        sizes = "their lengths" if len(lengths) else f"{slice_bytes(plan, hook)} bytes"
         raise IntegrityError(
             f"unit {unit}, hook {hook!r}: the shard's index is wrong",
-            expected=f"{SLICES} slices of {slice_bytes(plan, hook)} bytes and their crc32c",
+            expected=f"{SLICES} slices of {sizes} and their crc32c",
             got="another layout" if sound else "bytes that fail their crc32c",
             fix=_REPAIR,
         )
@@ -279,50 +428,51 @@ def decode_slices(
     hook: str,
     unit: int,
     crc: Sequence[int],
+    lengths: Sequence[int] = (),
 ) -> NDArray[Any]:
-    """Check slices `first` to `stop - 1` and view them as rows.
+    """Check slices `first` to `stop - 1` and give their rows.
 
     Args:
-        data: The bytes of `layout.slice_range(plan, hook, first, stop)`; a whole shard will do too
-            where `first` is 0.
+        data: The shard's bytes from slice `first` on, up to the end of slice `stop - 1` or further.
         first: First slice.
         stop: One past the last slice.
         plan: The dataset's plan.
         hook: Which hook.
         unit: Which unit.
         crc: The receipt's `slice_crc32c`, all 64 of them.
+        lengths: The receipt's `slice_lengths`.
 
     Returns:
-        [stop - first, P, D] in the dtype on disk: a read-only view of `data`, no copy. Slices are 4
-        bytes apart; `.reshape(-1, D)` gives rows with one copy.
+        [stop - first, P, D] in the dtype on disk. Of a plan without compression a read-only view of
+        `data`, no copy: slices are 4 bytes apart; `.reshape(-1, D)` gives rows with one copy.
 
     Raises:
         IntegrityError: Too few bytes or a wrong crc32c; names unit, hook and slice.
     """
     size, dtype, width = slice_bytes(plan, hook), STORED_DTYPES[plan.spec.dtype], plan.d_model(hook)
-    count = stop - first
+    starts = slice_starts(plan, hook, lengths)[first : stop + 1]
+    starts = starts - starts[0]
     raw = np.frombuffer(data, np.uint8)
-    if raw.size < count * size:
+    if raw.size < starts[-1]:
+        cut = first + int(np.searchsorted(starts, raw.size, side="right")) - 1
         raise IntegrityError(
-            f"unit {unit}, hook {hook!r}, slice {first + raw.size // size}: the shard ends too early",
-            expected=f"{count * size} bytes",
+            f"unit {unit}, hook {hook!r}, slice {cut}: the shard ends too early",
+            expected=f"{starts[-1]} bytes",
             got=f"{raw.size} bytes",
             fix=_REPAIR,
         )
-    chunks = raw[: count * size].reshape(count, size)
-    stored = np.ascontiguousarray(chunks[:, -4:]).view("<u4").reshape(count)
-    for number in range(count):
-        check_slice(
-            chunks[number, :-4],
-            int(stored[number]),
-            crc[first + number],
-            unit=unit,
-            hook=hook,
-            number=first + number,
-        )
-    shape = (count, plan.rows_per_slice, width)
+    shape = (stop - first, plan.rows_per_slice, width)
+    unpacked = np.empty((stop - first, size - 4), np.uint8) if len(lengths) else None
+    for place, (start, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        number, payload = first + place, raw[start : end - 4]
+        stored = int.from_bytes(raw[end - 4 : end].tobytes(), "little")
+        check_slice(payload, stored, crc[number], unit=unit, hook=hook, number=number)
+        if unpacked is not None:
+            unpack(payload, unpacked[place], unit=unit, hook=hook, number=number)
+    if unpacked is not None:
+        return unpacked.view(dtype).reshape(shape)
     strides = (size, width * dtype.itemsize, dtype.itemsize)
-    rows: NDArray[Any] = np.ndarray(shape, dtype, buffer=cast(Any, chunks), strides=strides)
+    rows: NDArray[Any] = np.ndarray(shape, dtype, buffer=cast(Any, raw), strides=strides)
     rows.flags.writeable = False
     return rows
 

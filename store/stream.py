@@ -48,8 +48,8 @@ CHUNK_BYTES = 2**19
 class RowBatch(NamedTuple):
     """A rank's share of one step; the arrays are the consumer's own."""
 
-    rows: dict[str, NDArray[np.float32]]
-    """Hook -> float32 [B/world, D]."""
+    rows: dict[str, NDArray[Any]]
+    """Hook -> [B/world, D], float32 or in the dtype on disk."""
     weights: NDArray[np.float32]
     """[B/world] 0 for marked rows and void units, else 1; equal for all hooks (they multiply)."""
     step: int
@@ -146,6 +146,9 @@ class GroupReader:
         self.order, self.hooks, self.lanes = order, hooks, lanes
         self.holds = order.groups == 1
         self.pool = ThreadPoolExecutor(max_workers=requests, thread_name_prefix="winnow-stream")
+        self.bytes_read = 0
+        """Bytes read from storage so far, refetches included."""
+        self._counting = threading.Lock()
 
     def buffers(self) -> _Buffers:
         """New, unfilled buffers for one group."""
@@ -155,11 +158,11 @@ class GroupReader:
         """Start shuffling a group's lanes."""
         return _Turns(self.order, self.lanes, epoch, group, self.pool)
 
-    def read(self, buffers: _Buffers, turns: _Turns, units: tuple[int, ...]) -> list[Future[int]]:
-        """Start filling `buffers`; each future gives the bytes it read from storage."""
+    def read(self, buffers: _Buffers, turns: _Turns, units: tuple[int, ...]) -> list[Future[None]]:
+        """Start filling `buffers`."""
         if self.arrivals is None:
             self.index.require(units)
-        futures: list[Future[int]] = []
+        futures: list[Future[None]] = []
         for position, unit in enumerate(units):
             if self.arrivals is not None:
                 self.arrivals.wait(unit, self.closing)
@@ -181,20 +184,18 @@ class GroupReader:
         for start in range(first, last, step):
             yield start, min(start + step, last)
 
-    def _weights(self, buffers: _Buffers, starts: list[int], unit: int) -> int:
+    def _weights(self, buffers: _Buffers, starts: list[int], unit: int) -> None:
         share = self.index.weights(self.hooks, unit).reshape(self.order.lanes, -1)
         for lane, start in zip(self.lanes, starts, strict=True):
             buffers.weights[start : start + share.shape[1]] = share[lane]
-        return 0
 
-    def _blank(self, rows: NDArray[Any], starts: list[int]) -> int:
+    def _blank(self, rows: NDArray[Any], starts: list[int]) -> None:
         for start in starts:
             rows[start : start + self.order.lane_unit_rows] = 0
-        return 0
 
     def _fetch(
         self, rows: NDArray[Any], starts: list[int], hook: str, unit: int, first: int, stop: int
-    ) -> int:
+    ) -> None:
         size = self.order.rows_per_slice
 
         def place(number: int) -> NDArray[Any]:
@@ -202,7 +203,9 @@ class GroupReader:
             start = starts[lane - self.lanes.start] + part * size
             return rows[start : start + size]
 
-        return fetch_slices(self.store, self.plan, self.index, hook, unit, first, stop, place)
+        received = fetch_slices(self.store, self.plan, self.index, hook, unit, first, stop, place)
+        with self._counting:
+            self.bytes_read += received
 
 
 Widen = Callable[[NDArray[Any], NDArray[np.float32]], object]
@@ -210,17 +213,18 @@ Widen = Callable[[NDArray[Any], NDArray[np.float32]], object]
 
 
 class _Assembler:
-    """Gathers a step's rows into a batch of float32, in arrays that are used again.
+    """Gathers a step's rows into a batch, in arrays that are used again.
 
     An array is used again once nothing outside refers to it any more, so that the pages of a consumer
     who drops his batches are touched once, and a batch that is kept is never changed.
     """
 
-    def __init__(self, widen: Widen) -> None:
+    def __init__(self, widen: Widen | None) -> None:
         self.widen = widen
+        """Makes rows float32; None leaves them in the dtype on disk."""
         self.pool = ThreadPoolExecutor(max_workers=BATCHES_AHEAD, thread_name_prefix="winnow-stream-batch")
         self._lock, self._local = threading.Lock(), threading.local()
-        self._arrays: dict[tuple[int, ...], list[NDArray[np.float32]]] = {}
+        self._arrays: dict[tuple[int, ...], list[NDArray[Any]]] = {}
 
     def start(self, buffers: _Buffers, turns: _Turns, step_in_group: int, step: int) -> Future[RowBatch]:
         """Begin a step's batch."""
@@ -231,9 +235,10 @@ class _Assembler:
         rows = {hook: self._gather(held, chosen) for hook, held in buffers.rows.items()}
         return RowBatch(rows, np.take(buffers.weights, chosen), step)
 
-    def _gather(self, held: NDArray[Any], chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        out = self._array((len(chosen), held.shape[1]))
-        if held.dtype == np.float32:
+    def _gather(self, held: NDArray[Any], chosen: NDArray[np.int64]) -> NDArray[Any]:
+        widen = None if held.dtype == np.float32 else self.widen
+        out = self._array((len(chosen), held.shape[1]), held.dtype if widen is None else np.float32)
+        if widen is None:
             np.take(held, chosen, axis=0, out=out, mode="clip")
             return out
         step = max(1, CHUNK_BYTES // (held.shape[1] * held.itemsize))  # what is gathered stays in the cache
@@ -242,7 +247,7 @@ class _Assembler:
             part = slice(first, first + step)
             some = scratch[: len(chosen[part])]
             np.take(held, chosen[part], axis=0, out=some, mode="clip")
-            self.widen(some, out[part])
+            widen(some, out[part])
         return out
 
     def _scratch(self, rows: int, like: NDArray[Any]) -> NDArray[Any]:
@@ -252,13 +257,13 @@ class _Assembler:
             found = self._local.scratch = np.empty((rows, like.shape[1]), like.dtype)
         return found
 
-    def _array(self, shape: tuple[int, int]) -> NDArray[np.float32]:
+    def _array(self, shape: tuple[int, int], dtype: Any) -> NDArray[Any]:
         with self._lock:
             arrays = self._arrays.setdefault(shape, [])
             for number in range(len(arrays)):
                 if sys.getrefcount(arrays[number]) == 2:  # the list's and the call's own
                     return arrays[number]
-            array = np.empty(shape, np.float32)
+            array = np.empty(shape, dtype)
             arrays.append(array)
             del arrays[: -2 * (BATCHES_AHEAD + 2)]
             return array
@@ -289,6 +294,7 @@ class RowStream:
         start_step: int = 0,
         stop_step: int | None = None,
         requests: int = 8,
+        dtype: str = "float32",
         widen: Widen | None = None,
         arrivals: Arrivals | None = None,
     ) -> None:
@@ -299,6 +305,8 @@ class RowStream:
             plan.d_model(hook)
         if requests < 1:
             raise ConfigError("prefetch", expected="1 or more requests", got=requests)
+        if dtype not in ("float32", "stored"):
+            raise ConfigError("dtype", expected="float32 or stored", got=repr(dtype))
         lanes = order.lanes_of(rank, world)
         self.plan, self.order, self.hooks, self.split = plan, order, hooks, split
         self.rank, self.world = rank, world
@@ -307,12 +315,11 @@ class RowStream:
         self.place = order.locate(start_step)
         self.seconds_waiting = 0.0
         """Seconds the consumer has waited for data."""
-        self.bytes_read = 0
-        """Bytes of finished groups read from storage, refetches included."""
         self._failed: BaseException | None = None
         self._reader = GroupReader(store, plan, index, order, hooks, lanes, requests, arrivals)
         self._waiter = ThreadPoolExecutor(1, "winnow-stream-follow") if arrivals else None
-        self._assembler = _Assembler(widen or partial(_widen, dtype=plan.spec.dtype))
+        widen = widen or partial(_widen, dtype=plan.spec.dtype)
+        self._assembler = _Assembler(widen if dtype == "float32" else None)
         self._current: _Buffers | None = None
         self._turns: _Turns | None = None
         self._ready: deque[Future[RowBatch]] = deque()
@@ -379,6 +386,11 @@ class RowStream:
         return self.order.state(self.plan.fingerprint, self.split, self.hooks, self.next_step)
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes read from storage so far, refetches included."""
+        return self._reader.bytes_read
+
+    @property
     def memory_bytes(self) -> int:
         """Memory of this rank's buffers, in bytes."""
         return memory_bytes(self.plan, self.order, self.hooks, self.world)
@@ -417,7 +429,7 @@ class RowStream:
         turns = self._reader.turns(epoch, group)
         units = self.order.units_of(epoch, group)
         if held:
-            reads: list[Future[int]] | Future[list[Future[int]]] = []
+            reads: list[Future[None]] | Future[list[Future[None]]] = []
         elif self._waiter:  # receipts may take hours to come, while batches of this group are wanted
             reads = self._waiter.submit(self._reader.read, buffers, turns, units)
         else:
@@ -428,7 +440,7 @@ class RowStream:
         """Wait for the group that is coming, make it the current one, and start the one after it."""
         assert self._coming is not None
         coming, self._coming = self._coming, None
-        self.bytes_read += coming.result()
+        coming.result()
         spare, self._current, self._turns = self._current, coming.buffers, coming.turns
         epoch, group = self.place.epoch, self.place.group + 1
         if group == self.order.groups:
@@ -446,17 +458,18 @@ class _Coming(NamedTuple):
 
     buffers: _Buffers
     turns: _Turns
-    reads: list[Future[int]] | Future[list[Future[int]]]
+    reads: list[Future[None]] | Future[list[Future[None]]]
     """Or, of a dataset that is followed, the future that begins them."""
 
-    def result(self) -> int:
-        """Bytes read, once everything is; or the first error of any of its threads."""
+    def result(self) -> None:
+        """Wait until everything is read; or raise the first error of any of its threads."""
         reads = self.reads.result() if isinstance(self.reads, Future) else self.reads
         done, _ = wait(reads, return_when=FIRST_EXCEPTION)
         for future in reads:
             if future in done and future.exception() is not None:
                 future.result()
-        return sum(future.result() for future in reads)
+        for future in reads:
+            future.result()
 
 
 def _widen(stored: NDArray[Any], out: NDArray[np.float32], dtype: str) -> None:

@@ -24,6 +24,7 @@ from schemas.corpus import CorpusSpec, SourceSpec
 from schemas.errors import IntegrityError, MissingObject, StoreError
 from schemas.harvest import (
     Attempt,
+    Compress,
     CorpusFacts,
     Dtype,
     Execution,
@@ -34,7 +35,7 @@ from schemas.harvest import (
 )
 from schemas.subject import HookSite, SubjectIdentity
 from store.layout import philox_key, row_permutation
-from store.objects import MAX_GET_BYTES, Data, ObjectStore
+from store.objects import MAX_GET_BYTES, Data, ObjectStore, Pieces, joined
 from store.shards import Stored, to_stored
 from store.verify import verify
 from store.writer import commit_unit, create_dataset, now, put_tokens, seal, tokens_digest
@@ -58,6 +59,7 @@ def make_plan(
     drop_leading: int = 1,
     validation_units: int = 1,
     dtype: Dtype = "bfloat16",
+    compress: Compress = "none",
     seed: int = 0,
     sink_multiple: float = 10.0,
     adopt_tolerance: float = 0.05,
@@ -72,6 +74,7 @@ def make_plan(
         drop_leading: As in PlanSpec.
         validation_units: As in PlanSpec.
         dtype: As in PlanSpec.
+        compress: As in PlanSpec.
         seed: As in PlanSpec; also of the synthetic tokens and rows.
         sink_multiple: As in PlanSpec.
         adopt_tolerance: As in PlanSpec.
@@ -102,6 +105,7 @@ def make_plan(
             windows_per_unit=windows_per_unit,
             validation_units=validation_units,
             dtype=dtype,
+            compress=compress,
             seed=seed,
             sink_multiple=sink_multiple,
             adopt_tolerance=adopt_tolerance,
@@ -273,8 +277,9 @@ class FaultyStore(ObjectStore):
         self._after(fault, name, key)
         return result
 
-    def put_new(self, key: str, data: Data) -> bool:
+    def put_new(self, key: str, data: Data | Pieces) -> bool:
         """See `ObjectStore.put_new`."""
+        data = joined(data)
         fault = self._before("put_new", key)
         created = self.inner.put_new(key, _half(data) if fault == "truncate" else data)
         self._after(fault, "put_new", key)

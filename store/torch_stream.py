@@ -21,7 +21,8 @@ class Batch(NamedTuple):
     """A rank's share of one step, in memory of the host."""
 
     rows: dict[str, torch.Tensor]
-    """Hook -> float32 [B/world, D], raw activations; row i is the same token for every hook."""
+    """Hook -> [B/world, D], raw activations, float32 unless the stored dtype was asked for; row i is the
+    same token for every hook."""
     weights: torch.Tensor
     """float32 [B/world]: 0 at marked rows (sinks) and in void units, else 1."""
     step: int
@@ -63,7 +64,7 @@ class Stream:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of finished groups read from storage, refetches included."""
+        """Bytes read from storage so far, read-ahead and refetches included; grows while iterating."""
         return self._rows.bytes_read
 
     @property
@@ -88,6 +89,7 @@ class Stream:
         self.close()
 
 
-def _tensor(values: NDArray[np.float32]) -> torch.Tensor:
-    """The same memory as a tensor, which keeps the array alive."""
-    return torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]
+def _tensor(values: NDArray[Any]) -> torch.Tensor:
+    """The same memory as a tensor, which keeps the array alive; uint16 is bfloat16's bits."""
+    tensor: torch.Tensor = torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]
+    return tensor.view(torch.bfloat16) if values.dtype == np.uint16 else tensor

@@ -13,6 +13,7 @@ A dataset that is not sealed yet is checked as far as it goes. Nothing is change
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,12 +43,12 @@ from store.layout import (
     receipt_key,
     shard_key,
     slice_bytes,
-    slice_range,
+    slice_starts,
     tokens_key,
 )
 from store.manifest import find_manifest
 from store.objects import ObjectStore
-from store.parts import DatasetDigest, read_part
+from store.parts import DatasetDigest, check_columns, read_part
 from store.reader import load_plan, load_token_digests, read_tokens
 from store.shards import INDEX_BYTES, check_index, decode_slices, square_norms
 from store.zarr_metadata import TOKEN_DIGESTS_KEY, same_array, zarr_objects
@@ -63,6 +64,9 @@ READ_BYTES = 16 << 20
 
 _BESIDE = (f"{MANIFEST_DIR}/", "manifest.", f"{FOLLOWERS_DIR}/", f"{RING_DIR}/")
 """What may lie there beside the data."""
+
+_PLACE = re.compile(r"^unit \d+, hook '[^']*'(, slices? \d+(-\d+)?)?[:,] ")
+"""How errors about a shard begin; a problem says it once, in words of its own."""
 
 T = TypeVar("T")
 _WRONG = (IntegrityError, MissingObject, UnsupportedVersion, NonFiniteError)
@@ -204,6 +208,8 @@ class _Check:
                 gathered = self.guarded(part.key, lambda p=part: list(read_part(self.store, self.plan, p)))
                 for receipt in gathered or ():
                     found[receipt.unit] = receipt
+                if gathered is not None:
+                    self.guarded(part.key, lambda p=part: check_columns(self.store, self.plan, p))
             self.sealed(manifest, found)
             for unit in self.units:
                 if unit not in standing:
@@ -321,30 +327,29 @@ class _Check:
             return  # torn, and named already
 
         def problem(level: Level, error: WinnowError | str, number: int | None = None) -> Problem:
-            what = error if isinstance(error, str) else _sentence(error)
+            what = error if isinstance(error, str) else _PLACE.sub("", _sentence(error))
             return Problem(level, record.key, what, unit=unit, hook=hook, slice=number)
 
         try:
-            check_index(bytes(self.store.get_suffix(record.key, INDEX_BYTES)), self.plan, hook, unit)
+            footer = bytes(self.store.get_suffix(record.key, INDEX_BYTES))
+            check_index(footer, self.plan, hook, unit, record.slice_lengths)
         except _WRONG as error:
             yield problem("index", error)
         if self.depth < 3:
             return
         whole, damaged = hashlib.sha256(), False
-        size = slice_bytes(self.plan, hook)
-        step = max(1, READ_BYTES // size)
+        starts = slice_starts(self.plan, hook, record.slice_lengths).tolist()
+        step = max(1, READ_BYTES // slice_bytes(self.plan, hook))
         for first in range(0, SLICES, step):
             stop = min(first + step, SLICES)
             try:
-                data = memoryview(
-                    self.store.get_range(record.key, *slice_range(self.plan, hook, first, stop))
-                )
+                data = memoryview(self.store.get_range(record.key, starts[first], starts[stop]))
             except _WRONG as error:
                 yield problem("full", error, first)
                 return
             whole.update(data)
             for number in range(first, stop):
-                piece = data[(number - first) * size : (number - first + 1) * size]
+                piece = data[starts[number] - starts[first] : starts[number + 1] - starts[first]]
                 try:
                     rows = decode_slices(
                         piece,
@@ -354,6 +359,7 @@ class _Check:
                         hook=hook,
                         unit=unit,
                         crc=record.slice_crc32c,
+                        lengths=record.slice_lengths,
                     )
                     square_norms(rows[0], self.plan.spec.dtype, unit=unit, hook=hook)
                 except _WRONG as error:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -34,12 +35,14 @@ from schemas.harvest import (
     UnitReceipt,
 )
 from store.commit import PUT_TRIES, commit_receipt, load_receipt, settle, standing_receipts
-from store.layout import PLAN_KEY, STORED_DTYPES, manifest_key, shard_key, slice_bytes, tokens_key
+from store.layout import PLAN_KEY, STORED_DTYPES, manifest_key, shard_key, slice_starts, tokens_key
 from store.manifest import find_manifest, load_manifest
 from store.objects import ObjectStore
 from store.parts import PART_UNITS, DatasetDigest, encode_part
 from store.shards import (
     INDEX_BYTES,
+    EncodedShard,
+    SquareNorms,
     Statistics,
     Stored,
     check_finite,
@@ -49,6 +52,7 @@ from store.shards import (
     describe_rows,
     encode_chunk,
     encode_shard,
+    read_shard_index,
     relative_difference,
 )
 from store.zarr_metadata import TOKEN_DIGESTS_KEY, same_array, zarr_objects
@@ -172,7 +176,8 @@ def commit_unit(
 ) -> UnitReceipt:
     """Store a unit's rows and commit them.
 
-    One encoded shard is held beyond `rows`; two while a shard of an earlier attempt is adopted.
+    Nothing is held beyond `rows`, which must not change meanwhile, unless shards are compressed, the store
+    wants them in one buffer (S3), or a shard of an earlier attempt is adopted: then one shard more.
 
     Args:
         store: The dataset's root.
@@ -250,19 +255,22 @@ def _store_shard(
     key = shard_key(hook, unit)
     failure: StoreError | None = None
     for _ in range(PUT_TRIES):
-        shard = encode_shard(rows)
+        shard = encode_shard(rows, plan.spec.compress)
+        norms = SquareNorms(rows, plan.spec.dtype, unit=unit, hook=hook)
         with ThreadPoolExecutor(1, thread_name_prefix="winnow-commit") as beside:
-            # The digest and the statistics take as long as the put, which mostly waits.
-            digest = beside.submit(sha256_hex, shard.data)
-            facts = beside.submit(_describe, plan, unit, hook, rows)
+            # The digest takes as long as the put; whoever is done first begins with the norms.
+            digest, share = beside.submit(shard.sha256), beside.submit(norms.work)
             try:
-                if store.put_new(key, shard.data):
-                    size = len(shard.data)
-                    return _record(key, size, digest.result(), shard.slice_crc32c, facts.result()), True
+                if store.put_new(key, shard.pieces):
+                    norms.work()
+                    share.result()
+                    facts = _describe(plan, unit, hook, rows, norms.squares)
+                    return _record(key, shard, digest.result(), facts), True
                 failure = None
             except StoreError as error:
                 failure = error  # it may have taken effect all the same
-            facts.cancel()
+            finally:
+                norms.stop()
         del shard
         try:
             return _adopt(store, plan, unit, hook, rows), False
@@ -278,9 +286,8 @@ def _store_shard(
 def make_shard(plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> tuple[memoryview, ShardRecord]:
     """A unit's rows of one hook as the bytes of its shard, and the receipt's entry for them."""
     facts = _describe(plan, unit, hook, rows)
-    shard = encode_shard(rows)
-    digest = sha256_hex(shard.data)
-    return shard.data, _record(shard_key(hook, unit), len(shard.data), digest, shard.slice_crc32c, facts)
+    shard = encode_shard(rows, plan.spec.compress)
+    return shard.data, _record(shard_key(hook, unit), shard, shard.sha256(), facts)
 
 
 def _adopt(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> ShardRecord:
@@ -306,39 +313,42 @@ def read_orphan(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str) -> 
     """
     key = shard_key(hook, unit)
     data = store.get(key)
-    if len(data) != plan.shard_bytes(hook):
+    packed = plan.spec.compress != "none"
+    starts = read_shard_index(data[-INDEX_BYTES:], plan, hook, unit) if packed else slice_starts(plan, hook)
+    size = int(starts[-1]) + INDEX_BYTES
+    if len(data) != size:
         raise IntegrityError(
             f"unit {unit}, hook {hook!r}: the shard an earlier attempt left at {store.uri}/{key} is torn",
-            expected=f"{plan.shard_bytes(hook)} bytes",
+            expected=f"{size} bytes",
             got=f"{len(data)} bytes",
             fix="Run `winnow harvest CONFIG --repair` while no other harvest runs on this root",
         )
-    check_index(data[-INDEX_BYTES:], plan, hook, unit)
-    crcs = slice_checksums(data, plan, hook)
+    lengths = tuple((np.diff(starts) - 4).tolist()) if packed else ()
+    check_index(data[-INDEX_BYTES:], plan, hook, unit, lengths)
+    whole, ends = memoryview(data), starts.tolist()
+    crcs = tuple(crc32c(whole[a : b - 4]) for a, b in pairwise(ends))
+    shard = EncodedShard((data,), crcs, lengths)
     shape = (plan.rows_per_unit, plan.d_model(hook))
-    found = decode_slices(data, 0, SLICES, plan=plan, hook=hook, unit=unit, crc=crcs).reshape(shape)
+    found = decode_slices(data, 0, SLICES, plan=plan, hook=hook, unit=unit, crc=crcs, lengths=lengths)
+    found = found.reshape(shape)
     facts = _describe(plan, unit, hook, found)
-    return found, _record(key, len(data), sha256_hex(data), crcs, facts)
+    return found, _record(key, shard, shard.sha256(), facts)
 
 
-def slice_checksums(data: bytes, plan: HarvestPlan, hook: str) -> tuple[int, ...]:
-    """crc32c computed over each slice's payload of a whole shard."""
-    size = slice_bytes(plan, hook)
-    chunks = np.frombuffer(data, np.uint8)[: SLICES * size].reshape(SLICES, size)
-    return tuple(crc32c(chunks[number, :-4]) for number in range(SLICES))
+def _describe(
+    plan: HarvestPlan, unit: int, hook: str, rows: Stored, squares: NDArray[np.float64] | None = None
+) -> Statistics:
+    spec, moments = plan.spec, unit < MOMENT_UNITS
+    return describe_rows(rows, spec.dtype, spec.sink_multiple, moments, unit=unit, hook=hook, squares=squares)
 
 
-def _describe(plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> Statistics:
-    spec = plan.spec
-    return describe_rows(rows, spec.dtype, spec.sink_multiple, unit < MOMENT_UNITS, unit=unit, hook=hook)
-
-
-def _record(key: str, size: int, sha256: str, crcs: tuple[int, ...], facts: Statistics) -> ShardRecord:
+def _record(key: str, shard: EncodedShard, sha256: str, facts: Statistics) -> ShardRecord:
     return ShardRecord(
         key=key,
-        bytes=size,
+        bytes=shard.size,
         sha256=sha256,
-        slice_crc32c=crcs,
+        slice_crc32c=shard.slice_crc32c,
+        slice_lengths=shard.slice_lengths,
         sum_squares=facts.sum_squares,
         largest_norm=facts.largest_norm,
         median_norm=facts.median_norm,

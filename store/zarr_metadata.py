@@ -14,7 +14,7 @@ import warnings
 from typing import Any, cast
 
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
@@ -26,6 +26,7 @@ from store.layout import (
     TOKENS_ARRAY,
     array_key,
 )
+from store.shards import ZSTD_LEVEL
 
 TOKEN_DIGESTS_KEY = f"{TOKEN_DIGESTS_ARRAY}/c/0/0"
 """The one chunk of the token digests."""
@@ -39,6 +40,7 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
     root = zarr.open_group(memory, mode="w-", zarr_format=3, attributes={"winnow": about})
     common: dict[str, Any] = {"compressors": (Crc32cCodec(),), "filters": None}
     little = BytesCodec(endian="little")
+    packing = (ZstdCodec(level=ZSTD_LEVEL),) if plan.spec.compress == "zstd" else ()
     root.create_array(
         TOKENS_ARRAY,
         shape=(plan.windows, plan.spec.context_length),
@@ -66,6 +68,7 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
             shape=(plan.rows, site.d_model),
             chunks=(plan.rows_per_slice, site.d_model),
             shards=(plan.rows_per_unit, site.d_model),
+            compressors=packing + common["compressors"],
             dtype=STORED_DTYPES[plan.spec.dtype],
             serializer=little,
             fill_value=BFLOAT16_NAN if plan.spec.dtype == "bfloat16" else math.nan,
@@ -76,7 +79,7 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
                 "rows_per_unit": plan.rows_per_unit,
                 "sinks": "marked in receipts",
             },
-            **common,
+            filters=None,
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")

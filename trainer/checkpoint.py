@@ -26,11 +26,10 @@ from schemas.base import sha256_hex
 from schemas.errors import ConfigError, IntegrityError, MissingObject
 from schemas.training import CheckpointIndex, SaeIdentity, StreamState, TrainSpec
 from store.objects import ObjectStore
-from trainer.sae import PARAMETERS
 from trainer.step import Counts, Run
 
 FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
-FREE_FIELDS |= {"follow", "follow_seconds"}
+FREE_FIELDS |= {"follow", "follow_seconds", "mesh"}
 """Spec fields that may change between a run and its resume; `device` and `threads` move float noise."""
 STATE = "state.safetensors"
 LARGEST_STATE_BYTES = 1 << 40
@@ -72,7 +71,7 @@ def require_same_run(spec: TrainSpec, identity: SaeIdentity, now: TrainSpec, dat
 def pack(run: Run) -> dict[str, Tensor]:
     """Every tensor and number of a run by name, on the CPU."""
     tensors = {f"sae.{name}": tensor for name, tensor in run.sae.tensors().items()}
-    for name in PARAMETERS:
+    for name in run.sae.parameter_names:
         state = run.adam.state.get(getattr(run.sae, name))
         for key, tensor in (state or {}).items():
             tensors[f"adam.{name}.{key}"] = tensor
@@ -96,7 +95,7 @@ def unpack(run: Run, tensors: dict[str, Tensor]) -> None:
     """
     try:
         run.sae.fill(_below("sae.", tensors))
-        for name in PARAMETERS:
+        for name in run.sae.parameter_names:
             if state := _below(f"adam.{name}.", tensors):  # none before the first step
                 parameter = getattr(run.sae, name)
                 run.adam.state[parameter] = {key: tensor.to(run.device) for key, tensor in state.items()}

@@ -25,11 +25,11 @@ class DeadCounter:
         """Indices int64 [M], ascending, of the latents not active in the last `rows` rows."""
         return (self.since >= rows).nonzero().flatten()
 
-    def share(self, rows: int) -> float:
-        """Share of the N latents not active in the last `rows` rows."""
-        return (self.since >= rows).float().mean().item()
+    def active(self, values: Tensor, indices: Tensor) -> Tensor:
+        """uint8 [N]: 1 where a latent is active in codes values [B, K] and indices [B, K]."""
+        counts = torch.bincount(indices[values > 0], minlength=len(self.since))
+        return (counts > 0).to(torch.uint8)
 
-    def update(self, values: Tensor, indices: Tensor) -> None:
-        """Count one step's codes, values [B, K] and indices [B, K], all of weight above 0."""
-        active = torch.bincount(indices[values > 0], minlength=len(self.since)) > 0
-        self.since = torch.where(active, 0, self.since + len(values))
+    def update(self, active: Tensor, rows: int) -> None:
+        """Count a step of `rows` rows, all of weight above 0, in which these latents [N] were active."""
+        self.since = torch.where(active.bool(), 0, self.since + rows)

@@ -15,15 +15,21 @@ from schemas.errors import ConfigError
 from schemas.training import TrainSpec
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:1` as a device that is there.
+
+    Args:
+        name: The spec's `device`.
+        local_rank: Of several processes on this machine: `auto` and `cuda` become the GPU of this number.
 
     Raises:
         ConfigError: Another name, or a GPU that torch does not see.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if gpus else "cpu")
+        name = "cuda" if gpus else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

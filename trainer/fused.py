@@ -48,6 +48,8 @@ class Pass(NamedTuple):
     x_hat: Tensor
     values: Tensor
     indices: Tensor
+    second_rounds: int = 0
+    """On a mesh: rows whose top-k took a second round over the shards."""
 
 
 class _Part(NamedTuple):
@@ -190,7 +192,7 @@ def _gradients(
     ops: StepOps, sae: Sae, parts: list[_Part], dead: _DeadRows | None, centred: Tensor, pulls_b_pre: Tensor
 ) -> float:
     """Fill every `.grad`, the decoder's projected, and give their joint norm."""
-    W_enc, b_enc, W_dec, b_pre = (_gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
+    W_enc, b_enc, W_dec, b_pre = (gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
     sorted_parts: list[tuple[Segments, Tensor, Tensor, Tensor]] = []
     b_enc.zero_()
     for part in parts:
@@ -230,7 +232,8 @@ def _sum(tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def _gradient_buffer(parameter: Tensor) -> Tensor:
+def gradient_buffer(parameter: Tensor) -> Tensor:
+    """The parameter's `.grad`, which lives from step to step."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

@@ -56,9 +56,7 @@ def candidates(run: Run) -> dict[str, Sae]:
     """The finished run's SAEs: `raw` (the weights as they are) and, where it is kept, `ema`."""
     found = {"raw": run.sae}
     if run.ema is not None:
-        sae = Sae(
-            run.sae.d_model, run.sae.latents, run.sae.k, run.sae.normalize_mode, device=run.sae.W_enc.device
-        )
+        sae = run.sae.twin()
         sae.fill(run.sae.tensors() | run.ema.weights())
         found["ema"] = sae
     return found

@@ -19,6 +19,7 @@ from store.console import Progress, human_bytes, say, section
 from store.objects import open_store
 from trainer.device import cpu_threads, resolve_device, stop_on_signals, torch_settings
 from trainer.member import Member
+from trainer.parallel import Launch, World, check_mesh, open_world
 from trainer.publish import Summary, finished_summary, put_summary
 from trainer.sae import Sae
 from trainer.spans import sampling
@@ -31,7 +32,13 @@ AfterTrain = Callable[[Config, Sae, ActivationStore, str], dict[str, float]]
 """`after_train(config, sae, dataset, hook)` gives more figures for the summary."""
 
 
-def train(config: Config, *, after_train: AfterTrain | None = None, extend: bool = False) -> Summary:
+def train(
+    config: Config,
+    *,
+    after_train: AfterTrain | None = None,
+    extend: bool = False,
+    launch: Launch | None = None,
+) -> Summary:
     """Train one SAE, or go on from its newest checkpoint, and publish it in `train.out`.
 
     Args:
@@ -39,6 +46,7 @@ def train(config: Config, *, after_train: AfterTrain | None = None, extend: bool
         after_train: Measures what needs the subject model. Without it the summary names in `left_out`
             what is missing, and a later call that has it adds just that.
         extend: `train.epochs` may be more than the run in `out` has been trained or planned for.
+        launch: This process's place among those that train together; alone where not given.
 
     Returns:
         What `summary.json` holds. A run that is finished is not trained again.
@@ -49,7 +57,8 @@ def train(config: Config, *, after_train: AfterTrain | None = None, extend: bool
         IntegrityError: Stored bytes are not what was promised.
         KeyboardInterrupt: SIGINT, SIGTERM or `winnow stop` came; a checkpoint was made.
     """
-    return train_fleet(config, [section(config.train, "train")], after_train=after_train, extend=extend)[0]
+    specs = [section(config.train, "train")]
+    return train_fleet(config, specs, after_train=after_train, extend=extend, launch=launch)[0]
 
 
 def train_fleet(
@@ -59,6 +68,7 @@ def train_fleet(
     after_train: AfterTrain | None = None,
     extend: bool = False,
     lost: Callable[[], bool] | None = None,
+    launch: Launch | None = None,
 ) -> list[Summary]:
     """Train several SAEs from one dataset in this process; see `train`.
 
@@ -71,6 +81,7 @@ def train_fleet(
         extend: See `train`.
         lost: Asked every few seconds: whether somebody else has taken the work over. Given by a service,
             whose work heeds `winnow stop`; a command of a person takes that mark away.
+        launch: See `train`.
 
     Returns:
         The summaries, in the order of `specs`.
@@ -80,12 +91,15 @@ def train_fleet(
         WorkerError: `lost`; nothing was written since.
         Others: See `train`.
     """
-    first, alone = specs[0], len(specs) == 1
+    first, alone, launch = specs[0], len(specs) == 1, launch or Launch()
     _require_one_process(specs)
     dataset = ActivationStore.open(
         config.root, config.storage, follow=first.follow, timeout_seconds=first.follow_seconds
     )
-    device, identity = resolve_device(first.device), identity_of(dataset)
+    for spec in specs:
+        check_mesh(spec, launch.size)
+    device = resolve_device(first.device, launch.local_rank if launch.size > 1 else None)
+    identity = identity_of(dataset)
     found: dict[str, Summary] = {}
     members: list[Member] = []
     with torch_settings(device, cpu_threads(first)), ExitStack() as cleanup:
@@ -100,8 +114,9 @@ def train_fleet(
             else:
                 found[spec.out] = summary
                 say(f"{spec.out} is finished: nothing to train")
+        world = cleanup.enter_context(open_world(first, device, launch)) if todo else World()
         for recipe, order, out in todo:
-            members.append(Member(config, recipe, dataset, order, out, device, extend=extend))
+            members.append(Member(config, recipe, dataset, order, out, device, world=world, extend=extend))
         try:
             for member in members:
                 member.begin(cleanup, stopped_before=lost is not None)
@@ -117,7 +132,7 @@ def train_fleet(
     _require_all(members, alone)
     for spec in specs:
         summary = found[spec.out]
-        if after_train is not None and summary["left_out"]:
+        if after_train is not None and summary["left_out"] and launch.rank == 0:
             sae = Sae.load(spec.out, device=device, storage=config.storage)
             summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
             put_summary(open_store(spec.out, config.storage), summary)
@@ -125,8 +140,8 @@ def train_fleet(
 
 
 def _require_one_process(specs: Sequence[TrainSpec]) -> None:
-    for field in ("device", "threads", "follow", "follow_seconds"):
-        values = {getattr(spec, field) for spec in specs}
+    for field in ("device", "threads", "mesh", "follow", "follow_seconds"):
+        values = {str(getattr(spec, field)) for spec in specs}
         if len(values) > 1:
             raise ConfigError(f"{field} of SAEs trained together", expected="one value", got=sorted(values))
     outs = [spec.out for spec in specs]
@@ -192,6 +207,7 @@ def take_steps(
     """
     first, order = members[0], members[0].order
     spec, device, steps = first.spec, first.run.device, max(m.recipe.steps for m in members)
+    world = first.run.world
     stream = dataset.stream(
         [spec.hook],
         split="train",
@@ -199,6 +215,8 @@ def take_steps(
         seed=spec.stream_seed,
         lanes=spec.lanes,
         group_units=order.group_units,
+        rank=world.data.rank,
+        world=world.data.size,
         start_step=first.step,
         steps=until,
     )
@@ -217,7 +235,8 @@ def take_steps(
         step = first.step
         while step < until and running:
             asked = time.monotonic()
-            batch = next(batches)
+            with world.together():  # data that one rank cannot read stops all of them
+                batch = next(batches)
             waited = time.monotonic() - asked
             rows, weights = batch.rows[spec.hook].to(device), batch.weights.to(device)
             step += 1
@@ -252,27 +271,35 @@ def take_steps(
                 _show(bar, step, steps, spec.batch_rows, {m: r for m, (r, _) in reports.items()})
 
             last = step == until
-            if _must_stop(running, stopping.is_set(), lost) and step < steps:
+            edge = first.follower is not None and order.locate(step).step_in_group == 0
+            is_time = now - last_checkpoint >= spec.checkpoint_seconds
+            must_stop, gone = _must_stop(running, stopping.is_set(), lost)
+            is_due = world.leads and (edge or is_time)
+            stop, gone, due = world.any(must_stop, gone, is_due)  # all of them, or none
+            if gone:
+                raise WorkerError("another service has taken this work over")
+            if stop and step < steps:
                 for member in running:
                     member.checkpoint()
                     name = "" if alone else f"{member.spec.out}: "
                     say(f"{name}stopped after step {step} of {member.recipe.steps}; a checkpoint is kept")
                 raise KeyboardInterrupt
-            edge = first.follower is not None and order.locate(step).step_in_group == 0
-            if running and (edge or last or now - last_checkpoint >= spec.checkpoint_seconds):
+            if running and (due or last):
                 for member in running:
                     member.checkpoint()
                 last_checkpoint = time.monotonic()
 
 
-def _must_stop(running: Sequence[Member], signalled: bool, lost: Callable[[], bool] | None) -> bool:
-    """Whether the process is told to stop; shows signs of life on the way."""
+def _must_stop(
+    running: Sequence[Member], signalled: bool, lost: Callable[[], bool] | None
+) -> tuple[bool, bool]:
+    """Whether this rank is told to stop, and whether its work is lost; shows signs of life on the way."""
     due = [member for member in running if member.status.due]
     if due and lost is not None and lost():
-        raise WorkerError("another service has taken this work over")
+        return False, True
     for member in due:
         member.status.write("training")
-    return bool(running) and (signalled or any(asked_to_stop(member.out) for member in due))
+    return bool(running) and (signalled or any(asked_to_stop(member.out) for member in due)), False
 
 
 def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member, StepReport]) -> None:
@@ -297,7 +324,7 @@ def make_record(member: Member, report: StepReport) -> Record:
         "loss": report.loss,
         "fvu": report.fvu,
         "l0": report.l0,
-        "dead_share": report.dead / run.sae.latents,
+        "dead_share": report.dead / run.recipe.spec.latents,
         "auxk": report.auxk,
         "auxk_steps": counts.auxk_steps,
         "auxk_nonfinite_steps": counts.auxk_nonfinite,

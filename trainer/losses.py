@@ -8,7 +8,8 @@ Every function takes row weights [B]. Rows of weight 0 must not reach a sum even
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -58,6 +59,18 @@ class Fvu:
         self._sum += w @ centred
         self._squares += w @ centred.square().sum(1)
 
+    def over(self, add: Callable[[Tensor], Tensor]) -> Self:
+        """Take in the other ranks' rows; `add` sums a tensor over the ranks, all of which call this."""
+        shift = torch.zeros_like(self._sum) if self._shift is None else self._shift
+        common = add(shift * self._weight) / add(self._weight.clone())
+        move = shift - common  # the moments, about the common point
+        self._squares += 2 * (move @ self._sum) + self._weight * move.square().sum()
+        self._sum += self._weight * move
+        self._shift = common
+        for total in (self._error, self._weight, self._sum, self._squares):
+            add(total)
+        return self
+
     @property
     def rows(self) -> float:
         """Sum of the weights so far."""
@@ -87,6 +100,12 @@ class L0:
         w = torch.ones_like(active) if weights is None else weights.double()
         self._active += (w @ active).item()
         self._weight += w.sum().item()
+
+    def over(self, add: Callable[[Tensor], Tensor]) -> Self:
+        """Take in the other ranks' rows; `add` sums a tensor over the ranks, all of which call this."""
+        sums = torch.tensor([self._active, self._weight], dtype=torch.float64)
+        self._active, self._weight = add(sums).tolist()
+        return self
 
     @property
     def value(self) -> float:

@@ -18,6 +18,8 @@ from store.objects import ObjectStore
 from store.order import LaneOrder
 from trainer.checkpoint import save_checkpoint
 from trainer.device import cpu_threads
+from trainer.parallel import World
+from trainer.parallel_sae import Witness
 from trainer.publish import Summary, publish
 from trainer.start import identity_of, stand, stream_state
 from trainer.status import StatusWriter, allow_again, asked_to_stop
@@ -35,6 +37,7 @@ class Member:
         order: Which row comes when.
         out: Its folder.
         device: Where its weights live.
+        world: The mesh of processes.
         extend: Take over a checkpoint of fewer epochs.
     """
 
@@ -47,14 +50,17 @@ class Member:
         out: ObjectStore,
         device: torch.device,
         *,
+        world: World,
         extend: bool,
     ) -> None:
-        self.recipe, self.order, self.out, self._dataset = recipe, order, out, dataset
+        self.recipe, self.order, self._dataset = recipe, order, dataset
+        self._files = out
+        self.out = out if world.leads else Witness(out)  # one rank tells of the run
         self._identity: SaeIdentity = identity_of(dataset)
         self.run, self.telemetry, self.is_new = stand(
-            recipe, dataset, order, self._identity, out, device, extend=extend
+            recipe, dataset, order, self._identity, self.out, device, world=world, extend=extend
         )
-        self.status = StatusWriter(out, self.run, config.prices)
+        self.status = StatusWriter(self.out, self.run, config.prices)
         self.follower: Follower | None = None
         self.failure: NonFiniteError | None = None
 
@@ -68,12 +74,16 @@ class Member:
         Raises:
             KeyboardInterrupt: Such a one is there.
         """
-        self.out.probe(single_writer=True)  # can we write there? asked before hours of work
-        if stopped_before and asked_to_stop(self.out):
+        world = self.run.world
+        (stopped,) = world.any(stopped_before and asked_to_stop(self.out))
+        if stopped:
             raise KeyboardInterrupt
-        allow_again(self.out)
-        self.status.write("training")
-        if self._dataset.arrivals is not None:
+        with world.together():
+            self._files.probe(single_writer=True)  # can we write there? asked before hours of work
+            if world.leads:
+                allow_again(self.out)
+            self.status.write("training")
+        if self._dataset.arrivals is not None and world.leads:
             self.follower = cleanup.enter_context(self._following())
 
     def _following(self) -> Follower:
@@ -122,7 +132,7 @@ class Member:
         self.telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
         state = stream_state(self._dataset, self.order, self.spec.hook, self.step)
         save_checkpoint(
-            self.out, self.run, identity=self._identity, stream=state, threads=cpu_threads(self.spec)
+            self._files, self.run, identity=self._identity, stream=state, threads=cpu_threads(self.spec)
         )
         if self.follower is not None:
             self.follower.at(self.step)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemas.training import TrainSpec
-from trainer.sae import PARAMETERS, Sae
+from trainer.sae import Sae
 
 
 def peak_lr(spec: TrainSpec) -> float:
@@ -34,8 +34,8 @@ def lr_at(step: int, steps: int, spec: TrainSpec) -> float:
 
 
 def make_adam(sae: Sae, spec: TrainSpec) -> torch.optim.Adam:
-    """Adam over the four parameters; fused, which is deterministic and spares passes over memory."""
-    parameters = [getattr(sae, name) for name in PARAMETERS]
+    """Adam over every trained tensor; fused, which is deterministic and spares passes over memory."""
+    parameters = [getattr(sae, name) for name in sae.parameter_names]
     return torch.optim.Adam(
         parameters, lr=peak_lr(spec), betas=spec.adam_betas, eps=spec.adam_eps, fused=True
     )
@@ -77,7 +77,7 @@ class Ema:
     def __init__(self, sae: Sae, beta: float) -> None:
         self.beta = beta
         self.steps = 0
-        self.sums = {name: torch.zeros_like(getattr(sae, name)) for name in PARAMETERS}
+        self.sums = {name: torch.zeros_like(getattr(sae, name)) for name in sae.parameter_names}
         """(1 - beta) * sum of beta^age * weights, without the correction."""
 
     @torch.no_grad()

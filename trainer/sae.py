@@ -1,6 +1,7 @@
-"""The TopK sparse autoencoder, readable and eager: THE SPECIFICATION that faster code is held to.
+"""The sparse autoencoder, readable and eager: THE SPECIFICATION that faster code is held to.
 
-Legend: B rows, D d_model, N latents, K active latents a row. `W_enc` and `W_dec` are [N, D] (row n is
+Legend: B rows, D width of the input (d_model), O width of the output (D, but for a transcoder), N latents,
+K active latents a row, S slots of padded codes, H hooks. `W_enc` is [N, D] and `W_dec` [N, O] (row n is
 latent n's direction), `b_enc` [N], `b_pre` [D].
 
 The model (Gao et al. 2024, arXiv 2406.04093, sections 2.2 and 2.3), on normalised rows x::
@@ -8,14 +9,25 @@ The model (Gao et al. 2024, arXiv 2406.04093, sections 2.2 and 2.3), on normalis
     z     = relu(TopK(W_enc (x - b_pre) + b_enc))
     x_hat = W_dec^T z + b_pre
 
+One class, with parts (`schemas.training.SaeParts`):
+
+- `activation`: `topk` as above. `batchtopk`: trained on the K best a row of a whole batch, used with one
+  `threshold` []. `relu`: all above 0. `jumprelu`: all above `threshold` [N].
+- A *transcoder* has a target, another hook's rows y: `y_hat = W_dec^T z + b_dec`, and with `skip`
+  `+ W_skip x` (W_skip is [O, D]).
+- A *crosscoder* reads and reconstructs several hooks: its rows are theirs, joined, each normalised with
+  its own constants.
+- `matryoshka`: prefixes of the latents that were trained to reconstruct on their own.
+
 Three spaces, three words: *raw* is the space of the activations, *normalised* is what the model sees
-(see `Sae.normalise`), *codes* are `(values [B, K], indices [B, K])`.
+(see `Sae.normalise`), *codes* are `(values [B, S], indices [B, S])`, where a slot of value 0 is inactive.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -27,17 +39,19 @@ from torch import Tensor, nn
 from schemas.base import sha256_hex
 from schemas.config import StorageSpec
 from schemas.errors import IntegrityError
-from schemas.training import Normalize, SaeCard, SaeIdentity, TrainSpec
+from schemas.training import Normalize, SaeCard, SaeIdentity, SaeParts, TrainSpec
 from store.objects import ObjectStore, open_store
+from trainer.codes import encode_above, encode_topk, sum_by_latent
+
+__all__ = ["PARAMETERS", "Sae", "Scale", "encode_topk", "sum_by_latent"]
 
 WEIGHTS_KEY = "sae.safetensors"
 CARD_KEY = "sae.json"
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_pre")
-"""The trained tensors, in the order the optimiser holds them."""
-CONSTANTS = ("input_mean", "input_scale")
-"""Stored beside them with `normalize: dataset`."""
+"""The trained tensors that every SAE has, in the order the optimiser holds them; see
+`Sae.parameter_names` for all of them."""
 LARGEST_REST_BYTES = 1 << 26
-"""Room in a weights file beside the two matrices: header, `b_pre`, constants."""
+"""Room in a weights file beside the matrices: header, biases, constants."""
 SMALLEST_NORM = 1e-12
 """A row with no more norm than this is not scaled up."""
 
@@ -52,13 +66,14 @@ class Scale(NamedTuple):
 
 
 class Sae(nn.Module):
-    """A TopK sparse autoencoder together with the normalisation of its input.
+    """A sparse autoencoder together with the normalisation of its rows.
 
     Args:
-        d_model: Width D of the activations.
+        d_model: Width D of the input; of a crosscoder, the sum over its hooks.
         latents: Dictionary size N.
         k: Active latents K a row, at most N.
         normalize: `layer`, `dataset` or `none`; see `normalise`.
+        parts: What else it is made of; null is the paper's TopK autoencoder.
         device: Where the tensors live.
         dtype: Their type; float64 is for tests.
 
@@ -67,6 +82,9 @@ class Sae(nn.Module):
 
     input_mean: Tensor
     input_scale: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
+    threshold: Tensor
 
     def __init__(
         self,
@@ -74,6 +92,7 @@ class Sae(nn.Module):
         latents: int,
         k: int,
         normalize: Normalize = "layer",
+        parts: SaeParts | None = None,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -81,14 +100,43 @@ class Sae(nn.Module):
         super().__init__()
         self.d_model, self.latents, self.k = d_model, latents, k
         self.normalize_mode: Normalize = normalize
+        self.parts = parts or SaeParts()
+        self.d_out = self.parts.d_out or d_model
         self.card: SaeCard | None = None
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.W_enc = nn.Parameter(torch.zeros(latents, d_model, **kind))
-        self.b_enc = nn.Parameter(torch.zeros(latents, **kind))
-        self.W_dec = nn.Parameter(torch.zeros(latents, d_model, **kind))
-        self.b_pre = nn.Parameter(torch.zeros(d_model, **kind))
-        self.register_buffer("input_mean", torch.zeros(d_model, **kind))
-        self.register_buffer("input_scale", torch.ones((), **kind))
+        zeros = partial(torch.zeros, device=device, dtype=dtype)
+        self.W_enc = nn.Parameter(zeros(latents, d_model))
+        self.b_enc = nn.Parameter(zeros(latents))
+        self.W_dec = nn.Parameter(zeros(latents, self.d_out))
+        self.b_pre = nn.Parameter(zeros(d_model))
+        self.b_dec = nn.Parameter(zeros(self.d_out)) if self.has_target else None
+        self.W_skip = nn.Parameter(zeros(self.d_out, d_model)) if self.parts.skip else None
+        if self.parts.activation == "jumprelu":
+            self.threshold = nn.Parameter(zeros(latents))
+        elif self.parts.activation == "batchtopk":
+            self.register_buffer("threshold", zeros(()))
+        scales = (len(self.parts.widths),) if self.parts.widths else ()
+        self.register_buffer("input_mean", zeros(d_model))
+        self.register_buffer("input_scale", zeros(scales) + 1)
+        if self.has_target:
+            self.register_buffer("target_mean", zeros(self.d_out))
+            self.register_buffer("target_scale", zeros(()) + 1)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether it is a transcoder: what it gives back is not what it was given."""
+        return self.parts.d_out is not None
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The trained tensors, in the order the optimiser holds them."""
+        more = {"b_dec": self.has_target, "W_skip": self.parts.skip}
+        more["threshold"] = self.parts.activation == "jumprelu"
+        return PARAMETERS + tuple(name for name, there in more.items() if there)
+
+    def twin(self) -> Sae:
+        """A new, empty SAE of the same shape, type and device."""
+        kind: dict[str, Any] = {"device": self.W_enc.device, "dtype": self.W_enc.dtype}
+        return Sae(self.d_model, self.latents, self.k, self.normalize_mode, self.parts, **kind)
 
     # ---- the model -------------------------------------------------------------------------------
 
@@ -96,35 +144,74 @@ class Sae(nn.Module):
         """Raw rows [B, D] to normalised rows [B, D], and what was taken away.
 
         `layer`: each row's mean over D removed, scaled to unit norm. `dataset`: the training rows'
-        mean removed, divided by one scalar so that their mean squared norm is 1. `none`: unchanged.
+        mean removed, divided by one scalar (of each hook) so that their mean squared norm is 1.
+        `none`: unchanged.
         """
         x = x.to(self.W_enc.dtype)
         if self.normalize_mode == "layer":
             mean = x.mean(dim=1, keepdim=True)
             centred = x - mean
             norm = centred.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
-            return centred / norm, Scale(mean, norm)
+            epsilon = self.parts.layer_epsilon * (x.shape[1] - 1) ** 0.5
+            return centred / (norm + epsilon), Scale(mean, norm)
         scale = Scale(self.input_mean, self.input_scale)
+        if self.parts.widths:
+            widths = torch.tensor(self.parts.widths, device=x.device)
+            scale = Scale(scale.mean, scale.norm.repeat_interleave(widths))
         if self.normalize_mode == "dataset":
             return (x - scale.mean) / scale.norm, scale
         return x, scale
 
+    def normalise_target(self, y: Tensor) -> Tensor:
+        """Raw rows [B, O] of the target hook to what a transcoder is trained to give."""
+        y = y.to(self.W_enc.dtype)
+        return (y - self.target_mean) / self.target_scale if self._scales_target else y
+
     def restore(self, x: Tensor, scale: Scale) -> Tensor:
-        """Normalised rows [B, D] back to the raw space of the rows `scale` was taken from."""
+        """Normalised output [B, O] to the raw space of the rows `scale` was taken from, or of the target."""
+        if self.has_target:
+            return x * self.target_scale + self.target_mean if self._scales_target else x
         return x if self.normalize_mode == "none" else x * scale.norm + scale.mean
 
+    @property
+    def _scales_target(self) -> bool:
+        return self.parts.target_normalize == "dataset"
+
     def select(self, x: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """Codes of *normalised* rows: the `k` (default K) best latents, negatives cut to 0.
+        """Codes of *normalised* rows as they are outside training, negatives cut to 0.
 
         The product takes x itself and `b = b_enc - W_enc b_pre`, which is the same number and spares
-        a copy of x. Values and indices are [B, k], value descending.
+        a copy of x.
+
+        Args:
+            x: [B, D].
+            k: Take the k best of each row, whatever the activation.
+
+        Returns:
+            values [B, S], descending, and their latents [B, S]: S is K, or k, with `topk`, else the most
+            active latents of any row.
         """
         b = self.b_enc - self.W_enc @ self.b_pre
-        return encode_topk(x, self.W_enc, b, self.k if k is None else k)
+        if self.parts.activation == "topk" or k is not None:
+            return encode_topk(x, self.W_enc, b, self.k if k is None else k)
+        threshold = 0.0 if self.parts.activation == "relu" else self.threshold.detach()
+        return encode_above(x, self.W_enc, b, threshold)
 
-    def reconstruct(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Codes [B, k] to *normalised* rows [B, D]; equal to `scatter(values) @ W_dec + b_pre`."""
-        return F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum") + self.b_pre
+    def reconstruct(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
+        """Codes [B, S] to *normalised* output [B, O]; equal to `scatter(values) @ W_dec + bias`.
+
+        `x` are the normalised rows [B, D] of the codes: only a transcoder with `skip` needs them.
+        """
+        x_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
+        return self.add_bias(x_hat, x)
+
+    def add_bias(self, x_hat: Tensor, x: Tensor | None = None) -> Tensor:
+        """What the output [B, O] holds beside the latents' directions."""
+        if self.W_skip is not None:
+            if x is None:
+                raise ValueError("a transcoder with skip needs the rows of the codes to decode them")
+            x_hat = x_hat + x @ self.W_skip.T
+        return x_hat + (self.b_pre if self.b_dec is None else self.b_dec)
 
     # ---- what users call -------------------------------------------------------------------------
 
@@ -132,12 +219,13 @@ class Sae(nn.Module):
         """Codes of raw rows.
 
         Args:
-            x: Raw activations [B, D], any float dtype.
+            x: Raw activations [B, D], any float dtype; of a crosscoder, its hooks' rows joined.
 
         Returns:
-            values [B, K] >= 0, in units of the normalised space, descending; indices int64 [B, K].
-            Equal values stand by ascending index (which of several equal values at the K-th place
-            is chosen is torch's choice). A slot of value 0 is an inactive latent.
+            values [B, S] >= 0, in units of the normalised space, descending; indices int64 [B, S]. S is
+            K with `topk`, else the most active latents of any of these rows, at least 1. Equal values
+            stand by ascending index (which of several equal values at the K-th place is chosen is
+            torch's choice). A slot of value 0 is an inactive latent.
         """
         values, indices = self.select(self.normalise(x)[0])
         indices, by_index = indices.sort(dim=1)
@@ -148,29 +236,36 @@ class Sae(nn.Module):
         """Rows of codes.
 
         Args:
-            values: [B, K], as `encode` gives them, or edited.
-            indices: int64 [B, K].
-            like: The raw rows [B, D] the codes came from, or their `Scale` (from `normalise`).
+            values: [B, S], as `encode` gives them, or edited.
+            indices: int64 [B, S].
+            like: The raw rows [B, D] the codes came from, or their `Scale` (from `normalise`). A
+                transcoder with `skip` needs the rows.
 
         Returns:
-            [B, D]: in the raw space of `like`; in the normalised space where it is not given, since
-            `layer` cannot know a row's own mean and norm from its codes.
+            [B, O]: in the raw space of `like`, or of a transcoder's target; in the normalised space
+            where `like` is not given, since `layer` cannot know a row's own mean and norm from its codes.
         """
-        x_hat = self.reconstruct(values, indices)
-        if like is None:
-            return x_hat
-        return self.restore(x_hat, like if isinstance(like, Scale) else self.normalise(like)[1])
+        x, scale = self.normalise(like) if isinstance(like, Tensor) else (None, like)
+        x_hat = self.reconstruct(values, indices, x)
+        return x_hat if scale is None else self.restore(x_hat, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction [B, D] of raw rows [B, D], in their raw space and dtype; differentiable."""
+        """Output [B, O] for raw rows [B, D], in raw space and the rows' dtype; differentiable.
+
+        The reconstruction of x, or what a transcoder expects at its target.
+        """
         normalised, scale = self.normalise(x)
-        return self.restore(self.reconstruct(*self.select(normalised)), scale).to(x.dtype)
+        x_hat = self.reconstruct(*self.select(normalised), normalised)
+        return self.restore(x_hat, scale).to(x.dtype)
 
     # ---- storage ---------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors by name: parameters, and the constants of `dataset`."""
-        names = PARAMETERS + (CONSTANTS if self.normalize_mode == "dataset" else ())
+        """The stored tensors by name: parameters, a threshold, and the constants of `dataset`."""
+        names = self.parameter_names
+        names += ("threshold",) if self.parts.activation == "batchtopk" else ()
+        names += ("input_mean", "input_scale") if self.normalize_mode == "dataset" else ()
+        names += ("target_mean", "target_scale") if self._scales_target else ()
         return {name: getattr(self, name).detach() for name in names}
 
     @torch.no_grad()
@@ -189,6 +284,8 @@ class Sae(nn.Module):
         store: ObjectStore,
         *,
         hook: str,
+        target_hook: str | None = None,
+        with_hooks: tuple[str, ...] = (),
         weights: str = "raw",
         identity: SaeIdentity | None = None,
         spec: TrainSpec | None = None,
@@ -199,6 +296,8 @@ class Sae(nn.Module):
         Args:
             store: The folder or prefix that becomes the SAE's address.
             hook: Where in the subject its rows come from.
+            target_hook: A transcoder's target.
+            with_hooks: A crosscoder's other hooks.
             weights: `raw` or `ema`: which weights these are.
             identity: What they belong to.
             spec: How they were trained.
@@ -210,7 +309,10 @@ class Sae(nn.Module):
             "latents": self.latents,
             "k": self.k,
             "hook": hook,
+            "target_hook": target_hook,
+            "with_hooks": with_hooks,
             "normalize": self.normalize_mode,
+            "parts": self.parts,
             "weights": weights,
             "weights_sha256": sha256_hex(data),
             "identity": identity,
@@ -243,7 +345,7 @@ class Sae(nn.Module):
         uri = os.fspath(path_or_uri)
         store = open_store(uri, storage or StorageSpec())
         card = SaeCard.from_json(store.get(CARD_KEY), origin=f"{uri}/{CARD_KEY}")
-        data = store.get(WEIGHTS_KEY, limit=2 * 4 * card.latents * (card.d_model + 1) + LARGEST_REST_BYTES)
+        data = store.get(WEIGHTS_KEY, limit=_largest_file(card))
         if sha256_hex(data) != card.weights_sha256:
             raise IntegrityError(
                 f"{uri}/{WEIGHTS_KEY} is not the file that {CARD_KEY} describes",
@@ -255,67 +357,14 @@ class Sae(nn.Module):
             tensors = safetensors.torch.load(data)
         except SafetensorError as error:
             raise IntegrityError(f"{uri}/{WEIGHTS_KEY} is not safetensors", got=error) from error
-        sae = cls(card.d_model, card.latents, card.k, card.normalize, device=device)
+        sae = cls(card.d_model, card.latents, card.k, card.normalize, card.parts, device=device)
         sae.fill(tensors)
         sae.card = card
         return sae.requires_grad_(False)
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`relu((x @ W_enc.T + b).topk(k))`, whose backward is sparse.
-
-    Args:
-        x: [B, D].
-        W_enc: [N, D].
-        b: [N].
-        k: Latents kept a row.
-
-    Returns:
-        values [B, k] descending, indices int64 [B, k] (non-differentiable).
-    """
-    return _EncodeTopK.apply(x, W_enc, b, k)  # pyright: ignore[reportReturnType]
-
-
-class _EncodeTopK(torch.autograd.Function):
-    """Plain autograd would spend a second dense product on a gradient that is K/N full."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        values, indices = torch.addmm(b, x, W_enc.T).topk(k, dim=1)
-        values = values.relu_()
-        ctx.save_for_backward(x, W_enc, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, values, indices = ctx.saved_tensors
-        wants_x, wants_W, wants_b, _ = ctx.needs_input_grad
-        dz = torch.where(values > 0, grads[0], 0.0)
-        dx = F.embedding_bag(indices, W_enc, per_sample_weights=dz, mode="sum") if wants_x else None
-        dW = sum_by_latent(dz, indices, x, len(W_enc)) if wants_W else None
-        db = dz.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), dz.flatten()) if wants_b else None
-        return dx, dW, db, None
-
-
-def sum_by_latent(values: Tensor, indices: Tensor, rows: Tensor, latents: int) -> Tensor:
-    """`scatter(values).T @ rows`: for each latent the sum of `rows` weighted by its values.
-
-    Entries are sorted by latent (stably, so by row inside one) and every latent's segment is summed in
-    that order: no atomics, the same bits every run.
-
-    Args:
-        values: [B, k].
-        indices: int64 [B, k].
-        rows: [B, D].
-        latents: N.
-
-    Returns:
-        [N, D].
-    """
-    flat = indices.flatten()
-    order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=latents).cumsum(0)
-    starts = F.pad(ends[:-1], (1, 0))
-    row = order.div(indices.shape[1], rounding_mode="floor")
-    return F.embedding_bag(row, rows, starts, per_sample_weights=values.flatten()[order], mode="sum")
+def _largest_file(card: SaeCard) -> int:
+    """Bytes that no honest weights file of this card exceeds."""
+    d_out = card.parts.d_out or card.d_model
+    numbers = card.latents * (card.d_model + d_out + 2) + (d_out * card.d_model if card.parts.skip else 0)
+    return 4 * numbers + LARGEST_REST_BYTES

@@ -18,6 +18,7 @@ from trainer.checkpoint import newest_checkpoint, require_same_run, unpack
 from trainer.device import cpu_threads
 from trainer.init import initialise
 from trainer.optim import Ema
+from trainer.parallel import World
 from trainer.sae import Sae
 from trainer.step import Recipe, Run
 from trainer.telemetry import Telemetry
@@ -69,6 +70,7 @@ def stand(
     out: ObjectStore,
     device: torch.device,
     *,
+    world: World,
     extend: bool = False,
 ) -> tuple[Run, Telemetry, bool]:
     """The state to go on from: the newest checkpoint's, or a new one that `begin` must fill.
@@ -81,8 +83,11 @@ def stand(
         IntegrityError: Every checkpoint is damaged.
     """
     spec = recipe.spec
-    sae = Sae(dataset.plan.d_model(spec.hook), spec.latents, spec.k, spec.normalize, device=device)
-    run = Run(sae, recipe, loss_constant=1.0)
+    latents = len(world.part(spec.latents))
+    widths = {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks}
+    d_model = sum(widths[hook] for hook in spec.input_hooks)
+    sae = Sae(d_model, latents, spec.k, spec.normalize, spec.parts(widths), device=device)
+    run = Run(sae, recipe, loss_constant=1.0, world=world)
     found = newest_checkpoint(out, warn=say)
     if found is None:
         return run, Telemetry(out), True

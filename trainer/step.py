@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from schemas.errors import NonFiniteError
-from schemas.training import TrainSpec
+from schemas.errors import ConfigError, NonFiniteError
+from schemas.training import SaeParts, TrainSpec
 from trainer import losses
 from trainer.dead import DeadCounter
 from trainer.fused import Pass, fused_pass
@@ -25,7 +25,9 @@ from trainer.optim import (
     project_decoder_gradient,
     renormalise_decoder,
 )
-from trainer.sae import PARAMETERS, Sae
+from trainer.parallel import World
+from trainer.parallel_step import Share, parallel_pass
+from trainer.sae import Sae
 from trainer.spans import mark
 from trainer.update import fused_update
 
@@ -98,10 +100,14 @@ class Run:
         sae: An initialised SAE.
         recipe: How it is trained.
         loss_constant: From `trainer.init.initialise`.
+        world: The mesh; the SAE holds this rank's shard of the latents. Alone where not given.
     """
 
-    def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float) -> None:
+    def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float, world: World | None = None) -> None:
+        if sae.parts != SaeParts():
+            raise ConfigError("the trainer", expected="a plain TopK autoencoder", got=sae.parts)
         self.sae, self.recipe, self.loss_constant = sae, recipe, loss_constant
+        self.world = world or World()
         self.kernels: Backend = choose(recipe.spec.kernels, self.device)
         self.adam = make_adam(sae, recipe.spec)
         self.ema = Ema(sae, ema_beta(recipe.spec, recipe.steps)) if recipe.spec.ema else None
@@ -115,8 +121,10 @@ class Run:
 
     @property
     def dead_share_of_last_epoch(self) -> float:
-        """Share of the latents never active over the last epoch so far."""
-        return self.dead.share(max(1, self.counts.tokens - self.counts.tokens_before_last_epoch))
+        """Share of the latents never active over the last epoch so far; on a mesh, a collective."""
+        rows = max(1, self.counts.tokens - self.counts.tokens_before_last_epoch)
+        silent = self.world.latent.sum(torch.tensor(len(self.dead.silent(rows))))
+        return int(silent) / self.recipe.spec.latents
 
 
 @dataclass(frozen=True)
@@ -130,25 +138,33 @@ class StepReport:
     """Before clipping, after projection."""
     lr: float
     dead: int
-    """Dead latents at the start of the step."""
+    """Dead latents at the start of the step, of all shards."""
     x: Tensor
     """Normalised rows [B, D] of weight above 0; with the next three, for telemetry."""
     x_hat: Tensor
     values: Tensor
     weights: Tensor
+    world: World
+    """On a mesh the rows are this rank's, the codes its shard's, and the figures below are collectives."""
+    second_rounds: int
+    """Rows whose top-k took a second round over the shards."""
+    rows: int
+    """Rows of weight above 0 in the whole batch."""
 
     @property
     def fvu(self) -> float:
-        """FVU of this batch in the normalised space."""
+        """FVU of the whole batch in the normalised space."""
         sums = losses.Fvu(self.x.shape[1], self.x.device)
         sums.add(self.x, self.x_hat, self.weights)
-        return sums.value
+        return (sums.over(self.world.data.sum) if self.world.meshed else sums).value
 
     @property
     def l0(self) -> float:
-        """Active latents a row in this batch."""
+        """Active latents a row in the whole batch."""
         count = losses.L0()
         count.add(self.values, self.weights)
+        if self.world.meshed:  # every shard counted the rows
+            return count.over(self.world.whole.sum).value * self.world.latent.size
         return count.value
 
 
@@ -157,7 +173,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
 
     Args:
         run: The state, changed in place.
-        rows: Raw activations [B, D] on the SAE's device.
+        rows: Raw activations [B, D] on the SAE's device; on a mesh, this rank's share of the batch.
         weights: [B]; rows of weight 0 take part in nothing, whatever they hold.
 
     Returns:
@@ -171,17 +187,23 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
     if step == run.recipe.last_epoch_start:
         counts.tokens_before_last_epoch = counts.tokens
     rows, weights = losses.present(rows, weights)
-    if not len(rows):
+    share = Share.of(weights, run.world.data)
+    if not share.rows:
         counts.step += 1
         return None
     with torch.no_grad():
         x = sae.normalise(rows)[0]
     dead = run.dead.silent(run.recipe.dead_after)  # frozen for the whole step
+    dead_sizes = run.world.latent.gather(torch.tensor(len(dead))).tolist()
+    k_aux, constant = run.recipe.k_aux, run.loss_constant
 
-    if run.kernels == "eager":
+    if run.world.meshed:
+        found = parallel_pass(
+            sae, spec, x, weights, dead, k_aux, constant, run.kernels, run.world, share, dead_sizes
+        )
+    elif run.kernels == "eager":
         found = eager_pass(run, x, weights, dead)
     else:
-        k_aux, constant = run.recipe.k_aux, run.loss_constant
         found = fused_pass(sae, spec, x, weights, dead, k_aux, constant, run.kernels)
     if found.auxk is not None:
         counts.auxk_steps += 1
@@ -197,11 +219,24 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
 
     mark("update")
 
-    run.dead.update(found.values, found.indices)
+    active = run.dead.active(found.values, found.indices)
+    run.dead.update(run.world.data.largest(active), share.rows)
     counts.step += 1
-    counts.tokens += len(x)
-    auxk = found.auxk or 0.0
-    return StepReport(found.loss, auxk, grad_norm, lr, len(dead), x, found.x_hat, found.values, weights)
+    counts.tokens += share.rows
+    return StepReport(
+        found.loss,
+        found.auxk or 0.0,
+        grad_norm,
+        lr,
+        sum(dead_sizes),
+        x,
+        found.x_hat,
+        found.values,
+        weights,
+        run.world,
+        found.second_rounds,
+        share.rows,
+    )
 
 
 def eager_pass(run: Run, x: Tensor, weights: Tensor, dead: Tensor) -> Pass:
@@ -241,7 +276,7 @@ def eager_update(run: Run, lr: float) -> float:
     """
     sae = run.sae
     project_decoder_gradient(sae)
-    norm = clip_gradients((getattr(sae, name) for name in PARAMETERS), run.recipe.spec.clip_norm)
+    norm = clip_gradients((getattr(sae, name) for name in sae.parameter_names), run.recipe.spec.clip_norm)
     _require_finite("gradient norm", norm, run.counts.step)
     for group in run.adam.param_groups:
         group["lr"] = lr

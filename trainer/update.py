@@ -14,7 +14,7 @@ from torch.optim.adam import adam as functional_adam
 
 from trainer.kernels.segment_grad import latent_blocks
 from trainer.optim import Ema, renormalise_decoder
-from trainer.sae import PARAMETERS, Sae
+from trainer.sae import Sae
 
 
 @torch.no_grad()
@@ -37,10 +37,10 @@ def fused_update(
     if ema is not None:
         ema.steps += 1
     blocks = latent_blocks(sae.latents, sae.W_enc) if sae.W_enc.device.type == "cpu" else [slice(None)]
-    for name in PARAMETERS:
+    for name in sae.parameter_names:
         parameter = getattr(sae, name)
         state = _state(adam, parameter)
-        for block in blocks if parameter.ndim == 2 else [slice(None)]:
+        for block in blocks if name in ("W_enc", "W_dec") else [slice(None)]:
             weights, grad = parameter.detach()[block], parameter.grad[block]
             if shrink is not None:
                 grad.mul_(shrink)

@@ -52,7 +52,7 @@ class TestLocal(StoreConformance):
 
         store.put_new("before", b"1")
         with monkeypatch.context() as patch:
-            patch.setattr(os, "write", full)
+            patch.setattr(os, "writev", full)
             with pytest.raises(StoreError, match=r"No space left.*Free some space"):
                 store.put_new("a/x", bytes(100))
         assert store.size("a/x") is None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from schemas.errors import IntegrityError, MissingObject, UnsupportedVersion
+from schemas.training import SaeParts
 from store.objects import open_store
 from trainer import Sae
 from trainer.init import initialise
@@ -49,7 +51,7 @@ def test_the_files_hold_what_the_format_says(tmp_path):
         "input_scale": (),
     }
     card = json.loads((tmp_path / "sae.json").read_text())
-    assert (card["kind"], card["version"], card["normalize"]) == ("winnow.sae", "1.0", "dataset")
+    assert (card["kind"], card["version"], card["normalize"]) == ("winnow.sae", "1.1", "dataset")
 
 
 def test_a_flipped_byte_is_refused(tmp_path):
@@ -81,4 +83,46 @@ def test_a_card_that_does_not_fit_is_refused(tmp_path, change, error, words):
 
 def test_a_folder_without_an_sae_is_said_to_be_one(tmp_path):
     with pytest.raises(MissingObject, match=r"sae\.json"):
+        Sae.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parts", "hooks"),
+    [
+        (SaeParts(activation="batchtopk", matryoshka=(4, 12)), {}),
+        (SaeParts(activation="relu"), {}),
+        (SaeParts(activation="jumprelu"), {}),
+        (SaeParts(d_out=5, target_normalize="dataset", skip=True), {"target_hook": "mlp_out.1"}),
+        (SaeParts(widths=(5, 3)), {"with_hooks": ("mlp_out.1",)}),
+    ],
+)
+def test_every_part_survives_saving_and_loading(tmp_path, parts, hooks):
+    sae = Sae(D, N, K, "dataset", parts)
+    with torch.no_grad():
+        for tensor in sae.tensors().values():
+            tensor.copy_(torch.rand(tensor.shape))
+    sae.save(open_store(str(tmp_path)), hook="resid_post.1", **hooks)
+    loaded = Sae.load(tmp_path)
+    assert loaded.card == sae.card
+    assert loaded.parts == parts
+    outputs = {"target_hook": ("mlp_out.1",), "with_hooks": ("resid_post.1", "mlp_out.1")}
+    assert loaded.card.output_hooks == next((outputs[name] for name in hooks), ("resid_post.1",))
+    x = torch.randn(20, D)
+    assert torch.equal(loaded(x), sae(x))
+
+
+def test_a_card_of_version_1_0_still_loads():
+    sae = Sae.load(Path(__file__).parent / "golden" / "sae-1.0")
+    assert sae.card is not None
+    assert (sae.card.version, sae.parts, sae.card.spec.activation) == ("1.0", SaeParts(), "topk")
+    found = sae(torch.arange(8.0).view(2, 4))
+    expected = [[-0.0435589, 1.6533148, 0.8389797, 4.2098894], [0.0217031, 5.4982133, 7.3977203, 5.6622448]]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_a_card_whose_parts_do_not_fit_its_hooks_is_refused(tmp_path):
+    publish(tmp_path)
+    card = json.loads((tmp_path / "sae.json").read_text())
+    (tmp_path / "sae.json").write_text(json.dumps(card | {"target_hook": "mlp_out.1"}))
+    with pytest.raises(IntegrityError, match="belong together"):
         Sae.load(tmp_path)

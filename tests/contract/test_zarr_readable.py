@@ -41,9 +41,10 @@ def check(group: zarr.Group, plan: HarvestPlan) -> None:
     assert group["token_digests"].shape == (plan.units, 32)
 
 
+@pytest.mark.parametrize("compress", ["none", "zstd"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_local(tmp_path: Path, dtype) -> None:
-    plan = make_plan(hooks=HOOKS, dtype=dtype)
+def test_local(tmp_path: Path, dtype, compress) -> None:
+    plan = make_plan(hooks=HOOKS, dtype=dtype, compress=compress)
     write_dataset(open_store(str(tmp_path)), plan)
     check(zarr.open_group(tmp_path, mode="r"), plan)
 

@@ -1,4 +1,4 @@
-"""A trainer and a harvest that follow each other: each may die, and the weights come out the same."""
+"""A ring's trainer and harvest: each is killed, the disk never holds more, the weights come out the same."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+from harvester.cli import ensure_plan
+from harvester.worker import UnitWorker
+from schemas.config import Config
+from schemas.harvest import HarvestPlan
 from store.console import load_config
+from store.follow import deleted_units
+from store.objects import open_store
+from store.verify import verify
+from store.writer import seal
 from tests.faults.test_harvest_kill import kill_tree
 from tests.pipeline import pipeline_config
 from trainer.loop import train
@@ -41,18 +50,54 @@ def await_that(done, *alive: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def test_each_dies_and_the_weights_are_the_same(tmp_path: Path) -> None:
-    limits = {"high_water_bytes": 1, "silence_seconds": SILENCE}  # raised to two groups
-    config = str(
-        pipeline_config(
-            tmp_path,
-            units=UNITS,
-            harvest={"follow": limits},
-            train={"batch_rows": 64, "group_units": 2, "epochs": 1, "checkpoint_seconds": 3600},
-        )
+class Gauge(threading.Thread):
+    """The most bytes of training shards that were ever on the disk at once."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(daemon=True)
+        self._root, self._ended, self.most = root, threading.Event(), 0
+
+    def run(self) -> None:
+        while not self._ended.wait(0.01):
+            found = 0
+            for path in self._root.glob("activations/*/c/*/0"):
+                try:
+                    found += path.stat().st_size if path.parent.name != "0" else 0  # 0 is held out: it stays
+                except FileNotFoundError:
+                    continue
+            self.most = max(self.most, found)
+
+    def stop(self) -> int:
+        self._ended.set()
+        self.join()
+        return self.most
+
+
+def make_alone(config: Config) -> tuple[HarvestPlan, str]:
+    """The whole dataset, made here by one worker; its plan and its digest."""
+    store = open_store(config.root)
+    plan = ensure_plan(config, store)
+    assert config.subject is not None
+    worker = UnitWorker(
+        plan.to_json(), config.root, config.storage, config.subject, 1, config.harvest.batch_windows
     )
-    root = tmp_path / "data"
+    for unit in range(plan.units):
+        worker.run(unit)
+    return plan, seal(store, plan).dataset_sha256
+
+
+def test_each_dies_and_the_weights_are_the_same(tmp_path: Path) -> None:
+    limits = {"high_water_bytes": 1, "silence_seconds": SILENCE, "ring": True}  # raised to two groups
+    path = pipeline_config(
+        tmp_path,
+        units=UNITS,
+        harvest={"follow": limits},
+        train={"batch_rows": 64, "group_units": 2, "epochs": 1, "checkpoint_seconds": 3600},
+    )
+    config, root = str(path), tmp_path / "data"
     following = ("--set", "train.follow=true", "--set", "train.follow_seconds=120")
+    gauge = Gauge(root)
+    gauge.start()
 
     # The trainer is there first; it is killed, and the harvest is parked with a message.
     trainer = start("trainer", config, *following)
@@ -82,8 +127,15 @@ def test_each_dies_and_the_weights_are_the_same(tmp_path: Path) -> None:
     code, out, err = finish(trainer)
     assert code == 0, err
     early = json.loads(out)
-    code, _, err = finish(again)
+    code, out, err = finish(again)
     assert code == 0, err
 
-    later = train(load_config(Path(config), [f"train.out={tmp_path / 'later'}"]))
+    most = gauge.stop()
+    plan, digest = make_alone(load_config(path, [f"root={tmp_path / 'alone'}"]))
+    unit_bytes = sum(plan.shard_bytes(hook) for hook in plan.spec.hooks)
+    assert unit_bytes < most <= 4 * unit_bytes, "the disk held more than two groups of two units"
+    assert len(deleted_units(open_store(str(root)), plan)) >= UNITS - 4
+    assert not verify(open_store(str(root)), level="full")
+    assert json.loads(out)["dataset_sha256"] == digest
+    later = train(load_config(path, [f"root={tmp_path / 'alone'}", f"train.out={tmp_path / 'later'}"]))
     assert later["sae_sha256"] == early["sae_sha256"]

@@ -94,15 +94,16 @@ def test_a_disk_that_is_full_then_has_room_again(small_disk: Path) -> None:
 
 
 def test_a_fake_disk_full_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, left = os.write, [0]
+    real, left = os.writev, [0]
 
-    def write(handle: int, data: memoryview) -> int:
+    def write(handle: int, views: list[memoryview]) -> int:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(28, "No space left on device")
-        return real(handle, data[: max(1, len(data) // 2)]) if left[0] == 0 else real(handle, data)
+        half = max(1, len(views[0]) // 2)
+        return real(handle, [views[0][:half]]) if left[0] == 0 else real(handle, views)
 
-    monkeypatch.setattr(local_objects.os, "write", write)
+    monkeypatch.setattr(local_objects.os, "writev", write)
     digests = set[str]()
     for room in range(16):
         store = open_store(str(tmp_path / f"{room}"))

@@ -11,9 +11,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, IntegrityError, StoreError
 from schemas.harvest import SLICES
-from store import cli
+from store import ActivationStore, cli, parts, testing, writer
 from store.info import dataset_info
 from store.layout import manifest_key, receipt_key, shard_key, slice_bytes, tokens_key
 from store.objects import ObjectStore, open_store
@@ -240,6 +240,31 @@ def test_on_the_way(tmp_path: Path) -> None:
     info = dataset_info(store)
     assert (info.state, info.dataset_sha256) == ("sealed", manifest.dataset_sha256)
     assert info.sinks == {HOOK: 0, "mlp_out.0": 0}
+
+
+def test_typed_columns_that_differ_from_the_receipts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part whose digest is right and whose columns lie: only a comparison with the JSON tells."""
+    for column, lie in (("sum_squares", [1.0, 1.0]), ("sinks", 9), ("sink_rows", [[], [5]])):
+        store = open_store(str(tmp_path / column))
+        with monkeypatch.context() as patched:
+            patched.setitem(parts._VALUES, column, lambda _, lie=lie: lie)
+            write_dataset(store, PLAN)
+        (problem,) = verify(store, "list")
+        assert problem.key.endswith(".parquet")
+        assert f"column {column} of unit 0 differs from the unit's receipt" in problem.what
+
+
+def test_planned_tokens_are_compared_when_a_dataset_is_opened(tmp_path, monkeypatch) -> None:
+    store = open_store(str(tmp_path))
+    real = writer.commit_unit
+
+    def other_tokens(*args, **facts):
+        return real(*args, **facts | {"tokens_sha256": "ab" * 32})
+
+    monkeypatch.setattr(testing, "commit_unit", other_tokens)
+    write_dataset(store, PLAN)
+    with pytest.raises(IntegrityError, match=r"the receipt of unit 0 is for other tokens than were planned"):
+        ActivationStore.over(store)
 
 
 def test_unreachable_storage_is_no_damage(store: ObjectStore) -> None:

@@ -1,7 +1,10 @@
-"""A Ray cluster of two nodes on this machine, a harvest to S3, and a node killed under load.
+"""A Ray cluster of two nodes on this machine, a harvest to S3, a trainer that follows, a node killed.
 
-The first node works alone until the second joins, and is killed with units in its hands once both
-work. The dataset's digest must be that of a harvest which nothing disturbed. Anyone can run it:
+A trainer, a process of its own, is there before the first unit. The first node works alone until the
+second joins, and is killed with units in its hands once both work; `harvest.follow` lets the harvest
+run no more than a few units ahead of the trainer. The dataset's digest must be that of a harvest which
+nothing disturbed, and the trainer's weights, bit for bit, those of one that comes when all is done: it
+saw the same batches. Anyone can run it:
 
     make test ARGS=tests/integration/test_cluster_follow.py
 
@@ -10,6 +13,10 @@ It takes MinIO where `make minio` has built it, else moto.
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,14 +35,18 @@ from harvester.ledger import read_ledger
 from harvester.worker import UnitWorker
 from schemas.config import Config
 from store.console import load_config
+from store.follow import read_followers
 from store.objects import open_store
 from store.reader import receipts_present
 from store.verify import verify
 from store.writer import seal
 from tests.gated_worker import FREE_UNITS, GATE, GatedWorker
 from tests.pipeline import pipeline_config
+from trainer.loop import train
 
 UNITS = 12
+HIGH_WATER_BYTES = 400_000
+"""About six units of 67 KB: less than half of the dataset."""
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 PATIENCE_SECONDS = 180.0
 
@@ -55,9 +66,20 @@ def small_cluster() -> Iterator[Cluster]:
 
 
 @contextmanager
-def looking_on(config: Config) -> Iterator[None]:
-    """What runs beside the harvest from before its first unit until its seal: the place of a trainer."""
-    yield
+def looking_on(config: Path) -> Iterator[subprocess.Popen[str]]:
+    """A trainer beside the harvest, from before its first unit; it waits for the plan by itself."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-m", "trainer", str(config), "--json", "--set", "train.follow=true"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield trainer
+    finally:
+        if trainer.poll() is None:
+            trainer.send_signal(signal.SIGKILL)
+        trainer.communicate()
 
 
 class Trouble(threading.Thread):
@@ -78,13 +100,14 @@ class Trouble(threading.Thread):
 
     def _run(self) -> None:
         [first] = self._cluster.worker_nodes
+        store = open_store(self._config.root)
+        plan = ensure_plan(self._config, store)
+        self._await(lambda: read_followers(store, plan), "trainer that follows")
         self._await(lambda: len(self._begun()) > FREE_UNITS, "units on the first node")
         assert {node for node, _ in self._begun()} == {first.node_id}
         self._cluster.add_node(**NODE)
         self._await(lambda: len({node for node, _ in self._begun()}) == 2, "units on the node that joined")
         held = {unit for node, unit in self._begun() if node == first.node_id}
-        store = open_store(self._config.root)
-        plan = ensure_plan(self._config, store)
         assert held - set(receipts_present(store, plan)), "it holds units that are not committed"
         self._cluster.remove_node(first, allow_graceful=False)
 
@@ -92,7 +115,7 @@ class Trouble(threading.Thread):
         names = [path.name.split("-") for path in self._gate.iterdir() if "-" in path.name]
         return [(node, int(unit)) for node, unit in names]
 
-    def _await(self, moment: Callable[[], bool], what: str) -> None:
+    def _await(self, moment: Callable[[], object], what: str) -> None:
         end = time.monotonic() + PATIENCE_SECONDS
         while not moment():
             assert time.monotonic() < end, f"there were no {what}"
@@ -111,25 +134,45 @@ def undisturbed(config: Config, root: str) -> str:
     return seal(store, plan).dataset_sha256
 
 
-def test_a_node_joins_another_is_killed_and_the_digest_is_the_undisturbed_one(
+def test_a_node_joins_another_is_killed_and_nobody_can_tell(
     tmp_path: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ):
-    wanted = {"actors": 2, "threads_per_actor": 1}
-    config = load_config(pipeline_config(tmp_path, root=s3_uri, units=UNITS - 1, harvest=wanted))
+    path = pipeline_config(
+        tmp_path,
+        root=s3_uri,
+        units=UNITS - 1,
+        harvest={
+            "actors": 2,
+            "threads_per_actor": 1,
+            "follow": {"high_water_bytes": HIGH_WATER_BYTES, "silence_seconds": PATIENCE_SECONDS},
+        },
+        train={"batch_rows": 64, "group_units": 2, "epochs": 1},
+    )
+    config = load_config(path)
     expected = undisturbed(config, str(tmp_path / "alone"))
     gate = tmp_path / "gate"
     gate.mkdir()
     monkeypatch.setenv(GATE, str(gate))  # before the nodes start: they hand it on
     monkeypatch.setattr(driver, "UnitWorker", GatedWorker)
-    store = open_store(config.root)
-    plan = ensure_plan(config, store)
-    with looking_on(config), small_cluster() as cluster:
-        trouble = Trouble(cluster, config, gate)
-        trouble.start()
-        manifest = harvest(config, store, plan)
-        trouble.join(PATIENCE_SECONDS)
-    assert trouble.failure is None, trouble.failure
+    with looking_on(path) as trainer:
+        store = open_store(config.root)
+        plan = ensure_plan(config, store)
+        with small_cluster() as cluster:
+            trouble = Trouble(cluster, config, gate)
+            trouble.start()
+            manifest = harvest(config, store, plan)
+            trouble.join(PATIENCE_SECONDS)
+        assert trouble.failure is None, trouble.failure
+        out, err = trainer.communicate(timeout=PATIENCE_SECONDS)
+    assert trainer.returncode == 0, err
     assert manifest.dataset_sha256 == expected
     [run] = read_ledger(store).runs
     assert (run.units, run.failures, run.ended) == (UNITS, 0, True), "a lost node is no fault of its units"
     assert not verify(store, level="full")
+
+    [follower] = read_followers(store, plan)
+    assert follower.finished
+    later = train(load_config(path, [f"train.out={tmp_path / 'later'}"]))
+    assert later["sae_sha256"] == json.loads(out)["sae_sha256"]
+    weights = [(tmp_path / run / "sae.safetensors").read_bytes() for run in ("run", "later")]
+    assert weights[0] == weights[1]

@@ -51,6 +51,10 @@ def test_complaints(bucket, monkeypatch):
     fsspec.filesystem("s3").pipe_file(f"{bucket}/text/a.txt", b"hello")
     with pytest.raises(ConfigError, match=r"Give a pattern"):
         find_files(spec(f"{bucket}/text"))
+    with monkeypatch.context() as patched:
+        patched.setenv("AWS_ENDPOINT_URL", "http://192.0.2.1:9000")
+        with pytest.raises(ConfigError, match=r"plain http:// to 192.0.2.1.*storage.allow_http"):
+            find_files(spec(f"{bucket}/text/*"))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

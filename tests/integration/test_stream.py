@@ -105,6 +105,29 @@ def test_batches_are_the_consumers_own(tmp_path, no_threads_left):
             assert np.array_equal(batch.rows["resid_post.1"].numpy(), whole[stream.order.rows_at(batch.step)])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_batches_in_the_stored_dtype(tmp_path, no_threads_left, dtype):
+    write_dataset(open_store(str(tmp_path)), make_plan(units=5, dtype=dtype, hooks=HOOKS))
+    store, options = ActivationStore.open(str(tmp_path)), {"batch_rows": 64, "seed": 1, "epochs": 1}
+    with (
+        store.stream(list(HOOKS), group_units=2, dtype="stored", **options) as stored,
+        store.stream(list(HOOKS), group_units=2, **options) as wide,
+    ):
+        for one, other in zip(stored, wide, strict=True):
+            for hook, rows in one.rows.items():
+                assert rows.dtype == getattr(torch, dtype)
+                assert torch.equal(rows.float(), other.rows[hook])
+    with pytest.raises(ConfigError, match="dtype"):
+        store.stream("mlp_out.2", dtype="float64", **options)
+
+
+def test_bytes_are_counted_while_they_come(store):
+    with store.stream("mlp_out.2", batch_rows=64, seed=0, group_units=2) as stream:
+        next(stream)
+        group = 2 * 64 * slice_bytes(store.plan, "mlp_out.2")
+        assert group <= stream.bytes_read <= 2 * group
+
+
 @pytest.mark.parametrize("group_units", [2, 16])
 def test_resuming_anywhere_equals_skipping(store, group_units):
     options = {"batch_rows": 64, "seed": SEED, "group_units": group_units, "steps": 90}

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from collections import deque
+from types import SimpleNamespace
 
+import pytest
+from ray.exceptions import RayTaskError
+
+from harvester import driver
 from harvester.failures import CAUSE_CHARS, Failures
 from harvester.single import check_single_writer
 from schemas.config import Config
@@ -15,6 +20,22 @@ BAD = IntegrityError("the unit is bad")
 
 def failures(**spec: int) -> Failures:
     return Failures(HarvestSpec(**spec))
+
+
+@pytest.mark.parametrize(("cause", "alone"), [(MemoryError("8 GiB"), True), (KeyError("x"), False)])
+def test_a_unit_whose_actor_had_no_memory_is_tried_alone(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception, alone: bool
+) -> None:
+    def get(_: object) -> None:
+        raise RayTaskError("run", "no memory", cause)
+
+    monkeypatch.setattr(driver.ray, "get", get)
+    run = driver._Run.__new__(driver._Run)
+    run._flying, run._queue, run._failures = {"ref": (0, 7)}, deque([8]), failures()
+    run._ledger = SimpleNamespace(add=print)
+    run._collect("ref")
+    assert list(run._queue) == [8, 7]
+    assert run._failures.alone(7) is alone
 
 
 def test_three_failures_quarantine_a_unit() -> None:

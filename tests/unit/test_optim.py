@@ -124,13 +124,12 @@ def test_auxk_takes_the_nearest_power_of_two(half, expected):
 
 def test_a_latent_is_dead_after_that_many_rows_of_silence():
     dead = DeadCounter(4)
-    dead.update(torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.tensor([[0, 1], [0, 2]]))
+    dead.update(dead.active(torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.tensor([[0, 1], [0, 2]])), 2)
     assert dead.since.tolist() == [0, 2, 0, 2]  # latent 1 was chosen with value 0: silent
-    dead.update(torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[2], [2], [2]]))
+    dead.update(dead.active(torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[2], [2], [2]])), 3)
     assert dead.since.tolist() == [3, 5, 0, 5]
     assert dead.silent(4).tolist() == [1, 3]
     assert dead.silent(3).tolist() == [0, 1, 3]
-    assert dead.share(5) == 0.5
 
 
 # ---- initialisation

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from schemas.base import sha256_hex
 from schemas.errors import IntegrityError, NonFiniteError
-from schemas.harvest import SLICES
+from schemas.harvest import SLICES, Compress
 from store import shards
-from store.layout import STORED_DTYPES, shard_key, slice_bytes, slice_range
+from store.layout import STORED_DTYPES, shard_key, slice_bytes, slice_range, slice_starts
 from store.shards import (
     INDEX_BYTES,
+    EncodedShard,
     check_index,
     crc32c,
     decode_chunk,
@@ -26,11 +28,14 @@ from store.shards import (
     describe_rows,
     encode_chunk,
     encode_shard,
+    pack,
+    read_shard_index,
     relative_difference,
     shard_index,
     square_norms,
     to_float32,
     to_stored,
+    unpack,
 )
 from store.testing import make_plan, stored_rows, synthetic_rows
 from store.zarr_metadata import zarr_objects
@@ -102,10 +107,11 @@ def test_large_arrays_are_converted_in_pieces() -> None:
 # Encoding
 
 
+@pytest.mark.parametrize("compress", ["none", "zstd"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 8])
-def test_zarr_writes_the_same_bytes(dtype: str, width: int) -> None:
-    plan = make_plan(units=2, hooks={HOOK: width}, dtype=dtype)
+def test_zarr_writes_the_same_bytes(dtype: str, width: int, compress: Compress) -> None:
+    plan = make_plan(units=2, hooks={HOOK: width}, dtype=dtype, compress=compress)
     rows = stored_rows(plan, 0)[HOOK]
     objects: dict[str, cpu.Buffer] = {
         key: cpu.Buffer.from_bytes(body) for key, body in zarr_objects(plan).items()
@@ -115,9 +121,13 @@ def test_zarr_writes_the_same_bytes(dtype: str, width: int) -> None:
     array[: rows.shape[0]] = rows
     theirs = asyncio.run(MemoryStore(objects).get(shard_key(HOOK, 0), default_buffer_prototype()))
     assert theirs is not None
-    ours = bytes(encode_shard(rows).data)
+    shard = encode_shard(rows, compress)
+    ours = bytes(shard.data)
     assert ours == theirs.to_bytes()
-    assert len(ours) == plan.shard_bytes(HOOK)
+    assert len(ours) == shard.size
+    assert shard.sha256() == sha256_hex(ours)
+    if compress == "none":
+        assert shard.size == plan.shard_bytes(HOOK)
 
 
 @settings(deadline=None, max_examples=50)
@@ -127,21 +137,32 @@ def test_zarr_writes_the_same_bytes(dtype: str, width: int) -> None:
     st.sampled_from(DTYPES),
     st.tuples(st.integers(0, 63), st.integers(1, 64)).filter(lambda pair: pair[0] < pair[1]),
     st.integers(0, 2**32),
+    st.sampled_from(["none", "zstd"]),
 )
-def test_slices_come_back(per_slice: int, width: int, dtype: str, span: tuple[int, int], seed: int) -> None:
-    plan = make_plan(context_length=8 + per_slice, drop_leading=8, hooks={HOOK: width}, dtype=dtype)
+def test_slices_come_back(
+    per_slice: int, width: int, dtype: str, span: tuple[int, int], seed: int, compress: Compress
+) -> None:
+    plan = make_plan(
+        context_length=8 + per_slice, drop_leading=8, hooks={HOOK: width}, dtype=dtype, compress=compress
+    )
     noise = np.random.default_rng(seed).standard_normal((plan.rows_per_unit, width), dtype=np.float32)
     rows = to_stored(noise, dtype)
-    shard = encode_shard(rows)
+    shard = encode_shard(rows, compress)
     first, stop = span
-    start, end = slice_range(plan, HOOK, first, stop)
-    found = decode_slices(
-        bytes(shard.data[start:end]), first, stop, plan=plan, hook=HOOK, unit=0, crc=shard.slice_crc32c
-    )
+    starts = slice_starts(plan, HOOK, shard.slice_lengths)
+    if compress == "none":
+        assert slice_range(plan, HOOK, first, stop) == (starts[first], starts[stop])
+    data, crc, lengths = bytes(shard.data[starts[first] : starts[stop]]), *shard_facts(shard)
+    found = decode_slices(data, first, stop, plan=plan, hook=HOOK, unit=0, crc=crc, lengths=lengths)
     assert found.shape == (stop - first, plan.rows_per_slice, width)
     expected = rows.reshape(SLICES, plan.rows_per_slice, width)[first:stop]
     assert np.array_equal(found, expected)
-    check_index(shard.data[-INDEX_BYTES:], plan, HOOK, 0)
+    check_index(shard.data[-INDEX_BYTES:], plan, HOOK, 0, lengths)
+    assert np.array_equal(read_shard_index(bytes(shard.data[-INDEX_BYTES:]), plan, HOOK, 0), starts)
+
+
+def shard_facts(shard: EncodedShard) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return shard.slice_crc32c, shard.slice_lengths
 
 
 def test_decoding_does_not_copy() -> None:
@@ -182,6 +203,29 @@ def test_a_slice_in_the_wrong_place_is_found() -> None:
         )
 
 
+@pytest.mark.parametrize("size", [1, 200, 255, 256, 300, 65536, 70000])
+def test_frames_unpack_to_exactly_their_bytes(size: int) -> None:
+    values = np.arange(size, dtype=np.uint64).astype(np.uint8)
+    frame, out = np.frombuffer(pack(values), np.uint8), np.zeros(size, np.uint8)
+    unpack(frame, out, unit=0, hook=HOOK, number=5)
+    assert np.array_equal(out, values)
+    for wrong, room in ((frame, size + 1), (frame, size - 1), (frame[:-1], size), (frame[4:], size)):
+        with pytest.raises(IntegrityError, match=r"unit 0, hook 'resid_post.1', slice 5: cannot be unpacked"):
+            unpack(wrong, np.zeros(room, np.uint8), unit=0, hook=HOOK, number=5)
+
+
+def test_an_index_that_no_receipt_vouches_for_is_bounded() -> None:
+    plan = make_plan(compress="zstd")
+    sizes = np.full(SLICES, 40)
+    for place, size in ((3, 10**6), (3, 4), (0, 0)):
+        sizes[place] = size
+        with pytest.raises(IntegrityError, match="index is wrong"):
+            read_shard_index(shard_index(np.cumsum([0, *sizes])), plan, HOOK, 0)
+    for footer in (b"", bytes(INDEX_BYTES)):
+        with pytest.raises(IntegrityError, match="index is wrong"):
+            read_shard_index(footer, plan, HOOK, 0)
+
+
 def test_too_few_bytes() -> None:
     plan = make_plan()
     shard = encode_shard(stored_rows(plan, 0)[HOOK])
@@ -193,7 +237,7 @@ def test_too_few_bytes() -> None:
 def test_index_of_another_layout() -> None:
     plan = make_plan()
     with pytest.raises(IntegrityError, match="another layout"):
-        check_index(shard_index(999), plan, HOOK, 0)
+        check_index(shard_index(np.arange(65) * 999), plan, HOOK, 0)
 
 
 @pytest.mark.parametrize("shape", [(63, 4), (64,), (0, 4)])

@@ -1,0 +1,224 @@
+"""One evaluation, family after family, into `evaluation.json`; finished families are kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from evaluator import ablation, compute, downstream, reconstruction, stability
+from evaluator.setting import Measured, Setting
+from schemas.base import canonical_json, sha256_hex
+from schemas.errors import ConfigError, MissingObject
+from schemas.evaluation import FAMILIES, Evaluation, Family, FamilyResult, Figure
+from schemas.training import SaeCard
+from store.console import say
+from store.objects import ObjectStore, open_store
+from trainer.sae import CARD_KEY
+
+EVALUATION_KEY = "evaluation.json"
+DEFINITIONS = "v1"
+"""Raised whenever a definition changes: earlier results are then measured again."""
+
+MEASURES: dict[str, Callable[[Setting], Measured]] = {
+    "reconstruction": reconstruction.measure,
+    "downstream": downstream.measure,
+    "stability": stability.measure,
+    "ablation": ablation.measure,
+}
+"""Family -> what measures it; `compute` follows from `downstream`."""
+DEPENDS: dict[str, tuple[str, ...]] = {
+    "reconstruction": ("windows",),
+    "downstream": ("windows",),
+    "compute": ("windows", "law"),
+    "stability": ("against",),
+    "ablation": ("windows", "ablation_rows", "ablation_latents", "ablation_tokens"),
+}
+"""Fields of `EvaluateSpec` that move a family's figures, beside the seed."""
+
+
+def chosen_families(setting: Setting) -> list[Family]:
+    """The families asked for, or all that have what they need, in their order.
+
+    Raises:
+        ConfigError: One was asked for without what it needs.
+    """
+    spec = setting.spec
+    if spec.metrics is None:
+        lacking = {"compute": spec.law is None, "stability": not spec.against}
+        return [name for name in FAMILIES if name in DEPENDS and not lacking.get(name, False)]
+    if "compute" in spec.metrics and spec.law is None:
+        compute.measure(None, ())  # says what is missing
+    if "stability" in spec.metrics and not spec.against:
+        stability.measure(setting)
+    wanted = set(spec.metrics) | ({"downstream"} if "compute" in spec.metrics else set())
+    return [name for name in FAMILIES if name in wanted]
+
+
+def settings_digest(setting: Setting, family: Family) -> str:
+    """Digest of everything a family's figures depend on."""
+    spec = setting.spec.model_dump(mode="json")
+    facts: dict[str, Any] = {name: spec[name] for name in ("seed", *DEPENDS[family])}
+    facts |= {"family": family, "definitions": DEFINITIONS, "sae": setting.card.weights_sha256}
+    facts |= {"plan": setting.dataset.plan.fingerprint, "dataset": setting.dataset.dataset_sha256}
+    if family == "stability":
+        facts["others"] = [_card(uri, setting).weights_sha256 for uri in setting.spec.against]
+    return sha256_hex(canonical_json(facts))
+
+
+def _card(uri: str, setting: Setting) -> SaeCard:
+    return SaeCard.from_json(open_store(uri, setting.storage).get(CARD_KEY), origin=f"{uri}/{CARD_KEY}")
+
+
+def new_evaluation(setting: Setting) -> Evaluation:
+    """An evaluation without any family."""
+    plan, identity = setting.dataset.plan, setting.card.identity
+    return Evaluation(
+        sae=setting.uri,
+        sae_sha256=setting.card.weights_sha256,
+        plan_fingerprint=plan.fingerprint,
+        dataset_sha256=setting.dataset.dataset_sha256,
+        subject_model=plan.subject.model,
+        subject_weights_sha256=plan.subject.weights_sha256,
+        hook=setting.hook,
+        latents=setting.card.latents,
+        k=setting.card.k,
+        trained_on_this=identity is not None and identity.plan_fingerprint == plan.fingerprint,
+    )
+
+
+def load_evaluation(store: ObjectStore) -> Evaluation | None:
+    """The evaluation beside an SAE, or None.
+
+    Raises:
+        IntegrityError, UnsupportedVersion: It cannot be read.
+    """
+    try:
+        data = store.get(EVALUATION_KEY)
+    except MissingObject:
+        return None
+    return Evaluation.from_json(data, origin=f"{store.uri}/{EVALUATION_KEY}")
+
+
+def evaluate(setting: Setting, *, out: str | None = None, again: bool = False) -> Evaluation:
+    """Measure every chosen family and write `evaluation.json` after each.
+
+    Args:
+        setting: What is measured, and how.
+        out: Folder or URI of `evaluation.json`; None: beside the SAE.
+        again: Measure also what an earlier run finished with the same settings.
+
+    Returns:
+        The evaluation; families of earlier runs with the same SAE and dataset stay in it.
+
+    Raises:
+        ConfigError: A family lacks what it needs.
+        IntegrityError, StoreError: Data or an earlier evaluation cannot be read.
+    """
+    store = open_store(out or setting.uri, setting.storage)
+    result, earlier = new_evaluation(setting), load_evaluation(store)
+    kept: dict[Family, FamilyResult] = {}
+    if earlier is not None and _same(earlier, result):
+        kept = dict(earlier.families)
+    for family in chosen_families(setting):
+        digest = settings_digest(setting, family)
+        if not again and family in kept and kept[family].settings_sha256 == digest:
+            say(f"{family}: kept from {kept[family].finished}")
+            continue
+        began = time.monotonic()
+        found = _measure(setting, family, kept)
+        kept[family] = FamilyResult(
+            settings_sha256=digest,
+            figures=tuple(found.figures),
+            details=found.details,
+            notes=found.notes,
+            seconds=time.monotonic() - began,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        store.put(EVALUATION_KEY, _with(result, kept).to_json())
+    return _with(result, kept)
+
+
+def _with(evaluation: Evaluation, families: dict[Family, FamilyResult]) -> Evaluation:
+    ordered = {name: families[name] for name in FAMILIES if name in families}
+    return evaluation.model_copy(update={"families": ordered})
+
+
+def _same(earlier: Evaluation, now: Evaluation) -> bool:
+    names = ("sae_sha256", "plan_fingerprint", "dataset_sha256", "hook")
+    return all(getattr(earlier, name) == getattr(now, name) for name in names)
+
+
+def _measure(setting: Setting, family: Family, kept: dict[Family, FamilyResult]) -> Measured:
+    if family == "compute":
+        return compute.measure(setting.spec.law, kept["downstream"].figures)
+    return MEASURES[family](setting)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def show_value(figure: Figure | None) -> str:
+    """A figure's value, in four significant digits."""
+    if figure is None:
+        return ""
+    return "none" if figure.value is None else format(figure.value, ".4g")
+
+
+def show_interval(figure: Figure) -> str:
+    """`[low … high]`, or nothing."""
+    if figure.low is None or figure.high is None:
+        return ""
+    return f"[{figure.low:.4g} … {figure.high:.4g}]"
+
+
+def rows(evaluation: Evaluation) -> list[list[str]]:
+    """The table of one evaluation: definition id, value, interval, sample."""
+    return [
+        [figure.id, show_value(figure), show_interval(figure), f"{figure.samples:,} {figure.unit}"]
+        for family in evaluation.families.values()
+        for figure in family.figures
+    ]
+
+
+def notes(evaluation: Evaluation) -> list[str]:
+    """What a reader of the table must know."""
+    lines = [f"{name}: {note}" for name, family in evaluation.families.items() for note in family.notes]
+    lines += [
+        f"{figure.id}: {figure.note}"
+        for family in evaluation.families.values()
+        for figure in family.figures
+        if figure.note
+    ]
+    if not evaluation.trained_on_this:
+        lines.append(
+            "the SAE's card does not name this dataset's plan: whether these windows were held out from it "
+            "is not known"
+        )
+    return lines
+
+
+def side_by_side(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    """The table of several: one line a definition, one column an SAE, the interval behind the value."""
+    ids = list(dict.fromkeys(row[0] for evaluation in evaluations for row in rows(evaluation)))
+
+    def cell(evaluation: Evaluation, id: str) -> str:
+        figure = evaluation.figure(id)
+        return " ".join(
+            part for part in (show_value(figure), show_interval(figure) if figure else "") if part
+        )
+
+    return [[id, *(cell(evaluation, id) for evaluation in evaluations)] for id in ids]
+
+
+def require_one(evaluation: Evaluation | None, uri: str) -> Evaluation:
+    """ConfigError where an SAE was not evaluated yet."""
+    if evaluation is None:
+        raise ConfigError(
+            f"{uri} has no {EVALUATION_KEY}",
+            expected="an evaluated SAE",
+            got="none",
+            fix=f"Run `winnow evaluate {uri}` first",
+        )
+    return evaluation

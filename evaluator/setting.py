@@ -1,0 +1,219 @@
+"""What every family works on: an SAE, the dataset it is measured on, the subject, the sample sizes.
+
+Letters: B rows, K slots of the codes, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harvester.subject import Subject
+from harvester.tail import Tail
+from schemas.config import StorageSpec
+from schemas.errors import SaeMismatch
+from schemas.evaluation import EvaluateSpec, Figure
+from schemas.harvest import HarvestPlan
+from schemas.subject import SubjectSpec
+from schemas.training import SaeCard
+from store import ActivationStore
+from trainer.device import resolve_device
+from trainer.sae import Sae
+
+CHUNK_ROWS = 4096
+"""Stored rows read and encoded at a time."""
+
+
+class Measured(NamedTuple):
+    """What a family hands back."""
+
+    figures: list[Figure]
+    details: dict[str, Any] = {}
+    notes: tuple[str, ...] = ()
+
+
+class Codes(NamedTuple):
+    """Some stored rows and their codes."""
+
+    rows: Tensor
+    """float32 [B, D], raw."""
+    weights: Tensor
+    """[B]; 0 at sinks and void units."""
+    windows: NDArray[np.int64]
+    """[B]: which window of the dataset."""
+    positions: NDArray[np.int64]
+    """[B]: which position of it."""
+    values: Tensor
+    """[B, S], 0 in an inactive slot."""
+    indices: Tensor
+    """int64 [B, S]."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An SAE and the dataset, subject and sample it is measured on. Make one with `Setting.open`."""
+
+    uri: str
+    sae: Sae
+    card: SaeCard
+    dataset: ActivationStore
+    spec: EvaluateSpec
+    subject_spec: SubjectSpec
+    device: torch.device
+    storage: StorageSpec = field(default_factory=StorageSpec)
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        root: str,
+        spec: EvaluateSpec | None = None,
+        *,
+        subject: SubjectSpec | None = None,
+        storage: StorageSpec | None = None,
+    ) -> Setting:
+        """Load an SAE and open the dataset it is measured on.
+
+        Args:
+            uri: The SAE: a folder or URI.
+            root: The dataset.
+            spec: Sample sizes.
+            subject: The language model; None takes the one the dataset's plan names.
+            storage: How object storage is reached.
+
+        Raises:
+            SaeMismatch: Another subject, hook or width than the dataset's.
+            ConfigError: No dataset there.
+            MissingObject, IntegrityError: No SAE there, or a damaged one.
+        """
+        storage = storage or StorageSpec()
+        dataset = ActivationStore.open(root, storage)
+        chosen = subject or subject_spec_of(dataset.plan)
+        device = resolve_device(chosen.device)
+        sae = Sae.load(uri, device=device, storage=storage)
+        assert sae.card is not None
+        check_match(uri, sae.card, dataset.plan)
+        return cls(uri, sae, sae.card, dataset, spec or EvaluateSpec(), chosen, device, storage)
+
+    @property
+    def hook(self) -> str:
+        """Where the SAE reads."""
+        return self.card.hook
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The whole subject, loaded at first use.
+
+        Raises:
+            SaeMismatch: Its weights are not those the dataset was harvested from.
+        """
+        subject = Subject.load(self.subject_spec)
+        check_subject(subject, self.dataset.plan)
+        return subject
+
+    @cached_property
+    def tail(self) -> Tail:
+        """The subject from the hook upward."""
+        return Tail(self.subject, self.hook)
+
+    @property
+    def windows(self) -> range:
+        """Window numbers of the held-out sample."""
+        plan = self.dataset.plan
+        held_out = len(plan.split_units("validation")) * plan.spec.windows_per_unit
+        return range(min(held_out, self.spec.windows))
+
+    def held_out_codes(self) -> Iterator[Codes]:
+        """Codes of the stored rows of the sampled held-out windows."""
+        plan = self.dataset.plan
+        units = range(-(-len(self.windows) // plan.spec.windows_per_unit))
+        for codes in self.codes(units):
+            inside = codes.windows < len(self.windows)
+            if inside.all():
+                yield codes
+            elif inside.any():
+                chosen = torch.from_numpy(inside).to(self.device)
+                tensors = (codes.rows[chosen], codes.weights[chosen])
+                yield Codes(
+                    *tensors,
+                    codes.windows[inside],
+                    codes.positions[inside],
+                    codes.values[chosen],
+                    codes.indices[chosen],
+                )
+
+    def codes(self, units: range) -> Iterator[Codes]:
+        """Codes of the stored rows of some units, `CHUNK_ROWS` at a time, no chunk over two units."""
+        size = self.dataset.plan.rows_per_unit
+        for unit in units:
+            windows, positions = self.dataset.locate(np.arange(unit * size, (unit + 1) * size))
+            for low in range(0, size, CHUNK_ROWS):
+                part = slice(low, min(low + CHUNK_ROWS, size))
+                edges = (unit * size + part.start, unit * size + part.stop)
+                rows = torch.from_numpy(self.dataset.read_rows(self.hook, *edges)).to(self.device)
+                weights = torch.from_numpy(self.dataset.weights([self.hook], *edges)).to(self.device)
+                with torch.no_grad():
+                    values, indices = self.sae.encode(rows)
+                yield Codes(rows, weights, windows[part], positions[part], values, indices)
+
+    def tokens(self, windows: range | list[int]) -> NDArray[np.int64]:
+        """int64 [len(windows), T]: token ids of windows; each unit is read once."""
+        size = self.dataset.plan.spec.windows_per_unit
+        asked = np.asarray(windows, np.int64)
+        out = np.zeros((len(asked), self.dataset.plan.spec.context_length), np.int64)
+        for unit in np.unique(asked // size):
+            chosen = asked // size == unit
+            out[chosen] = self.dataset.unit_tokens(int(unit))[asked[chosen] % size]
+        return out
+
+
+def subject_spec_of(plan: HarvestPlan) -> SubjectSpec:
+    """The subject a dataset's plan names."""
+    found = plan.subject
+    return SubjectSpec(
+        model=found.model, revision=found.revision, dtype=found.dtype, attention=found.attention
+    )
+
+
+def check_match(uri: str, card: SaeCard, plan: HarvestPlan) -> None:
+    """SaeMismatch where an SAE is of another subject, hook or width than a dataset."""
+    fix = "Give the dataset the SAE was trained on, or one of the same subject and hook"
+    if card.hook not in plan.spec.hooks:
+        raise SaeMismatch(
+            f"the hook of {uri}",
+            expected=f"one of the dataset's ({', '.join(plan.spec.hooks)})",
+            got=card.hook,
+        )
+    if card.d_model != plan.d_model(card.hook):
+        raise SaeMismatch(
+            f"the width D of {uri}",
+            expected=f"{plan.d_model(card.hook)} (the dataset's)",
+            got=card.d_model,
+            fix=fix,
+        )
+    if card.identity and card.identity.subject_weights_sha256 != plan.subject.weights_sha256:
+        raise SaeMismatch(
+            f"the subject of {uri}",
+            expected=f"{plan.subject.model} with weights {plan.subject.weights_sha256} (the dataset's)",
+            got=f"{card.identity.subject_model} with weights {card.identity.subject_weights_sha256}",
+            fix=fix,
+        )
+
+
+def check_subject(subject: Subject, plan: HarvestPlan) -> None:
+    """SaeMismatch where the subject found is not the one a dataset was harvested from."""
+    found = subject.identity.weights_sha256
+    if found != plan.subject.weights_sha256:
+        raise SaeMismatch(
+            "subject weights",
+            expected=f"{plan.subject.weights_sha256} (the dataset's)",
+            got=f"{found} ({subject.spec.model})",
+            fix="Set subject.model and subject.revision to what the dataset was harvested from",
+        )

@@ -1,0 +1,148 @@
+"""Evaluation: what to measure (spec) and what was measured (`evaluation.json`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from schemas.base import Artefact, Contract, HookName, Sha256
+
+FAMILIES = ("reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g")
+"""Metric families, in the order they are measured and shown."""
+Family = Literal["reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g"]
+FigureId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$", max_length=80)]
+
+
+class ComputeLaw(Contract):
+    """How the loss of the subject's family falls with training compute: L(C) = floor + (C / scale)^-power.
+
+    Fit it on the same text as the windows that are evaluated; there is no default.
+    """
+
+    floor: float = Field(ge=0)
+    """Irreducible loss, nats a token."""
+    scale: float = Field(gt=0)
+    """FLOP at which the reducible loss is 1 nat."""
+    power: float = Field(gt=0)
+    """Exponent, positive."""
+    training_flop: float = Field(gt=0)
+    """FLOP the subject itself was trained with, such as 6 x parameters x tokens."""
+    source: str = Field(min_length=1)
+    """Where the constants come from; printed with every figure that uses them."""
+
+
+class EvaluateSpec(Contract):
+    """Section `evaluate`: sample sizes and what optional families need. Every field moves figures."""
+
+    metrics: tuple[Family, ...] | None = None
+    """Families measured; null measures all that have what they need (`compute` a law, `stability` other
+    SAEs)."""
+    windows: int = Field(default=256, ge=1)
+    """Held-out windows used at the most, the first in the plan's (random) order."""
+    batch_windows: int = Field(default=4, ge=1)
+    """Windows in one pass of the subject; logits take batch_windows x T x V numbers, twice."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Bootstrap draws and every random choice."""
+    law: ComputeLaw | None = None
+    """compute: the family's law; null leaves the family out."""
+    against: tuple[str, ...] = ()
+    """stability: SAEs of other seeds, folders or URIs."""
+    ablation_rows: int = Field(default=64, ge=2)
+    """ablation: rows sampled; each stands in another window as long as windows last."""
+    ablation_latents: int = Field(default=8, ge=1)
+    """ablation: active latents sampled at each row, and as many residual channels."""
+    ablation_tokens: int = Field(default=16, ge=1)
+    """ablation: positions T whose logits are compared, the ablated one first."""
+    tasks: str | None = None
+    """probes: a folder of Parquet tasks (text, label[, split]); null builds and uses the suite of our own."""
+    probe_train: int = Field(default=160, ge=8)
+    """probes: training texts of a task at the most, both labels together."""
+    probe_test: int = Field(default=80, ge=4)
+    """probes: test texts of a task at the most."""
+    probe_tokens: int = Field(default=48, ge=4)
+    """probes: tokens read of each text."""
+    probe_ridge: float = Field(default=1e-2, gt=0)
+    """probes: penalty on the squared weight of a standardised input, beside the mean cross-entropy."""
+    n2g_latents: int | None = Field(default=32, ge=1)
+    """n2g: latents drawn at random from those active often enough; null takes all of them."""
+    n2g_examples: int = Field(default=12, ge=1)
+    """n2g: top activations, each of another training window, that a trie is learnt from."""
+    n2g_train_rows: int = Field(default=65_536, ge=1)
+    """n2g: training rows searched for top activations, the first in stored order, in whole units."""
+    n2g_positives: int = Field(default=16, ge=1)
+    """n2g: random held-out positive tokens a latent for recall, at the most."""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.metrics is not None and len(set(self.metrics)) != len(self.metrics):
+            raise ValueError("metrics must not repeat")
+        return self
+
+
+class Figure(Contract):
+    """One number with its definition and how sure it is."""
+
+    id: FigureId
+    """The definition, as in docs/evaluation.md."""
+    value: float | None
+    """Null where it does not exist; `note` says why."""
+    low: float | None = None
+    """Lower end of the 95 % interval."""
+    high: float | None = None
+    """Upper end of the 95 % interval."""
+    samples: int = Field(ge=0)
+    """Size of the sample, in `unit`s."""
+    unit: str = "windows"
+    """What was sampled, and what the bootstrap draws from."""
+    note: str = ""
+
+
+class FamilyResult(Contract):
+    """One family, finished."""
+
+    settings_sha256: Sha256
+    """Digest of everything it depended on: another one is measured again."""
+    figures: tuple[Figure, ...]
+    details: dict[str, Any] = {}
+    """Per task, per latent, histograms."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know, such as the law used or a share left out."""
+    seconds: float = Field(ge=0)
+    """Wall-clock it took."""
+    finished: str
+    """UTC time, ISO 8601."""
+
+
+class Evaluation(Artefact):
+    """`evaluation.json`, beside the SAE. Rewritten as each family finishes."""
+
+    kind: Literal["winnow.evaluation"] = "winnow.evaluation"
+    sae: str
+    """The SAE's address as it was given."""
+    sae_sha256: Sha256
+    """Digest of its weights file."""
+    plan_fingerprint: Sha256
+    """Of the dataset whose held-out windows were used."""
+    dataset_sha256: Sha256 | None
+    subject_model: str
+    subject_weights_sha256: Sha256
+    hook: HookName
+    latents: int = Field(gt=0)
+    k: int = Field(gt=0)
+    trained_on_this: bool
+    """Whether the SAE's card names the same plan: else its training rows may hold these windows."""
+    families: dict[Family, FamilyResult] = {}
+
+    @field_validator("families")
+    @classmethod
+    def _in_order(cls, found: dict[Family, FamilyResult]) -> dict[Family, FamilyResult]:
+        return {name: found[name] for name in FAMILIES if name in found}
+
+    def figure(self, id: str) -> Figure | None:
+        """The figure of that definition, or None."""
+        for family in self.families.values():
+            for figure in family.figures:
+                if figure.id == id:
+                    return figure
+        return None

@@ -1,0 +1,255 @@
+"""`winnow evaluate` and `winnow compare` on SAEs whose figures are known beforehand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from evaluator import compute, downstream, reconstruction, stability
+from evaluator.bootstrap import figure, mean_figure
+from evaluator.report import evaluate
+from evaluator.setting import Setting
+from harvester import Subject
+from schemas.errors import ConfigError, SaeMismatch
+from schemas.evaluation import ComputeLaw, EvaluateSpec, Evaluation
+from tests.evaluated import HOOK, identity_sae, permuted, random_sae, save_sae, toy_config, zero_sae
+from trainer import Sae
+from trainer.heldout import heldout_figures
+from winnow import app
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return toy_config(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def setting_of(toy, tmp_path):
+    def make(sae: Sae, name: str = "sae", **spec) -> Setting:
+        uri = save_sae(toy, tmp_path / name, sae)
+        return Setting.open(uri, toy.root, EvaluateSpec(**spec), subject=toy.subject)
+
+    return make
+
+
+def values(measured) -> dict[str, float]:
+    return {figure.id: figure.value for figure in measured.figures}
+
+
+def test_clean_loss_is_the_models_own(setting_of):
+    setting = setting_of(random_sae(), windows=12)
+    found = values(downstream.measure(setting))["ce_clean"]
+    subject = Subject.load(setting.subject_spec)
+    ids = torch.from_numpy(setting.tokens(setting.windows))
+    with torch.no_grad():
+        own = subject.model(input_ids=ids, labels=ids).loss.item()
+    assert found == pytest.approx(own, abs=1e-4)
+
+
+def test_an_identity_loses_nothing(setting_of):
+    setting = setting_of(identity_sae(), windows=8)
+    rebuilt = values(reconstruction.measure(setting))
+    assert rebuilt["fvu_normalised"] == rebuilt["fvu_raw"] == pytest.approx(0, abs=1e-12)
+    assert 0 < rebuilt["l0"] <= 16  # x or -x of each dimension, never both
+    spliced = values(downstream.measure(setting))
+    assert spliced["delta_ce"] == pytest.approx(0, abs=1e-6)
+    assert spliced["kl"] == pytest.approx(0, abs=1e-6)
+    assert spliced["loss_recovered_zero"] == pytest.approx(1, abs=1e-5)
+
+
+def test_zeros_recover_nothing_by_definition(setting_of):
+    spliced = values(downstream.measure(setting_of(zero_sae(), windows=8)))
+    assert spliced["loss_recovered_zero"] == 0
+    assert spliced["delta_ce"] != 0
+
+
+def test_the_order_of_latents_does_not_matter(setting_of):
+    sae = random_sae()
+    found = [
+        values(reconstruction.measure(setting)) | values(downstream.measure(setting))
+        for setting in (setting_of(sae, windows=16), setting_of(permuted(sae), "permuted", windows=16))
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_figures_agree_with_the_trainers_and_with_plain_code(setting_of):
+    setting = setting_of(random_sae())
+    measured = reconstruction.measure(setting)
+    found = values(measured)
+    trainers = heldout_figures(setting.sae, setting.dataset, HOOK)
+    for name in ("fvu_normalised", "fvu_raw", "l0"):
+        assert found[name] == pytest.approx(trainers[name], rel=1e-6)
+    rows = torch.from_numpy(setting.dataset.read_rows(HOOK, 0, setting.dataset.plan.rows_per_unit))
+    codes, chosen = setting.sae.encode(rows)
+    fired = torch.bincount(chosen[codes > 0], minlength=setting.sae.latents).numpy()
+    assert found["dead_share"] == (fired == 0).mean()
+    assert found["dead_share_trainer"] == 0.25
+    assert sum(measured.details["density_latents"]) + measured.details["density_silent"] == len(fired)
+    for each in measured.figures[:3]:
+        assert each.low <= each.value <= each.high
+        assert each.samples == 64
+
+
+def test_the_bootstrap_covers_a_known_mean_and_a_ratio_of_sums():
+    draw = np.random.default_rng(0)
+    inside = 0
+    for seed in range(40):
+        made = mean_figure("x", draw.normal(3.0, 1.0, 50), seed=seed)
+        inside += made.low <= 3.0 <= made.high
+    assert inside >= 33
+    sizes = draw.uniform(1, 2, 400)
+    ratio = figure("r", lambda a, b: a / b, 0.25 * sizes, sizes)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert figure("e", lambda a: a, np.array([])).value is None
+    assert figure("z", lambda a, b: a / b, np.ones(3), np.zeros(3)).value is None
+
+
+def test_fewer_windows_are_the_first_ones(setting_of):
+    setting = setting_of(random_sae(), windows=5)
+    windows = {int(w) for codes in setting.held_out_codes() for w in codes.windows}
+    assert windows == set(range(5))
+    assert values(reconstruction.measure(setting))["fvu_raw"] > 0
+
+
+LAW = {"floor": 1.0, "scale": 1e15, "power": 0.1, "training_flop": 1e18, "source": "made up for a test"}
+
+
+def test_compute_equivalent_inverts_the_law_and_refuses_to_guess():
+    law = ComputeLaw(**LAW)
+    own = compute.law_loss(law, 1e18)
+    assert compute.law_compute(law, own) == pytest.approx(1e18)
+    half = compute.law_loss(law, 0.5e18)
+    downstream_figures = [
+        mean_figure(name, np.array([v - 0.01, v, v + 0.01]))
+        for name, v in (("ce_clean", own), ("ce_patched", half), ("delta_ce", half - own))
+    ]
+    measured = compute.measure(law, downstream_figures)
+    for each in measured.figures:
+        assert each.value == pytest.approx(0.5)
+        assert each.low < 0.5 < each.high
+    assert "made up for a test" in measured.notes[0]
+    with pytest.raises(ConfigError, match="no law is guessed"):
+        compute.measure(None, downstream_figures)
+    hopeless = [mean_figure(f.id, np.array([0.5, 0.5])) for f in downstream_figures]
+    assert compute.measure(law, hopeless).figures[0].value is None
+
+
+def test_stability_is_one_for_a_permutation_and_finds_planted_pairs(setting_of, toy, tmp_path):
+    sae = random_sae()
+    same = save_sae(toy, tmp_path / "same", permuted(sae))
+    found = values(stability.measure(setting_of(sae, against=[same])))
+    assert found["stability_matched_cosine"] == pytest.approx(1, abs=1e-5)
+    assert found["stability_matched_over_0_9"] == 1
+    half = permuted(sae)
+    with torch.no_grad():
+        half.W_dec[:24] = random_sae(seed=9).W_dec[:24]
+    matched = stability.matched_cosines(sae.W_dec, half.W_dec)
+    assert (matched > 0.999).sum() == 24
+    assert matched.mean() < stability.cosines(sae.W_dec, half.W_dec).max(1).values.mean().item()
+
+
+def winnow(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def config_file(toy, path, **evaluate):
+    tree = {"root": toy.root, "subject": {"model": toy.subject.model, "device": "cpu"}, "evaluate": evaluate}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_the_command_writes_resumes_and_compares(toy, tmp_path, monkeypatch):
+    config = config_file(toy, tmp_path / "c.yaml", windows=8, law=LAW)
+    uris = [save_sae(toy, tmp_path / name, random_sae(seed=i)) for i, name in enumerate(("one", "two"))]
+    quick = ("--config", config, "--metrics", "reconstruction,compute")
+    code, out, err = winnow("evaluate", uris[0], *quick)
+    assert code == 0, err
+    assert "fvu_normalised" in out
+    assert "made up for a test" in err
+    found = Evaluation.from_json((tmp_path / "one" / "evaluation.json").read_bytes(), origin="test")
+    assert list(found.families) == ["reconstruction", "downstream", "compute"]
+    assert found.trained_on_this
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluator.report.MEASURES", {})  # anything measured again would fail
+        code, out, err = winnow("evaluate", uris[0], *quick, "--json")
+        assert code == 0, err
+        assert "kept from" in err
+        assert Evaluation.model_validate(json.loads(out)) == found
+        for more in (("--again",), ("--windows", 4)):
+            with pytest.raises(KeyError):
+                evaluate_again(uris[0], toy, more)
+    code, _, err = winnow("compare", *uris, "--out", tmp_path / "cmp")
+    assert code == 2
+    assert "winnow evaluate" in err
+    assert winnow("evaluate", uris[1], *quick)[0] == 0
+    code, out, err = winnow("compare", *uris, "--out", tmp_path / "cmp")
+    assert code == 0, err
+    assert "one" in out
+    assert "loss_recovered_mean" in out
+    assert (tmp_path / "cmp" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (tmp_path / "cmp" / "frontier.svg").read_bytes()
+    compared = json.loads((tmp_path / "cmp" / "compare.json").read_text())["figures"]
+    assert compared["l0"][0] == found.figure("l0").model_dump(mode="json")
+
+
+def evaluate_again(uri, toy, more):
+    spec = EvaluateSpec(metrics=("reconstruction",), windows=4 if "--windows" in more else 8, law=LAW)
+    evaluate(Setting.open(uri, toy.root, spec, subject=toy.subject), again="--again" in more)
+
+
+def test_a_killed_evaluation_keeps_what_was_finished(toy, tmp_path, monkeypatch):
+    uri = save_sae(toy, tmp_path / "sae", random_sae())
+    setting = Setting.open(uri, toy.root, EvaluateSpec(metrics=("reconstruction", "downstream"), windows=4))
+
+    def die(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("evaluator.report", fromlist=["x"]).MEASURES, "downstream", die)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(setting)
+    kept = Evaluation.from_json((tmp_path / "sae" / "evaluation.json").read_bytes(), origin="test")
+    assert list(kept.families) == ["reconstruction"]
+    found = evaluate(setting)
+    assert found.families["reconstruction"] == kept.families["reconstruction"]
+    assert "downstream" in found.families
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--root"),
+        (("--root", "nowhere"), "nowhere"),
+        (("--metrics", "compute"), "no law is guessed"),
+        (("--metrics", "stability"), "--against"),
+        (("--metrics", "beauty"), "metrics"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(toy, tmp_path, arguments, words):
+    uri = save_sae(toy, tmp_path / "sae", random_sae())
+    root = () if "--root" in arguments or not arguments else ("--root", toy.root)
+    code, _, err = winnow("evaluate", uri, *root, *arguments)
+    assert code == 2, err
+    assert words in err
+    assert not (tmp_path / "sae" / "evaluation.json").exists()
+
+
+def test_an_sae_of_another_subject_hook_or_width_is_refused(toy, tmp_path):
+    wide = Sae(8, 16, 2, "none")
+    cases = {
+        "subject": save_sae(toy, tmp_path / "a", random_sae(), seed_of="0" * 64),
+        "hook": save_sae(toy, tmp_path / "b", random_sae(), hook="resid_post.0"),
+        "width D": save_sae(toy, tmp_path / "c", wide),
+    }
+    for word, uri in cases.items():
+        with pytest.raises(SaeMismatch, match=word):
+            Setting.open(uri, toy.root)
+        code, _, err = winnow("evaluate", uri, "--root", toy.root)
+        assert code == 2
+        assert word in err

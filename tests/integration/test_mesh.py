@@ -1,0 +1,184 @@
+"""Training on a mesh is the eager training of one process: float64, gloo, every recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.mesh_worker import CASES, REPORTED, D, K, N, batch, go
+from trainer.checkpoint import pack
+from trainer.parallel import World
+from trainer.parallel_exchange import dense_bytes, rows_bytes
+from trainer.parallel_topk import candidates
+
+MESHES = {"2x2": (2, 2), "1x4": (1, 4), "2x1": (2, 1), "1x2": (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What four processes left, each having gone through every case on every mesh."""
+    folder = tmp_path_factory.mktemp("mesh")
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank in range(4):
+            log = stack.enter_context((folder / f"log-{rank}").open("w"))
+            command = [sys.executable, "-m", "tests.mesh_worker", str(folder), str(rank)]
+            ranks.append(subprocess.Popen(command, stdout=log, stderr=log))
+        try:
+            for rank, process in enumerate(ranks):
+                assert process.wait(timeout=400) == 0, (folder / f"log-{rank}").read_text()[-3000:]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The eager runs, each taken once."""
+    found = {}
+
+    def give(case):
+        if case not in found:
+            found[case] = go(case, None)
+        return found[case]
+
+    return give
+
+
+def is_sharded(name: str) -> bool:
+    return any(part in name for part in ("W_enc", "W_dec", "b_enc", "dead.since")) and ".step" not in name
+
+
+def assembled(folder, mesh, case):
+    """The state from the shards; replicas must hold the same bits."""
+    data, latent = MESHES[mesh]
+    grid = [
+        [safetensors.torch.load_file(folder / f"{mesh} {case} {d} {s}.safetensors") for s in range(latent)]
+        for d in range(data)
+    ]
+    for row in grid[1:]:
+        for shard, other in zip(grid[0], row, strict=True):
+            assert all(torch.equal(tensor, other[name]) for name, tensor in shard.items()), "replicas differ"
+    state = {}
+    for name, tensor in grid[0][0].items():
+        if is_sharded(name):
+            state[name] = torch.cat([shard[name] for shard in grid[0]])
+        else:
+            assert all(torch.equal(tensor, shard[name]) for shard in grid[0]), name
+            state[name] = tensor
+    return state
+
+
+def compare(run, told, state, reports):
+    expected = pack(run)
+    assert state.keys() == expected.keys()
+    for report, right in zip(reports, told, strict=True):
+        for name in REPORTED:
+            assert report[name] == pytest.approx(right[name], rel=1e-9), (report["step"], name)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_trains_as_one_process_does(folder, reference, mesh, case):
+    run, told = reference(case)
+    reports = json.loads((folder / f"{mesh} {case} 0 0.json").read_text())
+    compare(run, told, assembled(folder, mesh, case), reports)
+    if CASES[case].get("auxk_coefficient") is None and CASES[case].get("k") != N:
+        assert run.counts.auxk_steps > 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_mesh_of_one_is_one_process(reference, case):
+    world = World()
+    world.meshed = True
+    run, told = go(case, world)
+    compare(*reference(case), pack(run), told)
+
+
+def test_second_rounds_happen_where_one_shard_has_all_the_best(folder):
+    def share(case):
+        told = json.loads((folder / f"1x4 {case} 0 0.json").read_text())
+        return sum(r["second_rounds"] for r in told) / sum(r["rows"] for r in told)
+
+    assert candidates(K, 4) < K, "one round would send everything"
+    assert share("skewed") > 2 * share("plain")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("exchange", ["rows", "dense"])
+def test_bytes_on_the_wire_are_those_of_the_arithmetic(folder, mesh, exchange):
+    """Counted bytes of each step, against the tensors that cross each axis, one by one."""
+    data, latent = MESHES[mesh]
+    for place in range(data):
+        for shard in range(latent):
+            for report in json.loads((folder / f"{mesh} {exchange} {place} {shard}.json").read_text()):
+                weights = batch(report["step"])[1].view(data, -1)
+                rows = [int(row.sum()) for row in weights]
+                assert report["latent_bytes"] == across_latent(latent, rows[place], report)
+                n = (shard + 1) * N // latent - shard * N // latent
+                across = across_data_rows if exchange == "rows" else across_data_dense
+                low, high = across(data, latent, max(rows), n, report)
+                assert low <= report["data_bytes"] <= high
+                assert latent > 1 or low == high
+
+
+def summed(ranks, numbers, size=8):
+    """Bytes a rank of a ring sends to sum so many numbers."""
+    return 2 * (ranks - 1) * numbers * size // ranks
+
+
+def gathered(ranks, numbers, size=8):
+    return (ranks - 1) * numbers * size
+
+
+def across_latent(shards, rows, report):
+    """Dead latents' numbers, first and second rounds, a reconstruction for each part, b_pre and the norm."""
+    fewest = min(K, -(-N // shards))
+    total = gathered(shards, 1) + gathered(shards, rows * candidates(K, shards))
+    total += gathered(shards, report["second_rounds"] * fewest) + summed(shards, rows * D)
+    if shards == 1:
+        return 0
+    if report["dead"]:
+        k_dead = min(6, report["dead"])
+        total += gathered(shards, rows * candidates(k_dead, shards)) + summed(shards, rows * D)
+    return total + summed(shards, D) + summed(shards, 1)
+
+
+def always_across_data(ranks, n, report):
+    """Rows and weights, the loss with its second rounds, who was active; AuxK's mean and its two sums."""
+    total = gathered(ranks, 2) + summed(ranks, 2) + summed(ranks, n, size=1)
+    return total + (summed(ranks, D) + summed(ranks, 2) if report["dead"] else 0)
+
+
+def across_data_dense(ranks, shards, rows, n, report):
+    total = (
+        always_across_data(ranks, n, report) + 2 * summed(ranks, n * D) + summed(ranks, n) + summed(ranks, D)
+    )
+    return total, total
+
+
+def across_data_rows(ranks, shards, rows, n, report):
+    """The encoder's input, and for each part a width, its gradient's rows and its codes."""
+    most = [min(K, n)] + ([min(6, report["dead"], n)] if report["dead"] else [])
+    low = high = always_across_data(ranks, n, report) + gathered(ranks, rows * D)
+    for width in most:
+        low += summed(ranks, 1) + gathered(ranks, rows * D)
+        high += summed(ranks, 1) + gathered(ranks, rows * (D + 2 * width)) + gathered(ranks, rows * width, 4)
+        if shards == 1:
+            low = high
+    return low, high
+
+
+def test_gradients_cross_the_data_axis_the_cheaper_way():
+    assert rows_bytes(8, 1024, 768, [36], 4) * 7 < dense_bytes(8, 32768, 768, 4)
+    assert rows_bytes(8, 8192, 768, [32], 4) > dense_bytes(8, 4096, 768, 4)

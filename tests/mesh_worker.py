@@ -1,0 +1,156 @@
+"""One rank of several meshes of small runs in float64: `python -m tests.mesh_worker FOLDER RANK`.
+
+Four ranks meet once and go through every case on 2 x 2 and 1 x 4, and as two pairs on 2 x 1 and 1 x 2.
+Each writes what it ends with into FOLDER; `tests/integration/test_mesh.py` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from schemas.training import TrainSpec
+from trainer.checkpoint import pack
+from trainer.init import initialise
+from trainer.parallel import Axis, World
+from trainer.sae import Sae
+from trainer.step import Recipe, Run, train_step
+
+B, D, N, K, STEPS = 96, 12, 81, 12, 8
+REPORTED = ("loss", "auxk", "grad_norm", "lr", "dead", "fvu", "l0", "rows")
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"auxk_coefficient": 0, "clip_norm": None, "ema": False},
+    "everything": {},
+    "rows": {},
+    "dense": {},
+    "multi": {"multi_topk": True},
+    "clipped on every step": {"clip_norm": 1e-3},
+    "all dead latents": {"auxk_k": 64},
+    "one of them": {"auxk_k": 1},
+    "multi at half of N": {"multi_topk": True, "k": N // 2},
+    "every latent": {"k": N},
+    "dataset": {"normalize": "dataset"},
+    "none": {"normalize": "none"},
+    "skewed": {},
+    "ties": {"auxk_coefficient": 0, "normalize": "none"},
+}
+"""Where a case has the name of an exchange, that one is taken. In `skewed` one shard has all the best. In
+`ties`, one step, latents stand there several times in small integers, so that equal means equal."""
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [B, D] and weights [B]: some rows weigh nothing; in step 4 a quarter; in step 5 all."""
+    draw = torch.Generator().manual_seed(step)
+    rows = torch.randn(B, D, generator=draw, dtype=torch.float64) * 3 + 1
+    weights = torch.ones(B, dtype=torch.float64)
+    weights[step::9] = 0
+    if step == 4:
+        weights[: B // 4] = 0
+    if step == 5:
+        weights[:] = 0
+    rows[weights == 0] = torch.nan
+    return rows, weights
+
+
+def make(case: str, world: World | None = None) -> Run:
+    """The case's run before its first step, or this rank's shard of it."""
+    base: dict[str, Any] = {"out": "x", "hook": "h.1", "latents": N, "k": K, "batch_rows": 64, "epochs": 8}
+    base |= {"dead_after_tokens": 150, "auxk_k": 6, "lr": 0.003}
+    base |= {"kernels": "cpu" if world or case == "ties" else "eager"}  # ties: eager leaves the choice open
+    spec = TrainSpec.model_validate(base | CASES[case])
+    whole = Sae(D, N, spec.k, spec.normalize, dtype=torch.float64)
+    sample = torch.randn(500, D, generator=torch.Generator().manual_seed(99), dtype=torch.float64) * 3 + 1
+    constant = initialise(whole, sample, torch.ones(500, dtype=torch.float64), seed=0)
+    with torch.no_grad():
+        whole.b_enc[: N // 5] = -30.0 if spec.normalize == "none" else -0.3  # silent, so that AuxK has work
+        if case == "skewed":
+            whole.b_enc[-N // 5 :] = 1.0
+        if case == "ties":
+            whole.b_pre.zero_()
+            whole.b_enc.zero_()
+            whole.W_enc.mul_(4).round_()
+            whole.W_enc[N // 3 :] = whole.W_enc[: N - N // 3].clone()
+    recipe = Recipe.resolve(spec, D, steps_per_epoch=5)
+    if world is None:
+        return Run(whole, recipe, constant)
+    part = world.part(N)
+    sae = Sae(D, len(part), spec.k, spec.normalize, dtype=torch.float64)
+    tensors = whole.tensors()
+    for name in ("W_enc", "W_dec", "b_enc"):
+        tensors[name] = tensors[name][part.start : part.stop]
+    sae.fill(tensors)
+    return Run(sae, recipe, constant, world)
+
+
+def go(case: str, world: World | None) -> tuple[Run, list[dict[str, float]]]:
+    """Take the steps; what each reported."""
+    run = make(case, world)
+    data = world.data if world else Axis()
+    if world and case in ("rows", "dense"):
+        world.exchange = case
+    share = slice(data.rank * B // data.size, (data.rank + 1) * B // data.size)
+    told = []
+    for step in range(1 if case == "ties" else STEPS):
+        rows, weights = batch(step)
+        rows = rows.round() if case == "ties" else rows
+        before = (world.data.bytes_sent, world.latent.bytes_sent) if world else (0, 0)
+        report = train_step(run, rows[share].clone(), weights[share])
+        after = (world.data.bytes_sent, world.latent.bytes_sent) if world else (0, 0)
+        if report is not None:
+            told.append({name: getattr(report, name) for name in REPORTED})
+            told[-1] |= {"step": step, "second_rounds": report.second_rounds}
+            told[-1] |= {"data_bytes": after[0] - before[0], "latent_bytes": after[1] - before[1]}
+    if world:
+        world.exchange = "auto"
+    return run, told
+
+
+def worlds() -> dict[str, World | None]:
+    """This rank's meshes by name; None where it has no place in one."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    shapes = {"2x2": (2, 2, 0), "1x4": (1, 4, 0), "2x1": (2, 1, 0), "1x2": (1, 2, 2)}
+    found: dict[str, World | None] = {}
+    for name, (data, latent, first) in shapes.items():
+
+        def axis(members: list[list[int]]) -> Axis:
+            mine = Axis()
+            for ranks in members:  # every rank makes every group
+                group = dist.new_group(ranks)
+                if rank in ranks:
+                    mine = Axis(group, ranks.index(rank), len(ranks))  # pyright: ignore[reportArgumentType]
+            return mine
+
+        ranks = list(range(first, first + data * latent))
+        rows = [ranks[place * latent : (place + 1) * latent] for place in range(data)]
+        axes = axis([list(column) for column in zip(*rows, strict=True)]), axis(rows), axis([ranks])
+        found[name] = World(*axes) if rank in ranks else None
+    assert size == 4
+    return found
+
+
+def main(folder: Path, rank: int) -> None:
+    """Go through all cases on all meshes."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4, timeout=timedelta(seconds=120)
+    )
+    for mesh, world in worlds().items():
+        for case in CASES if world else ():
+            assert world is not None
+            run, told = go(case, world)
+            name = f"{mesh} {case} {world.data.rank} {world.latent.rank}"
+            safetensors.torch.save_file(pack(run), folder / f"{name}.safetensors")
+            (folder / f"{name}.json").write_text(json.dumps(told))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,1 @@
+"""Other libraries' files for sparse autoencoders: a file a format; `convert` is the way in."""

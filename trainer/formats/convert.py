@@ -1,0 +1,121 @@
+"""Import and export by format name.
+
+::
+
+    import_sae("layers.9", "sparsify", "runs/theirs")    # an SAE that `Sae.load` and every command reads
+    export_sae("runs/quickstart", "saelens", "exported")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from schemas.config import StorageSpec
+from schemas.errors import ConfigError
+from schemas.training import SaeCard
+from store.objects import open_store
+from trainer.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
+from trainer.formats.plain import Plain, from_sae, to_sae
+from trainer.sae import CARD_KEY, Sae
+
+T = TypeVar("T")
+READERS: Mapping[str, Callable[[Path], Plain]] = {
+    openai.NAME: openai.read,
+    saelens.NAME: saelens.read,
+    sparsify.NAME: sparsify.read,
+    dictionary_learning.NAME: dictionary_learning.read,
+    gemma_scope.NAME: gemma_scope.read,
+}
+WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
+    openai.NAME: openai.write,
+    saelens.NAME: saelens.write,
+    sparsify.NAME: sparsify.write,
+    dictionary_learning.NAME: dictionary_learning.write,
+    gemma_scope.NAME: gemma_scope.write,
+    "saebench": saelens.write_with_subject,
+    "neuronpedia": saelens.write_with_subject,
+}
+UNKNOWN_HOOK = "unknown"
+"""The hook of an SAE whose files do not say where it reads."""
+
+
+def read_plain(source: Path, format_name: str) -> Plain:
+    """What another library's files hold; ConfigError for an unknown format."""
+    return _choose(READERS, "--from", format_name)(source)
+
+
+def import_sae(
+    source: Path,
+    format_name: str,
+    out: str,
+    *,
+    hook: str | None = None,
+    target_hook: str | None = None,
+    storage: StorageSpec | None = None,
+) -> SaeCard:
+    """Write another library's SAE into `out` as one of Winnow's.
+
+    Args:
+        source: The file or folder that the library wrote.
+        format_name: One of `READERS`.
+        out: Folder or URI; must not hold an SAE yet.
+        hook: Where the SAE reads, where the files do not say or say it in other words.
+        target_hook: A transcoder's target.
+        storage: Of `out`.
+
+    Raises:
+        ConfigError: Unknown format, a part that Winnow does not have, files that want to run code, or an
+            SAE in `out`.
+        IntegrityError: Files that are damaged or whose shapes do not fit.
+    """
+    plain = read_plain(source, format_name)
+    if target_hook is not None and format_name == gemma_scope.NAME:
+        plain = gemma_scope.read(source, transcoder=True)
+    if target_hook is not None and not plain.transcoder:
+        raise ConfigError("--target-hook", expected="a transcoder", got=f"an autoencoder in {source}")
+    sae, store = to_sae(plain), open_store(out, storage)
+    if store.size(CARD_KEY) is not None:
+        raise ConfigError(f"{out} holds an SAE already", fix="Import into another folder")
+    return sae.save(
+        store,
+        hook=hook or plain.hook or UNKNOWN_HOOK,
+        target_hook=(target_hook or plain.target_hook or UNKNOWN_HOOK) if plain.transcoder else None,
+    )
+
+
+def export_sae(
+    uri: str, format_name: str, out: Path, *, model: str | None = None, storage: StorageSpec | None = None
+) -> list[Path]:
+    """Write one of Winnow's SAEs into the folder `out` as another library's.
+
+    Args:
+        uri: The SAE.
+        format_name: One of `WRITERS`.
+        out: Folder; must be empty or absent.
+        model: The subject's name in that library's words; null takes the card's.
+        storage: Of the SAE.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: Unknown format, an SAE that it cannot hold (the message says why), or a folder in use.
+    """
+    write = _choose(WRITERS, "--to", format_name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is in use", expected="an empty folder, or none")
+    plain = from_sae(Sae.load(uri, storage=storage), model)
+    if plain.hook == UNKNOWN_HOOK:
+        plain = replace(plain, hook=None)
+    out.mkdir(parents=True, exist_ok=True)
+    write(plain, out)
+    return sorted(out.iterdir())
+
+
+def _choose(table: Mapping[str, T], option: str, name: str) -> T:
+    if name not in table:
+        raise ConfigError(f"{option} {name!r}", expected=", ".join(table))
+    return table[name]
