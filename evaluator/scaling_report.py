@@ -93,6 +93,7 @@ def read_sweep(root: ObjectStore) -> Sweep:
         cell, curve = _cell(card, [json.loads(line) for line in out.get(METRICS_KEY).splitlines()])
         cells.append(cell)
         curves += [curve] if len(curve.compute) > 1 else []
+    cells.sort(key=lambda cell: (cell.latents, cell.k))
     if not cells:
         raise ConfigError(f"{root.uri} holds no SAEs", expected="folders with sae.json", got="none")
     return Sweep(cells, curves, shared)

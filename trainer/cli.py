@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from schemas.errors import ConfigError
 from schemas.training import TrainSpec
 from store import ActivationStore
 from store.console import emit, guard, human_bytes, load_config, print_table, say, stderr
-from trainer import runs_cli, service_cli
+from trainer import estimate_cli, runs_cli, service_cli
 from trainer.loop import AfterTrain, train, train_fleet
 from trainer.parallel import Launch
 from trainer.publish import Summary
@@ -75,19 +76,11 @@ def register(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard():
             settings = load_config(config, set_ or [])
-            launch = launched()
+            launch = launch_of(os.environ)
             with only_the_first_tells(launch):
                 summary = train(settings, after_train=after_train, extend=extend, launch=launch)
             if launch.rank == 0:
                 emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
-
-
-_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-
-def launched() -> Launch:
-    """Which of torchrun's processes this is; alone where it was started otherwise."""
-    return Launch(*(int(os.environ.get(name, alone)) for name, alone in _TORCHRUN.items()))
 
 
 @contextmanager
@@ -98,6 +91,24 @@ def only_the_first_tells(launch: Launch) -> Iterator[None]:
         yield
     finally:
         stderr.quiet = before
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch:
+    """This process's place among those that torchrun, or the trainer service, has started; else alone.
+
+    Raises:
+        ConfigError: Variables that are no such place.
+    """
+    try:
+        rank, size, local = (
+            int(environment.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
+    except ValueError as error:
+        raise ConfigError("RANK, WORLD_SIZE, LOCAL_RANK", expected="numbers", got=error) from error
+    if not 0 <= rank < size:
+        raise ConfigError("RANK", expected=f"0 to WORLD_SIZE - 1 = {size - 1}", got=rank)
+    return Launch(rank, size, local)
 
 
 def register_sweep(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
@@ -155,6 +166,7 @@ def register_all(app: typer.Typer, after_train: AfterTrain | None = None) -> Non
     register(app, after_train)
     register_sweep(app, after_train)
     runs_cli.register(app)
+    estimate_cli.register(app)
     service_cli.register(app)
 
 

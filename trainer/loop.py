@@ -67,8 +67,8 @@ def train_fleet(
     *,
     after_train: AfterTrain | None = None,
     extend: bool = False,
-    launch: Launch | None = None,
     lost: Callable[[], bool] | None = None,
+    launch: Launch | None = None,
 ) -> list[Summary]:
     """Train several SAEs from one dataset in this process; see `train`.
 
@@ -79,9 +79,9 @@ def train_fleet(
         specs: One or more, each with its own `out`; device and threads are the same for all.
         after_train: See `train`.
         extend: See `train`.
-        launch: See `train`.
         lost: Asked every few seconds: whether somebody else has taken the work over. Given by a service,
             whose work heeds `winnow stop`; a command of a person takes that mark away.
+        launch: See `train`.
 
     Returns:
         The summaries, in the order of `specs`.
@@ -276,8 +276,11 @@ def take_steps(
             last = step == until
             edge = first.follower is not None and order.locate(step).step_in_group == 0
             is_time = now - last_checkpoint >= spec.checkpoint_seconds
-            must_stop = _must_stop(running, stopping.is_set(), lost)
-            stop, due = world.any(must_stop, world.leads and (edge or is_time))  # all of them, or none
+            must_stop, gone = _must_stop(running, stopping.is_set(), lost)
+            is_due = world.leads and (edge or is_time)
+            stop, gone, due = world.any(must_stop, gone, is_due)  # all of them, or none
+            if gone:
+                raise WorkerError("another service has taken this work over")
             if stop and step < steps:
                 for member in running:
                     member.checkpoint()
@@ -291,14 +294,16 @@ def take_steps(
                 last_checkpoint = time.monotonic()
 
 
-def _must_stop(running: Sequence[Member], signalled: bool, lost: Callable[[], bool] | None) -> bool:
-    """Whether the process is told to stop; shows signs of life on the way."""
+def _must_stop(
+    running: Sequence[Member], signalled: bool, lost: Callable[[], bool] | None
+) -> tuple[bool, bool]:
+    """Whether this rank is told to stop, and whether its work is lost; shows signs of life on the way."""
     due = [member for member in running if member.status.due]
     if due and lost is not None and lost():
-        raise WorkerError("another service has taken this work over")
+        return False, True
     for member in due:
         member.status.write("training")
-    return bool(running) and (signalled or any(asked_to_stop(member.out) for member in due))
+    return bool(running) and (signalled or any(asked_to_stop(member.out) for member in due)), False
 
 
 def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member, StepReport]) -> None:

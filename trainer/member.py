@@ -75,13 +75,16 @@ class Member:
         Raises:
             KeyboardInterrupt: Such a one is there.
         """
-        with self.run.world.together():
+        world = self.run.world
+        (stopped,) = world.any(stopped_before and asked_to_stop(self.out))
+        if stopped:
+            raise KeyboardInterrupt
+        with world.together():
             self._files.probe(single_writer=True)  # can we write there? asked before hours of work
-            if stopped_before and asked_to_stop(self.out):
-                raise KeyboardInterrupt
-            allow_again(self.out)
+            if world.leads:
+                allow_again(self.out)
             self.status.write("training")
-        if self._dataset.arrivals is not None and self.run.world.leads:
+        if self._dataset.arrivals is not None and world.leads:
             self.follower = cleanup.enter_context(self._following())
 
     def _following(self) -> Follower:

@@ -19,16 +19,15 @@ from schemas.training import TrainSpec
 
 FLOAT = 4
 """Bytes of a number: weights, gradients, moments and rows are float32."""
-ROW_COPIES = 7
-"""[B, D] at the step's highest point: the batch as it came, normalised rows, centred rows, reconstruction,
-error, the gradient by the reconstruction, and one passing product of them."""
-ENTRY_BYTES = 64
-"""Of one active latent of one row at the highest point: value 4, index 8; sorted latent 8, order 8, row 8,
-value 4, gradient 4; and the sort's own buffers 20."""
+ROWS_ENCODING, ROWS_GRADIENTS = 3, 6
+"""[B, D] held while rows are encoded: the batch as it came, normalised, centred; and while gradients are
+made: the reconstruction, its error and the gradient by it beside them."""
+ENTRY_BYTES = 36
+"""Of one active latent of one row: value 4, index 8, and what sorting them by latent takes at its highest."""
 TILE_BYTES = 1024 * 4096 * FLOAT
-"""The encoder's tile of pre-activations with its running threshold."""
-SORT_TILES = 2.5
-"""Tiles that the top-k of a tile takes beside it, its indices of 8 bytes among them."""
+"""The encoder's tile of pre-activations; a mask of one byte a number stands beside it."""
+BLOCK_BYTES = 2 << 20
+"""A block of latents whose gradients are made at a time; one of the decoder's and one of the encoder's."""
 
 
 class Memory(NamedTuple):
@@ -76,7 +75,10 @@ def sae_memory(
     size = parameters(d_model, latents) * FLOAT
     kept = spec.k + (min(4 * spec.k, latents) if spec.multi_topk else 0)
     tile = min(TILE_BYTES, min(rows, 1024) * min(latents, 4096) * FLOAT)
-    step = ROW_COPIES * rows * d_model * FLOAT + rows * kept * ENTRY_BYTES + int(tile * (1 + SORT_TILES))
+    one = rows * d_model * FLOAT
+    encoding = ROWS_ENCODING * one + tile * 5 // 4
+    gradients = ROWS_GRADIENTS * one + 2 * min(BLOCK_BYTES, size // 2)
+    step = max(encoding, gradients) + rows * kept * ENTRY_BYTES
     return Memory(
         weights=size,
         gradients=size,
