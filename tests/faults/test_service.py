@@ -179,11 +179,18 @@ class FakeWorker:
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
     monkeypatch.setattr(service_module.subprocess, "Popen", FakeWorker)
-    return Queue(open_store(str(tmp_path / "root")))
+    yield Queue(open_store(str(tmp_path / "root")))
+    while MADE:
+        for attempt in MADE.pop().attempts:
+            attempt.log.close()
+
+
+MADE: list[Service] = []
 
 
 def make(queue: Queue, devices=("cpu0",)) -> Service:
-    return Service(queue.store, devices, {})
+    MADE.append(Service(queue.store, devices, {}))
+    return MADE[-1]
 
 
 def add(queue: Queue, tmp_path: Path, name: str, **train) -> str:
