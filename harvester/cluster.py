@@ -83,6 +83,16 @@ def threads_per_actor(config: Config) -> int:
     return threads
 
 
+def gpus_per_actor(config: Config) -> float:
+    """GPUs of an actor: as configured, or one where the cluster has any and the subject may use it."""
+    spec, subject = config.harvest, config.subject
+    if spec.gpus_per_actor is not None:
+        return spec.gpus_per_actor
+    if subject is not None and subject.device == "cpu":
+        return 0.0
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
 def _joined() -> bool:
     return ray.is_initialized() and len(ray.nodes()) > 1
 

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from harvester.brake import Brake
-from harvester.cluster import Crew, cluster, first_line, threads_per_actor
+from harvester.cluster import Crew, cluster, first_line, gpus_per_actor, threads_per_actor
 from harvester.failures import Failures
 from harvester.ledger import RunLedger, settle_account
 from harvester.single import LocalRun, accept, check_single_writer
@@ -153,11 +153,9 @@ class _Run:
     def _muster(self) -> Crew:
         """Ask for the actors."""
         spec = self._config.harvest
-        threads = threads_per_actor(self._config)
+        threads, gpus = threads_per_actor(self._config), gpus_per_actor(self._config)
         actor_class: Any = ray.remote(UnitWorker)
-        remote = actor_class.options(
-            num_cpus=threads, num_gpus=spec.gpus_per_actor, max_concurrency=UNITS_QUEUED + 1
-        )
+        remote = actor_class.options(num_cpus=threads, num_gpus=gpus, max_concurrency=UNITS_QUEUED + 1)
 
         def make() -> Any:
             return remote.remote(
@@ -167,13 +165,13 @@ class _Run:
                 section(self._config.subject, "subject"),
                 threads,
                 spec.batch_windows,
-                spec.gpus_per_actor,
+                gpus,
             )
 
         return Crew(
             make,
             min(spec.actors, self._total),
-            {"CPU": threads, "GPU": spec.gpus_per_actor},
+            {"CPU": threads, "GPU": gpus},
             growing=spec.ray_address is not None,
         )
 

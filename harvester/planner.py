@@ -23,7 +23,8 @@ from schemas.config import Config
 from schemas.corpus import CorpusSpec
 from schemas.errors import ConfigError, PlanMismatch, StoreError
 from schemas.harvest import Execution, HarvestPlan, PlanSpec, check_shard_size
-from schemas.subject import HookSite, SubjectIdentity, SubjectSpec
+from schemas.subject import HookSite, SubjectIdentity, SubjectSpec, parse_hook
+from store.console import say
 from store.layout import PLAN_KEY, TOKENS_ARRAY, tokens_key
 from store.objects import ObjectStore
 from store.reader import load_plan
@@ -74,9 +75,9 @@ def make_plan(
         StoreError: The disk is too small, or the store fails.
         IntegrityError: A token chunk at the root differs from the plan's.
     """
-    subject_spec, corpus, spec = _sections(config)
+    _, corpus, spec = _sections(config)
     files = find_files(corpus, allow_http=config.storage.allow_http)
-    subject = subject or _load(subject_spec, spec)
+    subject = subject or _outline(config)
     identity, sites = subject.identity, tuple(subject.sites(spec.hooks))
     _check_context(spec, identity)
     _check_shards(spec, sites)
@@ -113,9 +114,9 @@ def make_plan(
 
 def read_corpus(config: Config, folder: str) -> CorpusWindows:
     """The config's corpus as it is planned, not read yet; for a plan that exists already."""
-    subject_spec, corpus, spec = _sections(config)
+    _, corpus, spec = _sections(config)
     files = find_files(corpus, allow_http=config.storage.allow_http)
-    subject = _load(subject_spec, spec)
+    subject = _outline(config)
     tokenizer = DocumentTokenizer(subject.tokenizer, subject.identity, bos=spec.bos == "window")
     return CorpusWindows(corpus, spec, tokenizer, files, folder, PlanProgress(None, files))
 
@@ -212,10 +213,28 @@ def _sections(config: Config) -> tuple[SubjectSpec, CorpusSpec, PlanSpec]:
     return config.subject, config.corpus, config.plan
 
 
-def _load(subject: SubjectSpec, spec: PlanSpec) -> Subject:
-    from harvester.subject import Subject  # here, not above: it brings torch, which an injected one spares
+def _outline(config: Config) -> Subject:
+    """The subject for planning, without its weights: it takes neither memory nor a GPU for them.
 
-    return Subject.load(subject, until=spec.hooks)
+    Only the width at a module path needs a forward pass, on the CPU where others have the GPUs.
+    """
+    # Here, not above: it brings torch, which an injected one spares.
+    from harvester.subject import Subject, device_of
+
+    spec, _, plan = _sections(config)
+    if config.harvest.ray_address is None:
+        gpu = device_of(spec).type == "cuda" and config.harvest.gpus_per_actor != 0
+    else:
+        gpus = config.harvest.gpus_per_actor
+        gpu = spec.device.startswith("cuda") or spec.device_map is not None or bool(gpus)
+    found = Subject.outline(spec, gpu=gpu)
+    if not all(parse_hook(hook) for hook in plan.hooks):
+        dtype = found.identity.dtype
+        elsewhere = {"device": "cpu", "device_map": None} if config.harvest.ray_address else {}
+        found = Subject.load(spec.model_copy(update={"dtype": dtype, **elsewhere}), until=plan.hooks)
+    if config.harvest.ray_address and spec.dtype == "auto":
+        say(f"plan: the subject runs in {found.identity.dtype}; subject.dtype fixes it")
+    return found
 
 
 def _check_context(spec: PlanSpec, identity: SubjectIdentity) -> None:

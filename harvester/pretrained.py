@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +21,15 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safete
 
 
 def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The causal LM in `folder`, on the CPU, in eval mode, without gradients.
+    """The causal LM in `folder`, in eval mode, without gradients.
+
+    It lies on the CPU, mapped from the files where their dtype is `dtype` (processes share it then); with
+    `device_map`, on the GPUs.
 
     Raises:
-        ConfigError: transformers cannot load it, or weights are missing.
+        ConfigError: transformers cannot load it, weights are missing, or the GPUs are too small for it.
     """
+    spread: dict[str, Any] = {"device_map": spec.device_map} if spec.device_map else {}
     with _quiet(), _explained(spec):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -35,10 +39,40 @@ def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transform
             attn_implementation=spec.attention,
             output_loading_info=True,
             **_dtype_argument(dtype),
+            **spread,
         )
     model, report = cast("tuple[transformers.PreTrainedModel, dict[str, Any]]", loaded)
     _check_complete(report, folder)
+    check_on_gpus(getattr(model, "hf_device_map", {}) if spread else {})
     return model.eval().requires_grad_(False)
+
+
+def outline_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The causal LM in `folder` without weights, on torch's device `meta`: shapes and names only.
+
+    Raises:
+        ConfigError: transformers does not know it.
+    """
+    common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    with _quiet(), _explained(spec):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **common)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation=spec.attention, **common, **_dtype_argument(dtype)
+            )
+    return model.eval().requires_grad_(False)
+
+
+def check_on_gpus(placed: Mapping[str, object]) -> None:
+    """ConfigError where accelerate left parts (path -> device) of a model to the CPU or a disk."""
+    left = [path for path, device in placed.items() if str(device) in ("cpu", "disk")]
+    if left:
+        raise ConfigError(
+            "subject.device_map: the GPUs are too small for the subject",
+            expected="every layer on a GPU",
+            got=f"{len(left)} parts left over, {left[0]!r} the first",
+            fix="Raise harvest.gpus_per_actor",
+        )
 
 
 def load_tokenizer(folder: Path, spec: SubjectSpec) -> transformers.PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from harvester.generate import GeneratedToken, Steer, generate
 from harvester.hooks import Layout, Tap, find_layout, resolve_hook
-from harvester.pretrained import load_model, load_tokenizer
+from harvester.pretrained import load_model, load_tokenizer, outline_model
 from harvester.splice import Replacement, next_token_loss, read, replaced
 from harvester.weights import Located, digest_files, locate
 from schemas.base import sha256_hex, validate
@@ -86,9 +86,9 @@ class Subject:
         if isinstance(spec, (str, Path)):
             spec = {"model": str(spec)}
         spec = validate(SubjectSpec, spec, origin="subject")
-        device = _device(spec.device)
+        device = device_of(spec)
         located = locate(spec)
-        model = load_model(located.folder, spec, _dtype(spec.dtype, device))
+        model = load_model(located.folder, spec, dtype_of(spec, device))
         config = model.config.get_text_config()
         layout = find_layout(model, config)
         modules = frozenset(name for name, _ in model.named_modules() if name)
@@ -101,7 +101,8 @@ class Subject:
             if len(inside) == len(layers):
                 kept = max(inside) + 1
                 _truncate(model, layout, kept)
-        model.to(device)  # pyright: ignore[reportArgumentType]  (its stub wants a self)
+        if not spec.device_map:
+            model.to(device)  # pyright: ignore[reportArgumentType]  (its stub wants a self)
         log.info(
             "subject %s: %s, %d of %d layers, %s on %s, %s attention",
             spec.model,
@@ -113,6 +114,25 @@ class Subject:
             spec.attention,
         )
         return cls(spec, located, model, layout, modules, kept, device)
+
+    @classmethod
+    def outline(cls, spec: SubjectSpec, *, gpu: bool) -> Subject:
+        """A subject without its weights: tokenizer, identity and the named hooks; nothing can be run.
+
+        For planning, on machines that the subject itself would be too large for.
+
+        Args:
+            spec: The subject.
+            gpu: Whether it will run on a GPU; decides what a dtype of `auto` means.
+
+        Raises:
+            ConfigError: Nothing loadable is there.
+        """
+        located = locate(spec)
+        model = outline_model(located.folder, spec, dtype_of(spec, torch.device("cuda" if gpu else "cpu")))
+        layout = find_layout(model, model.config.get_text_config())
+        modules = frozenset(name for name, _ in model.named_modules() if name)
+        return cls(spec, located, model, layout, modules, None, torch.device("meta"))
 
     @cached_property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
@@ -201,7 +221,7 @@ class Subject:
         ids = self._ids(token_ids)
         logits = self.logits(ids, replace)
         with torch.no_grad():
-            return next_token_loss(logits, ids)
+            return next_token_loss(logits, ids.to(logits.device))
 
     def generate(
         self,
@@ -344,8 +364,22 @@ def _truncate(model: transformers.PreTrainedModel, layout: Layout, layers: int) 
             setattr(model.get_submodule(owner), name, None)
 
 
-def _device(name: str) -> torch.device:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+def device_of(spec: SubjectSpec) -> torch.device:
+    """Where a subject runs in this process, or begins to, with `device_map`.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    name, count = spec.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if spec.device_map is not None:
+        if not count or name != "auto":
+            raise ConfigError(
+                f"subject.device_map {spec.device_map!r} lays the subject over several GPUs",
+                expected="GPUs that this process sees, and subject.device: auto",
+                got=f"{count} GPUs, subject.device: {name}",
+                fix="Leave device_map out, or set harvest.gpus_per_actor and use a machine with GPUs",
+            )
+        return torch.device("cuda:0")
     if name == "auto":
         return torch.device("cuda:0" if count else "cpu")
     try:
@@ -364,10 +398,11 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return _DTYPES[name]
+def dtype_of(spec: SubjectSpec, device: torch.device) -> torch.dtype:
+    """The dtype a subject has on a device."""
+    if spec.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[spec.dtype]
 
 
 def _shape(ids: Tensor) -> tuple[int, int]:

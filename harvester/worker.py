@@ -91,7 +91,8 @@ class UnitWorker:
     def _subject(self) -> Subject:
         """The truncated LM; loaded by the first caller, who holds the lock."""
         torch.set_num_threads(self._threads)
-        subject = Subject.load(self._spec, until=self._plan.spec.hooks)
+        spec = self._spec.model_copy(update={"dtype": self._plan.subject.dtype})  # as planned, not `auto`
+        subject = Subject.load(spec, until=self._plan.spec.hooks)
         if subject.device.type == "cuda" and 0 < self._gpus < 1:
             torch.cuda.set_per_process_memory_fraction(self._gpus, subject.device)
         found, planned = subject.identity.weights_sha256, self._plan.subject.weights_sha256

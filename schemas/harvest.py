@@ -88,8 +88,9 @@ class HarvestSpec(Contract):
     """Ray actors, one copy of the truncated LM each."""
     threads_per_actor: int = Field(default=0, ge=0)
     """CPU threads of an actor; 0 divides the machine's cores by `actors`."""
-    gpus_per_actor: float = Field(default=0.0, ge=0)
-    """GPUs (or a share of one) that Ray reserves for an actor."""
+    gpus_per_actor: float | None = Field(default=None, ge=0)
+    """GPUs (or a share of one) that Ray reserves for an actor, which sees no others. Null: one where
+    there are any and `subject.device` is not `cpu`, else none."""
     unit_attempts: int = Field(default=3, gt=0)
     """Failures of one unit before it is quarantined: the harvest goes on with the others and ends with
     a list. NaN and infinity quarantine at once; failures of storage are not the unit's."""

@@ -34,6 +34,9 @@ class SubjectSpec(Contract):
     slower there), bfloat16 on a GPU."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """For a subject larger than a card: how accelerate lays its layers over all the GPUs that the process
+    sees (`harvest.gpus_per_actor` of them). Only GPUs: nothing is left to the CPU or a disk."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """The attention implementation asked of transformers."""
     trust_remote_code: bool = False

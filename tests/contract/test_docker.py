@@ -151,6 +151,14 @@ def test_services_build_targets_that_exist() -> None:
             assert healthy or condition["condition"] != "service_healthy"
 
 
+def test_the_trainer_follows_from_the_start() -> None:
+    trainer = COMPOSE["services"]["trainer"]
+    assert set(trainer["depends_on"]) == {"bucket"}, "it waits for no harvest to end"
+    assert "train.follow=true" in trainer["command"]
+    seconds = next(word for word in trainer["command"] if word.startswith("train.follow_seconds="))
+    assert int(seconds.partition("=")[2]) >= 600, "nodes start and the corpus is planned meanwhile"
+
+
 def test_nobody_is_root() -> None:
     (uid,) = re.findall(r"useradd --uid (\d+)", DOCKERFILE.read_text())
     assert int(uid) > 0
