@@ -18,7 +18,7 @@ from torch import Tensor
 from harvester.subject import Subject
 from harvester.tail import Tail
 from schemas.config import StorageSpec
-from schemas.errors import SaeMismatch
+from schemas.errors import ConfigError, SaeMismatch
 from schemas.evaluation import EvaluateSpec, Figure
 from schemas.harvest import HarvestPlan
 from schemas.subject import SubjectSpec
@@ -183,7 +183,18 @@ def subject_spec_of(plan: HarvestPlan) -> SubjectSpec:
 
 
 def check_match(uri: str, card: SaeCard, plan: HarvestPlan) -> None:
-    """SaeMismatch where an SAE is of another subject, hook or width than a dataset."""
+    """SaeMismatch where an SAE is of another subject, hook or width than a dataset.
+
+    Raises:
+        ConfigError: A transcoder or crosscoder, whose figures these families do not define.
+    """
+    if card.output_hooks != (card.hook,):
+        raise ConfigError(
+            f"{uri} reads {', '.join(card.input_hooks)} and gives {', '.join(card.output_hooks)}",
+            expected="an autoencoder of one hook",
+            got="a transcoder or crosscoder",
+            fix="`winnow train` measures its FVU and delta CE; see summary.json",
+        )
     fix = "Give the dataset the SAE was trained on, or one of the same subject and hook"
     if card.output_hooks != (card.hook,):
         raise SaeMismatch(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
-from evaluator import n2g, n2g_learn
+from evaluator import explanations, n2g, n2g_learn
 from evaluator.activations import gather
+from evaluator.report import evaluate
 from evaluator.setting import Setting
 from evaluator.tries import WILDCARD
 from harvester import Subject
@@ -157,6 +160,29 @@ def test_the_family_end_to_end(made):
     shown = measured.details["latents"][0]
     assert {"patterns", "top", "density", "recall", "precision"} <= set(shown)
     assert "of the" in measured.notes[0]
+
+
+def test_the_page_shows_explanations_beside_windows_and_remarks(made, tmp_path):
+    setting = made[0](metrics=("n2g",))
+    evaluation = evaluate(setting, out=str(tmp_path / "evaluated"))
+    first = evaluation.families["n2g"].details["latents"][0]
+    (tmp_path / "remarks.yaml").write_text(f"{first['latent']}: Reads like grain.\nsummary: All of it.\n")
+    arguments = [str(tmp_path / "evaluated"), "--root", setting.dataset.store.uri, "--latents", "3"]
+    arguments += ["--out", str(tmp_path / "page.md"), "--remarks", str(tmp_path / "remarks.yaml")]
+    app = typer.Typer()
+    app.command()(explanations.main)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "page.md").read_text()
+    assert text.count("\n## Latent ") == 3
+    assert "Reads like grain." in text
+    assert "All of it." in text
+    value, window, position = (first["top"][0][name] for name in ("value", "window", "position"))
+    token = setting.subject.tokenizer.decode([int(setting.dataset.tokens(window)[position])]).strip()
+    assert f"- {value:.3f}, window {window}: " in text
+    assert f"**{explanations._plain(token) or '␣'}**" in text
+    result = CliRunner().invoke(app, [str(tmp_path), "--root", setting.dataset.store.uri])
+    assert result.exit_code == 2
 
 
 def test_all_latents_can_be_asked_for_and_none_that_is_often_active_is_refused(made):

@@ -1,0 +1,157 @@
+"""`python -m evaluator.explanations`: a page that shows N2G explanations beside what their latents fire on.
+
+It takes the first latents of an `evaluation.json` (drawn at random when they were explained, so none is
+picked), the windows from the dataset, and remarks that a reader has written down, one a latent.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+import yaml
+
+from evaluator.report import EVALUATION_KEY, load_evaluation, require_one
+from evaluator.setting import subject_spec_of
+from harvester.subject import Subject
+from schemas.errors import ConfigError
+from schemas.evaluation import Evaluation, Figure
+from store import ActivationStore
+from store.console import guard, say
+from store.objects import open_store
+
+BEFORE, AFTER = 14, 4
+"""Tokens shown around the one a latent fires on."""
+SHOWN_PATTERNS = 6
+
+
+def main(
+    evaluated: Annotated[str, typer.Argument(help=f"Folder or URI that holds {EVALUATION_KEY}.")],
+    root: Annotated[str, typer.Option(help="The dataset it was measured on.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("docs/results/explanations.md"),
+    latents: Annotated[int, typer.Option(min=1, help="How many, the first of the sample.")] = 10,
+    remarks: Annotated[Path | None, typer.Option(help="YAML: latent -> remark, and `summary`.")] = None,
+) -> None:
+    """Write the page.
+
+    Example: `python -m evaluator.explanations runs/quickstart --root data/quickstart`
+    """
+    with guard():
+        evaluation = require_one(load_evaluation(open_store(evaluated)), evaluated)
+        dataset = ActivationStore.open(root)
+        if dataset.plan.fingerprint != evaluation.plan_fingerprint:
+            raise ConfigError("--root", expected="the dataset of the evaluation", got="another one")
+        tokenizer = Subject.load(subject_spec_of(dataset.plan), until=[evaluation.hook]).tokenizer
+        notes = read_remarks(remarks)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page(evaluation, dataset, tokenizer, latents, notes), encoding="utf-8")
+        say(f"written: {out}")
+
+
+def read_remarks(path: Path | None) -> dict[str, str]:
+    """Remarks by latent (as text) and `summary`; ConfigError where the file is not such a mapping."""
+    if path is None:
+        return {}
+    raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}", expected="a mapping from latent to remark", got=type(raw).__name__)
+    return {str(key): str(value).strip() for key, value in cast("dict[Any, Any]", raw).items()}
+
+
+def page(
+    evaluation: Evaluation, dataset: ActivationStore, tokenizer: Any, count: int, remarks: dict[str, str]
+) -> str:
+    """The page as Markdown.
+
+    Raises:
+        ConfigError: Family `n2g` was not measured.
+    """
+    family = evaluation.families.get("n2g")
+    if family is None:
+        raise ConfigError("family n2g", expected="it in the evaluation", got="it is not there")
+    shown = family.details["latents"][:count]
+    lines = [
+        "# Explanations of latents, and what the latents fire on",
+        "",
+        f"Written by `python -m evaluator.explanations` from the evaluation of an SAE of `{evaluation.hook}` "
+        f"of {evaluation.subject_model} (N = {evaluation.latents:,}, K = {evaluation.k}, weights "
+        f"`{evaluation.sae_sha256[:12]}`). The latents are the first {len(shown)} of a random sample; none "
+        "was picked. Definitions: [evaluation.md](../evaluation.md).",
+        "",
+        f"The whole sample: precision {_told(evaluation, 'n2g_precision')}, recall "
+        f"{_told(evaluation, 'n2g_recall')}; {family.notes[0]}.",
+        "",
+        "An n-gram's `▢` is any token; `·` is a space. In a window the token the latent fires on stands in "
+        "**bold**.",
+        "",
+    ]
+    if "summary" in remarks:
+        lines += [remarks["summary"], ""]
+    lines += ["| latent | density | precision | recall | explanation |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {fact['latent']} | {fact['density']:.2%} | {_share(fact['precision'], fact['firings'])} | "
+        f"{_share(fact['recall'], fact['positives'])} | {', '.join(patterns(fact)[:3]) or 'none'} |"
+        for fact in shown
+    ]
+    for fact in shown:
+        lines += section(fact, dataset, tokenizer, remarks.get(str(fact["latent"])))
+    return "\n".join(lines) + "\n"
+
+
+def section(fact: dict[str, Any], dataset: ActivationStore, tokenizer: Any, remark: str | None) -> list[str]:
+    """One latent: its n-grams, windows and remark."""
+    lines = ["", f"## Latent {fact['latent']}", "", f"N-grams: {', '.join(patterns(fact)) or 'none'}.", ""]
+    for place in fact["top"]:
+        text = window_text(dataset.tokens(place["window"]).tolist(), place["position"], tokenizer)
+        lines.append(f"- {place['value']:.3f}, window {place['window']}: {text}")
+    if remark:
+        lines += ["", f"*Read by a person:* {remark}"]
+    return lines
+
+
+def patterns(fact: dict[str, Any]) -> list[str]:
+    """A latent's n-grams with their values, the highest first."""
+    return [
+        f"`{''.join('▢' if token is None else _visible(token) for token in entry['tokens'])}`"
+        f" ({entry['value']:.2f})"
+        for entry in fact["patterns"][:SHOWN_PATTERNS]
+    ]
+
+
+def window_text(ids: list[int], position: int, tokenizer: Any) -> str:
+    """The tokens around a position, that one in bold, on one line of Markdown."""
+    first, stop = max(position - BEFORE, 0), position + AFTER + 1
+    before, after = (
+        _plain(tokenizer.decode(part)) for part in (ids[first:position], ids[position + 1 : stop])
+    )
+    here = _plain(tokenizer.decode([ids[position]]))
+    bold = here.strip() or "␣"
+    left = " " if here.startswith(" ") else ""
+    return f"{'… ' if first else ''}{before}{left}**{bold}**{after} …"
+
+
+def _plain(text: str) -> str:
+    out = text.replace("\n", " ⏎ ")
+    for sign in "\\`*_[]<>|#":
+        out = out.replace(sign, f"\\{sign}")
+    return out
+
+
+def _visible(text: str) -> str:
+    return text.replace(" ", "·").replace("\n", "⏎").replace("`", "'").replace("|", "¦")
+
+
+def _share(value: float | None, samples: int) -> str:
+    return f"none of {samples}" if value is None else f"{value:.2f} of {samples}"
+
+
+def _told(evaluation: Evaluation, id: str) -> str:
+    figure: Figure | None = evaluation.figure(id)
+    if figure is None or figure.value is None or figure.low is None or figure.high is None:
+        return "not known"
+    return f"{figure.value:.2f} [{figure.low:.2f} … {figure.high:.2f}]"
+
+
+if __name__ == "__main__":
+    typer.run(main)
