@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from evaluator.report import load_evaluation
+from explorer.explained import from_evaluation
 from explorer.index import Indexer, open_index_store
 from explorer.subjects import LazySubject
 from explorer.table import FeatureTable
@@ -21,6 +23,7 @@ from schemas.features import FeatureIndex, IndexSpec
 from schemas.subject import SubjectSpec
 from store import ActivationStore
 from store.console import Progress, emit, guard, load_config, print_table, say
+from store.objects import open_store
 from trainer.sae import Sae
 
 if TYPE_CHECKING:
@@ -216,6 +219,7 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
     exhibits: list[Exhibit] = []
     for sae, folder in zip(saes, where, strict=True):
         table = FeatureTable.open(folder, place.storage)
+        add_explanations(table, sae, place.storage)
         exhibits.append(Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage))
     subjects = {exhibit.table.meta.subject.weights_sha256 for exhibit in exhibits}
     if len(subjects) > 1:
@@ -240,6 +244,14 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
     return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats), dataset)
 
 
+def add_explanations(table: FeatureTable, sae: str, storage: StorageSpec) -> None:
+    """Add those of an evaluation that lies beside the SAE, if it is this SAE's."""
+    evaluation = load_evaluation(open_store(sae, storage))
+    if evaluation is not None and evaluation.sae_sha256 == table.meta.sae_sha256:
+        for each in from_evaluation(evaluation):
+            table.explanations.setdefault(each.latent, []).append(each)
+
+
 def export_command(
     sae: SaeUri,
     latents: Annotated[str, typer.Option(metavar="LIST", help="Such as 3,10-12, or all (at most 10,000)")],
@@ -260,6 +272,7 @@ def export_command(
 
         place = Place.of(config, None)
         table = FeatureTable.open(index or default_index(sae), place.storage)
+        add_explanations(table, sae, place.storage)
         exhibit = Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage)
         files = export(exhibit, parse_latents(latents, table.meta.latents), out)
         facts = {"files": len(files), "page": str(files[0])}

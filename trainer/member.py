@@ -22,7 +22,7 @@ from trainer.parallel import World
 from trainer.parallel_sae import Witness
 from trainer.publish import Summary, publish
 from trainer.start import identity_of, stand, stream_state
-from trainer.status import StatusWriter
+from trainer.status import StatusWriter, allow_again, asked_to_stop
 from trainer.step import Recipe
 from trainer.telemetry import Record
 
@@ -65,10 +65,21 @@ class Member:
         self.follower: Follower | None = None
         self.failure: NonFiniteError | None = None
 
-    def begin(self, cleanup: ExitStack) -> None:
-        """The first writing, once nothing can be wrong with any SAE of the process."""
+    def begin(self, cleanup: ExitStack, stopped_before: bool = False) -> None:
+        """The first writing, once nothing can be wrong with any SAE of the process.
+
+        Args:
+            cleanup: Ends what is begun.
+            stopped_before: Heed an old `winnow stop`, instead of taking it away.
+
+        Raises:
+            KeyboardInterrupt: Such a one is there.
+        """
         with self.run.world.together():
             self._files.probe(single_writer=True)  # can we write there? asked before hours of work
+            if stopped_before and asked_to_stop(self.out):
+                raise KeyboardInterrupt
+            allow_again(self.out)
             self.status.write("training")
         if self._dataset.arrivals is not None and self.run.world.leads:
             self.follower = cleanup.enter_context(self._following())

@@ -83,6 +83,8 @@ def test_a_rank_killed_in_mid_step_stops_the_other_and_another_mesh_goes_on(conf
     found, expected = lines(out), lines(folder / "whole")
     assert [line["step"] for line in found] == [line["step"] for line in expected] == [*range(1, STEPS + 1)]
     assert [line["tokens"] for line in found] == [line["tokens"] for line in expected]
+    assert all(0 <= line["second_rounds"] <= 2 for line in found)
+    assert found[-1]["bytes_sent"] > found[-2]["bytes_sent"] > 0
     for line, right in zip(found, expected, strict=True):
         assert line["loss"] == pytest.approx(right["loss"], rel=0.01), line["step"]
 
