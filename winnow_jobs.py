@@ -1,5 +1,7 @@
 """`winnow submit`: run a Winnow command as a job of a Ray cluster, follow it, and end as it ended.
 
+With `--to ROOT` it puts a config into a trainer service's queue instead.
+
 It stands beside `winnow.py`, above both stages, since it runs either: `winnow submit -- train CONFIG`.
 """
 
@@ -24,8 +26,9 @@ import typer
 from schemas.config import Config
 from schemas.errors import ConfigError, StoreError, WorkerError
 from store.console import guard, load_config, say
+from trainer.service_cli import submit_config
 
-COMMANDS = ("plan", "harvest", "train", "verify", "info")
+COMMANDS = ("plan", "harvest", "train", "sweep", "verify", "info")
 EXCLUDES = (
     ".git", ".venv", "/data", "/runs", "/build", "/dist", "__pycache__", "*.egg-info",
     ".pytest_cache", ".ruff_cache", ".hypothesis", ".import_linter_cache", ".env",
@@ -49,8 +52,16 @@ def register(app: typer.Typer) -> None:
 
 def submit_command(
     command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND CONFIG [ARGS]...", help="What `winnow` shall run there")
+        list[str],
+        typer.Argument(
+            metavar="-- COMMAND CONFIG [ARGS]... | CONFIG [--set KEY=VALUE]...",
+            help="What `winnow` shall run there; with --to, the config to train",
+        ),
     ],
+    to: Annotated[
+        str, typer.Option(metavar="ROOT", help="Put a config into the queue of `winnow serve-trainer ROOT`")
+    ] = "",
+    attempts: Annotated[int, typer.Option(help="With --to: attempts that may fail", min=1)] = 3,
     address: Annotated[
         str, typer.Option(envvar="RAY_ADDRESS", help="The cluster's dashboard, http://HEAD:8265")
     ] = "",
@@ -66,7 +77,13 @@ def submit_command(
     detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave it running")] = False,
     python: Annotated[str, typer.Option(help="The cluster's Python, with Winnow's dependencies")] = "python",
 ) -> None:
-    """Run a Winnow command as a job on a Ray cluster, print its log, and exit with its code.
+    """Put a config into a trainer service's queue, or run a Winnow command as a job on a Ray cluster.
+
+    `winnow submit CONFIG --to ROOT` ends at once; `winnow serve-trainer ROOT` trains it, and `winnow runs
+    ROOT` shows it. The same config is the same job, however often it is submitted. With a section `sweep`
+    the job is the whole grid.
+
+    Otherwise: run a command on a Ray cluster, print its log, and exit with its code.
 
     The working folder is sent without .git, .venv, data and runs. Ctrl-C stops the job, and the same
     command goes on where it stopped; a second Ctrl-C, or a lost terminal, leaves it running.
@@ -77,6 +94,10 @@ def submit_command(
     Example: `winnow submit --address http://head:8265 -- harvest run.yaml --set root=s3://bucket/data`
     """
     with guard():
+        command, to = _with_to(command, to)
+        if to:
+            enqueue(command, to, attempts)
+            return
         job = Job(
             entrypoint=entrypoint(command, working_dir, python),
             working_dir=working_dir,
@@ -88,6 +109,33 @@ def submit_command(
         client = connect(address, auth_token(os.environ))
         code = run(client, job, detach=detach)
     raise typer.Exit(code)
+
+
+def _with_to(command: Sequence[str], to: str) -> tuple[list[str], str]:
+    """Take `--to ROOT` from behind the config, where it may stand as well."""
+    words = list(command)
+    if not to and words[0].endswith((".yaml", ".yml")) and "--to" in words[:-1]:
+        at = words.index("--to")
+        to = words[at + 1]
+        del words[at : at + 2]
+    return words, to
+
+
+def enqueue(command: Sequence[str], root: str, attempts: int) -> None:
+    """Put the config of `CONFIG [--set KEY=VALUE]... [--json]` into the queue below `root`.
+
+    Raises:
+        ConfigError: Anything else on the command line, or a config that cannot be trained.
+    """
+    config, *rest = command
+    sets = _sets(rest)
+    known = {"--set", "--json", *sets, *(f"--set={value}" for value in sets)}
+    unknown = [word for word in rest if word not in known]
+    if unknown:
+        raise ConfigError(
+            "`winnow submit --to`", expected="CONFIG [--set KEY=VALUE]...", got=shlex.join(rest)
+        )
+    submit_config(Path(config), root, sets, attempts, "--json" in rest)
 
 
 # What is sent
@@ -142,6 +190,8 @@ def _require_shared(config: Config, command: str) -> None:
     places = {"root": config.root}
     if command == "train" and config.train is not None:
         places["train.out"] = config.train.out
+    if command == "sweep" and config.sweep is not None:
+        places["sweep.out"] = config.sweep.out
     for name, place in places.items():
         if "://" not in place and not Path(place).is_absolute():
             raise ConfigError(

@@ -9,6 +9,8 @@ from pydantic import Field, StringConstraints
 from schemas.base import Artefact
 from schemas.config import Config
 
+JOBS = "jobs"
+"""Folder of the queue below a service's root."""
 JobName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 """The first 16 digits of a config's digest: the same config is the same job."""
 
@@ -73,8 +75,12 @@ class JobClaim(Artefact):
     kind: Literal["winnow.claim"] = "winnow.claim"
     service: str
     """A name that no other service, and no other start of this one, has."""
-    host: str
+    machine: str
+    """Names machine, boot and process namespace: where `pid` means something."""
+    pid: int
+    """The service's process."""
     claimed: str
+    """UTC time, ISO 8601."""
 
 
 class JobBeat(Artefact):
@@ -85,7 +91,7 @@ class JobBeat(Artefact):
     beat: int = Field(ge=0)
     """Another number each time: a sign of life that needs no common clock."""
     pids: tuple[int, ...] = ()
-    """The workers, each the leader of its process group, on the claim's host."""
+    """The workers' processes, on the claim's machine."""
 
 
 class JobEnd(Artefact):

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from store.console import emit, guard, load_config, print_table, say
-from trainer.loop import AfterTrain, train
+from schemas.training import TrainSpec
+from store import ActivationStore
+from store.console import emit, guard, human_bytes, load_config, print_table, say, stderr
+from trainer import runs_cli, service_cli
+from trainer.loop import AfterTrain, train, train_fleet
+from trainer.parallel import Launch
 from trainer.publish import Summary
+from trainer.sweep import grid_specs, require_room
 
 HELP = """Train a TopK sparse autoencoder on a harvested dataset.
 
@@ -20,8 +27,19 @@ Reads the config's `root` (the dataset) and its section `train`; writes into `tr
 
 Stop it whenever you like: the same command goes on from the newest checkpoint and ends with the very
 same weights. A finished run is only shown again.
+
+On several GPUs or machines: `torchrun --nproc-per-node 8 -m trainer CONFIG --set train.mesh.latent=4` splits
+the latents over 4 ranks and the batch over 2. Another mesh may go on where this one stopped.
 """
 EPILOG = "Example: `winnow train configs/quickstart.yaml --set train.k=64 --set train.out=runs/k64`"
+
+SWEEP_HELP = """Train a grid of TopK sparse autoencoders from one read of a dataset.
+
+Reads the config's `root`, its section `train` (the base) and its section `sweep` (`out`, and a `grid` of
+fields of `train`). Each SAE has its own folder below `sweep.out` and is what `winnow train` would give.
+Stop and run again as with `winnow train`; finished ones are skipped.
+"""
+SWEEP_EPILOG = "Example: `winnow sweep configs/sweep.yaml --set sweep.grid.k=[8,16]`"
 
 
 def register(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
@@ -44,13 +62,100 @@ def register(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
         as_json: Annotated[
             bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")
         ] = False,
+        extend: Annotated[
+            bool,
+            typer.Option(
+                "--extend",
+                help="Train the run in `out` on, up to a larger `epochs`. Its learning rate becomes that of "
+                "the new schedule: after a decay it goes back up.",
+            ),
+        ] = False,
     ) -> None:
         # cuBLAS needs this before its first product to give the same bits every run
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard():
             settings = load_config(config, set_ or [])
-            summary = train(settings, after_train=after_train)
-            emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
+            launch = launched()
+            with only_the_first_tells(launch):
+                summary = train(settings, after_train=after_train, extend=extend, launch=launch)
+            if launch.rank == 0:
+                emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
+
+
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def launched() -> Launch:
+    """Which of torchrun's processes this is; alone where it was started otherwise."""
+    return Launch(*(int(os.environ.get(name, alone)) for name, alone in _TORCHRUN.items()))
+
+
+@contextmanager
+def only_the_first_tells(launch: Launch) -> Iterator[None]:
+    """Progress and notices come from one rank; errors from each."""
+    before, stderr.quiet = stderr.quiet, stderr.quiet or launch.rank > 0
+    try:
+        yield
+    finally:
+        stderr.quiet = before
+
+
+def register_sweep(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
+    """Add the command `sweep` to an app; arguments as in `register`."""
+
+    @app.command("sweep", help=SWEEP_HELP, epilog=SWEEP_EPILOG)
+    def command(
+        config: Annotated[Path, typer.Argument(help="YAML file with `root`, `train` and `sweep`.")],
+        set_: Annotated[
+            list[str] | None,
+            typer.Option("--set", metavar="KEY=VALUE", help="Override a field; repeatable."),
+        ] = None,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print the summaries as one JSON object on stdout.")
+        ] = False,
+        subject_figures: Annotated[
+            bool, typer.Option("--subject-figures", help="Also run the subject model for each SAE.")
+        ] = False,
+    ) -> None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        with guard():
+            settings = load_config(config, set_ or [])
+            specs = grid_specs(settings)
+            dataset = ActivationStore.open(
+                settings.root,
+                settings.storage,
+                follow=specs[0].follow,
+                timeout_seconds=specs[0].follow_seconds,
+            )
+            need = require_room(specs, dataset)
+            say(f"{len(specs)} SAEs, {human_bytes(need)} of memory for them")
+            summaries = train_fleet(settings, specs, after_train=after_train if subject_figures else None)
+            found = {spec.out: summary for spec, summary in zip(specs, summaries, strict=True)}
+            emit(found, as_json, lambda: show_sweep(found, specs))
+
+
+def show_sweep(found: dict[str, Summary], specs: Sequence[TrainSpec]) -> None:
+    """A line for each SAE of a sweep."""
+    rows = [
+        [
+            spec.out,
+            f"{spec.latents:,}",
+            spec.k,
+            f"{found[spec.out]['fvu']:.4f}",
+            f"{found[spec.out]['l0']:.1f}",
+            f"{found[spec.out]['dead_share']:.1%}",
+        ]
+        for spec in specs
+    ]
+    print_table("sweep", rows, ("SAE", "latents", "k", "FVU", "L0", "dead"))
+
+
+def register_all(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
+    """Add every command of the trainer."""
+    register(app, after_train)
+    register_sweep(app, after_train)
+    runs_cli.register(app)
+    service_cli.register(app)
 
 
 def make_app(after_train: AfterTrain | None = None) -> typer.Typer:

@@ -16,6 +16,8 @@ from store import ActivationStore
 from store.console import say
 from store.follow import deleted_units
 from trainer.losses import L0, Fvu
+from trainer.parallel import World
+from trainer.parallel_sae import Shard
 from trainer.sae import Sae
 from trainer.step import Run
 
@@ -64,7 +66,8 @@ def heldout_figures(
     """
     device = sae.W_enc.device
     normalised, raw, l0 = Fvu(sae.d_out, device), Fvu(sae.d_out, device), L0()
-    for rows, wanted, weights in heldout_rows(dataset, *hooks, target=target):
+    world = sae.world if isinstance(sae, Shard) else World()
+    for rows, wanted, weights in world.each(heldout_rows(dataset, *hooks, target=target)):
         rows, weights = rows.to(device), weights.to(device)
         x, scale = sae.normalise(rows)
         y = x if wanted is None else sae.normalise_target(wanted.to(device))
@@ -75,7 +78,8 @@ def heldout_figures(
         l0.add(values, weights)
     if not normalised.rows:
         raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
-    return {"fvu_normalised": normalised.value, "fvu_raw": raw.value, "l0": l0.value}
+    active = l0.over(world.latent.sum).value * world.latent.size  # every shard counted the rows
+    return {"fvu_normalised": normalised.value, "fvu_raw": raw.value, "l0": active}
 
 
 def calibration_rows(dataset: ActivationStore, spec: TrainSpec) -> list[tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 
 from schemas.config import Config
-from schemas.errors import ConfigError, NonFiniteError
+from schemas.errors import ConfigError, NonFiniteError, WorkerError
 from schemas.training import TrainSpec
 from store import ActivationStore
 from store.console import Progress, human_bytes, say, section
@@ -68,6 +68,7 @@ def train_fleet(
     after_train: AfterTrain | None = None,
     extend: bool = False,
     launch: Launch | None = None,
+    lost: Callable[[], bool] | None = None,
 ) -> list[Summary]:
     """Train several SAEs from one dataset in this process; see `train`.
 
@@ -79,12 +80,15 @@ def train_fleet(
         after_train: See `train`.
         extend: See `train`.
         launch: See `train`.
+        lost: Asked every few seconds: whether somebody else has taken the work over. Given by a service,
+            whose work heeds `winnow stop`; a command of a person takes that mark away.
 
     Returns:
         The summaries, in the order of `specs`.
 
     Raises:
         NonFiniteError: After the last step of the others, naming every SAE that failed.
+        WorkerError: `lost`; nothing was written since.
         Others: See `train`.
     """
     first, alone, launch = specs[0], len(specs) == 1, launch or Launch()
@@ -115,9 +119,11 @@ def train_fleet(
             members.append(Member(config, recipe, dataset, order, out, device, world=world, extend=extend))
         try:
             for member in members:
-                member.begin(cleanup)
-            for summary, member in _run(members, dataset, alone):
+                member.begin(cleanup, stopped_before=lost is not None)
+            for summary, member in _run(members, dataset, alone, lost):
                 found[member.spec.out] = summary
+        except WorkerError:
+            raise
         except BaseException as error:
             for member in members:
                 if member.spec.out not in found and member.failure is None:
@@ -156,14 +162,14 @@ def _require_all(members: Sequence[Member], alone: bool) -> None:
 
 
 def _run(
-    members: Sequence[Member], dataset: ActivationStore, alone: bool
+    members: Sequence[Member], dataset: ActivationStore, alone: bool, lost: Callable[[], bool] | None
 ) -> Iterator[tuple[Summary, Member]]:
     """Take all steps that are left, pass by pass; yields a summary as each SAE is done."""
     left = list(members)
     while left:
         together, until = next_pass(left)
         if together[0].step < until:
-            take_steps(together, dataset, until, alone)
+            take_steps(together, dataset, until, alone, lost)
         for member in together:
             if member.failure is None and member.step == member.recipe.steps:
                 yield member.publish(), member
@@ -183,7 +189,13 @@ def next_pass(members: Sequence[Member]) -> tuple[list[Member], int]:
     return together, min(ends + [member.step for member in stream if member.step > last.step])
 
 
-def take_steps(members: list[Member], dataset: ActivationStore, until: int, alone: bool = True) -> None:
+def take_steps(
+    members: list[Member],
+    dataset: ActivationStore,
+    until: int,
+    alone: bool = True,
+    lost: Callable[[], bool] | None = None,
+) -> None:
     """Take the steps up to `until`, with checkpoints on the way and one at the end.
 
     Args:
@@ -191,6 +203,7 @@ def take_steps(members: list[Member], dataset: ActivationStore, until: int, alon
         dataset: What they are trained on.
         until: The step to stop before.
         alone: Whether the process has but one SAE, whose name need not be said.
+        lost: See `train_fleet`.
     """
     first, order = members[0], members[0].order
     spec, device, steps = first.spec, first.run.device, max(m.recipe.steps for m in members)
@@ -263,11 +276,12 @@ def take_steps(members: list[Member], dataset: ActivationStore, until: int, alon
             last = step == until
             edge = first.follower is not None and order.locate(step).step_in_group == 0
             is_time = now - last_checkpoint >= spec.checkpoint_seconds
-            must_stop = _must_stop(running, stopping.is_set())
+            must_stop = _must_stop(running, stopping.is_set(), lost)
             stop, due = world.any(must_stop, world.leads and (edge or is_time))  # all of them, or none
             if stop and step < steps:
                 for member in running:
                     member.checkpoint()
+                    member.saver.wait()
                     name = "" if alone else f"{member.spec.out}: "
                     say(f"{name}stopped after step {step} of {member.recipe.steps}; a checkpoint is kept")
                 raise KeyboardInterrupt
@@ -277,9 +291,11 @@ def take_steps(members: list[Member], dataset: ActivationStore, until: int, alon
                 last_checkpoint = time.monotonic()
 
 
-def _must_stop(running: Sequence[Member], signalled: bool) -> bool:
+def _must_stop(running: Sequence[Member], signalled: bool, lost: Callable[[], bool] | None) -> bool:
     """Whether the process is told to stop; shows signs of life on the way."""
     due = [member for member in running if member.status.due]
+    if due and lost is not None and lost():
+        raise WorkerError("another service has taken this work over")
     for member in due:
         member.status.write("training")
     return bool(running) and (signalled or any(asked_to_stop(member.out) for member in due))
@@ -316,4 +332,12 @@ def make_record(member: Member, report: StepReport) -> Record:
         "tokens_per_s": counts.tokens / counts.seconds if counts.seconds else 0.0,
         "seconds": counts.seconds,
         "seconds_waiting_for_data": counts.seconds_waiting,
+    } | ({} if not run.world.meshed else _of_the_mesh(run.world, report))
+
+
+def _of_the_mesh(world: World, report: StepReport) -> Record:
+    """Second rounds a row of this step, and bytes that this rank has sent so far."""
+    return {
+        "second_rounds": report.second_rounds / report.rows,
+        "bytes_sent": world.data.bytes_sent + world.latent.bytes_sent,
     }

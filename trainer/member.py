@@ -16,13 +16,13 @@ from store import ActivationStore
 from store.follow import Follower
 from store.objects import ObjectStore
 from store.order import LaneOrder
-from trainer.checkpoint import save_checkpoint
+from trainer.checkpoint_files import Saver
 from trainer.device import cpu_threads
 from trainer.parallel import World
 from trainer.parallel_sae import Witness
 from trainer.publish import Summary, publish
 from trainer.start import identity_of, stand, stream_state
-from trainer.status import StatusWriter
+from trainer.status import StatusWriter, allow_again, asked_to_stop
 from trainer.step import Recipe
 from trainer.telemetry import Record
 
@@ -60,14 +60,26 @@ class Member:
         self.run, self.telemetry, self.is_new = stand(
             recipe, dataset, order, self._identity, self.out, device, world=world, extend=extend
         )
+        self.saver = Saver(out, self.run, self._identity, cpu_threads(self.spec))
         self.status = StatusWriter(self.out, self.run, config.prices)
         self.follower: Follower | None = None
         self.failure: NonFiniteError | None = None
 
-    def begin(self, cleanup: ExitStack) -> None:
-        """The first writing, once nothing can be wrong with any SAE of the process."""
+    def begin(self, cleanup: ExitStack, stopped_before: bool = False) -> None:
+        """The first writing, once nothing can be wrong with any SAE of the process.
+
+        Args:
+            cleanup: Ends what is begun.
+            stopped_before: Heed an old `winnow stop`, instead of taking it away.
+
+        Raises:
+            KeyboardInterrupt: Such a one is there.
+        """
         with self.run.world.together():
             self._files.probe(single_writer=True)  # can we write there? asked before hours of work
+            if stopped_before and asked_to_stop(self.out):
+                raise KeyboardInterrupt
+            allow_again(self.out)
             self.status.write("training")
         if self._dataset.arrivals is not None and self.run.world.leads:
             self.follower = cleanup.enter_context(self._following())
@@ -114,17 +126,15 @@ class Member:
         self.telemetry.log(record)
 
     def checkpoint(self) -> None:
-        """Make the run as it stands durable."""
+        """Begin to make the run as it stands durable; `saver.wait` waits for it."""
         self.telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
         state = stream_state(self._dataset, self.order, self.spec.read_hooks, self.step)
-        save_checkpoint(
-            self._files, self.run, identity=self._identity, stream=state, threads=cpu_threads(self.spec)
-        )
-        if self.follower is not None:
-            self.follower.at(self.step)
+        follower, step = self.follower, self.step
+        self.saver.save(state, then=lambda: follower.at(step) if follower is not None else None)
 
     def publish(self) -> Summary:
         """Evaluate, write the SAE, and be done."""
+        self.saver.wait()
         # the dataset may have been sealed meanwhile
         summary = publish(self.run, self.telemetry, self._dataset, identity_of(self._dataset), self.out)
         if self.follower is not None:
@@ -135,6 +145,7 @@ class Member:
 
     def leave(self, cause: BaseException) -> None:
         """Say how the run ended before its last step, if storage still takes it."""
+        self.saver.settle()
         with suppress(StoreError):
             if isinstance(cause, KeyboardInterrupt):
                 self.status.write("stopped")

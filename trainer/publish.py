@@ -74,7 +74,7 @@ def publish(
         "hook": spec.target_hook or "+".join(spec.input_hooks),
         "left_out": list(LEFT_OUT),
     }
-    if telemetry.records:
+    if telemetry.records and run.world.leads:
         title = f"{spec.hook}: N = {spec.latents:,}, K = {spec.k}, held-out FVU {summary['fvu']:.3f}"
         out.put(PLOT_KEY, draw_curves(telemetry.records, title))
     put_summary(out, summary)

@@ -15,7 +15,8 @@ from store.console import say
 from store.objects import ObjectStore
 from store.order import LaneOrder, group_units_for
 from store.torch_stream import Batch
-from trainer.checkpoint import newest_checkpoint, require_same_run, unpack
+from trainer.checkpoint import require_same_run, unpack
+from trainer.checkpoint_files import newest_checkpoint
 from trainer.device import cpu_threads
 from trainer.init import initialise
 from trainer.optim import Ema
@@ -104,7 +105,7 @@ def stand(
     else:
         sae = Sae(d_model, spec.latents, spec.k, spec.normalize, spec.parts(widths), device=device)
     run = Run(sae, recipe, loss_constant=1.0, world=world)
-    found = newest_checkpoint(out, warn=say)
+    found = newest_checkpoint(out, say, world)
     if found is None:
         return run, Telemetry(out), True
     index, tensors = found

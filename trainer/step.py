@@ -85,16 +85,16 @@ def choose_kernels(spec: TrainSpec, parts: SaeParts, device: torch.device) -> Ba
     Raises:
         ConfigError: A backend was asked for that this variant does not have; see also `dispatch.choose`.
     """
-    if parts == SaeParts() or spec.kernels == "eager":
+    if parts.activation in ("topk", "batchtopk") or spec.kernels == "eager":
         return choose(spec.kernels, device)
     if spec.kernels != "auto":
         raise ConfigError(
             f"kernels: {spec.kernels}",
-            expected="eager or auto for this variant",
+            expected=f"eager or auto, activation {parts.activation} has no other step",
             got=spec.kernels,
             fix="Set kernels: auto",
         )
-    say("kernels: this variant has the eager step only")
+    say(f"kernels: eager, since activation {parts.activation} has no other step")
     return choose("eager", device)
 
 
@@ -237,7 +237,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     elif run.kernels == "eager":
         found = eager_pass(run, batch, dead)
     else:
-        found = fused_pass(sae, spec, x, weights, dead, k_aux, constant, run.kernels)
+        found = fused_pass(sae, spec, batch, dead, k_aux, constant, run.kernels)
     if found.auxk is not None:
         counts.auxk_steps += 1
         counts.auxk_nonfinite += not found.auxk_finite

@@ -221,3 +221,29 @@ def test_peer_steps_are_measured_beside_ours():
     found = measure_peers(SIZES["tiny"], rounds=1)
     assert set(found["peers"]) == set(found["peers_over_winnow"]) == set(PEERS)
     assert min(*found["peers"].values(), found["winnow"]) > 0
+
+
+def test_the_quality_table_is_made_resumed_and_complete(tmp_path, monkeypatch):
+    from benchmarks import quality
+    from store import ActivationStore
+    from tests.evaluated import toy_config
+
+    monkeypatch.setattr(quality, "RATES", dict.fromkeys(quality.RATES, (3e-3, 1e-2)))
+    config = toy_config(tmp_path)
+    bench = quality.Bench(config, ActivationStore.open(config.root), tmp_path / "work", 32, 4, 256, 1.0)
+    trainers = list(quality.RATES)
+    table = quality.run(bench, trainers, (0, 1), windows=4)
+    for name in trainers:
+        row = table[name]
+        assert row["fvu_by_lr"][f"{row['lr']:g}"] == min(row["fvu_by_lr"].values())
+        assert len(row["delta_ce"]) == len(row["fvu_raw"]) == 2
+        assert all(0 < fvu < 1.5 for fvu in row["fvu_raw"])
+        assert all(0 < l0 <= 4 for l0 in row["l0"])
+        assert all(0 <= share < 1 for share in row["dead_share"])
+    text = quality.page(table, bench, "make it")
+    assert all(f"| {name} |" in text for name in trainers)
+
+    monkeypatch.setattr(quality, "train", None)  # nothing is trained or measured a second time
+    monkeypatch.setattr(quality, "PEERS", {})
+    monkeypatch.setattr(quality, "Subject", None)
+    assert quality.run(bench, trainers, (0, 1), windows=4) == table

@@ -1,0 +1,107 @@
+"""The queue's logic on a folder and on S3: one winner, nothing twice, nothing lost."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from schemas.base import validate
+from schemas.config import Config
+from schemas.errors import ConfigError
+from schemas.service import JobBeat
+from store.objects import open_store
+from trainer.queue import Queue, job_facts, job_rows
+from trainer.status import ask_to_stop
+
+
+def config(out, **train) -> Config:
+    spec = {"out": str(out), "hook": "h.1", "latents": 64, "k": 4, **train}
+    return validate(Config, {"root": "data", "train": spec}, origin="test")
+
+
+def only(queue: Queue):
+    (job,) = queue.jobs()
+    return job
+
+
+def test_a_job_from_submission_to_outcome(root_uri, tmp_path):
+    store = open_store(root_uri)
+    queue = Queue(store)
+    assert queue.jobs() == []
+    name, new = queue.submit(config(tmp_path / "a"), max_attempts=2)
+    assert new
+    assert queue.submit(config(tmp_path / "a"), max_attempts=5) == (name, False)
+    job = only(queue)
+    assert (job.state, job.world, job.outs, job.job.max_attempts) == ("waiting", 1, [str(tmp_path / "a")], 2)
+    assert job.job.config.root.endswith("/data"), "paths mean the same elsewhere"
+
+    with ThreadPoolExecutor(8) as pool:  # eight services want it
+        won = list(pool.map(lambda n: Queue(store).claim(job, f"s{n}", "machine", n), range(8)))
+    assert [number for number in won if number is not None] == [0]
+    assert queue.claim(job, f"s{won.index(0)}", "machine", 1) == 0, (
+        "a claim whose reply was lost is still ours"
+    )
+    assert only(queue).state == "running"
+    assert queue.read_beat(name, 0) is None
+    queue.beat(name, 0, JobBeat(service="s", beat=3, pids=(7,)))
+    beat = queue.read_beat(name, 0)
+    assert beat is not None
+    assert (beat.beat, beat.pids) == (3, (7,))
+
+    queue.end(name, 0, "released", "killed")
+    queue.end(name, 0, "finished", "too late: the first word stands")
+    assert queue.was_ended(name, 0)
+    job = only(queue)
+    assert (job.state, queue.settle(job)) == ("waiting", None)
+    for number in (1, 2):
+        assert queue.claim(job, "s", "machine", 1) == number
+        queue.end(name, number, "failed", f"cause {number}")
+        job = only(queue)
+        outcome = queue.settle(job)
+    assert outcome is not None
+    assert (outcome.state, outcome.cause) == ("failed", "cause 2")
+    assert only(Queue(store)).state == "done"
+    (fact,) = job_facts(store)
+    assert (fact["state"], fact["attempts"], fact["failed_attempts"]) == ("failed", 3, 2)
+    assert job_rows([fact])[0][:3] == [name, "failed", "3 (2 failed)"]
+    assert queue.submit(config(tmp_path / "a")) == (name, False), "and is not trained again"
+
+
+def test_a_failure_that_would_come_again_is_final_and_success_stands(tmp_path):
+    queue = Queue(open_store(str(tmp_path / "root")))
+    for number in range(2):
+        queue.submit(config(tmp_path / str(number)))
+    first, second = queue.jobs()
+    for job, state in ((first, "failed"), (second, "finished")):
+        assert queue.claim(job, "s", "m", 1) == 0
+        queue.end(job.name, 0, state, "NaN" if state == "failed" else "")
+    first, second = queue.jobs()
+    assert queue.settle(first) is None
+    assert queue.settle(first, permanent=True).cause == "NaN"
+    assert queue.settle(second).state == "finished"
+    assert queue.outcome(second.name).state == "finished"
+
+
+def test_a_stopped_run_shows_and_foreign_objects_are_left_alone(tmp_path):
+    store = open_store(str(tmp_path / "root"))
+    queue = Queue(store)
+    queue.submit(config(tmp_path / "a"))
+    store.put("jobs/notes.txt", b"mine")
+    store.put(f"jobs/{'0' * 16}/0000.claim.json", b"a claim without a job")
+    ask_to_stop(open_store(str(tmp_path / "a")))
+    assert [fact["state"] for fact in job_facts(store)] == ["stopped"]
+
+
+def test_a_grid_is_one_job_and_a_wrong_one_never_gets_in(tmp_path):
+    queue = Queue(open_store(str(tmp_path / "root")))
+    base = config(tmp_path / "a").model_dump(mode="json")
+    grid = {**base, "sweep": {"out": str(tmp_path / "grid"), "grid": {"k": [2, 4]}}}
+    queue.submit(validate(Config, grid, origin="test"))
+    assert [out.rsplit("/", 1)[1] for out in only(queue).outs] == ["k-2", "k-4"]
+    grid["sweep"]["grid"] = {"k": [65]}
+    with pytest.raises(ConfigError, match="at most latents"):
+        queue.submit(validate(Config, grid, origin="test"))
+    with pytest.raises(ConfigError, match="train"):
+        queue.submit(validate(Config, {"root": "data"}, origin="test"))
+    assert len(queue.jobs()) == 1
