@@ -1,9 +1,9 @@
 """Does clamping a latent make the subject say what the latent promotes?
 
-A latent is chosen by its index page alone: among those that fire on 0.1 to 5 % of tokens, the one whose
-promoted tokens have most words in common with the tokens it fires on (so that they explain it); the highest
-`enc_dec_cosine` decides between equals. Held-out windows are run three ways: clean, with the latent clamped
-to a multiple of its largest activation at every position that is read, and with a steer of strength zero.
+Candidates come from the index alone: among latents that fire on 0.1 to 5 % of tokens, those whose most
+promoted token has the highest logit. The one whose promoted tokens rise most on a few *training* windows is
+taken. All figures are of held-out windows, run three ways: clean, with the latent clamped to a multiple of
+its largest activation at every position that is read, and with a steer of strength zero.
 
 - `raise_nats`: rise of the mean log-probability of the latent's promoted tokens over all positions, averaged
   over windows, with a 95 % bootstrap interval over windows.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,77 +29,102 @@ from torch import Tensor
 from benchmarks.report import write_report
 from explorer.subjects import LazySubject
 from explorer.table import FeatureTable
-from harvester.generate import Steer, steered
+from harvester.generate import Op, Steer, steered
 from harvester.subject import Subject
 from store import ActivationStore
 from trainer.sae import Sae
 
 PROMOTED = 8
 """Promoted tokens whose log-probability is looked at."""
+CHOOSING_WINDOWS = 2
+"""Training windows on which the candidates are tried."""
 DENSITY = (1e-3, 5e-2)
 BOOTSTRAPS = 10_000
 
 
-def choose_latent(table: FeatureTable) -> int:
-    """The latent whose promoted tokens most resemble the tokens it fires on; see the module's docstring."""
-    density, cosine = table.density(), table.column("enc_dec_cosine")
-    promoted, fires = (table.summary.column(name).to_pylist() for name in ("promoted", "token_ids"))
-
-    def words(ids: list[int]) -> set[str]:
-        return {table.texts[number].strip().lower() for number in ids} - {""}
-
-    best: tuple[float, float, int] = (-1.0, -1.0, 0)
-    for number in range(table.meta.latents):
-        if DENSITY[0] <= density[number] <= DENSITY[1]:
-            shared = len(words(promoted[number]) & words(fires[number]))
-            best = max(best, (float(shared), float(cosine[number]), number))
-    return best[2]
+def candidates(table: FeatureTable, count: int) -> list[int]:
+    """The latents whose most promoted token has the highest logit; see the module's docstring."""
+    density, peak = table.density(), table.column("logit_peak")
+    allowed = np.flatnonzero((density >= DENSITY[0]) & (density <= DENSITY[1]))
+    return allowed[np.argsort(-peak[allowed], kind="stable")][:count].tolist()
 
 
-def log_probabilities(subject: Subject, tokens: NDArray[Any], steers: list[Steer], hook: str) -> Tensor:
-    """float32 [T, V] log-probabilities of one window [T], steered."""
-    replace = {hook: steered(steers, len(tokens))} if steers else None
-    return subject.logits(tokens[None].astype(np.int64), replace)[0].float().log_softmax(1)
+@dataclass(frozen=True)
+class Bench:
+    """A subject, an SAE and its index, and how strongly a latent is clamped."""
+
+    subject: Subject
+    sae: Sae
+    table: FeatureTable
+    multiple: float
+
+    def clamp(self, latent: int) -> Steer:
+        """The latent at a multiple of its largest activation."""
+        strength = self.multiple * float(self.table.column("largest")[latent])
+        return self.steer(latent, "clamp", strength)
+
+    def steer(self, latent: int, op: Op, strength: float) -> Steer:
+        """A change at every position that is read."""
+        return Steer(self.sae, latent, op, strength, skip=self.table.meta.drop_leading)
+
+    def promoted(self, latent: int) -> list[int]:
+        """Its most promoted tokens."""
+        return self.table.latent(latent)["promoted_ids"][:PROMOTED]
+
+    def run(self, tokens: NDArray[Any], steers: list[Steer]) -> Tensor:
+        """float32 [T, V] log-probabilities of one window [T], steered."""
+        replace = {self.table.meta.hook: steered(steers, len(tokens))} if steers else None
+        logits = self.subject.logits(tokens[None].astype(np.int64), replace)[0]
+        return logits.float().log_softmax(1)
+
+    def rise(self, clean: Tensor, moved: Tensor, targets: list[int]) -> float:
+        """Mean rise of the targets' log-probability over the positions that are read."""
+        return (moved - clean)[self.table.meta.drop_leading :, targets].mean().item()
+
+    def choose(self, windows: list[NDArray[Any]], count: int) -> int:
+        """The candidate whose promoted tokens rise most on some windows."""
+        clean = [self.run(tokens, []) for tokens in windows]
+
+        def score(latent: int) -> float:
+            moved = [self.run(tokens, [self.clamp(latent)]) for tokens in windows]
+            rises = [self.rise(c, m, self.promoted(latent)) for c, m in zip(clean, moved, strict=True)]
+            return float(np.mean(rises))
+
+        return max(candidates(self.table, count), key=score)
 
 
 def measure(
-    sae_uri: str, root: str, index: str | None, windows: int, multiple: float, seed: int
+    sae_uri: str, root: str, index: str | None, *, windows: int, multiple: float, count: int, seed: int
 ) -> dict[str, Any]:
     """Figures of one latent on held-out windows."""
     table = FeatureTable.open(index or f"{sae_uri.rstrip('/')}/features")
-    dataset, sae, meta = ActivationStore.open(root), Sae.load(sae_uri), table.meta
-    subject = LazySubject(None, meta.subject).whole()
-    latent = choose_latent(table)
-    row = table.latent(latent)
-    strength = multiple * row["largest"]
-    targets = torch.tensor(row["promoted_ids"][:PROMOTED])
-    draw = np.random.default_rng(seed)
-    others = torch.from_numpy(draw.choice(meta.subject.vocabulary, PROMOTED, replace=False))
-    clamp = [Steer(sae, latent, "clamp", strength, skip=meta.drop_leading)]
-    nothing = [
-        Steer(sae, latent, "add", 0.0, skip=meta.drop_leading),
-        Steer(sae, latent, "scale", 1.0, skip=meta.drop_leading),
-    ]
-    held_out = len(dataset.plan.split_units("validation")) * dataset.plan.spec.windows_per_unit
+    dataset, meta = ActivationStore.open(root), table.meta
+    bench = Bench(LazySubject(None, meta.subject).whole(), Sae.load(sae_uri), table, multiple)
+    per_unit = dataset.plan.spec.windows_per_unit
+    first = dataset.plan.split_units("train").start * per_unit
+    latent = bench.choose([dataset.tokens(first + i) for i in range(CHOOSING_WINDOWS)], count)
+    row, targets = table.latent(latent), bench.promoted(latent)
+    others = np.random.default_rng(seed).choice(meta.subject.vocabulary, PROMOTED, replace=False).tolist()
+    nothing = [bench.steer(latent, "add", 0.0), bench.steer(latent, "scale", 1.0)]
     rises: list[float] = []
     random: list[float] = []
     identical = True
-    for window in range(min(windows, held_out)):
+    for window in range(min(windows, len(dataset.plan.split_units("validation")) * per_unit)):
         tokens = dataset.tokens(window)
-        clean = log_probabilities(subject, tokens, [], meta.hook)
-        moved = log_probabilities(subject, tokens, clamp, meta.hook)
-        change = (moved - clean)[meta.drop_leading :]
-        rises.append(change[:, targets].mean().item())
-        random.append(change[:, others].mean().item())
-        identical &= torch.equal(clean, log_probabilities(subject, tokens, nothing, meta.hook))
+        clean = bench.run(tokens, [])
+        moved = bench.run(tokens, [bench.clamp(latent)])
+        rises.append(bench.rise(clean, moved, targets))
+        random.append(bench.rise(clean, moved, others))
+        identical &= torch.equal(clean, bench.run(tokens, nothing))
     return {
         "sae": sae_uri.rstrip("/").rsplit("/", 1)[-1],
         "hook": meta.hook,
         "latent": latent,
+        "candidates": count,
         "fires_on": [table.texts[number] for number in row["token_ids"]],
-        "promoted": [table.texts[number] for number in targets.tolist()],
+        "promoted": [table.texts[number] for number in targets],
         "largest": row["largest"],
-        "strength": strength,
+        "strength": bench.clamp(latent).strength,
         "windows": len(rises),
         "raise_nats": interval(np.asarray(rises), seed),
         "random_nats": interval(np.asarray(random), seed),
@@ -129,7 +155,9 @@ def page(report: dict[str, Any]) -> str:
 
 Written by `python -m benchmarks.steering`; its docstring says how the latent is chosen and what is measured.
 
-Latent {report["latent"]} of `{report["sae"]}` at `{report["hook"]}` was chosen by its index page alone.
+Latent {report["latent"]} of `{report["sae"]}` at `{report["hook"]}` was taken from the
+{report["candidates"]} latents whose most promoted token has the highest logit,
+by its effect on {CHOOSING_WINDOWS} training windows.
 It fires on {code(report["fires_on"][:6])}
 and promotes {code(report["promoted"])}.
 
@@ -155,12 +183,21 @@ def main() -> None:
     parser.add_argument("--root", required=True, help="its dataset")
     parser.add_argument("--index", help="its index, if not SAE/features")
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--multiple", type=float, default=2.0, help="strength over the largest activation")
+    parser.add_argument("--multiple", type=float, default=4.0, help="strength over the largest activation")
+    parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--page", type=Path, help="where to write the page")
     args = parser.parse_args()
-    figures = measure(args.sae, args.root, args.index, args.windows, args.multiple, args.seed)
+    figures = measure(
+        args.sae,
+        args.root,
+        args.index,
+        windows=args.windows,
+        multiple=args.multiple,
+        count=args.candidates,
+        seed=args.seed,
+    )
     report = write_report("steering", figures, args.json)
     if args.page is not None:
         args.page.parent.mkdir(parents=True, exist_ok=True)

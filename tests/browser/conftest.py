@@ -93,7 +93,7 @@ def page(chromium, served) -> Iterator:
             served.complaints.append(asked.url) if not asked.url.startswith((served.url, "blob:")) else None
         ),
     )
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     yield page
     context.close()
     assert served.complaints == []

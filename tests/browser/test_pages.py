@@ -9,6 +9,11 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 TEXT = "In the beginning was the Word. To be, or not to be, that is the question."
+STRONGEST = """async (text) => {
+  const headers = {"Content-Type": "application/json"};
+  const reply = await fetch("/api/saes/0/text", {method: "POST", headers, body: JSON.stringify({text})});
+  return (await reply.json()).latents.slice(0, 4).map((one) => one.latent);
+}"""
 SERIOUS = ("serious", "critical")
 
 
@@ -137,7 +142,8 @@ def test_steering_streams_both_runs(page, served):
 def test_monitor_exports_what_it_shows(page, served):
     open_page(page, served, "?page=monitor", "textarea")
     page.locator("main textarea").fill(TEXT)
-    page.locator("input[name=latents]").fill("1, 5, 12")
+    strongest = page.evaluate(STRONGEST, TEXT)
+    page.locator("input[name=latents]").fill(", ".join(map(str, strongest)))
     page.get_by_role("button", name="Watch").click()
     page.wait_for_selector("text=Export JSON")
     picture(page, served, "monitor")
@@ -146,7 +152,7 @@ def test_monitor_exports_what_it_shows(page, served):
         page.get_by_role("button", name="Export JSON").click()
     report = json.loads(saved.value.path().read_text())
     assert report["kind"] == "winnow.monitor"
-    assert [each["latent"] for each in report["latents"]] == [1, 5, 12]
+    assert [each["latent"] for each in report["latents"]] == strongest
     assert "".join(report["tokens"]) == TEXT
 
 

@@ -22,7 +22,7 @@ def test_costs_are_measured(site):
 
 
 def test_steering_is_measured_and_zero_changes_nothing(site):
-    figures = steering.measure(site.saes[0], site.root, None, windows=4, multiple=50.0, seed=0)
+    figures = steering.measure(site.saes[0], site.root, None, windows=4, multiple=4.0, count=3, seed=0)
     assert figures["windows"] == 4
     assert figures["zero_is_identical"] is True
     each = figures["raise_nats"]
