@@ -76,13 +76,12 @@ def page_of(records: Sequence[Record]) -> str:
     ]
     for cell in cells_of(records):
         shown = [_text(*cell.interval(name)) for name in SHOWN]
-        auxk = np.mean(
-            [r["auxk_steps"] / r["steps"] for r in cell.records if r.get("auxk_steps") is not None]
-        )
+        steps = [record for record in cell.records if "auxk_steps" in record]  # peers do not tell
+        auxk = f"{np.mean([r['auxk_steps'] / r['steps'] for r in steps]):.0%}" if steps else ""
         lines.append(
             f"| {cell.variant} | {cell.latents} | {cell.k} | {cell.lr:g} | {len(cell.records)} | "
             + " | ".join(shown)
-            + f" | {'' if np.isnan(auxk) else f'{auxk:.0%}'} |"
+            + f" | {auxk} |"
         )
     return "\n".join([*lines, "", f"![matched cosine with intervals]({PLOT_KEY})", ""])
 
