@@ -6,6 +6,8 @@ ARGS ?=
 # http://HEAD:8265 of a Ray cluster: harvest and train become jobs there. JOB: options of `winnow submit`.
 RAY_ADDRESS ?=
 JOB ?=
+# The published SAE that `make explore` shows.
+SAE ?= runs/quickstart
 OUT ?= benchmarks/results
 # Outside the clone, so that a fresh one finds them again.
 WINNOW_TOOLS ?= $(HOME)/.cache/winnow/tools
@@ -22,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 RUN = $(BIN)/winnow $(if $(RAY_ADDRESS),submit --address $(RAY_ADDRESS) $(JOB) --)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan harvest train test test-gpu test-faults test-formats peers lint format bench minio clean
+.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats peers lint format bench minio clean
 
 help:  ## Show this list
 	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value'] [RAY_ADDRESS=http://HEAD:8265]"; echo
@@ -51,11 +53,18 @@ harvest: setup  ## Run the subject model and store its activations; resumes
 train: setup  ## Train the sparse autoencoder on the stored activations; resumes
 	$(RUN) train $(CONFIG) $(ARGS)
 
+explore: setup  ## Index SAE's latents where that is not done, then show them in the browser
+	$(BIN)/winnow index $(SAE) --config $(CONFIG)
+	$(BIN)/winnow explore $(SAE) --config $(CONFIG) $(ARGS)
+
 test: setup-dev  ## Run the tests (uses MinIO where `make minio` has built it, else moto)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: setup-dev  ## Run the GPU tests; fails if any is skipped
 	$(BIN)/python -m pytest tests/gpu --no-skips $(ARGS)
+
+test-browser: setup-dev  ## Click through the explorer in Chromium (Debian: apt-get install chromium); part of `make test`
+	$(BIN)/python -m pytest tests/browser $(ARGS)
 
 test-faults: setup-dev  ## Run the tests that kill, cut and corrupt; part of `make test`
 	$(BIN)/python -m pytest tests/faults tests/contract $(ARGS)

@@ -7,6 +7,7 @@ import typer
 from evaluator.cli import register as register_evaluator
 from evaluator.heldout import measure_in_subject
 from evaluator.scaling_cli import register as register_scaling
+from evaluator.synthetic_cli import register as register_recovery
 from explorer.cli import register as register_explorer
 from harvester.cli import register as register_harvester
 from store.cli import register as register_store
@@ -27,9 +28,10 @@ register_harvester(app)
 register_trainer(app, after_train=measure_in_subject)
 register_formats(app)
 register_evaluator(app)
+register_recovery(app)
 register_store(app)
-register_scaling(app)
 register_explorer(app)
+register_scaling(app)
 register_jobs(app)
 
 

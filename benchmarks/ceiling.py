@@ -2,7 +2,13 @@
 
 Driver, Ray actor, tokens, permutation, encoding, digests, statistics, puts and receipts are the real ones;
 only the subject hands out rows that were computed beforehand. The floor puts the same shard bytes with
-bare `obstore.put` from as many threads as an actor commits with, before and after each harvest.
+bare `obstore.put` from as many threads as an actor commits with, before and after each harvest. Units are
+of 75 MB, as a small user's; their receipts carry moments, as those of a dataset's first 16 units do.
+
+What was found (CPU ms of a unit of 19 MB, 2 cores of an EPYC under load): making its rows took 97, of which
+torch's `isfinite` of bfloat16 took 40 to 80; by the exponents' bits, and with the conversion before the
+reshape, 27. The commit took 34, the server's share not counted. So small units are bound by requests and by
+Ray's round trip rather than by bytes.
 """
 
 from __future__ import annotations

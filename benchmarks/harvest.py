@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.ceiling import measure_ceiling
 from benchmarks.report import write_report
+from harvester import batching
 from harvester.cli import ensure_plan
 from harvester.driver import harvest
 from harvester.ledger import read_ledger
@@ -39,6 +40,7 @@ def bare_forward_seconds(config: Config, store: ObjectStore, units: range) -> fl
     plan = load_plan(store)
     subject = Subject.load(section(config.subject, "subject"), until=plan.spec.hooks)
     batch = config.harvest.batch_windows
+    assert batch != "auto", "floor and harvest must run the same shape"
     windows = np.concatenate([read_tokens(store, plan, unit) for unit in units]).astype(np.int64)
     ids = torch.from_numpy(windows).to(subject.device)
     blocks = subject.model.base_model
@@ -58,6 +60,11 @@ def measure(config: Config) -> dict[str, Any]:
     torch.set_num_threads(threads)
     store = open_store(config.root, config.storage)
     plan = ensure_plan(config, store)
+    if config.harvest.batch_windows == "auto":
+        subject = Subject.load(section(config.subject, "subject"), until=plan.spec.hooks)
+        chosen = config.harvest.model_copy(update={"batch_windows": batching.measure(subject, plan)[0]})
+        config = config.model_copy(update={"harvest": chosen})
+        del subject
     half = plan.units // 2
     before = bare_forward_seconds(config, store, range(half))
     harvest(config, store, plan)

@@ -18,8 +18,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harvester.weights import cache_dir
-
 PINS = Path(__file__).with_name("peers.txt")
 QUIET = {
     "SPARSIFY_DISABLE_TRITON": "1",  # eai-sparsify would take its GPU kernel on a CPU too
@@ -31,8 +29,9 @@ QUIET = {
 
 def peers_folder() -> Path:
     """Where this Python's packages lie, or will."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "winnow"
     digest = hashlib.sha256(PINS.read_bytes()).hexdigest()[:12]
-    return cache_dir() / "peers" / f"{sys.implementation.cache_tag}-{digest}"
+    return cache / "peers" / f"{sys.implementation.cache_tag}-{digest}"
 
 
 def installed() -> bool:

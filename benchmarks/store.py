@@ -2,27 +2,37 @@
 
 Every figure but two is a ratio of rates to a floor that is measured in turn with it, in the same process
 (medians over the rounds; all rounds are in the file). Files are in the page cache, buffers are touched.
+Beside each stands the same ratio by CPU seconds (`..._cpu`), which other work on the machine moves less.
+The default sizes are a small user's: slices of 0.6 MB, requests of 8 MB, groups of 225 MB, shards of 150 MB.
 
 local_stream_over_loop
     Stream: whole epochs of `ActivationStore.stream` in its steady state (its first epoch is left out and
     its read-ahead goes on past the last): each slice's crc32c checked, lanes shuffled, weights, batches as
-    float32 torch tensors, dropped one by one. Loop: on as many threads, two groups' buffers in turn like
+    torch tensors in the stored dtype, dropped one by one. Loop: on as many threads, two groups' buffers like
     the stream: every slice is read by `preadv` straight into its place and its crc32c computed while it
     is in the cache; then the group's rows are gathered in the stream's own shuffled order, known
     beforehand, a batch at a time into one array a thread, in the stored dtype (`numpy.take`). No object,
-    no comparison, no weights, no shuffling, no float32. `pread_bytes_per_s` is the bare `preadv` of it.
+    no comparison, no weights, no shuffling. `pread_bytes_per_s` is the bare `preadv` of it.
+    `local_stream_float32_over_loop`: the same with batches widened to float32, which the loop is not.
 s3_stream_over_get
     The same stream from S3 (MinIO, started for the run) over bare `obstore.get_range` of the same ranges
-    with the same number in flight, the replies thrown away.
+    with the same number in flight, the replies thrown away. The server is on this machine, so that its CPU
+    is part of both sides: `s3_stream_over_get_cpu` counts the server's seconds too, `..._own_cpu` leaves
+    them out.
 commit_over_loop
     `commit_unit` over what it cannot do without, on as many threads (two): SHA-256 of the shard in one
     thread, while the other computes its crc32c and puts it with fsync (`LocalStore.put_new`).
     `commit_over_serial_loop`: the same three one after another.
-open_100k_units_s
-    Seconds to open a sealed dataset of 100,000 units (`--open-units`), `open_units_per_s` its rate.
-order_step_us, order_bytes
-    Microseconds to find a step's epoch, group and units for 10^12 rows over those for 10^7 rows, and the
-    memory that it leaves; `order_step_over_small` is the ratio of the two times.
+
+What was found (CPU ms a GB, 2 cores of an EPYC under load; predictions before, outcomes after)
+    A stream's GB took 510: reading and crc32c 190, gathering 200, shuffling 40, threads and Python 80, and
+    another 100 where it is widened to float32. So batches in the stored dtype were predicted to raise
+    `local_stream_over_loop_cpu` from 0.71 to 0.85. Rows put where their turn is while they are read (a
+    scatter, then no gather) were predicted to save 50 and cost 80 more; they were dropped.
+    From MinIO a bare GB took 490 and the server's 830; the stream adds a copy, crc32c and the above.
+    A commit took 1,650 where the loop takes 980: statistics 350, encoding (a copy) 140, a look for NaN 80.
+    Pieces are now written as they lie (`os.writev`, no copy), statistics work in place, look for NaN on the
+    way, and go on beside the digest: 1,300 predicted by the CPU, and near the loop's time on two free cores.
 """
 
 from __future__ import annotations
@@ -136,13 +146,14 @@ def interleaved(rounds: int, floor: Callable[[], float], subject: Callable[[], f
 class SteadyStream:
     """One endless stream; each call takes an epoch and gives its rate in stored bytes a second."""
 
-    def __init__(self, store: ActivationStore, options: argparse.Namespace) -> None:
+    def __init__(self, store: ActivationStore, options: argparse.Namespace, dtype: Any = "stored") -> None:
         self.stream = store.stream(
             HOOK,
             batch_rows=options.batch_rows,
             seed=SEED,
             group_units=options.group_units,
             prefetch=options.prefetch,
+            dtype=dtype,
         )
         self.row_bytes = 2 * options.d_model
         self()
@@ -165,8 +176,13 @@ def local_stream(root: str, plan: HarvestPlan, options: argparse.Namespace) -> d
     steady = SteadyStream(store, options)
     found = cpu_beside(options.rounds, loop, steady)
     steady.stream.close()
+    wide = SteadyStream(store, options, "float32")
+    widened = cpu_beside(options.rounds, loop, wide)
+    wide.stream.close()
     loop.pool.shutdown()
     return {
+        "local_stream_float32_over_loop": widened["ratio"],
+        "local_stream_float32_over_loop_cpu": widened["cpu_ratio"],
         "local_stream_over_loop": found["ratio"],
         "local_stream_over_loop_rounds": found["ratios"],
         "local_stream_over_loop_cpu": found["cpu_ratio"],
@@ -176,18 +192,49 @@ def local_stream(root: str, plan: HarvestPlan, options: argparse.Namespace) -> d
     }
 
 
-def cpu_beside(rounds: int, floor: Callable[[], float], subject: Callable[[], float]) -> dict[str, Any]:
-    """As `interleaved`, with the ratio of bytes a CPU second beside it: a busy machine moves it less."""
-    used: dict[str, list[float]] = {"floor": [], "subject": []}
+def cpu_beside(
+    rounds: int, floor: Callable[[], float], subject: Callable[[], float], *, server: bool = False
+) -> dict[str, Any]:
+    """As `interleaved`, with the ratio of bytes a CPU second beside it: a busy machine moves it less.
+
+    Args:
+        rounds: Of each.
+        floor: Gives its rate.
+        subject: Gives its rate.
+        server: Count the CPU seconds of this process's children (MinIO) too.
+    """
+    used: dict[tuple[str, str], list[float]] = {
+        (who, what): [] for who in ("floor", "subject") for what in ("own", "all")
+    }
 
     def counted(name: str, run: Callable[[], float]) -> float:
-        cpu, wall = time.process_time(), time.perf_counter()
+        cpu, wall, other = time.process_time(), time.perf_counter(), children_cpu() if server else 0.0
         rate = run()
-        used[name].append((time.process_time() - cpu) / (time.perf_counter() - wall) / rate)
+        seconds = (time.perf_counter() - wall) * rate
+        own = time.process_time() - cpu
+        used[name, "own"].append(own / seconds)
+        used[name, "all"].append((own + (children_cpu() - other if server else 0.0)) / seconds)
         return rate
 
     found = interleaved(rounds, lambda: counted("floor", floor), lambda: counted("subject", subject))
-    return found | {"cpu_ratio": statistics.median(used["floor"]) / statistics.median(used["subject"])}
+    ratio = {
+        what: statistics.median(used["floor", what]) / statistics.median(used["subject", what])
+        for what in ("own", "all")
+    }
+    return found | {"cpu_ratio": ratio["all"], "own_cpu_ratio": ratio["own"]}
+
+
+def children_cpu() -> float:
+    """CPU seconds of this process's children so far, those that are running included; 0 without /proc."""
+    seconds, ticks = 0.0, os.sysconf("SC_CLK_TCK")
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = place.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            seconds += (int(fields[11]) + int(fields[12])) / ticks
+    return seconds
 
 
 class Loop:
@@ -285,10 +332,12 @@ def s3_stream(root: str, plan: HarvestPlan, options: argparse.Namespace) -> dict
             return sum(pool.map(one, ranges)) / (time.perf_counter() - started)
 
         steady = SteadyStream(ActivationStore.open(root), options)
-        found = interleaved(options.rounds, bare, steady)
+        found = cpu_beside(options.rounds, bare, steady, server=True)
         steady.stream.close()
     return {
         "s3_stream_over_get": found["ratio"],
+        "s3_stream_over_get_cpu": found["cpu_ratio"],
+        "s3_stream_over_get_own_cpu": found["own_cpu_ratio"],
         "s3_stream_over_get_rounds": found["ratios"],
         "s3_stream_bytes_per_s": found["rate"],
         "s3_get_bytes_per_s": found["floor"],
@@ -316,7 +365,7 @@ def commit(root: str, options: argparse.Namespace) -> dict[str, Any]:
     objects = open_store(root)
     shape = (plan.rows_per_unit, options.d_model)
     rows = np.random.default_rng(0).integers(0x3C00, 0x4200, shape).astype(np.uint16)
-    shard = encode_shard(rows)
+    body = encode_shard(rows).data  # in one piece, made once
     tokens = tokens_digest(synthetic_tokens(plan, 0))
     units = iter(range(20, plan.units))
     keys = iter(f"floor/{number}" for number in range(10**6))
@@ -327,31 +376,32 @@ def commit(root: str, options: argparse.Namespace) -> dict[str, Any]:
         commit_unit(objects, plan, unit, {HOOK: rows}, tokens_sha256=tokens, attempt=make_attempt())
         seconds = time.perf_counter() - started
         objects.delete(shard_key(HOOK, unit))
-        return len(shard.data) / seconds
+        return len(body) / seconds
 
     def floor(serial: bool = False) -> float:
         key = next(keys)
         started = time.perf_counter()
         with ThreadPoolExecutor(1) as beside:
-            digest = beside.submit(lambda: hashlib.sha256(shard.data).digest())
+            digest = beside.submit(lambda: hashlib.sha256(body).digest())
             if serial:
                 digest.result()
-            crc32c(shard.data)
-            objects.put_new(key, shard.data)
+            crc32c(body)
+            objects.put_new(key, body)
         seconds = time.perf_counter() - started
         objects.delete(key)
-        return len(shard.data) / seconds
+        return len(body) / seconds
 
     committed()
-    found = interleaved(options.rounds, floor, committed)
+    found = cpu_beside(options.rounds, floor, committed)
     serial = interleaved(options.rounds, lambda: floor(serial=True), committed)
     return {
         "commit_over_loop": found["ratio"],
+        "commit_over_loop_cpu": found["cpu_ratio"],
         "commit_over_loop_rounds": found["ratios"],
         "commit_over_serial_loop": serial["ratio"],
         "commit_bytes_per_s": found["rate"],
         "commit_loop_bytes_per_s": found["floor"],
-        "commit_shard_bytes": len(shard.data),
+        "commit_shard_bytes": len(body),
     }
 
 

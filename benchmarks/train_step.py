@@ -3,13 +3,15 @@
 The floor is `torch.mm(x, W_enc.T, out=...)` into a reused buffer. A round times the floor right before each
 case, and the figures are medians of the rounds' ratios, since shared machines drift.
 
-    python -m benchmarks.train_step --json OUT [--rounds 15] [--sizes full quickstart]
+    python -m benchmarks.train_step --json OUT [--rounds 15] [--sizes full quickstart] [--no-peers]
 
 - `step_over_product`: normalisation, loss, every gradient, clipping (it acts on every step), Adam,
   renormalisation, moving average and dead counts, without AuxK.
 - `step_over_product_dead10`: the same with a tenth of the latents dead and AuxK on, k_aux 256.
 - `eager_over_product`, `eager_over_product_dead10`: the eager step on the same tensors.
 - `quickstart`: all of it at the quickstart's size, where fixed costs show.
+- `peers`: the other libraries' own steps over the same product, by name, in their environment (after
+  `make peers`; on a CPU); `winnow` is ours measured there, `peers_over_winnow` the quotients.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import argparse
 import gc
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.peers import environment, installed
 from benchmarks.report import write_report
 from schemas.training import TrainSpec
 from trainer.init import initialise
@@ -127,6 +133,16 @@ def measure(size: Size, rounds: int, device: torch.device, *, eager: bool) -> di
     return figures | size._asdict()
 
 
+def peers_beside(size: str, rounds: int, threads: int) -> dict[str, Any]:
+    """What `benchmarks.peer_steps` measures in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "peers.json"
+        module = [sys.executable, "-m", "benchmarks.peer_steps", "--json", str(out), "--size", size]
+        command = [*module, "--rounds", str(rounds), "--threads", str(threads)]
+        subprocess.run(command, env=environment(), stdout=sys.stderr, check=True)
+        return json.loads(out.read_text())
+
+
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """One call to its end on the device: wall-clock; with one CPU thread, that thread's own time."""
     clock = time.thread_time if torch.get_num_threads() == 1 and device.type == "cpu" else time.perf_counter
@@ -145,6 +161,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["full", "quickstart"])
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--no-eager", action="store_true", help="leave the eager step out")
+    parser.add_argument("--no-peers", action="store_true", help="leave the other libraries' steps out")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -154,6 +171,11 @@ def main() -> None:
     result = measure(SIZES[first], args.rounds, device, eager=not args.no_eager)
     result |= {name: measure(SIZES[name], args.rounds, device, eager=not args.no_eager) for name in rest}
     result |= {"kernels": choose("auto", device), "threads": torch.get_num_threads(), "rounds": args.rounds}
+    if not args.no_peers and device.type == "cpu":
+        if installed():
+            result |= peers_beside(first, args.rounds, args.threads)
+        else:
+            print("the peers are left out: `make peers` installs them", file=sys.stderr)
     print(json.dumps(write_report("train_step", result, args.json), indent=1))
 
 

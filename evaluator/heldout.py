@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evaluator.downstream import figures_of, sae_variants, splice_losses
+from evaluator.downstream_joint import joint_losses
 from evaluator.setting import check_subject, subject_spec_of
 from harvester.ledger import read_ledger
 from harvester.subject import Subject
@@ -28,15 +29,15 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
     subject = Subject.load(config.subject or subject_spec_of(store.plan))
     check_subject(subject, store.plan)
     held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
-    losses = splice_losses(
-        Tail(subject, hook),
-        store,
-        hook,
-        range(min(held_out, config.evaluate.windows)),
-        sae_variants(sae.to(subject.device), store, hook, subject.device),
-        batch_windows=config.evaluate.batch_windows,
-        label="delta CE",
-    )
+    windows, sae = range(min(held_out, config.evaluate.windows)), sae.to(subject.device)
+    size, label = config.evaluate.batch_windows, "delta CE"
+    if sae.card is not None and sae.card.output_hooks != (hook,):
+        losses = joint_losses(subject, sae, sae.card, store, windows, batch_windows=size, label=label)
+    else:
+        variants = sae_variants(sae, store, hook, subject.device)
+        losses = splice_losses(
+            Tail(subject, hook), store, hook, windows, variants, batch_windows=size, label=label
+        )
     found = {figure.id: figure for figure in figures_of(losses)}
     figures = {name: found[name].value for name in SHOWN}
     figures |= {"delta_ce_low": found["delta_ce"].low, "delta_ce_high": found["delta_ce"].high}

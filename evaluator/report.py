@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from evaluator import ablation, compute, downstream, reconstruction, stability
+from evaluator import ablation, compute, downstream, n2g, probes, reconstruction, stability
+from evaluator.probe_tasks import tasks_identity
 from evaluator.setting import Measured, Setting
 from schemas.base import canonical_json, sha256_hex
 from schemas.errors import ConfigError, MissingObject
@@ -26,6 +27,8 @@ MEASURES: dict[str, Callable[[Setting], Measured]] = {
     "downstream": downstream.measure,
     "stability": stability.measure,
     "ablation": ablation.measure,
+    "probes": probes.measure,
+    "n2g": n2g.measure,
 }
 """Family -> what measures it; `compute` follows from `downstream`."""
 DEPENDS: dict[str, tuple[str, ...]] = {
@@ -34,6 +37,8 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "compute": ("windows", "law"),
     "stability": ("against",),
     "ablation": ("windows", "ablation_rows", "ablation_latents", "ablation_tokens"),
+    "probes": ("tasks", "probe_train", "probe_test", "probe_tokens", "probe_ridge"),
+    "n2g": ("windows", "n2g_latents", "n2g_examples", "n2g_train_rows", "n2g_positives"),
 }
 """Fields of `EvaluateSpec` that move a family's figures, beside the seed."""
 
@@ -64,6 +69,8 @@ def settings_digest(setting: Setting, family: Family) -> str:
     facts |= {"plan": setting.dataset.plan.fingerprint, "dataset": setting.dataset.dataset_sha256}
     if family == "stability":
         facts["others"] = [_card(uri, setting).weights_sha256 for uri in setting.spec.against]
+    if family == "probes":
+        facts["tasks"] = tasks_identity(setting.spec.tasks)
     return sha256_hex(canonical_json(facts))
 
 
@@ -121,8 +128,11 @@ def evaluate(setting: Setting, *, out: str | None = None, again: bool = False) -
     kept: dict[Family, FamilyResult] = {}
     if earlier is not None and _same(earlier, result):
         kept = dict(earlier.families)
-    for family in chosen_families(setting):
-        digest = settings_digest(setting, family)
+    # all digests before the first measurement: making them also says what is missing
+    digests: dict[Family, str] = {
+        family: settings_digest(setting, family) for family in chosen_families(setting)
+    }
+    for family, digest in digests.items():
         if not again and family in kept and kept[family].settings_sha256 == digest:
             say(f"{family}: kept from {kept[family].finished}")
             continue

@@ -185,6 +185,13 @@ def subject_spec_of(plan: HarvestPlan) -> SubjectSpec:
 def check_match(uri: str, card: SaeCard, plan: HarvestPlan) -> None:
     """SaeMismatch where an SAE is of another subject, hook or width than a dataset."""
     fix = "Give the dataset the SAE was trained on, or one of the same subject and hook"
+    if card.output_hooks != (card.hook,):
+        raise SaeMismatch(
+            f"the hooks of {uri}",
+            expected="an autoencoder of one hook",
+            got=f"{', '.join(card.input_hooks)} read, {', '.join(card.output_hooks)} reconstructed",
+            fix="`winnow train` measures the held-out figures of transcoders and crosscoders",
+        )
     if card.hook not in plan.spec.hooks:
         raise SaeMismatch(
             f"the hook of {uri}",

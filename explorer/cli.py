@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from evaluator.report import load_evaluation
+from explorer.explained import from_evaluation
 from explorer.index import Indexer, open_index_store
 from explorer.subjects import LazySubject
+from explorer.table import FeatureTable
 from schemas.base import validate
 from schemas.config import StorageSpec
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, StoreError
 from schemas.features import FeatureIndex, IndexSpec
 from schemas.subject import SubjectSpec
 from store import ActivationStore
-from store.console import Progress, emit, guard, load_config, print_table
+from store.console import Progress, emit, guard, load_config, print_table, say
+from store.objects import open_store
 from trainer.sae import Sae
+
+if TYPE_CHECKING:
+    from explorer.api import Desk
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TOKEN_VARIABLE = "WINNOW_EXPLORER_TOKEN"
+"""Environment variable with the token to ask for; a new one is made where it is not set."""
 
 SaeUri = Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI of a published SAE")]
 ConfigFile = Annotated[
@@ -51,6 +65,8 @@ class Place(NamedTuple):
 def register(app: typer.Typer) -> None:
     """Add the explorer's commands to `app`."""
     app.command("index")(index_command)
+    app.command("explore")(explore_command)
+    app.command("export-features")(export_command)
 
 
 def default_index(sae: str) -> str:
@@ -142,3 +158,122 @@ def _show(meta: FeatureIndex, out: str) -> None:
             ("made", meta.created),
         ],
     )
+
+
+def explore_command(
+    saes: Annotated[
+        list[str],
+        typer.Argument(metavar="SAE...", help="Published SAEs that are indexed; two can be compared"),
+    ],
+    config: ConfigFile = None,
+    root: Root = None,
+    index: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--index", metavar="DIR", help="Where an SAE's index is, in the SAEs' order; default SAE/features"
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free")] = 8517,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Where to listen. Beyond loopback a token is asked for; it is printed at the start"
+        ),
+    ] = "127.0.0.1",
+    seats: Annotated[
+        int, typer.Option(min=1, help="Requests at the model at once, waiting ones included")
+    ] = 8,
+) -> None:
+    """Look at SAEs in the browser: what each latent fires on, what it promotes, what it does to the text.
+
+    Serves on this machine only, and needs no network. The subject model is loaded when something first asks
+    for it (a text, a steered generation, an ablation).
+
+    Example: `winnow explore runs/quickstart --config configs/quickstart.yaml`
+    """
+    with guard():
+        from explorer.serve import listen, make_app, serve
+
+        place = Place.of(config, root)
+        desk = open_desk(saes, index, place, seats)
+        token = None if host in LOOPBACK else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+        listener = listen(host, port)
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listener.getsockname()[1]}/"
+        say(f"explorer: {address}{f'?token={token}' if token else ''}  (Ctrl-C ends it)")
+        with listener:
+            serve(make_app(desk, token), listener)
+
+
+def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int) -> Desk:
+    """What a server of these SAEs shows.
+
+    Raises:
+        ConfigError: An SAE is not indexed, or they belong to different subjects.
+    """
+    from explorer.api import Desk
+    from explorer.exhibit import Exhibit
+    from explorer.lane import Lane
+
+    where = [*(index or []), *(default_index(sae) for sae in saes[len(index or []) :])]
+    exhibits: list[Exhibit] = []
+    for sae, folder in zip(saes, where, strict=True):
+        table = FeatureTable.open(folder, place.storage)
+        add_explanations(table, sae, place.storage)
+        exhibits.append(Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage))
+    subjects = {exhibit.table.meta.subject.weights_sha256 for exhibit in exhibits}
+    if len(subjects) > 1:
+        raise ConfigError("the SAEs", expected="of one subject model", got=f"{len(subjects)} subjects")
+    meta = exhibits[0].table.meta
+    root = place.root or meta.root
+
+    @cache
+    def dataset() -> ActivationStore:
+        found = ActivationStore.open(root, place.storage)
+        if found.plan.fingerprint != meta.plan_fingerprint:
+            raise ConfigError(
+                f"the dataset at {root}", expected=meta.plan_fingerprint, got=found.plan.fingerprint
+            )
+        return found
+
+    try:
+        dataset()
+    except (StoreError, ConfigError) as error:
+        say(f"explorer: the dataset is not at hand, so ablations take pasted text only ({error})")
+        return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats))
+    return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats), dataset)
+
+
+def add_explanations(table: FeatureTable, sae: str, storage: StorageSpec) -> None:
+    """Add those of an evaluation that lies beside the SAE, if it is this SAE's."""
+    evaluation = load_evaluation(open_store(sae, storage))
+    if evaluation is not None and evaluation.sae_sha256 == table.meta.sae_sha256:
+        for each in from_evaluation(evaluation):
+            table.explanations.setdefault(each.latent, []).append(each)
+
+
+def export_command(
+    sae: SaeUri,
+    latents: Annotated[str, typer.Option(metavar="LIST", help="Such as 3,10-12, or all (at most 10,000)")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Local folder for the files")],
+    index: Annotated[
+        str | None, typer.Option("--index", metavar="DIR", help="Where the index is; default SAE/features")
+    ] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take latents along: a self-contained HTML page, and JSON for OpenAI's sae-viewer and for Neuronpedia.
+
+    Example: `winnow export-features runs/quickstart --latents 3,10-12 --out site`
+    """
+    with guard():
+        from explorer.exhibit import Exhibit
+        from explorer.export import export, parse_latents
+
+        place = Place.of(config, None)
+        table = FeatureTable.open(index or default_index(sae), place.storage)
+        add_explanations(table, sae, place.storage)
+        exhibit = Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage)
+        files = export(exhibit, parse_latents(latents, table.meta.latents), out)
+        facts = {"files": len(files), "page": str(files[0])}
+        emit(facts, as_json, lambda: say(f"{len(files)} files; open {files[0]}"))

@@ -122,8 +122,10 @@ def nearest(directions: Tensor, first: int, stop: int, count: int) -> Near:
     ids = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
     for low in range(0, len(directions), COSINE_COLUMNS):
         block = part @ directions[low : low + COSINE_COLUMNS].T
-        here = torch.arange(max(first, low), min(stop, low + block.shape[1]), device=part.device)
-        block[here - first, here - low] = -2.0  # itself
+        begin, end = max(first, low), min(stop, low + block.shape[1])
+        if begin < end:  # this block holds the part itself
+            here = torch.arange(begin, end, device=part.device)
+            block[here - first, here - low] = -2.0
         best = block.topk(min(count, block.shape[1]))
         scores, ids = torch.cat([scores, best.values], 1), torch.cat([ids, best.indices + low], 1)
         top = scores.topk(min(count, scores.shape[1]))

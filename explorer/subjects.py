@@ -40,6 +40,11 @@ class LazySubject:
         """Its tokenizer, which needs no weights."""
         return load_tokenizer(locate(self.spec).folder, self.spec)
 
+    @property
+    def ready(self) -> bool:
+        """Whether its weights are loaded."""
+        return "_loaded" in self.__dict__
+
     def whole(self) -> Subject:
         """The subject with all its layers.
 

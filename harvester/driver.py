@@ -167,6 +167,7 @@ class _Run:
                 section(self._config.subject, "subject"),
                 threads,
                 spec.batch_windows,
+                spec.gpus_per_actor,
             )
 
         return Crew(

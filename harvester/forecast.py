@@ -157,7 +157,8 @@ def measured(config: Config) -> tuple[tuple[HookSite, ...], float]:
         subject = Subject.load(section(config.subject, "subject"), until=spec.hooks)
         sites = subject.sites(spec.hooks)
         vocabulary = subject.identity.vocabulary
-        shape = (harvest.batch_windows, spec.context_length)
+        windows = 8 if harvest.batch_windows == "auto" else harvest.batch_windows
+        shape = (windows, spec.context_length)
         tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
         def run() -> None:

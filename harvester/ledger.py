@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from harvester.failures import Failures
 from schemas.errors import MissingObject, WinnowError
 from schemas.harvest import HarvestLedger, HarvestManifest, HarvestPlan, LedgerRun, TokenAccount
+from store.console import say
 from store.objects import ObjectStore
 
 LEDGER_KEY = "ledger.json"
@@ -28,6 +29,8 @@ class UnitFacts:
     lm_seconds: float
     storage_wait_seconds: float
     """Both since the worker's last report."""
+    batch_windows: int | None = None
+    """Windows in each pass of the LM."""
 
 
 def read_ledger(store: ObjectStore) -> HarvestLedger:
@@ -69,6 +72,7 @@ class RunLedger:
         self._id, self._start = uuid.uuid4().hex, time.monotonic()
         self._written = self._start
         self.units = self.bytes = 0
+        self.batch_windows: int | None = None
         self.lm_seconds = self.storage_wait_seconds = 0.0
 
     def __enter__(self) -> RunLedger:
@@ -87,6 +91,9 @@ class RunLedger:
 
     def add(self, facts: UnitFacts) -> None:
         """Count a committed unit; now and then the entry is written."""
+        if facts.batch_windows != self.batch_windows:
+            self.batch_windows = facts.batch_windows
+            say(f"harvest: {facts.batch_windows} windows in a pass of the LM")
         self.units += 1
         self.bytes += facts.bytes
         self.lm_seconds += facts.lm_seconds
@@ -108,6 +115,7 @@ class RunLedger:
             lm_seconds=self.lm_seconds,
             storage_wait_seconds=self.storage_wait_seconds,
             failures=self._failures.total if self._failures else 0,
+            batch_windows=self.batch_windows,
         )
 
     def _write(self, *, ended: bool) -> None:

@@ -119,7 +119,7 @@ def accept(store: ObjectStore, plan: HarvestPlan, spec: HarvestSpec, failures: F
         attempt = Attempt(
             id=uuid.uuid4().hex,
             seconds=0.0,
-            batch_windows=spec.batch_windows,
+            batch_windows=0,
             threads=spec.threads_per_actor,
             device="none",
             finished=now(),

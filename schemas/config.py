@@ -24,6 +24,10 @@ class StorageSpec(Contract):
     single_writer: bool = False
     """Accept a store that ignores if-none-match, since nobody else writes to this root: existing objects
     are looked for instead, and a harvest makes its units in its own process."""
+    cache_folder: str | None = None
+    """Local folder that keeps what is read of a remote dataset, for later epochs and runs; null: none."""
+    cache_bytes: int = Field(default=64 * 2**30, gt=0)
+    """Most bytes that folder may hold, all datasets together."""
 
 
 class PricesSpec(Contract):

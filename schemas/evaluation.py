@@ -56,11 +56,11 @@ class EvaluateSpec(Contract):
     """ablation: positions T whose logits are compared, the ablated one first."""
     tasks: str | None = None
     """probes: a folder of Parquet tasks (text, label[, split]); null builds and uses the suite of our own."""
-    probe_train: int = Field(default=160, ge=8)
+    probe_train: int = Field(default=120, ge=8)
     """probes: training texts of a task at the most, both labels together."""
     probe_test: int = Field(default=80, ge=4)
     """probes: test texts of a task at the most."""
-    probe_tokens: int = Field(default=48, ge=4)
+    probe_tokens: int = Field(default=32, ge=4)
     """probes: tokens read of each text."""
     probe_ridge: float = Field(default=1e-2, gt=0)
     """probes: penalty on the squared weight of a standardised input, beside the mean cross-entropy."""

@@ -80,8 +80,10 @@ class PlanSpec(Contract):
 class HarvestSpec(Contract):
     """How the harvest runs; nothing here changes which rows come out, only their float noise."""
 
-    batch_windows: int = Field(default=8, gt=0)
-    """Windows in one forward pass."""
+    batch_windows: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    """Windows in one forward pass, halved where memory runs out. `auto` measures what is fastest, once for
+    a root and a kind of device; the number decides the rows' last bits, so give it to get equal digests of
+    two roots."""
     actors: int = Field(default=1, gt=0)
     """Ray actors, one copy of the truncated LM each."""
     threads_per_actor: int = Field(default=0, ge=0)
@@ -121,7 +123,7 @@ class CorpusFacts(Contract):
 class Execution(Contract):
     """Plan fields outside the fingerprint: they only move float noise, and receipts record them."""
 
-    batch_windows: int
+    batch_windows: int | Literal["auto"]
     threads_per_actor: int
     code_version: str
     """Winnow's version at planning time."""
@@ -324,6 +326,20 @@ class HarvestManifest(Artefact):
     """UTC time, ISO 8601."""
 
 
+class BatchRecord(Artefact):
+    """`batches/<device>.json`: the windows in a pass that one kind of device harvests this root with.
+
+    `batches/<device>/<windows>.json` says that memory ran out since, and how many windows are left.
+    Create-only.
+    """
+
+    kind: Literal["winnow.batch"] = "winnow.batch"
+    plan_fingerprint: Sha256
+    batch_windows: int = Field(gt=0)
+    tokens_per_s: dict[int, float] = {}
+    """Size -> what was measured; empty where memory ran out."""
+
+
 class TokenAccount(Contract):
     """Where every token of the corpus went: `corpus + bos_added` is the sum of the four below it."""
 
@@ -368,6 +384,8 @@ class LedgerRun(Contract):
     """Seconds the LM stood still for storage (tokens to come, units to be committed), over actors."""
     failures: int = Field(default=0, ge=0)
     """Unit attempts that failed and were tried again."""
+    batch_windows: int | None = None
+    """Windows in a pass of the LM for the unit that was committed last."""
 
 
 class HarvestLedger(Artefact):

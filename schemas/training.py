@@ -209,6 +209,11 @@ class TrainSpec(Contract):
         return self.selection_groups if self.selection_groups is not None else min(8, self.lanes)
 
     @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Latents of each prefix that reconstructs on its own; the last is N."""
+        return (*(size for size in self.matryoshka if size < self.latents), self.latents)
+
+    @property
     def input_hooks(self) -> tuple[str, ...]:
         """The hooks whose rows, joined, are the input."""
         return (self.hook, *self.with_hooks)
@@ -262,10 +267,22 @@ class SaeIdentity(Contract):
     subject_weights_sha256: Sha256
 
 
+class CheckpointRows(Contract):
+    """A file of a checkpoint that holds some latents' rows of every tensor that has latents."""
+
+    file: RelativeKey
+    first: int = Field(ge=0)
+    """Its first latent."""
+    stop: int = Field(gt=0)
+    """The latent after its last."""
+
+
 class CheckpointIndex(Artefact):
     """`checkpoints/<step>/index.json`: create-only, written after the state it names is durable."""
 
     kind: Literal["winnow.checkpoint"] = "winnow.checkpoint"
+    version: str = "1.1"
+    """1.1 put the latents' rows into files of their own; 1.0 had one file."""
     step: int = Field(ge=0)
     """Steps finished."""
     spec: TrainSpec
@@ -273,7 +290,10 @@ class CheckpointIndex(Artefact):
     stream: StreamState
     files: dict[RelativeKey, Sha256]
     """Safetensors files beside the index and their digests."""
+    rows: tuple[CheckpointRows, ...] = ()
+    """Which of them hold which latents; together all of them, once. The rest of the state is in one file."""
     world: int = Field(default=1, gt=0)
+    """Processes that wrote it; any number reads it."""
     threads: int
     device: str
     tokens: int

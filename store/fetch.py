@@ -6,6 +6,7 @@ Letters: D d_model, P rows in a slice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import IntegrityError, MissingObject
 from schemas.harvest import HarvestPlan
+from store.cache import SliceCache
 from store.index import ReceiptIndex
 from store.layout import ring_key, shard_key
 from store.objects import ObjectStore
@@ -31,6 +33,7 @@ def fetch_slices(
     first: int,
     stop: int,
     place: Callable[[int], NDArray[Any]],
+    cache: SliceCache | None = None,
 ) -> int:
     """Read neighbouring slices of a shard into place, each checked against the unit's receipt.
 
@@ -43,6 +46,7 @@ def fetch_slices(
         first: The first slice.
         stop: One past the last slice.
         place: A slice's number -> where its rows go: contiguous [P, D] in the dtype on disk.
+        cache: Looked into first, and given what storage gave.
 
     Returns:
         Bytes read from storage.
@@ -62,22 +66,51 @@ def fetch_slices(
         sizes = [starts[number + 1] - starts[number] - 4 for number in range(first, stop)]
         space = np.empty(max(sizes), np.uint8)
         payloads = [space[:size] for size in sizes]
-    received = starts[stop] - starts[first]
-    reads = _read(store, hook, unit, first, stop, starts, [(payload, beside) for payload in payloads])
-    for number, payload, rows, _ in zip(range(first, stop), payloads, places, reads, strict=True):
-        for left in range(REFETCHES, -1, -1):
-            stored = int.from_bytes(beside.tobytes(), "little")
-            try:
-                check_slice(payload, stored, crcs[number], unit=unit, hook=hook, number=number)
-                if packed:
-                    unpack(payload, rows, unit=unit, hook=hook, number=number)
-                break
-            except IntegrityError:
-                if not left:
-                    raise
-            for _ in _read(store, hook, unit, number, number + 1, starts, [(payload, beside)]):
-                received += starts[number + 1] - starts[number]
+
+    def settle(number: int) -> None:
+        payload, stored = payloads[number - first], int.from_bytes(beside.tobytes(), "little")
+        check_slice(payload, stored, crcs[number], unit=unit, hook=hook, number=number)
+        if packed:
+            unpack(payload, places[number - first], unit=unit, hook=hook, number=number)
+
+    def name(number: int) -> str:
+        return SliceCache.name(hook, unit, number, crcs[number], payloads[number - first].size)
+
+    def cached(number: int) -> bool:
+        if cache is None or not cache.read(name(number), payloads[number - first], beside):
+            return False
+        try:
+            settle(number)
+        except IntegrityError:
+            cache.drop(name(number))
+            return False
+        return True
+
+    received = 0
+    for begin, end in _runs([number for number in range(first, stop) if not cached(number)]):
+        parts = [(payload, beside) for payload in payloads[begin - first : end - first]]
+        received += starts[end] - starts[begin]
+        reads = _read(store, hook, unit, begin, end, starts, parts)
+        for number, part, _ in zip(range(begin, end), parts, reads, strict=True):
+            for left in range(REFETCHES, -1, -1):
+                try:
+                    settle(number)
+                    break
+                except IntegrityError:
+                    if not left:
+                        raise
+                for _ in _read(store, hook, unit, number, number + 1, starts, [part]):
+                    received += starts[number + 1] - starts[number]
+            if cache is not None:
+                cache.keep(name(number), *part)
     return received
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as runs [first, stop) of neighbours."""
+    edges = [place for place in range(1, len(numbers)) if numbers[place] != numbers[place - 1] + 1]
+    for first, stop in pairwise([0, *edges, len(numbers)] if numbers else [0]):
+        yield numbers[first], numbers[stop - 1] + 1
 
 
 def describe(hook: str, unit: int, first: int, stop: int) -> str:

@@ -19,6 +19,7 @@ MANIFEST_DIR = "manifest"
 RECEIPTS_DIR = "receipts"
 FOLLOWERS_DIR = "followers"
 RING_DIR = "ring"
+BATCHES_DIR = "batches"
 TOKENS_ARRAY = "tokens"
 TOKEN_DIGESTS_ARRAY = "token_digests"
 ACTIVATIONS_GROUP = "activations"
@@ -46,6 +47,16 @@ def receipt_key(unit: int, revision: int = 0) -> str:
 def ring_key(unit: int) -> str:
     """Key of the record that a unit's shards were deleted on purpose."""
     return f"{RING_DIR}/{unit:08d}.json"
+
+
+def batch_key(kind: str, windows: int | None = None) -> str:
+    """Key of the batch that a kind of device harvests with, or of the record that it is down to `windows`."""
+    return f"{BATCHES_DIR}/{kind}.json" if windows is None else f"{batches_prefix(kind)}/{windows}.json"
+
+
+def batches_prefix(kind: str) -> str:
+    """What the keys begin with that say a kind of device ran out of memory."""
+    return f"{BATCHES_DIR}/{kind}"
 
 
 def array_key(hook: str) -> str:

@@ -31,6 +31,8 @@ class LocalStore(ObjectStore):
     removes it a day later.
     """
 
+    remote = False
+
     def __init__(self, root: str | Path, temp: Path | None = None) -> None:
         self._root = Path(root).expanduser().absolute()
         self._temp = temp or self._root / _TEMP

@@ -40,6 +40,11 @@ Pieces = tuple[Data, ...]
 MAX_GET_BYTES = 1 << 31
 """Largest object that `get` reads whole unless told otherwise, in bytes."""
 
+SINGLE_PUT_BYTES = 4 << 30
+"""Longest object that `S3Store.put` sends in one part; S3 takes 5 GiB."""
+PART_BYTES = 128 << 20
+"""A part of a longer one; S3 takes 10,000 of them."""
+
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 
@@ -64,6 +69,8 @@ class ObjectStore(ABC):
 
     uri: str
     """The root, without credentials."""
+    remote = True
+    """Whether reading costs a network's time, so that a local copy may pay."""
 
     @abstractmethod
     def put_new(self, key: str, data: Data | Pieces) -> bool:
@@ -401,7 +408,8 @@ class S3Store(ObjectStore):
     def put(self, key: str, data: Data) -> None:
         """See `ObjectStore.put`."""
         try:
-            obstore.put(self._client, self._path(key), data, use_multipart=False)
+            large = memoryview(data).nbytes > SINGLE_PUT_BYTES
+            obstore.put(self._client, self._path(key), data, use_multipart=large, chunk_size=PART_BYTES)
         except _FAILURES as error:
             self._fail(error, key, "writing")
 

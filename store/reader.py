@@ -16,6 +16,7 @@ from schemas.config import StorageSpec
 from schemas.errors import ConfigError, IntegrityError, MissingObject
 from schemas.harvest import MOMENT_UNITS, SLICES, HarvestManifest, HarvestPlan, UnitReceipt
 from store import layout
+from store.cache import SliceCache
 from store.commit import load_receipt, standing_receipts
 from store.fetch import fetch_slices
 from store.follow import Arrivals, wait_for_plan
@@ -136,6 +137,7 @@ class ActivationStore:
         manifest: HarvestManifest | None,
         index: ReceiptIndex,
         arrivals: Arrivals | None = None,
+        cache: SliceCache | None = None,
     ) -> None:
         self.store = store
         """The root."""
@@ -145,6 +147,8 @@ class ActivationStore:
         """Its receipts, in columns; of a dataset that is followed, those that were asked for."""
         self.arrivals = arrivals
         """Awaits receipts while the dataset is harvested; None: it is sealed."""
+        self.cache = cache
+        """Keeps slices on a local disk; None: every one comes from storage."""
         self._manifest = manifest
         self._digests: NDArray[np.uint8] | None = None
 
@@ -163,7 +167,7 @@ class ActivationStore:
 
         Args:
             uri: A local path, `file://` or `s3://bucket/prefix`.
-            storage: Time-outs and permissions.
+            storage: Time-outs, permissions, and a cache folder for what is remote.
             follow: Take a dataset that is not sealed, or not even planned yet. Whatever is read then waits
                 for its units' receipts; streams yield the very batches they would yield later.
             timeout_seconds: Longest wait, for the plan or while no unit is committed.
@@ -173,7 +177,11 @@ class ActivationStore:
             IntegrityError, UnsupportedVersion: Its artefacts cannot be read or disagree.
             StoreError: The storage cannot be reached.
         """
-        return cls.over(open_store(uri, storage), follow=follow, timeout_seconds=timeout_seconds)
+        store = open_store(uri, storage)
+        opened = cls.over(store, follow=follow, timeout_seconds=timeout_seconds)
+        if storage is not None and storage.cache_folder and store.remote:
+            opened.cache = SliceCache(storage.cache_folder, storage.cache_bytes, opened.plan)
+        return opened
 
     @classmethod
     def over(
@@ -265,7 +273,7 @@ class ActivationStore:
             def place(number: int, stored: NDArray[Any] = stored, first: int = first) -> NDArray[Any]:
                 return stored[number - first]
 
-            fetch_slices(self.store, self.plan, self.index, hook, unit, first, last, place)
+            fetch_slices(self.store, self.plan, self.index, hook, unit, first, last, place, self.cache)
             chosen = stored.reshape(-1, width)[low - first * slice_rows : high - first * slice_rows]
             to_float32(chosen, self.plan.spec.dtype, out=target)
         return out
@@ -444,6 +452,7 @@ class ActivationStore:
                 dtype=dtype,
                 widen=widen,
                 arrivals=self.arrivals,
+                cache=self.cache,
             )
         )
 

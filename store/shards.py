@@ -10,7 +10,6 @@ Spec: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/ind
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,12 +28,6 @@ Stored = NDArray[np.generic]
 """Rows in the dtype on disk: uint16 (logical bfloat16), float16 or float32."""
 INDEX_BYTES = SLICES * 16 + 4
 """Length of a shard's index with its crc32c."""
-_EXPONENTS = {
-    "bfloat16": np.uint16(0x7F80),
-    "float16": np.uint16(0x7C00),
-    "float32": np.uint32(0x7F800000),
-}
-"""The exponent's bits, all of them set in NaN and infinity only."""
 _CHUNK_VALUES = 1 << 16
 """Values handled at a time by conversions and statistics: 256 KiB as float32, inside the cache."""
 _MOMENT_VALUES = 1 << 17
@@ -132,83 +125,36 @@ class Statistics:
     moments: Moments | None
 
 
-def check_finite(rows: Stored, dtype: str, *, unit: int, hook: str) -> None:
-    """Refuse rows [R, D] that hold a NaN or infinity, at the cost of one look at the exponents.
-
-    Raises:
-        NonFiniteError: As from `square_norms`.
-    """
-    exponent = _EXPONENTS[dtype]
-    flat = np.ascontiguousarray(rows).reshape(-1).view(exponent.dtype)
-    space = np.empty(min(flat.size, _CHUNK_VALUES), exponent.dtype)
-    for start in range(0, flat.size, _CHUNK_VALUES):
-        part = flat[start : start + _CHUNK_VALUES]
-        if np.bitwise_and(part, exponent, out=space[: part.size]).max() == exponent:
-            square_norms(rows, dtype, unit=unit, hook=hook)
-            return
-
-
-class SquareNorms:
-    """[R] squared norm of each row of [R, D], a block at a time, by every thread that calls `work`.
+def square_norms(rows: Stored, dtype: str, *, unit: int, hook: str) -> NDArray[np.float64]:
+    """[R] squared norm of each row of [R, D].
 
     Squares and their pairwise sums over a row are float32 (relative error about 1e-7), float64 where
-    that overflows: NumPy's summation order is fixed, so equal bytes give equal numbers, however many work.
-    """
-
-    def __init__(self, rows: Stored, dtype: str, *, unit: int, hook: str) -> None:
-        self.rows, self.dtype, self.unit, self.hook = rows, dtype, unit, hook
-        self.squares = np.empty(rows.shape[0], np.float64)
-        """Whole once every `work` has returned."""
-        self._step = max(1, _CHUNK_VALUES // rows.shape[1])
-        self._blocks = deque(range(0, rows.shape[0], self._step))
-
-    def stop(self) -> None:
-        """Nobody wants the norms any more."""
-        self._blocks.clear()
-
-    def work(self) -> None:
-        """Take blocks until none is left.
-
-        Raises:
-            NonFiniteError: A NaN or infinity; names unit, hook and the first bad row of a block.
-        """
-        shape = (min(self._step, len(self.rows)), self.rows.shape[1])
-        wide, squared = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            while True:
-                try:
-                    start = self._blocks.popleft()
-                except IndexError:
-                    return
-                block = self.rows[start : start + self._step]
-                self._block(start, to_float32(block, self.dtype, wide[: len(block)]), squared[: len(block)])
-
-    def _block(self, start: int, values: NDArray[np.float32], squared: NDArray[np.float32]) -> None:
-        part = self.squares[start : start + len(values)]
-        part[:] = np.add.reduce(np.multiply(values, values, out=squared), axis=1)
-        bad = np.flatnonzero(~np.isfinite(part))
-        if bad.size:
-            part[bad] = np.add.reduce(np.square(values[bad].astype(np.float64)), axis=1)
-            bad = bad[~np.isfinite(part[bad])]
-        if bad.size:
-            raise NonFiniteError(
-                f"unit {self.unit}, hook {self.hook!r}, "
-                f"stored row {start + int(bad[0])} holds NaN or infinity",
-                expected="finite activations",
-                got=f"{bad.size} bad rows among {len(values)} looked at",
-                fix="Compute the subject in float32, or store as bfloat16 if float16 overflows",
-            )
-
-
-def square_norms(rows: Stored, dtype: str, *, unit: int, hook: str) -> NDArray[np.float64]:
-    """[R] squared norm of each row of [R, D]; see `SquareNorms`.
+    that overflows: NumPy's summation order is fixed, so equal bytes give equal numbers.
 
     Raises:
         NonFiniteError: A NaN or infinity; names unit, hook and the first bad row.
     """
-    norms = SquareNorms(rows, dtype, unit=unit, hook=hook)
-    norms.work()
-    return norms.squares
+    squares = np.empty(rows.shape[0], np.float64)
+    step = max(1, _CHUNK_VALUES // rows.shape[1])
+    wide, squared = np.empty((2, min(step, len(rows)), rows.shape[1]), np.float32)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        for start in range(0, len(rows), step):
+            block = rows[start : start + step]
+            values = to_float32(block, dtype, wide[: len(block)])
+            part = squares[start : start + len(block)]
+            part[:] = np.add.reduce(np.multiply(values, values, out=squared[: len(block)]), axis=1)
+            bad = np.flatnonzero(~np.isfinite(part))
+            if bad.size:
+                part[bad] = np.add.reduce(np.square(values[bad].astype(np.float64)), axis=1)
+                bad = bad[~np.isfinite(part[bad])]
+            if bad.size:
+                raise NonFiniteError(
+                    f"unit {unit}, hook {hook!r}, stored row {start + int(bad[0])} holds NaN or infinity",
+                    expected="finite activations",
+                    got=f"{bad.size} bad rows among {len(block)} looked at",
+                    fix="Compute the subject in float32, or store as bfloat16 if float16 overflows",
+                )
+    return squares
 
 
 def describe_rows(
@@ -219,15 +165,13 @@ def describe_rows(
     *,
     unit: int,
     hook: str,
-    squares: NDArray[np.float64] | None = None,
 ) -> Statistics:
-    """Norms, sinks and (asked for) moments of one shard's rows [R, D]; `squares` are their `square_norms`.
+    """Norms, sinks and (asked for) moments of one shard's rows [R, D].
 
     Raises:
         NonFiniteError: A NaN or infinity; names unit, hook and the first bad row.
     """
-    if squares is None:
-        squares = square_norms(rows, dtype, unit=unit, hook=hook)
+    squares = square_norms(rows, dtype, unit=unit, hook=hook)
     norms = np.sqrt(squares)
     median = float(np.median(norms))
     sinks = norms > sink_multiple * median
@@ -243,9 +187,10 @@ def describe_rows(
 def _moments(rows: Stored, dtype: str, kept: NDArray[np.bool_]) -> Moments:
     sums, squares = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
     for start, piece in _pieces(rows, dtype):
-        chosen = piece[kept[start : start + piece.shape[0]]].astype(np.float64)
+        part = kept[start : start + piece.shape[0]]
+        chosen = (piece if part.all() else piece[part]).astype(np.float64)
         sums += chosen.sum(axis=0)
-        squares += np.square(chosen).sum(axis=0)
+        squares += np.square(chosen, out=chosen).sum(axis=0)
     return Moments(rows=int(kept.sum()), sums=tuple(sums.tolist()), squares=tuple(squares.tolist()))
 
 

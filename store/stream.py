@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from schemas.errors import ConfigError
 from schemas.harvest import DTYPE_BYTES, HarvestPlan
 from schemas.training import StreamState
+from store.cache import SliceCache
 from store.fetch import fetch_slices
 from store.follow import Arrivals
 from store.index import ReceiptIndex
@@ -128,6 +129,7 @@ class GroupReader:
         lanes: The lanes of this rank.
         requests: Range requests in flight at the most.
         arrivals: Awaits the units' receipts, where the dataset is still being harvested.
+        cache: Keeps slices on a local disk.
     """
 
     def __init__(
@@ -140,14 +142,16 @@ class GroupReader:
         lanes: range,
         requests: int,
         arrivals: Arrivals | None = None,
+        cache: SliceCache | None = None,
     ) -> None:
+        self.cache = cache
         self.arrivals, self.closing = arrivals, threading.Event()
         self.store, self.plan, self.index = store, plan, index
         self.order, self.hooks, self.lanes = order, hooks, lanes
         self.holds = order.groups == 1
         self.pool = ThreadPoolExecutor(max_workers=requests, thread_name_prefix="winnow-stream")
         self.bytes_read = 0
-        """Bytes read from storage so far, refetches included."""
+        """Bytes read from storage so far, refetches included; what a cache gave does not count."""
         self._counting = threading.Lock()
 
     def buffers(self) -> _Buffers:
@@ -203,7 +207,7 @@ class GroupReader:
             start = starts[lane - self.lanes.start] + part * size
             return rows[start : start + size]
 
-        received = fetch_slices(self.store, self.plan, self.index, hook, unit, first, stop, place)
+        received = fetch_slices(self.store, self.plan, self.index, hook, unit, first, stop, place, self.cache)
         with self._counting:
             self.bytes_read += received
 
@@ -297,6 +301,7 @@ class RowStream:
         dtype: str = "float32",
         widen: Widen | None = None,
         arrivals: Arrivals | None = None,
+        cache: SliceCache | None = None,
     ) -> None:
         hooks = (hooks,) if isinstance(hooks, str) else tuple(hooks)
         if not hooks or len(set(hooks)) != len(hooks):
@@ -316,7 +321,7 @@ class RowStream:
         self.seconds_waiting = 0.0
         """Seconds the consumer has waited for data."""
         self._failed: BaseException | None = None
-        self._reader = GroupReader(store, plan, index, order, hooks, lanes, requests, arrivals)
+        self._reader = GroupReader(store, plan, index, order, hooks, lanes, requests, arrivals, cache)
         self._waiter = ThreadPoolExecutor(1, "winnow-stream-follow") if arrivals else None
         widen = widen or partial(_widen, dtype=plan.spec.dtype)
         self._assembler = _Assembler(widen if dtype == "float32" else None)

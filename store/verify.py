@@ -35,6 +35,7 @@ from schemas.harvest import SLICES, HarvestManifest, HarvestPlan, ShardRecord, U
 from store.commit import RECEIPT_KEY, load_receipt, standing_receipts
 from store.follow import deleted_units
 from store.layout import (
+    BATCHES_DIR,
     FOLLOWERS_DIR,
     MANIFEST_DIR,
     PLAN_KEY,
@@ -62,7 +63,7 @@ LEDGER_KEY = "ledger.json"
 READ_BYTES = 16 << 20
 """Bytes of a shard that one thread holds at a time."""
 
-_BESIDE = (f"{MANIFEST_DIR}/", "manifest.", f"{FOLLOWERS_DIR}/", f"{RING_DIR}/")
+_BESIDE = (f"{MANIFEST_DIR}/", "manifest.", f"{FOLLOWERS_DIR}/", f"{RING_DIR}/", f"{BATCHES_DIR}/")
 """What may lie there beside the data."""
 
 _PLACE = re.compile(r"^unit \d+, hook '[^']*'(, slices? \d+(-\d+)?)?[:,] ")

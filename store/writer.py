@@ -42,10 +42,8 @@ from store.parts import PART_UNITS, DatasetDigest, encode_part
 from store.shards import (
     INDEX_BYTES,
     EncodedShard,
-    SquareNorms,
     Statistics,
     Stored,
-    check_finite,
     check_index,
     crc32c,
     decode_slices,
@@ -251,31 +249,23 @@ def _store_shard(
         raise ValueError(
             f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
         )
-    check_finite(rows, plan.spec.dtype, unit=unit, hook=hook)
     key = shard_key(hook, unit)
     failure: StoreError | None = None
-    for _ in range(PUT_TRIES):
-        shard = encode_shard(rows, plan.spec.compress)
-        norms = SquareNorms(rows, plan.spec.dtype, unit=unit, hook=hook)
-        with ThreadPoolExecutor(1, thread_name_prefix="winnow-commit") as beside:
-            # The digest takes as long as the put; whoever is done first begins with the norms.
-            digest, share = beside.submit(shard.sha256), beside.submit(norms.work)
+    shard = encode_shard(rows, plan.spec.compress)
+    with ThreadPoolExecutor(1, thread_name_prefix="winnow-commit") as beside:
+        digest = beside.submit(shard.sha256)  # takes as long as the statistics and the put
+        facts = _describe(plan, unit, hook, rows)  # refuses NaN before anything is written
+        for _ in range(PUT_TRIES):
             try:
                 if store.put_new(key, shard.pieces):
-                    norms.work()
-                    share.result()
-                    facts = _describe(plan, unit, hook, rows, norms.squares)
                     return _record(key, shard, digest.result(), facts), True
                 failure = None
             except StoreError as error:
                 failure = error  # it may have taken effect all the same
-            finally:
-                norms.stop()
-        del shard
-        try:
-            return _adopt(store, plan, unit, hook, rows), False
-        except MissingObject:
-            continue
+            try:
+                return _adopt(store, plan, unit, hook, rows), False
+            except MissingObject:
+                continue
     raise failure or StoreError(
         f"unit {unit}, hook {hook!r}: its shard can neither be created nor read at {store.uri}",
         got="'already exists' from the put, 'absent' from the read",
@@ -335,11 +325,9 @@ def read_orphan(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str) -> 
     return found, _record(key, shard, shard.sha256(), facts)
 
 
-def _describe(
-    plan: HarvestPlan, unit: int, hook: str, rows: Stored, squares: NDArray[np.float64] | None = None
-) -> Statistics:
-    spec, moments = plan.spec, unit < MOMENT_UNITS
-    return describe_rows(rows, spec.dtype, spec.sink_multiple, moments, unit=unit, hook=hook, squares=squares)
+def _describe(plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> Statistics:
+    spec = plan.spec
+    return describe_rows(rows, spec.dtype, spec.sink_multiple, unit < MOMENT_UNITS, unit=unit, hook=hook)
 
 
 def _record(key: str, shard: EncodedShard, sha256: str, facts: Statistics) -> ShardRecord:

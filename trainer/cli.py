@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from schemas.errors import ConfigError
 from schemas.training import TrainSpec
 from store import ActivationStore
-from store.console import emit, guard, human_bytes, load_config, print_table, say
+from store.console import emit, guard, human_bytes, load_config, print_table, say, stderr
 from trainer import estimate_cli, runs_cli, service_cli
 from trainer.loop import AfterTrain, train, train_fleet
 from trainer.parallel import Launch
@@ -27,6 +27,9 @@ Reads the config's `root` (the dataset) and its section `train`; writes into `tr
 
 Stop it whenever you like: the same command goes on from the newest checkpoint and ends with the very
 same weights. A finished run is only shown again.
+
+On several GPUs or machines: `torchrun --nproc-per-node 8 -m trainer CONFIG --set train.mesh.latent=4` splits
+the latents over 4 ranks and the batch over 2. Another mesh may go on where this one stopped.
 """
 EPILOG = "Example: `winnow train configs/quickstart.yaml --set train.k=64 --set train.out=runs/k64`"
 
@@ -72,29 +75,29 @@ def register(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard():
             settings = load_config(config, set_ or [])
-            launch = launch_of(os.environ)
-            summary = train(settings, after_train=after_train, extend=extend, launch=launch)
-            if launch.rank:
-                return  # one process tells
-            emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
+            launch = launched()
+            with only_the_first_tells(launch):
+                summary = train(settings, after_train=after_train, extend=extend, launch=launch)
+            if launch.rank == 0:
+                emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
 
 
-def launch_of(environment: Mapping[str, str]) -> Launch:
-    """This process's place among those that torchrun, or the trainer service, has started; else alone.
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
-    Raises:
-        ConfigError: Variables that are no such place.
-    """
+
+def launched() -> Launch:
+    """Which of torchrun's processes this is; alone where it was started otherwise."""
+    return Launch(*(int(os.environ.get(name, alone)) for name, alone in _TORCHRUN.items()))
+
+
+@contextmanager
+def only_the_first_tells(launch: Launch) -> Iterator[None]:
+    """Progress and notices come from one rank; errors from each."""
+    before, stderr.quiet = stderr.quiet, stderr.quiet or launch.rank > 0
     try:
-        rank, size, local = (
-            int(environment.get(name, default))
-            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-        )
-    except ValueError as error:
-        raise ConfigError("RANK, WORLD_SIZE, LOCAL_RANK", expected="numbers", got=error) from error
-    if not 0 <= rank < size:
-        raise ConfigError("RANK", expected=f"0 to WORLD_SIZE - 1 = {size - 1}", got=rank)
-    return Launch(rank, size, local)
+        yield
+    finally:
+        stderr.quiet = before
 
 
 def register_sweep(app: typer.Typer, after_train: AfterTrain | None = None) -> None:

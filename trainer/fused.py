@@ -4,7 +4,8 @@ The same numbers as `trainer.step.eager_pass` (the specification) up to rounding
 autograd: the gradients share one sort of the codes, are made in blocks of latents that stay in cache
 while they are projected and measured, and land in buffers that live as long as the run.
 
-Legend: B rows, D d_model, N latents, K active latents a row, M dead latents, E entries of codes.
+Legend: B rows, D width of the input, O width of the output, N latents, K active latents a row, S slots of
+padded codes, M dead latents, E entries of codes.
 
 With g the gradient of the reconstruction and z the codes: dW_dec = scatter(z)^T g, dz = (g W_dec^T) at
 the codes' places and 0 where a negative was cut, dW_enc = scatter(dz)^T (x - b_pre), db_enc = sum_b dz,
@@ -18,21 +19,25 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from schemas.training import TrainSpec
+from trainer.codes import best_of_groups
 from trainer.kernels import Backend
 from trainer.kernels.best import best
 from trainer.kernels.encode_topk import ROW_TILE, cuts_of, grad_bias
 from trainer.kernels.segment_grad import Segments, segments_of
 from trainer.kernels.step_ops import Dead, StepOps, step_ops
-from trainer.losses import mean_row
+from trainer.losses import Rows, mean_row
 from trainer.sae import PARAMETERS, Sae
 from trainer.spans import mark
 
 DENSE_AUX = 12
 """AuxK works on dense [B, M] up to this many dead latents for each one kept: a gathered multiplication
 costs about as much as twelve of a product. Beyond, on codes."""
+BATCH_CANDIDATES = 4
+"""BatchTopK looks at this many times K latents of each row before it looks at all of a row."""
 
 
 class Pass(NamedTuple):
@@ -58,7 +63,23 @@ class _Part(NamedTuple):
     values: Tensor
     indices: Tensor
     grad: Tensor
-    """[B, D]: of the reconstruction made from these codes."""
+    """[B, O]: of the reconstruction made from these codes."""
+    chosen: Tensor | None = None
+    """bool [B, S]: the entries it flows through; null for all."""
+
+
+class _Sorted(NamedTuple):
+    """A part's entries by latent."""
+
+    segments: Segments
+    values: Tensor
+    grad: Tensor
+    dz: Tensor
+
+    def reaches(self, block: slice) -> bool:
+        """Whether any entry lies in a block of latents."""
+        ends = self.segments.ends
+        return bool(ends[block.start] < ends[block.stop])
 
 
 class _DeadRows(NamedTuple):
@@ -80,8 +101,7 @@ class _Aux(NamedTuple):
 def fused_pass(
     sae: Sae,
     spec: TrainSpec,
-    x: Tensor,
-    weights: Tensor,
+    batch: Rows,
     dead: Tensor,
     k_aux: int,
     constant: float,
@@ -90,38 +110,39 @@ def fused_pass(
     """Loss, and every gradient with the decoder's projected.
 
     Args:
-        sae: The model; its `.grad`s are overwritten.
-        spec: `k`, `multi_topk` and `auxk_coefficient` are read.
-        x: Normalised rows [B, D], B >= 1.
-        weights: [B], above 0.
+        sae: The model, with `topk` or `batchtopk`; its `.grad`s are overwritten.
+        spec: `k`, `multi_topk`, `prefixes` and `auxk_coefficient` are read.
+        batch: B >= 1 rows.
         dead: int64 [M], ascending.
         k_aux: Most dead latents a row.
         constant: See `losses.reconstruction_loss`.
         backend: `cpu` or `triton`.
     """
-    ops = step_ops(backend)
+    ops, weights = step_ops(backend), batch.weights
     W_enc, b_enc, W_dec, b_pre = (getattr(sae, name).detach() for name in PARAMETERS)
-    centred = x - b_pre
+    centred = batch.x - b_pre
     wanted = None
     if spec.auxk_coefficient and len(dead):
         k = min(k_aux, len(dead))
         wanted = Dead(dead, k, dense=len(dead) <= DENSE_AUX * k)
-    k_wide = min(4 * sae.k, sae.latents) if spec.multi_topk else sae.k
-    wide, indices_wide, z_dead = ops.encode(centred, W_enc, b_enc, k_wide, wanted)
+    batched = sae.parts.activation == "batchtopk"
+    times = BATCH_CANDIDATES if batched else 4 if spec.multi_topk else 1
+    wide, indices_wide, z_dead = ops.encode(centred, W_enc, b_enc, min(times * sae.k, sae.latents), wanted)
     mark("encode")
     wide.relu_()
-    values, indices = wide[:, : sae.k].contiguous(), indices_wide[:, : sae.k].contiguous()
+    if batched:
+        values, indices = _best_of_batch(ops, wide, indices_wide, centred, W_enc, b_enc, sae.k, batch.groups)
+    else:
+        values, indices = wide[:, : sae.k].contiguous(), indices_wide[:, : sae.k].contiguous()
 
     scale = weights / (weights.sum() * constant)
-    x_hat = ops.decode(values, indices, W_dec).add_(b_pre)
-    error = x_hat - x
-    loss = scale @ squares(error)
-    parts = [_Part(values, indices, error * (2 * scale)[:, None])]
+    parts, y_hat, error, loss = _prefixes(ops, sae, batch, values, indices, spec.prefixes, scale, batched)
+    pulls = parts[0].grad
     if spec.multi_topk:
-        error_wide = ops.decode(wide, indices_wide, W_dec).add_(b_pre).sub_(x)
+        error_wide = sae.add_bias(ops.decode(wide, indices_wide, W_dec), batch.x).detach().sub_(batch.y)
         loss += scale @ squares(error_wide) / 8
         parts.append(_Part(wide, indices_wide, error_wide.mul_((scale / 4)[:, None])))
-    pulls_b_pre = torch.stack([part.grad.sum(0) for part in parts]).sum(0)
+        pulls = pulls + parts[-1].grad
 
     aux = None
     if wanted is not None and z_dead is not None:
@@ -129,10 +150,94 @@ def fused_pass(
         loss += spec.auxk_coefficient * aux.loss
         parts += [aux.part] if aux.part else []
     mark("decode")
-    norm = _gradients(ops, sae, parts, aux.rows if aux else None, centred, pulls_b_pre)
+    norm = _gradients(ops, sae, parts, aux.rows if aux else None, centred, pulls, batch.x)
     mark("backward")
     finite = aux is None or aux.part is not None or aux.rows is not None
-    return Pass(loss.item(), aux.loss if aux else None, finite, norm, x_hat, values, indices)
+    return Pass(loss.item(), aux.loss if aux else None, finite, norm, y_hat, values, indices)
+
+
+def _prefixes(
+    ops: StepOps,
+    sae: Sae,
+    batch: Rows,
+    values: Tensor,
+    indices: Tensor,
+    prefixes: tuple[int, ...],
+    scale: Tensor,
+    padded: bool,
+) -> tuple[list[_Part], Tensor, Tensor, Tensor]:
+    """See `losses.prefix_loss`: parts, reconstruction, its error, loss.
+
+    A latent's code reaches every prefix it lies in, so the gradient of its part is the sum over those: the
+    first part's is the gradient of the bias. With one prefix there is one part, and the plain loss.
+    """
+    W_dec, share = sae.W_dec.detach(), (2 / len(prefixes) * scale)[:, None]
+    y_hat = error = batch.y
+    chosen: list[Tensor | None] = []
+    grads: list[Tensor] = []
+    loss = scale.new_zeros(())
+    first = 0
+    for number, size in enumerate(prefixes):
+        alone = len(prefixes) == 1
+        mask = None if alone and not padded else values > 0
+        if mask is not None and not alone:
+            mask &= (indices >= first) & (indices < size)
+        some = values if alone or mask is None else torch.where(mask, values, 0.0)
+        decoded = ops.decode(some, indices, W_dec)
+        y_hat = y_hat + decoded if number else sae.add_bias(decoded, batch.x).detach()
+        error = y_hat - batch.y
+        loss += scale @ squares(error) / len(prefixes)
+        grads.append(error * share)
+        chosen.append(mask)
+        first = size
+    for number in reversed(range(len(grads) - 1)):
+        grads[number] += grads[number + 1]
+    parts = [_Part(values, indices, grad, mask) for grad, mask in zip(grads, chosen, strict=True)]
+    return parts, y_hat, error, loss
+
+
+def _best_of_batch(
+    ops: StepOps,
+    values: Tensor,
+    indices: Tensor,
+    centred: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    groups: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """The best k a row of each group of rows (see `codes.best_of_groups`), from candidates of each row.
+
+    The k-th best of any part is a lower bound for that of the whole, so a row whose last candidate is not
+    taken has no more to give. The others are encoded again, with four times the candidates, until that
+    holds: exact, whatever the rows.
+
+    Args:
+        ops: The backend.
+        values: Candidates [B, w] at least 0, each row descending.
+        indices: Their latents [B, w].
+        centred: What they are codes of [B, D].
+        W_enc: [N, D].
+        b_enc: [N].
+        k: Kept for each row on average.
+        groups: Rows of each group, in order.
+
+    Returns:
+        Padded codes.
+    """
+    while True:
+        taken = best_of_groups(values, k, groups)
+        full = (taken[:, -1] > 0).nonzero().flatten()
+        width = values.shape[1]
+        if width == len(W_enc) or not len(full):
+            break
+        wider = min(4 * width, len(W_enc))
+        more = ops.encode(centred[full], W_enc, b_enc, wider, None)
+        values = F.pad(values, (0, wider - width)).index_copy_(0, full, more.values.relu_())
+        indices = F.pad(indices, (0, wider - width)).index_copy_(0, full, more.indices)
+    used = (taken > 0).any(0).nonzero()
+    slots = int(used[-1]) + 1 if len(used) else 1
+    return taken[:, :slots].contiguous(), indices[:, :slots].contiguous()
 
 
 def _auxk(
@@ -189,29 +294,38 @@ def keep_best(z: Tensor, k: int) -> None:
 
 
 def _gradients(
-    ops: StepOps, sae: Sae, parts: list[_Part], dead: _DeadRows | None, centred: Tensor, pulls_b_pre: Tensor
+    ops: StepOps,
+    sae: Sae,
+    parts: list[_Part],
+    dead: _DeadRows | None,
+    centred: Tensor,
+    pulls: Tensor,
+    x: Tensor,
 ) -> float:
-    """Fill every `.grad`, the decoder's projected, and give their joint norm."""
+    """Fill every `.grad`, the decoder's projected, and give their joint norm.
+
+    `pulls` [B, O] is the gradient of the whole output.
+    """
     W_enc, b_enc, W_dec, b_pre = (gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
-    sorted_parts: list[tuple[Segments, Tensor, Tensor, Tensor]] = []
+    sorted_parts: list[_Sorted] = []
     b_enc.zero_()
     for part in parts:
-        segments = segments_of(part.indices, sae.latents)
+        segments = segments_of(part.indices, sae.latents, part.chosen)
         values = part.values.flatten()[segments.order]
         dz = ops.dots(part.grad, part.indices, segments, sae.W_dec.detach())
         dz = zero_where_cut(dz, values)
         b_enc += grad_bias(dz, segments.latent, sae.latents)
-        sorted_parts.append((segments, values, part.grad, dz))
+        sorted_parts.append(_Sorted(segments, values, part.grad, dz))
     if dead is not None:
         b_enc.index_add_(0, dead.ids, dead.b_enc)
-    torch.sub(pulls_b_pre, b_enc @ sae.W_enc, out=b_pre)
+    norms = [b_enc.norm(), *_bias_gradients(sae, b_enc, b_pre, pulls, x)]
 
-    norms = [b_enc.norm(), b_pre.norm()]
     blocks = ops.blocks(sae.latents, centred)
     cuts = cuts_of(dead.ids, [0, *(block.stop for block in blocks)]) if dead is not None else []
     for number, block in enumerate(blocks):
-        decoder = _sum([ops.sums(values, s, grad, block) for s, values, grad, _ in sorted_parts])
-        encoder = _sum([ops.sums(dz, s, centred, block) for s, _, _, dz in sorted_parts])
+        here = [part for part in sorted_parts if part.reaches(block)] or sorted_parts[:1]
+        decoder = _sum([ops.sums(part.values, part.segments, part.grad, block) for part in here])
+        encoder = _sum([ops.sums(part.dz, part.segments, centred, block) for part in here])
         if dead is not None:
             some = slice(cuts[number], cuts[number + 1])
             decoder.index_add_(0, dead.ids[some] - block.start, dead.W_dec[some])
@@ -223,6 +337,20 @@ def _gradients(
         W_dec[block] = decoder
         W_enc[block] = encoder
     return torch.stack(norms).norm().item()
+
+
+def _bias_gradients(sae: Sae, b_enc: Tensor, b_pre: Tensor, pulls: Tensor, x: Tensor) -> list[Tensor]:
+    """Gradients of what is not a latent's own, and their norms; `b_enc` is that bias's gradient."""
+    total = pulls.sum(0)
+    torch.mv(sae.W_enc.detach().T, b_enc, out=b_pre).neg_()
+    norms: list[Tensor] = []
+    if sae.b_dec is None:
+        b_pre += total
+    else:
+        norms.append(gradient_buffer(sae.b_dec).copy_(total).norm())
+    if sae.W_skip is not None:
+        norms.append(torch.mm(pulls.T, x, out=gradient_buffer(sae.W_skip)).norm())
+    return [b_pre.norm(), *norms]
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:

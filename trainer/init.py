@@ -1,6 +1,6 @@
 """What is fixed before the first step, from a sample of training rows.
 
-Legend: B rows of the sample, D d_model, N latents.
+Legend: B rows of the sample, D d_model, O width of the output, N latents.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemas.errors import ConfigError, NonFiniteError
-from trainer.losses import mean_row, present, sum_squares, variance_per_row
+from trainer.losses import mean_row, sum_squares, variance_per_row
 from trainer.sae import SMALLEST_NORM, Sae
 
 CHUNK_ROWS = 4096
 """Rows encoded at once when the encoder is scaled."""
+DRAWN_ROWS = 4096
+"""Random directions drawn at a time; a multiple of 16."""
+FIRST_THRESHOLD = 0.001
+"""Where JumpReLU's thresholds start, in the normalised space (Rajamanoharan et al. 2024)."""
 
 
 def geometric_median(x: Tensor, weights: Tensor, *, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
@@ -39,56 +43,101 @@ def geometric_median(x: Tensor, weights: Tensor, *, iterations: int = 100, toler
 
 
 @torch.no_grad()
-def initialise(sae: Sae, sample: Tensor, weights: Tensor, seed: int) -> float:
+def initialise(sae: Sae, sample: Tensor, weights: Tensor, seed: int, target: Tensor | None = None) -> float:
     """Fill a new SAE and give the loss constant.
 
     Dataset constants (where the normalisation has them) and `b_pre`, the geometric median, come from
     the sample; decoder rows are random unit vectors; the encoder starts as the decoder, scaled so that
-    the reconstruction's root mean square distance from `b_pre` is the input's (Gao et al., A.1).
+    the reconstruction's root mean square distance from its bias is the input's (Gao et al., A.1).
+
+    A transcoder's encoder starts at random directions of its own, its `b_dec` at the target's geometric
+    median, its skip path at 0, and the scale is that of the target. JumpReLU thresholds start at
+    FIRST_THRESHOLD.
 
     Args:
         sae: A new SAE on its device.
         sample: Raw training rows [B, D].
         weights: Their weights [B]; rows of weight 0 are left out.
         seed: Of the decoder's directions. Drawn on the CPU, so that every device starts alike.
+        target: A transcoder's raw target rows [B, O].
 
     Returns:
-        The error, a row, of predicting the sample's mean in the normalised space.
+        The error, a row, of predicting the mean of the normalised rows to be reconstructed.
 
     Raises:
         ConfigError: The sample holds fewer than two rows of weight above 0, or rows that do not vary.
         NonFiniteError: The sample holds NaN or infinity.
     """
-    sample, weights = present(sample.to(sae.W_enc), weights.to(sae.W_enc))
+    keep = weights > 0
+    sample, weights = sample.to(sae.W_enc)[keep], weights.to(sae.W_enc)[keep]
     if len(sample) < 2:
         raise ConfigError("the initial sample", expected="2 rows of weight above 0", got=len(sample))
-    if not bool(sample.isfinite().all()):
-        raise NonFiniteError("the initial sample holds NaN or infinity", fix="Verify the dataset")
+    _require_finite(sample)
     if sae.normalize_mode == "dataset":
-        mean = mean_row(sample.double(), weights.double())
+        mean, scale = _constants(sample, weights, sae.parts.widths or (sae.d_model,))
         sae.input_mean.copy_(mean)
-        spread = sum_squares(sample.double() - mean, weights.double()) / weights.double().sum()
-        sae.input_scale.copy_(spread.sqrt().clamp_min(SMALLEST_NORM))
-
-    x = sae.normalise(sample)[0]
-    constant = variance_per_row(x.double(), weights.double()).item()
+        sae.input_scale.copy_(scale.view_as(sae.input_scale))
+    y = x = sae.normalise(sample)[0]
+    if sae.b_dec is not None:
+        if target is None:
+            raise ValueError("a transcoder is initialised with rows of its target")
+        target = target.to(sae.W_enc)[keep]
+        _require_finite(target)
+        if sae.parts.target_normalize == "dataset":
+            mean, scale = _constants(target, weights, (sae.d_out,))
+            sae.target_mean.copy_(mean)
+            sae.target_scale.copy_(scale[0])
+        y = sae.normalise_target(target)
+        sae.b_dec.copy_(geometric_median(y, weights))
+    sae.b_pre.copy_(geometric_median(x, weights))
+    constant = variance_per_row(y.double(), weights.double()).item()
     if not constant > 0:
         raise ConfigError("the initial sample", expected="rows that differ", got="equal rows")
-    sae.b_pre.copy_(geometric_median(x, weights))
 
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(sae.latents, sae.d_model, generator=generator, dtype=torch.float32)
-    sae.W_dec.copy_(F.normalize(directions, dim=1))
-    sae.W_enc.copy_(sae.W_dec)
+    part, of = getattr(sae, "part", None), getattr(sae, "of", sae.latents)
+    sae.W_dec.copy_(_directions(sae.d_out, of, generator, part))
+    sae.W_enc.copy_(_directions(sae.d_model, of, generator) if sae.has_target else sae.W_dec)
     sae.b_enc.zero_()
-    sae.W_enc.mul_(_encoder_scale(sae, x, weights))
+    sae.W_enc.mul_(_encoder_scale(sae, x, y, weights))
+    if sae.parts.activation == "jumprelu":
+        sae.threshold.fill_(FIRST_THRESHOLD)
     return constant
 
 
-def _encoder_scale(sae: Sae, x: Tensor, weights: Tensor) -> float:
-    """|x - b_pre| over |x_hat - b_pre|, both root mean squares; codes are linear in the encoder's scale."""
+def _require_finite(sample: Tensor) -> None:
+    if not bool(sample.isfinite().all()):
+        raise NonFiniteError("the initial sample holds NaN or infinity", fix="Verify the dataset")
+
+
+def _constants(sample: Tensor, weights: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The mean [D] of rows [B, D], and for each hook's part the root mean squared distance from it."""
+    sample, weights = sample.double(), weights.double()
+    mean = mean_row(sample, weights)
+    parts = (sample - mean).split(list(widths), dim=1)
+    spreads = torch.stack([sum_squares(part, weights) / weights.sum() for part in parts])
+    return mean, spreads.sqrt().clamp_min(SMALLEST_NORM)
+
+
+def _directions(width: int, latents: int, generator: torch.Generator, part: range | None = None) -> Tensor:
+    """Random unit rows [N, width], or those of a part of the latents: the same rows in any partition.
+
+    Drawn in blocks, so that a shard never holds them all; what is drawn does not depend on the part.
+    """
+    part = part or range(latents)
+    kept: list[Tensor] = []
+    for first in range(0, part.stop, DRAWN_ROWS):
+        rows = torch.randn(min(DRAWN_ROWS, latents - first), width, generator=generator, dtype=torch.float32)
+        kept.append(rows[max(0, part.start - first) : part.stop - first])
+    return F.normalize(torch.cat(kept), dim=1)
+
+
+def _encoder_scale(sae: Sae, x: Tensor, y: Tensor, weights: Tensor) -> float:
+    """|y - bias| over |y_hat - bias|, both root mean squares; codes are linear in the encoder's scale."""
+    k = sae.k if sae.parts.activation in ("topk", "batchtopk") else None
+    bias = sae.b_pre if sae.b_dec is None else sae.b_dec
     out = sum(
-        sum_squares(sae.reconstruct(*sae.select(rows)) - sae.b_pre, w).item()
+        sum_squares(sae.reconstruct(*sae.select(rows, k), rows) - bias, w).item()
         for rows, w in zip(x.split(CHUNK_ROWS), weights.split(CHUNK_ROWS), strict=True)
     )
-    return (sum_squares(x - sae.b_pre, weights).item() / out) ** 0.5 if out > 0 else 1.0
+    return (sum_squares(y - bias, weights).item() / out) ** 0.5 if out > 0 else 1.0

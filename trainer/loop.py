@@ -23,7 +23,7 @@ from trainer.parallel import Launch, World, check_mesh, open_world
 from trainer.publish import Summary, finished_summary, put_summary
 from trainer.sae import Sae
 from trainer.spans import sampling
-from trainer.start import begin, identity_of, plan_order, resolve_recipe
+from trainer.start import begin, identity_of, plan_order, resolve_recipe, rows_of
 from trainer.status import asked_to_stop
 from trainer.step import StepReport, train_step
 from trainer.telemetry import Record
@@ -209,7 +209,7 @@ def take_steps(
     spec, device, steps = first.spec, first.run.device, max(m.recipe.steps for m in members)
     world = first.run.world
     stream = dataset.stream(
-        [spec.hook],
+        spec.read_hooks,
         split="train",
         batch_rows=spec.batch_rows,
         seed=spec.stream_seed,
@@ -238,17 +238,20 @@ def take_steps(
             with world.together():  # data that one rank cannot read stops all of them
                 batch = next(batches)
             waited = time.monotonic() - asked
-            rows, weights = batch.rows[spec.hook].to(device), batch.weights.to(device)
+            weights = batch.weights.to(device)
             step += 1
             own: dict[Member, float] = {}
             reports: dict[Member, tuple[StepReport, dict[str, float]]] = {}
+            rows, target = rows_of(batch, spec)
+            wanted = () if target is None else (target.to(device),)
+            rows = rows.to(device)
             for member in running:
                 started = time.monotonic()
                 logged = step == member.recipe.steps or step % member.spec.log_every_steps == 0
                 report = None
                 with sampling(device, logged) as spans:
                     try:
-                        report = train_step(member.run, rows, weights)
+                        report = train_step(member.run, rows, weights, *wanted)
                     except NonFiniteError as error:
                         member.fail(error)
                 if report is not None and spans is not None:
@@ -281,6 +284,7 @@ def take_steps(
             if stop and step < steps:
                 for member in running:
                     member.checkpoint()
+                    member.saver.wait()
                     name = "" if alone else f"{member.spec.out}: "
                     say(f"{name}stopped after step {step} of {member.recipe.steps}; a checkpoint is kept")
                 raise KeyboardInterrupt
@@ -333,4 +337,12 @@ def make_record(member: Member, report: StepReport) -> Record:
         "tokens_per_s": counts.tokens / counts.seconds if counts.seconds else 0.0,
         "seconds": counts.seconds,
         "seconds_waiting_for_data": counts.seconds_waiting,
+    } | ({} if not run.world.meshed else _of_the_mesh(run.world, report))
+
+
+def _of_the_mesh(world: World, report: StepReport) -> Record:
+    """Second rounds a row of this step, and bytes that this rank has sent so far."""
+    return {
+        "second_rounds": report.second_rounds / report.rows,
+        "bytes_sent": world.data.bytes_sent + world.latent.bytes_sent,
     }

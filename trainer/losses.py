@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from trainer.codes import encode_batchtopk, jump_relu, step_above
 from trainer.sae import Sae
 
 
@@ -136,20 +137,97 @@ def reconstruction_loss(x: Tensor, x_hat: Tensor, weights: Tensor, constant: flo
     return sum_squares(x - x_hat, weights) / (weights.sum() * constant)
 
 
-def multi_topk_loss(sae: Sae, x: Tensor, values: Tensor, indices: Tensor, weights: Tensor, constant: float):
+class Rows(NamedTuple):
+    """One step's rows of weight above 0, normalised."""
+
+    x: Tensor
+    """[B, D]: what is read."""
+    y: Tensor
+    """[B, O]: what is reconstructed; x itself but for a transcoder."""
+    weights: Tensor
+    """[B]."""
+    groups: tuple[int, ...]
+    """Rows of each group that BatchTopK selects in, in order; their sum is B."""
+
+
+class TrainCodes(NamedTuple):
+    """A step's codes while gradients are wanted."""
+
+    values: Tensor
+    """[B, S]."""
+    indices: Tensor | None
+    """[B, S]; null where the values are dense, [B, N]."""
+    l0: Tensor | None
+    """JumpReLU: active latents [B] of each row, differentiable by the thresholds; null otherwise."""
+
+
+def train_codes(sae: Sae, rows: Rows, bandwidth: float) -> TrainCodes:
+    """The codes that a step is trained on; only BatchTopK's differ from `Sae.select`.
+
+    Args:
+        sae: The model.
+        rows: What is encoded.
+        bandwidth: JumpReLU's; see `trainer.codes.jump_relu`.
+    """
+    activation = sae.parts.activation
+    if activation == "topk":
+        return TrainCodes(*sae.select(rows.x), None)
+    b = sae.b_enc - sae.W_enc @ sae.b_pre
+    if activation == "batchtopk":
+        return TrainCodes(*encode_batchtopk(rows.x, sae.W_enc, b, sae.k, rows.groups), None)
+    pre = torch.addmm(b, rows.x, sae.W_enc.T).relu()
+    if activation == "relu":
+        return TrainCodes(pre, None, None)
+    l0 = step_above(pre, sae.threshold, bandwidth).sum(1)
+    return TrainCodes(jump_relu(pre, sae.threshold, bandwidth), None, l0)
+
+
+def prefix_loss(
+    sae: Sae, rows: Rows, codes: TrainCodes, constant: float, prefixes: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Reconstruction loss, the mean over prefixes of the latents, and the reconstruction by all of them.
+
+    With one prefix, N, it is the plain loss. Matryoshka (Bussmann et al. 2025, arXiv 2503.17547) sums; the
+    mean keeps learning rate, clipping and AuxK in scale.
+    """
+    ids = torch.arange(sae.latents, device=rows.x.device) if codes.indices is None else codes.indices
+    losses: list[Tensor] = []
+    y_hat = rows.y
+    for size in prefixes:
+        kept = codes.values if size >= sae.latents else torch.where(ids < size, codes.values, 0.0)
+        y_hat = sae.reconstruct(kept, codes.indices, rows.x)
+        losses.append(reconstruction_loss(rows.y, y_hat, rows.weights, constant))
+    return torch.stack(losses).mean(), y_hat
+
+
+def sparsity_loss(sae: Sae, codes: TrainCodes, weights: Tensor, constant: float, coefficient: float):
+    """What keeps `relu` and `jumprelu` sparse, a scalar; the other activations need nothing.
+
+    `relu`: coefficient * sum |z| a row, over sqrt(constant) so that the scale of the rows cancels. The
+    decoder's rows have unit norm, so no latent escapes it by a long direction. `jumprelu`: coefficient *
+    (L0/K - 1)^2 with straight-through gradients for the thresholds (Rajamanoharan et al. 2024,
+    arXiv 2407.14435).
+    """
+    if codes.l0 is not None:
+        return coefficient * ((weights @ codes.l0) / weights.sum() / sae.k - 1).square()
+    return coefficient * (weights @ codes.values.sum(1)) / (weights.sum() * constant**0.5)
+
+
+def multi_topk_loss(
+    sae: Sae, rows: Rows, values: Tensor, indices: Tensor, constant: float
+) -> tuple[Tensor, Tensor]:
     """L(K) + L(4K)/8 (Gao et al., section A.4) and the reconstruction at K.
 
     Args:
         sae: The model.
-        x: Normalised rows [B, D].
+        rows: What is encoded.
         values: The best min(4K, N) values of each row [B, 4K], descending.
         indices: Their latents [B, 4K].
-        weights: [B].
         constant: See `reconstruction_loss`.
     """
-    x_hat = sae.reconstruct(values[:, : sae.k], indices[:, : sae.k])
-    wide = reconstruction_loss(x, sae.reconstruct(values, indices), weights, constant)
-    return reconstruction_loss(x, x_hat, weights, constant) + wide / 8, x_hat
+    y_hat = sae.reconstruct(values[:, : sae.k], indices[:, : sae.k], rows.x)
+    wide = reconstruction_loss(rows.y, sae.reconstruct(values, indices, rows.x), rows.weights, constant)
+    return reconstruction_loss(rows.y, y_hat, rows.weights, constant) + wide / 8, y_hat
 
 
 class AuxK(NamedTuple):
@@ -171,7 +249,7 @@ def auxk_loss(sae: Sae, x: Tensor, error: Tensor, weights: Tensor, dead: Tensor,
     Args:
         sae: The model.
         x: Normalised rows [B, D].
-        error: x - x_hat [B, D]; detached here.
+        error: y - y_hat [B, O]; detached here.
         weights: [B].
         dead: Indices int64 [M] of the dead latents, M >= 1.
         k_aux: Most latents a row.

@@ -16,7 +16,7 @@ from store import ActivationStore
 from store.follow import Follower
 from store.objects import ObjectStore
 from store.order import LaneOrder
-from trainer.checkpoint import save_checkpoint
+from trainer.checkpoint_files import Saver
 from trainer.device import cpu_threads
 from trainer.parallel import World
 from trainer.parallel_sae import Witness
@@ -60,6 +60,7 @@ class Member:
         self.run, self.telemetry, self.is_new = stand(
             recipe, dataset, order, self._identity, self.out, device, world=world, extend=extend
         )
+        self.saver = Saver(out, self.run, self._identity, cpu_threads(self.spec))
         self.status = StatusWriter(self.out, self.run, config.prices)
         self.follower: Follower | None = None
         self.failure: NonFiniteError | None = None
@@ -109,9 +110,9 @@ class Member:
         return self.run.counts.step
 
     @property
-    def shares(self) -> tuple[str, LaneOrder]:
+    def shares(self) -> tuple[tuple[str, ...], LaneOrder]:
         """Equal for those that one stream can feed."""
-        return self.spec.hook, self.order
+        return self.spec.read_hooks, self.order
 
     def fail(self, error: NonFiniteError) -> None:
         """Take note that the run cannot go on: which units its rows come from, and what is kept."""
@@ -128,17 +129,15 @@ class Member:
         self.telemetry.log(record)
 
     def checkpoint(self) -> None:
-        """Make the run as it stands durable."""
+        """Begin to make the run as it stands durable; `saver.wait` waits for it."""
         self.telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
-        state = stream_state(self._dataset, self.order, self.spec.hook, self.step)
-        save_checkpoint(
-            self._files, self.run, identity=self._identity, stream=state, threads=cpu_threads(self.spec)
-        )
-        if self.follower is not None:
-            self.follower.at(self.step)
+        state = stream_state(self._dataset, self.order, self.spec.read_hooks, self.step)
+        follower, step = self.follower, self.step
+        self.saver.save(state, then=lambda: follower.at(step) if follower is not None else None)
 
     def publish(self) -> Summary:
         """Evaluate, write the SAE, and be done."""
+        self.saver.wait()
         # the dataset may have been sealed meanwhile
         summary = publish(self.run, self.telemetry, self._dataset, identity_of(self._dataset), self.out)
         if self.follower is not None:
@@ -149,6 +148,7 @@ class Member:
 
     def leave(self, cause: BaseException) -> None:
         """Say how the run ended before its last step, if storage still takes it."""
+        self.saver.settle()
         with suppress(StoreError):
             if isinstance(cause, KeyboardInterrupt):
                 self.status.write("stopped")

@@ -10,9 +10,11 @@ neighbours. A process alone is the mesh 1 x 1, whose collectives do nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from datetime import timedelta
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from schemas.errors import ConfigError, WorkerError
 from schemas.training import TrainSpec
 
+T = TypeVar("T")
 SILENCE = timedelta(minutes=15)
 """A collective that takes longer has lost a rank: every other one stops."""
 AGAIN = "Start the same command again, on this mesh or another: it goes on from the newest checkpoint"
@@ -115,6 +118,19 @@ class Axis:
         """[size, *shape], in the order of the ranks."""
         return self.gather_start(tensor).wait()
 
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Send a tensor to one rank of the axis, which receives it."""
+        assert self._group is not None
+        self.bytes_sent += tensor.nbytes
+        with _peers():
+            dist.send(tensor, dist.get_global_rank(self._group, to), group=self._group)
+
+    def receive(self, into: Tensor, source: int) -> None:
+        """Fill a tensor with what a rank of the axis sends."""
+        assert self._group is not None
+        with _peers():
+            dist.recv(into, dist.get_global_rank(self._group, source), group=self._group)
+
     def share(self, text: str) -> list[str]:
         """Every rank's text; for causes and digests, not for the hot path."""
         if self.size == 1:
@@ -159,10 +175,28 @@ class World:
         """Whether this is the one rank that writes telemetry, summary and the published SAE."""
         return self.data.rank == self.latent.rank == 0
 
+    @cached_property
+    def writer(self) -> ThreadPoolExecutor:
+        """The one thread that writes checkpoints: `files` is its, and every rank writes in the same order."""
+        return ThreadPoolExecutor(1, thread_name_prefix="winnow-checkpoint")
+
+    def close(self) -> None:
+        """Wait for the writer and let it go."""
+        self.writer.shutdown()
+
     def parts(self, latents: int) -> list[range]:
         """The latents of N that each shard holds; shards differ by one where S does not divide N."""
         size = self.latent.size
         return [range(place * latents // size, (place + 1) * latents // size) for place in range(size)]
+
+    def each(self, items: Iterator[T]) -> Iterator[T]:
+        """The items, of which every rank has as many; see `together` for what fails."""
+        while True:
+            with self.together():
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
     def part(self, latents: int) -> range:
         """The latents of N that this rank holds."""
@@ -216,6 +250,9 @@ def check_mesh(spec: TrainSpec, world_size: int) -> tuple[int, int]:
         raise ConfigError("train.mesh.data", expected=f"a divisor of lanes ({spec.lanes})", got=data)
     if latent > spec.latents:
         raise ConfigError("train.mesh.latent", expected=f"at most latents ({spec.latents})", got=latent)
+    plain = spec.activation == "topk" and not (spec.target_hook or spec.with_hooks or spec.matryoshka)
+    if world_size > 1 and not plain:
+        raise ConfigError("train.mesh", expected="one process for this variant", got=f"{world_size} of them")
     if world_size > 1 and spec.kernels == "eager":
         raise ConfigError(
             "kernels: eager", expected="one process", got=world_size, fix="Set kernels: auto on a mesh"
@@ -238,7 +275,8 @@ def open_world(spec: TrainSpec, device: torch.device, launch: Launch) -> Iterato
     """
     data, latent = check_mesh(spec, launch.size)
     if launch.size == 1:
-        yield World()
+        with closing(World()) as alone:
+            yield alone
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -248,7 +286,8 @@ def open_world(spec: TrainSpec, device: torch.device, launch: Launch) -> Iterato
     try:
         with _peers():
             world = lay_mesh(device.type, data, latent)
-        yield world
+        with closing(world):
+            yield world
     finally:
         dist.destroy_process_group()
 

@@ -6,16 +6,20 @@ Legend: B rows, D d_model, N latents of all shards, n of this one, S shards.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from schemas.training import Normalize
+from schemas.training import Normalize, SaeCard
 from store.objects import Data, ObjectStore, Pieces
 from trainer.parallel import World
 from trainer.parallel_topk import count_kept, keep
 from trainer.sae import Sae
+
+SENT_BYTES = 64 << 20
+"""Rows sent at a time when a whole SAE is put together."""
 
 
 class Shard(Sae):
@@ -65,10 +69,42 @@ class Shard(Sae):
         return keep(values, indices, kept)
 
     @torch.no_grad()
-    def reconstruct(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
+    def reconstruct(self, values: Tensor, indices: Tensor | None, x: Tensor | None = None) -> Tensor:
         """Normalised rows [B, D] from every shard's codes."""
-        x_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
-        return self.add_bias(self.world.latent.sum(x_hat.detach()), x)
+        if indices is None:
+            x_hat = values @ self.W_dec
+        else:
+            x_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
+        return self.add_bias(self.world.latent.sum(x_hat.contiguous()), x)
+
+    def save(self, store: ObjectStore, **facts: Any) -> SaeCard:
+        """See `Sae.save`: the rank that leads takes in the others' rows, block by block, and writes."""
+        whole = self._assemble()
+        card = whole.save(store, **facts).to_json().decode() if whole is not None else ""
+        told = self.world.whole.share(card)[0]
+        return SaeCard.from_json(told.encode(), origin="the rank that leads")
+
+    def _assemble(self) -> Sae | None:
+        """The whole SAE in the leading rank's memory; null elsewhere."""
+        world, mine = self.world, self.tensors()
+        whole = Sae(self.d_model, self.of, self.k, self.normalize_mode) if world.leads else None
+        into = whole.tensors() if whole is not None else {}
+        for name, tensor in mine.items():
+            rows = len(self.part) if name in ("W_enc", "b_enc", "W_dec") else 0
+            if not rows:
+                if whole is not None:
+                    into[name].copy_(tensor)
+                continue
+            step = max(1, SENT_BYTES // tensor[:1].nbytes)
+            if whole is not None:
+                into[name][: len(self.part)].copy_(tensor)
+                for source, part in enumerate(world.parts(self.of)):
+                    for first in range(part.start, part.stop, step) if source else ():
+                        world.whole.receive(into[name][first : min(first + step, part.stop)], source)
+            elif world.data.rank == 0:
+                for first in range(0, rows, step):
+                    world.whole.send(tensor[first : first + step].cpu().contiguous(), 0)
+        return whole
 
 
 class Witness(ObjectStore):
@@ -81,15 +117,18 @@ class Witness(ObjectStore):
     def __init__(self, store: ObjectStore) -> None:
         self._store, self.uri = store, store.uri
 
-    def put_new(self, key: str, data: Data | Pieces) -> bool:  # noqa: ARG002
+    def put_new(self, key: str, data: Data | Pieces) -> bool:
         """Nothing."""
+        del key, data
         return True
 
     def put(self, key: str, data: Data) -> None:
         """Nothing."""
+        del key, data
 
     def delete(self, key: str) -> None:
         """Nothing."""
+        del key
 
     def get(self, key: str, limit: int = 1 << 31) -> bytes:
         """See `ObjectStore.get`."""

@@ -14,11 +14,12 @@ from schemas.training import SaeCard, SaeIdentity, TrainSpec
 from store import ActivationStore
 from store.objects import ObjectStore
 from trainer.checkpoint import require_same_run
-from trainer.heldout import candidates, heldout_figures
+from trainer.heldout import calibration_rows, candidates, heldout_figures
 from trainer.sae import CARD_KEY
 from trainer.start import planned_as
 from trainer.step import Run
 from trainer.telemetry import PLOT_KEY, Telemetry, draw_curves
+from trainer.threshold import calibrate
 
 SUMMARY_KEY = "summary.json"
 LEFT_OUT = ("delta_ce", "loss_recovered_zero", "loss_recovered_mean")
@@ -33,13 +34,29 @@ def publish(
     """Evaluate raw and averaged weights on the held-out rows, publish the better, write the summary."""
     spec, counts = run.recipe.spec, run.counts
     saes = candidates(run)
-    figures = {name: heldout_figures(sae, dataset, spec.hook) for name, sae in saes.items()}
+    if run.batches:
+        rows = calibration_rows(dataset, spec)
+        for sae in saes.values():
+            calibrate(sae, rows)
+    figures = {
+        name: heldout_figures(sae, dataset, *spec.input_hooks, target=spec.target_hook)
+        for name, sae in saes.items()
+    }
     best = min(saes, key=lambda name: figures[name]["fvu_normalised"])  # raw where they are equal
     dead_share = run.dead_share_of_last_epoch
 
     metrics = {f"{key}.{name}": value for name, values in figures.items() for key, value in values.items()}
     metrics |= {"dead_share_last_epoch": dead_share, "tokens": float(counts.tokens)}
-    card = saes[best].save(out, hook=spec.hook, weights=best, identity=identity, spec=spec, metrics=metrics)
+    card = saes[best].save(
+        out,
+        hook=spec.hook,
+        target_hook=spec.target_hook,
+        with_hooks=spec.with_hooks,
+        weights=best,
+        identity=identity,
+        spec=spec,
+        metrics=metrics,
+    )
     summary: Summary = {
         "fvu": figures[best]["fvu_normalised"],
         "fvu_raw": figures[best]["fvu_raw"],
@@ -54,10 +71,10 @@ def publish(
         "auxk_nonfinite_steps": counts.auxk_nonfinite,
         "weights": best,
         "sae_sha256": card.weights_sha256,
-        "hook": spec.hook,
+        "hook": spec.target_hook or "+".join(spec.input_hooks),
         "left_out": list(LEFT_OUT),
     }
-    if telemetry.records:
+    if telemetry.records and run.world.leads:
         title = f"{spec.hook}: N = {spec.latents:,}, K = {spec.k}, held-out FVU {summary['fvu']:.3f}"
         out.put(PLOT_KEY, draw_curves(telemetry.records, title))
     put_summary(out, summary)

@@ -197,11 +197,16 @@ class Sae(nn.Module):
         threshold = 0.0 if self.parts.activation == "relu" else self.threshold.detach()
         return encode_above(x, self.W_enc, b, threshold)
 
-    def reconstruct(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
-        """Codes [B, S] to *normalised* output [B, O]; equal to `scatter(values) @ W_dec + bias`.
+    def reconstruct(self, values: Tensor, indices: Tensor | None, x: Tensor | None = None) -> Tensor:
+        """Codes to *normalised* output [B, O]; equal to `scatter(values) @ W_dec + bias`.
 
-        `x` are the normalised rows [B, D] of the codes: only a transcoder with `skip` needs them.
+        Args:
+            values: [B, S].
+            indices: [B, S]; null where the values are dense, [B, N].
+            x: The normalised rows [B, D] of the codes: only a transcoder with `skip` needs them.
         """
+        if indices is None:
+            return self.add_bias(values @ self.W_dec, x)
         x_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
         return self.add_bias(x_hat, x)
 

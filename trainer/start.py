@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 import torch
+from torch import Tensor
 
 from schemas.errors import ConfigError
 from schemas.training import SaeIdentity, StreamState, TrainSpec
@@ -14,11 +15,13 @@ from store.console import say
 from store.objects import ObjectStore
 from store.order import LaneOrder, group_units_for
 from store.torch_stream import Batch
-from trainer.checkpoint import newest_checkpoint, require_same_run, unpack
+from trainer.checkpoint import require_same_run, unpack
+from trainer.checkpoint_files import newest_checkpoint
 from trainer.device import cpu_threads
 from trainer.init import initialise
 from trainer.optim import Ema
 from trainer.parallel import World
+from trainer.parallel_sae import Shard
 from trainer.sae import Sae
 from trainer.step import Recipe, Run
 from trainer.telemetry import Telemetry
@@ -27,9 +30,11 @@ from trainer.telemetry import Telemetry
 def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
     """Which row comes when; ConfigError where hook, batch, lanes or groups do not fit the dataset."""
     plan = dataset.plan
-    plan.d_model(spec.hook)
+    for hook in spec.read_hooks:
+        plan.d_model(hook)
+    unit_bytes = sum(plan.shard_bytes(hook) for hook in spec.read_hooks)
     units = spec.group_units or group_units_for(
-        spec.group_bytes, unit_bytes=plan.shard_bytes(spec.hook), units=len(plan.split_units("train"))
+        spec.group_bytes, unit_bytes=unit_bytes, units=len(plan.split_units("train"))
     )
     return LaneOrder.for_plan(
         plan, batch_rows=spec.batch_rows, seed=spec.stream_seed, lanes=spec.lanes, group_units=units
@@ -38,7 +43,8 @@ def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
 
 def resolve_recipe(spec: TrainSpec, dataset: ActivationStore, order: LaneOrder) -> Recipe:
     """The spec with its open fields filled; ConfigError where it and the dataset disagree."""
-    recipe = Recipe.resolve(spec, dataset.plan.d_model(spec.hook), order.steps_per_epoch)
+    d_model = sum(dataset.plan.d_model(hook) for hook in spec.input_hooks)
+    recipe = Recipe.resolve(spec, d_model, order.steps_per_epoch)
     if recipe.steps < 1:
         least = f"at least {1 / order.steps_per_epoch:.3g}, which is one step"
         raise ConfigError("epochs", expected=least, got=spec.epochs)
@@ -57,9 +63,18 @@ def identity_of(dataset: ActivationStore) -> SaeIdentity:
     )
 
 
-def stream_state(dataset: ActivationStore, order: LaneOrder, hook: str, step: int) -> StreamState:
+def stream_state(
+    dataset: ActivationStore, order: LaneOrder, hooks: tuple[str, ...], step: int
+) -> StreamState:
     """Where the stream stands before a step."""
-    return order.state(dataset.plan.fingerprint, "train", (hook,), step)
+    return order.state(dataset.plan.fingerprint, "train", hooks, step)
+
+
+def rows_of(batch: Batch, spec: TrainSpec) -> tuple[Tensor, Tensor | None]:
+    """A batch's raw input rows [B, D], those of several hooks joined, and a transcoder's target rows."""
+    inputs = [batch.rows[hook] for hook in spec.input_hooks]
+    rows = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
+    return rows, batch.rows[spec.target_hook] if spec.target_hook else None
 
 
 def stand(
@@ -83,17 +98,19 @@ def stand(
         IntegrityError: Every checkpoint is damaged.
     """
     spec = recipe.spec
-    latents = len(world.part(spec.latents))
     widths = {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks}
     d_model = sum(widths[hook] for hook in spec.input_hooks)
-    sae = Sae(d_model, latents, spec.k, spec.normalize, spec.parts(widths), device=device)
+    if world.meshed:
+        sae = Shard(d_model, spec.latents, spec.k, spec.normalize, world, device=device)
+    else:
+        sae = Sae(d_model, spec.latents, spec.k, spec.normalize, spec.parts(widths), device=device)
     run = Run(sae, recipe, loss_constant=1.0, world=world)
-    found = newest_checkpoint(out, warn=say)
+    found = newest_checkpoint(out, say, world)
     if found is None:
         return run, Telemetry(out), True
     index, tensors = found
     require_same_run(planned_as(index.spec, spec, extend), index.identity, spec, identity)
-    now = stream_state(dataset, order, spec.hook, index.step)
+    now = stream_state(dataset, order, spec.read_hooks, index.step)
     if index.stream != now:
         raise ConfigError("the order of the rows has changed", expected=index.stream, got=now)
     unpack(run, tensors)
@@ -142,10 +159,16 @@ def begin(runs: Sequence[Run], batches: Iterator[Batch]) -> Iterator[Batch]:
         min(-(-spec.sample_rows // spec.batch_rows), run.recipe.steps)
         for run, spec in zip(runs, specs, strict=True)
     ]
-    drawn = list(islice(batches, max(needs)))
-    for run, need in zip(runs, needs, strict=True):
-        spec = run.recipe.spec
-        rows = torch.cat([batch.rows[spec.hook] for batch in drawn[:need]])[: spec.sample_rows]
-        weights = torch.cat([batch.weights for batch in drawn[:need]])[: spec.sample_rows]
-        run.loss_constant = initialise(run.sae, rows.to(run.device), weights.to(run.device), spec.seed)
+    with runs[0].world.together():
+        drawn = list(islice(batches, max(needs)))
+    for run, spec, need in zip(runs, specs, needs, strict=True):
+        rows, targets = zip(*(rows_of(batch, spec) for batch in drawn[:need]), strict=True)
+        weights = [batch.weights for batch in drawn[:need]]
+
+        def sample(parts: Sequence[Tensor], run: Run = run, size: int = spec.sample_rows) -> Tensor:
+            whole = [run.world.data.gather(part).flatten(0, 1) for part in parts]  # of the whole batch
+            return torch.cat(whole)[:size].to(run.device)
+
+        target = sample(targets) if spec.target_hook else None
+        run.loss_constant = initialise(run.sae, sample(rows), sample(weights), spec.seed, target)
     return chain(drawn, batches)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from schemas.errors import ConfigError, NonFiniteError
 from schemas.training import SaeParts, TrainSpec
+from store.console import say
 from trainer import losses
 from trainer.dead import DeadCounter
 from trainer.fused import Pass, fused_pass
@@ -46,6 +47,8 @@ class Recipe:
     k_aux: int
     dead_after: int
     """Rows of silence after which a latent is dead."""
+    sparsity: float = 0.0
+    """Weight of the sparsity term of `relu` and `jumprelu`."""
 
     @classmethod
     def resolve(cls, spec: TrainSpec, d_model: int, steps_per_epoch: int) -> Recipe:
@@ -60,12 +63,39 @@ class Recipe:
             dead_after=spec.dead_after_tokens
             if spec.dead_after_tokens is not None
             else max(1, min(LONGEST_DEAD_AFTER, planned // 10)),
+            sparsity=spec.sparsity_coefficient
+            if spec.sparsity_coefficient is not None
+            else {"relu": 5 / d_model**0.5, "jumprelu": 1.0}.get(spec.activation, 0.0),
         )
+
+    def sparsity_at(self, step: int) -> float:
+        """`sparsity`, rising linearly from 0 over the first steps."""
+        warmup = self.spec.sparsity_warmup_fraction * self.steps
+        return self.sparsity * (min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0)
 
     @property
     def last_epoch_start(self) -> int:
         """The first step of the last `steps_per_epoch` steps."""
         return max(0, self.steps - self.steps_per_epoch)
+
+
+def choose_kernels(spec: TrainSpec, parts: SaeParts, device: torch.device) -> Backend:
+    """The backend of a run; `auto` takes the eager step where a variant has no other, and says so.
+
+    Raises:
+        ConfigError: A backend was asked for that this variant does not have; see also `dispatch.choose`.
+    """
+    if parts.activation in ("topk", "batchtopk") or spec.kernels == "eager":
+        return choose(spec.kernels, device)
+    if spec.kernels != "auto":
+        raise ConfigError(
+            f"kernels: {spec.kernels}",
+            expected=f"eager or auto, activation {parts.activation} has no other step",
+            got=spec.kernels,
+            fix="Set kernels: auto",
+        )
+    say(f"kernels: eager, since activation {parts.activation} has no other step")
+    return choose("eager", device)
 
 
 def power_of_two_near(size: float) -> int:
@@ -104,15 +134,18 @@ class Run:
     """
 
     def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float, world: World | None = None) -> None:
-        if sae.parts != SaeParts():
-            raise ConfigError("the trainer", expected="a plain TopK autoencoder", got=sae.parts)
         self.sae, self.recipe, self.loss_constant = sae, recipe, loss_constant
         self.world = world or World()
-        self.kernels: Backend = choose(recipe.spec.kernels, self.device)
+        self.kernels: Backend = choose_kernels(recipe.spec, sae.parts, self.device)
         self.adam = make_adam(sae, recipe.spec)
         self.ema = Ema(sae, ema_beta(recipe.spec, recipe.steps)) if recipe.spec.ema else None
         self.dead = DeadCounter(sae.latents, self.device)
         self.counts = Counts()
+
+    @property
+    def batches(self) -> bool:
+        """Whether rows are selected together, and it matters which group of lanes they come from."""
+        return self.sae.parts.activation == "batchtopk"
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +173,7 @@ class StepReport:
     dead: int
     """Dead latents at the start of the step, of all shards."""
     x: Tensor
-    """Normalised rows [B, D] of weight above 0; with the next three, for telemetry."""
+    """Normalised rows of weight above 0 as they should be, [B, O]; with the next three, for telemetry."""
     x_hat: Tensor
     values: Tensor
     weights: Tensor
@@ -168,13 +201,14 @@ class StepReport:
         return count.value
 
 
-def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
+def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> StepReport | None:
     """Train on one batch.
 
     Args:
         run: The state, changed in place.
         rows: Raw activations [B, D] on the SAE's device; on a mesh, this rank's share of the batch.
         weights: [B]; rows of weight 0 take part in nothing, whatever they hold.
+        target: A transcoder's raw target rows [B, O].
 
     Returns:
         None where every row has weight 0: nothing but the step number moves.
@@ -186,13 +220,12 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
     step = counts.step
     if step == run.recipe.last_epoch_start:
         counts.tokens_before_last_epoch = counts.tokens
-    rows, weights = losses.present(rows, weights)
+    batch = prepare(run, rows, weights, target)
+    x, weights = batch.x, batch.weights
     share = Share.of(weights, run.world.data)
     if not share.rows:
         counts.step += 1
         return None
-    with torch.no_grad():
-        x = sae.normalise(rows)[0]
     dead = run.dead.silent(run.recipe.dead_after)  # frozen for the whole step
     dead_sizes = run.world.latent.gather(torch.tensor(len(dead))).tolist()
     k_aux, constant = run.recipe.k_aux, run.loss_constant
@@ -202,9 +235,9 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
             sae, spec, x, weights, dead, k_aux, constant, run.kernels, run.world, share, dead_sizes
         )
     elif run.kernels == "eager":
-        found = eager_pass(run, x, weights, dead)
+        found = eager_pass(run, batch, dead)
     else:
-        found = fused_pass(sae, spec, x, weights, dead, k_aux, constant, run.kernels)
+        found = fused_pass(sae, spec, batch, dead, k_aux, constant, run.kernels)
     if found.auxk is not None:
         counts.auxk_steps += 1
         counts.auxk_nonfinite += not found.auxk_finite
@@ -229,7 +262,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
         grad_norm,
         lr,
         sum(dead_sizes),
-        x,
+        batch.y,
         found.x_hat,
         found.values,
         weights,
@@ -239,33 +272,51 @@ def train_step(run: Run, rows: Tensor, weights: Tensor) -> StepReport | None:
     )
 
 
-def eager_pass(run: Run, x: Tensor, weights: Tensor, dead: Tensor) -> Pass:
+@torch.no_grad()
+def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> losses.Rows:
+    """A batch for one step: normalised, without its rows of weight 0. Arguments as for `train_step`."""
+    keep = weights > 0
+    groups = run.recipe.spec.groups // run.world.data.size
+    sizes = (
+        tuple(int(part.sum()) for part in keep.tensor_split(groups)) if run.batches else (int(keep.sum()),)
+    )
+    if sum(sizes) < len(rows):
+        rows, weights = rows[keep], weights[keep]
+        target = None if target is None else target[keep]
+    x = run.sae.normalise(rows)[0]
+    return losses.Rows(x, x if target is None else run.sae.normalise_target(target), weights, sizes)
+
+
+def eager_pass(run: Run, batch: losses.Rows, dead: Tensor) -> Pass:
     """Loss and gradients, readable: THE SPECIFICATION of `trainer.fused.fused_pass`.
 
     Args:
         run: Its SAE's `.grad`s are overwritten.
-        x: Normalised rows [B, D].
-        weights: [B], above 0.
+        batch: B >= 1 rows.
         dead: int64 [M], ascending.
     """
-    sae, spec = run.sae, run.recipe.spec
+    sae, spec, constant = run.sae, run.recipe.spec, run.loss_constant
     if spec.multi_topk:
-        values, indices = sae.select(x, min(4 * sae.k, sae.latents))
-        loss, x_hat = losses.multi_topk_loss(sae, x, values, indices, weights, run.loss_constant)
+        values, indices = sae.select(batch.x, min(4 * sae.k, sae.latents))
+        loss, y_hat = losses.multi_topk_loss(sae, batch, values, indices, constant)
         values, indices = values[:, : sae.k], indices[:, : sae.k]
     else:
-        values, indices = sae.select(x)
-        x_hat = sae.reconstruct(values, indices)
-        loss = losses.reconstruction_loss(x, x_hat, weights, run.loss_constant)
+        codes = losses.train_codes(sae, batch, spec.bandwidth)
+        values, indices = codes.values, codes.indices
+        loss, y_hat = losses.prefix_loss(sae, batch, codes, constant, spec.prefixes)
+        if coefficient := run.recipe.sparsity_at(run.counts.step):
+            loss = loss + losses.sparsity_loss(sae, codes, batch.weights, constant, coefficient)
     auxk, finite = None, True
     if spec.auxk_coefficient and len(dead):
-        aux = losses.auxk_loss(sae, x, x - x_hat, weights, dead, run.recipe.k_aux)
+        aux = losses.auxk_loss(sae, batch.x, batch.y - y_hat, batch.weights, dead, run.recipe.k_aux)
         loss, auxk, finite = loss + spec.auxk_coefficient * aux.loss, aux.loss.item(), aux.finite
     mark("forward")
     run.adam.zero_grad()
     loss.backward()
     mark("backward")
-    return Pass(loss.item(), auxk, finite, None, x_hat.detach(), values.detach(), indices)
+    if indices is None:
+        indices = torch.arange(sae.latents, device=values.device).expand_as(values)
+    return Pass(loss.item(), auxk, finite, None, y_hat.detach(), values.detach(), indices)
 
 
 def eager_update(run: Run, lr: float) -> float:
@@ -276,12 +327,15 @@ def eager_update(run: Run, lr: float) -> float:
     """
     sae = run.sae
     project_decoder_gradient(sae)
-    norm = clip_gradients((getattr(sae, name) for name in sae.parameter_names), run.recipe.spec.clip_norm)
+    names = [name for name in sae.parameter_names if name != "threshold"]  # its scale is the bandwidth's
+    norm = clip_gradients((getattr(sae, name) for name in names), run.recipe.spec.clip_norm)
     _require_finite("gradient norm", norm, run.counts.step)
     for group in run.adam.param_groups:
         group["lr"] = lr
     run.adam.step()
     renormalise_decoder(sae.W_dec)
+    if sae.parts.activation == "jumprelu":
+        sae.threshold.detach().clamp_(min=0)
     if run.ema is not None:
         run.ema.update(sae)
     return norm

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     root, name, attempt = arguments[0], arguments[1], int(arguments[2])
     try:
         threading.Thread(target=_go_with_the_service, daemon=True).start()
-        from trainer.cli import launch_of
+        from trainer.cli import launched
         from trainer.loop import train_fleet
         from trainer.queue import Queue
         from trainer.sweep import grid_specs
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(f"{root} has no job {name}")
         config = on_this_device(job.job.config)
         specs = grid_specs(config) if config.sweep is not None else [section(config.train, "train")]
-        launch = launch_of(os.environ)
+        launch = launched()
         train_fleet(config, specs, lost=lambda: queue.was_ended(name, attempt), launch=launch)
         return 0
     except KeyboardInterrupt:

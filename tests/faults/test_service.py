@@ -163,11 +163,13 @@ class FakeWorker:
 
     pid = 2**22 + 1
     stdin = None
+    logs = []
 
     def __init__(self, *args, **kwargs):
         self.code = None
         self.signals = []
         kwargs["stderr"].write(b"noise\nerror: the cause\n")
+        self.logs.append(kwargs["stderr"])
 
     def poll(self):
         return self.code
@@ -179,7 +181,9 @@ class FakeWorker:
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
     monkeypatch.setattr(service_module.subprocess, "Popen", FakeWorker)
-    return Queue(open_store(str(tmp_path / "root")))
+    yield Queue(open_store(str(tmp_path / "root")))
+    while FakeWorker.logs:
+        FakeWorker.logs.pop().close()
 
 
 def make(queue: Queue, devices=("cpu0",)) -> Service:

@@ -213,6 +213,18 @@ def test_openai_tied_weights_are_read(tmp_path):
     assert error(Sae.load(tmp_path / "ours")(x), expected) < LARGEST_ERROR
 
 
+def test_names_and_paths_are_taken_as_people_write_them(tmp_path):
+    export_sae(save(make_sae(), tmp_path / "ours"), "Dictionary-Learning", tmp_path / "theirs")
+    card = import_sae(tmp_path / "theirs/ae.pt", "dictionary_learning", str(tmp_path / "back"))
+    assert card.hook == "resid_post.9"
+    export_sae(save(make_sae("relu"), tmp_path / "relu"), "gemma_scope", tmp_path / "scope")
+    kind = {"hook": "resid_post.2", "target_hook": "mlp_out.2"}  # where D = O only the user knows
+    card = import_sae(tmp_path / "scope/params.npz", "gemma_scope", str(tmp_path / "across"), **kind)
+    assert (card.hook, card.target_hook, card.parts.d_out) == ("resid_post.2", "mlp_out.2", D)
+    x = rows()
+    assert error(Sae.load(tmp_path / "across")(x), make_sae("relu")(x)) < LARGEST_ERROR
+
+
 def test_a_folder_called_after_its_module_names_the_hook(tmp_path):
     export_sae(save(make_sae(), tmp_path / "ours"), "sparsify", tmp_path / "layers.4")
     assert import_sae(tmp_path / "layers.4", "sparsify", str(tmp_path / "back")).hook == "resid_post.4"

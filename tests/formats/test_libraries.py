@@ -192,3 +192,58 @@ def test_dictionary_learning_reads_ours(tmp_path, activation, normalize):
     sae, x = make_sae(activation, normalize), rows()
     theirs, _ = load_dictionary(str(exported(sae, "dictionary_learning", tmp_path)), device="cpu")
     assert error(theirs(x), sae(x)) < LARGEST_ERROR
+
+
+# ---- the peers' own trainers, which the benchmarks measure -----------------------------------------
+
+
+def test_every_peer_steps_and_saves_what_we_import(tmp_path):
+    from benchmarks.peer_trainers import PEERS, Job
+
+    x = rows(spread=3.0)
+    for name, make in PEERS.items():
+        peer = make(Job(D, N, K, len(x), x, steps=40, lr=1e-2, warmup=2, decay=8, dead_after=5 * len(x)))
+        for _ in range(30):
+            peer.step(x)
+        folder = tmp_path / name
+        peer.save(folder)
+        import_sae(folder, peer.format, str(tmp_path / f"{name}-ours"))
+        ours = Sae.load(tmp_path / f"{name}-ours")
+        variance = (x - x.mean(0)).square().sum()
+        assert (ours(x) - x).square().sum() < 0.9 * variance, f"{name} has learnt nothing of raw rows"
+
+
+def test_peer_steps_are_measured_beside_ours():
+    from benchmarks.peer_steps import measure_peers
+    from benchmarks.peer_trainers import PEERS
+    from benchmarks.train_step import SIZES
+
+    found = measure_peers(SIZES["tiny"], rounds=1)
+    assert set(found["peers"]) == set(found["peers_over_winnow"]) == set(PEERS)
+    assert min(*found["peers"].values(), found["winnow"]) > 0
+
+
+def test_the_quality_table_is_made_resumed_and_complete(tmp_path, monkeypatch):
+    from benchmarks import quality
+    from store import ActivationStore
+    from tests.evaluated import toy_config
+
+    monkeypatch.setattr(quality, "RATES", dict.fromkeys(quality.RATES, (3e-3, 1e-2)))
+    config = toy_config(tmp_path)
+    bench = quality.Bench(config, ActivationStore.open(config.root), tmp_path / "work", 32, 4, 256, 1.0)
+    trainers = list(quality.RATES)
+    table = quality.run(bench, trainers, (0, 1), windows=4)
+    for name in trainers:
+        row = table[name]
+        assert row["fvu_by_lr"][f"{row['lr']:g}"] == min(row["fvu_by_lr"].values())
+        assert len(row["delta_ce"]) == len(row["fvu_raw"]) == 2
+        assert all(0 < fvu < 1.5 for fvu in row["fvu_raw"])
+        assert all(0 < l0 <= 4 for l0 in row["l0"])
+        assert all(0 <= share < 1 for share in row["dead_share"])
+    text = quality.page(table, bench, "make it")
+    assert all(f"| {name} |" in text for name in trainers)
+
+    monkeypatch.setattr(quality, "train", None)  # nothing is trained or measured a second time
+    monkeypatch.setattr(quality, "PEERS", {})
+    monkeypatch.setattr(quality, "Subject", None)
+    assert quality.run(bench, trainers, (0, 1), windows=4) == table

@@ -27,7 +27,8 @@ def run(name: str, out: Path, *arguments: str) -> dict:
 
 def test_train_step(tmp_path):
     result = run(
-        "train_step", tmp_path / "result.json", "--rounds", "2", "--sizes", "tiny", "quickstart-tiny"
+        *("train_step", tmp_path / "result.json", "--rounds", "2", "--no-peers"),
+        *("--sizes", "tiny", "quickstart-tiny"),
     )
     assert result["benchmark"] == "train_step"
     for part in (result, result["quickstart-tiny"]):

@@ -314,7 +314,7 @@ def test_execution_stands_outside_the_identity(tmp_path):
     plan, _, _ = planned(make_config(tmp_path))
     again, _, _ = planned(make_config(tmp_path, harvest={"batch_windows": 3}))
     assert again == plan
-    assert again.execution.batch_windows == 8
+    assert again.execution.batch_windows == "auto"
 
 
 def test_no_plan_is_no_plan(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from tests.pipeline import pipeline_config
 
 REPO = Path(__file__).parents[2]
-NOT_HERE = ("make test", "make minio", "make lint", "make bench", "git clone", "cd ")
+NOT_HERE = ("make explore", "make test", "make minio", "make lint", "make bench", "git clone", "cd ")
 """Commands that would run this test again, take minutes, or leave the folder."""
 
 

@@ -17,7 +17,15 @@ from store import ActivationStore
 from store.console import load_config
 from store.objects import open_store
 from store.testing import make_plan, write_dataset
-from tests.planted import D_MODEL, HOOK, SINKS_PER_UNIT, mean_max_cosine, planted_config, planted_rows
+from tests.planted import (
+    D_MODEL,
+    HOOK,
+    OTHER_HOOK,
+    SINKS_PER_UNIT,
+    mean_max_cosine,
+    planted_config,
+    planted_rows,
+)
 from trainer import Sae
 from trainer.cli import make_app
 from trainer.heldout import heldout_figures
@@ -59,10 +67,10 @@ def stop_after(monkeypatch, steps: int):
     """Make the step number `steps` fail like a killed process: nothing is saved on the way out."""
     original = loop.train_step
 
-    def step(run, rows, weights):
+    def step(run, *batch):
         if run.counts.step == steps:
             raise Stopped
-        return original(run, rows, weights)
+        return original(run, *batch)
 
     monkeypatch.setattr(loop, "train_step", step)
 
@@ -106,6 +114,43 @@ def test_planted_directions_are_found_and_everything_is_published(config_of, tmp
 def test_other_recipes_train_too(config_of, fields):
     summary = train(config_of(epochs=8, **fields))
     assert summary["fvu"] < 0.6
+
+
+VARIANTS = {
+    "batchtopk": {"activation": "batchtopk"},
+    "matryoshka": {"matryoshka": [16, 32], "activation": "batchtopk"},
+    "relu": {"activation": "relu", "sparsity_coefficient": 0.1},
+    "jumprelu": {"activation": "jumprelu", "normalize": "dataset"},
+    "transcoder": {"target_hook": OTHER_HOOK},
+    "skip": {"target_hook": OTHER_HOOK, "skip": True, "target_normalize": "none"},
+    "crosscoder": {"with_hooks": [OTHER_HOOK], "normalize": "dataset", "k": 6},
+}
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_learns_publishes_and_resumes_to_the_same_bits(
+    config_of, tmp_path, monkeypatch, fields
+):
+    config = config_of(epochs=8, lr=0.01, checkpoint_seconds=0, **fields)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 30)
+        with pytest.raises(Stopped):
+            train(config)
+    summary = train(config)
+    other = train(config_of(epochs=8, lr=0.01, out=str(tmp_path / "whole"), **fields))
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert summary["fvu"] == other["fvu"]
+    # the other hook's rows are drawn without regard to this hook's: a transcoder can only give their mean
+    assert summary["fvu"] < (1.05 if "target_hook" in fields else 0.45)
+    sae = Sae.load(tmp_path / "run")
+    spec = config.train
+    widths = dict.fromkeys((HOOK, OTHER_HOOK), D_MODEL)
+    assert (sae.parts, sae.card.output_hooks) == (spec.parts(widths), spec.output_hooks)
+    dataset = ActivationStore.open(config.root)
+    figures = heldout_figures(sae, dataset, *spec.input_hooks, target=spec.target_hook)
+    assert (figures["fvu_normalised"], figures["l0"]) == (summary["fvu"], summary["l0"])
+    if spec.activation == "batchtopk":
+        assert summary["l0"] == pytest.approx(spec.k, rel=0.05)
 
 
 @pytest.mark.parametrize("moment", [7, 16, 47])

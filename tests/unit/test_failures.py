@@ -6,11 +6,13 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ray.exceptions import RayTaskError
 
 from harvester import driver
 from harvester.failures import CAUSE_CHARS, Failures
 from harvester.single import check_single_writer
+from harvester.worker import all_finite
 from schemas.config import Config
 from schemas.errors import ConfigError, IntegrityError, NonFiniteError, StoreError, WorkerError
 from schemas.harvest import HarvestSpec
@@ -117,3 +119,16 @@ def test_a_single_writer_has_no_actors() -> None:
     for harvest in ({"actors": 2}, {"ray_address": "auto"}):
         with pytest.raises(ConfigError, match="single_writer"):
             check_single_writer(Config.model_validate({**single, "harvest": harvest}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_all_finite_is_what_torch_says(dtype):
+    values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[3] = torch.finfo(dtype).max
+    values[4] = -torch.finfo(dtype).max
+    values[5] = 0
+    assert all_finite(values).item() is True
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        broken = values.clone()
+        broken[6, 4] = bad
+        assert all_finite(broken).item() is False

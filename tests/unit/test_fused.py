@@ -13,10 +13,11 @@ from schemas.training import TrainSpec
 from trainer import fused
 from trainer.checkpoint import pack, unpack
 from trainer.init import initialise
+from trainer.losses import Rows
 from trainer.sae import PARAMETERS, Sae
 from trainer.step import Recipe, Run, eager_pass, train_step
 
-B, D, N, K = 96, 12, 80, 4
+B, D, N, K, OUT = 96, 12, 80, 4, 7
 
 
 def rows(seed: int, count: int = B, dtype=torch.float64) -> torch.Tensor:
@@ -24,12 +25,20 @@ def rows(seed: int, count: int = B, dtype=torch.float64) -> torch.Tensor:
     return (torch.randn(count, D, generator=draw, dtype=torch.float64) * 3 + 1).to(dtype)
 
 
+def target_of(spec: TrainSpec, x: torch.Tensor) -> torch.Tensor | None:
+    """A transcoder's target: something of x, and not linear."""
+    return x[:, :OUT].relu() + x[:, -OUT:] if spec.target_hook else None
+
+
 def make(kernels: str, dtype=torch.float64, **fields) -> Run:
     base = {"out": "x", "hook": "h.1", "latents": N, "k": K, "batch_rows": 64, "epochs": 8}
     base |= {"dead_after_tokens": 150, "auxk_k": 6, "lr": 0.003, "kernels": kernels}
     spec = TrainSpec.model_validate(base | fields)
-    sae = Sae(D, N, spec.k, spec.normalize, dtype=dtype)
-    constant = initialise(sae, rows(99, 500, dtype), torch.ones(500, dtype=dtype), seed=0)
+    parts = spec.parts({"h.1": D, "h.2": OUT} if spec.target_hook else {"h.1": D - 5, "h.2": 5})
+    sae = Sae(D, N, spec.k, spec.normalize, parts if fields else None, dtype=dtype)
+    sample = rows(99, 500, dtype)
+    target = target_of(spec, sample)
+    constant = initialise(sae, sample, torch.ones(500, dtype=dtype), seed=0, target=target)
     with torch.no_grad():
         sae.b_enc[: N // 5] = -30.0 if spec.normalize == "none" else -0.3  # silent, so that AuxK has work
     return Run(sae, Recipe.resolve(spec, D, steps_per_epoch=5), constant)
@@ -46,6 +55,15 @@ RECIPES = {
     "every latent": {"k": N},
     "dataset": {"normalize": "dataset"},
     "none": {"normalize": "none"},
+    "batchtopk": {"activation": "batchtopk"},
+    "batchtopk, a row a group": {"activation": "batchtopk", "lanes": 32, "selection_groups": 32},
+    "matryoshka": {"matryoshka": [7, 20, 50]},
+    "matryoshka, batchtopk": {"matryoshka": [7, 20, 50], "activation": "batchtopk"},
+    "transcoder": {"target_hook": "h.2"},
+    "transcoder, skip, batchtopk": {"target_hook": "h.2", "skip": True, "activation": "batchtopk"},
+    "transcoder, skip, matryoshka": {"target_hook": "h.2", "skip": True, "matryoshka": [30]},
+    "transcoder, multi": {"target_hook": "h.2", "multi_topk": True, "target_normalize": "none"},
+    "crosscoder": {"with_hooks": ["h.2"], "normalize": "dataset"},
 }
 
 
@@ -56,7 +74,8 @@ def test_training_in_float64_is_the_eager_training(fields):
         x, weights = rows(step), torch.ones(B, dtype=torch.float64)
         weights[step::9] = 0
         x[step::9] = math.nan
-        eager, found = (train_step(run, x.clone(), weights) for run in runs)
+        y = target_of(runs[0].recipe.spec, x)
+        eager, found = (train_step(run, x.clone(), weights, y) for run in runs)
         assert eager is not None
         assert found is not None
         for field in ("loss", "auxk", "grad_norm", "lr", "dead", "fvu", "l0"):
@@ -94,9 +113,9 @@ def test_gradients_in_float32_are_within_1e_5_of_dense_autograd(auxk_k, multi_to
     weights = torch.rand(B, generator=torch.Generator().manual_seed(3)) + 0.5
     twin = copy.deepcopy(run)
     twin.sae = twin.sae.double()
-    expected = eager_pass(twin, x.double(), weights.double(), dead)
+    expected = eager_pass(twin, Rows(x.double(), x.double(), weights.double(), (B,)), dead)
     found = fused.fused_pass(
-        run.sae, run.recipe.spec, x, weights, dead, run.recipe.k_aux, run.loss_constant, "cpu"
+        run.sae, run.recipe.spec, Rows(x, x, weights, (B,)), dead, run.recipe.k_aux, run.loss_constant, "cpu"
     )
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert found.auxk == pytest.approx(expected.auxk, rel=1e-5)
@@ -177,3 +196,31 @@ def test_two_threads_give_the_same_bits_every_run():
         torch.set_num_threads(threads)
     for other in finals[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in finals[0].items())
+
+
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_batchtopk_takes_rows_that_have_more_than_their_candidates_exactly(monkeypatch, candidates):
+    monkeypatch.setattr(fused, "BATCH_CANDIDATES", candidates)
+    runs = [make(kernels, activation="batchtopk") for kernels in ("eager", "cpu")]
+    with torch.no_grad():
+        for run in runs:
+            run.sae.b_enc[: N // 5] = 0.0
+    x = rows(5)
+    x[::12] *= 300  # one row of every group takes what it can
+    for run in runs:
+        run.sae.normalize_mode = "none"  # rows as unequal as they are
+    eager, found = (train_step(run, x, torch.ones(B, dtype=torch.float64)) for run in runs)
+    fullest = int((eager.values > 0).sum(1).max())
+    assert fullest > 4 * K
+    assert int((found.values > 0).sum(1).max()) == fullest
+    assert found.loss == pytest.approx(eager.loss, rel=1e-9)
+    torch.testing.assert_close(found.x_hat, eager.x_hat, rtol=1e-8, atol=1e-9)
+    for name in PARAMETERS:
+        torch.testing.assert_close(getattr(runs[1].sae, name), getattr(runs[0].sae, name), msg=name)
+
+
+def test_kernels_that_a_variant_lacks_are_refused_and_auto_says_so(capsys):
+    assert make("auto", activation="relu").kernels == "eager"
+    assert "eager, since activation relu" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="eager or auto"):
+        make("cpu", activation="jumprelu")

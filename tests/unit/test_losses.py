@@ -143,7 +143,8 @@ def test_auxk_that_is_not_finite_counts_as_0():
 def test_multi_topk_is_the_loss_at_k_plus_an_eighth_of_that_at_4k():
     sae, x, w = make(), rows(), torch.ones(B, dtype=torch.float64)
     values, indices = sae.select(x, 4 * K)
-    found, x_hat = losses.multi_topk_loss(sae, x, values, indices, w, 2.0)
+    rows_ = losses.Rows(x, x, w, (B,))
+    found, x_hat = losses.multi_topk_loss(sae, rows_, values, indices, 2.0)
     narrow, wide = sae.reconstruct(*sae.select(x)), sae.reconstruct(*sae.select(x, 4 * K))
     torch.testing.assert_close(x_hat, narrow)
     expected = ((x - narrow).square().sum() + (x - wide).square().sum() / 8) / B / 2.0

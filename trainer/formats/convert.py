@@ -72,7 +72,7 @@ def import_sae(
         IntegrityError: Files that are damaged or whose shapes do not fit.
     """
     plain = read_plain(source, format_name)
-    if target_hook is not None and format_name == gemma_scope.NAME:
+    if target_hook is not None and _bare(format_name) == _bare(gemma_scope.NAME):
         plain = gemma_scope.read(source, transcoder=True)
     if target_hook is not None and not plain.transcoder:
         raise ConfigError("--target-hook", expected="a transcoder", got=f"an autoencoder in {source}")
@@ -116,6 +116,12 @@ def export_sae(
 
 
 def _choose(table: Mapping[str, T], option: str, name: str) -> T:
-    if name not in table:
+    """Names may be written with any hyphens, underscores and capitals."""
+    found = [value for known, value in table.items() if _bare(known) == _bare(name)]
+    if not found:
         raise ConfigError(f"{option} {name!r}", expected=", ".join(table))
-    return table[name]
+    return found[0]
+
+
+def _bare(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")

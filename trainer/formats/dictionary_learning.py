@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from schemas.errors import ConfigError, IntegrityError
-from trainer.formats.files import read_json, read_pt, refuse, take, write_json
+from trainer.formats.files import folder_of, read_json, read_pt, refuse, take, write_json
 from trainer.formats.names import from_lens, layer_of
 from trainer.formats.plain import Plain
 
@@ -44,6 +44,7 @@ WRITTEN = {
 
 def read(path: Path) -> Plain:
     """The folder that holds both files."""
+    path = folder_of(path)
     trainer = read_json(path / CONFIG).get("trainer", {})
     name, file = trainer.get("dict_class"), path / WEIGHTS
     known = LINEAR | MATRICES

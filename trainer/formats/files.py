@@ -25,6 +25,11 @@ def require(path: Path) -> Path:
     return path
 
 
+def folder_of(path: Path) -> Path:
+    """`path`, or the folder it lies in where it is one of an SAE's files."""
+    return path.parent if path.is_file() else path
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object."""
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from schemas.errors import ConfigError, IntegrityError
 from schemas.training import Activation
-from trainer.formats.files import read_json, read_safetensors, refuse, take, write_json
+from trainer.formats.files import folder_of, read_json, read_safetensors, refuse, take, write_json
 from trainer.formats.names import from_lens, layer_of, to_lens
 from trainer.formats.plain import Plain
 
@@ -42,6 +42,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def read(path: Path) -> Plain:
     """The folder of one SAE, from any version of SAELens."""
+    path = folder_of(path)
     config, tensors, file = read_json(path / CONFIG), read_safetensors(path / WEIGHTS), path / WEIGHTS
     about = config | (config.get("metadata") or {})
     architecture = _architecture(config)

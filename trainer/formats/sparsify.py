@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from schemas.errors import ConfigError, IntegrityError
-from trainer.formats.files import read_json, read_safetensors, refuse, take, write_json
+from trainer.formats.files import folder_of, read_json, read_safetensors, refuse, take, write_json
 from trainer.formats.names import from_module
 from trainer.formats.plain import Plain
 
@@ -22,6 +22,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 def read(path: Path) -> Plain:
     """The folder of one module."""
+    path = folder_of(path)
     config, tensors = read_json(path / CONFIG), read_safetensors(path / WEIGHTS)
     activation = config.get("activation", "topk")
     if activation != "topk" or config.get("signed"):
@@ -29,7 +30,7 @@ def read(path: Path) -> Plain:
         raise ConfigError(f"{path / CONFIG}: activation", expected="topk, unsigned", got=got)
     if not isinstance(config.get("k"), int):
         raise IntegrityError(f"{path / CONFIG}: k", expected="a number", got=config.get("k"))
-    file, transcoder = path / WEIGHTS, bool(config.get("transcode"))
+    file, transcode, skip = path / WEIGHTS, bool(config.get("transcode")), bool(config.get("skip_connection"))
     W_enc, b_dec = take(tensors, "encoder.weight", file), take(tensors, "b_dec", file)
     hook = from_module(path.resolve().name)
     return Plain(
@@ -37,13 +38,13 @@ def read(path: Path) -> Plain:
         W_enc=W_enc,
         b_enc=take(tensors, "encoder.bias", file),
         W_dec=take(tensors, "W_dec", file),
-        b_in=torch.zeros(W_enc.shape[1]) if transcoder else b_dec,
+        b_in=torch.zeros(W_enc.shape[1]) if transcode else b_dec,
         b_out=b_dec,
         k=config["k"],
-        W_skip=take(tensors, "W_skip", file) if config.get("skip_connection") else None,
-        transcoder=transcoder or bool(config.get("skip_connection")),
-        hook=None if transcoder else hook,
-        target_hook=hook if transcoder else None,
+        W_skip=take(tensors, "W_skip", file) if skip else None,
+        transcoder=transcode or skip,
+        hook=None if transcode else hook,
+        target_hook=hook if transcode or skip else None,
     )
 
 

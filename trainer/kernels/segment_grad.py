@@ -24,23 +24,25 @@ BLOCK_BYTES = 2 << 20
 
 
 class Segments(NamedTuple):
-    """The entries of codes [B, K], sorted by latent."""
+    """The E entries of codes [B, K], B*K or some of them, sorted by latent."""
 
     order: Tensor
-    """int64 [B*K]: where each sorted entry stands in the flattened codes."""
+    """int64 [E]: where each sorted entry stands in the flattened codes."""
     row: Tensor
-    """int64 [B*K]: its row."""
+    """int64 [E]: its row."""
     latent: Tensor
-    """int64 [B*K]: its latent, ascending."""
+    """int64 [E]: its latent, ascending."""
     ends: Tensor
     """int64 [N + 1]: latent n's entries are ends[n] up to ends[n + 1]."""
 
 
-def segments_of(indices: Tensor, latents: int) -> Segments:
-    """Sort the entries of indices int64 [B, K]."""
+def segments_of(indices: Tensor, latents: int, chosen: Tensor | None = None) -> Segments:
+    """Sort the entries of indices int64 [B, K]; of them only those `chosen`, bool [B, K], where given."""
     flat = indices.flatten()
-    latent, order = flat.sort(stable=True)
-    ends = F.pad(torch.bincount(flat, minlength=latents).cumsum(0), (1, 0))
+    places = None if chosen is None else chosen.flatten().nonzero().flatten()
+    latent, order = (flat if places is None else flat[places]).sort(stable=True)
+    ends = F.pad(torch.bincount(latent, minlength=latents).cumsum(0), (1, 0))
+    order = order if places is None else places[order]
     return Segments(order, order.div(max(1, indices.shape[1]), rounding_mode="floor"), latent, ends)
 
 

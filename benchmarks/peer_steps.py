@@ -1,0 +1,79 @@
+"""Each peer's training step over the plain product of its shapes, beside Winnow's in the same process.
+
+    python -m benchmarks.peers -- python -m benchmarks.peer_steps --json OUT [--size full] [--rounds 15]
+
+`benchmarks.train_step` runs this where the peers are installed and takes over `peers`. Every step is on the
+same tensors, single precision, no latent dead; normalisation, gradients, optimiser and constraints are in it
+as the library has them. A round times the product right before each step; figures are medians of the rounds'
+ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peer_trainers import PEERS, Job
+from benchmarks.train_step import SIZES, Size, cases_of, seconds
+
+OURS = "winnow"
+
+
+def measure_peers(size: Size, rounds: int) -> dict[str, Any]:
+    """`peers`: name -> step over product; `winnow`: ours; `peers_over_winnow`: the quotients."""
+    device = torch.device("cpu")
+    x = torch.randn(size.rows, size.width)
+    W, out = torch.randn(size.latents, size.width), torch.empty(size.rows, size.latents)
+
+    def product() -> None:
+        torch.mm(x, W.T, out=out)
+
+    ratios: dict[str, list[float]] = {}
+    for name in (OURS, *PEERS):  # one after the other: some hold gigabytes
+        case = _case(name, size)
+        for number in range(rounds + 1):
+            below, above = seconds(product, device), seconds(case, device)
+            if number:  # the first round warms up
+                ratios.setdefault(name, []).append(above / below)
+        del case
+        gc.collect()
+    medians = {name: statistics.median(values) for name, values in ratios.items()}
+    ours = medians.pop(OURS)
+    return {
+        "peers": medians,
+        OURS: ours,
+        "peers_over_winnow": {name: value / ours for name, value in medians.items()},
+        "peers_rounds": rounds,
+    }
+
+
+def _case(name: str, size: Size) -> Callable[[], object]:
+    if name == OURS:
+        return cases_of(size, torch.device("cpu"), eager=False)["step_over_product"]
+    rows = torch.randn(size.rows, size.width, generator=torch.Generator().manual_seed(2))
+    peer = PEERS[name](Job(size.width, size.latents, size.k, size.rows, rows))
+    return lambda: peer.step(rows)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--size", choices=list(SIZES), default="full")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.json.write_text(json.dumps(measure_peers(SIZES[args.size], args.rounds), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""Quality at equal tokens: Winnow and each peer, trained on the same stored rows, judged by one definition.
+
+    python -m benchmarks.quality --config configs/quickstart.yaml --work runs/quality --json OUT --page PAGE
+
+N = 4096, K = 32, batches of 2048 rows in the same order. Every trainer has its own normalisation,
+initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps, decay over the last 20 % where
+it can, and a latent is dead after a tenth of the run. Each learning rate is tried with the first seed; the
+one with the least held-out FVU is trained with the other seeds too. What a library saved is imported by
+`trainer.formats` and measured as Winnow's own SAE: raw space, rows of weight 1 (peers never see the others).
+
+A cell (trainer, learning rate, seed) that is finished is kept in `--work`: stop it and run it again. It runs
+itself in the peers' environment (`make peers`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.peer_trainers import PEERS, Job
+from benchmarks.peers import environment, installed
+from benchmarks.report import write_report
+from evaluator.downstream import Variant, splice_losses
+from evaluator.setting import check_subject, subject_spec_of
+from harvester.subject import Subject
+from harvester.tail import Tail
+from schemas.config import Config
+from schemas.training import TrainSpec
+from store import ActivationStore
+from store.console import load_config, say
+from trainer.formats.convert import import_sae
+from trainer.heldout import heldout_figures
+from trainer.loop import train
+from trainer.sae import CARD_KEY, Sae
+from trainer.start import plan_order
+
+OURS = "winnow"
+ADAM = (5e-4, 1.5e-3, 4.5e-3)
+RATES: dict[str, tuple[float, ...]] = {
+    OURS: ADAM,
+    "sparsify": (1e-3, 3e-3, 1e-2),
+    "sparsify-adam": ADAM,
+    "sae-lens": ADAM,
+    "dictionary-learning": ADAM,
+}
+"""Learning rates tried; the signs of sparsify's default optimiser want their own."""
+SEEDS = (0, 1, 2)
+WARMUP, DECAY, DEAD = 0.05, 0.2, 0.1
+"""Shares of the run."""
+SAMPLE_BATCHES = 4
+"""Batches from which constants of a normalisation are taken; they are trained on all the same."""
+SILENCE_UNITS = 8
+"""Training units on which latents are asked for a sign of life."""
+FIGURES = ("fvu_raw", "delta_ce", "dead_share")
+
+
+class Cell(NamedTuple):
+    """One training run."""
+
+    trainer: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.trainer}-{self.lr:g}-{self.seed}"
+
+
+@dataclass
+class Bench:
+    """What all cells share."""
+
+    config: Config
+    dataset: ActivationStore
+    work: Path
+    latents: int
+    k: int
+    batch_rows: int
+    epochs: float
+
+    @property
+    def hook(self) -> str:
+        """Where rows come from."""
+        return self.dataset.plan.spec.hooks[0]
+
+    def spec(self, cell: Cell) -> TrainSpec:
+        """The cell as Winnow would train it; peers take their batches from it."""
+        return TrainSpec(
+            out=str(self.work / cell.name / "run"),
+            hook=self.hook,
+            latents=self.latents,
+            k=self.k,
+            batch_rows=self.batch_rows,
+            epochs=self.epochs,
+            lr=cell.lr,
+            warmup_fraction=WARMUP,
+            decay_fraction=DECAY,
+            seed=cell.seed,
+        )
+
+    def result(self, cell: Cell) -> dict[str, Any]:
+        """What is known of a cell; empty where nothing is."""
+        path = self.work / cell.name / "cell.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return found if found.get("of") == self.identity else {}
+
+    def keep(self, cell: Cell, **figures: Any) -> None:
+        """Add to what is known of a cell."""
+        path = self.work / cell.name / "cell.json"
+        known = self.result(cell) | figures | {"of": self.identity}
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(known, indent=1, sort_keys=True))
+        fresh.replace(path)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What makes an earlier result another experiment's."""
+        return [self.dataset.plan.fingerprint, self.latents, self.k, self.batch_rows, self.epochs]
+
+    def sae(self, cell: Cell) -> Sae:
+        """A finished cell's SAE."""
+        return Sae.load(self.work / cell.name / ("run" if cell.trainer == OURS else "sae"))
+
+
+def run_cell(bench: Bench, cell: Cell) -> None:
+    """Train one cell and measure it on the held-out rows, unless that is done."""
+    if bench.result(cell):
+        return
+    say(f"training {cell.name}")
+    folder = bench.work / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    if cell.trainer == OURS:
+        train(bench.config.model_copy(update={"train": bench.spec(cell)}))
+    else:
+        train_peer(bench, cell)
+    seconds = time.monotonic() - start
+    bench.keep(cell, seconds=seconds, **heldout_figures(bench.sae(cell), bench.dataset, bench.hook))
+
+
+def train_peer(bench: Bench, cell: Cell) -> None:
+    """Train by a library on the very batches that Winnow's run of this seed sees."""
+    spec, dataset, folder = bench.spec(cell), bench.dataset, bench.work / cell.name
+    order = plan_order(spec, dataset)
+    steps = int(spec.epochs * order.steps_per_epoch + 1e-9)
+    stream = dataset.stream(
+        [bench.hook],
+        batch_rows=spec.batch_rows,
+        seed=spec.seed,
+        lanes=spec.lanes,
+        group_units=order.group_units,
+        steps=steps,
+    )
+    with closing(stream):
+        batches: Iterator[Tensor] = (b.rows[bench.hook][b.weights > 0].clone() for b in stream)
+        first = list(islice(batches, SAMPLE_BATCHES))
+        job = Job(
+            width=first[0].shape[1],
+            latents=spec.latents,
+            k=spec.k,
+            rows=spec.batch_rows,
+            sample=torch.cat(first),
+            steps=steps,
+            lr=cell.lr,
+            seed=cell.seed,
+            warmup=round(WARMUP * steps),
+            decay=round(DECAY * steps),
+            dead_after=round(DEAD * steps * spec.batch_rows),
+        )
+        peer = PEERS[cell.trainer](job)
+        for rows in chain(first, batches):
+            peer.step(rows)
+    peer.save(folder / "theirs")
+    if not (folder / "sae" / CARD_KEY).exists():
+        import_sae(folder / "theirs", peer.format, str(folder / "sae"), hook=bench.hook)
+
+
+@torch.no_grad()
+def silent_share(bench: Bench, sae: Sae) -> float:
+    """Share of the latents that no row of weight 1 of the first `SILENCE_UNITS` training units activates."""
+    units, size = bench.dataset.plan.split_units("train"), bench.dataset.plan.rows_per_unit
+    awake = torch.zeros(sae.latents, dtype=torch.bool)
+    for unit in list(units)[:SILENCE_UNITS]:
+        first, stop = unit * size, (unit + 1) * size
+        here = torch.from_numpy(bench.dataset.weights([bench.hook], first, stop)) > 0
+        rows = torch.from_numpy(bench.dataset.read_rows(bench.hook, first, stop))[here]
+        for some in rows.split(2048):
+            values, indices = sae.encode(some)
+            awake[indices[values > 0]] = True
+    return 1 - awake.float().mean().item()
+
+
+def measure_in_subject(bench: Bench, cells: list[Cell], windows: int) -> None:
+    """Delta CE of all the cells that lack it, from one pass over the held-out windows."""
+    missing = [cell for cell in cells if "delta_ce" not in bench.result(cell)]
+    if not missing:
+        return
+    plan = bench.dataset.plan
+    subject = Subject.load(bench.config.subject or subject_spec_of(plan))
+    check_subject(subject, plan)
+    held_out = len(plan.split_units("validation")) * plan.spec.windows_per_unit
+
+    def variant(sae: Sae) -> Variant:
+        return lambda x, _: sae(x)
+
+    losses = splice_losses(
+        Tail(subject, bench.hook),
+        bench.dataset,
+        bench.hook,
+        range(min(held_out, windows)),
+        {cell.name: variant(bench.sae(cell)) for cell in missing},
+    )
+    for cell in missing:
+        bench.keep(cell, delta_ce=float((losses[cell.name] - losses["clean"]).mean()))
+
+
+def run(bench: Bench, trainers: list[str], seeds: tuple[int, ...], windows: int) -> dict[str, Any]:
+    """Every cell of the trainers, and the table."""
+    finals: list[Cell] = []
+    for trainer in trainers:
+        tried = [Cell(trainer, lr, seeds[0]) for lr in RATES[trainer]]
+        for cell in tried:
+            run_cell(bench, cell)
+        best = min(tried, key=lambda cell: bench.result(cell)["fvu_raw"])
+        chosen = [best._replace(seed=seed) for seed in seeds]
+        for cell in chosen:
+            run_cell(bench, cell)
+            if "dead_share" not in bench.result(cell):
+                bench.keep(cell, dead_share=silent_share(bench, bench.sae(cell)))
+        finals += chosen
+    measure_in_subject(bench, finals, windows)
+    return {trainer: _row(bench, trainer, finals, seeds[0]) for trainer in trainers}
+
+
+def _row(bench: Bench, trainer: str, finals: list[Cell], seed: int) -> dict[str, Any]:
+    cells = [cell for cell in finals if cell.trainer == trainer]
+    results = [bench.result(cell) for cell in cells]
+    tried = {f"{lr:g}": bench.result(Cell(trainer, lr, seed))["fvu_raw"] for lr in RATES[trainer]}
+    figures = {name: [result[name] for result in results] for name in (*FIGURES, "l0", "seconds")}
+    return {"lr": cells[0].lr, "fvu_by_lr": tried, "seeds": [cell.seed for cell in cells], **figures}
+
+
+def page(rows: dict[str, Any], bench: Bench, command: str) -> str:
+    """The table for people."""
+    plan = bench.dataset.plan
+    steps = int(
+        bench.epochs * plan_order(bench.spec(Cell(OURS, 1e-3, 0)), bench.dataset).steps_per_epoch + 1e-9
+    )
+    lines = [
+        "# Quality at equal tokens",
+        "",
+        f"N = {bench.latents:,}, K = {bench.k}, {steps} steps of {bench.batch_rows:,} rows of `{bench.hook}`"
+        f" of {plan.subject.model.rpartition('/')[2]}, the same rows in the same order for everybody. Held"
+        " out, raw space, rows of weight 1. Mean and range over the seeds.",
+        "",
+        "| trainer | learning rate | FVU | delta CE, nats | dead |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        cells = [
+            _shown(row["fvu_raw"], ".4f"),
+            _shown(row["delta_ce"], ".4f"),
+            _shown(row["dead_share"], ".2%"),
+        ]
+        lines.append(f"| {name} | {row['lr']:g} | {' | '.join(cells)} |")
+    lines += ["", "FVU by learning rate, first seed (the best one is taken):", ""]
+    lines += [
+        f"- {name}: " + ", ".join(f"{lr}: {fvu:.4f}" for lr, fvu in row["fvu_by_lr"].items())
+        for name, row in rows.items()
+    ]
+    lines += ["", NOTES.format(units=SILENCE_UNITS), "", f"```sh\n{command}\n```", ""]
+    return "\n".join(lines)
+
+
+NOTES = """Each trainer has its own normalisation, initialisation, optimiser and AuxK coefficient; warm-up
+over 5 % of the steps; decay over the last 20 % (sparsify's Adam: linear from the warm-up on; its default
+optimiser, signum: neither, it averages); a latent is dead to AuxK after a tenth of the run. Winnow publishes
+the better of its weights and their moving average, by held-out FVU in its normalised space. `dead`: latents
+that no row of {units} training units activates. Delta CE is taken on the held-out windows."""
+
+
+def _shown(values: list[float], form: str) -> str:
+    mean, low, high = (format(f(values), form) for f in (statistics.mean, min, max))
+    return f"{mean} ({low} to {high})"
+
+
+def main() -> None:
+    """Train what is missing, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--root", help="the dataset, where it is not the config's")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/quality"), help="where finished cells are kept"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path, help="the table as Markdown")
+    parser.add_argument("--cells", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--epochs", type=float, default=1.5)
+    parser.add_argument("--latents", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch-rows", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows for delta CE")
+    args = parser.parse_args()
+    if importlib.util.find_spec("sparsify") is None:
+        if not installed():
+            sys.exit("error: the peers are not installed: make peers")
+        command = [sys.executable, "-m", "benchmarks.quality", *sys.argv[1:]]
+        os.execve(sys.executable, command, environment())
+    config = load_config(args.config, [f"root={args.root}"] if args.root else [])
+    dataset = ActivationStore.open(config.root, config.storage)
+    sizes = (args.latents, args.k, args.batch_rows, args.epochs)
+    bench = Bench(config, dataset, args.work, *sizes)
+    rows = run(bench, args.cells, tuple(args.seeds), args.windows)
+    figures = {"trainers": rows, "of": bench.identity}
+    print(json.dumps(write_report("quality", figures, args.json), indent=1))
+    if args.page:
+        args.page.parent.mkdir(parents=True, exist_ok=True)
+        args.page.write_text(page(rows, bench, "python -m benchmarks.quality"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The peers' trainers on the very rows that `winnow recovery` trains on, into the same results.
+
+    python -m benchmarks.recovery_peers OUT [--peers sparsify sae-lens ...] [--latents 256 512] [--k 8]
+        [--seeds 3] [--rows 1000000]
+
+OUT is the folder of `winnow recovery`: its page and picture get a row for each peer. Every peer has its
+own normalisation, initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps and decay
+over the last 20 % where it can, and, as ours, the best of three learning rates on the first seed. Latents
+are dead after as many rows as ours: their own defaults (ten million rows, or 512,000) would leave AuxK off
+on this task. What a library saved is imported by `trainer.formats` and measured as our own. It runs
+itself in the peers' environment (`make peers`); finished runs are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from benchmarks.peer_trainers import PEERS, Job
+from benchmarks.peers import environment, installed
+from evaluator.synthetic import Task
+from evaluator.synthetic_cli import read_records, write
+from evaluator.synthetic_page import best_lr, page_of
+from evaluator.synthetic_train import DEAD_AFTER, LEARNING_RATES, Figures, figures_of
+from schemas.config import StorageSpec
+from store.console import say
+from store.objects import ObjectStore, open_store
+from trainer.formats.convert import import_sae
+from trainer.sae import Sae
+
+BATCH_ROWS = 512
+SAMPLE_ROWS = 8192
+"""For the constants of a normalisation, as ours."""
+WARMUP, DECAY = 0.05, 0.2
+"""Shares of the run."""
+RATES = {"sparsify": (0.001, 0.003, 0.01)}
+"""sparsify's default optimiser takes signs, which want their own rates; everybody else has ours."""
+
+
+def train_peer(name: str, task: Task, latents: int, k: int, lr: float) -> Figures:
+    """Train one peer on each row once, and measure what it saved."""
+    steps = task.rows // BATCH_ROWS
+    sample = torch.cat(
+        [torch.from_numpy(b) for b in islice(task.batches(BATCH_ROWS), SAMPLE_ROWS // BATCH_ROWS)]
+    )
+    job = Job(
+        width=task.d_model,
+        latents=latents,
+        k=k,
+        rows=BATCH_ROWS,
+        sample=sample,
+        steps=steps,
+        lr=lr,
+        seed=task.seed,
+        warmup=round(WARMUP * steps),
+        decay=round(DECAY * steps),
+        dead_after=DEAD_AFTER,
+    )
+    peer = PEERS[name](job)
+    for rows in task.batches(BATCH_ROWS):
+        peer.step(torch.from_numpy(rows))
+    with tempfile.TemporaryDirectory() as folder:
+        peer.save(Path(folder) / "theirs")
+        import_sae(Path(folder) / "theirs", peer.format, str(Path(folder) / "sae"), hook="synthetic")
+        return figures_of(Sae.load(Path(folder) / "sae"), task)
+
+
+def recover(
+    store: ObjectStore, peers: list[str], sizes: list[tuple[int, int]], seeds: int, rows: int
+) -> None:
+    """Every run that the folder does not hold yet."""
+    records = read_records(store)
+    for name in peers:
+        for latents, k in sizes:
+            for seed in range(seeds):
+                rates = RATES.get(name, LEARNING_RATES) if not seed else (best_lr(records, name, latents, k),)
+                for lr in rates:
+                    place = {
+                        "variant": name,
+                        "latents": latents,
+                        "k": k,
+                        "rows": rows,
+                        "seed": seed,
+                        "lr": lr,
+                    }
+                    if not any(place.items() <= record.items() for record in records):
+                        say(f"{name}: N = {latents}, K = {k}, seed {seed}, lr {lr:g}")
+                        figures = train_peer(name, Task(rows=rows, seed=seed), latents, k, lr)
+                        records.append(place | figures)
+                        write(store, records)
+    print(page_of(records))
+
+
+def main() -> None:
+    """Train what is missing, write, print the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out")
+    default = ["sparsify", "sparsify-adam", "sae-lens", "dictionary-learning"]
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=default)
+    parser.add_argument("--latents", nargs="+", type=int, default=[256, 512])
+    parser.add_argument("--k", nargs="+", type=int, default=[8])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    args = parser.parse_args()
+    if importlib.util.find_spec("sparsify") is None:
+        if not installed():
+            sys.exit("error: the peers are not installed: make peers")
+        os.execve(
+            sys.executable, [sys.executable, "-m", "benchmarks.recovery_peers", *sys.argv[1:]], environment()
+        )
+    torch.set_num_threads(1)
+    sizes = [(latents, k) for latents in args.latents for k in args.k]
+    recover(open_store(args.out, StorageSpec()), args.peers, sizes, args.seeds, args.rows)
+
+
+if __name__ == "__main__":
+    main()

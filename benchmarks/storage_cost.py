@@ -1,0 +1,220 @@
+"""What a row costs to keep and to read, by dtype and codec, and what 8 bits would cost an SAE.
+
+`python -m benchmarks.storage_cost --root data/quickstart --json OUT` writes the dataset's training rows anew,
+in every dtype with every codec, and reads them by the stream (from the page cache, checked, as float32):
+
+bytes_per_token
+    Shard bytes, checksums and index included, over rows of one hook.
+read_cpu_over_raw
+    CPU seconds a row (medians over the rounds, each taken in turn) over those of raw bfloat16.
+write_cpu_over_raw
+    CPU seconds to encode and commit a row over those of raw bfloat16.
+
+The rows are what `--root` holds: from a bfloat16 dataset, float32 rows end in 16 zero bits, which zstd
+removes as it never could from a float32 harvest (`--set plan.dtype=float32`); `source_dtype` says which.
+
+`--train CONFIG [--set FIELD=VALUE ...]` trains an SAE with the config, once on the stream as it is and once
+for each of `--simulate int8 fp8_e4m3 fp8_e5m2`: the stream's training rows are rounded to that format and
+back (`simulate`), with one float32 scale a row, and everything else, seed and held-out rows too, is the same.
+`fvu_cost` and `delta_ce_cost` (with `--delta-ce`, which runs the subject) are differences to the first run.
+A format of 8 bits would be worth having in the store if its `fvu_cost` were under 0.002.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import write_report
+from evaluator.heldout import measure_in_subject
+from schemas.config import Config
+from schemas.harvest import DTYPE_BYTES, Compress, Dtype, HarvestPlan
+from store import ActivationStore
+from store.console import load_config
+from store.objects import open_store
+from store.testing import make_plan, write_dataset
+from store.torch_stream import Batch
+from trainer import loop
+
+DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+CODECS: tuple[Compress, ...] = ("none", "zstd")
+FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+def main() -> None:
+    """Parse the command line, measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--root", required=True, help="a sealed dataset with two training units or more")
+    parser.add_argument("--hook", help="the first one by default")
+    parser.add_argument("--units", type=int, default=8, help="training units taken, at the most")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs read of each")
+    parser.add_argument("--train", type=Path, help="a config with a section `train`; its root is not used")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as `winnow train`")
+    parser.add_argument("--simulate", nargs="*", choices=["int8", *FP8], default=["int8", *FP8])
+    parser.add_argument("--delta-ce", action="store_true", help="run the subject too")
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    options = parser.parse_args()
+    figures = storage(options.root, options.hook, options.units, options.rounds)
+    if options.train:
+        config = load_config(options.train, [*options.set, f"root={options.root}"])
+        figures["training"] = training(config, options.simulate, delta_ce=options.delta_ce)
+    print(json.dumps(write_report("storage_cost", figures, options.json), indent=1))
+
+
+# Bytes and time
+
+
+def storage(root: str, hook: str | None, units: int, rounds: int) -> dict[str, Any]:
+    """A dataset's rows in every dtype with every codec: `figures[dtype][codec]`."""
+    source = ActivationStore.open(root)
+    hook = hook or source.hooks[0]
+    taken = source.plan.split_units("train")[:units]
+    size = source.plan.rows_per_unit
+
+    def rows(_: HarvestPlan, unit: int, name: str) -> Any:
+        number = taken[unit - 1] if unit else source.plan.split_units("validation")[0]
+        return source.read_rows(name, number * size, (number + 1) * size)
+
+    figures: dict[str, dict[str, dict[str, float]]] = {dtype: {} for dtype in DTYPES}
+    read: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="winnow-bench-") as folder:
+        for dtype in DTYPES:
+            for codec in CODECS:
+                plan = _plan(source.plan, len(taken) + 1, hook, dtype, codec)
+                place, before = f"{folder}/{dtype}-{codec}", time.process_time()
+                manifest = write_dataset(open_store(place), plan, rows)
+                assert manifest is not None
+                figures[dtype][codec] = {
+                    "bytes_per_token": manifest.bytes / plan.rows,
+                    "write_cpu": (time.process_time() - before) / plan.rows,
+                }
+                read[dtype, codec] = []
+        for _ in range(rounds):
+            for dtype, codec in read:
+                read[dtype, codec].append(_read(f"{folder}/{dtype}-{codec}", hook))
+    raw_read, raw_write = (
+        statistics.median(read["bfloat16", "none"]),
+        figures["bfloat16"]["none"]["write_cpu"],
+    )
+    for (dtype, codec), seconds in read.items():
+        its = figures[dtype][codec]
+        its["read_cpu_over_raw"] = statistics.median(seconds) / raw_read
+        its["write_cpu_over_raw"] = its.pop("write_cpu") / raw_write
+    return {
+        "bytes": {"hook": hook, "d_model": source.d_model(hook), "source_dtype": source.plan.spec.dtype}
+        | {"units": len(taken), "rows_per_unit": size, "by_dtype": figures},
+        "simulated_bytes_per_token": source.d_model(hook) + DTYPE_BYTES["float32"],
+    }
+
+
+def _plan(like: HarvestPlan, units: int, hook: str, dtype: Dtype, codec: Compress) -> HarvestPlan:
+    spec = like.spec
+    return make_plan(
+        units,
+        spec.windows_per_unit,
+        spec.context_length,
+        {hook: like.d_model(hook)},
+        drop_leading=spec.drop_leading,
+        dtype=dtype,
+        compress=codec,
+    )
+
+
+def _read(root: str, hook: str) -> float:
+    """CPU seconds a row of an epoch in which every group is read from the store."""
+    store = ActivationStore.open(root)
+    units = len(store.plan.split_units("train"))
+    before = time.process_time()
+    with store.stream(hook, batch_rows=64, seed=0, group_units=-(-units // 2), epochs=1) as stream:
+        rows = sum(len(batch.weights) for batch in stream)
+    return (time.process_time() - before) / rows
+
+
+# Eight bits
+
+
+def simulate(name: str, rows: torch.Tensor) -> torch.Tensor:
+    """float32 rows [B, D] rounded to a format of 8 bits with one float32 scale a row, and back.
+
+    `int8` spreads -127..127 over a row's largest magnitude; the fp8 formats bring it to their largest value.
+    """
+    most = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    if name == "int8":
+        scale = most / 127
+        return (rows / scale).round() * scale
+    scale = most / torch.finfo(FP8[name]).max
+    return (rows / scale).to(FP8[name]).float() * scale
+
+
+class SimulatedStore(ActivationStore):
+    """A dataset whose training stream has been through a format; all else is as stored."""
+
+    format = "int8"
+
+    def stream(self, *arguments: Any, **options: Any) -> Any:
+        """As `ActivationStore.stream`."""
+        return SimulatedStream(super().stream(*arguments, **options), self.format)
+
+
+class SimulatedStream:
+    """A stream's batches with their rows rounded; everything else is the stream's."""
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self._stream, self._name = stream, name
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._stream)
+        return batch._replace(rows={hook: simulate(self._name, x) for hook, x in batch.rows.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+
+
+def training(config: Config, formats: list[str], *, delta_ce: bool) -> dict[str, Any]:
+    """Held-out figures of an SAE trained on the stream as it is, and on each simulated format."""
+    assert config.train is not None
+    after: loop.AfterTrain | None = measure_in_subject if delta_ce else None
+    kept = ("fvu", "fvu_raw", "delta_ce", "delta_ce_low", "delta_ce_high", "l0", "steps")
+    found: dict[str, Any] = {}
+    for name in ("as_stored", *formats):
+        with tempfile.TemporaryDirectory(prefix="winnow-bench-") as out:
+            its = config.model_copy(update={"train": config.train.model_copy(update={"out": out})})
+            summary = _trained(its, name, after)
+            found[name] = {key: summary[key] for key in kept if key in summary}
+    first = found["as_stored"]
+    for name in formats:
+        found[name]["fvu_cost"] = found[name]["fvu"] - first["fvu"]
+        if delta_ce:
+            found[name]["delta_ce_cost"] = found[name]["delta_ce"] - first["delta_ce"]
+    return found
+
+
+def _trained(config: Config, name: str, after: Callable[..., dict[str, float]] | None) -> dict[str, Any]:
+    real = loop.ActivationStore
+    if name != "as_stored":
+        loop.ActivationStore = type("Simulated", (SimulatedStore,), {"format": name})
+    try:
+        return loop.train(config, after_train=after)
+    finally:
+        loop.ActivationStore = real
+
+
+if __name__ == "__main__":
+    main()

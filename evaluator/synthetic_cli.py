@@ -1,0 +1,135 @@
+"""`winnow recovery`: train every variant on rows with known directions, and count what it finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from evaluator import synthetic_page as page
+from evaluator.synthetic import Task
+from evaluator.synthetic_train import LEARNING_RATES, VARIANTS, measure, spec_of, train_on
+from schemas.config import StorageSpec
+from schemas.errors import ConfigError, IntegrityError
+from store.console import Progress, emit, guard, print_table, say
+from store.objects import ObjectStore, open_store
+
+HELP = """Train SAEs on synthetic rows whose true directions are known, and see how many they find.
+
+No dataset is needed: the rows are drawn from a seed as they are trained on (D = 64, 256 directions,
+Poisson(8) of them a row with Zipf weights, 1,000,000 rows, each seen once). Every variant tries three
+learning rates on the first seed and takes the best for the others.
+
+Writes `recovery.json`, `recovery.md` and `recovery.png` into OUT. Runs that OUT already holds are not
+done again, so it can be stopped, and widened by more variants, sizes or seeds.
+"""
+EPILOG = "Example: `winnow recovery runs/recovery --variants topk,batchtopk --latents 256 --seeds 1`"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `recovery` to an app."""
+
+    @app.command("recovery", help=HELP, epilog=EPILOG)
+    def command(
+        out: Annotated[str, typer.Argument(help="Folder or URI for the results.")],
+        variants: Annotated[str, typer.Option(help="Names, separated by commas.")] = ",".join(VARIANTS),
+        latents: Annotated[str, typer.Option(help="Dictionary sizes N.")] = "256,512",
+        k: Annotated[str, typer.Option(help="Active latents K.")] = "8",
+        seeds: Annotated[int, typer.Option(min=1, help="Seeds: 0, 1, ...")] = 3,
+        rows: Annotated[int, typer.Option(min=16_384, help="Rows trained on.")] = 1_000_000,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print the results as one JSON object.")
+        ] = False,
+    ) -> None:
+        with guard():
+            chosen = _names(variants)
+            sizes = [(n, size) for n in _numbers("latents", latents) for size in _numbers("k", k)]
+            store = open_store(out, StorageSpec())
+            records = recover(store, chosen, sizes, seeds, rows)
+            table = [
+                line.strip("| ").split(" | ") for line in page.page_of(records).splitlines() if "±" in line
+            ]
+            emit(
+                {"runs": records},
+                as_json,
+                lambda: (
+                    print_table(f"recovery → {out}", [[" ".join(row[:3]), row[5]] for row in table])
+                    if table
+                    else say(page.page_of(records))
+                ),
+            )
+
+
+def recover(
+    store: ObjectStore,
+    variants: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    seeds: int,
+    rows: int,
+) -> list[page.Record]:
+    """Every run that `store` does not hold yet; results are written after each.
+
+    Args:
+        store: The folder of the results.
+        variants: Names in `VARIANTS`.
+        sizes: Pairs (N, K).
+        seeds: Number of seeds.
+        rows: Rows trained on.
+
+    Returns:
+        All runs that the folder now holds.
+    """
+    records = read_records(store)
+    with Progress("recovery", len(variants) * len(sizes) * (len(LEARNING_RATES) + seeds - 1), "runs") as bar:
+        for variant in variants:
+            for latents, k in sizes:
+                for seed in range(seeds):
+                    rates = LEARNING_RATES if not seed else (page.best_lr(records, variant, latents, k),)
+                    for lr in rates:
+                        place = {"variant": variant, "latents": latents, "k": k, "rows": rows}
+                        place |= {"seed": seed, "lr": lr}
+                        if not any(place.items() <= record.items() for record in records):
+                            task = Task(rows=rows, seed=seed)
+                            spec = spec_of(task, latents, k, lr=lr, **VARIANTS[variant])
+                            records.append(place | measure(train_on(task, spec), task))
+                            write(store, records)
+                        bar.advance(1)
+    return records
+
+
+def read_records(store: ObjectStore) -> list[page.Record]:
+    """The runs that a folder holds.
+
+    Raises:
+        IntegrityError: Its `recovery.json` is something else.
+    """
+    if store.size(page.JSON_KEY) is None:
+        return []
+    try:
+        return list(json.loads(store.get(page.JSON_KEY))["runs"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{store.uri}/{page.JSON_KEY} holds no results", fix="Delete it") from error
+
+
+def write(store: ObjectStore, records: Sequence[page.Record]) -> None:
+    """Write results, page and picture."""
+    store.put(page.JSON_KEY, page.dump(records))
+    store.put(page.PAGE_KEY, page.page_of(records).encode())
+    store.put(page.PLOT_KEY, page.draw(records))
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in VARIANTS:
+            raise ConfigError("--variants", expected=f"some of {', '.join(VARIANTS)}", got=repr(name))
+    return names
+
+
+def _numbers(what: str, text: str) -> list[int]:
+    found: list[Any] = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in found):
+        raise ConfigError(f"--{what}", expected="whole numbers above 0, separated by commas", got=repr(text))
+    return [int(part) for part in found]

@@ -1,0 +1,127 @@
+"""What `winnow recovery` writes: results as JSON, a page with the table, a picture with intervals."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+JSON_KEY, PAGE_KEY, PLOT_KEY = "recovery.json", "recovery.md", "recovery.png"
+STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+"""Quantiles of Student's t by degrees of freedom, for 95 % intervals over few seeds."""
+SHOWN = {
+    "matched_cosine": "matched cosine",
+    "found": "found (> 0.9)",
+    "max_cosine": "mean max cosine",
+    "fvu": "FVU",
+    "l0": "L0",
+}
+Record = dict[str, Any]
+"""One run: `variant`, `latents`, `k`, `rows`, `seed`, `lr` and its figures."""
+
+
+class Cell(NamedTuple):
+    """One row of the table: a variant at one N and K, its best learning rate over the seeds."""
+
+    variant: str
+    latents: int
+    k: int
+    lr: float
+    records: list[Record]
+
+    def interval(self, figure: str) -> tuple[float, float]:
+        """Mean over the seeds and half the width of its 95 % interval; infinite for one seed."""
+        values = np.array([record[figure] for record in self.records], dtype=np.float64)
+        free = len(values) - 1
+        if not free:
+            return float(values[0]), float("inf")
+        spread = values.std(ddof=1) / len(values) ** 0.5
+        return float(values.mean()), float(STUDENT_95.get(free, 1.96) * spread)
+
+
+def best_lr(records: Sequence[Record], variant: str, latents: int, k: int) -> float:
+    """The learning rate with the best matched cosine on the first seed."""
+    mine = [r for r in records if (r["variant"], r["latents"], r["k"]) == (variant, latents, k)]
+    first = min(record["seed"] for record in mine)
+    return max((r for r in mine if r["seed"] == first), key=lambda r: r["matched_cosine"])["lr"]
+
+
+def cells_of(records: Sequence[Record]) -> list[Cell]:
+    """The table's rows, in the order of the records."""
+    keys = dict.fromkeys((r["variant"], r["latents"], r["k"]) for r in records)
+    cells: list[Cell] = []
+    for key in keys:
+        lr = best_lr(records, *key)
+        chosen = [r for r in records if (r["variant"], r["latents"], r["k"]) == key and r["lr"] == lr]
+        cells.append(Cell(*key, lr, chosen))
+    return cells
+
+
+def page_of(records: Sequence[Record]) -> str:
+    """The page in Markdown."""
+    rows = max(record["rows"] for record in records)
+    lines = [
+        "# Recovery of known directions",
+        "",
+        "Written by `winnow recovery` (and `python -m benchmarks.recovery_peers`, where it was run). "
+        f"D = 64, 256 directions, {rows:,} rows, each seen once; see `evaluator/synthetic.py` for the task. "
+        "Mean over the seeds with its 95 % interval (Student's t); the learning rate is the best of three on "
+        "the first seed, for everybody. AuxK: share of the steps on which it was active.",
+        "",
+        f"| variant | N | K | lr | seeds | {' | '.join(SHOWN.values())} | AuxK |",
+        f"|---|---|---|---|---|{'---|' * len(SHOWN)}---|",
+    ]
+    for cell in cells_of(records):
+        shown = [_text(*cell.interval(name)) for name in SHOWN]
+        auxk = np.mean(
+            [r["auxk_steps"] / r["steps"] for r in cell.records if r.get("auxk_steps") is not None]
+        )
+        lines.append(
+            f"| {cell.variant} | {cell.latents} | {cell.k} | {cell.lr:g} | {len(cell.records)} | "
+            + " | ".join(shown)
+            + f" | {'' if np.isnan(auxk) else f'{auxk:.0%}'} |"
+        )
+    return "\n".join([*lines, "", f"![matched cosine with intervals]({PLOT_KEY})", ""])
+
+
+def _text(mean: float, half: float) -> str:
+    return f"{mean:.3f}" if half == float("inf") else f"{mean:.3f} ± {half:.3f}"
+
+
+def draw(records: Sequence[Record]) -> bytes:
+    """A PNG: matched cosine of every row of the table, with its interval."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cells = cells_of(records)
+    figure = Figure(figsize=(8, 1.2 + 0.36 * len(cells)), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, cell in enumerate(reversed(cells)):
+        mean, half = cell.interval("matched_cosine")
+        axes.errorbar(
+            mean, place, xerr=0 if half == float("inf") else half, fmt="o", color="#2563a8", capsize=3
+        )
+        axes.plot(
+            [r["matched_cosine"] for r in cell.records], [place] * len(cell.records), "|", color="#d9822b"
+        )
+    names = [f"{cell.variant}, N = {cell.latents}, K = {cell.k}" for cell in reversed(cells)]
+    axes.set_yticks(range(len(cells)), names)
+    axes.set_xlabel("one-to-one matched cosine, mean and 95 % interval over seeds (ticks: the seeds)")
+    axes.grid(True, axis="x", color="#dddddd", lw=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def dump(records: Sequence[Record]) -> bytes:
+    """The results as JSON."""
+    return (
+        json.dumps({"kind": "winnow.recovery", "runs": list(records)}, indent=1, sort_keys=True).encode()
+        + b"\n"
+    )

@@ -1,0 +1,115 @@
+"""Train an SAE on rows with known directions, through the trainer's own step, and see what it found.
+
+Legend: B rows of a batch, D width, N latents, K active latents a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Any
+
+import torch
+
+from evaluator.synthetic import BLOCK_ROWS, Task, recovery
+from schemas.base import validate
+from schemas.training import TrainSpec
+from trainer.device import torch_settings
+from trainer.init import initialise
+from trainer.losses import L0, Fvu
+from trainer.sae import Sae
+from trainer.step import Recipe, Run, train_step
+from trainer.threshold import calibrate
+
+DEAD_AFTER = 2000
+"""Rows of silence after which a latent is dead: the rarest direction comes about 10 times in as many."""
+TEST_BLOCKS = 2
+"""Blocks of fresh rows that FVU and L0 are measured on; as many training blocks give a threshold."""
+Figures = dict[str, float]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "multi-topk": {"multi_topk": True},
+    "batchtopk": {"activation": "batchtopk"},
+    "jumprelu": {"activation": "jumprelu"},
+    "relu": {"activation": "relu", "sparsity_coefficient": 0.1},
+}
+"""Fields of each variant's spec. Matryoshka, whose prefixes ask for a hierarchy, has none here to find."""
+LEARNING_RATES = (0.003, 0.01, 0.03)
+"""Everybody's best of three is taken, by matched cosine of the first seed."""
+
+
+def spec_of(task: Task, latents: int, k: int, **fields: Any) -> TrainSpec:
+    """A spec for a task: dataset normalisation, small batches, one pass; `fields` win.
+
+    Raises:
+        ConfigError: Fields that a spec does not have, or that do not go together.
+    """
+    base = {
+        "out": "synthetic",
+        "hook": "synthetic",
+        "latents": latents,
+        "k": k,
+        "normalize": "dataset",
+        "batch_rows": 512,
+        "lr": LEARNING_RATES[1],
+        "dead_after_tokens": DEAD_AFTER,
+        "seed": task.seed,
+        "device": "cpu",
+        "threads": 1,
+    }
+    return validate(TrainSpec, base | fields, origin="the variant")
+
+
+def train_on(task: Task, spec: TrainSpec, advance: Callable[[int], None] | None = None) -> Run:
+    """Train on `task.rows` rows, each once, drawn as they are needed.
+
+    Args:
+        task: The task.
+        spec: `batch_rows`, `epochs` and everything that a step reads; the run takes epochs * rows/B steps.
+        advance: Told of the rows of every step.
+    """
+    with torch_settings(torch.device("cpu"), spec.threads or 1):
+        parts = spec.parts({spec.hook: task.d_model})
+        sae = Sae(task.d_model, spec.latents, spec.k, spec.normalize, parts)
+        recipe = Recipe.resolve(spec, task.d_model, task.rows // spec.batch_rows)
+        run = Run(sae, recipe, loss_constant=1.0)
+        weights = torch.ones(spec.batch_rows)
+        batches = _passes(task, spec.batch_rows)
+        drawn = list(islice(batches, -(-spec.sample_rows // spec.batch_rows)))
+        sample = torch.cat(drawn)[: spec.sample_rows]
+        run.loss_constant = initialise(sae, sample, torch.ones(len(sample)), spec.seed)
+        for batch in islice(chain(drawn, batches), recipe.steps):
+            train_step(run, batch, weights)
+            if advance is not None:
+                advance(len(batch))
+    return run
+
+
+def _passes(task: Task, batch_rows: int) -> Iterator[torch.Tensor]:
+    """Batches of one pass after another, in the same order."""
+    while True:
+        yield from map(torch.from_numpy, task.batches(batch_rows))
+
+
+@torch.no_grad()
+def measure(run: Run, task: Task) -> Figures:
+    """What `figures_of` says of a finished run's weights, its dead share and its steps with AuxK."""
+    if run.batches:
+        train = [torch.from_numpy(task.block(number)[0]) for number in range(TEST_BLOCKS)]
+        calibrate(run.sae, [(rows, torch.ones(len(rows))) for rows in train])
+    figures = figures_of(run.sae, task) | {"dead_share": run.dead_share_of_last_epoch}
+    return figures | {"steps": float(run.counts.step), "auxk_steps": float(run.counts.auxk_steps)}
+
+
+@torch.no_grad()
+def figures_of(sae: Sae, task: Task) -> Figures:
+    """`recovery` of an SAE's weights, and `fvu` and `l0` on fresh rows of the task."""
+    first = -(-task.rows // BLOCK_ROWS)
+    fresh = replace(task, rows=(first + TEST_BLOCKS) * BLOCK_ROWS)
+    fvu, l0 = Fvu(task.d_model), L0()
+    for number in range(first, first + TEST_BLOCKS):
+        rows = torch.from_numpy(fresh.block(number)[0])
+        fvu.add(rows, sae(rows))
+        l0.add(sae.encode(rows)[0])
+    return recovery(sae.W_dec.numpy(), task.truth) | {"fvu": fvu.value, "l0": l0.value}

@@ -1,0 +1,127 @@
+"""What every request passes before it reaches the API, and what every reply carries.
+
+- Host: on loopback only loopback names are answered, so that a page of another site cannot reach us by
+  pointing its own name here (DNS rebinding).
+- Origin: a request that a browser sends from another site is refused.
+- Token: where the server listens beyond loopback, it is asked for once in the URL and kept in a cookie.
+- Size: bodies beyond a limit are refused unread.
+- A content security policy that allows our own files and nothing else.
+"""
+
+from __future__ import annotations
+
+import hmac
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_BODY_BYTES = 64 * 1024
+COOKIE = "winnow_token"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class Gate:
+    """ASGI middleware; see the module's docstring.
+
+    Args:
+        app: What it guards.
+        token: Asked of everybody; None on loopback, where the Host is checked instead.
+    """
+
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self._app, self._token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, refuse or pass on."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        headers = Headers(scope=scope)
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await refusal(scope, receive, send_guarded)
+            return
+        await self._app(scope, _bounded(receive), send_guarded)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | RedirectResponse | None:
+        host = headers.get("host", "")
+        if self._token is None and _name(host) not in LOOPBACK:
+            return _no(421, "This server answers to loopback names only, such as http://127.0.0.1")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return _no(403, "Requests from other sites are refused")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 12 or int(length) > MAX_BODY_BYTES:
+            return _no(413, f"A request's body is at most {MAX_BODY_BYTES} bytes")
+        return self._without_token(scope, headers)
+
+    def _without_token(self, scope: Scope, headers: Headers) -> JSONResponse | RedirectResponse | None:
+        if self._token is None:
+            return None
+        query = parse_qsl(scope["query_string"].decode("latin-1"))
+        given = dict(query).get("token")
+        if given is not None and self._right(given):
+            rest = urlencode([(key, value) for key, value in query if key != "token"])
+            reply = RedirectResponse("/" + (f"?{rest}" if rest else ""), 303)
+            reply.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
+            return reply
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        if self._right(bearer) or self._right(_cookie(headers.get("cookie", ""))):
+            return None
+        return _no(401, "This server needs its token: open the address that it printed when it started")
+
+    def _right(self, given: str) -> bool:
+        return self._token is not None and hmac.compare_digest(given.encode(), self._token.encode())
+
+
+def _name(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _cookie(header: str) -> str:
+    try:
+        morsel = SimpleCookie(header).get(COOKIE)
+    except CookieError:
+        return ""
+    return morsel.value if morsel else ""
+
+
+def _no(status: int, why: str) -> JSONResponse:
+    return JSONResponse({"error": why}, status)
+
+
+def _bounded(receive: Receive) -> Receive:
+    """`receive` that ends a body without a length once it passes the limit."""
+    seen = 0
+
+    async def bounded() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > MAX_BODY_BYTES:
+            return {"type": "http.disconnect"}
+        return message
+
+    return bounded

@@ -1,0 +1,116 @@
+// One latent: what it fires on, from strongest to weakest, what it promotes, who its neighbours are.
+import { address, get, remember } from "./api.js";
+import { histogram } from "./charts.js";
+import { el, number, percent, waiting } from "./dom.js";
+import { about, strip, table, token } from "./tokens.js";
+
+/** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
+export async function featurePage(site, fields) {
+  const sae = fields.sae ?? "0", latent = Number(fields.latent ?? 0);
+  const last = (site.saes[Number(sae)] ?? site.saes[0]).latents - 1;
+  const page = await get(`saes/${sae}/features/${latent}`);
+  const turn = (/** @type {number} */ to, /** @type {string} */ rel, /** @type {string} */ text) => to >= 0 && to <= last &&
+    el("a", { class: "button quiet", rel, href: address({ page: "feature", sae, latent: to, band: fields.band }), title: rel === "prev" ? "Key: [" : "Key: ]" }, text);
+  return [
+    el("div", { class: "head" },
+      el("div", {}, el("h1", {}, `Latent ${latent}`), el("p", { class: "soft" }, `${page.sae} · `, about(page.brief))),
+      el("div", { class: "row" }, turn(latent - 1, "prev", "← Previous"), turn(latent + 1, "next", "Next →"),
+        el("a", { class: "button quiet", href: address({ page: "monitor", sae, latents: latent }) }, "Watch"),
+        el("a", { class: "button", href: address({ page: "steer", edits: `${sae}:${latent}:clamp:${number(2 * page.figures.largest).replace(",", "")}` }) }, "Steer with it"))),
+    page.explanations.length ? el("div", { class: "card" }, el("h2", {}, "Said of it"), el("ul", { class: "plain" }, page.explanations.map((/** @type {any} */ one) =>
+      el("li", {}, one.text, " ", el("span", { class: "soft small" }, `${one.source}${one.score === null ? "" : ` · ${number(one.score)}`}`))))) : "",
+    el("div", { class: "columns" }, el("div", {}, examples(site, sae, page, fields.band), neighbours(sae, page)), aside(page)),
+  ];
+}
+
+/** @param {any} site @param {string} sae @param {any} page @param {string} [band] */
+function examples(site, sae, page, band) {
+  const bands = page.quantiles.length - 1;
+  /** @type {[string, string, string][]} */
+  const tabs = [["-1", "Strongest", "The windows with its highest activations, all of the dataset looked at."]];
+  for (let i = bands - 1; i >= 0; i--) {
+    const [low, high] = [Math.round((100 * i) / bands), Math.round((100 * (i + 1)) / bands)];
+    tabs.push([String(i), `${low}–${high} %`, `Drawn at random where it fires between ${number(page.quantiles[i])} and ${number(page.quantiles[i + 1])}: the ${low} to ${high} % of its activations.`]);
+  }
+  const present = tabs.filter(([key]) => page.examples.some((/** @type {any} */ one) => String(one.band) === key));
+  const list = el("div", { role: "tabpanel", id: "examples", tabindex: -1 }), says = el("p", { class: "soft small" });
+  const buttons = present.map(([key, title, words]) => el("button", {
+    type: "button", role: "tab", "aria-controls": "examples", "data-key": key,
+    onclick: () => { remember({ band: key === "-1" ? undefined : key }); choose(key, words); },
+    onkeydown: (/** @type {KeyboardEvent} */ event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      const next = buttons[(buttons.indexOf(event.target) + step + buttons.length) % buttons.length];
+      next.click();
+      next.focus();
+    },
+  }, title));
+  const choose = (/** @type {string} */ key, /** @type {string} */ words) => {
+    for (const button of buttons) {
+      button.setAttribute("aria-selected", String(button.dataset.key === key));
+      button.tabIndex = button.dataset.key === key ? 0 : -1;
+    }
+    says.textContent = words;
+    list.replaceChildren(...page.examples.filter((/** @type {any} */ one) => String(one.band) === key).map((/** @type {any} */ one) => example(site, sae, page, one)));
+  };
+  const first = present.find(([key]) => key === (band ?? "-1")) ?? present[0];
+  if (first) choose(first[0], first[2]);
+  return el("section", { class: "card" },
+    el("div", { class: "head" }, el("h2", {}, "Where it fires"), el("span", { class: "legend" }, "0", el("i"), number(page.figures.largest))),
+    present.length ? [el("div", { class: "tabs", role: "tablist", "aria-label": "Parts of its activations" }, buttons), says, list]
+      : el("p", { class: "note" }, "It fired on no token that the index has read."));
+}
+
+/** @param {any} site @param {string} sae @param {any} page @param {any} one */
+function example(site, sae, page, one) {
+  const effect = el("div", { class: "effect", hidden: true }), at = one.position - one.first;
+  const says = (/** @type {number} */ i) => `${number(one.values[i])}${one.position - at + i === 0 ? "\nthe window's first token, which is not read" : ""}`;
+  const button = el("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => {
+    effect.hidden = !effect.hidden;
+    button.setAttribute("aria-expanded", String(!effect.hidden));
+    if (!effect.hidden) waiting(effect, site.subject.ready ? "Running the window with and without the latent…" : "Loading the subject model, then running the window twice…", () => ablation(site, sae, page.latent, one.window));
+  } }, "Ablate");
+  return el("div", { class: "example" }, el("span", { class: "num" }, number(one.values[at])),
+    strip(one.tokens, one.values, { most: page.figures.largest, peak: at, says, flat: true, label: `Example with activation ${number(one.values[at])}` }),
+    site.windows && button, effect);
+}
+
+/** What the model loses without the latent. @param {any} site @param {string} sae @param {number} latent @param {number} window */
+async function ablation(site, sae, latent, window) {
+  const found = await get(`saes/${sae}/ablate`, { latent, window });
+  site.subject.ready = true;
+  const votes = (/** @type {any[]} */ all) => all.map((one) => `${JSON.stringify(one.token)} ${one.change > 0 ? "+" : "−"}${Math.abs(100 * one.change).toFixed(1)} %`).join("   ");
+  const next = (/** @type {number} */ i) => `after ${JSON.stringify(found.tokens[i])}: loss ${found.loss_change[i] === null ? "–" : number(found.loss_change[i])} nats, KL ${number(found.kl[i])}` +
+    (found.down[i].length ? `\nwithout it less: ${votes(found.down[i])}` : "") + (found.up[i].length ? `\nwithout it more: ${votes(found.up[i])}` : "");
+  const felt = found.kl.reduce((/** @type {number} */ best, /** @type {number} */ kl, /** @type {number} */ i) => (kl > found.kl[best] ? i : best), 0);
+  const cell = (/** @type {any[]} */ all) => all.flatMap((one) => [token(one.token), ` ${one.change > 0 ? "+" : "−"}${Math.abs(100 * one.change).toFixed(1)} %  `]);
+  return [
+    el("div", { class: "head" }, el("h2", {}, "Without it: change of the next token's loss"), el("span", { class: "legend" }, "better", el("i", { class: "both" }), "worse")),
+    strip(found.tokens, found.loss_change, { says: next, peak: felt, label: "Change of loss by token" }),
+    el("p", { class: "small" }, "Felt most after ", token(found.tokens[felt]), ` (KL ${number(found.kl[felt])} nats). It spoke for `, cell(found.down[felt]), " and against ", cell(found.up[felt])),
+  ];
+}
+
+/** @param {any} page */
+function aside(page) {
+  const facts = page.figures;
+  const logits = (/** @type {string} */ title, /** @type {any[]} */ rows) => rows.length ? el("section", { class: "card" }, el("h2", {}, title),
+    el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "logit"))), el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, number(row.score))))))) : "";
+  return el("aside", { "aria-label": "Figures" },
+    el("section", { class: "card" }, el("h2", {}, "Activations"),
+      facts.fires ? histogram(page.histogram, 0, facts.largest, { label: `Histogram of ${facts.fires} activations from 0 to ${number(facts.largest)}, logarithmic counts`, log: true, axis: "activation (log counts)" }) : "",
+      el("dl", { class: "facts" }, [
+        ["fires on", percent(page.brief.density)], ["tokens", facts.fires.toLocaleString("en")], ["largest", number(facts.largest)], ["mean where it fires", number(facts.mean)],
+        ["encoder · decoder", number(facts.enc_dec_cosine)],
+      ].map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]))),
+    page.tokens.length ? el("section", { class: "card" }, el("h2", {}, "Fires on these tokens"), el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "share"))), el("tbody", {}, page.tokens.map((/** @type {any} */ row) =>
+      el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, `${(100 * row.score).toFixed(0)} %`)))))) : "",
+    logits("Promotes", page.promoted), logits("Suppresses", page.suppressed));
+}
+
+/** @param {string} sae @param {any} page */
+function neighbours(sae, page) {
+  if (!page.cosine.length && !page.coactive.length) return "";
+  return el("section", { class: "card" }, el("h2", {}, "Neighbours by direction"), table(sae, page.cosine, "cosine"),
+    page.coactive.length ? [el("h2", {}, "Fire together with it"), table(sae, page.coactive, "together")] : "");
+}

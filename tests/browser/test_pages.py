@@ -1,0 +1,234 @@
+"""Every page in a real Chromium: it works, by keyboard too, asks no other host, and axe is content."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+
+TEXT = "In the beginning was the Word. To be, or not to be, that is the question."
+SERIOUS = ("serious", "critical")
+
+
+def picture(page, served, name: str) -> None:
+    if served.pictures is not None:
+        served.pictures.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(served.pictures / f"{name}.png"))
+
+
+def open_page(page, served, address: str, settled: str) -> None:
+    page.goto(served.url + address)
+    page.wait_for_selector(settled)
+
+
+def no_serious_violation(page) -> None:
+    found = Axe().run(page).response["violations"]
+    bad = [
+        (each["id"], [node["html"][:120] for node in each["nodes"][:3]])
+        for each in found
+        if each["impact"] in SERIOUS
+    ]
+    assert bad == []
+
+
+def test_map_filters_searches_and_opens_a_latent(page, served):
+    open_page(page, served, "", "main canvas")
+    page.wait_for_selector("main table a")
+    picture(page, served, "map")
+    no_serious_violation(page)
+    first = page.locator("main tbody tr").first
+    word = first.locator("td .token").first.text_content()
+    page.locator("main input[name=q]").fill(word.strip("↵ ") or "e")
+    page.wait_for_url(re.compile("[?&]q="))
+    page.locator("select[name=down]").select_option("0")
+    page.wait_for_url(re.compile("down=0"))
+    page.reload()  # the address is the state
+    page.wait_for_selector("main table a")
+    assert page.locator("select[name=down]").input_value() == "0"
+    page.locator("select[name=y]").select_option("largest")
+    page.wait_for_url(re.compile("y=largest"))
+    page.locator("main table a").first.click()
+    page.wait_for_selector("h1:has-text('Latent')")
+
+
+def test_map_names_the_latent_below_the_pointer_and_opens_it(page, served):
+    open_page(page, served, "?page=map", "main canvas")
+    data = page.evaluate("fetch('/api/saes/0/map').then((reply) => reply.json())")
+    assert len(data["latents"]) == served.latents
+    box = page.locator("main canvas").bounding_box()
+    for step in range(40):  # sweep until a latent is near
+        page.mouse.move(
+            box["x"] + 60 + step * (box["width"] - 80) / 40,
+            box["y"] + box["height"] * (0.3 + 0.5 * (step % 5) / 5),
+        )
+        if page.locator("#tip").is_visible():
+            break
+    assert re.match(r"#\d+", page.locator("#tip").text_content())
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_url(re.compile("page=feature"))
+
+
+def test_feature_page_and_ablation(page, served):
+    open_page(page, served, "?page=feature&latent=5", ".strip span")
+    picture(page, served, "feature")
+    no_serious_violation(page)
+    page.locator(".strip").first.locator("span").first.hover()
+    assert page.locator("#tip").is_visible()
+    tabs = page.get_by_role("tab")
+    if tabs.count() > 1:
+        tabs.nth(1).click()
+        assert tabs.nth(1).get_attribute("aria-selected") == "true"
+        assert "band=" in page.url
+        tabs.nth(0).click()
+    page.get_by_role("button", name="Ablate").first.click()
+    page.wait_for_selector(".effect .strip")
+    picture(page, served, "ablation")
+    no_serious_violation(page)
+    page.get_by_role("link", name="Next →").click()
+    page.wait_for_selector("h1:has-text('Latent 6')")
+    page.go_back()
+    page.wait_for_selector("h1:has-text('Latent 5')")
+
+
+def test_text_page_says_what_fires(page, served):
+    open_page(page, served, "?page=text", "textarea")
+    page.locator("main textarea").fill(TEXT)
+    page.get_by_role("button", name="Read").click()
+    page.wait_for_selector(".strip.pick")
+    page.locator(".strip.pick span").nth(4).click()
+    page.wait_for_selector("ul.plain li")
+    picture(page, served, "text")
+    no_serious_violation(page)
+    page.reload()
+    page.wait_for_selector("ul.plain li")  # text and token stand in the address
+
+
+def test_two_saes_side_by_side(page, served):
+    open_page(page, served, "?page=compare", "svg.chart")
+    page.wait_for_selector("main table a")
+    picture(page, served, "compare")
+    no_serious_violation(page)
+    page.locator("section", has_text="Matches, from best").locator("a[href*='page=compare']").first.click()
+    page.wait_for_selector("h2:has-text('Nearest directions')")
+    picture(page, served, "compare-latent")
+
+
+def test_steering_streams_both_runs(page, served):
+    open_page(page, served, "?page=feature&latent=5", ".strip span")
+    page.get_by_role("link", name="Steer with it").click()
+    page.wait_for_selector("textarea")
+    page.locator("input[name=tokens]").fill("12")
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector("text=steered tokens; mean log-probability")
+    picture(page, served, "steering")
+    no_serious_violation(page)
+    assert "edits=0%3A5%3Aclamp" in page.url
+    prompt = page.locator("textarea").input_value()
+    for which in ("Clean", "Steered"):
+        assert len(page.get_by_label(which, exact=True).text_content()) > len(prompt)
+    page.get_by_role("button", name="Add a change").click()
+    page.get_by_role("button", name="Remove the change of latent 5").click()
+    page.wait_for_url(re.compile("edits=0%3A0%3Aclamp"))
+
+
+def test_monitor_exports_what_it_shows(page, served):
+    open_page(page, served, "?page=monitor", "textarea")
+    page.locator("main textarea").fill(TEXT)
+    page.locator("input[name=latents]").fill("1, 5, 12")
+    page.get_by_role("button", name="Watch").click()
+    page.wait_for_selector("text=Export JSON")
+    picture(page, served, "monitor")
+    no_serious_violation(page)
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Export JSON").click()
+    report = json.loads(saved.value.path().read_text())
+    assert report["kind"] == "winnow.monitor"
+    assert [each["latent"] for each in report["latents"]] == [1, 5, 12]
+    assert "".join(report["tokens"]) == TEXT
+
+
+def test_dark_and_narrow(page, served):
+    open_page(page, served, "?page=feature&latent=5", ".strip span")
+    page.get_by_role("button", name="Switch between light and dark").click()
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    picture(page, served, "dark")
+    no_serious_violation(page)
+    page.set_viewport_size({"width": 380, "height": 800})
+    for address in (
+        "?page=map",
+        "?page=feature&latent=5",
+        "?page=text",
+        "?page=compare",
+        "?page=steer",
+        "?page=monitor",
+    ):
+        open_page(page, served, address, "main h1")
+        page.wait_for_load_state("networkidle")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 380, address
+        no_serious_violation(page)
+    page.get_by_role("button", name="Switch between light and dark").click()
+    open_page(page, served, "?page=feature&latent=5", ".strip span")
+    picture(page, served, "phone")
+
+
+def test_keyboard_only(page, served):
+    open_page(page, served, "", "main table a")
+    page.keyboard.press("/")
+    page.keyboard.type("7")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("h1:has-text('Latent 7')")
+    page.keyboard.press("]")
+    page.wait_for_selector("h1:has-text('Latent 8')")
+    page.keyboard.press("[")
+    page.wait_for_selector("h1:has-text('Latent 7')")
+    reach(page, "[role=tab][aria-selected=true]")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url(re.compile("band="))
+    reach(page, ".strip")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#tip").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("#tip").is_visible()
+    reach(page, "nav a[href*='page=text']")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("textarea")
+    reach(page, "main textarea")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("Alas, poor Yorick")
+    reach(page, "main form button")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".strip.pick")
+    reach(page, ".strip.pick")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("at=1"))
+
+
+def reach(page, selector: str, most: int = 120) -> None:
+    """Press Tab until the element that is focused fits."""
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+            return
+    pytest.fail(f"Tab does not reach {selector}")
+
+
+def test_words_of_the_corpus_are_never_markup(page, served):
+    open_page(page, served, "?page=monitor", "textarea")
+    page.locator("main textarea").fill("<img src=x onerror=alert(1)> <script>alert(2)</script>")
+    page.locator("input[name=latents]").fill("1")
+    page.get_by_role("button", name="Watch").click()
+    page.wait_for_selector("text=Export JSON")
+    assert page.locator("main img, main script").count() == 0
+    assert "<script>" in page.locator(".strip").text_content()
+
+
+def test_refusals_are_sentences(page, served):
+    open_page(page, served, f"?page=feature&latent={served.latents}", ".error")
+    assert f"0 to {served.latents - 1}" in page.locator(".error").text_content()
+    assert any("400" in complaint for complaint in served.complaints)  # Chromium notes the status itself
+    served.complaints.clear()
