@@ -163,11 +163,13 @@ class FakeWorker:
 
     pid = 2**22 + 1
     stdin = None
+    logs = []
 
     def __init__(self, *args, **kwargs):
         self.code = None
         self.signals = []
         kwargs["stderr"].write(b"noise\nerror: the cause\n")
+        self.logs.append(kwargs["stderr"])
 
     def poll(self):
         return self.code
@@ -180,17 +182,12 @@ class FakeWorker:
 def queue(tmp_path, monkeypatch):
     monkeypatch.setattr(service_module.subprocess, "Popen", FakeWorker)
     yield Queue(open_store(str(tmp_path / "root")))
-    while MADE:
-        for attempt in MADE.pop().attempts:
-            attempt.log.close()
-
-
-MADE: list[Service] = []
+    while FakeWorker.logs:
+        FakeWorker.logs.pop().close()
 
 
 def make(queue: Queue, devices=("cpu0",)) -> Service:
-    MADE.append(Service(queue.store, devices, {}))
-    return MADE[-1]
+    return Service(queue.store, devices, {})
 
 
 def add(queue: Queue, tmp_path: Path, name: str, **train) -> str:
