@@ -5,8 +5,8 @@
 
 OUT is the folder of `winnow recovery`: its page and picture get a row for each peer. Every peer has its
 own normalisation, initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps and decay
-over the last 20 % where it can, and, as ours, the best of three learning rates on the first seed. Latents
-are dead after as many rows as ours: their own defaults (ten million rows, or 512,000) would leave AuxK off
+over the last 20 % where it can, and, as ours, the best of the same three learning rates on the first seed.
+Latents are dead after as many rows as ours: their own defaults (ten million rows, or 512,000) would leave AuxK off
 on this task. What a library saved is imported by `trainer.formats` and measured as our own. It runs
 itself in the peers' environment (`make peers`); finished runs are not done again.
 """
@@ -40,8 +40,6 @@ SAMPLE_ROWS = 8192
 """For the constants of a normalisation, as ours."""
 WARMUP, DECAY = 0.05, 0.2
 """Shares of the run."""
-RATES = {"sparsify": (0.001, 0.003, 0.01)}
-"""sparsify's default optimiser takes signs, which want their own rates; everybody else has ours."""
 
 
 def train_peer(name: str, task: Task, latents: int, k: int, lr: float) -> Figures:
@@ -80,7 +78,7 @@ def recover(
     for name in peers:
         for latents, k in sizes:
             for seed in range(seeds):
-                rates = RATES.get(name, LEARNING_RATES) if not seed else (best_lr(records, name, latents, k),)
+                rates = LEARNING_RATES if not seed else (best_lr(records, name, latents, k),)
                 for lr in rates:
                     place = {
                         "variant": name,
