@@ -6,8 +6,8 @@
 OUT is the folder of `winnow recovery`: its page and picture get a row for each peer. Every peer has its
 own normalisation, initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps and decay
 over the last 20 % where it can, and, as ours, the best of the same three learning rates on the first seed.
-Latents are dead after as many rows as ours: their own defaults (ten million rows, or 512,000) would leave AuxK
-off on this task. What a library saved is imported by `trainer.formats` and measured as our own. It runs
+Latents are dead after as many rows as ours: their own defaults (ten million rows, or 512,000) would leave
+AuxK off on this task. What a library saved is imported by `trainer.formats` and measured as our own. It runs
 itself in the peers' environment (`make peers`); finished runs are not done again.
 """
 
