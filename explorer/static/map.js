@@ -14,6 +14,7 @@ export function mapPage(site, fields) {
   const axes = /** @type {[string, string][]} */ (Object.entries(site.axes));
   const short = Object.fromEntries(axes.map(([name]) => [name, name.replaceAll("_", " ")]));
   /** @type {Map<number, string>} */ const named = new Map();
+  /** @type {number | null} */ let below = null; // the pointer
 
   const filters = () => address({ q: now.q, low: now.low === "" ? undefined : Number(now.low) / 100, high: now.high === "" ? undefined : Number(now.high) / 100 }).slice(1);
 
@@ -23,13 +24,15 @@ export function mapPage(site, fields) {
       x: short[now.x], y: short[now.y], xLog: LOGS.includes(now.x), yLog: LOGS.includes(now.y),
       open: (latent) => { hideTip(); go({ page: "feature", sae: now.sae, latent }); },
       over: async (latent, x, y) => {
+        below = latent;
         if (latent === null) return hideTip();
+        showTip(named.get(latent) ?? `#${latent}`, x, y);
         if (!named.has(latent)) {
           named.set(latent, `#${latent}`);
           const brief = await get(`saes/${now.sae}/brief/${latent}`);
           named.set(latent, `#${latent} · ${percent(brief.density)}\n${brief.explanation ?? brief.fires_on.map((/** @type {string} */ text) => JSON.stringify(text)).join("  ")}`);
+          if (below === latent) showTip(named.get(latent) ?? "", x, y);
         }
-        showTip(named.get(latent) ?? "", x, y);
       },
     });
     const shown = data.latents.length < data.total ? `, ${data.latents.length.toLocaleString("en")} drawn at random` : "";
