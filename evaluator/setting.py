@@ -183,18 +183,7 @@ def subject_spec_of(plan: HarvestPlan) -> SubjectSpec:
 
 
 def check_match(uri: str, card: SaeCard, plan: HarvestPlan) -> None:
-    """SaeMismatch where an SAE is of another subject, hook or width than a dataset.
-
-    Raises:
-        ConfigError: A transcoder or crosscoder, whose figures these families do not define.
-    """
-    if card.output_hooks != (card.hook,):
-        raise ConfigError(
-            f"{uri} reads {', '.join(card.input_hooks)} and gives {', '.join(card.output_hooks)}",
-            expected="an autoencoder of one hook",
-            got="a transcoder or crosscoder",
-            fix="`winnow train` measures its FVU and delta CE; see summary.json",
-        )
+    """SaeMismatch where an SAE is of another subject, hook or width than a dataset, or of several hooks."""
     fix = "Give the dataset the SAE was trained on, or one of the same subject and hook"
     if card.output_hooks != (card.hook,):
         raise SaeMismatch(
