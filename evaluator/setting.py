@@ -18,7 +18,7 @@ from torch import Tensor
 from harvester.subject import Subject
 from harvester.tail import Tail
 from schemas.config import StorageSpec
-from schemas.errors import ConfigError, SaeMismatch
+from schemas.errors import SaeMismatch
 from schemas.evaluation import EvaluateSpec, Figure
 from schemas.harvest import HarvestPlan
 from schemas.subject import SubjectSpec
