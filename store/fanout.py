@@ -10,15 +10,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from schemas.errors import ConfigError
+from store.closing import Closing
 
 T = TypeVar("T")
 
 
-class Consumer(Generic[T]):
+class Consumer(Closing, Generic[T]):
     """One of a `FanOut`'s iterators; take from it in one thread."""
 
     def __init__(self, owner: FanOut[T], number: int) -> None:
@@ -46,16 +46,8 @@ class Consumer(Generic[T]):
         """Leave: the others go on, and are no longer held back. The last one closes the stream."""
         self._owner.leave(self)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class FanOut(Generic[T]):
+class FanOut(Closing, Generic[T]):
     """Hands each batch of a stream to several consumers of this process.
 
     The batches are shared, not copied: consumers must not write to them. Each has its own place, at most
@@ -88,14 +80,6 @@ class FanOut(Generic[T]):
         """Close every consumer, and the stream."""
         for consumer in self.consumers:
             consumer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _open(self) -> list[Consumer[T]]:
         return [consumer for consumer in self.consumers if not consumer.closed]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from types import TracebackType
-from typing import Self
 
 from schemas.base import MAX_JSON_BYTES, sha256_hex
 from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError
 from schemas.follow import FollowerPosition, RingRecord
 from schemas.harvest import HarvestPlan
+from store.closing import Closing
 from store.commit import load_receipt, settle, standing_receipts
 from store.index import ReceiptIndex
 from store.layout import FOLLOWERS_DIR, PLAN_KEY, RING_DIR, receipt_key, ring_key, shard_key
@@ -134,7 +133,7 @@ def read_followers(store: ObjectStore, plan: HarvestPlan) -> list[FollowerPositi
     return found
 
 
-class Follower:
+class Follower(Closing):
     """A trainer's position under the root, with a thread that shows that it lives.
 
     Args:
@@ -183,14 +182,6 @@ class Follower:
         """Show no more signs of life."""
         self._stop.set()
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _write(self, **facts: object) -> None:
         with self._lock:

@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -30,6 +29,7 @@ from schemas.errors import ConfigError
 from schemas.harvest import DTYPE_BYTES, HarvestPlan
 from schemas.training import StreamState
 from store.cache import SliceCache
+from store.closing import Closing
 from store.fetch import fetch_slices
 from store.follow import Arrivals
 from store.index import ReceiptIndex
@@ -273,7 +273,7 @@ class _Assembler:
             return array
 
 
-class RowStream:
+class RowStream(Closing):
     """An iterator of `RowBatch`; see `ActivationStore.stream` for the arguments.
 
     Reading starts when it is made. It holds no thread of its own: a small pool reads, and is gone after
@@ -415,14 +415,6 @@ class RowStream:
             pool.shutdown(wait=True, cancel_futures=True)
         self._current = self._turns = self._coming = None
         self._ready.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # Groups
 

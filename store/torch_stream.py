@@ -5,7 +5,6 @@ Letters: B rows in a batch, D d_model.
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from schemas.training import StreamState
+from store.closing import Closing
 from store.order import LaneOrder
 from store.stream import RowStream
 
@@ -36,7 +36,7 @@ def widen(stored: NDArray[Any], out: NDArray[np.float32]) -> None:
     target.copy_(source.view(torch.bfloat16) if stored.dtype == np.uint16 else source)
 
 
-class Stream:
+class Stream(Closing):
     """An iterator of `Batch` over endless epochs, or up to a step; see `ActivationStore.stream`.
 
     Use it as a context manager, or call `close()`.
@@ -79,14 +79,6 @@ class Stream:
     def close(self) -> None:
         """Stop reading and let the buffers go."""
         self._rows.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _tensor(values: NDArray[Any]) -> torch.Tensor:
