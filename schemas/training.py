@@ -120,8 +120,8 @@ class TrainSpec(Contract):
     multi_topk: bool = False
     """Add the loss at 4K, divided by 8."""
     selection_groups: int | None = Field(default=None, gt=0)
-    """`batchtopk`: parts of the batch, of whole lanes, in each of which the best K a row are selected; a
-    world divides it. Null takes 8, or `lanes` where that is less."""
+    """`batchtopk`: parts of the batch, of whole lanes, in each of which the best K a row are selected,
+    whatever the mesh. Null takes 8, or `lanes` where that is less."""
     sparsity_coefficient: float | None = Field(default=None, ge=0)
     """`relu`: weight of the L1 term; null takes 5/sqrt(D) (Anthropic, April 2024, in these units).
     `jumprelu`: weight of (L0/K - 1)^2; null takes 1."""

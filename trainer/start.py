@@ -100,10 +100,11 @@ def stand(
     spec = recipe.spec
     widths = {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks}
     d_model = sum(widths[hook] for hook in spec.input_hooks)
+    parts = spec.parts(widths)
     if world.meshed:
-        sae = Shard(d_model, spec.latents, spec.k, spec.normalize, world, device=device)
+        sae = Shard(d_model, spec.latents, spec.k, spec.normalize, parts, world, device=device)
     else:
-        sae = Sae(d_model, spec.latents, spec.k, spec.normalize, spec.parts(widths), device=device)
+        sae = Sae(d_model, spec.latents, spec.k, spec.normalize, parts, device=device)
     run = Run(sae, recipe, loss_constant=1.0, world=world)
     found = newest_checkpoint(out, say, world)
     if found is None:

@@ -27,6 +27,7 @@ from trainer.optim import (
     renormalise_decoder,
 )
 from trainer.parallel import World
+from trainer.parallel_dense import dense_pass
 from trainer.parallel_step import Share, parallel_pass
 from trainer.sae import Sae
 from trainer.spans import mark
@@ -221,8 +222,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     if step == run.recipe.last_epoch_start:
         counts.tokens_before_last_epoch = counts.tokens
     batch = prepare(run, rows, weights, target)
-    x, weights = batch.x, batch.weights
-    share = Share.of(weights, run.world.data)
+    share = Share.of(batch.weights, run.world.data)
     if not share.rows:
         counts.step += 1
         return None
@@ -230,9 +230,12 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     dead_sizes = run.world.latent.gather(torch.tensor(len(dead))).tolist()
     k_aux, constant = run.recipe.k_aux, run.loss_constant
 
-    if run.world.meshed:
+    if run.world.meshed and run.kernels == "eager":
+        sparsity = run.recipe.sparsity_at(step)
+        found = dense_pass(sae, spec, batch, dead, k_aux, constant, sparsity, run.world, share, dead_sizes)
+    elif run.world.meshed:
         found = parallel_pass(
-            sae, spec, x, weights, dead, k_aux, constant, run.kernels, run.world, share, dead_sizes
+            sae, spec, batch, dead, k_aux, constant, run.kernels, run.world, share, dead_sizes
         )
     elif run.kernels == "eager":
         found = eager_pass(run, batch, dead)
@@ -243,10 +246,11 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         counts.auxk_nonfinite += not found.auxk_finite
     _require_finite("loss", found.loss, step)
     lr = lr_at(step, run.recipe.steps, spec)
-    if found.grad_norm is None:
-        grad_norm = eager_update(run, lr)
+    if run.kernels == "eager":
+        grad_norm = eager_update(run, lr, found.grad_norm)
     else:
         grad_norm = found.grad_norm
+        assert grad_norm is not None, "only the eager step leaves it to the update"
         _require_finite("gradient norm", grad_norm, step)
         fused_update(sae, run.adam, run.ema, lr=lr, grad_norm=grad_norm, largest=spec.clip_norm)
 
@@ -265,7 +269,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         batch.y,
         found.x_hat,
         found.values,
-        weights,
+        batch.weights,
         run.world,
         found.second_rounds,
         share.rows,
@@ -276,7 +280,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
 def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> losses.Rows:
     """A batch for one step: normalised, without its rows of weight 0. Arguments as for `train_step`."""
     keep = weights > 0
-    groups = run.recipe.spec.groups // run.world.data.size
+    groups = max(1, run.recipe.spec.groups // run.world.data.size)
     sizes = (
         tuple(int(part.sum()) for part in keep.tensor_split(groups)) if run.batches else (int(keep.sum()),)
     )
@@ -319,16 +323,22 @@ def eager_pass(run: Run, batch: losses.Rows, dead: Tensor) -> Pass:
     return Pass(loss.item(), auxk, finite, None, y_hat.detach(), values.detach(), indices)
 
 
-def eager_update(run: Run, lr: float) -> float:
+def eager_update(run: Run, lr: float, norm: float | None = None) -> float:
     """Projection, clipping, Adam, renormalisation and moving average; gives the norm before clipping.
+
+    Args:
+        run: Changed in place.
+        lr: Learning rate of this step.
+        norm: Of all shards' gradients, the decoder's already projected; null on one process.
 
     Raises:
         NonFiniteError: The gradient is NaN or infinite; nothing but `.grad` has changed.
     """
     sae = run.sae
-    project_decoder_gradient(sae)
+    if norm is None:
+        project_decoder_gradient(sae)
     names = [name for name in sae.parameter_names if name != "threshold"]  # its scale is the bandwidth's
-    norm = clip_gradients((getattr(sae, name) for name in names), run.recipe.spec.clip_norm)
+    norm = clip_gradients([getattr(sae, name) for name in names], run.recipe.spec.clip_norm, norm)
     _require_finite("gradient norm", norm, run.counts.step)
     for group in run.adam.param_groups:
         group["lr"] = lr
