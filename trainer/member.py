@@ -60,6 +60,7 @@ class Member:
         self.run, self.telemetry, self.is_new = stand(
             recipe, dataset, order, self._identity, self.out, device, world=world, extend=extend
         )
+        self._kept = None if self.is_new else self.step
         self.saver = Saver(out, self.run, self._identity, cpu_threads(self.spec))
         self.status = StatusWriter(self.out, self.run, config.prices)
         self.follower: Follower | None = None
@@ -129,7 +130,10 @@ class Member:
         self.telemetry.log(record)
 
     def checkpoint(self) -> None:
-        """Begin to make the run as it stands durable; `saver.wait` waits for it."""
+        """Begin to make the run as it stands durable, unless it is; `saver.wait` waits for it."""
+        if self._kept == self.step:
+            return
+        self._kept = self.step
         self.telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
         state = stream_state(self._dataset, self.order, self.spec.read_hooks, self.step)
         follower, step = self.follower, self.step
