@@ -64,9 +64,10 @@ def served(request, tmp_path_factory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def chromium():
-    """The browser, which ends with this module.
+    """The browser.
 
-    Its driver keeps an event loop running in this thread: any later `asyncio.run` would be refused.
+    Its driver keeps an event loop running in this thread, so it must end with this module: any later
+    test that calls `asyncio.run` would be refused.
     """
     found = next(filter(None, map(shutil.which, CHROMIUMS)), None)
     if found is None:
