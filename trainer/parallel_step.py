@@ -94,8 +94,8 @@ def parallel_pass(
     """`trainer.fused.fused_pass` on a mesh: fills `.grad` of this shard; every rank gets the same loss.
 
     Args:
-        sae: This rank's shard.
-        spec: `latents`, `k`, `multi_topk` and `auxk_coefficient` are read.
+        sae: This rank's shard; its K is the step's.
+        spec: `latents`, `multi_topk` and `auxk_coefficient` are read.
         x: This rank's normalised rows [B, D]; B may be 0.
         weights: [B], above 0.
         dead: int64 [M], ascending: the shard's own dead latents.
@@ -109,10 +109,10 @@ def parallel_pass(
     shard = _Shard(step_ops(backend), sae, world, share, weights)
     sizes = [len(part) for part in world.parts(spec.latents)]
     k_dead = min(k_aux, sum(dead_sizes)) if spec.auxk_coefficient else 0
-    k_wide = min(4 * spec.k, spec.latents) if spec.multi_topk else spec.k
+    k_wide = min(4 * sae.k, spec.latents) if spec.multi_topk else sae.k
 
     centred = x - sae.b_pre.detach()
-    gather = _start_gather(shard, centred, [k for k in (spec.k, spec.multi_topk * k_wide, k_dead) if k])
+    gather = _start_gather(shard, centred, [k for k in (sae.k, spec.multi_topk * k_wide, k_dead) if k])
     best, best_dead = _encode(shard, centred, min(k_wide, sae.latents), dead, k_dead)
     second_rounds = 0
 
@@ -122,7 +122,7 @@ def parallel_pass(
         second_rounds += found.second_rounds
         return keep(values, indices, found.kept)
 
-    codes = select(best.values[:, : spec.k], best.indices, spec.k, sizes)
+    codes = select(best.values[:, : sae.k], best.indices, sae.k, sizes)
     x_hat = shard.decode(codes).add_(sae.b_pre)
     error = x_hat - x
     scale = weights / (share.weight * constant)
