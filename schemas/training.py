@@ -165,6 +165,10 @@ class TrainSpec(Contract):
     """Newest checkpoints kept."""
     log_every_steps: int = Field(default=10, gt=0)
     """Steps between telemetry lines."""
+    tensorboard: str | None = Field(default=None, min_length=1)
+    """Folder of this machine for TensorBoard's event files, one below it for each run; null writes none."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project of Weights & Biases that the telemetry goes to; null sends nothing anywhere."""
 
     @property
     def stream_seed(self) -> int:
