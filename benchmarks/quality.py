@@ -21,7 +21,6 @@ import importlib.util
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from torch import Tensor
 
 from benchmarks.peer_trainers import PEERS, Job
 from benchmarks.peers import environment, installed
+from benchmarks.quality_page import draw, page_of
 from benchmarks.report import write_report
 from evaluator.downstream import Variant, splice_losses
 from evaluator.setting import check_subject, subject_spec_of
@@ -298,40 +298,18 @@ def _row(bench: Bench, trainer: str, finals: list[Cell], searched: dict[float, f
     return {"lr": cells[0].lr, "fvu_by_lr": tried, "seeds": [cell.seed for cell in cells], **figures}
 
 
-def page(rows: dict[str, Any], bench: Bench, command: str) -> str:
+def page(rows: dict[str, Any], bench: Bench, command: str, remarks: str = "", plot: str = "") -> str:
     """The table for people."""
     plan = bench.dataset.plan
     steps = int(
         bench.epochs * plan_order(bench.spec(Cell(OURS, 1e-3, 0)), bench.dataset).steps_per_epoch + 1e-9
     )
-    lines = [
-        "# Quality at equal tokens",
-        "",
+    intro = (
         f"N = {bench.latents:,}, K = {bench.k}, {steps} steps of {bench.batch_rows:,} rows of `{bench.hook}`"
         f" of {plan.subject.model.rpartition('/')[2]}, the same rows in the same order for everybody. Held"
-        " out, raw space, rows of weight 1. Mean and range over the seeds.",
-        "",
-        "| trainer | learning rate | FVU | delta CE, nats | dead |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        cells = [
-            _shown(row["fvu_raw"], ".4f"),
-            _shown(row["delta_ce"], ".4f"),
-            _shown(row["dead_share"], ".2%"),
-        ]
-        lines.append(f"| {name} | {row['lr']:g} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "FVU by learning rate, first seed (each search goes on until the best is between two others):",
-        "",
-    ]
-    lines += [
-        f"- {name}: " + ", ".join(f"{lr}: {fvu:.4f}" for lr, fvu in row["fvu_by_lr"].items())
-        for name, row in rows.items()
-    ]
-    lines += ["", NOTES.format(units=SILENCE_UNITS), "", f"```sh\n{command}\n```", ""]
-    return "\n".join(lines)
+        " out, raw space, rows of weight 1. Mean and range over the seeds."
+    )
+    return page_of(rows, intro, NOTES.format(units=SILENCE_UNITS), remarks, command, plot)
 
 
 NOTES = """Each trainer has its own normalisation, initialisation, optimiser and AuxK coefficient; warm-up
@@ -339,11 +317,6 @@ over 5 % of the steps; decay over the last 20 % (sparsify's Adam: linear from th
 optimiser, signum: neither, it averages); a latent is dead to AuxK after a tenth of the run. Winnow publishes
 the better of its weights and their moving average, by held-out FVU in its normalised space. `dead`: latents
 that no row of {units} training units activates. Delta CE is taken on the held-out windows."""
-
-
-def _shown(values: list[float], form: str) -> str:
-    mean, low, high = (format(f(values), form) for f in (statistics.mean, min, max))
-    return f"{mean} ({low} to {high})"
 
 
 def main() -> None:
@@ -355,7 +328,9 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/quality"), help="where finished cells are kept"
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--page", type=Path, help="the table as Markdown")
+    parser.add_argument(
+        "--page", type=Path, help="the table as Markdown; ends with what PAGE's .remarks.md says"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes every core")
     parser.add_argument("--cells", nargs="+", choices=list(MIDDLE), default=list(MIDDLE))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -381,7 +356,10 @@ def main() -> None:
     print(json.dumps(write_report("quality", figures, args.json), indent=1))
     if args.page:
         args.page.parent.mkdir(parents=True, exist_ok=True)
-        args.page.write_text(page(rows, bench, "python -m benchmarks.quality"))
+        remarks, plot = args.page.with_suffix(".remarks.md"), args.page.with_suffix(".png")
+        said = remarks.read_text() if remarks.exists() else ""
+        args.page.write_text(page(rows, bench, "python -m benchmarks.quality", said, plot.name))
+        plot.write_bytes(draw(rows))
 
 
 if __name__ == "__main__":

@@ -242,6 +242,7 @@ def test_the_quality_table_is_made_resumed_and_complete(tmp_path, monkeypatch):
         assert all(0 <= share < 1 for share in row["dead_share"])
     text = quality.page(table, bench, "make it")
     assert all(f"| {name} |" in text for name in trainers)
+    assert quality.draw(table).startswith(b"\x89PNG")
 
     monkeypatch.setattr(quality, "train", None)  # nothing is trained or measured a second time
     monkeypatch.setattr(quality, "PEERS", {})
