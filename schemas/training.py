@@ -58,6 +58,11 @@ class MeshSpec(Contract):
     latent: int = Field(default=1, gt=0)
     """Ranks that split the latents."""
 
+    @property
+    def size(self) -> int:
+        """Processes; the least of them where `data` is open."""
+        return (self.data or 1) * self.latent
+
 
 class TrainSpec(Contract):
     """One SAE and how it is trained (recipe: Gao et al. 2024, arXiv 2406.04093)."""

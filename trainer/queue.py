@@ -30,6 +30,7 @@ from schemas.service import JOBS, JobBeat, JobClaim, JobEnd, TrainJob
 from store.console import section
 from store.layout import PLAN_KEY
 from store.objects import ObjectStore, open_store
+from trainer.parallel import check_mesh
 from trainer.status import STOP_KEY
 from trainer.sweep import grid_specs
 
@@ -63,8 +64,7 @@ class Job:
     @property
     def world(self) -> int:
         """Processes it takes, each with a device of its own."""
-        mesh: Any = getattr(self.job.config.train, "mesh", None)
-        return (mesh.data or 1) * mesh.latent if mesh is not None else 1
+        return section(self.job.config.train, "train").mesh.size
 
     @property
     def outs(self) -> list[str]:
@@ -93,12 +93,12 @@ class Queue:
             Its name, and whether it is new: an equal config is the job that stands there already.
 
         Raises:
-            ConfigError: No section `train`, or a grid that cannot be.
+            ConfigError: No section `train`, or a grid or a mesh that cannot be.
         """
-        section(config.train, "train")
         config = absolute(config)
-        if config.sweep is not None:
-            grid_specs(config)
+        train = section(config.train, "train")
+        for spec in grid_specs(config) if config.sweep is not None else [train]:
+            check_mesh(spec, spec.mesh.size)
         name = config.digest()[:16]
         job = TrainJob(config=config, submitted=now(), max_attempts=max_attempts)
         return name, self.store.put_new(f"{JOBS}/{name}/job.json", job.to_json())

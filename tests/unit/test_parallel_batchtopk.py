@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 
 import pytest
@@ -11,57 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.training import SaeParts
+from tests.meeting import meet
 from trainer.codes import best_of_groups
 from trainer.kernels.best import sort_pairs
 from trainer.kernels.step_ops import step_ops
-from trainer.parallel import Axis, World
+from trainer.parallel import World
 from trainer.parallel_batchtopk import Groups, digits, nth_best, order_bits
 from trainer.parallel_batchtopk import best_of_groups as best_of_all
 from trainer.parallel_topk import Codes
 from trainer.sae import Sae
 from trainer.threshold import calibrate
-
-
-class Meeting(Axis):
-    """An axis of threads that meet at a barrier."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, table: list) -> None:
-        super().__init__(None, rank, len(table))
-        self.barrier, self.table = barrier, table
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.table[self.rank] = tensor
-        self.barrier.wait(20)
-        found = torch.stack(self.table)
-        self.barrier.wait(20)
-        return found
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.copy_(self.gather(tensor.clone()).sum(0))
-
-    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.copy_(self.gather(tensor.clone()).amax(0))
-
-
-def meet(data: int, latent: int, work) -> list[list]:
-    """`work(world)` on every rank of a mesh of threads: [data][latent]."""
-
-    def lines(count: int, size: int) -> list:
-        return [(threading.Barrier(size), [None] * size) for _ in range(count)]
-
-    rows, columns = lines(data, latent), lines(latent, data)
-    found: list[list] = [[None] * latent for _ in range(data)]
-
-    def run(place: int, shard: int) -> None:
-        world = World(Meeting(place, *columns[shard]), Meeting(shard, *rows[place]))
-        found[place][shard] = work(world)
-
-    threads = [threading.Thread(target=run, args=(d, s)) for d in range(data) for s in range(latent)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
 
 
 def sharded_best(z: torch.Tensor, k: int, groups: tuple[int, ...], width: int, world: World) -> torch.Tensor:

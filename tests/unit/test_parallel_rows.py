@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -10,34 +9,11 @@ import torch
 
 from schemas.errors import IntegrityError, WorkerError
 from store.torch_stream import Batch
-from trainer.parallel import Axis, World
+from tests.meeting import meet
+from trainer.parallel import World
 from trainer.parallel_rows import SharedRows
 
 B, D, STEPS = 4, 3, 5
-
-
-class Meeting(Axis):
-    """An axis of threads that meet at a barrier."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, table: list[Any]) -> None:
-        super().__init__(None, rank, len(table))
-        self.barrier, self.table = barrier, table
-
-    def _all(self, mine: Any) -> list[Any]:
-        self.table[self.rank] = mine
-        self.barrier.wait(20)
-        found = list(self.table)
-        self.barrier.wait(20)
-        return found
-
-    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self._all(tensor)).amax(0)
-
-    def share(self, text: str) -> list[str]:
-        return self._all(text)
-
-    def spread(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.copy_(self._all(tensor)[0].clone())
 
 
 class Rows:
@@ -67,31 +43,20 @@ class Rows:
 
 def go(stream: Rows, work, follow: bool = False) -> tuple[list[Any], int]:
     """`work(rows)` on three shards, what each gave or raised; and how often they waited."""
-    size, waits = 3, []
-    latent, whole = ((threading.Barrier(size), [None] * size) for _ in range(2))
-    found: list[Any] = [None] * size
+    waits: list[int] = []
 
-    def run(rank: int) -> None:
-        world = World(None, Meeting(rank, *latent), Meeting(rank, *whole))
-        opened = []
+    def run(world: World) -> Any:
+        rank, opened = world.latent.rank, []
 
         def open_stream() -> Any:
             opened.append(rank)
             return stream
 
         idle = (lambda: waits.append(rank)) if follow else None
-        try:
-            with SharedRows(open_stream, {"h": D}, B, 0, torch.device("cpu"), world, idle) as rows:
-                found[rank] = work(rows), rows.bytes_read, rows.memory_bytes, opened
-        except Exception as error:
-            found[rank] = error
+        with SharedRows(open_stream, {"h": D}, B, 0, torch.device("cpu"), world, idle) as rows:
+            return work(rows), rows.bytes_read, rows.memory_bytes, opened
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found, len(waits)
+    return meet(1, 3, run)[0], len(waits)
 
 
 def test_every_shard_has_the_rows_that_one_of_them_read():
