@@ -253,6 +253,13 @@ def check_mesh(spec: TrainSpec, world_size: int) -> tuple[int, int]:
     plain = spec.activation == "topk" and not (spec.target_hook or spec.with_hooks or spec.matryoshka)
     if world_size > 1 and not plain:
         raise ConfigError("train.mesh", expected="one process for this variant", got=f"{world_size} of them")
+    for field, only in (("accumulate", 1), ("compute_dtype", "float32")):
+        if world_size > 1 and getattr(spec, field) != only:
+            raise ConfigError(
+                f"{field}: {getattr(spec, field)}",
+                expected=f"{only} on a mesh",
+                got=f"{world_size} processes",
+            )
     if world_size > 1 and spec.kernels == "eager":
         raise ConfigError(
             "kernels: eager", expected="one process", got=world_size, fix="Set kernels: auto on a mesh"
