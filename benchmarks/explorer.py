@@ -61,8 +61,9 @@ def index(
 ) -> float:
     """Seconds that an index takes, model loading left out."""
     store, scratch = open_index_store(out, None)
-    whole: Subject | None = subject.whole() if spec.logits else None
-    indexer = Indexer(dataset, root, sae, store, scratch, spec, whole, subject.tokenizer)
+    indexer = Indexer(dataset, root, sae, store, scratch, spec, subject)
+    if spec.logits:
+        subject.whole()
     start = clock()
     indexer.run()
     return clock() - start

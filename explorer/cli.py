@@ -13,7 +13,7 @@ import typer
 
 from evaluator.report import load_evaluation
 from explorer.explained import from_evaluation
-from explorer.index import Indexer, open_index_store
+from explorer.index import Recipe
 from explorer.subjects import LazySubject
 from explorer.table import FeatureTable
 from schemas.base import validate
@@ -24,7 +24,6 @@ from schemas.subject import SubjectSpec
 from store import ActivationStore
 from store.console import Progress, emit, guard, load_config, print_table, say
 from store.objects import open_store
-from trainer.sae import Sae
 
 if TYPE_CHECKING:
     from explorer.api import Desk
@@ -97,6 +96,20 @@ def index_command(
     neighbours: Annotated[
         int, typer.Option(help="Nearest latents kept, by cosine and by co-activation")
     ] = 12,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Workers, through Ray where there are several; 1 is this process")
+    ] = 1,
+    threads: Annotated[
+        int, typer.Option(min=0, help="CPU threads of a worker; 0 shares a machine's cores")
+    ] = 0,
+    gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPUs of a worker, or a share of one; default one where there are any"),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="A running Ray cluster, auto or host:6379; default its own"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Index an SAE's latents: best windows, random windows, histograms, logits, neighbours.
@@ -114,38 +127,46 @@ def index_command(
             origin="the options",
         )
         place = Place.of(config, root)
-        meta = build_index(sae, place, out or default_index(sae), scratch, spec)
-        emit(meta.model_dump(mode="json"), as_json, lambda: _show(meta, out or default_index(sae)))
+        where = out or default_index(sae)
+        meta = build_index(sae, place, where, scratch, spec, Staff(workers, threads, gpus, ray_address))
+        emit(meta.model_dump(mode="json"), as_json, lambda: _show(meta, where))
 
 
-def build_index(sae_uri: str, place: Place, out: str, scratch: str | None, spec: IndexSpec) -> FeatureIndex:
+class Staff(NamedTuple):
+    """Who makes an index; see the options of `winnow index`."""
+
+    workers: int = 1
+    threads: int = 0
+    gpus: float | None = None
+    ray_address: str | None = None
+
+
+ALONE = Staff()
+
+
+def build_index(
+    sae_uri: str, place: Place, out: str, scratch: str | None, spec: IndexSpec, staff: Staff = ALONE
+) -> FeatureIndex:
     """What `winnow index` does, with progress on stderr."""
     if place.root is None:
         raise ConfigError("the dataset", expected="--root ROOT or --config FILE", got="neither")
-    dataset = ActivationStore.open(place.root, place.storage)
-    subject = LazySubject(place.subject, dataset.plan.subject)
-    sae = Sae.load(sae_uri, device=subject.device, storage=place.storage)
-    store, folder = open_index_store(out, scratch, place.storage)
-    indexer = Indexer(
-        dataset,
-        place.root,
-        sae,
-        store,
-        folder,
-        spec,
-        subject.whole() if spec.logits else None,
-        subject.tokenizer,
-    )
-    with ExitStack() as stack:
+    recipe = Recipe(sae_uri, place.root, out, scratch, spec, place.subject, place.storage)
+    indexer = recipe.open()
+    with ExitStack() as crew, ExitStack() as stack:
         bars: dict[str, Progress] = {}
 
         def progress(step: str, done: int, total: int) -> None:
             if step not in bars:
                 stack.pop_all().close()
-                bars[step] = stack.enter_context(Progress(f"index, {step}", total, step))
+                bars[step] = stack.enter_context(Progress(f"index, {step}", total, step, done))
             bars[step].update(done)
 
-        return indexer.run(progress)
+        hands = None
+        if staff.workers > 1 and indexer.finished() is None:
+            from explorer.crew import crew_of  # Ray is slow to import, and one worker does without
+
+            hands = crew.enter_context(crew_of(recipe, *staff))
+        return indexer.run(progress, hands)
 
 
 def _show(meta: FeatureIndex, out: str) -> None:

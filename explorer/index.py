@@ -6,7 +6,8 @@
 
 Stored rows are read instead of running the subject: they are checked, they are what the SAE was trained on,
 and reading them costs a small share of what computing them did. Units and parts are independent of each
-other; whatever is there already is kept, so the same command goes on after a kill. `index.json` is put last.
+other, so any worker can make any of them (`crew`). Whatever is there already is kept, and the same command
+goes on after a kill. `index.json` is put last.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import datetime
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from explorer import latents as found
 from explorer.blocks import Block, block_folder, firing_counts, make_block, merge
 from explorer.directions import DirectLogits, nearest, token_texts, unit_rows
+from explorer.subjects import LazySubject
 from explorer.table import (
     GROUP_LATENTS,
     INDEX_KEY,
@@ -41,17 +44,20 @@ from explorer.table import (
     lists,
     part_key,
 )
-from harvester.subject import Subject
 from schemas.base import Contract, Sha256
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, MissingObject
 from schemas.features import FeatureIndex, IndexSpec
+from schemas.subject import SubjectSpec
 from store import ActivationStore
 from store.objects import ObjectStore, open_store
 from trainer.sae import Sae
 
 SPEC_KEY = "making.json"
 """In the scratch folder: what the blocks and parts there belong to."""
+
+Hands = Callable[[str, list[int], Callable[[], object]], None]
+"""Whoever makes steps: `hands("block" or "part", numbers, done)` makes each and calls `done()` after it."""
 
 
 class Making(Contract):
@@ -61,6 +67,33 @@ class Making(Contract):
     sae_sha256: Sha256
     plan_fingerprint: Sha256
     dataset_sha256: Sha256 | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An index by its names alone, which any process can open; nothing of it is a secret."""
+
+    sae: str
+    root: str
+    out: str
+    scratch: str | None
+    spec: IndexSpec
+    subject: SubjectSpec | None = None
+    storage: StorageSpec = field(default_factory=StorageSpec)
+    part_latents: int = PART_LATENTS
+
+    def open(self) -> Indexer:
+        """Open dataset, SAE and index; the subject is loaded when it is needed.
+
+        Raises:
+            ConfigError: The dataset does not hold what the SAE reads, or no scratch folder can be told.
+            MissingObject, IntegrityError: No SAE there, or a damaged one.
+        """
+        dataset = ActivationStore.open(self.root, self.storage)
+        subject = LazySubject(self.subject, dataset.plan.subject)
+        sae = Sae.load(self.sae, device=subject.device, storage=self.storage)
+        store, scratch = open_index_store(self.out, self.scratch, self.storage)
+        return Indexer(dataset, self.root, sae, store, scratch, self.spec, subject, self.part_latents)
 
 
 @dataclass
@@ -74,8 +107,7 @@ class Indexer:
         out: Where the index goes.
         scratch: A local folder for blocks, removed at the end.
         spec: What to keep.
-        subject: The whole subject, for logits; None with `logits: 0`.
-        tokenizer: The subject's, for the texts of tokens.
+        subject: For the texts of tokens and, unless `logits` is 0, its unembedding.
         part_latents: Latents in a part.
     """
 
@@ -85,8 +117,7 @@ class Indexer:
     out: ObjectStore
     scratch: Path
     spec: IndexSpec
-    subject: Subject | None
-    tokenizer: Any
+    subject: LazySubject
     part_latents: int = PART_LATENTS
 
     def __post_init__(self) -> None:
@@ -100,8 +131,6 @@ class Indexer:
                 got=", ".join(f"{site.name} (D {site.d_model})" for site in plan.sites),
                 fix="Name the dataset it was trained on",
             )
-        if self.spec.logits and self.subject is None:
-            raise ConfigError("spec.logits", expected="0 without a subject", got=self.spec.logits)
         self.units = min(self.spec.units or plan.units, plan.units)
         self.parts = -(-card.latents // self.part_latents)
         self.making = Making(
@@ -125,31 +154,68 @@ class Indexer:
         self._same(there, f"{self.out.uri} holds another index")
         return meta
 
-    def run(self, progress: Callable[[str, int, int], object] = lambda *_: None) -> FeatureIndex:
+    def run(
+        self, progress: Callable[[str, int, int], object] = lambda *_: None, hands: Hands | None = None
+    ) -> FeatureIndex:
         """Make the index, or what is left of it.
 
         Args:
-            progress: Called as `progress(step, done, total)` with `units` and then `latents`.
+            progress: Called as `progress(step, done, total)` with `units` and then `latents`; the first call
+                of a step says what was there already.
+            hands: Who makes units and parts; None: this process, one after another.
         """
         meta = self.finished()
         if meta is not None:
             return meta
         self._claim()
-        progress("units", 0, self.units)
-        for unit in range(self.units):
-            make_block(self.dataset, self.sae, self.card.hook, unit, self.scratch)
-            progress("units", unit + 1, self.units)
-        blocks = [Block.open(block_folder(self.scratch, unit)) for unit in range(self.units)]
-        part = self.part_maker(blocks)
-        progress("latents", 0, self.card.latents)
-        for number in range(self.parts):
-            if self.out.size(part_key(number)) is None:
-                self.out.put(part_key(number), part(number))
-            progress("latents", min((number + 1) * self.part_latents, self.card.latents), self.card.latents)
-        meta = self._finish(blocks)
-        del blocks, part
+        hands = hands or self._alone
+        missing = [unit for unit in range(self.units) if not block_folder(self.scratch, unit).exists()]
+        self._step(hands, "block", missing, lambda left: progress("units", self.units - left, self.units))
+        missing = [part for part in range(self.parts) if self.out.size(part_key(part)) is None]
+        total = self.card.latents
+        self._step(
+            hands,
+            "part",
+            missing,
+            lambda left: progress("latents", total - min(left * self.part_latents, total), total),
+        )
+        meta = self._finish()
+        self.__dict__.pop("_blocks", None)
+        self.__dict__.pop("_part", None)
         shutil.rmtree(self.scratch, ignore_errors=True)
         return meta
+
+    @staticmethod
+    def _step(hands: Hands, step: str, todo: list[int], show: Callable[[int], object]) -> None:
+        left = len(todo)
+
+        def done() -> None:
+            nonlocal left
+            left -= 1
+            show(left)
+
+        show(left)
+        hands(step, todo, done)
+
+    def _alone(self, step: str, todo: list[int], done: Callable[[], object]) -> None:
+        for number in todo:
+            self.make(step, number)
+            done()
+
+    def make(self, step: str, number: int) -> None:
+        """Make the `block` of a unit, or, once all blocks are there, a `part` of the latents."""
+        if step == "block":
+            make_block(self.dataset, self.sae, self.card.hook, number, self.scratch)
+        else:
+            self.out.put(part_key(number), self._part(number))
+
+    @cached_property
+    def _blocks(self) -> list[Block]:
+        return [Block.open(block_folder(self.scratch, unit)) for unit in range(self.units)]
+
+    @cached_property
+    def _part(self) -> Callable[[int], bytes]:
+        return self.part_maker(self._blocks)
 
     def part_maker(self, blocks: list[Block]) -> Callable[[int], bytes]:
         """What makes the Parquet bytes of a part from its number."""
@@ -157,7 +223,7 @@ class Indexer:
         windows = found.Windows([block.tokens for block in blocks], self.dataset.plan.spec.drop_leading)
         W_dec = self.sae.W_dec.detach()
         directions = unit_rows(W_dec.float()) if self.spec.neighbours else W_dec
-        logits = DirectLogits(self.subject) if self.subject is not None and self.spec.logits else None
+        logits = DirectLogits(self.subject.whole()) if self.spec.logits else None
 
         def make(number: int) -> bytes:
             first = number * self.part_latents
@@ -209,6 +275,17 @@ class Indexer:
         rows = torch.nn.functional.cosine_similarity(self.sae.W_enc[first:stop], self.sae.W_dec[first:stop])
         return rows.detach().float().cpu().numpy()
 
+    def require_claim(self) -> None:
+        """ConfigError where the scratch folder that the driver has marked is not seen from here."""
+        mark = self.scratch / SPEC_KEY
+        if not mark.exists() or mark.read_bytes() != self.making.canonical():
+            raise ConfigError(
+                f"scratch folder {self.scratch} on a worker",
+                expected="the one that the command has begun: workers leave their results in it",
+                got="another" if mark.exists() else "none",
+                fix="Name a folder that every node sees with --scratch, or keep to one node",
+            )
+
     def _claim(self) -> None:
         """Refuse a scratch folder or leftovers of another index; mark ours."""
         self.scratch.mkdir(parents=True, exist_ok=True)
@@ -232,10 +309,10 @@ class Indexer:
                 fix="Name another folder with --out, or delete this one",
             )
 
-    def _finish(self, blocks: list[Block]) -> FeatureIndex:
+    def _finish(self) -> FeatureIndex:
         plan = self.dataset.plan
         self.out.put(SUMMARY_KEY, self._summary())
-        texts = token_texts(self.tokenizer, plan.subject.vocabulary)
+        texts = token_texts(self.subject.tokenizer, plan.subject.vocabulary)
         self.out.put(VOCABULARY_KEY, encode_table({"text": pa.array(texts, pa.string())}, len(texts)))
         meta = FeatureIndex(
             **self.making.model_dump(),
@@ -250,7 +327,7 @@ class Indexer:
             drop_leading=plan.spec.drop_leading,
             sink_multiple=plan.spec.sink_multiple,
             windows=self.units * plan.spec.windows_per_unit,
-            rows=int(sum(int(block.read.sum()) for block in blocks)),
+            rows=int(sum(int(block.read.sum()) for block in self._blocks)),
             bin_count=found.BINS,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )

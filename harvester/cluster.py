@@ -1,4 +1,4 @@
-"""The harvest's side of Ray: where it runs, and the crew of actors that comes and goes with nodes."""
+"""Ray for harvest and index: where it runs, and the crew of actors that comes and goes with nodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
@@ -29,18 +29,31 @@ VERDICT_SECONDS = 30.0
 _NODE_LOST = ("node has died", "node is dead", "node died", "node was", "preempt")
 
 
+class Named(NamedTuple):
+    """What messages about a crew call it and its settings."""
+
+    who: str = "harvest"
+    actors: str = "harvest.actors"
+    threads: str = "harvest.threads_per_actor"
+    gpus: str = "harvest.gpus_per_actor"
+    address: str = "harvest.ray_address"
+
+
+HARVEST = Named()
+
+
 @contextmanager
-def cluster(config: Config) -> Generator[None]:
+def cluster(config: Config, named: Named = HARVEST) -> Generator[None]:
     """Ray: the cluster that the config names, or one on this machine for the time of the run.
 
     Raises:
         ConfigError: No such cluster, or it wants a token that was not given.
     """
     with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is the result's
-        yield from _session(config)
+        yield from _session(config, named)
 
 
-def _session(config: Config) -> Generator[None]:
+def _session(config: Config, named: Named) -> Generator[None]:
     if ray.is_initialized():
         yield
         return
@@ -54,7 +67,7 @@ def _session(config: Config) -> Generator[None]:
         if not address:
             raise
         raise ConfigError(
-            f"harvest.ray_address {address!r}: no Ray cluster can be joined there",
+            f"{named.address} {address!r}: no Ray cluster can be joined there",
             got=first_line(error),
             fix="Start one (`ray start --head`), give its host:port, and set RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH where it asks for a token",
@@ -65,7 +78,7 @@ def _session(config: Config) -> Generator[None]:
         ray.shutdown()
 
 
-def threads_per_actor(config: Config) -> int:
+def threads_per_actor(config: Config, named: Named = HARVEST) -> int:
     """CPU threads of an actor: as configured, or a machine's cores shared by its actors.
 
     On a cluster that machine is the smallest node with CPUs, which is said aloud: the number of threads
@@ -79,7 +92,7 @@ def threads_per_actor(config: Config) -> int:
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     cores = [count for count in cores if count]
     threads = max(1, min(cores, default=1) // math.ceil(spec.actors / max(len(cores), 1)))
-    say(f"harvest: {threads} threads an actor, from the nodes there are; harvest.threads_per_actor fixes it")
+    say(f"{named.who}: {threads} threads an actor, from the nodes there are; {named.threads} fixes it")
     return threads
 
 
@@ -98,22 +111,29 @@ def _joined() -> bool:
 
 
 class Crew:
-    """Actors that are wanted, those that have a node and a loaded subject, and those that are gone.
+    """Actors that are wanted, those that have a node and are ready, and those that are gone.
 
     Ray keeps an actor that finds no room waiting and places it on the first node that has some, so a
-    node that joins late gets work; the harvest needs one actor to begin.
+    node that joins late gets work; one actor is enough to begin.
 
     Args:
         make: Makes the handle of a new actor, which has `ready()`.
         wanted: Actors at the most.
         needs: Resources of one, such as `{"CPU": 2, "GPU": 0.5}`.
         growing: Whether nodes may join: if not, needs that no node here meets are an error.
+        named: For messages.
     """
 
     def __init__(
-        self, make: Callable[[], Any], wanted: int, needs: dict[str, float], *, growing: bool
+        self,
+        make: Callable[[], Any],
+        wanted: int,
+        needs: dict[str, float],
+        *,
+        growing: bool,
+        named: Named = HARVEST,
     ) -> None:
-        self._make, self._needs, self._growing = make, needs, growing
+        self._make, self._needs, self._growing, self._named = make, needs, growing, named
         self.members: dict[int, Any] = {}
         """Actor's number -> handle, of those that are ready for units."""
         self._coming: dict[Any, tuple[int, Any]] = {}  # ref of ready() -> (number, handle)
@@ -143,7 +163,8 @@ class Crew:
                 self.welcome(ref)
             if not self.members and time.monotonic() - noted >= WAIT_NOTE_SECONDS:
                 noted = time.monotonic()
-                say(f"harvest: no actor yet; one needs {self._ask()}, the cluster has {_free()} free")
+                who, ask = self._named.who, self._ask()
+                say(f"{who}: no actor yet; one needs {ask}, the cluster has {_free()} free")
 
     def welcome(self, ref: Any) -> None:
         """Take in the actor whose reference from `waiting` has resolved."""
@@ -162,7 +183,7 @@ class Crew:
             raise WorkerError(
                 "a worker died while it loaded the subject",
                 got=first_line(error),
-                fix="Look for memory: each of harvest.actors holds one copy of the truncated model",
+                fix=f"Look for memory: each of {self._named.actors} holds one copy of the model",
             ) from error
         self.members[number] = actor
 
@@ -184,7 +205,7 @@ class Crew:
         self._spawn()
         if gone:
             self.nodes_lost += 1
-            say(f"harvest: a node is gone, {len(self.members)} actors go on: {first_line(verdict)}")
+            say(f"{self._named.who}: a node is gone, {len(self.members)} actors go on: {first_line(verdict)}")
         return gone
 
     def _spawn(self) -> None:
@@ -199,11 +220,11 @@ class Crew:
         for name, amount in self._needs.items():
             if amount > total.get(name, 0):
                 raise ConfigError(
-                    f"this machine cannot hold one harvest actor: it needs {self._ask()}",
+                    f"this machine cannot hold one {self._named.who} actor: it needs {self._ask()}",
                     expected=f"at least {amount:g} {name}",
                     got=f"{total.get(name, 0):g}",
-                    fix="Lower harvest.gpus_per_actor or harvest.threads_per_actor, or name a cluster in "
-                    "harvest.ray_address",
+                    fix=f"Lower {self._named.gpus} or {self._named.threads}, or name a cluster in "
+                    f"{self._named.address}",
                 )
 
     def _ask(self) -> str:
@@ -221,7 +242,7 @@ def _verdict(actor: Any, error: RayActorError) -> RayActorError | None:
     end = time.monotonic() + VERDICT_SECONDS
     while isinstance(error, ActorUnavailableError) and time.monotonic() < end:
         try:
-            ray.get(actor.windows_done.remote(), timeout=VERDICT_SECONDS)
+            ray.get(actor.__ray_ready__.remote(), timeout=VERDICT_SECONDS)
             return None
         except GetTimeoutError:
             break

@@ -118,8 +118,10 @@ def explain(error: ValidationError) -> str:
     lines: list[str] = []
     for item in error.errors(include_url=False)[:8]:
         path = ".".join(str(part) for part in item["loc"]) or "(top)"
-        given = "" if item["type"] == "missing" else f" (got {item['input']!r:.80})"
-        lines.append(f"{path}: {item['msg']}{given}")
+        # a complaint about a whole section names its fields itself
+        plain = item["type"] != "missing" and not isinstance(item["input"], dict)
+        given = f" (got {item['input']!r:.80})" if plain else ""
+        lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{given}")
     return "; ".join(lines)
 
 

@@ -128,8 +128,8 @@ class TrainSpec(Contract):
     multi_topk: bool = False
     """Add the loss at 4K, divided by 8."""
     selection_groups: int | None = Field(default=None, gt=0)
-    """`batchtopk`: parts of the batch, of whole lanes, in each of which the best K a row are selected; a
-    world divides it. Null takes 8, or `lanes` where that is less."""
+    """`batchtopk`: parts of the batch, of whole lanes, in each of which the best K a row are selected,
+    whatever the mesh. Null takes 8, or `lanes` where that is less."""
     sparsity_coefficient: float | None = Field(default=None, ge=0)
     """`relu`: weight of the L1 term; null takes 5/sqrt(D) (Anthropic, April 2024, in these units).
     `jumprelu`: weight of (L0/K - 1)^2; null takes 1."""
@@ -171,6 +171,10 @@ class TrainSpec(Contract):
     """Newest checkpoints kept."""
     log_every_steps: int = Field(default=10, gt=0)
     """Steps between telemetry lines."""
+    tensorboard: str | None = Field(default=None, min_length=1)
+    """Folder of this machine for TensorBoard's event files, one below it for each run; null writes none."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project of Weights & Biases that the telemetry goes to; null sends nothing anywhere."""
 
     @property
     def stream_seed(self) -> int:

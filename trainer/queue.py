@@ -28,7 +28,8 @@ from schemas.config import Config
 from schemas.errors import IntegrityError, MissingObject
 from schemas.service import JOBS, JobBeat, JobClaim, JobEnd, TrainJob
 from store.console import section
-from store.objects import ObjectStore
+from store.layout import PLAN_KEY
+from store.objects import ObjectStore, open_store
 from trainer.status import STOP_KEY
 from trainer.sweep import grid_specs
 
@@ -212,9 +213,14 @@ def absolute(config: Config) -> Config:
 
 def is_stopped(config: Config, outs: list[str]) -> bool:
     """Whether somebody asked one of a job's runs to stop (`winnow stop`)."""
-    from store.objects import open_store
-
     return any(open_store(out, config.storage).size(STOP_KEY) is not None for out in outs)
+
+
+def awaits_harvest(config: Config) -> bool:
+    """Whether a job follows a harvest that has not begun: a device would only wait for it."""
+    if config.train is None or not config.train.follow:
+        return False
+    return open_store(config.root, config.storage).size(PLAN_KEY) is None
 
 
 def job_facts(store: ObjectStore) -> list[dict[str, Any]]:

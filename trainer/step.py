@@ -30,6 +30,7 @@ from trainer.optim import (
     renormalise_decoder,
 )
 from trainer.parallel import World
+from trainer.parallel_dense import dense_pass
 from trainer.parallel_step import Share, parallel_pass
 from trainer.sae import Sae
 from trainer.spans import mark
@@ -258,8 +259,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     if spec.accumulate > 1:
         return _accumulated_step(run, rows, weights, target)
     batch = prepare(run, rows, weights, target)
-    x, weights = batch.x, batch.weights
-    share = Share.of(weights, run.world.data)
+    share = Share.of(batch.weights, run.world.data)
     if not share.rows:
         counts.step += 1
         return None
@@ -267,9 +267,12 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     dead_sizes = run.world.latent.gather(torch.tensor(len(dead))).tolist()
     k_aux, constant = run.recipe.k_aux, run.loss_constant
 
-    if run.world.meshed:
+    if run.world.meshed and run.kernels == "eager":
+        sparsity = run.recipe.sparsity_at(step)
+        found = dense_pass(sae, spec, batch, dead, k_aux, constant, sparsity, run.world, share, dead_sizes)
+    elif run.world.meshed:
         found = parallel_pass(
-            sae, spec, x, weights, dead, k_aux, constant, run.kernels, run.world, share, dead_sizes
+            sae, spec, batch, dead, k_aux, constant, run.kernels, run.world, share, dead_sizes
         )
     elif run.kernels == "eager":
         found = eager_pass(run, batch, dead)
@@ -286,7 +289,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         batch.y,
         found.x_hat,
         found.values,
-        weights,
+        batch.weights,
         run.world,
         found.second_rounds,
         share.rows,
@@ -356,10 +359,11 @@ def _update(run: Run, found: Pass) -> tuple[float, float]:
     spec, step = run.recipe.spec, run.counts.step
     _require_finite("loss", found.loss, step)
     lr = lr_at(step, run.recipe.steps, spec)
-    if found.grad_norm is None:
-        norm = eager_update(run, lr)
+    if run.kernels == "eager":
+        norm = eager_update(run, lr, found.grad_norm)
     else:
         norm = found.grad_norm
+        assert norm is not None, "only the eager step leaves it to the update"
         _require_finite("gradient norm", norm, step)
         fused_update(
             run.sae,
@@ -390,7 +394,8 @@ def _count(run: Run, found: Pass, active: Tensor, rows: int) -> None:
 def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> losses.Rows:
     """A batch for one step: normalised, without its rows of weight 0. Arguments as for `train_step`."""
     keep = weights > 0
-    groups = run.recipe.spec.groups // run.world.data.size // run.recipe.spec.accumulate
+    share = run.world.data.size * run.recipe.spec.accumulate
+    groups = max(1, run.recipe.spec.groups // share)
     sizes = (
         tuple(int(part.sum()) for part in keep.tensor_split(groups)) if run.batches else (int(keep.sum()),)
     )
@@ -433,16 +438,22 @@ def eager_pass(run: Run, batch: losses.Rows, dead: Tensor) -> Pass:
     return Pass(loss.item(), auxk, finite, None, y_hat.detach(), values.detach(), indices)
 
 
-def eager_update(run: Run, lr: float) -> float:
+def eager_update(run: Run, lr: float, norm: float | None = None) -> float:
     """Projection, clipping, Adam, renormalisation and moving average; gives the norm before clipping.
+
+    Args:
+        run: Changed in place.
+        lr: Learning rate of this step.
+        norm: Of all shards' gradients, the decoder's already projected; null on one process.
 
     Raises:
         NonFiniteError: The gradient is NaN or infinite; nothing but `.grad` has changed.
     """
     sae = run.sae
-    project_decoder_gradient(sae)
+    if norm is None:
+        project_decoder_gradient(sae)
     names = [name for name in sae.parameter_names if name != "threshold"]  # its scale is the bandwidth's
-    norm = clip_gradients((getattr(sae, name) for name in names), run.recipe.spec.clip_norm)
+    norm = clip_gradients([getattr(sae, name) for name in names], run.recipe.spec.clip_norm, norm)
     _require_finite("gradient norm", norm, run.counts.step)
     for group in run.adam.param_groups:
         group["lr"] = lr

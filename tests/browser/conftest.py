@@ -64,8 +64,11 @@ def served(request, tmp_path_factory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def chromium():
-    """The browser. Its driver keeps an event loop running in this thread, so it must end with this module:
-    any later test that calls `asyncio.run` would be refused."""
+    """The browser.
+
+    Its driver keeps an event loop running in this thread, so it must end with this module: any later
+    test that calls `asyncio.run` would be refused.
+    """
     found = next(filter(None, map(shutil.which, CHROMIUMS)), None)
     if found is None:
         pytest.skip(f"no Chromium on the PATH ({', '.join(CHROMIUMS)}); Debian: apt-get install chromium")

@@ -275,8 +275,17 @@ def test_a_file_that_wants_to_run_code_is_refused_and_does_not(tmp_path):
         result = runner.invoke(app, args)
         assert result.exit_code == 2, result.output
         assert "wants to run code" in result.output
+        assert "weights_only" not in result.output  # torch's advice on how to load it all the same
     assert not (tmp_path / "sprung").exists()
     assert not (tmp_path / "out/sae.json").exists()
+
+
+@pytest.mark.parametrize("name", ["openai", "saelens", "sparsify", "dictionary-learning", "gemma-scope"])
+def test_a_file_that_is_not_there_is_named(tmp_path, name):
+    args = ["import", str(tmp_path / "none"), "--from", name, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 2, result.output
+    assert "is not there" in result.output
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from explorer import crew
 from explorer import index as index_module
 from explorer.cli import Place
-from explorer.index import Indexer, open_index_store
+from explorer.index import Indexer, Recipe, open_index_store
 from explorer.latents import TOP_BAND
 from explorer.subjects import LazySubject
 from explorer.table import FeatureTable, part_key
@@ -19,6 +20,7 @@ from harvester.subject import Subject
 from schemas.errors import ConfigError, IntegrityError
 from store import ActivationStore
 from store.objects import open_store
+from tests.dying_indexer import MARK, DyingWorker
 from tests.explorer_site import HOOK, LATENTS, SPEC, Site, make_site
 from trainer.sae import Sae
 from winnow import app
@@ -139,8 +141,7 @@ def indexer_of(site: Site, out: Path, **fields) -> Indexer:
         store,
         scratch,
         spec,
-        None,
-        subject.tokenizer,
+        subject,
         part_latents=16,
     )
 
@@ -168,7 +169,7 @@ def test_a_killed_index_goes_on_and_ends_with_the_same_bytes(site, tmp_path, mon
 
         return progress
 
-    for stop in (3, 9):  # in the middle of the units, and of the parts
+    for stop in (3, 5):  # in the middle of the units, and of the parts
         steps = 0
         with pytest.raises(Killed):
             indexer_of(site, tmp_path / "cut").run(kill_at(stop))
@@ -181,6 +182,33 @@ def test_a_killed_index_goes_on_and_ends_with_the_same_bytes(site, tmp_path, mon
     made.clear()
     indexer_of(site, tmp_path / "cut").run()
     assert made == []  # a finished index is only shown
+
+
+def test_two_workers_one_of_which_dies_make_the_same_bytes(site, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(crew, "IndexWorker", DyingWorker)
+    monkeypatch.setenv(MARK, str(tmp_path / "died"))
+    alone, shared = (
+        Recipe(
+            site.saes[0], site.root, str(tmp_path / name), None, SPEC, site.config.subject, part_latents=16
+        )
+        for name in ("alone", "shared")
+    )
+    steps: list[tuple[str, int, int]] = []
+    alone.open().run()
+    with crew.crew_of(shared, 2, threads=1) as hands:
+        meta = shared.open().run(lambda *step: steps.append(step), hands)
+    assert (tmp_path / "died").exists()
+    assert "tried again" in capfd.readouterr().err
+    assert files_of(tmp_path / "shared") == files_of(tmp_path / "alone")
+    assert not (tmp_path / "shared" / "scratch").exists()
+    assert [done for step, done, _ in steps if step == "units"] == list(range(meta.windows // 64 + 1))
+    assert steps[-1] == ("latents", LATENTS, LATENTS)
+
+
+def test_a_worker_that_does_not_see_the_scratch_folder_says_so(site, tmp_path):
+    recipe = Recipe(site.saes[0], site.root, str(tmp_path), None, SPEC, site.config.subject)
+    with pytest.raises(ConfigError, match="--scratch"):
+        crew.IndexWorker(recipe, threads=torch.get_num_threads()).ready()
 
 
 def test_another_index_is_not_mixed_in(site, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,8 +33,9 @@ def folder_of(path: Path) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object."""
+    require(path)
     try:
-        found = json.loads(require(path).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise IntegrityError(f"{path} is not JSON", got=error) from error
     if not isinstance(found, dict):
@@ -48,8 +50,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file."""
+    require(path)
     try:
-        return safetensors.torch.load(require(path).read_bytes())
+        return safetensors.torch.load(path.read_bytes())
     except SafetensorError as error:
         raise IntegrityError(f"{path} is not safetensors", got=error) from error
 
@@ -61,14 +64,16 @@ def read_pt(path: Path) -> dict[str, Any]:
         ConfigError: It holds more than tensors and plain values: loading it would run its code.
         IntegrityError: It is no torch file.
     """
+    require(path)
     try:
-        found = torch.load(require(path), map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        cause = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+        # torch's own message goes on to say how to load it all the same
+        named = re.search(r"GLOBAL:? (\S+)", str(error))
         raise ConfigError(
             f"{path} wants to run code when it is loaded",
             expected="a state dict of tensors and plain values",
-            got=" ".join(cause.split())[:200],
+            got=named.group(1) if named else "a pickle that torch's weights-only reader refuses",
             fix="Have its author save `state_dict()`; Winnow never loads a pickle",
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -85,8 +90,9 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         ConfigError: It holds Python objects: loading them would run their code.
         IntegrityError: It is no npz file.
     """
+    require(path)
     try:
-        with np.load(require(path), allow_pickle=False) as data:
+        with np.load(path, allow_pickle=False) as data:
             return {name: torch.from_numpy(np.array(data[name])) for name in data.files}
     except ValueError as error:
         raise ConfigError(
