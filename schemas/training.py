@@ -76,6 +76,12 @@ class TrainSpec(Contract):
     k: int = Field(gt=0)
     """Active latents K for each row; with `batchtopk` their mean, with `jumprelu` the mean aimed at, with
     `relu` not used."""
+    k_start: int | None = Field(default=None, gt=0)
+    """K of the first step; it falls to `k` in eight equal stages over `k_anneal_fraction` of the steps (He
+    et al. 2024, arXiv 2410.20526). While more latents are active, more of them find a direction of their own.
+    Null is `k` all along."""
+    k_anneal_fraction: float = Field(default=0.3, gt=0, lt=1)
+    """Share of the steps, at the beginning, on which K is above `k`, where `k_start` is set."""
     normalize: Normalize = "layer"
     """`layer`: each row's mean removed and scaled to unit norm (the paper's); `dataset`: the dataset's
     mean removed and one scalar for a mean squared norm of 1; `none`."""
@@ -178,6 +184,10 @@ class TrainSpec(Contract):
     def _coherent(self) -> Self:
         if self.k > self.latents:
             raise ValueError(f"k must be at most latents (K <= N): k={self.k}, latents={self.latents}")
+        if self.k_start is not None and not self.k <= self.k_start <= self.latents:
+            raise ValueError(
+                f"k_start must be from k to latents: {self.k_start}, k={self.k}, latents={self.latents}"
+            )
         if 64 % self.lanes:
             raise ValueError(f"lanes must divide 64, got {self.lanes}")
         if self.batch_rows % self.lanes:

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one of them": {"auxk_k": 1},
     "multi at half of N": {"multi_topk": True, "k": N // 2},
     "every latent": {"k": N},
+    "K falls": {"k_start": 30},
     "dataset": {"normalize": "dataset"},
     "none": {"normalize": "none"},
     "skewed": {},

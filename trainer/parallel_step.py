@@ -97,7 +97,7 @@ def parallel_pass(
     """`trainer.fused.fused_pass` on a mesh: fills `.grad` of this shard; every rank gets the same loss.
 
     Args:
-        sae: This rank's shard.
+        sae: This rank's shard; its K is the step's.
         spec: See `fused_pass`.
         batch: This rank's rows, weights above 0; B may be 0.
         dead: int64 [M], ascending: the shard's own dead latents.
@@ -113,12 +113,12 @@ def parallel_pass(
     batched = sae.parts.activation == "batchtopk"
     sizes = [len(part) for part in world.parts(spec.latents)]
     k_dead = min(k_aux, sum(dead_sizes)) if spec.auxk_coefficient else 0
-    k_wide = min(4 * spec.k, spec.latents) if spec.multi_topk else spec.k
+    k_wide = min(4 * sae.k, spec.latents) if spec.multi_topk else sae.k
 
     centred = batch.x - sae.b_pre.detach()
-    usual = [2 * spec.k if batched else spec.k] * len(spec.prefixes)  # a fuller row of a batch has twice k
+    usual = [2 * sae.k if batched else sae.k] * len(spec.prefixes)  # a fuller row of a batch has twice k
     gather = _start_gather(shard, centred, [k for k in (*usual, spec.multi_topk * k_wide, k_dead) if k])
-    wanted = BATCH_CANDIDATES * spec.k if batched else k_wide
+    wanted = BATCH_CANDIDATES * sae.k if batched else k_wide
     best, best_dead = _encode(shard, centred, min(wanted, sae.latents), dead, k_dead)
     second_rounds = 0
 
@@ -129,11 +129,11 @@ def parallel_pass(
         return keep(*found, counts.kept)
 
     if batched:
-        groups = Groups.of(batch.groups, spec.k, spec.groups, world, weights.device)
+        groups = Groups.of(batch.groups, sae.k, spec.groups, world, weights.device)
         W_enc, b_enc = sae.W_enc.detach(), sae.b_enc.detach()
         codes, second_rounds = best_of_groups(shard.ops, best, centred, W_enc, b_enc, groups)
     else:
-        codes = select(Codes(best.values[:, : spec.k], best.indices), spec.k, sizes)
+        codes = select(Codes(best.values[:, : sae.k], best.indices), sae.k, sizes)
     scale = weights / (share.weight * constant)
     prefixes, y_hat, error, loss = _prefixes(shard, batch, codes, spec, scale)
     parts: list[Part] = []

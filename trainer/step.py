@@ -36,6 +36,9 @@ from trainer.update import fused_update
 LONGEST_DEAD_AFTER = 10_000_000
 """Most rows of silence before a latent is dead, where the spec does not say."""
 
+K_STAGES = 8
+"""Stages in which K falls from `k_start` to `k`."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -73,6 +76,14 @@ class Recipe:
         """`sparsity`, rising linearly from 0 over the first steps."""
         warmup = self.spec.sparsity_warmup_fraction * self.steps
         return self.sparsity * (min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0)
+
+    def k_at(self, step: int) -> int:
+        """Active latents K a row of step `step` (from 0); in few stages, since a GPU compiles each anew."""
+        if self.spec.k_start is None:
+            return self.spec.k
+        stages = int(K_STAGES * step / (self.spec.k_anneal_fraction * self.steps))
+        extra = (self.spec.k_start - self.spec.k) * max(0, K_STAGES - stages)
+        return self.spec.k + -(-extra // K_STAGES)
 
     @property
     def last_epoch_start(self) -> int:
@@ -230,6 +241,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     dead_sizes = run.world.latent.gather(torch.tensor(len(dead))).tolist()
     k_aux, constant = run.recipe.k_aux, run.loss_constant
 
+    sae.k = run.recipe.k_at(step)  # between steps it is the spec's
     if run.world.meshed and run.kernels == "eager":
         sparsity = run.recipe.sparsity_at(step)
         found = dense_pass(sae, spec, batch, dead, k_aux, constant, sparsity, run.world, share, dead_sizes)
@@ -241,6 +253,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         found = eager_pass(run, batch, dead)
     else:
         found = fused_pass(sae, spec, batch, dead, k_aux, constant, run.kernels)
+    sae.k = spec.k
     if found.auxk is not None:
         counts.auxk_steps += 1
         counts.auxk_nonfinite += not found.auxk_finite
