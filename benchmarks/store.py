@@ -18,7 +18,8 @@ s3_stream_over_get
     The same stream from S3 (MinIO, started for the run) over bare `obstore.get_range` of the same ranges
     with the same number in flight, the replies thrown away. The server is on this machine, so that its CPU
     is part of both sides: `s3_stream_over_get_cpu` counts the server's seconds too, `..._own_cpu` leaves
-    them out.
+    them out. `s3_cpu_s_per_gb` has the seconds of both, own and server's: where cores are few, the server's
+    are what both sides wait for.
 commit_over_loop
     `commit_unit` over what it cannot do without, on as many threads (two): SHA-256 of the shard in one
     thread, while the other computes its crc32c and puts it with fsync (`LocalStore.put_new`).
@@ -29,8 +30,13 @@ What was found (CPU ms a GB, 2 cores of an EPYC under load; predictions before, 
     another 100 where it is widened to float32. So batches in the stored dtype were predicted to raise
     `local_stream_over_loop_cpu` from 0.71 to 0.85; one run gave 0.93. Rows put where their turn is while they
     are read (a scatter, then no gather) were predicted to save 50 and cost 80 more; they were dropped.
-    From MinIO a bare GB took 490 and the server's 830; the stream adds a copy, crc32c and the above: 0.77
-    predicted for `s3_stream_over_get_cpu`, 0.70 found.
+    From MinIO a bare GB took 500 and the server's 720 (300 of the 500 are the kernel's copy from the socket,
+    the rest a copy into new memory, tokio and Python); the stream took 1,050: 320 in tokio's threads, 200 for
+    replies collected into new memory, 75 crc32c, 100 a copy out of it, 270 gathering, 45 shuffling, 90 in the
+    consumer. On 2 cores CPU is what everybody waits for, the server's first of all. From the socket right
+    into the buffers was predicted to save 280 and to raise `s3_stream_over_get_cpu` from 0.72 to 0.88,
+    0.94 found in a run, 0.79 in one before. obstore's chunks copied into the buffers as they come were
+    predicted to save 150 and saved nothing.
     A commit took 1,650 where the loop takes 980: statistics 350, encoding (a copy) 140, a look for NaN 80.
     Pieces are now written as they lie (`os.writev`, no copy), statistics work in place, look for NaN on the
     way, and go on beside the digest: 0.75 predicted for `commit_over_loop_cpu`, 0.81 found.
@@ -205,24 +211,30 @@ def cpu_beside(
         server: Count the CPU seconds of this process's children (MinIO) too.
     """
     used: dict[tuple[str, str], list[float]] = {
-        (who, what): [] for who in ("floor", "subject") for what in ("own", "all")
+        (who, whose): [] for who in ("floor", "subject") for whose in ("own", "server")
     }
 
-    def counted(name: str, run: Callable[[], float]) -> float:
+    def counted(who: str, run: Callable[[], float]) -> float:
         cpu, wall, other = time.process_time(), time.perf_counter(), children_cpu() if server else 0.0
         rate = run()
-        seconds = (time.perf_counter() - wall) * rate
-        own = time.process_time() - cpu
-        used[name, "own"].append(own / seconds)
-        used[name, "all"].append((own + (children_cpu() - other if server else 0.0)) / seconds)
+        read = (time.perf_counter() - wall) * rate
+        used[who, "own"].append((time.process_time() - cpu) / read)
+        used[who, "server"].append((children_cpu() - other if server else 0.0) / read)
         return rate
 
     found = interleaved(rounds, lambda: counted("floor", floor), lambda: counted("subject", subject))
-    ratio = {
-        what: statistics.median(used["floor", what]) / statistics.median(used["subject", what])
-        for what in ("own", "all")
+    own = {who: statistics.median(used[who, "own"]) for who in ("floor", "subject")}
+    both = {
+        who: statistics.median(map(sum, zip(used[who, "own"], used[who, "server"], strict=True)))
+        for who in own
     }
-    return found | {"cpu_ratio": ratio["all"], "own_cpu_ratio": ratio["own"]}
+    return found | {
+        "cpu_ratio": both["floor"] / both["subject"],
+        "own_cpu_ratio": own["floor"] / own["subject"],
+        "cpu_s_per_gb": {
+            f"{who}, {whose}": statistics.median(values) * 1e9 for (who, whose), values in used.items()
+        },
+    }
 
 
 def children_cpu() -> float:
@@ -339,6 +351,7 @@ def s3_stream(root: str, plan: HarvestPlan, options: argparse.Namespace) -> dict
         "s3_stream_over_get": found["ratio"],
         "s3_stream_over_get_cpu": found["cpu_ratio"],
         "s3_stream_over_get_own_cpu": found["own_cpu_ratio"],
+        "s3_cpu_s_per_gb": found["cpu_s_per_gb"],
         "s3_stream_over_get_rounds": found["ratios"],
         "s3_stream_bytes_per_s": found["rate"],
         "s3_get_bytes_per_s": found["floor"],

@@ -58,6 +58,11 @@ class MeshSpec(Contract):
     latent: int = Field(default=1, gt=0)
     """Ranks that split the latents."""
 
+    @property
+    def size(self) -> int:
+        """Processes; the least of them where `data` is open."""
+        return (self.data or 1) * self.latent
+
 
 class TrainSpec(Contract):
     """One SAE and how it is trained (recipe: Gao et al. 2024, arXiv 2406.04093)."""
@@ -71,6 +76,12 @@ class TrainSpec(Contract):
     k: int = Field(gt=0)
     """Active latents K for each row; with `batchtopk` their mean, with `jumprelu` the mean aimed at, with
     `relu` not used."""
+    k_start: int | None = Field(default=None, gt=0)
+    """K of the first step; it falls to `k` in eight equal stages over `k_anneal_fraction` of the steps (He
+    et al. 2024, arXiv 2410.20526). While more latents are active, more of them find a direction of their own.
+    Null is `k` all along."""
+    k_anneal_fraction: float = Field(default=0.3, gt=0, lt=1)
+    """Share of the steps, at the beginning, on which K is above `k`, where `k_start` is set."""
     normalize: Normalize = "layer"
     """`layer`: each row's mean removed and scaled to unit norm (the paper's); `dataset`: the dataset's
     mean removed and one scalar for a mean squared norm of 1; `none`."""
@@ -120,8 +131,8 @@ class TrainSpec(Contract):
     multi_topk: bool = False
     """Add the loss at 4K, divided by 8."""
     selection_groups: int | None = Field(default=None, gt=0)
-    """`batchtopk`: parts of the batch, of whole lanes, in each of which the best K a row are selected; a
-    world divides it. Null takes 8, or `lanes` where that is less."""
+    """`batchtopk`: parts of the batch, of whole lanes, in each of which the best K a row are selected,
+    whatever the mesh. Null takes 8, or `lanes` where that is less."""
     sparsity_coefficient: float | None = Field(default=None, ge=0)
     """`relu`: weight of the L1 term; null takes 5/sqrt(D) (Anthropic, April 2024, in these units).
     `jumprelu`: weight of (L0/K - 1)^2; null takes 1."""
@@ -159,6 +170,10 @@ class TrainSpec(Contract):
     """Newest checkpoints kept."""
     log_every_steps: int = Field(default=10, gt=0)
     """Steps between telemetry lines."""
+    tensorboard: str | None = Field(default=None, min_length=1)
+    """Folder of this machine for TensorBoard's event files, one below it for each run; null writes none."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project of Weights & Biases that the telemetry goes to; null sends nothing anywhere."""
 
     @property
     def stream_seed(self) -> int:
@@ -169,6 +184,10 @@ class TrainSpec(Contract):
     def _coherent(self) -> Self:
         if self.k > self.latents:
             raise ValueError(f"k must be at most latents (K <= N): k={self.k}, latents={self.latents}")
+        if self.k_start is not None and not self.k <= self.k_start <= self.latents:
+            raise ValueError(
+                f"k_start must be from k to latents: {self.k_start}, k={self.k}, latents={self.latents}"
+            )
         if 64 % self.lanes:
             raise ValueError(f"lanes must divide 64, got {self.lanes}")
         if self.batch_rows % self.lanes:

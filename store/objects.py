@@ -31,6 +31,7 @@ from obstore.store import S3Store as ObstoreS3
 
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError
+from store.direct import DirectReads
 
 Data = bytes | bytearray | memoryview
 """What a store takes; ranges come back as `bytes` or a read-only `memoryview` without a copy."""
@@ -295,7 +296,8 @@ def _open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
             },
         },
     )
-    return S3Store(client, bucket, prefix, storage.single_writer)
+    direct = DirectReads(client, storage.timeout_seconds)
+    return S3Store(client, bucket, prefix, direct, storage.single_writer)
 
 
 def s3_endpoint(allow_http: bool) -> tuple[str | None, bool]:
@@ -376,9 +378,11 @@ def _instance_role() -> bool:
 class S3Store(ObjectStore):
     """Objects of one S3 bucket under a prefix, through obstore."""
 
-    def __init__(self, client: ObstoreS3, bucket: str, prefix: str, single_writer: bool = False) -> None:
+    def __init__(
+        self, client: ObstoreS3, bucket: str, prefix: str, direct: DirectReads, single_writer: bool = False
+    ) -> None:
         self._client, self._bucket, self._prefix = client, bucket, prefix
-        self._single_writer = single_writer
+        self._direct, self._single_writer = direct, single_writer
         self._process = os.getpid()
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
@@ -392,6 +396,13 @@ class S3Store(ObjectStore):
     def put_new(self, key: str, data: Data | Pieces) -> bool:
         """See `ObjectStore.put_new`: If-None-Match: *, one part; a single writer looks first instead."""
         data = joined(data)
+        if memoryview(data).nbytes > SINGLE_PUT_BYTES:
+            raise StoreError(
+                f"{self.uri}/{key} is too long to be created in one part",
+                expected=f"at most {SINGLE_PUT_BYTES:,} bytes",
+                got=f"{memoryview(data).nbytes:,} bytes",
+                fix="Make units smaller: plan.windows_per_unit",
+            )
         if self._single_writer:
             if self.size(key) is not None:
                 return False
@@ -468,6 +479,15 @@ class S3Store(ObjectStore):
             self._short(key, max(ends))
         return views
 
+    def read_into(self, key: str, start: int, parts: Sequence[Sequence[NDArray[np.uint8]]]) -> Iterator[None]:
+        """See `ObjectStore.read_into`: from the socket into the buffers; what that leaves, as usual."""
+        left = list(parts)
+        for _ in self._direct.read(self._path(key), start, parts):
+            start += sum(buffer.size for buffer in left.pop(0))
+            yield
+        if left:
+            yield from super().read_into(key, start, left)
+
     def get_suffix(self, key: str, length: int) -> bytes | memoryview:
         """See `ObjectStore.get_suffix`."""
         try:
@@ -523,7 +543,7 @@ class S3Store(ObjectStore):
 
     def child(self, prefix: str) -> S3Store:
         """See `ObjectStore.child`."""
-        return S3Store(self._client, self._bucket, self._path(prefix), self._single_writer)
+        return S3Store(self._client, self._bucket, self._path(prefix), self._direct, self._single_writer)
 
     def _fail(self, error: Exception, key: str, doing: str) -> NoReturn:
         """Raise what `error` means. The cause is cut off: S3 replies can quote signed headers."""

@@ -72,12 +72,11 @@ def torch_settings(device: torch.device, threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one acts as usual.
+def stop_on_signals(stopping: threading.Event) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets an event; a second one acts as usual.
 
     Outside the main thread signals are not ours, and the event stays unset.
     """
-    stopping = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
@@ -89,11 +88,11 @@ def stop_on_signals() -> Iterator[threading.Event]:
         restore()
 
     if threading.current_thread() is not threading.main_thread():
-        yield stopping
+        yield
         return
     for number in before:
         signal.signal(number, stop)
     try:
-        yield stopping
+        yield
     finally:
         restore()

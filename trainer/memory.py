@@ -73,7 +73,8 @@ def sae_memory(
     """
     rows, latents = rows or spec.batch_rows, latents or spec.latents
     size = parameters(d_model, latents) * FLOAT
-    kept = spec.k + (min(4 * spec.k, latents) if spec.multi_topk else 0)
+    k = spec.k_start or spec.k  # of the widest step
+    kept = k + (min(4 * k, latents) if spec.multi_topk else 0)
     tile = min(TILE_BYTES, min(rows, 1024) * min(latents, 4096) * FLOAT)
     one = rows * d_model * FLOAT
     encoding = ROWS_ENCODING * one + tile * 5 // 4

@@ -27,6 +27,7 @@ from trainer.optim import (
     renormalise_decoder,
 )
 from trainer.parallel import World
+from trainer.parallel_dense import dense_pass
 from trainer.parallel_step import Share, parallel_pass
 from trainer.sae import Sae
 from trainer.spans import mark
@@ -34,6 +35,9 @@ from trainer.update import fused_update
 
 LONGEST_DEAD_AFTER = 10_000_000
 """Most rows of silence before a latent is dead, where the spec does not say."""
+
+K_STAGES = 8
+"""Stages in which K falls from `k_start` to `k`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,14 @@ class Recipe:
         """`sparsity`, rising linearly from 0 over the first steps."""
         warmup = self.spec.sparsity_warmup_fraction * self.steps
         return self.sparsity * (min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0)
+
+    def k_at(self, step: int) -> int:
+        """Active latents K a row of step `step` (from 0); in few stages, since a GPU compiles each anew."""
+        if self.spec.k_start is None:
+            return self.spec.k
+        stages = int(K_STAGES * step / (self.spec.k_anneal_fraction * self.steps))
+        extra = (self.spec.k_start - self.spec.k) * max(0, K_STAGES - stages)
+        return self.spec.k + -(-extra // K_STAGES)
 
     @property
     def last_epoch_start(self) -> int:
@@ -221,8 +233,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     if step == run.recipe.last_epoch_start:
         counts.tokens_before_last_epoch = counts.tokens
     batch = prepare(run, rows, weights, target)
-    x, weights = batch.x, batch.weights
-    share = Share.of(weights, run.world.data)
+    share = Share.of(batch.weights, run.world.data)
     if not share.rows:
         counts.step += 1
         return None
@@ -230,23 +241,29 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     dead_sizes = run.world.latent.gather(torch.tensor(len(dead))).tolist()
     k_aux, constant = run.recipe.k_aux, run.loss_constant
 
-    if run.world.meshed:
+    sae.k = run.recipe.k_at(step)  # between steps it is the spec's
+    if run.world.meshed and run.kernels == "eager":
+        sparsity = run.recipe.sparsity_at(step)
+        found = dense_pass(sae, spec, batch, dead, k_aux, constant, sparsity, run.world, share, dead_sizes)
+    elif run.world.meshed:
         found = parallel_pass(
-            sae, spec, x, weights, dead, k_aux, constant, run.kernels, run.world, share, dead_sizes
+            sae, spec, batch, dead, k_aux, constant, run.kernels, run.world, share, dead_sizes
         )
     elif run.kernels == "eager":
         found = eager_pass(run, batch, dead)
     else:
         found = fused_pass(sae, spec, batch, dead, k_aux, constant, run.kernels)
+    sae.k = spec.k
     if found.auxk is not None:
         counts.auxk_steps += 1
         counts.auxk_nonfinite += not found.auxk_finite
     _require_finite("loss", found.loss, step)
     lr = lr_at(step, run.recipe.steps, spec)
-    if found.grad_norm is None:
-        grad_norm = eager_update(run, lr)
+    if run.kernels == "eager":
+        grad_norm = eager_update(run, lr, found.grad_norm)
     else:
         grad_norm = found.grad_norm
+        assert grad_norm is not None, "only the eager step leaves it to the update"
         _require_finite("gradient norm", grad_norm, step)
         fused_update(sae, run.adam, run.ema, lr=lr, grad_norm=grad_norm, largest=spec.clip_norm)
 
@@ -265,7 +282,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         batch.y,
         found.x_hat,
         found.values,
-        weights,
+        batch.weights,
         run.world,
         found.second_rounds,
         share.rows,
@@ -276,7 +293,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
 def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> losses.Rows:
     """A batch for one step: normalised, without its rows of weight 0. Arguments as for `train_step`."""
     keep = weights > 0
-    groups = run.recipe.spec.groups // run.world.data.size
+    groups = max(1, run.recipe.spec.groups // run.world.data.size)
     sizes = (
         tuple(int(part.sum()) for part in keep.tensor_split(groups)) if run.batches else (int(keep.sum()),)
     )
@@ -319,16 +336,22 @@ def eager_pass(run: Run, batch: losses.Rows, dead: Tensor) -> Pass:
     return Pass(loss.item(), auxk, finite, None, y_hat.detach(), values.detach(), indices)
 
 
-def eager_update(run: Run, lr: float) -> float:
+def eager_update(run: Run, lr: float, norm: float | None = None) -> float:
     """Projection, clipping, Adam, renormalisation and moving average; gives the norm before clipping.
+
+    Args:
+        run: Changed in place.
+        lr: Learning rate of this step.
+        norm: Of all shards' gradients, the decoder's already projected; null on one process.
 
     Raises:
         NonFiniteError: The gradient is NaN or infinite; nothing but `.grad` has changed.
     """
     sae = run.sae
-    project_decoder_gradient(sae)
+    if norm is None:
+        project_decoder_gradient(sae)
     names = [name for name in sae.parameter_names if name != "threshold"]  # its scale is the bandwidth's
-    norm = clip_gradients((getattr(sae, name) for name in names), run.recipe.spec.clip_norm)
+    norm = clip_gradients([getattr(sae, name) for name in names], run.recipe.spec.clip_norm, norm)
     _require_finite("gradient norm", norm, run.counts.step)
     for group in run.adam.param_groups:
         group["lr"] = lr

@@ -43,7 +43,7 @@ class Call:
     method: str
     path: str
     attempt: int
-    """From 1, over requests of this method and path."""
+    """From 1, over requests of this method and path; what signs a URL does not count as its path."""
 
 
 Rule = Callable[[Call], str | None]
@@ -85,8 +85,9 @@ class HostileProxy:
     def decide(self, method: str, path: str) -> str | None:
         with self._lock:
             self._calls += 1
-            self._seen[method, path] += 1
-            fault = self.rule(Call(self._calls, method, path, self._seen[method, path]))
+            whose = method, path.partition("?X-Amz-")[0]
+            self._seen[whose] += 1
+            fault = self.rule(Call(self._calls, method, path, self._seen[whose]))
             if fault:
                 self.spoilt[fault] += 1
             return fault

@@ -1,0 +1,123 @@
+"""Ranges of S3 objects from the socket right into the reader's buffers.
+
+A reply of obstore comes in memory of its own: its pages are new, and every byte is copied into it and out
+again. Here obstore signs a URL, which is asked for over a plain connection, and the socket fills the buffers.
+This is a first try and nothing else: whatever is not exactly the bytes that were asked for, as fast as the
+time-out allows, is left to obstore, the one owner of retries and of errors.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from select import POLLIN, poll
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import numpy as np
+import obstore
+from numpy.typing import NDArray
+from obstore.exceptions import BaseError
+from obstore.store import S3Store as ObstoreS3
+
+URL_LIFE = timedelta(minutes=15)
+"""A signed URL is used at once; clocks may be apart by as much as S3 allows."""
+IDLE_CONNECTIONS = 32
+"""Connections kept open between requests."""
+
+
+class DirectReads:
+    """Range reads of one S3 client into buffers. Safe to use from threads.
+
+    Args:
+        client: Signs the URLs.
+        seconds: Longest wait for a connection, for the next bytes, and for a whole reply.
+    """
+
+    def __init__(self, client: ObstoreS3, seconds: float) -> None:
+        self._client, self._seconds = client, seconds
+        self._idle: deque[HTTPConnection] = deque()
+        self.off = False
+        """Set where a first try would fail every time: nothing to sign with, a proxy, other certificates."""
+        weakref.finalize(self, _close_all, self._idle)
+
+    def read(self, path: str, start: int, parts: Sequence[Sequence[NDArray[np.uint8]]]) -> Iterator[None]:
+        """As `ObjectStore.read_into`, but ends early, without an error, where anything is out of order."""
+        if self.off:
+            return
+        end = start + sum(buffer.size for part in parts for buffer in part)
+        deadline = time.monotonic() + self._seconds
+        connection: HTTPConnection | None = None
+        try:
+            url = urlsplit(obstore.sign(self._client, "GET", path, URL_LIFE))
+            connection = self._connection(url)
+            headers = {"Range": f"bytes={start}-{end - 1}"}
+            connection.request("GET", f"{url.path}?{url.query}", headers=headers)
+            reply = connection.getresponse()
+            if not _is_range(reply, start, end):
+                return
+            for part in parts:
+                for buffer in part:
+                    _fill(reply, buffer.data, deadline)
+                yield
+            if not reply.will_close and len(self._idle) < IDLE_CONNECTIONS:
+                reply.close()
+                self._idle.append(connection)
+                connection = None
+        except (BaseError, ssl.SSLError):  # before HTTP: it would come again
+            self.off = True
+        except (OSError, HTTPException, ValueError):
+            return
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _connection(self, url: SplitResult) -> HTTPConnection:
+        """An open connection that the server has not given up, or a new one."""
+        while self._idle:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                break
+            if connection.sock is not None and not _readable(connection.sock.fileno()):
+                return connection
+            connection.close()
+        host = url.hostname or ""
+        if url.scheme in getproxies() and not proxy_bypass(host):
+            raise ssl.SSLError("a proxy")
+        kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
+        return kind(host, url.port, timeout=self._seconds)
+
+
+def _is_range(reply: HTTPResponse, start: int, end: int) -> bool:
+    """Whether a reply brings bytes [start, end) as they are stored."""
+    found = (reply.getheader("Content-Range") or "").partition("/")[0]
+    plain = reply.getheader("Content-Encoding") is None
+    return plain and (reply.status, reply.length, found) == (206, end - start, f"bytes {start}-{end - 1}")
+
+
+def _fill(reply: HTTPResponse, buffer: memoryview, deadline: float) -> None:
+    """The next bytes of a reply into a buffer, one receive at a time."""
+    done = 0
+    while done < len(buffer):
+        got = reply.fp.readinto1(buffer[done:])
+        if not got or time.monotonic() > deadline:
+            raise TimeoutError
+        done += got
+
+
+def _readable(handle: int) -> bool:
+    """Whether an idle connection has something to say: that it is closed, as a rule."""
+    waiting = poll()
+    waiting.register(handle, POLLIN)
+    return bool(waiting.poll(0))
+
+
+def _close_all(connections: deque[HTTPConnection]) -> None:
+    while connections:
+        connections.pop().close()
