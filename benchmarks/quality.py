@@ -37,7 +37,7 @@ from benchmarks.peer_trainers import PEERS, Job
 from benchmarks.peers import environment, installed
 from benchmarks.quality_page import draw, page_of
 from benchmarks.report import write_report
-from evaluator.downstream import Variant, splice_losses
+from evaluator.downstream import AtHook, Variant, splice_losses
 from evaluator.setting import check_subject, subject_spec_of
 from harvester.subject import Subject
 from harvester.tail import Tail
@@ -228,9 +228,8 @@ def measure_in_subject(bench: Bench, cells: list[Cell], windows: int) -> None:
         return lambda x, _: sae(x)
 
     losses = splice_losses(
-        Tail(subject, bench.hook),
+        AtHook(Tail(subject, bench.hook)),
         bench.dataset,
-        bench.hook,
         range(min(held_out, windows)),
         {cell.name: variant(bench.sae(cell)) for cell in missing},
     )
