@@ -192,19 +192,23 @@ class Harvest(RuleBasedStateMachine):
 
     @rule(scale=NOISE, faults=faults(20), late=st.booleans())
     def repair(self, scale: float, faults: dict[int, str], late: bool) -> None:
+        self.repaired(FromFirstWrite(self.store, faults) if late else self.hand(faults), scale)
+
+    def repaired(self, hand: ObjectStore, scale: float) -> bool:
+        """Whether the repair came to its end; what was sound is as it was in any case."""
         kept = {key: self.store.get(key) for key in self.sound()}
-        hand = FromFirstWrite(self.store, faults) if late else self.hand(faults)
-        if unless_it_dies(lambda: repair(hand, remake(scale))):
+        done = unless_it_dies(lambda: repair(hand, remake(scale))) is not None
+        if done:
             self.damaged.clear()
         for key, body in kept.items():
             assert self.store.get(key) == body, "a sound shard was overwritten"
+        return done
 
     @precondition(lambda self: len(self.missing) < 2)
     @rule(scale=NOISE)
     def run_again_undisturbed(self, scale: float) -> None:
         """Everything comes to its end (P3)."""
-        repair(self.store, remake(scale))
-        self.damaged.clear()
+        assert self.repaired(self.store, scale)
         for unit in self.missing:
             write_unit(self.store, PLAN, unit, noisy(scale))
         seal(self.store, PLAN)

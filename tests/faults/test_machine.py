@@ -6,8 +6,8 @@ A mutant is the store with one promise broken: what the machine would miss, no g
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import get_state_machine_test
 
 import store.commit
 import store.fetch
@@ -190,6 +190,7 @@ MUTANTS = [
 def test_each_mutant_is_caught(mutant, monkeypatch):
     for (owner, name), broken in mutant().items():
         monkeypatch.setattr(owner, name, broken)
-    generated = settings(MACHINE, max_examples=60, derandomize=True, database=None, phases=[Phase.generate])
+    generated = settings(MACHINE, max_examples=100, database=None, phases=[Phase.generate])
+    histories = seed(1)(get_state_machine_test(Harvest, settings=generated))
     with pytest.raises((AssertionError, WinnowError)):
-        run_state_machine_as_test(Harvest, settings=generated)
+        histories()
