@@ -110,19 +110,20 @@ class Sparsify:
 
 
 class SaeLens:
-    """SAELens' TopK; its sparse mode knows no rescaling by decoder norms."""
+    """SAELens' TopK or BatchTopK; its sparse mode knows no rescaling by decoder norms."""
 
     format = "saelens"
 
-    def __init__(self, job: Job, *, sparse: bool) -> None:
-        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # pyright: ignore[reportMissingImports]
+    def __init__(self, job: Job, *, sparse: bool = False, batch: bool = False) -> None:
+        import sae_lens  # pyright: ignore[reportMissingImports]
         from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
         from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
 
         torch.manual_seed(job.seed)
         mode = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False} if sparse else {}
         normalize = "expected_average_only_in"
-        config = TopKTrainingSAEConfig(
+        name = "BatchTopKTrainingSAE" if batch else "TopKTrainingSAE"
+        config = getattr(sae_lens, f"{name}Config")(
             d_in=job.width, d_sae=job.latents, k=job.k, normalize_activations=normalize, **mode
         )
         settings = SAETrainerConfig(
@@ -135,7 +136,7 @@ class SaeLens:
             dead_feature_window=min(job.dead_after // job.rows, 1 << 30),
         )
         none: Any = iter(())
-        self.trainer = SAETrainer(settings, TopKTrainingSAE(config), none)
+        self.trainer = SAETrainer(settings, getattr(sae_lens, name)(config), none)
         batches: Any = iter(job.sample.split(job.rows))
         count = -(-len(job.sample) // job.rows)
         self.trainer.activation_scaler.estimate_scaling_factor(job.width, batches, count)
@@ -154,15 +155,15 @@ class SaeLens:
 
 
 class DictionaryLearning:
-    """dictionary_learning's TopKTrainer on rows of mean squared norm 1, as its `trainSAE` feeds it."""
+    """dictionary_learning's TopK or BatchTopK, on rows of mean squared norm 1 as its `trainSAE` feeds it."""
 
     format = "dictionary_learning"
 
-    def __init__(self, job: Job) -> None:
-        from dictionary_learning.trainers.top_k import TopKTrainer  # pyright: ignore[reportMissingImports]
+    def __init__(self, job: Job, *, batch: bool = False) -> None:
+        from dictionary_learning.trainers import batch_top_k, top_k  # pyright: ignore[reportMissingImports]
 
         self.norm = job.sample.square().sum(1).mean().sqrt().item()
-        self.trainer = TopKTrainer(
+        self.trainer = (batch_top_k.BatchTopKTrainer if batch else top_k.TopKTrainer)(
             steps=job.steps,
             activation_dim=job.width,
             dict_size=job.latents,
@@ -176,6 +177,8 @@ class DictionaryLearning:
             device="cpu",
         )
         self.trainer.dead_feature_threshold = job.dead_after
+        # 1,000 by default: BatchTopK of a shorter run would end without a threshold to encode by
+        self.trainer.threshold_start_step = min(1000, job.steps // 2)
         self.steps = 0
 
     def step(self, rows: Tensor) -> None:
@@ -194,8 +197,13 @@ class DictionaryLearning:
 PEERS: Mapping[str, Callable[[Job], Peer]] = {
     "sparsify": lambda job: Sparsify(job, "signum"),
     "sparsify-adam": lambda job: Sparsify(job, "adam"),
-    "sae-lens": lambda job: SaeLens(job, sparse=False),
+    "sae-lens": SaeLens,
     "sae-lens-sparse": lambda job: SaeLens(job, sparse=True),
     "dictionary-learning": DictionaryLearning,
 }
 """Every peer, by its name in the tables."""
+BATCH_PEERS: Mapping[str, Callable[[Job], Peer]] = {
+    "sae-lens-batchtopk": lambda job: SaeLens(job, batch=True),
+    "dictionary-learning-batchtopk": lambda job: DictionaryLearning(job, batch=True),
+}
+"""Those that have BatchTopK too."""

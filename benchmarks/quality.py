@@ -4,9 +4,11 @@
 
 N = 4096, K = 32, batches of 2048 rows in the same order. Every trainer has its own normalisation,
 initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps, decay over the last 20 % where
-it can, and a latent is dead after a tenth of the run. Each learning rate is tried with the first seed; the
-one with the least held-out FVU is trained with the other seeds too. What a library saved is imported by
-`trainer.formats` and measured as Winnow's own SAE: raw space, rows of weight 1 (peers never see the others).
+it can, and a latent is dead after a tenth of the run. Each trainer has three learning rates a factor of 2
+apart, tried with the first seed; where the best of them is the highest or the lowest, the next one on that
+side is tried too, until the best lies between two others. It is trained with the other seeds as well. What a
+library saved is imported by `trainer.formats` and measured as Winnow's own SAE: raw space, rows of weight 1
+(peers never see the others).
 
 A cell (trainer, learning rate, seed) that is finished is kept in `--work`: stop it and run it again. It runs
 itself in the peers' environment (`make peers`).
@@ -17,11 +19,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
-import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -33,8 +35,9 @@ from torch import Tensor
 
 from benchmarks.peer_trainers import PEERS, Job
 from benchmarks.peers import environment, installed
+from benchmarks.quality_page import draw, page_of
 from benchmarks.report import write_report
-from evaluator.downstream import Variant, splice_losses
+from evaluator.downstream import AtHook, Variant, splice_losses
 from evaluator.setting import check_subject, subject_spec_of
 from harvester.subject import Subject
 from harvester.tail import Tail
@@ -49,15 +52,18 @@ from trainer.sae import CARD_KEY, Sae
 from trainer.start import plan_order
 
 OURS = "winnow"
-ADAM = (5e-4, 1.5e-3, 4.5e-3)
-RATES: dict[str, tuple[float, ...]] = {
-    OURS: ADAM,
-    "sparsify": (1e-3, 3e-3, 1e-2),
-    "sparsify-adam": ADAM,
-    "sae-lens": ADAM,
-    "dictionary-learning": ADAM,
+RATIO = 2.0
+"""Between one learning rate and the next."""
+MOST_RATES = 9
+"""Tried for one trainer; a best rate on the edge of so many is taken, and the page shows it."""
+MIDDLE: dict[str, float] = {
+    OURS: 8e-3,
+    "sparsify": 8e-3,
+    "sparsify-adam": 4e-3,
+    "sae-lens": 4e-3,
+    "dictionary-learning": 8e-3,
 }
-"""Learning rates tried; the signs of sparsify's default optimiser want their own."""
+"""Where each trainer's three learning rates begin; its own search moves them."""
 SEEDS = (0, 1, 2)
 WARMUP, DECAY, DEAD = 0.05, 0.2, 0.1
 """Shares of the run."""
@@ -92,6 +98,8 @@ class Bench:
     k: int
     batch_rows: int
     epochs: float
+    threads: int = 0
+    """CPU threads of Winnow's runs; 0 takes every core."""
 
     @property
     def hook(self) -> str:
@@ -111,6 +119,7 @@ class Bench:
             warmup_fraction=WARMUP,
             decay_fraction=DECAY,
             seed=cell.seed,
+            threads=self.threads,
         )
 
     def result(self, cell: Cell) -> dict[str, Any]:
@@ -219,9 +228,8 @@ def measure_in_subject(bench: Bench, cells: list[Cell], windows: int) -> None:
         return lambda x, _: sae(x)
 
     losses = splice_losses(
-        Tail(subject, bench.hook),
+        AtHook(Tail(subject, bench.hook)),
         bench.dataset,
-        bench.hook,
         range(min(held_out, windows)),
         {cell.name: variant(bench.sae(cell)) for cell in missing},
     )
@@ -232,59 +240,75 @@ def measure_in_subject(bench: Bench, cells: list[Cell], windows: int) -> None:
 def run(bench: Bench, trainers: list[str], seeds: tuple[int, ...], windows: int) -> dict[str, Any]:
     """Every cell of the trainers, and the table."""
     finals: list[Cell] = []
+    searched: dict[str, dict[float, float]] = {}
     for trainer in trainers:
-        tried = [Cell(trainer, lr, seeds[0]) for lr in RATES[trainer]]
-        for cell in tried:
+
+        def fvu_at(lr: float, trainer: str = trainer) -> float:
+            cell = Cell(trainer, lr, seeds[0])
             run_cell(bench, cell)
-        best = min(tried, key=lambda cell: bench.result(cell)["fvu_raw"])
-        chosen = [best._replace(seed=seed) for seed in seeds]
+            return bench.result(cell)["fvu_raw"]
+
+        searched[trainer] = search(MIDDLE[trainer], fvu_at)
+        best = min(searched[trainer], key=searched[trainer].__getitem__)
+        chosen = [Cell(trainer, best, seed) for seed in seeds]
         for cell in chosen:
             run_cell(bench, cell)
             if "dead_share" not in bench.result(cell):
                 bench.keep(cell, dead_share=silent_share(bench, bench.sae(cell)))
         finals += chosen
     measure_in_subject(bench, finals, windows)
-    return {trainer: _row(bench, trainer, finals, seeds[0]) for trainer in trainers}
+    return {trainer: _row(bench, trainer, finals, searched[trainer]) for trainer in trainers}
 
 
-def _row(bench: Bench, trainer: str, finals: list[Cell], seed: int) -> dict[str, Any]:
+def search(middle: float, fvu_at: Callable[[float], float]) -> dict[float, float]:
+    """Learning rates and what they give: `middle` and its neighbours, and on until the best is within.
+
+    Args:
+        middle: The first guess.
+        fvu_at: Trains, or recalls.
+
+    Returns:
+        By ascending rate; a rate whose FVU is not a number counts as the worst.
+    """
+    tried = {round_rate(middle * RATIO**step): float("nan") for step in (-1, 0, 1)}
+    fresh = list(tried)
+    while True:
+        for lr in fresh:
+            fvu = fvu_at(lr)
+            tried[lr] = fvu if math.isfinite(fvu) else float("inf")
+        lowest, *_, highest = sorted(tried)
+        best = min(tried, key=tried.__getitem__)
+        if best not in (lowest, highest) or len(tried) == MOST_RATES:
+            return dict(sorted(tried.items()))
+        fresh = [round_rate(best / RATIO if best == lowest else best * RATIO)]
+        tried[fresh[0]] = float("nan")
+
+
+def round_rate(lr: float) -> float:
+    """Three digits, so that a rate has one name whichever way it is come to."""
+    return float(f"{lr:.3g}")
+
+
+def _row(bench: Bench, trainer: str, finals: list[Cell], searched: dict[float, float]) -> dict[str, Any]:
     cells = [cell for cell in finals if cell.trainer == trainer]
     results = [bench.result(cell) for cell in cells]
-    tried = {f"{lr:g}": bench.result(Cell(trainer, lr, seed))["fvu_raw"] for lr in RATES[trainer]}
+    tried = {f"{lr:g}": fvu for lr, fvu in searched.items()}
     figures = {name: [result[name] for result in results] for name in (*FIGURES, "l0", "seconds")}
     return {"lr": cells[0].lr, "fvu_by_lr": tried, "seeds": [cell.seed for cell in cells], **figures}
 
 
-def page(rows: dict[str, Any], bench: Bench, command: str) -> str:
+def page(rows: dict[str, Any], bench: Bench, command: str, remarks: str = "", plot: str = "") -> str:
     """The table for people."""
     plan = bench.dataset.plan
     steps = int(
         bench.epochs * plan_order(bench.spec(Cell(OURS, 1e-3, 0)), bench.dataset).steps_per_epoch + 1e-9
     )
-    lines = [
-        "# Quality at equal tokens",
-        "",
+    intro = (
         f"N = {bench.latents:,}, K = {bench.k}, {steps} steps of {bench.batch_rows:,} rows of `{bench.hook}`"
         f" of {plan.subject.model.rpartition('/')[2]}, the same rows in the same order for everybody. Held"
-        " out, raw space, rows of weight 1. Mean and range over the seeds.",
-        "",
-        "| trainer | learning rate | FVU | delta CE, nats | dead |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        cells = [
-            _shown(row["fvu_raw"], ".4f"),
-            _shown(row["delta_ce"], ".4f"),
-            _shown(row["dead_share"], ".2%"),
-        ]
-        lines.append(f"| {name} | {row['lr']:g} | {' | '.join(cells)} |")
-    lines += ["", "FVU by learning rate, first seed (the best one is taken):", ""]
-    lines += [
-        f"- {name}: " + ", ".join(f"{lr}: {fvu:.4f}" for lr, fvu in row["fvu_by_lr"].items())
-        for name, row in rows.items()
-    ]
-    lines += ["", NOTES.format(units=SILENCE_UNITS), "", f"```sh\n{command}\n```", ""]
-    return "\n".join(lines)
+        " out, raw space, rows of weight 1. Mean and range over the seeds."
+    )
+    return page_of(rows, intro, NOTES.format(units=SILENCE_UNITS), remarks, command, plot)
 
 
 NOTES = """Each trainer has its own normalisation, initialisation, optimiser and AuxK coefficient; warm-up
@@ -292,11 +316,6 @@ over 5 % of the steps; decay over the last 20 % (sparsify's Adam: linear from th
 optimiser, signum: neither, it averages); a latent is dead to AuxK after a tenth of the run. Winnow publishes
 the better of its weights and their moving average, by held-out FVU in its normalised space. `dead`: latents
 that no row of {units} training units activates. Delta CE is taken on the held-out windows."""
-
-
-def _shown(values: list[float], form: str) -> str:
-    mean, low, high = (format(f(values), form) for f in (statistics.mean, min, max))
-    return f"{mean} ({low} to {high})"
 
 
 def main() -> None:
@@ -308,8 +327,11 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/quality"), help="where finished cells are kept"
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--page", type=Path, help="the table as Markdown")
-    parser.add_argument("--cells", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument(
+        "--page", type=Path, help="the table as Markdown; ends with what PAGE's .remarks.md says"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes every core")
+    parser.add_argument("--cells", nargs="+", choices=list(MIDDLE), default=list(MIDDLE))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--epochs", type=float, default=1.5)
     parser.add_argument("--latents", type=int, default=4096)
@@ -325,13 +347,18 @@ def main() -> None:
     config = load_config(args.config, [f"root={args.root}"] if args.root else [])
     dataset = ActivationStore.open(config.root, config.storage)
     sizes = (args.latents, args.k, args.batch_rows, args.epochs)
-    bench = Bench(config, dataset, args.work, *sizes)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bench = Bench(config, dataset, args.work, *sizes, args.threads)
     rows = run(bench, args.cells, tuple(args.seeds), args.windows)
     figures = {"trainers": rows, "of": bench.identity}
     print(json.dumps(write_report("quality", figures, args.json), indent=1))
     if args.page:
         args.page.parent.mkdir(parents=True, exist_ok=True)
-        args.page.write_text(page(rows, bench, "python -m benchmarks.quality"))
+        remarks, plot = args.page.with_suffix(".remarks.md"), args.page.with_suffix(".png")
+        said = remarks.read_text() if remarks.exists() else ""
+        args.page.write_text(page(rows, bench, "python -m benchmarks.quality", said, plot.name))
+        plot.write_bytes(draw(rows))
 
 
 if __name__ == "__main__":

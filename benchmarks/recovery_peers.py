@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peer_trainers import PEERS, Job
+from benchmarks.peer_trainers import BATCH_PEERS, PEERS, Job
 from benchmarks.peers import environment, installed
 from evaluator.synthetic import Task
 from evaluator.synthetic_cli import read_records, write
@@ -61,7 +61,7 @@ def train_peer(name: str, task: Task, latents: int, k: int, lr: float) -> Figure
         decay=round(DECAY * steps),
         dead_after=DEAD_AFTER,
     )
-    peer = PEERS[name](job)
+    peer = ({**PEERS, **BATCH_PEERS})[name](job)
     for rows in task.batches(BATCH_ROWS):
         peer.step(torch.from_numpy(rows))
     with tempfile.TemporaryDirectory() as folder:
@@ -100,8 +100,8 @@ def main() -> None:
     """Train what is missing, write, print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out")
-    default = ["sparsify", "sparsify-adam", "sae-lens", "dictionary-learning"]
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=default)
+    names = [name for name in (*PEERS, *BATCH_PEERS) if name != "sae-lens-sparse"]  # as sae-lens, slower
+    parser.add_argument("--peers", nargs="+", choices=[*PEERS, *BATCH_PEERS], default=names)
     parser.add_argument("--latents", nargs="+", type=int, default=[256, 512])
     parser.add_argument("--k", nargs="+", type=int, default=[8])
     parser.add_argument("--seeds", type=int, default=3)

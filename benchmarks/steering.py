@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.report import write_report
+from evaluator.bootstrap import mean_figure
 from explorer.subjects import LazySubject
 from explorer.table import FeatureTable
 from harvester.generate import Op, Steer, steered
@@ -44,7 +45,6 @@ RANDOM = 256
 CHOOSING_WINDOWS = 2
 """Training windows on which the candidates are tried."""
 DENSITY = (1e-3, 5e-2)
-BOOTSTRAPS = 10_000
 
 
 def candidates(table: FeatureTable, count: int) -> list[int]:
@@ -141,11 +141,10 @@ def measure(
     }
 
 
-def interval(values: NDArray[np.float64], seed: int) -> dict[str, float]:
+def interval(values: NDArray[np.float64], seed: int) -> dict[str, float | None]:
     """Mean and its 95 % bootstrap interval over windows."""
-    draws = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAPS, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+    found = mean_figure("steering", values, seed=seed)
+    return {"mean": found.value, "low": found.low, "high": found.high}
 
 
 def page(report: dict[str, Any]) -> str:

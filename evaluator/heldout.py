@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from evaluator.downstream import figures_of, sae_variants, splice_losses
-from evaluator.downstream_joint import joint_losses
+from evaluator.downstream import figures_of, runs_of, sae_variants, splice_losses
 from evaluator.setting import check_subject, subject_spec_of
 from harvester.ledger import read_ledger
 from harvester.subject import Subject
-from harvester.tail import Tail
 from schemas.config import Config
 from store import ActivationStore
 from store.objects import open_store
@@ -30,14 +28,15 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
     check_subject(subject, store.plan)
     held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
     windows, sae = range(min(held_out, config.evaluate.windows)), sae.to(subject.device)
-    size, label = config.evaluate.batch_windows, "delta CE"
-    if sae.card is not None and sae.card.output_hooks != (hook,):
-        losses = joint_losses(subject, sae, sae.card, store, windows, batch_windows=size, label=label)
-    else:
-        variants = sae_variants(sae, store, hook, subject.device)
-        losses = splice_losses(
-            Tail(subject, hook), store, hook, windows, variants, batch_windows=size, label=label
-        )
+    written = sae.card.output_hooks if sae.card is not None else (hook,)
+    losses = splice_losses(
+        runs_of(subject, sae, store, hook),
+        store,
+        windows,
+        sae_variants(sae, store, written, subject.device),
+        batch_windows=config.evaluate.batch_windows,
+        label="delta CE",
+    )
     found = {figure.id: figure for figure in figures_of(losses)}
     figures = {name: found[name].value for name in SHOWN}
     figures |= {"delta_ce_low": found["delta_ce"].low, "delta_ce_high": found["delta_ce"].high}

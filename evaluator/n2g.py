@@ -23,7 +23,7 @@ from torch import Tensor
 
 from evaluator.activations import Activations, active, gather
 from evaluator.bootstrap import figure, mean_figure
-from evaluator.downstream import Variant, splice_losses
+from evaluator.downstream import AtHook, Variant, splice_losses
 from evaluator.n2g_learn import Example, learn
 from evaluator.setting import Codes, Measured, Setting
 from evaluator.tries import WILDCARD, Firings, Pattern, Trie, fire
@@ -127,6 +127,11 @@ class Lookup:
         return np.where(self._keys[place] == keys, self._values[place], 0).astype(np.float32)
 
 
+def _keys(windows: NDArray[np.int64], positions: NDArray[np.int64], context: int) -> NDArray[np.int64]:
+    """Numbers of tokens over the dataset, each once."""
+    return np.unique(windows * context + positions)
+
+
 def explain(setting: Setting, found: Activations, latents: NDArray[np.int64]) -> Explained:
     """Learn the tries of some latents and the scales of their values, on training windows."""
     spec, plan = setting.spec, setting.dataset.plan
@@ -143,11 +148,12 @@ def explain(setting: Setting, found: Activations, latents: NDArray[np.int64]) ->
     squares = np.zeros(len(latents))
     for unit in units:  # unit by unit, so that memory holds one unit's activations
         inside = unit_windows(setting, range(unit, unit + 1))
-        lookup = Lookup(
-            setting.codes(range(unit, unit + 1)), latents, setting.sae.latents, plan.spec.context_length
-        )
         allowed = setting.dataset.window_weights([setting.hook], list(inside)) > 0
         fired = fire(tries, tokens[inside.start - windows.start :][: len(inside)], allowed)
+        context = plan.spec.context_length
+        places = _keys(fired.windows + inside.start, fired.positions, context)
+        codes = setting.codes(range(unit, unit + 1), places)
+        lookup = Lookup(codes, latents, setting.sae.latents, context)
         true = lookup.at(fired.windows + inside.start, fired.positions, fired.slots)
         np.add.at(over, fired.slots, fired.values * true)
         np.add.at(squares, fired.slots, np.square(fired.values))
@@ -266,12 +272,14 @@ class Simulation:
 def simulate(setting: Setting, explained: Explained, fired: Firings) -> tuple[list[Figure], dict[str, float]]:
     """Delta CE of simulating, and of zeroing, the explained latents, against the SAE's own reconstruction."""
     seed, everything = setting.spec.seed, setting.spec.n2g_latents is None
-    losses = splice_losses(
-        setting.tail,
+    variants = Simulation(setting, explained, fired, everything).variants()
+    known = {name: setting.losses[name] for name in variants if name in setting.losses}
+    losses = known | splice_losses(
+        AtHook(setting.tail),
         setting.dataset,
-        setting.hook,
         setting.windows,
-        Simulation(setting, explained, fired, everything).variants(),
+        {name: variant for name, variant in variants.items() if name not in known},
+        clean=False,
         batch_windows=setting.spec.batch_windows,
         label="n2g simulation",
     )
@@ -302,8 +310,9 @@ def measure(setting: Setting) -> Measured:
     held_out = gather(
         setting.held_out_codes(), total, top=0, positives=spec.n2g_positives, context=context, seed=spec.seed
     )
-    lookup = Lookup(setting.held_out_codes(), latents, total, context)
     fired = fire(explained.tries, tokens, allowed)
+    places = _keys(fired.windows, fired.positions, context)
+    lookup = Lookup(setting.held_out_codes(places), latents, total, context)
     recall, precision, facts = judge(explained, fired, lookup, held_out, tokens)
     options = {"seed": spec.seed, "unit": "latents"}
     figures = [

@@ -57,28 +57,32 @@ class Example:
 
 
 def trial_values(setting: Setting, trials: list[tuple[Example, list[int]]], label: str) -> list[float]:
-    """The example's latent's value at the end of each trial's tokens."""
-    out = [0.0] * len(trials)
-    for codes in sequence_codes(setting, [ids for _, ids in trials], label):
-        out[codes.number] = value_at_end(codes, trials[codes.number][0].latent)
+    """The example's latent's value at the end of each trial's tokens; equal tokens run once."""
+    asked: dict[tuple[int, ...], list[int]] = {}
+    for number, (_, ids) in enumerate(trials):
+        asked.setdefault(tuple(ids), []).append(number)
+    out, sequences = [0.0] * len(trials), list(asked)
+    for codes in sequence_codes(setting, sequences, label):
+        for number in asked[sequences[codes.number]]:
+            out[number] = value_at_end(codes, trials[number][0].latent)
     return out
 
 
 def truncate(setting: Setting, examples: list[Example]) -> list[Example]:
     """Examples cut to the shortest run that keeps the value; those without one are left out."""
-    trials = [
-        (example, example.ids[-length:])
-        for example in examples
-        for length in range(1, min(LONGEST, len(example.ids)) + 1)
-    ]
     shortest: dict[int, list[int]] = {}
-    for (example, ids), value in zip(trials, trial_values(setting, trials, "n2g truncation"), strict=True):
-        if (
-            value > 0
-            and value >= example.enough
-            and len(ids) < len(shortest.get(id(example), [0] * (LONGEST + 1)))
-        ):
-            shortest[id(example)] = ids
+    for length in range(1, LONGEST + 1):
+        trials = [
+            (example, example.ids[-length:])
+            for example in examples
+            if id(example) not in shortest and len(example.ids) >= length
+        ]
+        if not trials:
+            break
+        values = trial_values(setting, trials, f"n2g truncation, length {length}")
+        for (example, ids), value in zip(trials, values, strict=True):
+            if value > 0 and value >= example.enough:
+                shortest[id(example)] = ids
     return [
         Example(example.slot, example.latent, shortest[id(example)], example.value)
         for example in examples
@@ -101,8 +105,8 @@ def find_wildcards(
         return _all_keep(setting, [(example, places, fills(example, places)) for example, places in groups])
 
     alone = test([(example, frozenset([at])) for example in examples for at in range(len(example.ids) - 1)])
-    for example in examples:
-        example.wild = frozenset().union(*(places for found, places in alone if found is example))
+    for example, places in alone:
+        example.wild |= places
     several = [(example, example.wild) for example in examples if len(example.wild) > 1]
     together = {id(example) for example, _ in test(several)}
     for example, _ in several:
@@ -113,16 +117,14 @@ def find_wildcards(
 def _all_keep(
     setting: Setting, groups: list[tuple[Example, frozenset[int], list[list[int]]]]
 ) -> list[tuple[Example, frozenset[int]]]:
-    """The (example, places) whose every fill keeps the value."""
-    trials = [(example, ids) for example, _, fills in groups for ids in fills]
-    values = trial_values(setting, trials, "n2g wildcards")
-    kept = [value >= example.enough for (example, _), value in zip(trials, values, strict=True)]
-    starts = np.cumsum([0, *(len(fills) for _, _, fills in groups)])
-    return [
-        (example, places)
-        for (example, places, _), first, stop in zip(groups, starts[:-1], starts[1:], strict=True)
-        if all(kept[first:stop])
-    ]
+    """The (example, places) whose every fill keeps the value; after one that does not, no other is run."""
+    for turn in range(FILLS):
+        if not groups:
+            break
+        trials = [(example, fills[turn]) for example, _, fills in groups]
+        values = trial_values(setting, trials, f"n2g wildcards, fill {turn + 1}")
+        groups = [group for group, value in zip(groups, values, strict=True) if value >= group[0].enough]
+    return [(example, places) for example, places, _ in groups]
 
 
 def substitute(setting: Setting, examples: list[Example], vocabulary: NDArray[np.int64]) -> list[Trie]:

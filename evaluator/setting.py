@@ -68,6 +68,8 @@ class Setting:
     subject_spec: SubjectSpec
     device: torch.device
     storage: StorageSpec = field(default_factory=StorageSpec)
+    losses: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Losses of the held-out windows that a family has measured, by name: later ones need not run them."""
 
     @classmethod
     def open(
@@ -130,11 +132,11 @@ class Setting:
         held_out = len(plan.split_units("validation")) * plan.spec.windows_per_unit
         return range(min(held_out, self.spec.windows))
 
-    def held_out_codes(self) -> Iterator[Codes]:
-        """Codes of the stored rows of the sampled held-out windows."""
+    def held_out_codes(self, places: NDArray[np.int64] | None = None) -> Iterator[Codes]:
+        """Codes of the stored rows of the sampled held-out windows; `places` as in `codes`."""
         plan = self.dataset.plan
         units = range(-(-len(self.windows) // plan.spec.windows_per_unit))
-        for codes in self.codes(units):
+        for codes in self.codes(units, places):
             inside = codes.windows < len(self.windows)
             if inside.all():
                 yield codes
@@ -149,19 +151,33 @@ class Setting:
                     codes.indices[chosen],
                 )
 
-    def codes(self, units: range) -> Iterator[Codes]:
-        """Codes of the stored rows of some units, `CHUNK_ROWS` at a time, no chunk over two units."""
+    def codes(self, units: range, places: NDArray[np.int64] | None = None) -> Iterator[Codes]:
+        """Codes of the stored rows of some units, `CHUNK_ROWS` at a time, no chunk over two units.
+
+        Args:
+            units: Which units.
+            places: Only the rows of these tokens, numbered `window * T + position`; None takes all.
+        """
+        context = self.dataset.plan.spec.context_length
         size = self.dataset.plan.rows_per_unit
         for unit in units:
             windows, positions = self.dataset.locate(np.arange(unit * size, (unit + 1) * size))
             for low in range(0, size, CHUNK_ROWS):
                 part = slice(low, min(low + CHUNK_ROWS, size))
+                at = np.arange(part.start, part.stop)
+                if places is not None:
+                    at = at[np.isin(windows[part] * context + positions[part], places)]
+                    if not len(at):
+                        continue
                 edges = (unit * size + part.start, unit * size + part.stop)
                 rows = torch.from_numpy(self.dataset.read_rows(self.hook, *edges)).to(self.device)
                 weights = torch.from_numpy(self.dataset.weights([self.hook], *edges)).to(self.device)
+                if len(at) < len(rows):
+                    kept = torch.from_numpy(at - part.start).to(self.device)
+                    rows, weights = rows[kept], weights[kept]
                 with torch.no_grad():
                     values, indices = self.sae.encode(rows)
-                yield Codes(rows, weights, windows[part], positions[part], values, indices)
+                yield Codes(rows, weights, windows[at], positions[at], values, indices)
 
     def tokens(self, windows: range | list[int]) -> NDArray[np.int64]:
         """int64 [len(windows), T]: token ids of windows; each unit is read once."""

@@ -10,7 +10,7 @@ import typer
 
 from evaluator import synthetic_page as page
 from evaluator.synthetic import Task
-from evaluator.synthetic_train import LEARNING_RATES, VARIANTS, measure, spec_of, train_on
+from evaluator.synthetic_train import LEARNING_RATES, VARIANTS, fields_of, measure, spec_of, train_on
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, IntegrityError
 from store.console import Progress, emit, guard, print_table, say
@@ -22,8 +22,9 @@ No dataset is needed: the rows are drawn from a seed as they are trained on (D =
 Poisson(8) of them a row with Zipf weights, 1,000,000 rows, each seen once). Every variant tries three
 learning rates on the first seed and takes the best for the others.
 
-Writes `recovery.json`, `recovery.md` and `recovery.png` into OUT. Runs that OUT already holds are not
-done again, so it can be stopped, and widened by more variants, sizes or seeds.
+Writes `recovery.json`, `recovery.md` and `recovery.png` into OUT, and `recovery_curve.png` where a variant
+has three sizes N or more; the page ends with what you write into `recovery.remarks.md` there. Runs that OUT
+already holds are not done again, so it can be stopped, and widened by more variants, sizes or seeds.
 """
 EPILOG = "Example: `winnow recovery runs/recovery --variants topk,batchtopk --latents 256 --seeds 1`"
 
@@ -92,10 +93,12 @@ def recover(
                         place |= {"seed": seed, "lr": lr}
                         if not any(place.items() <= record.items() for record in records):
                             task = Task(rows=rows, seed=seed)
-                            spec = spec_of(task, latents, k, lr=lr, **VARIANTS[variant])
+                            spec = spec_of(task, latents, k, lr=lr, **fields_of(variant, latents, k))
                             records.append(place | measure(train_on(task, spec), task))
                             write(store, records)
                         bar.advance(1)
+    if records:
+        write(store, records)  # the remarks may be new
     return records
 
 
@@ -116,8 +119,12 @@ def read_records(store: ObjectStore) -> list[page.Record]:
 def write(store: ObjectStore, records: Sequence[page.Record]) -> None:
     """Write results, page and picture."""
     store.put(page.JSON_KEY, page.dump(records))
-    store.put(page.PAGE_KEY, page.page_of(records).encode())
+    remarks = store.get(page.REMARKS_KEY).decode() if store.size(page.REMARKS_KEY) is not None else ""
+    store.put(page.PAGE_KEY, page.page_of(records, remarks).encode())
     store.put(page.PLOT_KEY, page.draw(records))
+    curves = page.draw_curves(records)
+    if curves is not None:
+        store.put(page.CURVE_KEY, curves)
 
 
 def _names(text: str) -> list[str]:

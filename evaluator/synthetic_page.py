@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluator.synthetic import FOUND
+
 JSON_KEY, PAGE_KEY, PLOT_KEY = "recovery.json", "recovery.md", "recovery.png"
+CURVE_KEY = "recovery_curve.png"
+REMARKS_KEY = "recovery.remarks.md"
+"""Written by a person, beside the results; the page ends with it."""
 STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 """Quantiles of Student's t by degrees of freedom, for 95 % intervals over few seeds."""
 SHOWN = {
@@ -60,8 +65,13 @@ def cells_of(records: Sequence[Record]) -> list[Cell]:
     return cells
 
 
-def page_of(records: Sequence[Record]) -> str:
-    """The page in Markdown."""
+def page_of(records: Sequence[Record], remarks: str = "") -> str:
+    """The page in Markdown: a table for every (N, K), the best matched cosine first.
+
+    Args:
+        records: All runs.
+        remarks: What a person has to say about them, in Markdown; stands at the end.
+    """
     rows = max(record["rows"] for record in records)
     lines = [
         "# Recovery of known directions",
@@ -69,12 +79,36 @@ def page_of(records: Sequence[Record]) -> str:
         "Written by `winnow recovery` (and `python -m benchmarks.recovery_peers`, where it was run). "
         f"D = 64, 256 directions, {rows:,} rows, each seen once; see `evaluator/synthetic.py` for the task. "
         "Mean over the seeds with its 95 % interval (Student's t); the learning rate is the best of three on "
-        "the first seed, for everybody. AuxK: share of the steps on which it was active.",
+        "the first seed, for everybody. AuxK: share of the steps on which it was active, where a trainer "
+        "tells.",
         "",
+        "- matched cosine: mean over the true directions of the cosine with their latent, matched one to one",
+        f"- found: share of the directions matched above {FOUND}; mean max cosine: not one to one",
+        "",
+    ]
+    cells = cells_of(records)
+    sizes = dict.fromkeys((cell.latents, cell.k) for cell in cells)
+    for latents, k in sorted(sizes, key=lambda size: (-sum(c[1:3] == size for c in cells), size)):
+        some = [cell for cell in cells if cell[1:3] == (latents, k)]
+        lines += [f"## N = {latents}, K = {k}", ""] if len(some) > 1 else []
+        if len(some) > 1:
+            lines += [*_table(some), ""]
+    lone = [cell for cell in cells if sum(c[1:3] == cell[1:3] for c in cells) == 1]
+    if lone:
+        lines += ["## Other sizes", "", *_table(sorted(lone, key=lambda cell: cell[:3])), ""]
+    lines += [f"![matched cosine with intervals]({PLOT_KEY})", ""]
+    if len(_curve_variants(cells)):
+        lines += [f"![matched cosine over N and K]({CURVE_KEY})", ""]
+    return "\n".join(lines) + (f"\n{remarks.strip()}\n" if remarks else "")
+
+
+def _table(cells: Sequence[Cell]) -> list[str]:
+    lines = [
         f"| variant | N | K | lr | seeds | {' | '.join(SHOWN.values())} | AuxK |",
         f"|---|---|---|---|---|{'---|' * len(SHOWN)}---|",
     ]
-    for cell in cells_of(records):
+    best_first = sorted(cells, key=lambda cell: (cell[1:3], -cell.interval("matched_cosine")[0]))
+    for cell in best_first:
         shown = [_text(*cell.interval(name)) for name in SHOWN]
         steps = [record for record in cell.records if "auxk_steps" in record]  # peers do not tell
         auxk = f"{np.mean([r['auxk_steps'] / r['steps'] for r in steps]):.0%}" if steps else ""
@@ -83,7 +117,7 @@ def page_of(records: Sequence[Record]) -> str:
             + " | ".join(shown)
             + f" | {auxk} |"
         )
-    return "\n".join([*lines, "", f"![matched cosine with intervals]({PLOT_KEY})", ""])
+    return lines
 
 
 def _text(mean: float, half: float) -> str:
@@ -113,6 +147,41 @@ def draw(records: Sequence[Record]) -> bytes:
     axes.grid(True, axis="x", color="#dddddd", lw=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def _curve_variants(cells: Sequence[Cell]) -> list[str]:
+    """The variants of three sizes N or more."""
+    names = dict.fromkeys(cell.variant for cell in cells)
+    return [name for name in names if len({c.latents for c in cells if c.variant == name}) > 2]
+
+
+def draw_curves(records: Sequence[Record]) -> bytes | None:
+    """A PNG: matched cosine over N, a line for each K with its intervals; None without three sizes N."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cells = cells_of(records)
+    names = _curve_variants(cells)
+    if not names:
+        return None
+    figure = Figure(figsize=(5.5 * len(names), 4), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        mine = [cell for cell in cells if cell.variant == name]
+        for k in sorted({cell.k for cell in mine}):
+            line = sorted((cell for cell in mine if cell.k == k), key=lambda cell: cell.latents)
+            means, halves = zip(*(cell.interval("matched_cosine") for cell in line), strict=True)
+            bars = [0 if half == float("inf") else half for half in halves]
+            axes.errorbar([c.latents for c in line], means, yerr=bars, fmt="o-", capsize=3, label=f"K = {k}")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("latents N")
+        axes.set_ylabel("one-to-one matched cosine")
+        axes.set_title(name)
+        axes.legend()
+        axes.grid(True, color="#dddddd", lw=0.6)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

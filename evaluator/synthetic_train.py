@@ -33,10 +33,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batchtopk": {"activation": "batchtopk"},
     "jumprelu": {"activation": "jumprelu"},
     "relu": {"activation": "relu", "sparsity_coefficient": 0.1},
+    "matryoshka": {"activation": "batchtopk"},
+    "topk-anneal": {},
+    "topk-beta2": {"adam_betas": (0.9, 0.99)},
 }
-"""Fields of each variant's spec. Matryoshka, whose prefixes ask for a hierarchy, has none here to find."""
+"""Fields of each variant's spec; see `fields_of` for those that depend on its sizes. The task has no
+hierarchy for Matryoshka's prefixes to find: what they cost is shown."""
 LEARNING_RATES = (0.003, 0.01, 0.03)
 """Everybody's best of three is taken, by matched cosine of the first seed."""
+
+
+def fields_of(variant: str, latents: int, k: int) -> dict[str, Any]:
+    """Fields of a variant's spec at one size: `VARIANTS`, Matryoshka's prefixes, and K's fall from 4K."""
+    if variant == "matryoshka":
+        return VARIANTS[variant] | {"matryoshka": (latents // 4, latents // 2)}
+    if variant == "topk-anneal":
+        return VARIANTS[variant] | {"k_start": min(4 * k, latents)}
+    return VARIANTS[variant]
 
 
 def spec_of(task: Task, latents: int, k: int, **fields: Any) -> TrainSpec:

@@ -1,8 +1,8 @@
 """Latents taken along: one self-contained HTML page, and the JSON that two other viewers read.
 
 - `features.html`: no script, nothing fetched; values stand in titles.
-- `openai/atoms/N.json`: what the sae-viewer of openai/sparse_autoencoder reads for feature N. `mean_act` and
-  `mean_act_squared` are over all tokens.
+- `openai/atoms/N.json`: what the sae-viewer of openai/sparse_autoencoder reads for feature N.
+  `mean_act` and `mean_act_squared` are over all tokens; bin b of `hist` is from 0.2 (b - 1) to 0.2 b.
 - `neuronpedia/batch-0.json`: dashboards as SAEDashboard writes and as Neuronpedia's converter takes them.
   What an index does not hold (neuron alignment, correlations, logit histograms) is left empty.
 """
@@ -23,6 +23,8 @@ from schemas.subject import parse_hook
 STYLE = Path(__file__).parent / "static" / "style.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 MAX_EXPORTED = 10_000
+OPENAI_BIN = 0.2
+"""Width of a bin of the sae-viewer's histogram, which is fixed in its code; its bins have whole numbers."""
 Row = dict[str, Any]
 
 
@@ -75,7 +77,6 @@ def _json(value: Any) -> str:
 def openai_feature(exhibit: Exhibit, row: Row) -> Row:
     """One feature for the sae-viewer."""
     density = row["fires"] / max(exhibit.table.meta.rows, 1)
-    width = row["largest"] / len(row["histogram"])
 
     def sequences(wanted: bool) -> list[Row]:
         return [
@@ -96,10 +97,26 @@ def openai_feature(exhibit: Exhibit, row: Row) -> Row:
         "density": density,
         "mean_act": density * row["mean"],
         "mean_act_squared": density * row["mean_square"],
-        "hist": {f"{i * width:.6g}": count for i, count in enumerate(row["histogram"]) if count},
+        "hist": {str(number): count for number, count in openai_bins(row["histogram"], row["largest"])},
         "random": sequences(False),
         "top": sequences(True),
     }
+
+
+def openai_bins(counts: Sequence[int], largest: float) -> list[tuple[int, float]]:
+    """Counts in equal widths from 0 to `largest`, as (number, count) of the sae-viewer's bins, none empty.
+
+    A count is shared between the bins that its width lies in, so counts need not be whole; their sum stays.
+    """
+    width = largest / len(counts) / OPENAI_BIN  # in bins
+    bins: dict[int, float] = {}
+    for i, count in enumerate(counts):
+        low, high = i * width, (i + 1) * width
+        for number in range(int(low), int(high) + 1 if count else 0):
+            share = (min(high, number + 1) - max(low, number)) / width
+            if share > 1e-9:  # no slivers of rounding
+                bins[number + 1] = bins.get(number + 1, 0) + count * share
+    return sorted(bins.items())
 
 
 def neuronpedia_batch(exhibit: Exhibit, rows: Iterable[Row]) -> Row:
@@ -116,6 +133,7 @@ def neuronpedia_batch(exhibit: Exhibit, rows: Iterable[Row]) -> Row:
 
 
 def _dashboard(exhibit: Exhibit, row: Row) -> Row:
+    meta = exhibit.table.meta
     width = row["largest"] / len(row["histogram"])
     empty = {
         f"{kind}_{name}": []
@@ -133,22 +151,26 @@ def _dashboard(exhibit: Exhibit, row: Row) -> Row:
         "neg_values": row.get("suppressed_logits", []),
         "pos_str": exhibit.words(row.get("promoted_ids", [])),
         "pos_values": row.get("promoted_logits", []),
-        "frac_nonzero": row["fires"] / max(exhibit.table.meta.rows, 1),
+        "frac_nonzero": row["fires"] / max(meta.rows, 1),
         "freq_hist_data_bar_heights": row["histogram"],
         "freq_hist_data_bar_values": [(i + 0.5) * width for i in range(len(row["histogram"]))],
         "decoder_weights_dist": [],
+        "n_prompts_total": meta.windows,
+        "n_tokens_in_prompt": meta.context_length,
+        "dataset": "",
         "activations": [_activation(exhibit, row, each) for each in row["examples"]],
     }
 
 
 def _activation(exhibit: Exhibit, row: Row, each: Row) -> Row:
-    """An example; top ones are a bin of their own, which the converter marks by -1."""
+    """An example; `bin_contains` is a share of all tokens, and -1 marks the top ones, a bin of their own."""
     band, edges = each["band"], row["quantiles"]
     top = band == TOP_BAND
+    density = row["fires"] / max(exhibit.table.meta.rows, 1)
     return {
         "bin_min": -1 if top else edges[band],
-        "bin_max": -1 if top else edges[band + 1],
-        "bin_contains": -1 if top else 1 / (len(edges) - 1),
+        "bin_max": row["largest"] if top else edges[band + 1],
+        "bin_contains": -1 if top else density / (len(edges) - 1),
         "qualifying_token_index": each["position"] - each["first"],
         "tokens": exhibit.words(each["tokens"]),
         "values": each["values"],

@@ -36,7 +36,7 @@ class Pass:
     rows: Tensor
     """[W, T, D]: the activation at the hook."""
     logits: Tensor
-    """[W, T, V]."""
+    """[W, T, V]; empty where they were not asked for."""
     below: Tensor | None
     """[W, T, width]: what enters the first block that is run again; None where all of them are."""
     cache: Any
@@ -78,12 +78,13 @@ class Tail:
         """Share of the blocks that a patched pass does not run."""
         return self._first / self._layout.layers
 
-    def start(self, token_ids: Any, *, keep_cache: bool = False) -> Pass:
-        """One whole, clean pass.
+    def start(self, token_ids: Any, *, keep_cache: bool = False, logits: bool = True) -> Pass:
+        """One clean pass.
 
         Args:
             token_ids: Integers [W, T]; the logits take W*T*V numbers.
             keep_cache: Keep keys and values, which `continued` needs.
+            logits: Run it to its end; else it stops at the hook.
         """
         ids = torch.as_tensor(token_ids.astype("int64") if hasattr(token_ids, "astype") else token_ids)
         ids = ids.to(self.subject.device, torch.int64)
@@ -92,15 +93,15 @@ class Tail:
         if self._first and not self._at_edge:
             edge = Tap(f"resid_post.{self._first - 1}", self._path(self._first - 1), False, self._first - 1)
             taps.append(edge)
-        logits: list[Tensor] = []
+        made = [torch.empty(0)]
 
         def run() -> None:
-            logits.append(self._forward(ids, cache))
+            made[0] = self._forward(ids, cache)
 
         with torch.no_grad(), self._observed():
-            found = read(self._model, taps, run, (ids.shape[0], ids.shape[1]), stop=False)
+            found = read(self._model, taps, run, (ids.shape[0], ids.shape[1]), stop=not logits)
         below = found[edge.hook] if edge else found[self.hook] if self._at_edge else None
-        return Pass(ids, found[self.hook], logits[0], below, cache)
+        return Pass(ids, found[self.hook], made[0], below, cache)
 
     def patched(self, start: Pass, fn: Replacement) -> Tensor:
         """Logits [W, T, V] with the hook's rows replaced by `fn` of them.

@@ -405,6 +405,13 @@ class S3Store(ObjectStore):
     def put_new(self, key: str, data: Data | Pieces, ready: Ready | None = None) -> bool:
         """See `ObjectStore.put_new`: If-None-Match: *, one part; a single writer looks first instead."""
         data = joined(data)
+        if memoryview(data).nbytes > SINGLE_PUT_BYTES:
+            raise StoreError(
+                f"{self.uri}/{key} is too long to be created in one part",
+                expected=f"at most {SINGLE_PUT_BYTES:,} bytes",
+                got=f"{memoryview(data).nbytes:,} bytes",
+                fix="Make units smaller: plan.windows_per_unit",
+            )
         if ready is not None:
             ready()
         if self._single_writer:

@@ -386,6 +386,16 @@ class RowStream(Closing):
                 )
             )
 
+    def ready(self, seconds: float) -> bool:
+        """Whether all units of the next batch are committed, after waiting so long at most.
+
+        Where the dataset is not followed they are, or the next batch tells.
+        """
+        coming = self._coming
+        if self._turns is not None or coming is None or not isinstance(coming.reads, Future):
+            return True
+        return bool(wait([coming.reads], seconds).done)
+
     def state(self) -> StreamState:
         """Where the stream stands: before its next step. Integers only."""
         return self.order.state(self.plan.fingerprint, self.split, self.hooks, self.next_step)

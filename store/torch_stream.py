@@ -72,6 +72,10 @@ class Stream(Closing):
         """Memory of this rank's buffers, in bytes."""
         return self._rows.memory_bytes
 
+    def ready(self, seconds: float) -> bool:
+        """Whether the units of the next batch are committed, after waiting so long at most."""
+        return self._rows.ready(seconds)
+
     def state(self) -> StreamState:
         """Where the stream stands: before its next step. Integers only."""
         return self._rows.state()

@@ -51,13 +51,19 @@ def encode_batchtopk(x: Tensor, W_enc: Tensor, b: Tensor, k: int, groups: Sequen
 
 
 def best_of_groups(z: Tensor, k: int, groups: Sequence[int]) -> Tensor:
-    """Dense z [B, N] cut to the best `k * rows` positive entries of each group of rows, 0 elsewhere."""
+    """Dense z [B, N] cut to the best `k * rows` positive entries of each group of rows, 0 elsewhere.
+
+    Of equal values at the edge the earlier row's, then the earlier column's are taken.
+    """
     kept: list[Tensor] = []
     for part in z.relu().split(list(groups)):
         flat, quota = part.flatten(), k * len(part)
-        if quota < len(flat):
-            best = flat.topk(quota, sorted=False)
-            part = torch.zeros_like(flat).scatter_(0, best.indices, best.values).view_as(part)
+        if 0 < quota < len(flat):
+            edge = flat.topk(quota, sorted=False).values.min()
+            above, ties = flat > edge, flat == edge
+            room = quota - above.sum()
+            chosen = ~(flat < edge) if bool(ties.sum() <= room) else above | (ties & (ties.cumsum(0) <= room))
+            part = torch.where(chosen, flat, 0.0).view_as(part)
         kept.append(part)
     return torch.cat(kept)
 

@@ -8,8 +8,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from schemas.errors import ConfigError
 from schemas.training import TrainSpec
@@ -61,23 +63,26 @@ def torch_settings(device: torch.device, threads: int) -> Iterator[None]:
     """
     threads_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
+    filling: Any = torch.utils.deterministic
+    fill_before = filling.fill_uninitialized_memory
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True)
+        filling.fill_uninitialized_memory = False  # nothing here reads what it has not set
     try:
         yield
     finally:
+        filling.fill_uninitialized_memory = fill_before
         torch.set_num_threads(threads_before)
         torch.use_deterministic_algorithms(deterministic_before)
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one acts as usual.
+def stop_on_signals(stopping: threading.Event) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets an event; a second one acts as usual.
 
     Outside the main thread signals are not ours, and the event stays unset.
     """
-    stopping = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
@@ -89,11 +94,11 @@ def stop_on_signals() -> Iterator[threading.Event]:
         restore()
 
     if threading.current_thread() is not threading.main_thread():
-        yield stopping
+        yield
         return
     for number in before:
         signal.signal(number, stop)
     try:
-        yield stopping
+        yield
     finally:
         restore()

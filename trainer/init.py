@@ -96,8 +96,8 @@ def initialise(sae: Sae, sample: Tensor, weights: Tensor, seed: int, target: Ten
 
     generator = torch.Generator().manual_seed(seed)
     part, of = getattr(sae, "part", None), getattr(sae, "of", sae.latents)
-    sae.W_dec.copy_(_directions(sae.d_out, of, generator, part))
-    sae.W_enc.copy_(_directions(sae.d_model, of, generator) if sae.has_target else sae.W_dec)
+    sae.W_dec.copy_(_directions(sae.d_out, of, generator, part, draw_all=sae.has_target))
+    sae.W_enc.copy_(_directions(sae.d_model, of, generator, part) if sae.has_target else sae.W_dec)
     sae.b_enc.zero_()
     sae.W_enc.mul_(_encoder_scale(sae, x, y, weights))
     if sae.parts.activation == "jumprelu":
@@ -119,16 +119,19 @@ def _constants(sample: Tensor, weights: Tensor, widths: tuple[int, ...]) -> tupl
     return mean, spreads.sqrt().clamp_min(SMALLEST_NORM)
 
 
-def _directions(width: int, latents: int, generator: torch.Generator, part: range | None = None) -> Tensor:
+def _directions(
+    width: int, latents: int, generator: torch.Generator, part: range | None = None, *, draw_all: bool = False
+) -> Tensor:
     """Random unit rows [N, width], or those of a part of the latents: the same rows in any partition.
 
-    Drawn in blocks, so that a shard never holds them all; what is drawn does not depend on the part.
+    Drawn in blocks, so that a shard never holds them all. With `draw_all` what the generator draws next
+    does not depend on the part either.
     """
     part = part or range(latents)
     kept: list[Tensor] = []
-    for first in range(0, part.stop, DRAWN_ROWS):
+    for first in range(0, latents if draw_all else part.stop, DRAWN_ROWS):
         rows = torch.randn(min(DRAWN_ROWS, latents - first), width, generator=generator, dtype=torch.float32)
-        kept.append(rows[max(0, part.start - first) : part.stop - first])
+        kept.append(rows[max(0, part.start - first) : max(0, part.stop - first)])
     return F.normalize(torch.cat(kept), dim=1)
 
 

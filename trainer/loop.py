@@ -7,6 +7,7 @@ weights have the bits that the same spec gives alone.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -20,6 +21,7 @@ from store.objects import open_store
 from trainer.device import cpu_threads, resolve_device, stop_on_signals, torch_settings
 from trainer.member import Member
 from trainer.parallel import Launch, World, check_mesh, open_world
+from trainer.parallel_rows import SharedRows
 from trainer.publish import Summary, finished_summary, put_summary
 from trainer.sae import Sae
 from trainer.spans import sampling
@@ -208,43 +210,74 @@ def take_steps(
     first, order = members[0], members[0].order
     spec, device, steps = first.spec, first.run.device, max(m.recipe.steps for m in members)
     world = first.run.world
-    stream = dataset.stream(
-        spec.read_hooks,
-        split="train",
-        batch_rows=spec.batch_rows,
-        seed=spec.stream_seed,
-        lanes=spec.lanes,
-        group_units=order.group_units,
-        rank=world.data.rank,
-        world=world.data.size,
-        start_step=first.step,
-        steps=until,
+    running = list(members)
+    stopping = threading.Event()
+
+    def stop_early() -> None:
+        for member in running:
+            if not member.is_new:
+                member.checkpoint()
+                member.saver.wait()
+                name = "" if alone else f"{member.spec.out}: "
+                say(f"{name}stopped after step {member.step} of {member.recipe.steps}; a checkpoint is kept")
+        raise KeyboardInterrupt
+
+    def agree(must_stop: bool, gone: bool, is_due: bool = False) -> tuple[bool, bool]:
+        """Whether all of them stop, and whether a checkpoint is due."""
+        stop, gone, due = world.any(must_stop, gone, is_due)
+        if gone:
+            raise WorkerError("another service has taken this work over")
+        return stop, due
+
+    def while_waiting() -> None:
+        if agree(*_must_stop(running, stopping.is_set(), lost))[0]:
+            stop_early()
+
+    stream = SharedRows(
+        lambda: dataset.stream(
+            spec.read_hooks,
+            split="train",
+            batch_rows=spec.batch_rows,
+            seed=spec.stream_seed,
+            lanes=spec.lanes,
+            group_units=order.group_units,
+            rank=world.data.rank,
+            world=world.data.size,
+            start_step=first.step,
+            steps=until,
+        ),
+        {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks},
+        spec.batch_rows // world.data.size,
+        first.step,
+        device,
+        world,
+        while_waiting if spec.follow else None,
     )
     bar = Progress("train", steps * spec.batch_rows, "rows", done=first.step * spec.batch_rows)
-    with closing(stream), stop_on_signals() as stopping, bar:
+    with closing(stream), stop_on_signals(stopping), bar:
         say(
             ("" if alone else f"{len(members)} SAEs from one stream: ")
             + f"{steps} steps of {spec.batch_rows} rows on {device}; {order.group_units} units are "
             f"shuffled together, {human_bytes(stream.memory_bytes)} of memory"
         )
-        batches = begin([m.run for m in members], stream) if first.is_new else stream
+        if first.is_new:
+            begin([m.run for m in members], stream)
         for member in members:
             member.is_new = False
-        running = list(members)
         opened = mark = last_checkpoint = time.monotonic()
         step = first.step
         while step < until and running:
             asked = time.monotonic()
-            with world.together():  # data that one rank cannot read stops all of them
-                batch = next(batches)
+            batch = next(stream)
             waited = time.monotonic() - asked
             weights = batch.weights.to(device)
             step += 1
             own: dict[Member, float] = {}
             reports: dict[Member, tuple[StepReport, dict[str, float]]] = {}
             rows, target = rows_of(batch, spec)
-            wanted = () if target is None else (target.to(device),)
-            rows = rows.to(device)
+            if any(member.spec.accumulate == 1 for member in running):  # else part by part
+                rows, target = rows.to(device), None if target is None else target.to(device)
+            wanted = () if target is None else (target,)
             for member in running:
                 started = time.monotonic()
                 logged = step == member.recipe.steps or step % member.spec.log_every_steps == 0
@@ -277,17 +310,9 @@ def take_steps(
             edge = first.follower is not None and order.locate(step).step_in_group == 0
             is_time = now - last_checkpoint >= spec.checkpoint_seconds
             must_stop, gone = _must_stop(running, stopping.is_set(), lost)
-            is_due = world.leads and (edge or is_time)
-            stop, gone, due = world.any(must_stop, gone, is_due)  # all of them, or none
-            if gone:
-                raise WorkerError("another service has taken this work over")
+            stop, due = agree(must_stop, gone, world.leads and (edge or is_time))  # all of them, or none
             if stop and step < steps:
-                for member in running:
-                    member.checkpoint()
-                    member.saver.wait()
-                    name = "" if alone else f"{member.spec.out}: "
-                    say(f"{name}stopped after step {step} of {member.recipe.steps}; a checkpoint is kept")
-                raise KeyboardInterrupt
+                stop_early()
             if running and (due or last):
                 for member in running:
                     member.checkpoint()

@@ -13,11 +13,13 @@ from schemas.config import Config
 from schemas.errors import NonFiniteError, StoreError
 from schemas.training import SaeIdentity, TrainSpec
 from store import ActivationStore
+from store.console import say
 from store.follow import Follower
 from store.objects import ObjectStore
 from store.order import LaneOrder
 from trainer.checkpoint_files import Saver
 from trainer.device import cpu_threads
+from trainer.loggers import Loggers
 from trainer.parallel import World
 from trainer.parallel_sae import Witness
 from trainer.publish import Summary, publish
@@ -60,9 +62,11 @@ class Member:
         self.run, self.telemetry, self.is_new = stand(
             recipe, dataset, order, self._identity, self.out, device, world=world, extend=extend
         )
+        self._kept = None if self.is_new else self.step
         self.saver = Saver(out, self.run, self._identity, cpu_threads(self.spec))
         self.status = StatusWriter(self.out, self.run, config.prices)
         self.follower: Follower | None = None
+        self._loggers: Loggers | None = None
         self.failure: NonFiniteError | None = None
 
     def begin(self, cleanup: ExitStack, stopped_before: bool = False) -> None:
@@ -83,6 +87,8 @@ class Member:
             self._files.probe(single_writer=True)  # can we write there? asked before hours of work
             if world.leads:
                 allow_again(self.out)
+                self._loggers = Loggers(self.spec, self.out, self.step, warn=say)
+                cleanup.callback(self._loggers.close)
             self.status.write("training")
         if self._dataset.arrivals is not None and world.leads:
             self.follower = cleanup.enter_context(self._following())
@@ -127,9 +133,14 @@ class Member:
         """Add a telemetry line."""
         self.status.fvu = record["fvu"]
         self.telemetry.log(record)
+        if self._loggers is not None:
+            self._loggers.log(record)
 
     def checkpoint(self) -> None:
-        """Begin to make the run as it stands durable; `saver.wait` waits for it."""
+        """Begin to make the run as it stands durable, unless it is; `saver.wait` waits for it."""
+        if self._kept == self.step:
+            return
+        self._kept = self.step
         self.telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
         state = stream_state(self._dataset, self.order, self.spec.read_hooks, self.step)
         follower, step = self.follower, self.step

@@ -56,10 +56,13 @@ def renormalise_decoder(W_dec: Tensor) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> float:
-    """Scale all gradients so that their joint norm is at most `largest`; give the norm before."""
+def clip_gradients(parameters: Iterable[Tensor], largest: float | None, norm: float | None = None) -> float:
+    """Scale all gradients so that their joint norm is at most `largest`; give the norm before.
+
+    `norm` is given where these are not all: on a mesh.
+    """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads).item()
+    norm = torch.nn.utils.get_total_norm(grads).item() if norm is None else norm
     if largest is not None and norm > largest:
         for grad in grads:
             grad.mul_(largest / norm)

@@ -85,7 +85,7 @@ class Axis:
         self._group, self.rank, self.size = group, rank, size
         self.bytes_sent = 0
         """Bytes that this rank has put on the wire, by the arithmetic of a ring: 2 (n-1)/n of the tensor
-        for a sum, n-1 tensors for a gather."""
+        for a sum, n-1 tensors for a gather, (n-1)/n of it, taken over the ranks, where one spreads it."""
 
     def sum_start(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
         """Begin to sum a tensor over the axis, in place; it must not be touched until waited for."""
@@ -110,6 +110,8 @@ class Axis:
             return Pending(tensor[None])
         self.bytes_sent += (self.size - 1) * tensor.nbytes
         out = tensor.new_empty(self.size, *tensor.shape)
+        if not tensor.numel():
+            return Pending(out)
         with _peers():
             work = _gather(out.flatten(), tensor.flatten(), group=self._group, async_op=True)
         return Pending(out, work)
@@ -117,6 +119,14 @@ class Axis:
     def gather(self, tensor: Tensor) -> Tensor:
         """[size, *shape], in the order of the ranks."""
         return self.gather_start(tensor).wait()
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """The first rank's tensor on all of them, in place."""
+        if self.size > 1:
+            self.bytes_sent += (self.size - 1) * tensor.nbytes // self.size
+            with _peers():
+                dist.broadcast(tensor, group=self._group, group_src=0)
+        return tensor
 
     def send(self, tensor: Tensor, to: int) -> None:
         """Send a tensor to one rank of the axis, which receives it."""
@@ -250,10 +260,14 @@ def check_mesh(spec: TrainSpec, world_size: int) -> tuple[int, int]:
         raise ConfigError("train.mesh.data", expected=f"a divisor of lanes ({spec.lanes})", got=data)
     if latent > spec.latents:
         raise ConfigError("train.mesh.latent", expected=f"at most latents ({spec.latents})", got=latent)
-    plain = spec.activation == "topk" and not (spec.target_hook or spec.with_hooks or spec.matryoshka)
-    if world_size > 1 and not plain:
-        raise ConfigError("train.mesh", expected="one process for this variant", got=f"{world_size} of them")
-    if world_size > 1 and spec.kernels == "eager":
+    for field, only in (("accumulate", 1), ("compute_dtype", "float32")):
+        if world_size > 1 and getattr(spec, field) != only:
+            raise ConfigError(
+                f"{field}: {getattr(spec, field)}",
+                expected=f"{only} on a mesh",
+                got=f"{world_size} processes",
+            )
+    if world_size > 1 and spec.kernels == "eager" and spec.activation in ("topk", "batchtopk"):
         raise ConfigError(
             "kernels: eager", expected="one process", got=world_size, fix="Set kernels: auto on a mesh"
         )

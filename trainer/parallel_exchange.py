@@ -1,9 +1,9 @@
 """Gradients over the data axis: summed where they are small, or made from everybody's rows and codes.
 
-Legend: P ranks of the data axis, B rows of the fullest rank, D d_model, n latents of this shard, w entries
-a row.
+Legend: P ranks of the data axis, B rows of the fullest rank, D width of the input, O of the output, n latents
+of this shard, w entries a row.
 
-Summing dense gradients sends 2 (P-1)/P (2 n D + n) numbers, however few rows there are. Gathering sends
+Summing dense gradients sends 2 (P-1)/P n (D + O + 1) numbers, however few rows there are. Gathering sends
 (P-1) B rows of the encoder's input, of each part's gradient, and w codes: at n = 32,768, D = 768 and
 B = 1,024 on 8 ranks a seventh. The arithmetic chooses, anew each step, alike on every rank.
 """
@@ -31,17 +31,17 @@ class Part(NamedTuple):
     indices: Tensor
     """int64 [B, w]."""
     grad: Tensor
-    """[B, D]: of the reconstruction made from these codes."""
+    """[B, O]: of the reconstruction made from these codes."""
 
 
-def dense_bytes(ranks: int, latents: int, d_model: int, itemsize: int) -> int:
+def dense_bytes(ranks: int, latents: int, d_in: int, d_out: int, itemsize: int) -> int:
     """What a rank sends to sum the gradients of n latents."""
-    return 2 * (ranks - 1) * (2 * latents * d_model + latents) * itemsize // ranks
+    return 2 * (ranks - 1) * latents * (d_in + d_out + 1) * itemsize // ranks
 
 
-def rows_bytes(ranks: int, rows: int, d_model: int, widths: Sequence[int], itemsize: int) -> int:
+def rows_bytes(ranks: int, rows: int, d_in: int, d_out: int, widths: Sequence[int], itemsize: int) -> int:
     """What a rank sends to gather rows and the codes of parts of these widths."""
-    numbers = (1 + len(widths)) * d_model + 2 * sum(widths)
+    numbers = d_in + len(widths) * d_out + 2 * sum(widths)
     return (ranks - 1) * rows * (numbers * itemsize + 4 * sum(widths))
 
 
@@ -90,7 +90,7 @@ def _widen(tensor: Tensor, width: int) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """Where the sums of a step go; `W_dec` and `W_enc` [n, D], `b_enc` [n]."""
+    """Where the sums of a step go; `W_dec` [n, O], `W_enc` [n, D], `b_enc` [n]."""
 
     W_dec: Tensor
     W_enc: Tensor

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from schemas.training import Normalize, SaeCard
+from schemas.training import Normalize, SaeCard, SaeParts
 from store.objects import Data, ObjectStore, Pieces, Ready
+from trainer.checkpoint import has_latents
 from trainer.parallel import World
 from trainer.parallel_topk import count_kept, keep
 from trainer.sae import Sae
@@ -23,7 +24,7 @@ SENT_BYTES = 64 << 20
 
 
 class Shard(Sae):
-    """The latents of a TopK SAE that this rank holds.
+    """The latents of an SAE that this rank holds.
 
     `select` gives this shard's part of the whole SAE's codes, `reconstruct` the whole reconstruction; both
     are collectives over the latent axis, without gradients.
@@ -33,6 +34,7 @@ class Shard(Sae):
         latents: N.
         k: Active latents a row, of all shards.
         normalize: See `Sae`.
+        parts: See `Sae`.
         world: The mesh.
         device: Where the tensors live.
         dtype: Their type.
@@ -44,24 +46,25 @@ class Shard(Sae):
         latents: int,
         k: int,
         normalize: Normalize,
+        parts: SaeParts | None,
         world: World,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.world, self.of, self.part = world, latents, world.part(latents)
-        super().__init__(d_model, len(self.part), k, normalize, device=device, dtype=dtype)
+        super().__init__(d_model, len(self.part), k, normalize, parts, device=device, dtype=dtype)
 
     def twin(self) -> Shard:
         """See `Sae.twin`."""
-        device, dtype = self.W_enc.device, self.W_enc.dtype
-        return Shard(
-            self.d_model, self.of, self.k, self.normalize_mode, self.world, device=device, dtype=dtype
-        )
+        kind: dict[str, Any] = {"device": self.W_enc.device, "dtype": self.W_enc.dtype}
+        return Shard(self.d_model, self.of, self.k, self.normalize_mode, self.parts, self.world, **kind)
 
     @torch.no_grad()
     def select(self, x: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
         """This shard's codes of normalised rows [B, D], numbered from its first latent; 0 in empty slots."""
+        if k is None and self.parts.activation != "topk":
+            return super().select(x)  # a threshold asks no other shard
         k = self.k if k is None else k
         values, indices = super().select(x, min(k, self.latents))
         sizes = [min(k, len(part)) for part in self.world.parts(self.of)]
@@ -70,7 +73,7 @@ class Shard(Sae):
 
     @torch.no_grad()
     def reconstruct(self, values: Tensor, indices: Tensor | None, x: Tensor | None = None) -> Tensor:
-        """Normalised rows [B, D] from every shard's codes."""
+        """Normalised output [B, O] from every shard's codes."""
         if indices is None:
             x_hat = values @ self.W_dec
         else:
@@ -87,11 +90,11 @@ class Shard(Sae):
     def _assemble(self) -> Sae | None:
         """The whole SAE in the leading rank's memory; null elsewhere."""
         world, mine = self.world, self.tensors()
-        whole = Sae(self.d_model, self.of, self.k, self.normalize_mode) if world.leads else None
+        whole = Sae(self.d_model, self.of, self.k, self.normalize_mode, self.parts) if world.leads else None
         into = whole.tensors() if whole is not None else {}
         for name, tensor in mine.items():
-            rows = len(self.part) if name in ("W_enc", "b_enc", "W_dec") else 0
-            if not rows:
+            rows = len(self.part)
+            if not has_latents(name, tensor):
                 if whole is not None:
                     into[name].copy_(tensor)
                 continue

@@ -1,29 +1,33 @@
 """The step on a mesh: forward and backward of one shard of the latents and one share of the batch.
 
-Legend: B rows of this rank, D d_model, n latents of this shard, N of all, w entries a row, M dead latents.
+Legend: B rows of this rank, D width of the input, O of the output, n latents of this shard, N of all,
+w entries a row, M dead latents.
 
 The numbers of `trainer.fused.fused_pass`, that is of the eager specification, from four exchanges: the
-global top-k and the sum of the shards' reconstructions over `latent`, the gradients and a few sums over
-`data`. Everything divides by the weight of the whole batch. b_pre is everywhere: every rank makes the same
-gradient for it, and the norm counts it once.
+global selection and the sum of the shards' reconstructions over `latent`, the gradients and a few sums over
+`data`. Everything divides by the weight of the whole batch. What has no latents (b_pre; a transcoder's b_dec
+and W_skip) is everywhere: every rank makes the same gradient for it, and the norm counts it once.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from schemas.training import TrainSpec
-from trainer.fused import Pass, gradient_buffer, squares, zero_where_cut
+from trainer.fused import BATCH_CANDIDATES, Pass, gradient_buffer, squares, zero_where_cut
 from trainer.kernels import Backend
 from trainer.kernels.best import sort_pairs
 from trainer.kernels.segment_grad import segments_of
 from trainer.kernels.step_ops import Dead, StepOps, step_ops
+from trainer.losses import Rows
 from trainer.optim import project_decoder_gradient
 from trainer.parallel import Axis, World
+from trainer.parallel_batchtopk import Groups, best_of_groups
 from trainer.parallel_exchange import Gather, Gradients, Part, dense_bytes, fill, rows_bytes
 from trainer.parallel_topk import Codes, candidates, count_kept, keep
 from trainer.sae import PARAMETERS, Sae
@@ -59,13 +63,13 @@ class _Shard(NamedTuple):
     weights: Tensor
 
     def decode(self, codes: Codes) -> Tensor:
-        """The reconstruction [B, D] without b_pre, summed over the shards."""
+        """The output [B, O] without its bias, summed over the shards."""
         W_dec = self.sae.W_dec.detach()
         if codes.values.numel():
-            x_hat = self.ops.decode(codes.values, codes.indices, W_dec)
+            y_hat = self.ops.decode(codes.values, codes.indices, W_dec)
         else:
-            x_hat = W_dec.new_zeros(len(codes.values), W_dec.shape[1])
-        return self.world.latent.sum(x_hat)
+            y_hat = W_dec.new_zeros(len(codes.values), W_dec.shape[1])
+        return self.world.latent.sum(y_hat)
 
     def part(self, codes: Codes, grad: Tensor) -> Part:
         """The codes with their gradient, which is 0 where a negative was cut or a slot is empty."""
@@ -81,8 +85,7 @@ class _Shard(NamedTuple):
 def parallel_pass(
     sae: Sae,
     spec: TrainSpec,
-    x: Tensor,
-    weights: Tensor,
+    batch: Rows,
     dead: Tensor,
     k_aux: int,
     constant: float,
@@ -94,10 +97,9 @@ def parallel_pass(
     """`trainer.fused.fused_pass` on a mesh: fills `.grad` of this shard; every rank gets the same loss.
 
     Args:
-        sae: This rank's shard.
-        spec: `latents`, `k`, `multi_topk` and `auxk_coefficient` are read.
-        x: This rank's normalised rows [B, D]; B may be 0.
-        weights: [B], above 0.
+        sae: This rank's shard; its K is the step's.
+        spec: See `fused_pass`.
+        batch: This rank's rows, weights above 0; B may be 0.
         dead: int64 [M], ascending: the shard's own dead latents.
         k_aux: Most dead latents a row, of all shards.
         constant: See `losses.reconstruction_loss`.
@@ -106,27 +108,34 @@ def parallel_pass(
         share: See `Share.of`.
         dead_sizes: M of every shard.
     """
+    weights = batch.weights
     shard = _Shard(step_ops(backend), sae, world, share, weights)
+    batched = sae.parts.activation == "batchtopk"
     sizes = [len(part) for part in world.parts(spec.latents)]
     k_dead = min(k_aux, sum(dead_sizes)) if spec.auxk_coefficient else 0
-    k_wide = min(4 * spec.k, spec.latents) if spec.multi_topk else spec.k
+    k_wide = min(4 * sae.k, spec.latents) if spec.multi_topk else sae.k
 
-    centred = x - sae.b_pre.detach()
-    gather = _start_gather(shard, centred, [k for k in (spec.k, spec.multi_topk * k_wide, k_dead) if k])
-    best, best_dead = _encode(shard, centred, min(k_wide, sae.latents), dead, k_dead)
+    centred = batch.x - sae.b_pre.detach()
+    usual = [2 * sae.k if batched else sae.k] * len(spec.prefixes)  # a fuller row of a batch has twice k
+    gather = _start_gather(shard, centred, [k for k in (*usual, spec.multi_topk * k_wide, k_dead) if k])
+    wanted = BATCH_CANDIDATES * sae.k if batched else k_wide
+    best, best_dead = _encode(shard, centred, min(wanted, sae.latents), dead, k_dead)
     second_rounds = 0
 
-    def select(values: Tensor, indices: Tensor, k: int, sizes: list[int]) -> Codes:
+    def select(found: Codes, k: int, sizes: list[int]) -> Codes:
         nonlocal second_rounds
-        found = count_kept(values, k, [min(k, size) for size in sizes], world.latent)
-        second_rounds += found.second_rounds
-        return keep(values, indices, found.kept)
+        counts = count_kept(found.values, k, [min(k, size) for size in sizes], world.latent)
+        second_rounds += counts.second_rounds
+        return keep(*found, counts.kept)
 
-    codes = select(best.values[:, : spec.k], best.indices, spec.k, sizes)
-    x_hat = shard.decode(codes).add_(sae.b_pre)
-    error = x_hat - x
+    if batched:
+        groups = Groups.of(batch.groups, sae.k, spec.groups, world, weights.device)
+        W_enc, b_enc = sae.W_enc.detach(), sae.b_enc.detach()
+        codes, second_rounds = best_of_groups(shard.ops, best, centred, W_enc, b_enc, groups)
+    else:
+        codes = select(Codes(best.values[:, : sae.k], best.indices), sae.k, sizes)
     scale = weights / (share.weight * constant)
-    loss = scale @ squares(error)
+    prefixes, y_hat, error, loss = _prefixes(shard, batch, codes, spec, scale)
     parts: list[Part] = []
 
     def add(codes: Codes, grad: Tensor) -> None:
@@ -134,32 +143,67 @@ def parallel_pass(
         if gather is not None:
             gather.add(parts[-1])
 
-    add(codes, error * (2 * scale)[:, None])
+    for some, grad in prefixes:
+        add(some, grad)
+    whole = [0]  # the parts whose gradients are the output's: a first prefix's holds the others'
     if spec.multi_topk:
-        wide = select(best.values, best.indices, k_wide, sizes)
-        error_wide = shard.decode(wide).add_(sae.b_pre).sub_(x)
+        wide = select(best, k_wide, sizes)
+        error_wide = sae.add_bias(shard.decode(wide), batch.x).sub_(batch.y)
         loss += scale @ squares(error_wide) / 8
+        whole.append(len(parts))
         add(wide, error_wide.mul_((scale / 4)[:, None]))
-    auxk, finite, direct = None, True, len(parts)
+    auxk, finite = None, True
     if k_dead:
-        dead_codes = select(best_dead.values, best_dead.indices, k_dead, dead_sizes)
-        auxk, grad = _auxk(shard, dead_codes, error.neg_(), spec.auxk_coefficient)
+        dead_codes = select(best_dead, k_dead, dead_sizes)
+        e_hat = shard.decode(dead_codes)
+        auxk, grad = auxk_error(e_hat, error.neg_(), weights, spec.auxk_coefficient, world, share)
         finite = grad is not None
         if grad is not None:
             add(dead_codes, grad)
     sums = torch.stack([loss.double(), loss.new_tensor(second_rounds, dtype=torch.float64)])
     total, second_rounds = world.data.sum(sums).tolist()
-    norm = _gradients(shard, centred, parts, direct, gather)
+    norm = _gradients(shard, batch.x, centred, parts, whole, gather)
     return Pass(
         total + spec.auxk_coefficient * (auxk or 0.0),
         auxk,
         finite,
         norm,
-        x_hat,
+        y_hat,
         codes.values,
         codes.indices,
         int(second_rounds),
     )
+
+
+def _prefixes(
+    shard: _Shard, batch: Rows, codes: Codes, spec: TrainSpec, scale: Tensor
+) -> tuple[list[tuple[Codes, Tensor]], Tensor, Tensor, Tensor]:
+    """`fused._prefixes` over the shards: parts with their gradients, output, its error, loss.
+
+    A prefix that ends before this shard's latents, or begins behind them, has no codes here.
+    """
+    sizes = spec.prefixes
+    own, share = shard.world.part(spec.latents), (2 / len(sizes) * scale)[:, None]
+    y_hat = error = batch.y
+    loss = scale.new_zeros(())
+    parts: list[tuple[Codes, Tensor]] = []
+    for number, (first, stop) in enumerate(pairwise((0, *sizes))):
+        low, high = max(first, own.start) - own.start, min(stop, own.stop) - own.start
+        if low >= high:
+            some = Codes(codes.values[:, :0], codes.indices[:, :0])
+        elif high - low == len(own):
+            some = codes
+        else:
+            inside = (codes.indices >= low) & (codes.indices < high)
+            some = Codes(torch.where(inside, codes.values, 0.0), codes.indices)
+        decoded = shard.decode(some)
+        y_hat = y_hat + decoded if number else shard.sae.add_bias(decoded, batch.x)
+        error = y_hat - batch.y
+        loss += scale @ squares(error) / len(sizes)
+        parts.append((some, error * share))
+    for (_, later), (_, grad) in pairwise(reversed(parts)):
+        grad.add_(later)  # a latent's code reaches every prefix it lies in
+    return parts, y_hat, error, loss
 
 
 def _encode(shard: _Shard, centred: Tensor, m: int, dead: Tensor, k_dead: int) -> tuple[Codes, Codes]:
@@ -179,13 +223,14 @@ def _encode(shard: _Shard, centred: Tensor, m: int, dead: Tensor, k_dead: int) -
     return Codes(values, indices), Codes(best, dead[at])
 
 
-def _auxk(shard: _Shard, codes: Codes, e: Tensor, coefficient: float) -> tuple[float, Tensor | None]:
+def auxk_error(
+    e_hat: Tensor, e: Tensor, weights: Tensor, coefficient: float, world: World, share: Share
+) -> tuple[float, Tensor | None]:
     """The term of `losses.auxk_loss`, and its gradient by e_hat times `coefficient`; else 0 and None."""
-    data, weights = shard.world.data, shard.weights
-    mean = data.sum(weights @ e) / shard.share.weight
-    error = shard.decode(codes).sub_(e)
+    mean = world.data.sum(weights @ e) / share.weight
+    error = e_hat.sub_(e)
     spread = weights @ squares(e - mean)
-    left, spread = data.sum(torch.stack([weights @ squares(error), spread])).unbind()
+    left, spread = world.data.sum(torch.stack([weights @ squares(error), spread])).unbind()
     loss = (left / spread).item()
     if not math.isfinite(loss):
         return 0.0, None
@@ -194,34 +239,55 @@ def _auxk(shard: _Shard, codes: Codes, e: Tensor, coefficient: float) -> tuple[f
 
 def _start_gather(shard: _Shard, centred: Tensor, ks: list[int]) -> Gather | None:
     """Begin to gather rows over `data` where that sends less than summing dense gradients."""
-    data, latents, d_model = shard.world.data, shard.sae.latents, centred.shape[1]
+    data, latents, widths = shard.world.data, shard.sae.latents, (shard.sae.d_model, shard.sae.d_out)
     if data.size == 1 or shard.world.exchange == "dense":
         return None
-    widths = [min(latents, candidates(k, shard.world.latent.size)) for k in ks]
+    entries = [min(latents, candidates(k, shard.world.latent.size)) for k in ks]
     size = centred.element_size()
-    by_rows = rows_bytes(data.size, shard.share.fullest, d_model, widths, size)
-    if shard.world.exchange == "auto" and by_rows >= dense_bytes(data.size, latents, d_model, size):
+    by_rows = rows_bytes(data.size, shard.share.fullest, *widths, entries, size)
+    if shard.world.exchange == "auto" and by_rows >= dense_bytes(data.size, latents, *widths, size):
         return None
     return Gather(data, centred, shard.share.fullest)
 
 
 def _gradients(
-    shard: _Shard, centred: Tensor, parts: list[Part], direct: int, gather: Gather | None
+    shard: _Shard, x: Tensor, centred: Tensor, parts: list[Part], whole: list[int], gather: Gather | None
 ) -> float:
     """Fill every `.grad` of this shard, the decoder's projected, and give the norm over all shards.
 
-    The reconstructions of the first `direct` parts hold b_pre.
+    The gradients of the parts `whole` make up that of the output.
     """
     sae, world = shard.sae, shard.world
     W_enc, b_enc, W_dec, b_pre = (gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
+    skip = None
+    if sae.W_skip is not None:
+        pulls = torch.stack([parts[number].grad for number in whole]).sum(0)
+        torch.mm(pulls.T, x, out=gradient_buffer(sae.W_skip))
+        skip = world.data.sum_start(gradient_buffer(sae.W_skip))
     if gather is not None:
         centred, parts = gather.result()
-    pulls = torch.stack([part.grad.sum(0) for part in parts[:direct]]).sum(0)
+    pulls = torch.stack([parts[number].grad.sum(0) for number in whole]).sum(0)
     over = None if gather is not None or world.data.size == 1 else world.data
     if over is not None:
         over.sum(pulls)
     fill(shard.ops, Gradients(W_dec, W_enc, b_enc), centred, parts, over)
-    torch.sub(pulls, world.latent.sum(b_enc @ sae.W_enc), out=b_pre)
+    torch.neg(world.latent.sum(b_enc @ sae.W_enc), out=b_pre)
+    if sae.b_dec is None:
+        b_pre += pulls
+    else:
+        gradient_buffer(sae.b_dec).copy_(pulls)
+    if skip is not None:
+        skip.wait()
     project_decoder_gradient(sae)
-    own = torch.stack([grad.double().square().sum() for grad in (W_enc, b_enc, W_dec)]).sum()
-    return (world.latent.sum(own) + b_pre.double().square().sum()).sqrt().item()
+    return joint_norm(sae, world)
+
+
+def joint_norm(sae: Sae, world: World) -> float:
+    """The norm of all gradients over all shards, those of thresholds left out (see `step.eager_update`)."""
+    squared = {
+        name: getattr(sae, name).grad.double().square().sum()
+        for name in sae.parameter_names
+        if name != "threshold"
+    }
+    own = torch.stack([squared.pop(name) for name in ("W_enc", "b_enc", "W_dec")]).sum()
+    return (world.latent.sum(own) + torch.stack([*squared.values()]).sum()).sqrt().item()

@@ -35,7 +35,8 @@ def publish(
     spec, counts = run.recipe.spec, run.counts
     saes = candidates(run)
     if run.batches:
-        rows = calibration_rows(dataset, spec)
+        with run.world.together():
+            rows = calibration_rows(dataset, spec)
         for sae in saes.values():
             calibrate(sae, rows)
     figures = {

@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from schemas.config import Config
-from schemas.errors import IntegrityError, MissingObject
+from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError
 from schemas.service import JOBS, JobBeat, JobClaim, JobEnd, TrainJob
 from store.console import section
-from store.objects import ObjectStore
+from store.layout import PLAN_KEY
+from store.objects import ObjectStore, open_store
+from trainer.parallel import check_mesh
 from trainer.status import STOP_KEY
 from trainer.sweep import grid_specs
 
@@ -62,8 +64,7 @@ class Job:
     @property
     def world(self) -> int:
         """Processes it takes, each with a device of its own."""
-        mesh: Any = getattr(self.job.config.train, "mesh", None)
-        return (mesh.data or 1) * mesh.latent if mesh is not None else 1
+        return section(self.job.config.train, "train").mesh.size
 
     @property
     def outs(self) -> list[str]:
@@ -92,12 +93,12 @@ class Queue:
             Its name, and whether it is new: an equal config is the job that stands there already.
 
         Raises:
-            ConfigError: No section `train`, or a grid that cannot be.
+            ConfigError: No section `train`, or a grid or a mesh that cannot be.
         """
-        section(config.train, "train")
         config = absolute(config)
-        if config.sweep is not None:
-            grid_specs(config)
+        train = section(config.train, "train")
+        for spec in grid_specs(config) if config.sweep is not None else [train]:
+            check_mesh(spec, spec.mesh.size)
         name = config.digest()[:16]
         job = TrainJob(config=config, submitted=now(), max_attempts=max_attempts)
         return name, self.store.put_new(f"{JOBS}/{name}/job.json", job.to_json())
@@ -212,9 +213,21 @@ def absolute(config: Config) -> Config:
 
 def is_stopped(config: Config, outs: list[str]) -> bool:
     """Whether somebody asked one of a job's runs to stop (`winnow stop`)."""
-    from store.objects import open_store
+    return any(_is_there(out, config, STOP_KEY) for out in outs)
 
-    return any(open_store(out, config.storage).size(STOP_KEY) is not None for out in outs)
+
+def awaits_harvest(config: Config) -> bool:
+    """Whether a job follows a harvest that has not begun: a device would only wait for it."""
+    follows = config.train is not None and config.train.follow
+    return follows and _is_there(config.root, config, PLAN_KEY) is False
+
+
+def _is_there(uri: str, config: Config, key: str) -> bool | None:
+    """Whether an object is there; None where nobody knows, which its worker will find out."""
+    try:
+        return open_store(uri, config.storage).size(key) is not None
+    except (ConfigError, StoreError):
+        return None
 
 
 def job_facts(store: ObjectStore) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from schemas.errors import StoreError
 from schemas.service import JobBeat, JobClaim
 from store.console import say
 from store.objects import ObjectStore
-from trainer.queue import Job, Queue, is_stopped
+from trainer.queue import Job, Queue, awaits_harvest, is_stopped
 from trainer.worker import PERMANENT, STOPPED
 
 BEAT_SECONDS = 5.0
@@ -56,11 +56,18 @@ class Attempt:
 
     @property
     def code(self) -> int | None:
-        """The exit code once all processes have ended: the first that is not 0; None while they run."""
-        codes = [process.poll() for process in self.processes]
-        if None in codes:
-            return None
-        return next((code for code in codes if code), 0)
+        """The exit code once all processes have ended, None while they run.
+
+        Of a group's, the one that says most: a failure for good, then any other, then a stop.
+        """
+        codes: list[int] = []
+        for process in self.processes:
+            code = process.poll()
+            if code is None:
+                return None
+            codes.append(code)
+        telling = [code for code in codes if code not in (0, STOPPED)]
+        return PERMANENT if PERMANENT in codes else telling[0] if telling else max(codes)
 
     def signal(self, number: int) -> None:
         """Send a signal to those that still run."""
@@ -175,6 +182,11 @@ class Service:
             if is_stopped(job.job.config, job.outs):
                 continue
             left = True
+            if awaits_harvest(job.job.config):
+                self._tell_once(
+                    f"job {job.name} waits for its harvest: {job.job.config.root} has no plan yet"
+                )
+                continue
             if len(self.free) < job.world:
                 return True  # first come, first served
             number = self.queue.claim(job, self.name, self.machine, os.getpid())

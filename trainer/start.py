@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from trainer.device import cpu_threads
 from trainer.init import initialise
 from trainer.optim import Ema
 from trainer.parallel import World
+from trainer.parallel_rows import SharedRows
 from trainer.parallel_sae import Shard
 from trainer.sae import Sae
 from trainer.step import Recipe, Run
@@ -100,10 +100,11 @@ def stand(
     spec = recipe.spec
     widths = {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks}
     d_model = sum(widths[hook] for hook in spec.input_hooks)
+    parts = spec.parts(widths)
     if world.meshed:
-        sae = Shard(d_model, spec.latents, spec.k, spec.normalize, world, device=device)
+        sae = Shard(d_model, spec.latents, spec.k, spec.normalize, parts, world, device=device)
     else:
-        sae = Sae(d_model, spec.latents, spec.k, spec.normalize, spec.parts(widths), device=device)
+        sae = Sae(d_model, spec.latents, spec.k, spec.normalize, parts, device=device)
     run = Run(sae, recipe, loss_constant=1.0, world=world)
     found = newest_checkpoint(out, say, world)
     if found is None:
@@ -148,19 +149,14 @@ def planned_as(before: TrainSpec, now: TrainSpec, extend: bool) -> TrainSpec:
     return before.model_copy(update={"epochs": now.epochs})
 
 
-def begin(runs: Sequence[Run], batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Initialise new runs, each from the first `sample_rows` rows of their common stream.
-
-    Returns:
-        The batches from the first one on: those the samples took are trained on all the same.
-    """
+def begin(runs: Sequence[Run], batches: SharedRows) -> None:
+    """Initialise new runs, each from the first `sample_rows` rows of their stream, trained on later."""
     specs = [run.recipe.spec for run in runs]
     needs = [
         min(-(-spec.sample_rows // spec.batch_rows), run.recipe.steps)
         for run, spec in zip(runs, specs, strict=True)
     ]
-    with runs[0].world.together():
-        drawn = list(islice(batches, max(needs)))
+    drawn = batches.peek(max(needs))
     for run, spec, need in zip(runs, specs, needs, strict=True):
         rows, targets = zip(*(rows_of(batch, spec) for batch in drawn[:need]), strict=True)
         weights = [batch.weights for batch in drawn[:need]]
@@ -171,4 +167,3 @@ def begin(runs: Sequence[Run], batches: Iterator[Batch]) -> Iterator[Batch]:
 
         target = sample(targets) if spec.target_hook else None
         run.loss_constant = initialise(run.sae, sample(rows), sample(weights), spec.seed, target)
-    return chain(drawn, batches)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from schemas.errors import ConfigError
+from trainer.parallel import Axis
+from trainer.parallel_batchtopk import nth_best
+from trainer.parallel_sae import Shard
 from trainer.sae import Sae
 
 CANDIDATES = 4
@@ -22,30 +25,31 @@ def calibrate(sae: Sae, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Set `sae.threshold` so that rows have K latents above it on average, exactly where no values tie.
 
     Args:
-        sae: With `activation: batchtopk`.
+        sae: With `activation: batchtopk`; of a shard, a collective over the latent axis.
         batches: Raw training rows [B, D] and their weights [B]; rows of weight 0 are left out. Held in
             normalised form all together.
 
     Returns:
-        The threshold, at least 0: half-way between the last value that is to be active and the next.
+        The threshold, at least 0: half-way between the last value that is to be active and the next, or 0.
 
     Raises:
         ConfigError: No row of weight above 0.
     """
-    device = sae.W_enc.device
+    device, latent = sae.W_enc.device, sae.world.latent if isinstance(sae, Shard) else Axis()
     kept = [sae.normalise(rows[weights > 0].to(device))[0] for rows, weights in batches]
     kept = [x for x in kept if len(x)]
     if not kept:
         raise ConfigError("the rows for the threshold", expected="some of weight above 0", got="none")
-    count = sum(map(len, kept))
-    width = min(CANDIDATES * sae.k, sae.latents)
+    latents = sae.of if isinstance(sae, Shard) else sae.latents
+    quota, width = sae.k * sum(map(len, kept)), CANDIDATES * sae.k
     while True:
-        values = torch.cat([sae.select(x, width)[0] for x in kept])
-        quota = min(count * sae.k, values.numel() - 1)
-        edges = values.flatten().topk(quota + 1).values[-2:] if quota else values.new_zeros(2)
-        threshold = edges.mean().item() if sae.k < sae.latents else 0.0
-        if width == sae.latents or bool((values[:, -1] <= threshold).all()):
+        width = min(width, sae.latents)
+        values = torch.cat([Sae.select(sae, x, width)[0] for x in kept])  # of a shard: its own
+        threshold = torch.stack([nth_best(values, rank, latent) for rank in (quota, quota + 1)]).mean()
+        threshold = threshold if sae.k < latents else torch.zeros_like(threshold)
+        short = width < sae.latents and not bool((values[:, -1] <= threshold).all())
+        if not latent.largest(torch.tensor(short, dtype=torch.uint8)):
             break
-        width = min(4 * width, sae.latents)  # a row may hold more than was looked at
-    sae.threshold.fill_(max(0.0, threshold))
-    return sae.threshold.item()
+        width *= 4  # a row may hold more than was looked at
+    sae.threshold.copy_(threshold)
+    return threshold.item()

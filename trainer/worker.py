@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     root, name, attempt = arguments[0], arguments[1], int(arguments[2])
     try:
         threading.Thread(target=_go_with_the_service, daemon=True).start()
-        from trainer.cli import launch_of
+        from trainer.cli import launch_of, only_the_first_tells
         from trainer.loop import train_fleet
         from trainer.queue import Queue
         from trainer.sweep import grid_specs
@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> int:
         config = on_this_device(job.job.config)
         specs = grid_specs(config) if config.sweep is not None else [section(config.train, "train")]
         launch = launch_of(os.environ)
-        train_fleet(config, specs, lost=lambda: queue.was_ended(name, attempt), launch=launch)
+        with only_the_first_tells(launch):
+            train_fleet(config, specs, lost=lambda: queue.was_ended(name, attempt), launch=launch)
         return 0
     except KeyboardInterrupt:
         return STOPPED

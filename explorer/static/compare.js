@@ -1,7 +1,7 @@
 // Two SAEs side by side: figures, how well their directions match, and a latent's counterpart.
 import { address, get, go } from "./api.js";
 import { histogram } from "./charts.js";
-import { el, field, number, percent, select, waiting } from "./dom.js";
+import { el, field, level, number, percent, select, waiting } from "./dom.js";
 import { about, link, strip, table, token } from "./tokens.js";
 
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
@@ -33,15 +33,16 @@ function overall(site, one, other, found) {
     el("section", { class: "card" }, el("h2", {}, "Figures"), el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "of"), el("th", { class: "num" }, left.name), el("th", { class: "num" }, right.name))), el("tbody", {},
       row("hook", (sae) => sae.hook), row("latents", (sae) => whole(sae.latents)), row("fire on a token", (sae) => number(sae.l0)), row("silent", (sae) => whole(sae.silent)), row("rows read", (sae) => whole(sae.rows))))),
     el("section", { class: "card" }, el("h2", {}, "Density of their latents"),
-      histogram(bins.counts, bins.low, bins.high, { other: right.density_histogram.counts, label: "Histograms of density", axis: `share of tokens: ${left.name} behind, ${right.name} before`, show: (edge) => number(10 ** edge) })),
+      histogram(bins.counts, bins.low, bins.high, { other: right.density_histogram.counts, names: [left.name, right.name], label: `Histograms of the densities of ${left.name} and ${right.name}`, axis: "share of tokens it fires on (log)", show: (edge) => `${Number((100 * 10 ** edge).toPrecision(2))} %` }),
+      el("p", { class: "legend" }, el("b", { class: "swatch" }), left.name, el("b", { class: "swatch other" }), right.name)),
     el("section", { class: "card" }, el("h2", {}, "Do their latents match?"),
       histogram(found.counts, found.low, found.high, { label: `Histogram of the best cosine; median ${number(found.median)}`, axis: "cosine with the best match" }),
-      el("p", { class: "soft small" }, `Best cosine, in ${right.name}, of ${found.sampled} random latents of ${left.name}: median ${number(found.median)}, ${percent(found["over_0.9"])} over 0.9.`)),
+      el("p", { class: "soft small" }, `Best cosine, in ${right.name}, of ${found.sampled} random latents of ${left.name}: median ${number(found.median)}, ${found["over_0.9"] ? percent(found["over_0.9"]) : "none"} over 0.9.`)),
     el("section", { class: "card" }, el("h2", {}, "Matches, from best to worst"), el("div", { class: "scroll" }, el("table", {},
       el("thead", {}, el("tr", {}, el("th", {}, left.name), el("th", {}, right.name), el("th", { class: "num" }, "cosine"))),
       el("tbody", {}, found.pairs.map((/** @type {any} */ pair) => el("tr", {},
         el("td", {}, el("a", { href: address({ page: "compare", one, other, latent: pair.one.latent }) }, `#${pair.one.latent}`), " ", about(pair.one)),
-        el("td", {}, link(other, pair.other.latent), " ", about(pair.other)), el("td", { class: "num" }, number(pair.score)))))))));
+        el("td", {}, link(other, pair.other.latent), " ", about(pair.other)), el("td", { class: "num" }, level(pair.score)))))))));
 }
 
 /** @param {string} one @param {string} other @param {string} latent */
@@ -52,7 +53,7 @@ async function counterpart(one, other, latent) {
   const side = (/** @type {string} */ sae, /** @type {any} */ page) => el("section", { class: "card" },
     el("h2", {}, `${page.sae} `, link(sae, page.latent)), el("p", { class: "small" }, about(page.brief), ` · ${percent(page.brief.density)}`),
     page.promoted.length ? el("p", { class: "small" }, "promotes ", page.promoted.slice(0, 6).flatMap((/** @type {any} */ row) => [token(row.token), " "])) : "",
-    page.examples.filter((/** @type {any} */ each) => each.band === -1).slice(0, 4).map((/** @type {any} */ each) => el("div", { class: "example" }, el("span", { class: "num" }, number(each.values[each.position - each.first])),
+    page.examples.filter((/** @type {any} */ each) => each.band === -1).slice(0, 4).map((/** @type {any} */ each) => el("div", { class: "example" }, el("span", { class: "num" }, level(each.values[each.position - each.first])),
       strip(each.tokens, each.values, { most: page.figures.largest, peak: each.position - each.first, flat: true, label: "Example" }))));
   return [el("div", { class: "pair" }, side(one, mine), side(other, theirs)),
     el("section", { class: "card" }, el("h2", {}, "Nearest directions"), table(other, found.matches, "cosine"))];

@@ -48,6 +48,9 @@ export function number(value) {
   return value.toExponential(1).replace("e", "e");
 }
 
+/** An activation, always of three figures so that a column of them lines up. @param {number} value */
+export const level = (value) => (value === 0 ? "0" : Math.abs(value) >= 0.001 && Math.abs(value) < 1000 ? value.toPrecision(3) : number(value));
+
 /** A share, for people. @param {number} value */
 export const percent = (value) => (value === 0 ? "never" : value >= 0.0995 ? `${(value * 100).toFixed(0)} %` : `${Number((value * 100).toPrecision(2))} %`);
 

@@ -1,7 +1,7 @@
 // One latent: what it fires on, from strongest to weakest, what it promotes, who its neighbours are.
 import { address, get, remember } from "./api.js";
 import { histogram } from "./charts.js";
-import { el, number, percent, waiting } from "./dom.js";
+import { el, level, number, percent, waiting } from "./dom.js";
 import { about, strip, table, token } from "./tokens.js";
 
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
@@ -30,7 +30,7 @@ function examples(site, sae, page, band) {
   const tabs = [["-1", "Strongest", "The windows with its highest activations, all of the dataset looked at."]];
   for (let i = bands - 1; i >= 0; i--) {
     const [low, high] = [Math.round((100 * i) / bands), Math.round((100 * (i + 1)) / bands)];
-    tabs.push([String(i), `${low}–${high} %`, `Drawn at random where it fires between ${number(page.quantiles[i])} and ${number(page.quantiles[i + 1])}: the ${low} to ${high} % of its activations.`]);
+    tabs.push([String(i), `${low}–${high} %`, `Drawn at random where it fires between ${level(page.quantiles[i])} and ${level(page.quantiles[i + 1])}: the ${low} to ${high} % of its activations.`]);
   }
   const present = tabs.filter(([key]) => page.examples.some((/** @type {any} */ one) => String(one.band) === key));
   const list = el("div", { role: "tabpanel", id: "examples", tabindex: -1 }), says = el("p", { class: "soft small" });
@@ -56,7 +56,7 @@ function examples(site, sae, page, band) {
   const first = present.find(([key]) => key === (band ?? "-1")) ?? present[0];
   if (first) choose(first[0], first[2]);
   return el("section", { class: "card" },
-    el("div", { class: "head" }, el("h2", {}, "Where it fires"), el("span", { class: "legend" }, "0", el("i"), number(page.figures.largest))),
+    el("div", { class: "head" }, el("h2", {}, "Where it fires"), el("span", { class: "legend" }, "0", el("i"), level(page.figures.largest))),
     present.length ? [el("div", { class: "tabs", role: "tablist", "aria-label": "Parts of its activations" }, buttons), says, list]
       : el("p", { class: "note" }, "It fired on no token that the index has read."));
 }
@@ -70,7 +70,7 @@ function example(site, sae, page, one) {
     button.setAttribute("aria-expanded", String(!effect.hidden));
     if (!effect.hidden) waiting(effect, site.subject.ready ? "Running the window with and without the latent…" : "Loading the subject model, then running the window twice…", () => ablation(site, sae, page.latent, one.window));
   } }, "Ablate");
-  return el("div", { class: "example" }, el("span", { class: "num" }, number(one.values[at])),
+  return el("div", { class: "example" }, el("span", { class: "num", title: "its activation at the marked token" }, level(one.values[at])),
     strip(one.tokens, one.values, { most: page.figures.largest, peak: at, says, flat: true, label: `Example with activation ${number(one.values[at])}` }),
     site.windows && button, effect);
 }
@@ -83,28 +83,28 @@ async function ablation(site, sae, latent, window) {
   const next = (/** @type {number} */ i) => `after ${JSON.stringify(found.tokens[i])}: loss ${found.loss_change[i] === null ? "–" : number(found.loss_change[i])} nats, KL ${number(found.kl[i])}` +
     (found.down[i].length ? `\nwithout it less: ${votes(found.down[i])}` : "") + (found.up[i].length ? `\nwithout it more: ${votes(found.up[i])}` : "");
   const felt = found.kl.reduce((/** @type {number} */ best, /** @type {number} */ kl, /** @type {number} */ i) => (kl > found.kl[best] ? i : best), 0);
-  const cell = (/** @type {any[]} */ all) => all.flatMap((one) => [token(one.token), ` ${one.change > 0 ? "+" : "−"}${Math.abs(100 * one.change).toFixed(1)} %  `]);
+  const cell = (/** @type {any[]} */ all) => all.map((one) => el("span", { class: "vote" }, token(one.token), ` ${one.change > 0 ? "+" : "−"}${Math.abs(100 * one.change).toFixed(1)}`));
   return [
     el("div", { class: "head" }, el("h2", {}, "Without it: change of the next token's loss"), el("span", { class: "legend" }, "better", el("i", { class: "both" }), "worse")),
     strip(found.tokens, found.loss_change, { says: next, peak: felt, label: "Change of loss by token" }),
-    el("p", { class: "small" }, "Felt most after ", token(found.tokens[felt]), ` (KL ${number(found.kl[felt])} nats). It spoke for `, cell(found.down[felt]), " and against ", cell(found.up[felt])),
+    el("p", { class: "small" }, "Felt most after ", token(found.tokens[felt]), `, KL ${number(found.kl[felt])} nats. Change of the next token's probability there, in percentage points: `, cell(found.down[felt]), cell(found.up[felt])),
   ];
 }
 
 /** @param {any} page */
 function aside(page) {
   const facts = page.figures;
-  const logits = (/** @type {string} */ title, /** @type {any[]} */ rows) => rows.length ? el("section", { class: "card" }, el("h2", {}, title),
-    el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "logit"))), el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, number(row.score))))))) : "";
+  const logits = (/** @type {string} */ title, /** @type {any[]} */ rows) => rows.length ? el("section", { class: "card" }, el("h2", {}, title), el("p", { class: "soft small" }, "Logits of its direction alone."),
+    el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "logit"))), el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, level(row.score))))))) : "";
   return el("aside", { "aria-label": "Figures" },
     el("section", { class: "card" }, el("h2", {}, "Activations"),
-      facts.fires ? histogram(page.histogram, 0, facts.largest, { label: `Histogram of ${facts.fires} activations from 0 to ${number(facts.largest)}, logarithmic counts`, log: true, axis: "activation (log counts)" }) : "",
+      facts.fires ? histogram(page.histogram, 0, facts.largest, { label: `Histogram of ${facts.fires} activations from 0 to ${number(facts.largest)}, logarithmic counts of tokens`, log: true, axis: "activation; height: tokens, log", names: ["tokens"] }) : "",
       el("dl", { class: "facts" }, [
-        ["fires on", percent(page.brief.density)], ["tokens", facts.fires.toLocaleString("en")], ["largest", number(facts.largest)], ["mean where it fires", number(facts.mean)],
-        ["encoder · decoder", number(facts.enc_dec_cosine)],
+        ["fires on", percent(page.brief.density)], ["tokens", facts.fires.toLocaleString("en")], ["largest", level(facts.largest)], ["mean where it fires", level(facts.mean)],
+        ["cosine, encoder and decoder", level(facts.enc_dec_cosine)],
       ].map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]))),
-    page.tokens.length ? el("section", { class: "card" }, el("h2", {}, "Fires on these tokens"), el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "share"))), el("tbody", {}, page.tokens.map((/** @type {any} */ row) =>
-      el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, `${(100 * row.score).toFixed(0)} %`)))))) : "",
+    page.tokens.length ? el("section", { class: "card" }, el("h2", {}, "Fires on these tokens"), el("p", { class: "soft small" }, "Share of its summed activation."), el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "share"))), el("tbody", {}, page.tokens.map((/** @type {any} */ row) =>
+      el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, row.score < 0.005 ? "< 1 %" : `${(100 * row.score).toFixed(0)} %`)))))) : "",
     logits("Promotes", page.promoted), logits("Suppresses", page.suppressed));
 }
 

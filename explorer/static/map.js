@@ -5,7 +5,10 @@ import { el, field, hideTip, number, percent, select, showTip, waiting } from ".
 import { table } from "./tokens.js";
 
 const LOGS = ["density", "largest", "mean"];
+const SHARES = ["density", "token_share"];
 const ROWS = 25;
+/** How an axis writes its values. @param {string} name */
+const shares = (name) => (SHARES.includes(name) ? (/** @type {number} */ value) => (value ? `${Number((100 * value).toPrecision(3))} %` : "0") : number);
 
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
 export function mapPage(site, fields) {
@@ -21,7 +24,7 @@ export function mapPage(site, fields) {
   const draw = () => waiting(chart, "Placing all latents…", async () => {
     const data = await get(`saes/${now.sae}/map?x=${now.x}&y=${now.y}&${filters()}`);
     const canvas = scatter(data, {
-      x: short[now.x], y: short[now.y], xLog: LOGS.includes(now.x), yLog: LOGS.includes(now.y),
+      x: short[now.x], y: short[now.y], xLog: LOGS.includes(now.x), yLog: LOGS.includes(now.y), xShow: shares(now.x), yShow: shares(now.y),
       open: (latent) => { hideTip(); go({ page: "feature", sae: now.sae, latent }); },
       over: async (latent, x, y) => {
         below = latent;

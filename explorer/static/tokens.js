@@ -1,6 +1,6 @@
 // Token strips (heat maps of text) and the small pieces that name a latent.
 import { address } from "./api.js";
-import { el, hideTip, number, percent, showTip } from "./dom.js";
+import { el, hideTip, level, number, percent, showTip } from "./dom.js";
 
 /** A token as it can be seen: newlines and tabs get a mark. @param {string} token */
 export const visible = (token) => token.replace(/\n/g, "↵\n").replace(/\t/g, "⇥");
@@ -65,5 +65,5 @@ export function table(sae, rows, score) {
       el("th", { class: "num" }, score ?? "density"))),
     el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, link(sae, row.latent)), el("td", {}, about(row)),
       el("td", { class: "wide" }, row.promotes.flatMap((text) => [token(text), " "])),
-      el("td", { class: "num" }, score ? number(row.score ?? 0) : percent(row.density)))))));
+      el("td", { class: "num" }, score ? level(row.score ?? 0) : percent(row.density)))))));
 }

@@ -112,7 +112,7 @@ def test_text_page_says_what_fires(page, served):
 
 
 def test_two_saes_side_by_side(page, served):
-    open_page(page, served, "?page=compare", "svg.chart")
+    open_page(page, served, "?page=compare", ".chart canvas")
     page.wait_for_selector("main table a")
     picture(page, served, "compare")
     no_serious_violation(page)

@@ -17,11 +17,14 @@ import yaml
 from typer.testing import CliRunner
 
 from schemas.errors import ConfigError
+from store import ActivationStore
 from store.console import load_config
 from store.objects import open_store
-from tests.planted import planted_config
+from store.testing import write_plan, write_unit
+from tests.planted import planted_config, planted_rows
 from trainer import service as service_module
 from trainer.loop import train
+from trainer.metrics import metrics_text
 from trainer.queue import Queue, job_facts
 from trainer.service import Service, machine_id
 from trainer.service_cli import slots
@@ -155,6 +158,48 @@ def test_sigterm_drains_stop_holds_a_run_and_resume_lets_it_go(config, tmp_path,
     assert "finished" in table.stdout
 
 
+def test_a_mesh_that_follows_a_harvest_loses_a_rank_and_goes_on_from_its_checkpoint(config, tmp_path):
+    """Submitted before the harvest begins; while it is under way one of its two ranks is killed."""
+    settings = load_config(config)
+    plan, late = ActivationStore.open(settings.root).plan, open_store(str(tmp_path / "late"))
+    root, out = tmp_path / "root", tmp_path / "run"
+    mesh = ("train.mesh.latent=2", "train.follow=true", "train.follow_seconds=60", "train.group_units=4")
+    rest = ("train.epochs=2", "train.log_every_steps=1")
+    name = submit(config, root, out, f"root={late.uri}", *mesh, *rest)
+    queue = Queue(open_store(str(root)))
+    service = Service(queue.store, ("cpu0", "cpu1"), {**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        assert service.turn(), "there is something left to do"
+        assert not service.attempts, "no device waits for a harvest that has not begun"
+        write_plan(late, plan)
+        for unit in range(5):  # the validation unit and a group
+            write_unit(late, plan, unit, planted_rows)
+        service.turn()
+        assert [attempt.slots for attempt in service.attempts] == [["cpu0", "cpu1"]]
+        wait(lambda: [service.turn(), len(checkpoints(out)) > 1 and checkpoints(out)[-1] >= 4][1])
+        os.kill(service.attempts[0].processes[1].pid, signal.SIGKILL)
+        wait(lambda: [service.turn(), queue.was_ended(name, 0)][1])
+        seen = checkpoints(out)[-1]
+        assert facts_of(root)[name]["cause"].endswith("(exit code 1)"), "the rank that was left says so"
+        for unit in range(5, plan.units):
+            write_unit(late, plan, unit, planted_rows)
+        wait(lambda: not service.turn())
+    finally:
+        for attempt in service.attempts:
+            attempt.signal(signal.SIGKILL)
+    fact = facts_of(root)[name]
+    assert (fact["state"], fact["attempts"], fact["failed_attempts"]) == ("finished", 2, 1), fact
+    told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told] == [*range(1, 33)], "every step once"
+    assert seen < 32
+    assert told[-1]["bytes_sent"] > 0, "it was a mesh"
+    alone = [f"train.out={tmp_path / 'alone'}", "train.group_units=4", *rest, "train.checkpoint_seconds=60"]
+    whole = train(load_config(config, alone))
+    found = json.loads((out / "summary.json").read_text())
+    assert found["tokens"] == whole["tokens"]
+    assert found["fvu"] == pytest.approx(whole["fvu"], rel=0.02)
+
+
 # Without processes of their own
 
 
@@ -211,6 +256,41 @@ def test_a_job_that_fails_is_tried_so_often_and_then_has_failed_with_its_cause(q
     service.attempts[0].processes[0].code = service_module.PERMANENT
     assert service.turn() is False
     assert {fact["job"]: fact["attempts"] for fact in job_facts(queue.store)} == {name: 2, permanent: 1}
+
+
+def test_of_a_group_the_code_that_says_most_counts(queue, tmp_path):
+    name = add(queue, tmp_path, "a", mesh={"latent": 2})
+    service = make(queue, ("cpu0", "cpu1"))
+    for codes in ((service_module.STOPPED, -9), (service_module.STOPPED, 0)):
+        service.turn()
+        for process, code in zip(service.attempts[0].processes, codes, strict=True):
+            process.code = code
+        service._reap()
+    (fact,) = job_facts(queue.store)
+    assert (fact["state"], fact["attempts"], fact["failed_attempts"]) == ("waiting", 2, 1)
+    service.turn()
+    one, other = service.attempts[0].processes
+    one.code, other.code = 1, service_module.PERMANENT
+    assert service.turn() is False
+    assert {fact["job"]: fact["state"] for fact in job_facts(queue.store)} == {name: "failed"}
+
+
+def test_a_job_without_a_harvest_holds_no_device_and_no_other_job(queue, tmp_path, capsys):
+    add(queue, tmp_path, "a", follow=True)
+    name = add(queue, tmp_path, "b")
+    service = make(queue)
+    assert service.turn()
+    assert [attempt.job.name for attempt in service.attempts] == [name]
+    assert "waits for its harvest" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_job_whose_folder_is_out_of_reach_is_left_to_its_worker_and_stops_no_other(queue, tmp_path):
+    names = [add(queue, tmp_path, "a", out="gs://nowhere/run"), add(queue, tmp_path, "b")]
+    service = make(queue, ("cpu0", "cpu1"))
+    assert service.turn()
+    assert [attempt.job.name for attempt in service.attempts] == names
+    assert [fact["state"] for fact in job_facts(queue.store)] == ["running", "running"]
+    assert 'winnow_jobs{state="running"} 2' in metrics_text(service)
 
 
 def test_first_come_first_served_on_the_devices_there_are(queue, tmp_path, capsys):

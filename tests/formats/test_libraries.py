@@ -228,10 +228,10 @@ def test_the_quality_table_is_made_resumed_and_complete(tmp_path, monkeypatch):
     from store import ActivationStore
     from tests.evaluated import toy_config
 
-    monkeypatch.setattr(quality, "RATES", dict.fromkeys(quality.RATES, (3e-3, 1e-2)))
+    monkeypatch.setattr(quality, "MOST_RATES", 3)
     config = toy_config(tmp_path)
     bench = quality.Bench(config, ActivationStore.open(config.root), tmp_path / "work", 32, 4, 256, 1.0)
-    trainers = list(quality.RATES)
+    trainers = list(quality.MIDDLE)
     table = quality.run(bench, trainers, (0, 1), windows=4)
     for name in trainers:
         row = table[name]
@@ -242,6 +242,7 @@ def test_the_quality_table_is_made_resumed_and_complete(tmp_path, monkeypatch):
         assert all(0 <= share < 1 for share in row["dead_share"])
     text = quality.page(table, bench, "make it")
     assert all(f"| {name} |" in text for name in trainers)
+    assert quality.draw(table).startswith(b"\x89PNG")
 
     monkeypatch.setattr(quality, "train", None)  # nothing is trained or measured a second time
     monkeypatch.setattr(quality, "PEERS", {})

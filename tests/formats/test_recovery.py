@@ -10,14 +10,15 @@ from store.objects import open_store
 
 if importlib.util.find_spec("sparsify") is None:
     pytest.skip("the peers' libraries are not here: `make test-formats`", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 
 def test_every_peer_learns_on_the_task_and_its_results_are_kept(tmp_path, capsys):
     from benchmarks import recovery_peers
-    from benchmarks.peer_trainers import PEERS
+    from benchmarks.peer_trainers import BATCH_PEERS, PEERS
     from evaluator.synthetic_cli import read_records
 
-    peers = [name for name in PEERS if name != "sae-lens-sparse"]
+    peers = [name for name in (*PEERS, *BATCH_PEERS) if name != "sae-lens-sparse"]
     store = open_store(str(tmp_path))
     for _ in range(2):  # the second time nothing is left to do
         recovery_peers.recover(store, peers, [(64, 4)], seeds=1, rows=16_384)
@@ -26,6 +27,6 @@ def test_every_peer_learns_on_the_task_and_its_results_are_kept(tmp_path, capsys
     assert {run["variant"] for run in runs} == set(peers)
     for run in runs:
         assert 0 < run["matched_cosine"] < 1
-        assert run["l0"] <= 4
+        assert run["l0"] <= (4 if run["variant"] in PEERS else 16)  # one threshold, kept as it learnt it
     page = capsys.readouterr().out
     assert all(f"| {name} | 64 | 4 |" in page for name in peers)

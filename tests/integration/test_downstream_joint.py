@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluator.downstream_joint import joint_losses
+from evaluator.downstream import AcrossHooks, Losses, sae_variants, splice_losses
 from evaluator.heldout import measure_in_subject
 from evaluator.setting import Setting
 from harvester import Subject
@@ -39,6 +39,13 @@ def saved(sae: Sae, folder, hook=READ, **hooks) -> Sae:
     return Sae.load(folder)
 
 
+def joint_losses(subject: Subject, sae: Sae, store: ActivationStore, windows: range) -> Losses:
+    """By whole passes, as for SAEs of several hooks."""
+    reads, writes = sae.card.input_hooks, sae.card.output_hooks
+    variants = sae_variants(sae, store, writes, subject.device)
+    return splice_losses(AcrossHooks(subject, reads, writes, store), store, windows, variants)
+
+
 def test_a_crosscoder_that_gives_its_rows_back_costs_nothing(toy, tmp_path):
     parts = SaeParts(widths=(D_MODEL, D_MODEL))
     sae = saved(identity(parts, 2 * D_MODEL), tmp_path, with_hooks=(HOOK,))
@@ -52,7 +59,7 @@ def test_a_transcoders_output_takes_the_place_of_the_targets_rows(toy, tmp_path)
     sae = saved(identity(parts, D_MODEL), tmp_path, target_hook=HOOK)
     store = ActivationStore.open(toy.root)
     subject = Subject.load(toy.subject)
-    losses = joint_losses(subject, sae, sae.card, store, range(3))
+    losses = joint_losses(subject, sae, store, range(3))
     tokens = store.tokens(1)[None]
     rows = subject.activations(tokens, [READ])[READ].flatten(0, 1)
     keep = torch.from_numpy(store.window_weights([READ, HOOK], [1]) > 0).reshape(-1, 1)
@@ -66,10 +73,10 @@ def test_a_transcoders_output_takes_the_place_of_the_targets_rows(toy, tmp_path)
 def test_an_autoencoder_gives_the_same_either_way(toy, tmp_path):
     store, subject = ActivationStore.open(toy.root), Subject.load(toy.subject)
     zero = saved(zero_sae(), tmp_path, HOOK)
-    losses = joint_losses(subject, zero, zero.card, store, range(4))
+    losses = joint_losses(subject, zero, store, range(4))
     assert losses["sae"] == pytest.approx(losses["zero"])
     same = saved(identity_sae(), tmp_path, HOOK)
-    assert joint_losses(subject, same, same.card, store, range(4))["kl.sae"] == pytest.approx(0, abs=1e-6)
+    assert joint_losses(subject, same, store, range(4))["kl.sae"] == pytest.approx(0, abs=1e-6)
 
 
 def test_winnow_evaluate_refuses_what_it_does_not_measure(toy, tmp_path):

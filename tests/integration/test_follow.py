@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from store.objects import open_store
 from store.testing import make_plan, synthetic_rows, write_dataset, write_plan, write_unit
 from store.verify import verify
 from store.writer import seal
-from tests.planted import planted_config
+from tests.planted import planted_config, planted_rows
 
 HOOK = "resid_post.1"
 OPTIONS = {"batch_rows": 64, "seed": 5, "group_units": 2}
@@ -141,6 +142,40 @@ def test_training_while_harvesting_gives_the_same_weights(tmp_path):
     seal(early, plan)
     assert train(load_config(config, sets))["sae_sha256"] == whole["sae_sha256"]  # finished: recognised
     assert not verify(early, "full")
+
+
+def test_a_follower_that_waits_heeds_a_stop_and_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    from store.console import load_config
+    from trainer.loop import train
+    from trainer.status import ask_to_stop, read_status
+
+    monkeypatch.setattr("trainer.status.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.parallel_rows.IDLE_SECONDS", 0.05)
+    config = planted_config(tmp_path, epochs=1, group_units=4, checkpoint_seconds=3600)
+    whole = train(load_config(config))
+    plan = ActivationStore.open(load_config(config).root).plan
+    late, out = open_store(str(tmp_path / "late")), tmp_path / "following"
+    write_plan(late, plan)
+    for unit in range(5):  # the validation unit and the first of two groups
+        write_unit(late, plan, unit, planted_rows)
+    sets = [f"root={late.uri}", f"train.out={out}", "train.follow=true"]
+
+    def stop() -> None:
+        while not list(out.glob("checkpoints/*/index.json")):
+            time.sleep(0.01)
+        ask_to_stop(open_store(str(out)))
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(config, sets))
+    thread.join()
+    status = read_status(open_store(str(out)))
+    assert status is not None
+    assert (status.state, status.step) == ("stopped", 8)
+    for unit in range(5, plan.units):
+        write_unit(late, plan, unit, planted_rows)
+    assert train(load_config(config, sets))["sae_sha256"] == whole["sae_sha256"]
 
 
 # Marks and ring

@@ -6,13 +6,14 @@ import contextlib
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import safetensors.torch
 import torch
 
-from tests.mesh_worker import CASES, REPORTED, D, K, N, batch, go
-from trainer.checkpoint import pack
+from tests.mesh_worker import CASES, OUT, REPORTED, D, K, N, batch, cases_on, go, make
+from trainer.checkpoint import has_latents, pack
 from trainer.parallel import World
 from trainer.parallel_exchange import dense_bytes, rows_bytes
 from trainer.parallel_topk import candidates
@@ -53,10 +54,6 @@ def reference():
     return give
 
 
-def is_sharded(name: str) -> bool:
-    return any(part in name for part in ("W_enc", "W_dec", "b_enc", "dead.since")) and ".step" not in name
-
-
 def assembled(folder, mesh, case):
     """The state from the shards; replicas must hold the same bits."""
     data, latent = MESHES[mesh]
@@ -69,7 +66,7 @@ def assembled(folder, mesh, case):
             assert all(torch.equal(tensor, other[name]) for name, tensor in shard.items()), "replicas differ"
     state = {}
     for name, tensor in grid[0][0].items():
-        if is_sharded(name):
+        if has_latents(name, tensor):
             state[name] = torch.cat([shard[name] for shard in grid[0]])
         else:
             assert all(torch.equal(tensor, shard[name]) for shard in grid[0]), name
@@ -87,8 +84,7 @@ def compare(run, told, state, reports):
         torch.testing.assert_close(state[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("mesh", "case"), [(mesh, case) for mesh in MESHES for case in cases_on(mesh)])
 def test_a_mesh_trains_as_one_process_does(folder, reference, mesh, case):
     run, told = reference(case)
     reports = json.loads((folder / f"{mesh} {case} 0 0.json").read_text())
@@ -114,22 +110,39 @@ def test_second_rounds_happen_where_one_shard_has_all_the_best(folder):
     assert share("skewed") > 2 * share("plain")
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("exchange", ["rows", "dense"])
-def test_bytes_on_the_wire_are_those_of_the_arithmetic(folder, mesh, exchange):
-    """Counted bytes of each step, against the tensors that cross each axis, one by one."""
+COUNTED = ("rows", "dense", "rows, batchtopk", "rows, batchtopk in one group")
+COUNTED += ("rows, matryoshka", "rows, transcoder", "dense, transcoder")
+
+
+def told_by(folder, mesh, case):
+    """(data rank, shard, a step's report) of every rank."""
     data, latent = MESHES[mesh]
     for place in range(data):
         for shard in range(latent):
-            for report in json.loads((folder / f"{mesh} {exchange} {place} {shard}.json").read_text()):
-                weights = batch(report["step"])[1].view(data, -1)
-                rows = [int(row.sum()) for row in weights]
-                assert report["latent_bytes"] == across_latent(latent, rows[place], report)
-                n = (shard + 1) * N // latent - shard * N // latent
-                across = across_data_rows if exchange == "rows" else across_data_dense
-                low, high = across(data, latent, max(rows), n, report)
-                assert low <= report["data_bytes"] <= high
-                assert latent > 1 or low == high
+            for report in json.loads((folder / f"{mesh} {case} {place} {shard}.json").read_text()):
+                yield place, shard, report
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", COUNTED)
+def test_bytes_on_the_wire_are_those_of_the_arithmetic(folder, mesh, case):
+    """Counted bytes of each step, against the tensors that cross each axis, one by one."""
+    data, latent = MESHES[mesh]
+    spec = make(case).recipe.spec
+    for place, shard, report in told_by(folder, mesh, case):
+        weights = batch(report["step"])[1].view(data, -1)
+        rows = [int(row.sum()) for row in weights]
+        assert report["latent_bytes"] == across_latent(spec, data, latent, rows[place], report)
+        part = range(shard * N // latent, (shard + 1) * N // latent)
+        across = across_data_rows if case.startswith("rows") else across_data_dense
+        low, high = across(spec, data, latent, max(rows), part, report)
+        assert low <= report["data_bytes"] <= high
+        assert latent > 1 or low == high or spec.activation == "batchtopk"
+
+
+def counts(ranks, groups):
+    """BatchTopK's selection: 11 bits at a time of the 63 of a positive float64, and whether it is final."""
+    return sum(summed(ranks, groups * 2**bits, 4) for bits in (11, 11, 11, 11, 11, 8)) + summed(ranks, 1, 1)
 
 
 def summed(ranks, numbers, size=8):
@@ -141,44 +154,78 @@ def gathered(ranks, numbers, size=8):
     return (ranks - 1) * numbers * size
 
 
-def across_latent(shards, rows, report):
-    """Dead latents' numbers, first and second rounds, a reconstruction for each part, b_pre and the norm."""
-    fewest = min(K, -(-N // shards))
-    total = gathered(shards, 1) + gathered(shards, rows * candidates(K, shards))
-    total += gathered(shards, report["second_rounds"] * fewest) + summed(shards, rows * D)
+def across_latent(spec, ranks, shards, rows, report):
+    """Dead latents' numbers, the selection, a reconstruction for each part, b_pre and the norm."""
+    out = OUT if spec.target_hook else D
+    total = gathered(shards, 1) + len(spec.prefixes) * summed(shards, rows * out)
+    if spec.activation == "batchtopk":
+        total += counts(shards, max(1, spec.groups // ranks))
+    else:  # first and second rounds
+        total += gathered(shards, rows * candidates(spec.k, shards))
+        total += gathered(shards, report["second_rounds"] * min(spec.k, -(-N // shards)))
     if shards == 1:
         return 0
     if report["dead"]:
         k_dead = min(6, report["dead"])
-        total += gathered(shards, rows * candidates(k_dead, shards)) + summed(shards, rows * D)
+        total += gathered(shards, rows * candidates(k_dead, shards)) + summed(shards, rows * out)
     return total + summed(shards, D) + summed(shards, 1)
 
 
-def always_across_data(ranks, n, report):
-    """Rows and weights, the loss with its second rounds, who was active; AuxK's mean and its two sums."""
+def always_across_data(spec, ranks, n, report):
+    """Rows and weights, loss and second rounds, who was active, AuxK's sums, a linear path, shared groups."""
+    out = OUT if spec.target_hook else D
     total = gathered(ranks, 2) + summed(ranks, 2) + summed(ranks, n, size=1)
-    return total + (summed(ranks, D) + summed(ranks, 2) if report["dead"] else 0)
+    total += summed(ranks, OUT * D) if spec.skip else 0
+    if spec.activation == "batchtopk" and spec.groups < ranks:  # how many rows they have, and the same
+        total += summed(ranks, spec.groups) + counts(ranks, spec.groups)
+    return total + (summed(ranks, out) + summed(ranks, 2) if report["dead"] else 0)
 
 
-def across_data_dense(ranks, shards, rows, n, report):
-    total = (
-        always_across_data(ranks, n, report) + 2 * summed(ranks, n * D) + summed(ranks, n) + summed(ranks, D)
-    )
+def across_data_dense(spec, ranks, shards, rows, part, report):
+    n, out = len(part), OUT if spec.target_hook else D
+    total = always_across_data(spec, ranks, n, report) + summed(ranks, n * D) + summed(ranks, n * out)
+    total += summed(ranks, n) + summed(ranks, out)
     return total, total
 
 
-def across_data_rows(ranks, shards, rows, n, report):
+def across_data_rows(spec, ranks, shards, rows, part, report):
     """The encoder's input, and for each part a width, its gradient's rows and its codes."""
-    most = [min(K, n)] + ([min(6, report["dead"], n)] if report["dead"] else [])
-    low = high = always_across_data(ranks, n, report) + gathered(ranks, rows * D)
+    n, out = len(part), OUT if spec.target_hook else D
+    widest = n if spec.activation == "batchtopk" else min(spec.k, n)
+    most = [
+        widest if first < part.stop and stop > part.start else 0
+        for first, stop in pairwise((0, *spec.prefixes))
+    ]
+    most += [min(6, report["dead"], n)] if report["dead"] else []
+    low = high = always_across_data(spec, ranks, n, report) + gathered(ranks, rows * D)
     for width in most:
-        low += summed(ranks, 1) + gathered(ranks, rows * D)
-        high += summed(ranks, 1) + gathered(ranks, rows * (D + 2 * width)) + gathered(ranks, rows * width, 4)
-        if shards == 1:
+        low += summed(ranks, 1) + gathered(ranks, rows * out)
+        high += (
+            summed(ranks, 1) + gathered(ranks, rows * (out + 2 * width)) + gathered(ranks, rows * width, 4)
+        )
+        if shards == 1 and spec.activation != "batchtopk":
             low = high
     return low, high
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", ["relu", "jumprelu"])
+def test_dense_codes_send_outputs_and_gradients(folder, mesh, case):
+    data, latent = MESHES[mesh]
+    thresholds = case == "jumprelu"
+    for place, shard, report in told_by(folder, mesh, case):
+        rows = int(batch(report["step"])[1].view(data, -1)[place].sum())
+        n = (shard + 1) * N // latent - shard * N // latent
+        across = gathered(latent, 1) + summed(latent, rows * D) + summed(latent, D) + 2 * summed(latent, 1)
+        over = gathered(data, 2) + summed(data, n, size=1) + summed(data, 1) + thresholds * summed(data, 1)
+        over += 2 * summed(data, n * D) + (1 + thresholds) * summed(data, n) + summed(data, D)
+        if report["dead"]:
+            among = gathered(latent, rows * candidates(6, latent)) if report["dead"] > 6 else 0
+            across += among + summed(latent, rows * D)
+            over += summed(data, D) + summed(data, 2)
+        assert (report["latent_bytes"], report["data_bytes"]) == (across, over), report["step"]
+
+
 def test_gradients_cross_the_data_axis_the_cheaper_way():
-    assert rows_bytes(8, 1024, 768, [36], 4) * 7 < dense_bytes(8, 32768, 768, 4)
-    assert rows_bytes(8, 8192, 768, [32], 4) > dense_bytes(8, 4096, 768, 4)
+    assert rows_bytes(8, 1024, 768, 768, [36], 4) * 7 < dense_bytes(8, 32768, 768, 768, 4)
+    assert rows_bytes(8, 8192, 768, 768, [32], 4) > dense_bytes(8, 4096, 768, 768, 4)

@@ -105,3 +105,20 @@ def test_a_grid_is_one_job_and_a_wrong_one_never_gets_in(tmp_path):
     with pytest.raises(ConfigError, match="train"):
         queue.submit(validate(Config, {"root": "data"}, origin="test"))
     assert len(queue.jobs()) == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"mesh": {"latent": 65}}, "at most latents"),
+        ({"mesh": {"data": 3}}, "divisor of lanes"),
+        ({"mesh": {"latent": 2}, "kernels": "eager"}, "one process"),
+    ],
+)
+def test_a_mesh_that_cannot_be_never_gets_in(tmp_path, train, words):
+    queue = Queue(open_store(str(tmp_path / "root")))
+    with pytest.raises(ConfigError, match=words):
+        queue.submit(config(tmp_path / "a", **train))
+    assert queue.jobs() == []
+    queue.submit(config(tmp_path / "a", mesh={"data": 2, "latent": 3}))
+    assert only(queue).world == 6

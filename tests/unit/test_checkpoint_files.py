@@ -10,6 +10,7 @@ import torch
 from schemas.errors import IntegrityError, StoreError
 from schemas.training import CheckpointIndex, SaeIdentity, StreamState
 from store.local_objects import LocalStore
+from tests.meeting import meet
 from tests.mesh_worker import N, go
 from trainer import checkpoint_files
 from trainer.checkpoint import has_latents, pack
@@ -32,27 +33,13 @@ STREAM = StreamState(
 )
 
 
-class Told(Axis):
-    """Ranks as threads that tell each other texts."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, texts: list) -> None:
-        super().__init__(None, rank, size)
-        self.barrier, self.texts = barrier, texts
-
-    def share(self, text: str) -> list[str]:
-        self.texts[self.rank] = text
-        self.barrier.wait()
-        return list(self.texts)
-
-
 def cut(tensors: dict[str, torch.Tensor], part: range) -> dict[str, torch.Tensor]:
     return {name: t[part.start : part.stop] if has_latents(name, t) else t for name, t in tensors.items()}
 
 
 def write(out: LocalStore, run, data: int, latent: int) -> None:
     """One checkpoint, every rank of the mesh in a thread."""
-    size = data * latent
-    barrier, texts, tensors = threading.Barrier(size), [""] * size, pack(run)
+    tensors = pack(run)
     index = CheckpointIndex(
         step=8,
         spec=run.recipe.spec,
@@ -65,16 +52,10 @@ def write(out: LocalStore, run, data: int, latent: int) -> None:
         created="now",
     )
 
-    def rank(place: int, shard: int) -> None:
-        files = Told(place * latent + shard, size, barrier, texts)
-        world = World(Axis(None, place, data), Axis(None, shard, latent), None, files)
-        write_checkpoint(out, index, cut(tensors, world.part(N)), world)
-
-    threads = [threading.Thread(target=rank, args=(d, s)) for d in range(data) for s in range(latent)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for row in meet(
+        data, latent, lambda world: write_checkpoint(out, index, cut(tensors, world.part(N)), world)
+    ):
+        assert row == [None] * latent, row
 
 
 @pytest.fixture(scope="module")

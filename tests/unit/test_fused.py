@@ -53,6 +53,8 @@ RECIPES = {
     "multi": {"multi_topk": True},
     "multi, K = N/2": {"multi_topk": True, "k": N // 2},
     "every latent": {"k": N},
+    "K falls": {"k_start": 20, "multi_topk": True},
+    "K falls, batchtopk": {"k_start": 20, "activation": "batchtopk"},
     "dataset": {"normalize": "dataset"},
     "none": {"normalize": "none"},
     "batchtopk": {"activation": "batchtopk"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from itertools import pairwise
 
 import pytest
@@ -10,44 +9,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.parallel import Axis
+from tests.meeting import meet
+from trainer.parallel import World
 from trainer.parallel_topk import candidates, count_kept, keep
-
-
-class Meeting(Axis):
-    """A shard among threads that meet at a barrier."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: list) -> None:
-        super().__init__(None, rank, size)
-        self.barrier, self.table, self.gathers = barrier, table, 0
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.gathers += 1
-        self.table[self.rank] = tensor
-        self.barrier.wait()
-        found = torch.stack(self.table)
-        self.barrier.wait()
-        return found
 
 
 def select(shards: list[torch.Tensor], k: int) -> tuple[list[torch.Tensor], int, int]:
     """Each shard's counts, rows of the second round, and rounds, for pre-activations [B, n] of each."""
-    barrier, table = threading.Barrier(len(shards)), [None] * len(shards)
-    axes = [Meeting(rank, len(shards), barrier, table) for rank in range(len(shards))]
     available = [min(k, shard.shape[1]) for shard in shards]
-    found: list = [None] * len(shards)
 
-    def run(rank: int) -> None:
+    def work(world: World):
+        rank = world.latent.rank
         best = shards[rank].sort(dim=1, descending=True, stable=True).values[:, : available[rank]]
-        found[rank] = count_kept(best, k, available, axes[rank])
+        return count_kept(best, k, available, world.latent), world.latent.gathers
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(shards))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({counts.second_rounds for counts in found}) == 1
-    return [counts.kept for counts in found], found[0].second_rounds, axes[0].gathers
+    (found,) = meet(1, len(shards), work)
+    assert len({(counts.second_rounds, gathers) for counts, gathers in found}) == 1
+    return [counts.kept for counts, _ in found], found[0][0].second_rounds, found[0][1]
 
 
 def expected(shards: list[torch.Tensor], k: int) -> list[torch.Tensor]:

@@ -113,3 +113,21 @@ def test_open_fields_are_resolved():
     long = Recipe.resolve(recipe.spec.model_copy(update={"epochs": 1e6}), D, 5)
     assert long.dead_after == 10_000_000
     assert Recipe.resolve(recipe.spec.model_copy(update={"epochs": 0.7}), D, 10).steps == 7
+
+
+def test_k_falls_from_k_start_and_the_sae_keeps_its_own():
+    run = make(k_start=20, k_anneal_fraction=0.5)  # 20 steps, 10 of them above K
+    assert [run.recipe.k_at(step) for step in (0, 1, 2, 9, 10, 19)] == [20, 20, 18, 6, 3, 3]
+    reports = [train_step(run, rows(step), torch.ones(B)) for step in range(12)]
+    widths = [report.values.shape[1] for report in reports if report is not None]
+    assert widths[0] == 20
+    assert widths == sorted(widths, reverse=True)
+    assert widths[10:] == [K, K]
+    assert run.sae.k == K
+    assert make().recipe.k_at(0) == K
+
+
+@pytest.mark.parametrize("k_start", [K - 1, N + 1])
+def test_a_k_start_that_cannot_fall_to_k_is_refused(k_start):
+    with pytest.raises(ValueError, match="k_start"):
+        make(k_start=k_start)

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from evaluator.synthetic import BLOCK_ROWS, Task, recovery
-from evaluator.synthetic_train import VARIANTS, measure, spec_of, train_on
+from evaluator.synthetic_page import draw_curves, page_of
+from evaluator.synthetic_train import VARIANTS, fields_of, measure, spec_of, train_on
 from winnow import app
 
 
@@ -61,13 +62,13 @@ def test_figures_of_known_decoders():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_finds_more_than_it_began_with(variant):
     task = Task(d_model=16, directions=24, active=2.0, rows=24_576)
-    spec = spec_of(task, 24, 2, batch_rows=256, dead_after_tokens=1000, **VARIANTS[variant])
+    spec = spec_of(task, 24, 2, batch_rows=256, dead_after_tokens=1000, **fields_of(variant, 24, 2))
     run = train_on(task, spec)
     found = measure(run, task)
     begun = measure(train_on(replace(task, rows=256), spec.model_copy(update={"lr": 1e-9})), task)
     assert found["matched_cosine"] > begun["matched_cosine"] + 0.1
     assert found["fvu"] < 0.5
-    if variant == "batchtopk":
+    if spec.activation == "batchtopk":
         assert found["l0"] == pytest.approx(2, rel=0.05)
 
 
@@ -85,7 +86,28 @@ def test_the_command_writes_results_and_goes_on_where_it_was(tmp_path, monkeypat
     assert "± " in (tmp_path / "recovery.md").read_text()
     assert (tmp_path / "recovery.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr("evaluator.synthetic_cli.train_on", None)  # nothing is left to train
+    (tmp_path / "recovery.remarks.md").write_text("What a person says.\n")
     assert CliRunner().invoke(app, [*arguments, "--seeds", "2"]).exit_code == 0
+    assert (tmp_path / "recovery.md").read_text().endswith("\nWhat a person says.\n")
+
+
+def test_the_page_ranks_the_trainers_of_a_size_and_draws_the_curve_over_sizes():
+    figures = {"found": 1.0, "max_cosine": 1.0, "fvu": 0.1, "l0": 8.0, "rows": 1000}
+    records = [
+        {"variant": name, "latents": n, "k": 8, "seed": seed, "lr": 0.01, **figures}
+        | {"matched_cosine": {"ours": 0.8, "theirs": 0.9}[name] + seed / 100}
+        for name, n in (("ours", 128), ("ours", 256), ("ours", 512), ("theirs", 256))
+        for seed in (0, 1)
+    ]
+    text = page_of(records)
+    head, rest = text.split("## N = 256, K = 8")
+    ranked, others = rest.split("## Other sizes")
+    assert "| ours |" not in head
+    assert ranked.index("| theirs |") < ranked.index("| ours |")
+    assert "0.905 ± 0.064" in ranked  # two seeds: t = 12.7 times 0.01 / 2
+    assert others.index("| ours | 128 |") < others.index("| ours | 512 |")
+    assert draw_curves(records[:4]) is None
+    assert (draw_curves(records) or b"").startswith(b"\x89PNG")
 
 
 def test_a_variant_that_is_not_there_is_named():
