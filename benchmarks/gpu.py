@@ -111,7 +111,7 @@ def _median(call: Callable[[], object], device: torch.device, rounds: int = 7) -
 def stepper(run: Run, rows: Tensor) -> Callable[[], object]:
     """One step, with a tenth of the latents dead at its start where AuxK is on."""
     weights = torch.ones(len(rows), device=rows.device)
-    silent = torch.arange(0, run.sae.latents, round(1 / DEAD_SHARE), device=rows.device)
+    silent = torch.arange(0, run.sae.latents, round(1 / DEAD_SHARE), device=run.device)
 
     def step() -> None:
         if run.recipe.spec.auxk_coefficient:
@@ -196,7 +196,8 @@ def memory(size: Size, device: torch.device, kernels: Backend, **fields: object)
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
     run = make_run(size, kernels, device, auxk=False, **fields)
-    rows = torch.randn(size.rows, size.width, device=device)
+    host = run.recipe.spec.accumulate > 1  # its parts travel one by one
+    rows = torch.randn(size.rows, size.width, device="cpu" if host else device)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     step = stepper(run, rows)
