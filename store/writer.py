@@ -244,7 +244,7 @@ def _store_shard(
     store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: Stored
 ) -> tuple[ShardRecord, bool]:
     """Put one shard or adopt the one there; its record, and whether this call created it."""
-    shape, dtype = (plan.rows_per_unit, plan.d_model(hook)), STORED_DTYPES[plan.spec.dtype]
+    shape, dtype = (plan.rows_per_unit, plan.stored_width(hook)), STORED_DTYPES[plan.spec.dtype]
     if rows.shape != shape or rows.dtype != dtype:
         raise ValueError(
             f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
@@ -318,7 +318,7 @@ def read_orphan(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str) -> 
     whole, ends = memoryview(data), starts.tolist()
     crcs = tuple(crc32c(whole[a : b - 4]) for a, b in pairwise(ends))
     shard = EncodedShard((data,), crcs, lengths)
-    shape = (plan.rows_per_unit, plan.d_model(hook))
+    shape = (plan.rows_per_unit, plan.stored_width(hook))
     found = decode_slices(data, 0, SLICES, plan=plan, hook=hook, unit=unit, crc=crcs, lengths=lengths)
     found = found.reshape(shape)
     facts = _describe(plan, unit, hook, found)

@@ -29,9 +29,9 @@ def any_mixing(monkeypatch):
     monkeypatch.setattr(order_module, "LARGEST_DESIGN_EFFECT", float("inf"))
 
 
-@pytest.fixture(scope="module")
-def plan():
-    return make_plan(units=5, hooks=HOOKS)
+@pytest.fixture(scope="module", params=["bfloat16", "int8"])
+def plan(request):
+    return make_plan(units=5, hooks=HOOKS, dtype=request.param)
 
 
 @pytest.fixture(scope="module")
