@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def write_report(name: str, figures: dict[str, Any], path: Path | None) -> dict[
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "winnow": version("winnow-sae"),
+            "winnow": _winnow(),
         },
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
@@ -34,6 +34,13 @@ def write_report(name: str, figures: dict[str, Any], path: Path | None) -> dict[
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
     return report
+
+
+def _winnow() -> str:
+    try:
+        return version("winnow-sae")
+    except PackageNotFoundError:
+        return "a copy of the source"
 
 
 def _cpu() -> str:

@@ -58,8 +58,8 @@ AUXK = 256
 DEAD_SHARE = 0.1
 
 
-def make_run(size: Size, kernels: str, device: torch.device, *, auxk: bool) -> Run:
-    """A run in mid-training: initialised, with Adam's and the average's state."""
+def make_run(size: Size, kernels: str, device: torch.device, *, auxk: bool, **fields: object) -> Run:
+    """A run in mid-training: initialised, with Adam's and the average's state; `fields` win."""
     spec = TrainSpec.model_validate(
         {
             "out": "unused",
@@ -75,6 +75,7 @@ def make_run(size: Size, kernels: str, device: torch.device, *, auxk: bool) -> R
             "kernels": kernels,
             "device": str(device),
         }
+        | fields
     )
     sae = Sae(size.width, size.latents, size.k, spec.normalize, device=device)
     sample = torch.randn(512, size.width, generator=torch.Generator().manual_seed(1))

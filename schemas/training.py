@@ -11,6 +11,8 @@ from schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256
 
 Normalize = Literal["layer", "dataset", "none"]
 Activation = Literal["topk", "batchtopk", "relu", "jumprelu"]
+ComputeDtype = Literal["float32", "bfloat16"]
+MomentsDtype = Literal["float32", "bfloat16", "int8"]
 
 
 class SaeParts(Contract):
@@ -102,6 +104,9 @@ class TrainSpec(Contract):
     All `latents` together are always the last of them."""
     batch_rows: int = Field(default=2048, gt=0)
     """Rows B of a global batch; divisible by `lanes`."""
+    accumulate: int = Field(default=1, gt=0)
+    """Micro-batches of a step: the same step as without, up to rounding, in the memory of one of them. It
+    divides `batch_rows`, and with `batchtopk` `selection_groups`. May change on resume."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the training split."""
     lanes: int = Field(default=64, gt=0)
@@ -120,6 +125,9 @@ class TrainSpec(Contract):
     """Share of the steps, at the end, over which lr falls linearly to 0."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = Field(default=6.25e-10, gt=0)
+    moments: MomentsDtype = "float32"
+    """How Adam's two moments of the matrices are kept: `bfloat16` takes half the memory, `int8`, with a scale
+    for each latent, a quarter. Both are rounded at random, by draws that a resume repeats."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm, after the decoder's projection; null never clips."""
     auxk_coefficient: float = Field(default=1 / 32, ge=0)
@@ -164,6 +172,10 @@ class TrainSpec(Contract):
     kernels: Literal["auto", "eager", "cpu", "triton"] = "auto"
     """How a step is computed. `auto`: `cpu` on a CPU, `triton` on a GPU; both leave one dense product a
     step. `eager`: the plain step that the others are held to. Another choice moves float noise."""
+    compute_dtype: ComputeDtype = "float32"
+    """Type in which the large products and gathers of a step take their operands; they are summed in float32,
+    and weights, gradients, average and checkpoints stay float32. `bfloat16` is for GPUs, whose tensor cores
+    are many times faster in it; a CPU rounds alike and is slower for it."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Wall-clock between checkpoints; 0 checkpoints after every step."""
     checkpoints_kept: int = Field(default=2, ge=2)
@@ -199,7 +211,29 @@ class TrainSpec(Contract):
                 f"selection_groups must divide lanes: selection_groups={self.groups}, lanes={self.lanes}"
             )
         self._coherent_parts()
+        self._coherent_step()
         return self
+
+    def _coherent_step(self) -> None:
+        if self.batch_rows % self.accumulate:
+            raise ValueError(
+                f"accumulate must divide batch_rows: batch_rows={self.batch_rows}, "
+                f"accumulate={self.accumulate}"
+            )
+        if self.accumulate > 1 and self.activation == "batchtopk" and self.groups % self.accumulate:
+            raise ValueError(
+                "accumulate must divide selection_groups, since batchtopk selects in whole groups: "
+                f"selection_groups={self.groups}, accumulate={self.accumulate}"
+            )
+        dense = self.kernels == "eager" or self.activation in ("relu", "jumprelu")
+        fused = {"accumulate": self.accumulate > 1, "compute_dtype": self.compute_dtype != "float32"}
+        fused["moments"] = self.moments != "float32"
+        for field, wanted in fused.items():
+            if dense and wanted:
+                raise ValueError(
+                    f"{field}: {getattr(self, field)} needs the fused step, which `kernels: eager` and the "
+                    "activations relu and jumprelu have not"
+                )
 
     def _coherent_parts(self) -> None:
         if self.target_hook is not None and self.target_normalize == "layer":

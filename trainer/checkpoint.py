@@ -15,8 +15,9 @@ from schemas.training import SaeIdentity, TrainSpec
 from trainer.step import Counts, Run
 
 FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
-FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb"}
-"""Spec fields that may change between a run and its resume; `device` and `threads` move float noise."""
+FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb", "accumulate"}
+"""Spec fields that may change between a run and its resume; `device`, `threads` and `accumulate` move float
+noise."""
 WITH_LATENTS = {"W_enc", "b_enc", "W_dec", "threshold", "since"}
 """Tensors that have one row for each latent, and Adam's and the average's of these."""
 

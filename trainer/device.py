@@ -8,8 +8,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from schemas.errors import ConfigError
 from schemas.training import TrainSpec
@@ -61,12 +63,16 @@ def torch_settings(device: torch.device, threads: int) -> Iterator[None]:
     """
     threads_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
+    filling: Any = torch.utils.deterministic
+    fill_before = filling.fill_uninitialized_memory
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True)
+        filling.fill_uninitialized_memory = False  # nothing here reads what it has not set
     try:
         yield
     finally:
+        filling.fill_uninitialized_memory = fill_before
         torch.set_num_threads(threads_before)
         torch.use_deterministic_algorithms(deterministic_before)
 

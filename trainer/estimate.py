@@ -16,7 +16,8 @@ from typing import NamedTuple
 from schemas.errors import ConfigError
 from schemas.training import TrainSpec
 from store.console import human_bytes
-from trainer.memory import FLOAT, Memory, parameters, sae_memory
+from trainer.memory import FLOAT, HALF, Memory, parameters, sae_memory
+from trainer.moments import BYTES
 
 GIB = 2**30
 
@@ -27,7 +28,9 @@ class Gpu(NamedTuple):
     memory: float
     """Bytes."""
     flops: float
-    """Of a float32 product without tensor cores, a second: what the trainer computes in."""
+    """Of a float32 product without tensor cores, a second: what the trainer computes in by default."""
+    half_flops: float
+    """The same of bfloat16 operands on tensor cores, summed in float32."""
     bandwidth: float
     """Bytes a second of its memory."""
     link: float
@@ -36,13 +39,13 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "a100-40gb": Gpu(40e9, 19.5e12, 1.555e12, 300e9, "data sheet: NVIDIA A100 SXM"),
-    "a100-80gb": Gpu(80e9, 19.5e12, 2.039e12, 300e9, "data sheet: NVIDIA A100 SXM"),
-    "h100": Gpu(80e9, 67e12, 3.35e12, 450e9, "data sheet: NVIDIA H100 SXM"),
-    "h200": Gpu(141e9, 67e12, 4.8e12, 450e9, "data sheet: NVIDIA H200 SXM"),
-    "l4": Gpu(24e9, 30.3e12, 0.3e12, 32e9, "data sheet: NVIDIA L4"),
-    "l40s": Gpu(48e9, 91.6e12, 0.864e12, 32e9, "data sheet: NVIDIA L40S"),
-    "rtx-4090": Gpu(24e9, 82.6e12, 1.008e12, 32e9, "data sheet: GeForce RTX 4090"),
+    "a100-40gb": Gpu(40e9, 19.5e12, 312e12, 1.555e12, 300e9, "data sheet: NVIDIA A100 SXM"),
+    "a100-80gb": Gpu(80e9, 19.5e12, 312e12, 2.039e12, 300e9, "data sheet: NVIDIA A100 SXM"),
+    "h100": Gpu(80e9, 67e12, 989e12, 3.35e12, 450e9, "data sheet: NVIDIA H100 SXM"),
+    "h200": Gpu(141e9, 67e12, 989e12, 4.8e12, 450e9, "data sheet: NVIDIA H200 SXM"),
+    "l4": Gpu(24e9, 30.3e12, 121e12, 0.3e12, 32e9, "data sheet: NVIDIA L4"),
+    "l40s": Gpu(48e9, 91.6e12, 362e12, 0.864e12, 32e9, "data sheet: NVIDIA L40S"),
+    "rtx-4090": Gpu(24e9, 82.6e12, 165e12, 1.008e12, 32e9, "data sheet: GeForce RTX 4090"),
 }
 EFFICIENCY = {
     "product": (0.75, "assumed: a large product's share of the float32 rate; not measured"),
@@ -57,6 +60,9 @@ sums for W_dec and W_enc, one of which reads and writes."""
 UPDATE_PASSES = 14
 """Times that a weight's worth of numbers is read or written: gradient written, projected (2), clipped (1);
 Adam reads four and writes three; renormalisation 1; the moving average 2."""
+
+MOMENT_PASSES = 4
+"""Of these, those of Adam's moments: fewer bytes where they are packed."""
 
 
 class Estimate(NamedTuple):
@@ -173,7 +179,8 @@ def estimate(
 
 def one_gpu(spec: TrainSpec, d_model: int, data: int, latent: int) -> Memory:
     """Memory of one GPU of a mesh."""
-    return sae_memory(spec, d_model, rows=-(-spec.batch_rows // data), latents=spec.latents // latent)
+    rows, latents = -(-spec.batch_rows // data), spec.latents // latent
+    return sae_memory(spec, d_model, rows=rows, latents=latents, device="cuda")
 
 
 def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: int) -> dict[str, float]:
@@ -183,6 +190,9 @@ def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: in
     active = spec.k * (5 if spec.multi_topk else 1) / latent
     size = parameters(d_model, spec.latents // latent) * FLOAT
     passes = UPDATE_PASSES if spec.ema else UPDATE_PASSES - 2
+    passes -= MOMENT_PASSES * (1 - BYTES[spec.moments] / FLOAT)
+    half = spec.compute_dtype == "bfloat16"
+    operand, flops = (HALF, card.half_flops) if half else (FLOAT, card.flops)
     sent = 0.0
     if latent > 1:  # the reconstruction is reduced over the shards, and its gradient is known to all
         sent += 2 * (latent - 1) / latent * rows * d_model * FLOAT
@@ -192,9 +202,9 @@ def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: in
         codes = (data - 1) * rows * (d_model * FLOAT + active * 12)
         sent += min(dense, codes)
     return {
-        "encoder product": 2 * rows * d_model * latents / (card.flops * EFFICIENCY["product"][0]),
+        "encoder product": 2 * rows * d_model * latents / (flops * EFFICIENCY["product"][0]),
         "top-k": rows * latents * FLOAT * 2 / bandwidth,
-        "sparse gathers and sums": GATHERS * rows * active * d_model * FLOAT / bandwidth,
+        "sparse gathers and sums": GATHERS * rows * active * d_model * operand / bandwidth,
         "update": passes * size / bandwidth,
         "between GPUs": sent / (card.link * EFFICIENCY["link"][0]),
     }
@@ -220,6 +230,12 @@ def what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) ->
         spec.model_copy(update={"ema": False}), d_model, max(1, count // spec.mesh.latent), spec.mesh.latent
     ).total <= available:  # fmt: skip
         ways.append("ema: false")
+    mesh = max(1, count // spec.mesh.latent), spec.mesh.latent
+    for moments in ("bfloat16", "int8"):
+        smaller = spec.model_copy(update={"moments": moments})
+        if BYTES[moments] < BYTES[spec.moments] and one_gpu(smaller, d_model, *mesh).total <= available:
+            ways.append(f"moments: {moments}")
+            break
     latents = spec.latents
     while latents > spec.k:
         latents //= 2

@@ -57,7 +57,22 @@ class Pass(NamedTuple):
     """On a mesh: rows whose top-k took a second round over the shards."""
 
 
-class _Part(NamedTuple):
+class Model(NamedTuple):
+    """An SAE, and the matrices that a step multiplies by, as its operations take them."""
+
+    ops: StepOps
+    sae: Sae
+    W_enc: Tensor
+    W_dec: Tensor
+
+    @classmethod
+    def of(cls, sae: Sae, spec: TrainSpec, backend: Backend) -> Model:
+        """For one step: the weights must not change meanwhile."""
+        ops = step_ops(backend, spec.compute_dtype)
+        return cls(ops, sae, ops.low(sae.W_enc.detach()), ops.low(sae.W_dec.detach()))
+
+
+class EntryPart(NamedTuple):
     """Codes that one gradient flows through."""
 
     values: Tensor
@@ -82,7 +97,7 @@ class _Sorted(NamedTuple):
         return bool(ends[block.start] < ends[block.stop])
 
 
-class _DeadRows(NamedTuple):
+class DeadRows(NamedTuple):
     """What dense AuxK adds to the dead latents' gradients."""
 
     ids: Tensor
@@ -91,10 +106,27 @@ class _DeadRows(NamedTuple):
     b_enc: Tensor
 
 
+class Forward(NamedTuple):
+    """What a batch gives before AuxK and the gradients."""
+
+    loss: Tensor
+    parts: list[EntryPart]
+    pulls: Tensor
+    """[B, O]: gradient of the whole output."""
+    centred: Tensor
+    error: Tensor
+    """[B, O]: y_hat - y."""
+    dead: Tensor | tuple[Tensor, Tensor] | None
+    """As in `step_ops.Codes`."""
+    y_hat: Tensor
+    values: Tensor
+    indices: Tensor
+
+
 class _Aux(NamedTuple):
     loss: float
-    part: _Part | None
-    rows: _DeadRows | None
+    part: EntryPart | None
+    rows: DeadRows | None
 
 
 @torch.no_grad()
@@ -118,13 +150,35 @@ def fused_pass(
         constant: See `losses.reconstruction_loss`.
         backend: `cpu` or `triton`.
     """
-    ops, weights = step_ops(backend), batch.weights
-    W_enc, b_enc, W_dec, b_pre = (getattr(sae, name).detach() for name in PARAMETERS)
-    centred = batch.x - b_pre
-    wanted = None
-    if spec.auxk_coefficient and len(dead):
-        k = min(k_aux, len(dead))
-        wanted = Dead(dead, k, dense=len(dead) <= DENSE_AUX * k)
+    model, wanted = Model.of(sae, spec, backend), wanted_dead(spec, dead, k_aux)
+    found = forward(model, spec, batch, wanted, batch.weights.sum() * constant)
+    loss, parts, aux = found.loss, found.parts, None
+    if wanted is not None and found.dead is not None:
+        coefficient = spec.auxk_coefficient
+        aux = _auxk(model, wanted, found.dead, found.centred, found.error.neg_(), batch.weights, coefficient)
+        loss += coefficient * aux.loss
+        parts += [aux.part] if aux.part else []
+    mark("decode")
+    norm = gradients(model, parts, aux.rows if aux else None, found.centred, found.pulls, batch.x)
+    mark("backward")
+    finite = aux is None or aux.part is not None or aux.rows is not None
+    auxk = aux.loss if aux else None
+    return Pass(loss.item(), auxk, finite, norm, found.y_hat, found.values, found.indices)
+
+
+def wanted_dead(spec: TrainSpec, dead: Tensor, k_aux: int) -> Dead | None:
+    """Which codes AuxK wants of the dead latents; null where it is off, or there are none."""
+    if not spec.auxk_coefficient or not len(dead):
+        return None
+    k = min(k_aux, len(dead))
+    return Dead(dead, k, dense=len(dead) <= DENSE_AUX * k)
+
+
+def forward(model: Model, spec: TrainSpec, batch: Rows, wanted: Dead | None, total: Tensor) -> Forward:
+    """Codes, reconstruction and its gradient, without AuxK; losses are divided by `total`."""
+    ops, sae, W_enc, W_dec = model
+    b_enc = sae.b_enc.detach()
+    centred = ops.low(batch.x - sae.b_pre.detach())
     batched = sae.parts.activation == "batchtopk"
     times = BATCH_CANDIDATES if batched else 4 if spec.multi_topk else 1
     wide, indices_wide, z_dead = ops.encode(centred, W_enc, b_enc, min(times * sae.k, sae.latents), wanted)
@@ -135,43 +189,33 @@ def fused_pass(
     else:
         values, indices = wide[:, : sae.k].contiguous(), indices_wide[:, : sae.k].contiguous()
 
-    scale = weights / (weights.sum() * constant)
-    parts, y_hat, error, loss = _prefixes(ops, sae, batch, values, indices, spec.prefixes, scale, batched)
+    scale = batch.weights / total
+    parts, y_hat, error, loss = _prefixes(model, batch, values, indices, spec.prefixes, scale, batched)
     pulls = parts[0].grad
     if spec.multi_topk:
         error_wide = sae.add_bias(ops.decode(wide, indices_wide, W_dec), batch.x).detach().sub_(batch.y)
         loss += scale @ squares(error_wide) / 8
-        parts.append(_Part(wide, indices_wide, error_wide.mul_((scale / 4)[:, None])))
+        parts.append(EntryPart(wide, indices_wide, error_wide.mul_((scale / 4)[:, None])))
         pulls = pulls + parts[-1].grad
-
-    aux = None
-    if wanted is not None and z_dead is not None:
-        aux = _auxk(ops, W_dec, wanted, z_dead, centred, error.neg_(), weights, spec.auxk_coefficient)
-        loss += spec.auxk_coefficient * aux.loss
-        parts += [aux.part] if aux.part else []
-    mark("decode")
-    norm = _gradients(ops, sae, parts, aux.rows if aux else None, centred, pulls, batch.x)
-    mark("backward")
-    finite = aux is None or aux.part is not None or aux.rows is not None
-    return Pass(loss.item(), aux.loss if aux else None, finite, norm, y_hat, values, indices)
+    return Forward(loss, parts, pulls, centred, error, z_dead, y_hat, values, indices)
 
 
 def _prefixes(
-    ops: StepOps,
-    sae: Sae,
+    model: Model,
     batch: Rows,
     values: Tensor,
     indices: Tensor,
     prefixes: tuple[int, ...],
     scale: Tensor,
     padded: bool,
-) -> tuple[list[_Part], Tensor, Tensor, Tensor]:
+) -> tuple[list[EntryPart], Tensor, Tensor, Tensor]:
     """See `losses.prefix_loss`: parts, reconstruction, its error, loss.
 
     A latent's code reaches every prefix it lies in, so the gradient of its part is the sum over those: the
     first part's is the gradient of the bias. With one prefix there is one part, and the plain loss.
     """
-    W_dec, share = sae.W_dec.detach(), (2 / len(prefixes) * scale)[:, None]
+    ops, sae, _, W_dec = model
+    share = (2 / len(prefixes) * scale)[:, None]
     y_hat = error = batch.y
     chosen: list[Tensor | None] = []
     grads: list[Tensor] = []
@@ -192,7 +236,7 @@ def _prefixes(
         first = size
     for number in reversed(range(len(grads) - 1)):
         grads[number] += grads[number + 1]
-    parts = [_Part(values, indices, grad, mask) for grad, mask in zip(grads, chosen, strict=True)]
+    parts = [EntryPart(values, indices, grad, mask) for grad, mask in zip(grads, chosen, strict=True)]
     return parts, y_hat, error, loss
 
 
@@ -241,8 +285,7 @@ def _best_of_batch(
 
 
 def _auxk(
-    ops: StepOps,
-    W_dec: Tensor,
+    model: Model,
     dead: Dead,
     z: Tensor | tuple[Tensor, Tensor],
     centred: Tensor,
@@ -251,17 +294,18 @@ def _auxk(
     coefficient: float,
 ) -> _Aux:
     """See `losses.auxk_loss`; `coefficient` is in the gradients, not in the loss."""
+    ops, W_dec = model.ops, model.W_dec
     if isinstance(z, Tensor):
         keep_best(z, dead.k)
         W_dead = W_dec[dead.ids]
-        loss, grad = _aux_error(z @ W_dead, e, weights, coefficient)
+        loss, grad = _aux_error(ops.mm(z, W_dead), e, weights, coefficient)
         if grad is None:
             return _Aux(loss, None, None)
-        dz = zero_where_cut(grad @ W_dead.T, z)
-        return _Aux(loss, None, _DeadRows(dead.ids, z.T @ grad, dz.T @ centred, dz.sum(0)))
+        dz = zero_where_cut(ops.mm(grad, W_dead.T), z)
+        return _Aux(loss, None, DeadRows(dead.ids, ops.mm(z.T, grad), ops.mm(dz.T, centred), dz.sum(0)))
     values, indices = z[0].relu_(), dead.ids[z[1]]
     loss, grad = _aux_error(ops.decode(values, indices, W_dec), e, weights, coefficient)
-    return _Aux(loss, None if grad is None else _Part(values, indices, grad), None)
+    return _Aux(loss, None if grad is None else EntryPart(values, indices, grad), None)
 
 
 def _aux_error(e_hat: Tensor, e: Tensor, weights: Tensor, coefficient: float) -> tuple[float, Tensor | None]:
@@ -293,32 +337,44 @@ def keep_best(z: Tensor, k: int) -> None:
         part.relu_()
 
 
-def _gradients(
-    ops: StepOps,
-    sae: Sae,
-    parts: list[_Part],
-    dead: _DeadRows | None,
+def gradients(
+    model: Model,
+    parts: list[EntryPart],
+    dead: DeadRows | None,
     centred: Tensor,
     pulls: Tensor,
     x: Tensor,
+    *,
+    first: bool = True,
+    last: bool = True,
 ) -> float:
     """Fill every `.grad`, the decoder's projected, and give their joint norm.
 
-    `pulls` [B, O] is the gradient of the whole output.
+    Args:
+        model: Its SAE's `.grad`s are filled.
+        parts: Codes that a gradient flows through; one or more.
+        dead: What is added to the dead latents' gradients.
+        centred: The encoder's input [B, D].
+        pulls: Gradient of the whole output [B, O].
+        x: Normalised rows [B, D].
+        first: What `.grad` holds is overwritten; else it is added to.
+        last: Nothing comes after this: project and measure. Else 0 is given.
     """
-    W_enc, b_enc, W_dec, b_pre = (gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
+    ops, sae = model.ops, model.sae
+    W_enc, b_enc, W_dec, _ = (gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
     sorted_parts: list[_Sorted] = []
-    b_enc.zero_()
+    if first:
+        b_enc.zero_()
     for part in parts:
         segments = segments_of(part.indices, sae.latents, part.chosen)
         values = part.values.flatten()[segments.order]
-        dz = ops.dots(part.grad, part.indices, segments, sae.W_dec.detach())
-        dz = zero_where_cut(dz, values)
+        grad = ops.low(part.grad)
+        dz = zero_where_cut(ops.dots(grad, part.indices, segments, model.W_dec), values)
         b_enc += grad_bias(dz, segments.latent, sae.latents)
-        sorted_parts.append(_Sorted(segments, values, part.grad, dz))
+        sorted_parts.append(_Sorted(segments, values, grad, dz))
     if dead is not None:
         b_enc.index_add_(0, dead.ids, dead.b_enc)
-    norms = [b_enc.norm(), *_bias_gradients(sae, b_enc, b_pre, pulls, x)]
+    norms = _bias_gradients(sae, b_enc, pulls, x, first=first, last=last)
 
     blocks = ops.blocks(sae.latents, centred)
     cuts = cuts_of(dead.ids, [0, *(block.stop for block in blocks)]) if dead is not None else []
@@ -330,27 +386,37 @@ def _gradients(
             some = slice(cuts[number], cuts[number + 1])
             decoder.index_add_(0, dead.ids[some] - block.start, dead.W_dec[some])
             encoder.index_add_(0, dead.ids[some] - block.start, dead.W_enc[some])
-        directions = sae.W_dec[block]
-        along = torch.einsum("nd,nd->n", decoder, directions)
-        decoder.addcmul_(directions, along[:, None], value=-1.0)
-        norms += [decoder.norm(), encoder.norm()]
+        if not first:
+            decoder += W_dec[block]
+            encoder += W_enc[block]
+        if last:
+            directions = sae.W_dec[block]
+            along = torch.einsum("nd,nd->n", decoder, directions)
+            decoder.addcmul_(directions, along[:, None], value=-1.0)
+            norms += [decoder.norm(), encoder.norm()]
         W_dec[block] = decoder
         W_enc[block] = encoder
-    return torch.stack(norms).norm().item()
+    return torch.stack(norms).norm().item() if last else 0.0
 
 
-def _bias_gradients(sae: Sae, b_enc: Tensor, b_pre: Tensor, pulls: Tensor, x: Tensor) -> list[Tensor]:
-    """Gradients of what is not a latent's own, and their norms; `b_enc` is that bias's gradient."""
-    total = pulls.sum(0)
-    torch.mv(sae.W_enc.detach().T, b_enc, out=b_pre).neg_()
-    norms: list[Tensor] = []
-    if sae.b_dec is None:
-        b_pre += total
-    else:
-        norms.append(gradient_buffer(sae.b_dec).copy_(total).norm())
+def _bias_gradients(
+    sae: Sae, b_enc: Tensor, pulls: Tensor, x: Tensor, *, first: bool, last: bool
+) -> list[Tensor]:
+    """Gradients of what is not a latent's own, and the norms of all but the matrices'.
+
+    `b_enc` is that bias's gradient so far; that of `b_pre` through the encoder follows from the whole.
+    """
+    out, *others = (gradient_buffer(p) for p in (sae.b_dec, sae.b_pre, sae.W_skip) if p is not None)
+    if first:
+        for grad in (out, *others):
+            grad.zero_()
+    out += pulls.sum(0)
     if sae.W_skip is not None:
-        norms.append(torch.mm(pulls.T, x, out=gradient_buffer(sae.W_skip)).norm())
-    return [b_pre.norm(), *norms]
+        gradient_buffer(sae.W_skip).addmm_(pulls.T, x)
+    if not last:
+        return []
+    gradient_buffer(sae.b_pre).sub_(torch.mv(sae.W_enc.detach().T, b_enc))
+    return [grad.norm() for grad in (b_enc, out, *others)]
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:

@@ -275,8 +275,9 @@ def take_steps(
             own: dict[Member, float] = {}
             reports: dict[Member, tuple[StepReport, dict[str, float]]] = {}
             rows, target = rows_of(batch, spec)
-            wanted = () if target is None else (target.to(device),)
-            rows = rows.to(device)
+            if any(member.spec.accumulate == 1 for member in running):  # else part by part
+                rows, target = rows.to(device), None if target is None else target.to(device)
+            wanted = () if target is None else (target,)
             for member in running:
                 started = time.monotonic()
                 logged = step == member.recipe.steps or step % member.spec.log_every_steps == 0

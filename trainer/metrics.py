@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from schemas.config import StorageSpec
 from schemas.errors import ConfigError, StoreError
+from schemas.service import RunStatus
 from store.objects import open_store
 from trainer.queue import job_facts
 from trainer.service import Service
@@ -56,7 +58,7 @@ def metrics_text(service: Service) -> str:
         (attempt.job.name, out, status)
         for attempt in list(service.attempts)
         for out in attempt.job.outs
-        if (status := read_status(open_store(out, attempt.job.job.config.storage))) is not None
+        if (status := _status(out, attempt.job.job.config.storage)) is not None
     ]
     for name, (attribute, help_text) in GAUGES.items():
         lines += [f"# HELP {name} {help_text}", f"# TYPE {name} gauge"]
@@ -65,6 +67,14 @@ def metrics_text(service: Service) -> str:
             if value is not None:
                 lines.append(f'{name}{{job="{job}",run="{_escaped(out)}"}} {value}')
     return "\n".join(lines) + "\n"
+
+
+def _status(out: str, storage: StorageSpec) -> RunStatus | None:
+    """A run's status; None where its folder is out of reach, too: that is its worker's to tell."""
+    try:
+        return read_status(open_store(out, storage))
+    except (ConfigError, StoreError):
+        return None
 
 
 def _escaped(text: str) -> str:

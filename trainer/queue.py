@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from schemas.config import Config
-from schemas.errors import IntegrityError, MissingObject
+from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError
 from schemas.service import JOBS, JobBeat, JobClaim, JobEnd, TrainJob
 from store.console import section
 from store.layout import PLAN_KEY
@@ -213,14 +213,21 @@ def absolute(config: Config) -> Config:
 
 def is_stopped(config: Config, outs: list[str]) -> bool:
     """Whether somebody asked one of a job's runs to stop (`winnow stop`)."""
-    return any(open_store(out, config.storage).size(STOP_KEY) is not None for out in outs)
+    return any(_is_there(out, config, STOP_KEY) for out in outs)
 
 
 def awaits_harvest(config: Config) -> bool:
     """Whether a job follows a harvest that has not begun: a device would only wait for it."""
-    if config.train is None or not config.train.follow:
-        return False
-    return open_store(config.root, config.storage).size(PLAN_KEY) is None
+    follows = config.train is not None and config.train.follow
+    return follows and _is_there(config.root, config, PLAN_KEY) is False
+
+
+def _is_there(uri: str, config: Config, key: str) -> bool | None:
+    """Whether an object is there; None where nobody knows, which its worker will find out."""
+    try:
+        return open_store(uri, config.storage).size(key) is not None
+    except (ConfigError, StoreError):
+        return None
 
 
 def job_facts(store: ObjectStore) -> list[dict[str, Any]]:

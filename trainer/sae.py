@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -40,8 +40,10 @@ from schemas.base import sha256_hex
 from schemas.config import StorageSpec
 from schemas.errors import IntegrityError
 from schemas.training import Normalize, SaeCard, SaeIdentity, SaeParts, TrainSpec
-from store.objects import ObjectStore, open_store
 from trainer.codes import encode_above, encode_topk, sum_by_latent
+
+if TYPE_CHECKING:
+    from store.objects import ObjectStore
 
 __all__ = ["PARAMETERS", "Sae", "Scale", "encode_topk", "sum_by_latent"]
 
@@ -347,6 +349,8 @@ class Sae(nn.Module):
             IntegrityError: Bytes, shapes or types differ from what the card promises.
             UnsupportedVersion: Written by a Winnow of another major version.
         """
+        from store.objects import open_store  # not needed to train on a machine that has no storage
+
         uri = os.fspath(path_or_uri)
         store = open_store(uri, storage or StorageSpec())
         card = SaeCard.from_json(store.get(CARD_KEY), origin=f"{uri}/{CARD_KEY}")

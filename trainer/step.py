@@ -5,7 +5,9 @@ Legend: B rows, D d_model, N latents, K active latents a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from schemas.errors import ConfigError, NonFiniteError
 from schemas.training import SaeParts, TrainSpec
 from store.console import say
 from trainer import losses
+from trainer.accumulate import accumulated_pass
 from trainer.dead import DeadCounter
-from trainer.fused import Pass, fused_pass
+from trainer.fused import Forward, Pass, fused_pass
 from trainer.kernels import Backend, choose
 from trainer.optim import (
     Ema,
@@ -33,6 +36,8 @@ from trainer.sae import Sae
 from trainer.spans import mark
 from trainer.update import fused_update
 
+TALLIED_ROWS = 256
+"""Rows whose squares are summed in float64 at a time."""
 LONGEST_DEAD_AFTER = 10_000_000
 """Most rows of silence before a latent is dead, where the spec does not say."""
 
@@ -172,6 +177,29 @@ class Run:
         return int(silent) / self.recipe.spec.latents
 
 
+class Tally:
+    """What is known of a step's rows once they are gone, micro-batch by micro-batch.
+
+    Args:
+        run: Whose step it is.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._dead = run.dead
+        self.fvu = losses.Fvu(run.sae.d_out, run.device)
+        self.l0 = losses.L0()
+        self.active = torch.zeros_like(run.dead.since, dtype=torch.uint8)
+        """uint8 [N]: 1 where a latent was active."""
+
+    def add(self, batch: losses.Rows, found: Forward) -> None:
+        """Take in a micro-batch and its codes."""
+        self.active |= self._dead.active(found.values, found.indices)
+        self.l0.add(found.values, batch.weights)
+        parts = (tensor.split(TALLIED_ROWS) for tensor in (batch.y, found.y_hat, batch.weights))
+        for y, y_hat, weights in zip(*parts, strict=True):
+            self.fvu.add(y, y_hat, weights)
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What one step found."""
@@ -195,10 +223,14 @@ class StepReport:
     """Rows whose top-k took a second round over the shards."""
     rows: int
     """Rows of weight above 0 in the whole batch."""
+    tally: Tally | None = None
+    """Of all micro-batches, where there are several: the tensors above are then empty."""
 
     @property
     def fvu(self) -> float:
         """FVU of the whole batch in the normalised space."""
+        if self.tally is not None:
+            return self.tally.fvu.value
         sums = losses.Fvu(self.x.shape[1], self.x.device)
         sums.add(self.x, self.x_hat, self.weights)
         return (sums.over(self.world.data.sum) if self.world.meshed else sums).value
@@ -206,6 +238,8 @@ class StepReport:
     @property
     def l0(self) -> float:
         """Active latents a row in the whole batch."""
+        if self.tally is not None:
+            return self.tally.l0.value
         count = losses.L0()
         count.add(self.values, self.weights)
         if self.world.meshed:  # every shard counted the rows
@@ -218,7 +252,8 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
 
     Args:
         run: The state, changed in place.
-        rows: Raw activations [B, D] on the SAE's device; on a mesh, this rank's share of the batch.
+        rows: Raw activations [B, D], on the SAE's device but where they are split (`accumulate`), whose
+            parts are moved there one by one; on a mesh, this rank's share of the batch.
         weights: [B]; rows of weight 0 take part in nothing, whatever they hold.
         target: A transcoder's raw target rows [B, O].
 
@@ -232,16 +267,21 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     step = counts.step
     if step == run.recipe.last_epoch_start:
         counts.tokens_before_last_epoch = counts.tokens
+    sae.k = run.recipe.k_at(step)  # between steps it is the spec's
+    if spec.accumulate > 1:
+        report = _accumulated_step(run, rows, weights, target)
+        sae.k = spec.k
+        return report
     batch = prepare(run, rows, weights, target)
     share = Share.of(batch.weights, run.world.data)
     if not share.rows:
         counts.step += 1
+        sae.k = spec.k
         return None
     dead = run.dead.silent(run.recipe.dead_after)  # frozen for the whole step
     dead_sizes = run.world.latent.gather(torch.tensor(len(dead))).tolist()
     k_aux, constant = run.recipe.k_aux, run.loss_constant
 
-    sae.k = run.recipe.k_at(step)  # between steps it is the spec's
     if run.world.meshed and run.kernels == "eager":
         sparsity = run.recipe.sparsity_at(step)
         found = dense_pass(sae, spec, batch, dead, k_aux, constant, sparsity, run.world, share, dead_sizes)
@@ -254,25 +294,8 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     else:
         found = fused_pass(sae, spec, batch, dead, k_aux, constant, run.kernels)
     sae.k = spec.k
-    if found.auxk is not None:
-        counts.auxk_steps += 1
-        counts.auxk_nonfinite += not found.auxk_finite
-    _require_finite("loss", found.loss, step)
-    lr = lr_at(step, run.recipe.steps, spec)
-    if run.kernels == "eager":
-        grad_norm = eager_update(run, lr, found.grad_norm)
-    else:
-        grad_norm = found.grad_norm
-        assert grad_norm is not None, "only the eager step leaves it to the update"
-        _require_finite("gradient norm", grad_norm, step)
-        fused_update(sae, run.adam, run.ema, lr=lr, grad_norm=grad_norm, largest=spec.clip_norm)
-
-    mark("update")
-
-    active = run.dead.active(found.values, found.indices)
-    run.dead.update(run.world.data.largest(active), share.rows)
-    counts.step += 1
-    counts.tokens += share.rows
+    lr, grad_norm = _update(run, found)
+    _count(run, found, run.world.data.largest(run.dead.active(found.values, found.indices)), share.rows)
     return StepReport(
         found.loss,
         found.auxk or 0.0,
@@ -289,11 +312,106 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     )
 
 
+def _accumulated_step(
+    run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None
+) -> StepReport | None:
+    """`train_step` in micro-batches."""
+    spec, present = run.recipe.spec, weights[weights > 0]
+    if not len(present):
+        run.counts.step += 1
+        return None
+    dead = run.dead.silent(run.recipe.dead_after)
+    tally = Tally(run)
+    found = accumulated_pass(
+        run.sae,
+        spec,
+        micro_batches(run, rows, weights, target),
+        present.to(run.sae.W_enc).sum(),
+        dead,
+        run.recipe.k_aux,
+        run.loss_constant,
+        run.kernels,
+        tally.add,
+    )
+    none = rows.new_empty(0)
+    found = Pass(found.loss.item(), found.auxk, found.auxk_finite, found.grad_norm, none, none, none)
+    lr, grad_norm = _update(run, found)
+    _count(run, found, tally.active, len(present))
+    return StepReport(
+        found.loss,
+        found.auxk or 0.0,
+        grad_norm,
+        lr,
+        len(dead),
+        none,
+        none,
+        none,
+        none,
+        run.world,
+        0,
+        len(present),
+        tally,
+    )
+
+
+def micro_batches(
+    run: Run, rows: Tensor, weights: Tensor, target: Tensor | None
+) -> list[Callable[[], losses.Rows]]:
+    """The parts of a batch that hold a row of weight above 0, each prepared on the device when called."""
+    count, device = run.recipe.spec.accumulate, run.device
+
+    def ready(rows: Tensor, weights: Tensor, target: Tensor | None) -> losses.Rows:
+        return prepare(
+            run, rows.to(device), weights.to(device), None if target is None else target.to(device)
+        )
+
+    targets = [None] * count if target is None else target.tensor_split(count)
+    parts = zip(rows.tensor_split(count), weights.tensor_split(count), targets, strict=True)
+    return [partial(ready, *part) for part in parts if bool((part[1] > 0).any())]
+
+
+def _update(run: Run, found: Pass) -> tuple[float, float]:
+    """The step from the gradients: learning rate and norm before clipping."""
+    spec, step = run.recipe.spec, run.counts.step
+    _require_finite("loss", found.loss, step)
+    lr = lr_at(step, run.recipe.steps, spec)
+    if run.kernels == "eager":
+        norm = eager_update(run, lr, found.grad_norm)
+    else:
+        norm = found.grad_norm
+        assert norm is not None, "only the eager step leaves it to the update"
+        _require_finite("gradient norm", norm, step)
+        fused_update(
+            run.sae,
+            run.adam,
+            run.ema,
+            lr=lr,
+            grad_norm=norm,
+            largest=spec.clip_norm,
+            moments=spec.moments,
+            step=step,
+        )
+    mark("update")
+    return lr, norm
+
+
+def _count(run: Run, found: Pass, active: Tensor, rows: int) -> None:
+    """Count a step of `rows` rows in which the latents `active` uint8 [N] were."""
+    counts = run.counts
+    if found.auxk is not None:
+        counts.auxk_steps += 1
+        counts.auxk_nonfinite += not found.auxk_finite
+    run.dead.update(active, rows)
+    counts.step += 1
+    counts.tokens += rows
+
+
 @torch.no_grad()
 def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> losses.Rows:
     """A batch for one step: normalised, without its rows of weight 0. Arguments as for `train_step`."""
     keep = weights > 0
-    groups = max(1, run.recipe.spec.groups // run.world.data.size)
+    share = run.world.data.size * run.recipe.spec.accumulate
+    groups = max(1, run.recipe.spec.groups // share)
     sizes = (
         tuple(int(part.sum()) for part in keep.tensor_split(groups)) if run.batches else (int(keep.sum()),)
     )

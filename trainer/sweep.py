@@ -61,7 +61,8 @@ def folder_name(values: dict[str, Any]) -> str:
 def require_room(specs: list[TrainSpec], dataset: ActivationStore) -> int:
     """Bytes that training all specs in this process takes; ConfigError where they are not there."""
     device = resolve_device(specs[0].device)
-    need = fleet_memory([(spec, dataset.d_model(spec.hook)) for spec in specs])
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    need = fleet_memory([(spec, dataset.d_model(spec.hook)) for spec in specs], kind)
     free = free_memory(device)
     if need > ROOM * free:
         parts = -(-need // max(1, int(ROOM * free)))

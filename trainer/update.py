@@ -9,17 +9,26 @@ Legend: D d_model, N latents.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.optim.adam import adam as functional_adam
 
-from trainer.kernels.segment_grad import latent_blocks
+from schemas.training import MomentsDtype
+from trainer.kernels.segment_grad import BLOCK_BYTES, GPU_BLOCK_BYTES, latent_blocks
+from trainer.moments import PACKED, new_state, pack_moments, unpack_moments
 from trainer.optim import Ema, renormalise_decoder
 from trainer.sae import Sae
 
 
 @torch.no_grad()
 def fused_update(
-    sae: Sae, adam: torch.optim.Adam, ema: Ema | None, *, lr: float, grad_norm: float, largest: float | None
+    sae: Sae,
+    adam: torch.optim.Adam,
+    ema: Ema | None,
+    *,
+    lr: float,
+    grad_norm: float,
+    largest: float | None,
+    moments: MomentsDtype = "float32",
+    step: int = 0,
 ) -> None:
     """Update weights, Adam's state and the moving average from the gradients in `.grad`.
 
@@ -30,25 +39,32 @@ def fused_update(
         lr: Learning rate of this step.
         grad_norm: Joint norm of all gradients.
         largest: Norm to clip to; null never clips.
+        moments: How Adam's are kept; see `trainer.moments`.
+        step: Its number, for the draws of packed moments.
     """
     group = adam.param_groups[0]
     group["lr"] = lr
     shrink = largest / grad_norm if largest is not None and grad_norm > largest else None
     if ema is not None:
         ema.steps += 1
-    blocks = latent_blocks(sae.latents, sae.W_enc) if sae.W_enc.device.type == "cpu" else [slice(None)]
+    draws = torch.Generator(sae.W_enc.device).manual_seed(step)
+    size = BLOCK_BYTES if sae.W_enc.device.type == "cpu" else GPU_BLOCK_BYTES
+    blocks = latent_blocks(sae.latents, sae.W_enc, size)
     for name in sae.parameter_names:
         parameter = getattr(sae, name)
-        state = _state(adam, parameter)
+        state = adam.state[parameter]
+        if not state:
+            state |= new_state(parameter.detach(), moments if name in PACKED else "float32")
         for block in blocks if name in ("W_enc", "W_dec") else [slice(None)]:
             weights, grad = parameter.detach()[block], parameter.grad[block]
             if shrink is not None:
                 grad.mul_(shrink)
+            unpacked = unpack_moments(state, block, weights)
             functional_adam(
                 [weights],
                 [grad],
-                [state["exp_avg"][block]],
-                [state["exp_avg_sq"][block]],
+                [unpacked.first],
+                [unpacked.second],
                 [],
                 [state["step"].clone()],  # every block takes the same step
                 fused=True,
@@ -60,18 +76,9 @@ def fused_update(
                 eps=group["eps"],
                 maximize=False,
             )
+            pack_moments(state, block, unpacked, draws)
             if name == "W_dec":
                 renormalise_decoder(weights)
             if ema is not None:
                 ema.sums[name][block].lerp_(weights, 1 - ema.beta)
         state["step"] += 1
-
-
-def _state(adam: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:
-    """The parameter's state; a new one as torch's fused Adam begins it."""
-    state = adam.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
-    return state

@@ -24,6 +24,7 @@ from store.testing import write_plan, write_unit
 from tests.planted import planted_config, planted_rows
 from trainer import service as service_module
 from trainer.loop import train
+from trainer.metrics import metrics_text
 from trainer.queue import Queue, job_facts
 from trainer.service import Service, machine_id
 from trainer.service_cli import slots
@@ -281,6 +282,15 @@ def test_a_job_without_a_harvest_holds_no_device_and_no_other_job(queue, tmp_pat
     assert service.turn()
     assert [attempt.job.name for attempt in service.attempts] == [name]
     assert "waits for its harvest" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_job_whose_folder_is_out_of_reach_is_left_to_its_worker_and_stops_no_other(queue, tmp_path):
+    names = [add(queue, tmp_path, "a", out="gs://nowhere/run"), add(queue, tmp_path, "b")]
+    service = make(queue, ("cpu0", "cpu1"))
+    assert service.turn()
+    assert [attempt.job.name for attempt in service.attempts] == names
+    assert [fact["state"] for fact in job_facts(queue.store)] == ["running", "running"]
+    assert 'winnow_jobs{state="running"} 2' in metrics_text(service)
 
 
 def test_first_come_first_served_on_the_devices_there_are(queue, tmp_path, capsys):

@@ -140,6 +140,34 @@ def test_the_step_is_the_eager_step(device, fields):
             torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("auxk_k", [64, 1], ids=["auxk dense", "auxk on codes"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_bfloat16_step_rounds_as_the_cpus_does(device, monkeypatch, auxk_k, accumulate):
+    """Up to AuxK's dense products, which the library gives in bfloat16 on a GPU. In several blocks."""
+    B, D, N, K = 96, 10, 90, 3
+    monkeypatch.setattr("trainer.kernels.step_ops.GPU_BLOCK_BYTES", 40 * D * 2)
+    runs = []
+    for kernels, where in (("cpu", torch.device("cpu")), ("triton", device)):
+        base = {"out": "x", "hook": "h.1", "latents": N, "k": K, "batch_rows": 64, "epochs": 8}
+        base |= {"lr": 0.003, "dead_after_tokens": 50, "kernels": kernels, "compute_dtype": "bfloat16"}
+        sae = Sae(D, N, K, device=where)
+        constant = initialise(sae, normal(9, 300, D), torch.ones(300), seed=0)
+        spec = TrainSpec.model_validate(base | {"auxk_k": auxk_k, "accumulate": accumulate})
+        runs.append(Run(sae, Recipe.resolve(spec, D, steps_per_epoch=5), constant))
+        runs[-1].dead.since[: N // 3] = 1000
+    x = normal(20, B, D)
+    expected, found = (train_step(run, x.to(run.device), torch.ones(B, device=run.device)) for run in runs)
+    assert expected is not None
+    assert found is not None
+    assert found.dead > 0
+    for field in ("loss", "auxk", "grad_norm", "l0"):
+        assert getattr(found, field) == pytest.approx(getattr(expected, field), rel=2e-2), field
+    for name in PARAMETERS:
+        cpu, gpu = (getattr(run.sae, name).grad.cpu() for run in runs)
+        assert gpu.dtype == torch.float32
+        torch.testing.assert_close(gpu, cpu, rtol=0, atol=2e-2 * cpu.abs().max().item(), msg=name)
+
+
 def test_it_can_be_chosen(device):
     assert choose("triton", device) == "triton"
     assert choose("auto", device) == ("triton" if device.type == "cuda" else "cpu")

@@ -45,3 +45,40 @@ def test_memory(tmp_path):
     assert result["encode_topk_extra_mib"] < 64
     assert result["encode_topk_over_dense"] > 0
     assert result["million"]["seconds"] > 0
+
+
+BLOCKED = """
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(name, name=name.partition(".")[0])
+sys.meta_path.insert(0, Absent())
+sys.argv = ["x", *{arguments}]
+runpy.run_module("benchmarks.gpu", run_name="__main__")
+import benchmarks.memory
+"""
+
+
+def test_gpu_where_torch_and_triton_are_almost_all_there_is(tmp_path):
+    """Its logic, at toy size on a CPU, beside `benchmarks.memory` and without what such machines lack."""
+    absent = {"ray", "zarr", "transformers", "obstore", "pyarrow", "numcodecs", "google_crc32c", "matplotlib"}
+    out = tmp_path / "gpu.json"
+    arguments = ["--tiny", "--no-tests", "--rounds", "1", "--json", str(out)]
+    subprocess.run(
+        [sys.executable, "-c", BLOCKED.format(absent=absent | {"s3fs", "scipy"}, arguments=arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        timeout=300,
+        check=True,
+    )
+    result = json.loads(out.read_text())
+    assert max(result["exact"]["float32"].values()) < 1e-5
+    (size,) = result["sizes"].values()
+    for name in ("encode_topk", "step", "float32_step"):
+        assert size[f"{name}_over_product"] > 0
+    for part in size["items"].values():
+        assert min(part.values()) > 0
+    assert result["memory"]["million"]["estimate"] > result["memory"]["here"]["estimate"]
+    assert result["memory"]["here"]["peak_over_estimate"] is None  # a CPU keeps no such account

@@ -208,6 +208,24 @@ def across_data_rows(spec, ranks, shards, rows, part, report):
     return low, high
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", ["relu", "jumprelu"])
+def test_dense_codes_send_outputs_and_gradients(folder, mesh, case):
+    data, latent = MESHES[mesh]
+    thresholds = case == "jumprelu"
+    for place, shard, report in told_by(folder, mesh, case):
+        rows = int(batch(report["step"])[1].view(data, -1)[place].sum())
+        n = (shard + 1) * N // latent - shard * N // latent
+        across = gathered(latent, 1) + summed(latent, rows * D) + summed(latent, D) + 2 * summed(latent, 1)
+        over = gathered(data, 2) + summed(data, n, size=1) + summed(data, 1) + thresholds * summed(data, 1)
+        over += 2 * summed(data, n * D) + (1 + thresholds) * summed(data, n) + summed(data, D)
+        if report["dead"]:
+            among = gathered(latent, rows * candidates(6, latent)) if report["dead"] > 6 else 0
+            across += among + summed(latent, rows * D)
+            over += summed(data, D) + summed(data, 2)
+        assert (report["latent_bytes"], report["data_bytes"]) == (across, over), report["step"]
+
+
 def test_gradients_cross_the_data_axis_the_cheaper_way():
     assert rows_bytes(8, 1024, 768, 768, [36], 4) * 7 < dense_bytes(8, 32768, 768, 768, 4)
     assert rows_bytes(8, 8192, 768, 768, [32], 4) > dense_bytes(8, 4096, 768, 768, 4)

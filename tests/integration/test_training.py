@@ -124,6 +124,7 @@ VARIANTS = {
     "transcoder": {"target_hook": OTHER_HOOK},
     "skip": {"target_hook": OTHER_HOOK, "skip": True, "target_normalize": "none"},
     "crosscoder": {"with_hooks": [OTHER_HOOK], "normalize": "dataset", "k": 6},
+    "micro-batches": {"accumulate": 4, "lanes": 8},
 }
 
 

@@ -4,6 +4,7 @@ Legend: B rows, D width, K entries a row. Sums are taken in float32, entry by en
 """
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,10 +27,10 @@ def _decode(values, indices, W_dec, out, K, D, BLOCK_D: tl.constexpr):
     tl.store(out + row * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
-def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """See `trainer.kernels.decode`."""
+def decode(values: Tensor, indices: Tensor, W_dec: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """See `trainer.kernels.decode`; `dtype` is the result's type, W_dec's where not given."""
     width = W_dec.shape[1]
-    out = W_dec.new_empty(len(values), width)
+    out = W_dec.new_empty(len(values), width, dtype=dtype or W_dec.dtype)
     if out.numel():
         block = block_of(width, LARGEST_BLOCK)
         grid = (len(values), cdiv(width, block))

@@ -10,7 +10,7 @@ in that order: no atomics, the same bits every run.
 Legend: B rows, D width, N latents, K entries a row.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from trainer.kernels.dispatch import triton_module, unknown
 
 BLOCK_BYTES = 2 << 20
 """Sums made at a time on the CPU: small enough to stay in cache until they are used or stored."""
+GPU_BLOCK_BYTES = 1 << 28
+"""The same on a GPU, where a block only bounds the memory that passing tensors take."""
 
 
 class Segments(NamedTuple):
@@ -34,6 +36,10 @@ class Segments(NamedTuple):
     """int64 [E]: its latent, ascending."""
     ends: Tensor
     """int64 [N + 1]: latent n's entries are ends[n] up to ends[n + 1]."""
+
+    def of(self, block: slice) -> Self:
+        """Those of a slice of the latents, as if there were no others; entries keep their places."""
+        return self._replace(ends=self.ends[block.start : block.stop + 1])
 
 
 def segments_of(indices: Tensor, latents: int, chosen: Tensor | None = None) -> Segments:
@@ -89,9 +95,9 @@ def segment_sums_cpu(values: Tensor, segments: Segments, rows: Tensor) -> Tensor
     return sums
 
 
-def latent_blocks(latents: int, rows: Tensor) -> list[slice]:
-    """The N latents cut into slices whose sums of rows [B, D] take BLOCK_BYTES."""
-    size = max(1, BLOCK_BYTES // max(1, rows.shape[1] * rows.element_size()))
+def latent_blocks(latents: int, rows: Tensor, block_bytes: int = BLOCK_BYTES) -> list[slice]:
+    """The N latents cut into slices whose sums of rows [B, D] take `block_bytes`."""
+    size = max(1, block_bytes // max(1, rows.shape[1] * rows.element_size()))
     return [slice(first, min(first + size, latents)) for first in range(0, latents, size)]
 
 

@@ -68,10 +68,12 @@ def _join(first, partial, out, D, BLOCK_D: tl.constexpr):
         tl.store(out + latent * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
-def segment_sums(values: Tensor, segments: Segments, rows: Tensor) -> Tensor:
-    """[N, D] of rows' type, from values [E] in the segments' order."""
+def segment_sums(
+    values: Tensor, segments: Segments, rows: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """[N, D] of type `dtype` (rows' where not given), from values [E] in the segments' order."""
     latents, width = len(segments.ends) - 1, rows.shape[1]
-    out = rows.new_empty(latents, width)
+    out = rows.new_empty(latents, width, dtype=dtype or rows.dtype)
     if not out.numel():
         return out
     block = block_of(width, LARGEST_BLOCK)

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from schemas.training import ComputeDtype
 from trainer.kernels.best import Best
 from trainer.kernels.decode import decode_cpu
 from trainer.kernels.decode_grad_values import decode_grad_values_cpu
 from trainer.kernels.dispatch import Backend, triton_module
 from trainer.kernels.encode_topk import Watch, encode_topk_cpu
-from trainer.kernels.segment_grad import Segments, latent_blocks, segment_block_cpu
+from trainer.kernels.segment_grad import GPU_BLOCK_BYTES, Segments, latent_blocks, segment_block_cpu
 
 
 class Dead(NamedTuple):
@@ -54,12 +55,24 @@ class StepOps(NamedTuple):
     """values [E], segments, rows [B, D], a block of latents -> their sums."""
     blocks: Callable[[int, Tensor], list[slice]]
     """N, rows: the blocks to ask for."""
+    low: Callable[[Tensor], Tensor]
+    """A matrix as the operations above take it: itself, or rounded to bfloat16."""
+
+    def mm(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product of two matrices, rounded as `low` does, in `a`'s type."""
+        return (self.low(a) @ self.low(b)).to(a.dtype)
 
 
-def step_ops(backend: Backend) -> StepOps:
-    """The operations of `cpu` or `triton`."""
+def step_ops(backend: Backend, compute_dtype: ComputeDtype = "float32") -> StepOps:
+    """The operations of `cpu` or `triton`.
+
+    With `bfloat16` their operands are rounded by `low`, sums stay in float32 and so does what they give. The
+    CPU, whose primitives would round the sums too, keeps rounded operands in the type they had.
+    """
+    half = compute_dtype == "bfloat16"
     if backend == "cpu":
-        return StepOps(encode_cpu, decode_cpu, dots_cpu, segment_block_cpu, latent_blocks)
+        low = _rounded if half else _as_it_is
+        return StepOps(encode_cpu, decode_cpu, dots_cpu, segment_block_cpu, latent_blocks, low)
     encode, decode = triton_module("encode_topk").encode_topk, triton_module("decode").decode
     dots = triton_module("decode_grad_values").decode_grad_values
     sums = triton_module("segment_grad").segment_sums
@@ -69,16 +82,28 @@ def step_ops(backend: Backend) -> StepOps:
         if dead is None:
             return Codes(values, indices, None)
         W_dead, b_dead = W_enc[dead.ids], b[dead.ids]  # compacted: the cost falls with their number
-        found = torch.addmm(b_dead, x, W_dead.T) if dead.dense else encode(x, W_dead, b_dead, dead.k)
-        return Codes(values, indices, found)
+        if not dead.dense:
+            return Codes(values, indices, encode(x, W_dead, b_dead, dead.k))
+        z = torch.addmm(b_dead.to(x.dtype), x, W_dead.T)
+        return Codes(values, indices, z.to(values.dtype))
 
     return StepOps(
         encode_with_dead,
-        decode,
+        lambda values, indices, W: decode(values, indices, W, values.dtype),
         lambda grad, indices, segments, W: dots(grad, indices, W).flatten()[segments.order],
-        lambda values, segments, rows, _: sums(values, segments, rows),
-        lambda latents, _: [slice(0, latents)],
+        lambda values, segments, rows, block: sums(values, segments.of(block), rows, values.dtype),
+        lambda latents, rows: latent_blocks(latents, rows, GPU_BLOCK_BYTES),
+        (lambda tensor: tensor.to(torch.bfloat16)) if half else _as_it_is,
     )
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """To bfloat16's numbers, in the type it had."""
+    return tensor.to(torch.bfloat16).to(tensor.dtype)
 
 
 def dots_cpu(grad: Tensor, indices: Tensor, segments: Segments, W_dec: Tensor) -> Tensor:  # noqa: ARG001

@@ -1,0 +1,284 @@
+"""All that is asked of a GPU, in one command of under ten minutes.
+
+    python -m benchmarks.gpu --json OUT [--rounds 15] [--no-tests] [--tiny]
+
+Needs torch, Triton, pydantic, safetensors, rich, typer and pyyaml, and pytest for the tests; no ray, zarr or
+transformers. The result is written after every part, so what was measured stays if a later part fails.
+
+1. `tests`: `tests/gpu/test_triton.py`; a failure ends it here. `exact`: at full size, the largest
+   difference of each kernel from its dense equivalent on some rows, over the largest number, in float32 and
+   bfloat16.
+2. `sizes`, for each number of rows B at D = 768, N = 131,072, K = 32, medians of paired ratios to torch's
+   bfloat16 product of the shape into a reused buffer: `encode_topk_over_product`; `step_over_product` with
+   bfloat16 products, float32 Adam, clipping and average; `step_over_product_dead10`;
+   `float32_step_over_product`. `items`: bytes and operations of the step's parts, what they would take at
+   the rates `card` was measured to have, and what they took.
+3. `memory`: peak bytes of a step over `winnow estimate`, here and at N = 1,048,576.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import write_report
+from benchmarks.train_step import DEAD_SHARE, Size, make_run, seconds
+from trainer.device import torch_settings
+from trainer.estimate import UPDATE_PASSES
+from trainer.kernels import Backend, choose, encode_topk, reference
+from trainer.kernels.segment_grad import segments_of
+from trainer.kernels.step_ops import step_ops
+from trainer.memory import FLOAT, HALF, sae_memory
+from trainer.spans import sampling
+from trainer.step import Run, train_step
+
+ROOT = Path(__file__).parents[1]
+SIZES = [Size(65_536, 768, 131_072, 32), Size(16_384, 768, 131_072, 32)]
+MILLION = Size(16_384, 768, 1_048_576, 32)
+TINY, TINY_MILLION = [Size(64, 16, 256, 2)], Size(64, 16, 512, 2)
+CHECKED_ROWS = 256
+"""Rows whose dense equivalents are made."""
+TESTS = ["-m", "pytest", "tests/gpu/test_triton.py", "--no-skips", "-q", "--confcutdir=tests/gpu"]
+
+
+def test() -> dict[str, Any]:
+    """Run the kernels' tests; their last line."""
+    done = subprocess.run(
+        [sys.executable, *TESTS, "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    print(done.stdout[-4000:], file=sys.stderr)
+    return {"passed": done.returncode == 0, "said": done.stdout.strip().splitlines()[-1:]}
+
+
+def exactness(size: Size, device: torch.device, backend: Backend, dtype: torch.dtype) -> dict[str, float]:
+    """Largest difference of each kernel from its dense equivalent, over the equivalent's largest number."""
+    ops = step_ops(backend, "bfloat16" if dtype == torch.bfloat16 else "float32")
+    x, W = (torch.randn(n, size.width, device=device) for n in (min(CHECKED_ROWS, size.rows), size.latents))
+    x, W = ops.low(x), ops.low(W * size.width**-0.5)
+    b = torch.zeros(size.latents, device=device)
+    values, indices, _ = ops.encode(x, W, b, size.k, None)
+    expected, where = reference.encode_topk(x, W, b, size.k)
+    segments = segments_of(indices, size.latents)
+    flat = values.flatten()[segments.order]
+    dots = reference.decode_grad_values(x, indices, W).flatten()[segments.order]
+    block = slice(0, min(4096, size.latents))
+    inside = indices < block.stop
+    sums = reference.segment_grad(values * inside, indices * inside, x.to(values.dtype), block.stop)
+    found = {
+        "encode_topk": (values, expected),
+        "decode": (ops.decode(values, indices, W), reference.decode(values, indices, W.to(values.dtype))),
+        "decode_grad_values": (ops.dots(x, indices, segments, W), dots),
+        "segment_grad": (ops.sums(flat, segments, x, block), sums),
+    }
+    shares = {name: ((a - e).abs().max() / e.abs().max()).item() for name, (a, e) in found.items()}
+    return shares | {"encode_topk_other_latents": (indices != where).double().mean().item()}
+
+
+def card(size: Size, device: torch.device) -> dict[str, float]:
+    """What the card was measured to do: operations a second of a product, bytes a second of a copy."""
+    x, W = (torch.randn(n, size.width, device=device).bfloat16() for n in (size.rows, size.latents))
+    out = torch.empty(size.rows, size.latents, device=device, dtype=torch.bfloat16)
+    source = torch.empty(min(2**28, size.rows * size.latents), device=device)
+    target = torch.empty_like(source)
+    product = _median(lambda: torch.mm(x, W.T, out=out), device)
+    copy = _median(lambda: target.copy_(source), device)
+    operations = 2 * size.rows * size.width * size.latents
+    return {"bfloat16_flops": operations / product, "bandwidth": 2 * source.nbytes / copy}
+
+
+def _median(call: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
+    call()
+    return statistics.median(seconds(call, device) for _ in range(rounds))
+
+
+def stepper(run: Run, rows: Tensor) -> Callable[[], object]:
+    """One step, with a tenth of the latents dead at its start where AuxK is on."""
+    weights = torch.ones(len(rows), device=rows.device)
+    silent = torch.arange(0, run.sae.latents, round(1 / DEAD_SHARE), device=run.device)
+
+    def step() -> None:
+        if run.recipe.spec.auxk_coefficient:
+            run.dead.since[silent] = run.recipe.dead_after
+        train_step(run, rows, weights)
+
+    return step
+
+
+def ratios(
+    size: Size, rounds: int, device: torch.device, kernels: Backend, rates: dict[str, float]
+) -> dict[str, Any]:
+    """Medians of paired ratios to the bfloat16 product, and the step by parts."""
+    x, W = (torch.randn(n, size.width, device=device) for n in (size.rows, size.latents))
+    half, W_half, b = x.bfloat16(), W.bfloat16(), torch.zeros(size.latents, device=device)
+    del W
+    out = torch.empty(size.rows, size.latents, device=device, dtype=torch.bfloat16)
+    cases: dict[str, tuple[bool, str] | None] = {
+        "encode_topk_over_product": None,
+        "step_over_product": (False, "bfloat16"),
+        "step_over_product_dead10": (True, "bfloat16"),
+        "float32_step_over_product": (False, "float32"),
+    }
+    figures: dict[str, Any] = {**size._asdict(), "kernels": kernels, "quartiles": {}}
+    floors: list[float] = []
+    for name, case in cases.items():  # one at a time in memory
+        run = None
+        if case is None:
+            call: Callable[[], object] = lambda: encode_topk(half, W_half, b, size.k, kernels)  # noqa: E731
+        else:
+            run = make_run(size, kernels, device, auxk=case[0], compute_dtype=case[1])
+            call = stepper(run, x)
+        found: list[float] = []
+        for number in range(rounds + 2):
+            below = seconds(lambda: torch.mm(half, W_half.T, out=out), device)
+            above = seconds(call, device)
+            if number >= 2:  # the first ones compile and warm up
+                floors.append(below)
+                found.append(above / below)
+        figures[name] = statistics.median(found)
+        figures["quartiles"][name] = statistics.quantiles(found, n=4) if rounds > 1 else found * 3
+        if name == "step_over_product":
+            figures["step_seconds"] = _median(call, device)
+            figures["items"] = items(size, call, figures["step_seconds"], device, rates)
+        del run, call
+        _clear(device)
+    return figures | {"product_seconds": statistics.median(floors)}
+
+
+def items(
+    size: Size, step: Callable[[], object], took: float, device: torch.device, rates: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """The step's parts: operations, bytes, seconds at the card's rates, seconds taken."""
+    B, D, N, K = size
+    matrix, gathered = N * D * FLOAT, B * K * D * HALF
+    need = {
+        "encode": (2 * B * D * N, 2 * matrix + N * D * HALF * 2 + 4 * B * D * FLOAT),
+        "decode": (2 * B * K * D, gathered + 5 * B * D * FLOAT),
+        "backward": (6 * B * K * D, 3 * gathered + 8 * matrix + B * K * 8 * 16),
+        "update": (30 * N * D, 2 * (UPDATE_PASSES - 3) * matrix),
+    }
+    shares: dict[str, list[float]] = {name: [] for name in need}
+    for _ in range(5):
+        with sampling(device) as spans:
+            step()
+        for name, share in (spans.shares() if spans else {}).items():
+            shares.setdefault(name.removeprefix("share_"), []).append(share)
+    found: dict[str, dict[str, float]] = {}
+    for name, (operations, size_bytes) in need.items():
+        at_card = size_bytes / rates["bandwidth"]
+        if name == "encode":
+            at_card = max(at_card, operations / rates["bfloat16_flops"])
+        taken = statistics.median(shares[name] or [0.0]) * took
+        numbers = {"operations": operations, "bytes": size_bytes}
+        found[name] = numbers | {"seconds_at_the_cards_rates": at_card, "seconds": taken}
+    return found
+
+
+def memory(size: Size, device: torch.device, kernels: Backend, **fields: object) -> dict[str, Any]:
+    """Peak bytes of two steps over the estimate; the peak is null without CUDA's account."""
+    _clear(device)
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
+    run = make_run(size, kernels, device, auxk=False, **fields)
+    host = run.recipe.spec.accumulate > 1  # its parts travel one by one
+    rows = torch.randn(size.rows, size.width, device="cpu" if host else device)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    step = stepper(run, rows)
+    step()
+    took = seconds(step, device)
+    peak = torch.cuda.max_memory_allocated() - before if cuda else None
+    said = sae_memory(run.recipe.spec, size.width, device="cuda", rows=size.rows)
+    return {
+        **size._asdict(),
+        **fields,
+        "step_seconds": took,
+        "peak": peak,
+        "estimate": said.total,
+        "peak_over_estimate": None if peak is None else peak / said.total,
+        "card": torch.cuda.get_device_properties(device).total_memory if cuda else None,
+        "parts": said._asdict(),
+    }
+
+
+def _clear(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Test, measure, write; exit 1 where a test fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--kernels", default="auto", help="under TRITON_INTERPRET=1 also triton on a CPU")
+    parser.add_argument("--no-tests", action="store_true", help="leave pytest out")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a test, on a CPU if need be")
+    args = parser.parse_args()
+    if not args.tiny and not torch.cuda.is_available():
+        print("benchmarks.gpu: no CUDA device; --tiny runs its logic on a CPU", file=sys.stderr)
+        sys.exit(2)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+    with torch_settings(device, torch.get_num_threads()):
+        measure(args, device)
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> None:
+    """All parts, each written as it is done."""
+    kernels = choose(args.kernels, device)
+    sizes, million = (TINY, TINY_MILLION) if args.tiny else (SIZES, MILLION)
+    started, figures = time.monotonic(), dict[str, Any]()
+
+    def keep(name: str, value: Any) -> None:
+        figures[name] = value
+        figures["seconds"] = round(time.monotonic() - started, 1)
+        write_report("gpu", figures, args.json)
+        print(f"{figures['seconds']:>7} s  {name}: {json.dumps(value)}", file=sys.stderr)
+
+    if not args.no_tests:
+        keep("tests", test())
+        if not figures["tests"]["passed"]:
+            sys.exit(1)
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    keep("exact", {name: exactness(sizes[0], device, kernels, kind) for name, kind in kinds.items()})
+    keep("card", card(sizes[-1], device))
+    keep("sizes", {})
+    for size in sizes:
+        keep(
+            "sizes",
+            figures["sizes"] | {str(size.rows): ratios(size, args.rounds, device, kernels, figures["card"])},
+        )
+    keep("memory", {})
+    for name, (size, fields) in {
+        "here": (sizes[0], {"compute_dtype": "bfloat16"}),
+        "here, float32": (sizes[0], {}),
+        "million": (million, {"compute_dtype": "bfloat16"}),
+        "million, int8 moments, in four parts": (
+            million,
+            {"compute_dtype": "bfloat16", "moments": "int8", "accumulate": 4},
+        ),
+    }.items():
+        keep("memory", figures["memory"] | {name: memory(size, device, kernels, **fields)})
+    print(json.dumps(write_report("gpu", figures, args.json), indent=1))
+
+
+if __name__ == "__main__":
+    main()
