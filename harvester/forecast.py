@@ -15,7 +15,7 @@ from harvester.ledger import WRITE_SECONDS, read_ledger
 from schemas.base import Contract
 from schemas.config import Config, PricesSpec
 from schemas.errors import ConfigError
-from schemas.harvest import DTYPE_BYTES, MOMENT_UNITS, SLICES, HarvestPlan, PlanSpec
+from schemas.harvest import MOMENT_UNITS, SLICES, HarvestPlan, PlanSpec, row_bytes
 from schemas.subject import HookSite
 from store.console import human_bytes, section
 from store.objects import ObjectStore
@@ -229,7 +229,7 @@ def line(found: Forecast) -> str:
 
 def _shard_bytes(spec: PlanSpec, site: HookSite) -> int:
     rows_ = spec.windows_per_unit * (spec.context_length - spec.drop_leading)
-    return rows_ * site.d_model * DTYPE_BYTES[spec.dtype] + SLICES * 4 + SLICES * 16 + 4
+    return rows_ * row_bytes(spec.dtype, site.d_model) + SLICES * 4 + SLICES * 16 + 4
 
 
 def _objects(spec: PlanSpec, units: int) -> int:

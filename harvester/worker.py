@@ -29,7 +29,7 @@ from harvester.subject import Subject
 from harvester.waiting import StorageWait
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, NonFiniteError, WorkerError
-from schemas.harvest import Attempt, HarvestPlan
+from schemas.harvest import SCALE_BYTES, Attempt, HarvestPlan
 from schemas.subject import SubjectSpec
 from store.layout import STORED_DTYPES, row_permutation
 from store.objects import open_store
@@ -38,7 +38,12 @@ from store.writer import commit_unit
 
 log = logging.getLogger(__name__)
 
-_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.float32,  # before it is scaled
+}
 _EXPONENTS = {
     torch.bfloat16: (torch.int16, 0x7F80),
     torch.float16: (torch.int16, 0x7C00),
@@ -53,6 +58,19 @@ def all_finite(values: torch.Tensor) -> torch.Tensor:
     """
     integer, exponent = _EXPONENTS[values.dtype]
     return values.view(integer).bitwise_and(exponent).amax() < exponent
+
+
+def to_int8(rows: torch.Tensor) -> torch.Tensor:
+    """float32 [R, D] -> int8 [R, D + 4] on their device, bit for bit as `store.shards.to_stored`."""
+    scale = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.cat([(rows / scale).round().to(torch.int8), scale.view(torch.int8)], dim=1)
+
+
+def _telling(stored: torch.Tensor) -> torch.Tensor:
+    """What tells whether stored rows are finite: of int8 their scales [R, 1], else the rows."""
+    if stored.dtype != torch.int8:
+        return stored
+    return stored[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
 class UnitWorker:
@@ -186,8 +204,8 @@ class UnitWorker:
         place = np.empty(plan.rows_per_unit, dtype=np.int64)  # planned row -> stored row
         place[row_permutation(plan, unit)] = np.arange(plan.rows_per_unit)
         rows = {
-            site.name: np.empty((plan.rows_per_unit, site.d_model), STORED_DTYPES[spec.dtype])
-            for site in plan.sites
+            hook: np.empty((plan.rows_per_unit, plan.stored_width(hook)), STORED_DTYPES[spec.dtype])
+            for hook in spec.hooks
         }
 
         def put(first: int, take: Callable[[], list[torch.Tensor]], found: dict[str, torch.Tensor]) -> None:
@@ -206,7 +224,7 @@ class UnitWorker:
             batch = tokens[first : first + self._batch]
             found = self._subject.activations(batch, spec.hooks)
             stored = [self._stored(values) for values in found.values()]
-            copy = copies.start([*stored, *map(all_finite, stored)])
+            copy = copies.start([*stored, *(all_finite(_telling(rows)) for rows in stored)])
             if last is not None:
                 put(*last)  # while the device is at the next batch
             last = first, copy, found
@@ -216,16 +234,18 @@ class UnitWorker:
         return rows
 
     def _stored(self, values: torch.Tensor) -> torch.Tensor:
-        """[W, T, D] as read -> [rows, D] in the plan's dtype, on the device still."""
-        kept = values[:, self._plan.spec.drop_leading :].to(_TORCH_DTYPES[self._plan.spec.dtype])
-        return kept.reshape(-1, values.shape[-1])
+        """[W, T, D] as read -> [rows, D] as stored (`store.shards.Stored`), on the device still."""
+        dtype = self._plan.spec.dtype
+        kept = values[:, self._plan.spec.drop_leading :].to(_TORCH_DTYPES[dtype])
+        kept = kept.reshape(-1, values.shape[-1])
+        return to_int8(kept) if dtype == "int8" else kept
 
     def _not_finite(
         self, values: torch.Tensor, stored: torch.Tensor, unit: int, hook: str, first: int
     ) -> NonFiniteError:
         """What to say of rows [rows, D] that are not all finite; `values` [W, T, D] is what was read."""
         dtype, drop = self._plan.spec.dtype, self._plan.spec.drop_leading
-        row = int((~torch.isfinite(stored)).any(dim=1).nonzero()[0])
+        row = int((~torch.isfinite(_telling(stored))).any(dim=1).nonzero()[0])
         window, position = divmod(row, self._plan.rows_per_window)
         overflow = bool(torch.isfinite(values[window, position + drop]).all())
         return NonFiniteError(

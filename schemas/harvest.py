@@ -27,9 +27,11 @@ MAX_SHARD_BYTES = 1 << 31
 """One shard is put in one part and read back whole when it is adopted."""
 MAX_TOKENS_PER_UNIT = 1 << 28
 """Their chunk is read whole."""
-Dtype = Literal["bfloat16", "float16", "float32"]
+Dtype = Literal["bfloat16", "float16", "float32", "int8"]
 Compress = Literal["none", "zstd"]
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
+SCALE_BYTES = 4
+"""Of an int8 row: its scale, float32 little-endian, after its D values."""
 Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 
 
@@ -53,7 +55,7 @@ class PlanSpec(Contract):
     bos: Literal["none", "window"] = "none"
     """`window` starts every window with the BOS token; `none` never adds one."""
     dtype: Dtype = "bfloat16"
-    """How activations are stored."""
+    """How activations are stored; `int8` keeps one float32 scale a row (docs/data.md has what it costs)."""
     compress: Compress = "none"
     """Codec of each slice: `zstd` saves some bytes and costs time (docs/data.md has the figures)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -132,10 +134,20 @@ class Execution(Contract):
     """UTC time, ISO 8601."""
 
 
+def stored_width(dtype: Dtype, d_model: int) -> int:
+    """Numbers on disk in a row of D values: D, and of int8 the scale's bytes after them."""
+    return d_model + (SCALE_BYTES if dtype == "int8" else 0)
+
+
+def row_bytes(dtype: Dtype, d_model: int) -> int:
+    """Bytes on disk of a row of D values, uncompressed."""
+    return stored_width(dtype, d_model) * DTYPE_BYTES[dtype]
+
+
 def check_shard_size(spec: PlanSpec, site: HookSite) -> None:
     """ValueError where one shard would be larger than `MAX_SHARD_BYTES`."""
     rows = spec.windows_per_unit * (spec.context_length - spec.drop_leading)
-    if rows * site.d_model * DTYPE_BYTES[spec.dtype] > MAX_SHARD_BYTES - 4096:
+    if rows * row_bytes(spec.dtype, site.d_model) > MAX_SHARD_BYTES - 4096:
         raise ValueError(
             f"a shard of {site.name} (D = {site.d_model}) would pass {MAX_SHARD_BYTES} bytes: "
             "lower windows_per_unit"
@@ -203,6 +215,10 @@ class HarvestPlan(Artefact):
                 return site.d_model
         raise ConfigError(f"hook {hook!r}", expected=f"one of {', '.join(self.spec.hooks)}", got=hook)
 
+    def stored_width(self, hook: str) -> int:
+        """Numbers on disk in a row of `hook`: D, or of int8 the scale's bytes more."""
+        return stored_width(self.spec.dtype, self.d_model(hook))
+
     def split_units(self, split: str) -> range:
         """Unit numbers of `"train"`, `"validation"` or `"all"`."""
         held_out = self.spec.validation_units
@@ -220,7 +236,7 @@ class HarvestPlan(Artefact):
 
         A compressed one is smaller, mostly; its receipt says by how much.
         """
-        payload = self.rows_per_unit * self.d_model(hook) * DTYPE_BYTES[self.spec.dtype]
+        payload = self.rows_per_unit * row_bytes(self.spec.dtype, self.d_model(hook))
         return payload + SLICES * 4 + SLICES * 16 + 4
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.harvest import SLICES, HarvestPlan
+from schemas.harvest import SLICES, HarvestPlan, row_bytes
 
 PLAN_KEY = "plan.json"
 MANIFEST_DIR = "manifest"
@@ -25,11 +25,14 @@ TOKEN_DIGESTS_ARRAY = "token_digests"
 ACTIVATIONS_GROUP = "activations"
 BFLOAT16_NAN = 0x7FC0
 """fill_value of bfloat16 arrays, which are stored as uint16."""
+INT8_NAN = -1
+"""fill_value of int8 arrays: four such bytes for a row's scale are NaN."""
 
 STORED_DTYPES: dict[str, np.dtype[np.generic]] = {
     "bfloat16": np.dtype("<u2"),
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
+    "int8": np.dtype("i1"),
 }
 """Logical dtype of a plan -> little-endian dtype on disk."""
 
@@ -131,8 +134,7 @@ def locate(plan: HarvestPlan, rows: NDArray[np.integer]) -> tuple[NDArray[np.int
 
 def slice_bytes(plan: HarvestPlan, hook: str) -> int:
     """Bytes of one uncompressed slice with its crc32c, in a shard of `hook`."""
-    itemsize = STORED_DTYPES[plan.spec.dtype].itemsize
-    return plan.rows_per_slice * plan.d_model(hook) * itemsize + 4
+    return plan.rows_per_slice * row_bytes(plan.spec.dtype, plan.d_model(hook)) + 4
 
 
 def slice_starts(plan: HarvestPlan, hook: str, lengths: Sequence[int] = ()) -> NDArray[np.int64]:

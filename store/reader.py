@@ -266,15 +266,14 @@ class ActivationStore:
                 continue
             low, high = low - unit * unit_rows, high - unit * unit_rows
             first, last = low // slice_rows, -(-high // slice_rows)
-            stored = np.empty(
-                (last - first, slice_rows, width), dtype=layout.STORED_DTYPES[self.plan.spec.dtype]
-            )
+            shape = (last - first, slice_rows, self.plan.stored_width(hook))
+            stored = np.empty(shape, dtype=layout.STORED_DTYPES[self.plan.spec.dtype])
 
             def place(number: int, stored: NDArray[Any] = stored, first: int = first) -> NDArray[Any]:
                 return stored[number - first]
 
             fetch_slices(self.store, self.plan, self.index, hook, unit, first, last, place, self.cache)
-            chosen = stored.reshape(-1, width)[low - first * slice_rows : high - first * slice_rows]
+            chosen = stored.reshape(-1, shape[2])[low - first * slice_rows : high - first * slice_rows]
             to_float32(chosen, self.plan.spec.dtype, out=target)
         return out
 
@@ -416,7 +415,7 @@ class ActivationStore:
             steps: Stop before this step, counted from step 0; None never stops.
             prefetch: Range requests in flight.
             dtype: Of the batches' rows: `float32`, or `stored`, as the plan keeps them (bfloat16 mostly),
-                which is half the bytes to carry to a GPU that widens them there.
+                which is half the bytes to carry to a GPU that widens them there; of int8 it is float32 too.
 
         Returns:
             An iterator of `store.torch_stream.Batch` that is also a context manager.

@@ -27,7 +27,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from schemas.base import MAX_JSON_BYTES, sha256_hex
-from schemas.errors import IntegrityError, MissingObject, NonFiniteError, UnsupportedVersion, WinnowError
+from schemas.errors import (
+    IntegrityError,
+    MissingObject,
+    NonFiniteError,
+    StoreError,
+    UnsupportedVersion,
+    WinnowError,
+)
 from schemas.harvest import SLICES, Attempt, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
 from store.commit import commit_receipt, load_receipt, standing_receipts
 from store.layout import manifest_key, receipt_key, shard_key, slice_starts, tokens_key
@@ -288,7 +295,9 @@ class _Repair:
             return  # not sealed: the harvest's part
         try:
             fresh = gather(self.store, self.plan, repair=True)
-        except WinnowError:
+        except WinnowError as error:
+            if isinstance(error, StoreError) and not isinstance(error, MissingObject):
+                raise  # a manifest that is out of date must not pass for repaired
             return  # receipts are missing or damaged: `verify` names them
         try:
             standing = find_manifest(self.store, self.plan)

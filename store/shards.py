@@ -20,18 +20,20 @@ from numcodecs import zstd  # pyright: ignore
 from numpy.typing import NDArray
 
 from schemas.errors import IntegrityError, NonFiniteError
-from schemas.harvest import SLICES, Compress, HarvestPlan, Moments
+from schemas.harvest import SCALE_BYTES, SLICES, Compress, HarvestPlan, Moments
 from store.layout import STORED_DTYPES, slice_bytes, slice_starts
 from store.objects import Data, Pieces, joined
 
 Stored = NDArray[np.generic]
-"""Rows in the dtype on disk: uint16 (logical bfloat16), float16 or float32."""
+"""Rows in the dtype on disk: uint16 (logical bfloat16), float16 or float32, [..., D]; or int8 [..., D + 4],
+each row's D values and then its scale, float32 little-endian: a value is `int8 * scale`."""
 INDEX_BYTES = SLICES * 16 + 4
 """Length of a shard's index with its crc32c."""
 _CHUNK_VALUES = 1 << 16
 """Values handled at a time by conversions and statistics: 256 KiB as float32, inside the cache."""
 _MOMENT_VALUES = 1 << 17
 """Values summed at a time in moments: another number would move their last bits, and so receipts' digests."""
+_TINY = np.finfo(np.float32).tiny
 ZSTD_LEVEL = 1
 """Of compressed slices; higher levels gain next to nothing on activations."""
 
@@ -50,13 +52,16 @@ def to_stored(rows: NDArray[np.float32], dtype: str) -> Stored:
     """float32 values as they are stored: round-to-nearest-even, NaN stays NaN, overflow is infinity.
 
     Args:
-        rows: float32, any shape.
-        dtype: `bfloat16`, `float16` or `float32`.
+        rows: float32, any shape; [..., D] where rows have scales.
+        dtype: `bfloat16`, `float16`, `float32` or `int8`.
 
     Returns:
-        A new array of `rows`'s shape in the dtype on disk.
+        A new array in the dtype on disk, see `Stored`. An int8 value is off by half its row's scale at the
+        most; NaN or infinity makes the scale so.
     """
     source = np.ascontiguousarray(rows, dtype=np.float32)
+    if dtype == "int8":
+        return _to_int8(source)
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return source.astype(STORED_DTYPES[dtype])
@@ -76,16 +81,35 @@ def to_stored(rows: NDArray[np.float32], dtype: str) -> Stored:
     return stored
 
 
+def _to_int8(rows: NDArray[np.float32]) -> Stored:
+    stored = np.empty((*rows.shape[:-1], rows.shape[-1] + SCALE_BYTES), np.int8)
+    source, flat = rows.reshape(-1, rows.shape[-1]), stored.reshape(-1, stored.shape[-1])
+    step = max(1, _CHUNK_VALUES // rows.shape[-1])
+    with np.errstate(invalid="ignore"):
+        for start in range(0, len(source), step):
+            part = source[start : start + step]
+            # Never 0, so that a row of zeros divides; NaN stays NaN.
+            scale = np.maximum(np.abs(part).max(axis=1, keepdims=True) / np.float32(127), _TINY)
+            scaled = part / scale
+            flat[start : start + step, :-SCALE_BYTES] = np.rint(scaled, out=scaled)
+            flat[start : start + step, -SCALE_BYTES:] = scale.astype("<f4").view(np.int8)
+    return stored
+
+
 def to_float32(stored: Stored, dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """Stored values as float32, exactly.
 
     Args:
-        stored: Values in the dtype on disk, any shape.
+        stored: Values in the dtype on disk, see `Stored`.
         dtype: The plan's logical dtype.
-        out: Where to write, of `stored`'s shape; a new array where None.
+        out: Where to write, of the rows' shape; a new array where None.
     """
     if out is None:
-        out = np.empty(stored.shape, np.float32)
+        out = np.empty((*stored.shape[:-1], _width(stored, dtype)), np.float32)
+    if dtype == "int8":
+        scale = np.ascontiguousarray(stored[..., -SCALE_BYTES:]).view("<f4")
+        with np.errstate(invalid="ignore"):  # a scale that is infinite, or NaN where a shard is missing
+            return np.multiply(cast(Any, stored)[..., :-SCALE_BYTES], scale, out=out)
     if dtype != "bfloat16":
         np.copyto(out, stored, casting="unsafe")
         return out
@@ -102,10 +126,16 @@ def to_float32(stored: Stored, dtype: str, out: NDArray[np.float32] | None = Non
     return out
 
 
+def _width(rows: Stored, dtype: str) -> int:
+    """D of stored rows."""
+    return rows.shape[-1] - (SCALE_BYTES if dtype == "int8" else 0)
+
+
 def _pieces(rows: Stored, dtype: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """`rows` [R, D] as float32 blocks of whole rows with their first row; the block is reused."""
-    step = max(1, _MOMENT_VALUES // rows.shape[1])
-    space = np.empty((step, rows.shape[1]), np.float32)
+    width = _width(rows, dtype)
+    step = max(1, _MOMENT_VALUES // width)
+    space = np.empty((step, width), np.float32)
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
         yield start, to_float32(part, dtype, space[: part.shape[0]])
@@ -136,7 +166,7 @@ def square_norms(rows: Stored, dtype: str, *, unit: int, hook: str) -> NDArray[n
     """
     squares = np.empty(rows.shape[0], np.float64)
     step = max(1, _CHUNK_VALUES // rows.shape[1])
-    wide, squared = np.empty((2, min(step, len(rows)), rows.shape[1]), np.float32)
+    wide, squared = np.empty((2, min(step, len(rows)), _width(rows, dtype)), np.float32)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
@@ -185,7 +215,7 @@ def describe_rows(
 
 
 def _moments(rows: Stored, dtype: str, kept: NDArray[np.bool_]) -> Moments:
-    sums, squares = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
+    sums, squares = np.zeros((2, _width(rows, dtype)))
     for start, piece in _pieces(rows, dtype):
         part = kept[start : start + piece.shape[0]]
         chosen = (piece if part.all() else piece[part]).astype(np.float64)
@@ -247,7 +277,7 @@ def encode_shard(rows: Stored, compress: Compress = "none") -> EncodedShard:
     """Encode a unit's rows; not copied unless compressed, so leave them alone while the shard is used.
 
     Args:
-        rows: [R, D] in the dtype on disk and in stored order; R a multiple of 64.
+        rows: [R, D] (see `Stored`) in stored order; R a multiple of 64.
         compress: The plan's codec.
     """
     source = np.ascontiguousarray(rows)
@@ -388,13 +418,13 @@ def decode_slices(
         lengths: The receipt's `slice_lengths`.
 
     Returns:
-        [stop - first, P, D] in the dtype on disk. Of a plan without compression a read-only view of
+        [stop - first, P, D] (see `Stored`). Of a plan without compression a read-only view of
         `data`, no copy: slices are 4 bytes apart; `.reshape(-1, D)` gives rows with one copy.
 
     Raises:
         IntegrityError: Too few bytes or a wrong crc32c; names unit, hook and slice.
     """
-    size, dtype, width = slice_bytes(plan, hook), STORED_DTYPES[plan.spec.dtype], plan.d_model(hook)
+    size, dtype, width = slice_bytes(plan, hook), STORED_DTYPES[plan.spec.dtype], plan.stored_width(hook)
     starts = slice_starts(plan, hook, lengths)[first : stop + 1]
     starts = starts - starts[0]
     raw = np.frombuffer(data, np.uint8)

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import ConfigError
-from schemas.harvest import DTYPE_BYTES, HarvestPlan
+from schemas.harvest import SCALE_BYTES, HarvestPlan, row_bytes
 from schemas.training import StreamState
 from store.cache import SliceCache
 from store.closing import Closing
@@ -63,7 +63,7 @@ def memory_bytes(plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], worl
     Rows and weights of two groups (one, when the split is one group) and two groups' turns, over the
     world size.
     """
-    row = sum(plan.d_model(hook) for hook in hooks) * DTYPE_BYTES[plan.spec.dtype] + 4
+    row = sum(row_bytes(plan.spec.dtype, plan.d_model(hook)) for hook in hooks) + 4
     held = 1 if order.groups == 1 else 2
     return order.group_units * plan.rows_per_unit * (row * held + 2 * 8) // world
 
@@ -74,7 +74,7 @@ class _Buffers:
     def __init__(self, plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], lanes: int) -> None:
         most = lanes * min(order.group_units, len(order.units)) * order.lane_unit_rows
         dtype = STORED_DTYPES[plan.spec.dtype]
-        self.rows = {hook: np.empty((most, plan.d_model(hook)), dtype=dtype) for hook in hooks}
+        self.rows = {hook: np.empty((most, plan.stored_width(hook)), dtype=dtype) for hook in hooks}
         self.weights = np.empty(most, dtype=np.float32)
 
 
@@ -241,7 +241,8 @@ class _Assembler:
 
     def _gather(self, held: NDArray[Any], chosen: NDArray[np.int64]) -> NDArray[Any]:
         widen = None if held.dtype == np.float32 else self.widen
-        out = self._array((len(chosen), held.shape[1]), held.dtype if widen is None else np.float32)
+        width = held.shape[1] - (SCALE_BYTES if held.dtype == np.int8 else 0)
+        out = self._array((len(chosen), width), held.dtype if widen is None else np.float32)
         if widen is None:
             np.take(held, chosen, axis=0, out=out, mode="clip")
             return out
@@ -324,7 +325,7 @@ class RowStream(Closing):
         self._reader = GroupReader(store, plan, index, order, hooks, lanes, requests, arrivals, cache)
         self._waiter = ThreadPoolExecutor(1, "winnow-stream-follow") if arrivals else None
         widen = widen or partial(_widen, dtype=plan.spec.dtype)
-        self._assembler = _Assembler(widen if dtype == "float32" else None)
+        self._assembler = _Assembler(widen if dtype == "float32" or plan.spec.dtype == "int8" else None)
         self._current: _Buffers | None = None
         self._turns: _Turns | None = None
         self._ready: deque[Future[RowBatch]] = deque()

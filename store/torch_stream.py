@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from schemas.harvest import SCALE_BYTES
 from schemas.training import StreamState
 from store.closing import Closing
 from store.order import LaneOrder
@@ -30,9 +31,14 @@ class Batch(NamedTuple):
 
 
 def widen(stored: NDArray[Any], out: NDArray[np.float32]) -> None:
-    """Stored rows as float32 into `out`: uint16 is bfloat16's bits; float16 and float32 are themselves."""
+    """Stored rows as float32 into `out`, as `shards.to_float32`: uint16 is bfloat16's bits."""
     source: torch.Tensor = torch.from_numpy(stored)  # pyright: ignore[reportUnknownMemberType]
     target: torch.Tensor = torch.from_numpy(out)  # pyright: ignore[reportUnknownMemberType]
+    if stored.dtype == np.int8:
+        values = source[:, :-SCALE_BYTES]
+        scale = source[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
+        torch.mul(values, scale.view(torch.float32), out=target)
+        return
     target.copy_(source.view(torch.bfloat16) if stored.dtype == np.uint16 else source)
 
 

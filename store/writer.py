@@ -244,21 +244,21 @@ def _store_shard(
     store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: Stored
 ) -> tuple[ShardRecord, bool]:
     """Put one shard or adopt the one there; its record, and whether this call created it."""
-    shape, dtype = (plan.rows_per_unit, plan.d_model(hook)), STORED_DTYPES[plan.spec.dtype]
+    shape, dtype = (plan.rows_per_unit, plan.stored_width(hook)), STORED_DTYPES[plan.spec.dtype]
     if rows.shape != shape or rows.dtype != dtype:
         raise ValueError(
             f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
         )
     key = shard_key(hook, unit)
     failure: StoreError | None = None
-    shard = encode_shard(rows, plan.spec.compress)
-    with ThreadPoolExecutor(1, thread_name_prefix="winnow-commit") as beside:
-        digest = beside.submit(shard.sha256)  # takes as long as the statistics and the put
-        facts = _describe(plan, unit, hook, rows)  # refuses NaN before anything is written
+    with ThreadPoolExecutor(2, thread_name_prefix="winnow-commit") as beside:
+        facts = beside.submit(_describe, plan, unit, hook, rows)  # refuses NaN: the put waits for it
+        shard = encode_shard(rows, plan.spec.compress)
+        digest = beside.submit(shard.sha256)
         for _ in range(PUT_TRIES):
             try:
-                if store.put_new(key, shard.pieces):
-                    return _record(key, shard, digest.result(), facts), True
+                if store.put_new(key, shard.pieces, facts.result):
+                    return _record(key, shard, digest.result(), facts.result()), True
                 failure = None
             except StoreError as error:
                 failure = error  # it may have taken effect all the same
@@ -318,7 +318,7 @@ def read_orphan(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str) -> 
     whole, ends = memoryview(data), starts.tolist()
     crcs = tuple(crc32c(whole[a : b - 4]) for a, b in pairwise(ends))
     shard = EncodedShard((data,), crcs, lengths)
-    shape = (plan.rows_per_unit, plan.d_model(hook))
+    shape = (plan.rows_per_unit, plan.stored_width(hook))
     found = decode_slices(data, 0, SLICES, plan=plan, hook=hook, unit=unit, crc=crcs, lengths=lengths)
     found = found.reshape(shape)
     facts = _describe(plan, unit, hook, found)

@@ -21,6 +21,7 @@ from zarr.storage import MemoryStore
 from schemas.harvest import HarvestPlan
 from store.layout import (
     BFLOAT16_NAN,
+    INT8_NAN,
     STORED_DTYPES,
     TOKEN_DIGESTS_ARRAY,
     TOKENS_ARRAY,
@@ -62,22 +63,26 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
         attributes={"digest": "sha256 of each unit's tokens, uint32 little-endian"},
         **common,
     )
+    absent = {"bfloat16": BFLOAT16_NAN, "int8": INT8_NAN}.get(plan.spec.dtype, math.nan)
+    scales = {"scale": "float32, little-endian, in the last 4 bytes of each row"}
     for site in plan.sites:
+        width = plan.stored_width(site.name)
         root.create_array(
             array_key(site.name),
-            shape=(plan.rows, site.d_model),
-            chunks=(plan.rows_per_slice, site.d_model),
-            shards=(plan.rows_per_unit, site.d_model),
+            shape=(plan.rows, width),
+            chunks=(plan.rows_per_slice, width),
+            shards=(plan.rows_per_unit, width),
             compressors=packing + common["compressors"],
             dtype=STORED_DTYPES[plan.spec.dtype],
             serializer=little,
-            fill_value=BFLOAT16_NAN if plan.spec.dtype == "bfloat16" else math.nan,
+            fill_value=absent,
             dimension_names=("row", "dimension"),
             attributes={
                 "hook": site.name,
                 "logical_dtype": plan.spec.dtype,
                 "rows_per_unit": plan.rows_per_unit,
                 "sinks": "marked in receipts",
+                **(scales if plan.spec.dtype == "int8" else {}),
             },
             filters=None,
         )

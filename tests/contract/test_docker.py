@@ -159,6 +159,26 @@ def test_the_trainer_follows_from_the_start() -> None:
     assert int(seconds.partition("=")[2]) >= 600, "nodes start and the corpus is planned meanwhile"
 
 
+def test_the_explorer_shows_what_was_trained() -> None:
+    trainer, index, explorer = (COMPOSE["services"][name] for name in ("trainer", "index", "explorer"))
+    (out,) = [word.partition("=")[2] for word in trainer["command"] if word.startswith("train.out=")]
+    (root,) = [word.partition("=")[2] for word in trainer["command"] if word.startswith("root=")]
+    assert index["command"][2] == explorer["command"][2] == out
+    (mount,) = index["volumes"]
+    assert [mount] == explorer["volumes"]
+    source, target, mode = mount.split(":")
+    assert mode == "ro"
+    assert target in index["command"]
+    assert target in explorer["command"]
+    assert load_config(ROOT / "docker" / source, []).root == root
+    assert set(explorer["depends_on"]) == {"index"}
+    assert {"trainer", "harvest"} == set(index["depends_on"])
+    for service in (index, explorer):
+        assert all(
+            each["condition"] == "service_completed_successfully" for each in service["depends_on"].values()
+        )
+
+
 def test_nobody_is_root() -> None:
     (uid,) = re.findall(r"useradd --uid (\d+)", DOCKERFILE.read_text())
     assert int(uid) > 0
@@ -179,7 +199,9 @@ def test_no_secret_has_a_value() -> None:
         assert name not in ("ARG", "ENV") or not secret.search(rest), rest
     for service in COMPOSE["services"].values():
         for name, value in service["environment"].items():
-            if name == "RAY_AUTH_TOKEN":
+            if name == "WINNOW_EXPLORER_TOKEN":
+                assert value == "${WINNOW_EXPLORER_TOKEN:-}"
+            elif name == "RAY_AUTH_TOKEN":
                 assert value.startswith("${RAY_AUTH_TOKEN:?")
             elif secret.search(name):
                 assert re.fullmatch(r"\$\{MINIO_ROOT_(USER|PASSWORD):-" + MINIO_DEFAULT + r"\}", value)
@@ -209,10 +231,10 @@ def test_winnow_commands_are_real(monkeypatch: pytest.MonkeyPatch) -> None:
             name, *rest = rest[rest.index("--") + 1 :]
         context = parse(group.commands[name], name, rest)
         sets = context.params.get("set", context.params.get("set_"))
-        assert sets is not None
-        load_config(context.params["config"], list(sets))
+        assert (sets is None) == (name in ("index", "explore"))
+        load_config(context.params["config"], list(sets or ()))
         seen.add(name)
-    assert seen == {"harvest", "train"}
+    assert seen == {"harvest", "train", "index", "explore"}
     for name in sorted({*seen, "submit"}):
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 

@@ -27,9 +27,11 @@ def check(group: zarr.Group, plan: HarvestPlan) -> None:
     for hook, width in HOOKS.items():
         array = group[f"activations/{hook}"]
         assert isinstance(array, zarr.Array)
-        assert array.shape == (plan.rows, width)
-        assert array.shards == (plan.rows_per_unit, width)
-        assert array.chunks == (plan.rows_per_slice, width)
+        scale = 4 if plan.spec.dtype == "int8" else 0
+        assert array.shape == (plan.rows, width + scale)
+        assert array.shards == (plan.rows_per_unit, width + scale)
+        assert array.chunks == (plan.rows_per_slice, width + scale)
+        assert ("scale" in array.attrs) == bool(scale)
         assert array.metadata.dimension_names == ("row", "dimension")
         assert (array.attrs["logical_dtype"], array.attrs["hook"]) == (plan.spec.dtype, hook)
         for unit in range(plan.units):
@@ -42,7 +44,7 @@ def check(group: zarr.Group, plan: HarvestPlan) -> None:
 
 
 @pytest.mark.parametrize("compress", ["none", "zstd"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
 def test_local(tmp_path: Path, dtype, compress) -> None:
     plan = make_plan(hooks=HOOKS, dtype=dtype, compress=compress)
     write_dataset(open_store(str(tmp_path)), plan)
@@ -100,6 +102,17 @@ def test_a_missing_shard_of_another_dtype(tmp_path: Path, dtype) -> None:
     plan = make_plan(dtype=dtype)
     write_dataset(open_store(str(tmp_path)), plan, units=[0])
     rows = zarr.open_group(tmp_path, mode="r")["activations/resid_post.1"][:]
+    assert np.isnan(rows[plan.rows_per_unit :]).all()
+
+
+def test_int8_is_read_as_documented(tmp_path: Path) -> None:
+    plan = make_plan(dtype="int8")
+    write_dataset(open_store(str(tmp_path)), plan, units=[0])
+    stored = zarr.open_group(tmp_path, mode="r")["activations/resid_post.1"][:]
+    rows = stored[:, :-4] * stored[:, -4:].copy().view("<f4")
+    wanted = synthetic_rows(plan, 0, "resid_post.1")
+    most = np.abs(wanted).max(axis=1, keepdims=True)
+    assert (np.abs(rows[: plan.rows_per_unit] - wanted) <= most / 254 * 1.0001).all()
     assert np.isnan(rows[plan.rows_per_unit :]).all()
 
 

@@ -1,190 +1,195 @@
-"""A state machine commits, crashes, retries, damages, repairs and seals; P1 and P2 hold at every step."""
+"""The state machine of `tests.faults.machine` finds nothing wrong with the store, but with every mutant.
+
+A mutant is the store with one promise broken: what the machine would miss, no green run says anything about.
+"""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from contextlib import suppress
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
 
-import hypothesis.strategies as st
-import numpy as np
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+import store.commit
+import store.fetch
+import store.repair
+import store.verify
+import store.writer
+from schemas.errors import MissingObject, StoreError, WinnowError
+from store.testing import make_attempt
+from tests.faults.machine import Harvest, OneThread, same_metadata
 
-from schemas.errors import ConfigError, IntegrityError, MissingObject, WinnowError
-from schemas.harvest import HarvestPlan, UnitReceipt
-from store import ActivationStore
-from store.commit import load_receipt, standing_receipts
-from store.layout import receipt_key, shard_key
-from store.manifest import find_manifest
-from store.objects import ObjectStore, open_store
-from store.repair import repair
-from store.shards import Stored, to_stored
-from store.testing import (
-    Crash,
-    FaultyStore,
-    flip_bit,
-    make_attempt,
-    make_plan,
-    stored_rows,
-    synthetic_rows,
-    synthetic_tokens,
-    write_plan,
-    write_unit,
+MACHINE = settings(
+    max_examples=20, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck)
 )
-from store.verify import damage, verify
-from store.writer import commit_void, seal, tokens_digest
-
-HOOK = "resid_post.1"
-PLAN = make_plan(units=3, hooks={HOOK: 2})
-ROWS = PLAN.rows_per_unit
-UNITS = st.integers(0, PLAN.units - 1)
-NOISE = st.sampled_from((1.0, 1.0, 1.004, 0.99))
 
 
-def faults(calls: int) -> st.SearchStrategy[dict[int, str]]:
-    """One or two faults among the first `calls` calls to storage."""
-    kinds = ("crash_before", "crash_after", "error_before", "error_after", "lost_reply")
-    return st.dictionaries(st.integers(1, calls), st.sampled_from(kinds), min_size=1, max_size=2)
-
-
-def noisy(scale: float):
-    def rows(plan: HarvestPlan, unit: int, hook: str) -> np.ndarray:
-        return synthetic_rows(plan, unit, hook) * np.float32(scale)
-
-    return rows
-
-
-class Harvest(RuleBasedStateMachine):
-    """One root, many hands."""
-
-    store: ObjectStore
-
-    @initialize(done=st.integers(0, PLAN.units), sealed=st.booleans())
-    def start(self, done: int, sealed: bool) -> None:
-        self.folder = tempfile.mkdtemp(prefix="winnow-machine-")
-        self.store = open_store(self.folder)
-        write_plan(self.store, PLAN)
-        self.contents: dict[tuple[int, int], bytes] = {}
-        self.damaged: set[int] = set()
-        for unit in range(done):
-            write_unit(self.store, PLAN, unit)
-        if done == PLAN.units and sealed:
-            seal(self.store, PLAN)
-
-    def teardown(self) -> None:
-        shutil.rmtree(getattr(self, "folder", ""), ignore_errors=True)
-
-    def hand(self, faults: dict[int, str]) -> FaultyStore:
-        return FaultyStore(self.store, faults)
-
-    @rule(unit=UNITS, scale=NOISE, faults=faults(3))
-    def commit(self, unit: int, scale: float, faults: dict[int, str]) -> None:
-        if unit in standing_receipts(self.store, PLAN):
-            return  # the work list is the plan minus the receipts
-        with suppress(Crash, WinnowError):
-            write_unit(self.hand(faults), PLAN, unit, noisy(scale))
-            assert unit in standing_receipts(self.store, PLAN)
-
-    @rule(unit=UNITS, scale=NOISE)
-    def a_late_worker_commits(self, unit: int, scale: float) -> None:
-        """One that was stopped for an hour, say: its receipt is not the first."""
-        if unit in self.damaged:
-            return
-        before = standing_receipts(self.store, PLAN).get(unit)
-        receipt = write_unit(self.store, PLAN, unit, noisy(scale)) if before in (None, 0) else None
-        if before == 0 and receipt is not None:
-            assert receipt.content() == self.contents[unit, 0]
-
-    @rule(unit=UNITS, faults=faults(3))
-    def give_up(self, unit: int, faults: dict[int, str]) -> None:
-        if unit in standing_receipts(self.store, PLAN):
-            return
-        tokens = tokens_digest(synthetic_tokens(PLAN, unit))
-        with suppress(Crash, WinnowError):
-            commit_void(
-                self.hand(faults), PLAN, unit, "gave up", tokens_sha256=tokens, attempt=make_attempt()
-            )
-
-    @rule(faults=faults(14))
-    def seal(self, faults: dict[int, str]) -> None:
-        with suppress(Crash, WinnowError):
-            seal(self.hand(faults), PLAN)
-
-    @precondition(lambda self: not self.damaged)
-    @rule(unit=UNITS, byte=st.integers(0, PLAN.shard_bytes(HOOK) - 1))
-    def rot(self, unit: int, byte: int) -> None:
-        if self.store.size(shard_key(HOOK, unit)) and self.receipt(unit).shards:
-            flip_bit(self.store, shard_key(HOOK, unit), byte)
-            self.damaged.add(unit)
-
-    @precondition(lambda self: not self.damaged)
-    @rule(unit=UNITS)
-    def lose(self, unit: int) -> None:
-        if self.receipt(unit).shards:
-            self.store.delete(shard_key(HOOK, unit))
-            self.damaged.add(unit)
-
-    @rule(scale=NOISE, faults=faults(90))
-    def repair(self, scale: float, faults: dict[int, str]) -> None:
-        def remake(unit: int) -> tuple[dict[str, Stored], object]:
-            return stored_rows(PLAN, unit, noisy(scale)), make_attempt()
-
-        with suppress(Crash, WinnowError):
-            repair(self.hand(faults), remake)  # pyright: ignore[reportArgumentType]
-            self.damaged.clear()
-
-    def receipt(self, unit: int) -> UnitReceipt:
-        standing = standing_receipts(self.store, PLAN)
-        nothing = UnitReceipt.model_construct(shards={}, revision=-1)
-        return load_receipt(self.store, PLAN, unit, standing[unit]) if unit in standing else nothing
-
-    @invariant()
-    def a_receipt_never_changes(self) -> None:
-        for unit, newest in standing_receipts(self.store, PLAN).items():
-            for revision in range(newest + 1):
-                content = load_receipt(self.store, PLAN, unit, revision).content()
-                assert self.contents.setdefault((unit, revision), content) == content
-        for unit, revision in self.contents:
-            assert self.store.size(receipt_key(unit, revision)), "a commit was lost"
-
-    @invariant()
-    def only_what_was_damaged_is_damaged(self) -> None:
-        found = {problem.unit for problem in damage(verify(self.store, "full"))}
-        manifest = find_manifest(self.store, PLAN)
-        between = {unit for unit, newest in standing_receipts(self.store, PLAN).items() if newest}
-        # A repair that was killed leaves its unit to the next one.
-        assert found <= self.damaged | (between if manifest is not None else set())
-        assert found >= {unit for unit in self.damaged if self.unsound(unit)}
-
-    def unsound(self, unit: int) -> bool:
-        from schemas.base import sha256_hex
-
-        record = self.receipt(unit).shards[HOOK]
-        return not self.store.size(record.key) or sha256_hex(self.store.get(record.key)) != record.sha256
-
-    @invariant()
-    def no_wrong_row_is_read(self) -> None:
-        try:
-            data = ActivationStore.over(self.store)
-        except ConfigError:
-            return  # not sealed
-        for unit in range(PLAN.units):
-            try:
-                rows = data.read_rows(HOOK, unit * ROWS, (unit + 1) * ROWS)
-            except (IntegrityError, MissingObject):
-                assert unit in self.damaged or data.index.revision[unit] < self.receipt(unit).revision
-                continue
-            if data.index.void[unit]:
-                assert not data.weights([HOOK], unit * ROWS, (unit + 1) * ROWS).any()
-                continue
-            choices = [to_stored(noisy(s)(PLAN, unit, HOOK), "bfloat16") for s in (1.0, 1.004, 0.99)]
-            found = to_stored(rows, "bfloat16")
-            sinks = np.concatenate([found == choice for choice in choices]).reshape(3, *found.shape)
-            assert sinks.any(axis=0).all()
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for module in (store.repair, store.verify, store.writer):
+        monkeypatch.setattr(module, "zarr_objects", same_metadata)
+    for module in (store.verify, store.writer):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", OneThread)
 
 
 TestHarvest = Harvest.TestCase
-TestHarvest.settings = settings(
-    max_examples=20, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestHarvest.settings = MACHINE
+
+
+def settle_as(outcome):
+    """`settle`, with `outcome` deciding what the reply to a put means: None for ours."""
+
+    def settle(root, key, body):
+        try:
+            reply = root.put_new(key, body)
+        except StoreError as error:
+            reply = error
+        return outcome(root, key, reply)
+
+    return {(store.commit, "settle"): settle, (store.writer, "settle"): settle}
+
+
+def an_unreadable_outcome_is_ours():
+    real = store.commit.settle
+
+    def settle(root, key, body):
+        try:
+            return real(root, key, body)
+        except store.commit.CommitUnknown:
+            return None
+
+    return {(store.commit, "settle"): settle, (store.writer, "settle"): settle}
+
+
+def an_error_means_stored():
+    return settle_as(lambda root, key, reply: root.get(key) if reply is False else None)
+
+
+def what_exists_is_ours():
+    def outcome(root, key, reply):
+        if isinstance(reply, StoreError):
+            raise reply
+
+    return settle_as(outcome)
+
+
+def receipts_are_overwritten():
+    return {(store.commit, "settle"): lambda root, key, body: root.put(key, body)}
+
+
+def the_receipt_comes_before_the_shards():
+    real, make = store.writer._store_shard, store.writer.make_shard
+
+    def early(root, plan, unit, hook, rows):
+        if hook == plan.spec.hooks[0]:
+            receipt = store.writer.UnitReceipt(
+                plan_fingerprint=plan.fingerprint,
+                unit=unit,
+                tokens_sha256=store.writer.tokens_digest(store.testing.synthetic_tokens(plan, unit)),
+                shards={name: make(plan, unit, name, everything[name])[1] for name in plan.spec.hooks},
+                attempt=make_attempt(),
+            )
+            store.writer.commit_receipt(root, plan, receipt)
+        return real(root, plan, unit, hook, rows)
+
+    everything = {}
+    commit = store.writer.commit_unit
+
+    def commit_unit(root, plan, unit, rows, **facts):
+        everything.update(rows)
+        return commit(root, plan, unit, rows, **facts)
+
+    return {(store.writer, "_store_shard"): early, (store.testing, "commit_unit"): commit_unit}
+
+
+def an_adopted_shard_is_described_by_our_rows():
+    make = store.writer.make_shard
+    return {(store.writer, "_adopt"): lambda _, plan, unit, hook, rows: make(plan, unit, hook, rows)[1]}
+
+
+def a_seal_skips_a_unit():
+    real = store.writer.encode_part
+    return {(store.writer, "encode_part"): lambda receipts: real(receipts[:-1])}
+
+
+def a_seal_does_not_wait():
+    real = store.writer.load_receipt
+
+    def load(root, plan, unit, revision):
+        try:
+            return real(root, plan, unit, revision)
+        except MissingObject:
+            return store.writer.UnitReceipt(
+                plan_fingerprint=plan.fingerprint,
+                unit=unit,
+                tokens_sha256=store.writer.tokens_digest(store.testing.synthetic_tokens(plan, unit)),
+                shards={},
+                void="not there yet",
+                attempt=make_attempt(),
+            )
+
+    standing = store.writer.standing_receipts
+    return {
+        (store.writer, "load_receipt"): load,
+        (store.writer, "standing_receipts"): lambda root, plan: (
+            dict.fromkeys(range(plan.units), 0) | standing(root, plan)
+        ),
+    }
+
+
+def a_repair_overwrites_sound_shards():
+    return {(store.repair._Repair, "sound"): lambda *_: False}
+
+
+def a_repair_removes_sound_orphans():
+    def torn(*_):
+        raise MissingObject("torn")
+
+    return {(store.repair, "read_orphan"): torn}
+
+
+def a_repair_forgets_the_manifest():
+    return {(store.repair._Repair, "manifests"): lambda _: None}
+
+
+def a_repair_puts_the_receipt_over_the_old_one():
+    def commit(root, plan, revised):
+        first = revised.model_copy(update={"revision": 0})
+        root.put(store.repair.receipt_key(first.unit), first.to_json())
+        return revised
+
+    return {(store.repair, "commit_receipt"): commit}
+
+
+def any_checksum_will_do():
+    return {(store.fetch, "check_slice"): lambda *_, **__: None}
+
+
+def verify_looks_at_no_byte():
+    return {(store.verify._Check, "shard"): lambda *_: iter(())}
+
+
+MUTANTS = [
+    an_unreadable_outcome_is_ours,
+    an_error_means_stored,
+    what_exists_is_ours,
+    receipts_are_overwritten,
+    the_receipt_comes_before_the_shards,
+    an_adopted_shard_is_described_by_our_rows,
+    a_seal_skips_a_unit,
+    a_seal_does_not_wait,
+    a_repair_overwrites_sound_shards,
+    a_repair_removes_sound_orphans,
+    a_repair_forgets_the_manifest,
+    a_repair_puts_the_receipt_over_the_old_one,
+    any_checksum_will_do,
+    verify_looks_at_no_byte,
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_each_mutant_is_caught(mutant, monkeypatch):
+    for (owner, name), broken in mutant().items():
+        monkeypatch.setattr(owner, name, broken)
+    generated = settings(MACHINE, max_examples=60, derandomize=True, database=None, phases=[Phase.generate])
+    with pytest.raises((AssertionError, WinnowError)):
+        run_state_machine_as_test(Harvest, settings=generated)

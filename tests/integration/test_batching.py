@@ -15,6 +15,7 @@ from harvester.cli import ensure_plan
 from harvester.worker import UnitWorker
 from schemas.config import Config
 from schemas.errors import NonFiniteError, WorkerError
+from store import ActivationStore
 from store.console import load_config
 from store.layout import batch_key
 from store.objects import ObjectStore, open_store
@@ -22,6 +23,7 @@ from store.reader import load_plan
 from store.verify import verify
 from store.writer import seal
 from tests.pipeline import pipeline_config
+from trainer.loop import train
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 CPU = batch_key(kind_of(torch.device("cpu"), 1))
@@ -43,6 +45,28 @@ def worker(config: Config, batch: Any = "auto") -> UnitWorker:
     assert config.subject is not None
     plan = load_plan(open_store(config.root))
     return UnitWorker(plan.to_json(), config.root, config.storage, config.subject, 1, batch)
+
+
+def test_a_unit_in_int8(base: Path, tmp_path: Path) -> None:
+    """From the subject to the batches: the rows are the subject's to half a scale, and every check passes."""
+    root = str(tmp_path / "data")
+    config = load_config(base, [f"root={root}", f"train.out={tmp_path / 'run'}", "plan.dtype=int8"])
+    store = open_store(root)
+    plan = ensure_plan(config, store)
+    at_work = worker(config, 16)
+    for unit in range(plan.units):
+        at_work.run(unit)
+    seal(store, plan)
+    assert verify(store, "full") == []
+    opened = ActivationStore.open(root)
+    windows, positions = opened.locate(np.arange(plan.rows_per_unit))
+    assert config.subject is not None
+    found = Subject.load(config.subject).activations(opened.unit_tokens(0), opened.hooks)
+    for hook, values in found.items():
+        wanted = values.float().numpy()[windows, positions]
+        scale = np.abs(wanted).max(axis=1, keepdims=True) / 127
+        assert (np.abs(opened.read_rows(hook, 0, plan.rows_per_unit) - wanted) <= scale * 0.51).all()
+    assert train(config)["fvu"] < 1
 
 
 def record_that(store: ObjectStore, windows: int) -> None:

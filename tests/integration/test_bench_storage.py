@@ -30,7 +30,7 @@ def test_bytes_and_time(root):
     figures = storage(root, None, 2, 1)["bytes"]
     assert (figures["hook"], figures["units"], figures["source_dtype"]) == (HOOK, 2, "bfloat16")
     overhead = (64 * 4 + 64 * 16 + 4) / figures["rows_per_unit"]
-    for dtype, width in (("bfloat16", 2), ("float16", 2), ("float32", 4)):
+    for dtype, width in (("bfloat16", 2), ("float16", 2), ("float32", 4), ("int8", 1.25)):
         assert figures["by_dtype"][dtype]["none"]["bytes_per_token"] == pytest.approx(16 * width + overhead)
     assert figures["by_dtype"]["float32"]["zstd"]["bytes_per_token"] < 16 * 4
     assert figures["by_dtype"]["bfloat16"]["none"]["read_cpu_over_raw"] == 1

@@ -17,6 +17,7 @@ from store import ActivationStore
 from store import order as order_module
 from store.layout import slice_bytes
 from store.objects import open_store
+from store.shards import to_float32, to_stored
 from store.stream import memory_bytes
 from store.testing import make_plan, synthetic_rows, write_dataset
 
@@ -90,7 +91,7 @@ def test_ranks_together_yield_the_order(store, group_units, world):
 
 def test_batches_are_the_consumers_own(tmp_path, no_threads_left):
     """A batch kept must not change when its group's buffers are used again, in any stored dtype."""
-    for dtype in ("bfloat16", "float16", "float32"):
+    for dtype in ("bfloat16", "float16", "float32", "int8"):
         root = str(tmp_path / dtype)
         plan = make_plan(units=5, dtype=dtype)
         write_dataset(open_store(root), plan)
@@ -99,13 +100,12 @@ def test_batches_are_the_consumers_own(tmp_path, no_threads_left):
         ) as stream:
             kept = list(stream)
         whole = np.concatenate([synthetic_rows(plan, unit, "resid_post.1") for unit in range(5)])
-        if dtype == "float16":
-            whole = whole.astype(np.float16).astype(np.float32)
+        whole = to_float32(to_stored(whole, dtype), dtype)
         for batch in kept:
             assert np.array_equal(batch.rows["resid_post.1"].numpy(), whole[stream.order.rows_at(batch.step)])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
 def test_batches_in_the_stored_dtype(tmp_path, no_threads_left, dtype):
     write_dataset(open_store(str(tmp_path)), make_plan(units=5, dtype=dtype, hooks=HOOKS))
     store, options = ActivationStore.open(str(tmp_path)), {"batch_rows": 64, "seed": 1, "epochs": 1}
@@ -115,7 +115,7 @@ def test_batches_in_the_stored_dtype(tmp_path, no_threads_left, dtype):
     ):
         for one, other in zip(stored, wide, strict=True):
             for hook, rows in one.rows.items():
-                assert rows.dtype == getattr(torch, dtype)
+                assert rows.dtype == (torch.float32 if dtype == "int8" else getattr(torch, dtype))
                 assert torch.equal(rows.float(), other.rows[hook])
     with pytest.raises(ConfigError, match="dtype"):
         store.stream("mlp_out.2", dtype="float64", **options)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from harvester.worker import to_int8 as int8_by_torch
 from schemas.base import sha256_hex
 from schemas.errors import IntegrityError, NonFiniteError
 from schemas.harvest import SLICES, Compress
@@ -38,6 +39,7 @@ from store.shards import (
     unpack,
 )
 from store.testing import make_plan, stored_rows, synthetic_rows
+from store.torch_stream import widen
 from store.zarr_metadata import zarr_objects
 
 HOOK = "resid_post.1"
@@ -95,6 +97,60 @@ def test_to_float32_writes_where_told(dtype: str) -> None:
     out = np.full((4, 6), 9, np.float32)
     assert to_float32(to_stored(values, dtype), dtype, out) is out
     assert np.allclose(out, values, rtol=2**-8)
+
+
+int8_rows = st.integers(1, 9).flatmap(
+    lambda width: st.lists(
+        st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=width, max_size=width),
+        min_size=1,
+        max_size=20,
+    )
+)
+
+
+@given(int8_rows)
+def test_int8_is_off_by_half_a_scale_at_the_most(rows: list[list[float]]) -> None:
+    values = np.array(rows, np.float32)
+    stored = to_stored(values, "int8")
+    assert (stored.dtype, stored.shape) == (np.int8, (len(values), values.shape[1] + 4))
+    scale = np.ascontiguousarray(stored[:, -4:]).view("<f4").astype(np.float64)
+    assert np.array_equal(stored, int8_by_torch(torch.from_numpy(values)).numpy())
+    back = to_float32(stored, "int8")
+    assert (np.abs(back - values.astype(np.float64)) <= scale * 0.5 * (1 + 1e-5)).all()
+    assert not back[~values.any(axis=1)].any()
+    wide = np.empty_like(back)
+    widen(stored, wide)
+    assert np.array_equal(wide, back)
+
+
+def test_a_sink_beside_it_costs_an_int8_row_nothing() -> None:
+    values = np.random.default_rng(0).standard_normal((64, 32), dtype=np.float32)
+    alone = to_stored(values, "int8")
+    values[7] *= 1e6
+    beside = to_stored(values, "int8")
+    assert np.array_equal(np.delete(beside, 7, 0), np.delete(alone, 7, 0))
+    facts = describe_rows(beside, "int8", 10.0, True, unit=0, hook=HOOK)
+    assert facts.sinks == (7,)
+    assert facts.moments is not None
+    assert len(facts.moments.sums) == 32
+    assert facts.largest_norm == pytest.approx(np.linalg.norm(values[7]), rel=1e-2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_int8_rows_that_are_not_finite_are_refused(bad: float) -> None:
+    values = np.ones((64, 5), np.float32)
+    values[9, 2] = bad
+    with pytest.raises(NonFiniteError, match="stored row 9"):
+        square_norms(to_stored(values, "int8"), "int8", unit=0, hook=HOOK)
+
+
+def test_int8_rows_are_converted_in_pieces() -> None:
+    values = np.random.default_rng(0).standard_normal((70, 1 << 10), dtype=np.float32)
+    whole = to_stored(values, "int8")
+    assert len(values) > shards._CHUNK_VALUES // values.shape[1]
+    assert np.array_equal(
+        whole, np.concatenate([to_stored(values[:9], "int8"), to_stored(values[9:], "int8")])
+    )
 
 
 def test_large_arrays_are_converted_in_pieces() -> None:
