@@ -26,7 +26,9 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,7 @@ def _median(call: Callable[[], object], device: torch.device, rounds: int = 7) -
 def stepper(run: Run, rows: Tensor) -> Callable[[], object]:
     """One step, with a tenth of the latents dead at its start where AuxK is on."""
     weights = torch.ones(len(rows), device=rows.device)
-    silent = torch.arange(0, run.sae.latents, round(1 / DEAD_SHARE), device=rows.device)
+    silent = torch.arange(0, run.sae.latents, round(1 / DEAD_SHARE), device=run.device)
 
     def step() -> None:
         if run.recipe.spec.auxk_coefficient:
@@ -196,7 +198,8 @@ def memory(size: Size, device: torch.device, kernels: Backend, **fields: object)
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
     run = make_run(size, kernels, device, auxk=False, **fields)
-    rows = torch.randn(size.rows, size.width, device=device)
+    host = run.recipe.spec.accumulate > 1  # its parts travel one by one
+    rows = torch.randn(size.rows, size.width, device="cpu" if host else device)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     step = stepper(run, rows)
@@ -245,38 +248,45 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     kernels = choose(args.kernels, device)
     sizes, million = (TINY, TINY_MILLION) if args.tiny else (SIZES, MILLION)
     started, figures = time.monotonic(), dict[str, Any]()
+    failed: list[str] = []
 
-    def keep(name: str, value: Any) -> None:
-        figures[name] = value
+    def keep(part: str, name: str, make: Callable[[], Any]) -> None:
+        """Measure and write; what fails is noted, and the rest goes on."""
+        try:
+            found = make()
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(f"{part} {name}")
+            found = {"error": f"{type(error).__name__}: {error}"[:500]}
+        _clear(device)
+        figures.setdefault(part, {})[name] = found
         figures["seconds"] = round(time.monotonic() - started, 1)
         write_report("gpu", figures, args.json)
-        print(f"{figures['seconds']:>7} s  {name}: {json.dumps(value)}", file=sys.stderr)
+        print(f"{figures['seconds']:>7} s  {part} {name}: {json.dumps(found)}", file=sys.stderr)
 
     if not args.no_tests:
-        keep("tests", test())
-        if not figures["tests"]["passed"]:
+        keep("tests", "triton", test)
+        if not figures["tests"]["triton"].get("passed"):
             sys.exit(1)
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    keep("exact", {name: exactness(sizes[0], device, kernels, kind) for name, kind in kinds.items()})
-    keep("card", card(sizes[-1], device))
-    keep("sizes", {})
+    for name, kind in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        keep("exact", name, partial(exactness, sizes[0], device, kernels, kind))
+    keep("card", "rates", partial(card, sizes[-1], device))
     for size in sizes:
-        keep(
-            "sizes",
-            figures["sizes"] | {str(size.rows): ratios(size, args.rounds, device, kernels, figures["card"])},
-        )
-    keep("memory", {})
-    for name, (size, fields) in {
-        "here": (sizes[0], {"compute_dtype": "bfloat16"}),
-        "here, float32": (sizes[0], {}),
-        "million": (million, {"compute_dtype": "bfloat16"}),
-        "million, int8 moments, in four parts": (
-            million,
-            {"compute_dtype": "bfloat16", "moments": "int8", "accumulate": 4},
-        ),
-    }.items():
-        keep("memory", figures["memory"] | {name: memory(size, device, kernels, **fields)})
+        rates = figures["card"]["rates"]
+        keep("sizes", str(size.rows), partial(ratios, size, args.rounds, device, kernels, rates))
+    half: dict[str, object] = {"compute_dtype": "bfloat16"}
+    small = half | {"moments": "int8", "accumulate": 4}
+    for name, size, fields in (
+        ("here", sizes[0], half),
+        ("here, float32", sizes[0], {}),
+        ("million", million, half),
+        ("million, int8 moments, in four parts", million, small),
+    ):
+        keep("memory", name, partial(memory, size, device, kernels, **fields))
     print(json.dumps(write_report("gpu", figures, args.json), indent=1))
+    if failed:
+        print(f"benchmarks.gpu: failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

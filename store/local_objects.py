@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import IntegrityError, MissingObject, StoreError
-from store.objects import MAX_GET_BYTES, Data, ObjectStore, Pieces, check_key
+from store.objects import MAX_GET_BYTES, Data, ObjectStore, Pieces, Ready, check_key
 
 _TEMP = ".tmp"
 _STALE_SECONDS = 24 * 3600
@@ -41,7 +41,7 @@ class LocalStore(ObjectStore):
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
-    def put_new(self, key: str, data: Data | Pieces) -> bool:
+    def put_new(self, key: str, data: Data | Pieces, ready: Ready | None = None) -> bool:
         """See `ObjectStore.put_new`."""
         path = self._path(key)
         if path.exists():
@@ -50,6 +50,8 @@ class LocalStore(ObjectStore):
             _make_folder(path.parent)
             temp = self._write_temp(data)
             try:
+                if ready is not None:
+                    ready()
                 os.link(temp, path)
             except FileExistsError:
                 return False

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, cast
 from urllib.parse import unquote, urlsplit
@@ -37,6 +37,9 @@ Data = bytes | bytearray | memoryview
 """What a store takes; ranges come back as `bytes` or a read-only `memoryview` without a copy."""
 Pieces = tuple[Data, ...]
 """One object's bytes, in order, so that nobody has to copy them together first."""
+
+Ready = Callable[[], object]
+"""Raises where an object must not come to be after all."""
 
 MAX_GET_BYTES = 1 << 31
 """Largest object that `get` reads whole unless told otherwise, in bytes."""
@@ -74,8 +77,14 @@ class ObjectStore(ABC):
     """Whether reading costs a network's time, so that a local copy may pay."""
 
     @abstractmethod
-    def put_new(self, key: str, data: Data | Pieces) -> bool:
+    def put_new(self, key: str, data: Data | Pieces, ready: Ready | None = None) -> bool:
         """Create an object, in one part, durable on return.
+
+        Args:
+            key: The object.
+            data: What it holds.
+            ready: Called before the object can be seen, and as late as the storage allows; where it raises,
+                nothing is created. For checks that go on while the bytes are on their way.
 
         Returns:
             True: this call created it. False: something is there already, perhaps from this very
@@ -393,7 +402,7 @@ class S3Store(ObjectStore):
             )
         return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
 
-    def put_new(self, key: str, data: Data | Pieces) -> bool:
+    def put_new(self, key: str, data: Data | Pieces, ready: Ready | None = None) -> bool:
         """See `ObjectStore.put_new`: If-None-Match: *, one part; a single writer looks first instead."""
         data = joined(data)
         if memoryview(data).nbytes > SINGLE_PUT_BYTES:
@@ -403,6 +412,8 @@ class S3Store(ObjectStore):
                 got=f"{memoryview(data).nbytes:,} bytes",
                 fix="Make units smaller: plan.windows_per_unit",
             )
+        if ready is not None:
+            ready()
         if self._single_writer:
             if self.size(key) is not None:
                 return False

@@ -251,14 +251,14 @@ def _store_shard(
         )
     key = shard_key(hook, unit)
     failure: StoreError | None = None
-    shard = encode_shard(rows, plan.spec.compress)
-    with ThreadPoolExecutor(1, thread_name_prefix="winnow-commit") as beside:
-        digest = beside.submit(shard.sha256)  # takes as long as the statistics and the put
-        facts = _describe(plan, unit, hook, rows)  # refuses NaN before anything is written
+    with ThreadPoolExecutor(2, thread_name_prefix="winnow-commit") as beside:
+        facts = beside.submit(_describe, plan, unit, hook, rows)  # refuses NaN: the put waits for it
+        shard = encode_shard(rows, plan.spec.compress)
+        digest = beside.submit(shard.sha256)
         for _ in range(PUT_TRIES):
             try:
-                if store.put_new(key, shard.pieces):
-                    return _record(key, shard, digest.result(), facts), True
+                if store.put_new(key, shard.pieces, facts.result):
+                    return _record(key, shard, digest.result(), facts.result()), True
                 failure = None
             except StoreError as error:
                 failure = error  # it may have taken effect all the same

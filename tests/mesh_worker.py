@@ -68,10 +68,17 @@ CASES: dict[str, dict[str, Any]] = {
         "activation": "relu",
     },
     "crosscoder": {"with_hooks": ["h.2"], "normalize": "dataset"},
+    "bfloat16": {"compute_dtype": "bfloat16", "auxk_coefficient": 0, "multi_topk": True},
+    "bfloat16, batchtopk": {
+        "compute_dtype": "bfloat16",
+        "auxk_coefficient": 0,
+        "activation": "batchtopk",
+    },
 }
 """Where a case begins with the name of an exchange, that one is taken. In `skewed` one shard has all the
 best. In `ties`, one step, latents stand there several times in small integers, so that equal means equal.
-In `uneven` a few rows are so large that they take most of their group's quota."""
+In `uneven` a few rows are so large that they take most of their group's quota. In `bfloat16` AuxK is off: its
+dense products, which a mesh does not have, round its codes too."""
 MIXED = tuple(CASES)[list(CASES).index("batchtopk in small groups") :]
 """Cases that go together from the others: on 2 x 2 only."""
 
@@ -105,7 +112,8 @@ def make(case: str, world: World | None = None) -> Run:
     base: dict[str, Any] = {"out": "x", "hook": "h.1", "latents": N, "k": K, "batch_rows": 64, "epochs": 8}
     base |= {"dead_after_tokens": 150, "auxk_k": 6, "lr": 0.003}
     dense = CASES[case].get("activation") in ("relu", "jumprelu")
-    fused = (world and not dense) or case == "ties"  # ties: eager leaves the choice open
+    half = "compute_dtype" in CASES[case]  # eager has no bfloat16, and leaves the choice among ties open
+    fused = (world and not dense) or half or case == "ties"
     spec = TrainSpec.model_validate(base | {"kernels": "cpu" if fused else "eager"} | CASES[case])
     parts = spec.parts({"h.1": D, "h.2": OUT} if spec.target_hook else {"h.1": D - 5, "h.2": 5})
     whole = Sae(D, N, spec.k, spec.normalize, parts, dtype=torch.float64)

@@ -102,13 +102,13 @@ def fill(ops: StepOps, into: Gradients, centred: Tensor, parts: list[Part], sum_
 
     The decoder's sum travels while the encoder's is made.
     """
-    latents = len(into.b_enc)
+    latents, centred = len(into.b_enc), ops.low(centred)
     sorted_parts: list[tuple[Segments, Part]] = []
     into.b_enc.zero_()
     for part in parts:
         if part.values.numel():
             segments = segments_of(part.indices, latents)
-            sorted_parts.append((segments, part))
+            sorted_parts.append((segments, part._replace(grad=ops.low(part.grad))))
             into.b_enc.index_add_(0, segments.latent, part.dz.flatten()[segments.order])
     travels: list[Pending] = [sum_over.sum_start(into.b_enc)] if sum_over else []
     for name in ("W_dec", "W_enc"):

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from schemas.training import TrainSpec
-from trainer.fused import BATCH_CANDIDATES, Pass, gradient_buffer, squares, zero_where_cut
+from trainer.fused import BATCH_CANDIDATES, Model, Pass, gradient_buffer, squares, zero_where_cut
 from trainer.kernels import Backend
 from trainer.kernels.best import sort_pairs
 from trainer.kernels.segment_grad import segments_of
-from trainer.kernels.step_ops import Dead, StepOps, step_ops
+from trainer.kernels.step_ops import Dead, StepOps
 from trainer.losses import Rows
 from trainer.optim import project_decoder_gradient
 from trainer.parallel import Axis, World
@@ -61,14 +61,16 @@ class _Shard(NamedTuple):
     world: World
     share: Share
     weights: Tensor
+    W_enc: Tensor
+    """As the operations take it, and so the next."""
+    W_dec: Tensor
 
     def decode(self, codes: Codes) -> Tensor:
         """The output [B, O] without its bias, summed over the shards."""
-        W_dec = self.sae.W_dec.detach()
         if codes.values.numel():
-            y_hat = self.ops.decode(codes.values, codes.indices, W_dec)
+            y_hat = self.ops.decode(codes.values, codes.indices, self.W_dec)
         else:
-            y_hat = W_dec.new_zeros(len(codes.values), W_dec.shape[1])
+            y_hat = codes.values.new_zeros(len(codes.values), self.W_dec.shape[1])
         return self.world.latent.sum(y_hat)
 
     def part(self, codes: Codes, grad: Tensor) -> Part:
@@ -76,7 +78,7 @@ class _Shard(NamedTuple):
         if not codes.values.numel():
             return Part(codes.values, codes.values, codes.indices, grad)
         segments = segments_of(codes.indices, self.sae.latents)
-        dots = self.ops.dots(grad, codes.indices, segments, self.sae.W_dec.detach())
+        dots = self.ops.dots(self.ops.low(grad), codes.indices, segments, self.W_dec)
         dz = torch.empty_like(dots).index_copy_(0, segments.order, dots).view(codes.values.shape)
         return Part(codes.values, zero_where_cut(dz, codes.values), codes.indices, grad)
 
@@ -109,7 +111,8 @@ def parallel_pass(
         dead_sizes: M of every shard.
     """
     weights = batch.weights
-    shard = _Shard(step_ops(backend), sae, world, share, weights)
+    ops, _, W_enc, W_dec = Model.of(sae, spec, backend)
+    shard = _Shard(ops, sae, world, share, weights, W_enc, W_dec)
     batched = sae.parts.activation == "batchtopk"
     sizes = [len(part) for part in world.parts(spec.latents)]
     k_dead = min(k_aux, sum(dead_sizes)) if spec.auxk_coefficient else 0
@@ -130,8 +133,8 @@ def parallel_pass(
 
     if batched:
         groups = Groups.of(batch.groups, sae.k, spec.groups, world, weights.device)
-        W_enc, b_enc = sae.W_enc.detach(), sae.b_enc.detach()
-        codes, second_rounds = best_of_groups(shard.ops, best, centred, W_enc, b_enc, groups)
+        rows, b_enc = ops.low(centred), sae.b_enc.detach()
+        codes, second_rounds = best_of_groups(ops, best, rows, W_enc, b_enc, groups)
     else:
         codes = select(Codes(best.values[:, : sae.k], best.indices), sae.k, sizes)
     scale = weights / (share.weight * constant)
@@ -215,8 +218,8 @@ def _encode(shard: _Shard, centred: Tensor, m: int, dead: Tensor, k_dead: int) -
         empty_dead = centred.new_empty(0, k_dead, dtype=kind), dead.new_empty(0, k_dead)
         return Codes(*empty), Codes(*empty_dead)
     wanted = Dead(dead, k_dead, dense=False) if k_dead else None
-    W_enc, b_enc = shard.sae.W_enc.detach(), shard.sae.b_enc.detach()
-    values, indices, found = shard.ops.encode(centred, W_enc, b_enc, m, wanted)
+    rows, b_enc = shard.ops.low(centred), shard.sae.b_enc.detach()
+    values, indices, found = shard.ops.encode(rows, shard.W_enc, b_enc, m, wanted)
     if wanted is None or not isinstance(found, tuple):
         return Codes(values, indices), Codes(values[:, :0], indices[:, :0])
     best, at = sort_pairs(*found)

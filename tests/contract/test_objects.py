@@ -14,7 +14,7 @@ from schemas.config import StorageSpec
 from schemas.errors import ConfigError, StoreError
 from store.local_objects import LocalStore
 from store.objects import ObjectStore, S3Store, check_endpoint, describe_failure, open_store
-from store.testing import StoreConformance
+from store.testing import FaultyStore, StoreConformance
 from tests.conftest import S3Server, make_bucket, moto_server
 
 
@@ -85,6 +85,17 @@ class TestS3(StoreConformance):
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         with pytest.raises(StoreError, match="failed"):
             open_store(s3_uri).get("a")
+
+
+@pytest.mark.parametrize("fault", ["lost_reply", "error_after"])
+def test_a_slow_server_is_no_race(tmp_path: Path, fault: str) -> None:
+    """Nobody is told that he created it; only two who are told so, or a body of two, are a fault."""
+    store = FaultyStore(LocalStore(tmp_path / "slow"), dict.fromkeys(range(1, 9), fault))
+    StoreConformance().test_threads_create_once(store)
+    liar = Liar(tmp_path / "liar")
+    liar.lie = "overwrites"
+    with pytest.raises(AssertionError):
+        StoreConformance().test_threads_create_once(liar)
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +215,11 @@ class Liar(LocalStore):
 
     lie = ""
 
-    def put_new(self, key, data):
+    def put_new(self, key, data, ready=None):
         if self.lie == "overwrites":
             self.put(key, data)
             return True
-        created = super().put_new(key, data)
+        created = super().put_new(key, data, ready)
         if self.lie == "replaces" and not created:
             self.put(key, data)
         return created

@@ -6,14 +6,17 @@ import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError, UnsupportedVersion
+from schemas.harvest import SLICES
 from store import ActivationStore, parts
 from store import order as order_module
 from store.layout import manifest_key, shard_key, slice_bytes, tokens_key
 from store.objects import open_store
 from store.reader import read_receipt
+from store.shards import INDEX_BYTES, crc32c
 from store.testing import FaultyStore, make_plan, write_dataset
 from store.verify import verify
 
@@ -96,6 +99,21 @@ def test_a_lengthened_shard_reads_right_and_is_found_by_verify(root, read):
     path.write_bytes(path.read_bytes() + b"more")
     read(root)  # every slice is where it was, and checked
     assert [(p.level, p.unit, p.hook) for p in verify(open_store(str(root)), "full")] == [("size", 2, HOOK)]
+
+
+@READERS
+def test_a_missing_slice_is_named(root, plan, read):
+    """As zarr leaves out a chunk: no bytes, and an index, true to its crc32c, that says so."""
+    path, size = root / shard_key(HOOK, 3), slice_bytes(plan, HOOK)
+    body = path.read_bytes()
+    index = np.frombuffer(body[-INDEX_BYTES:-4], "<u8").reshape(SLICES, 2).copy()
+    index[8:, 0] -= np.uint64(size)
+    index[7] = 2**64 - 1
+    footer = index.tobytes() + crc32c(index.tobytes()).to_bytes(4, "little")
+    path.write_bytes(body[: 7 * size] + body[8 * size : -INDEX_BYTES] + footer)
+    with pytest.raises(IntegrityError, match=rf"unit 3, hook '{HOOK}', slices? (7\b|0-63)"):
+        read(root)
+    assert {(p.unit, p.hook) for p in verify(open_store(str(root)), "full")} == {(3, HOOK)}
 
 
 @READERS

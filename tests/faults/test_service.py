@@ -21,11 +21,12 @@ from store import ActivationStore
 from store.console import load_config
 from store.objects import open_store
 from store.testing import write_plan, write_unit
-from tests.planted import planted_config, planted_rows
+from tests.planted import OTHER_HOOK, planted_config, planted_rows
 from trainer import service as service_module
 from trainer.loop import train
 from trainer.metrics import metrics_text
 from trainer.queue import Queue, job_facts
+from trainer.sae import Sae
 from trainer.service import Service, machine_id
 from trainer.service_cli import slots
 from winnow import app
@@ -164,7 +165,8 @@ def test_a_mesh_that_follows_a_harvest_loses_a_rank_and_goes_on_from_its_checkpo
     plan, late = ActivationStore.open(settings.root).plan, open_store(str(tmp_path / "late"))
     root, out = tmp_path / "root", tmp_path / "run"
     mesh = ("train.mesh.latent=2", "train.follow=true", "train.follow_seconds=60", "train.group_units=4")
-    rest = ("train.epochs=2", "train.log_every_steps=1")
+    rest = ("train.epochs=2", "train.log_every_steps=1", "train.activation=batchtopk")
+    rest += (f"train.with_hooks=[{OTHER_HOOK}]", "train.normalize=dataset")
     name = submit(config, root, out, f"root={late.uri}", *mesh, *rest)
     queue = Queue(open_store(str(root)))
     service = Service(queue.store, ("cpu0", "cpu1"), {**os.environ, "OMP_NUM_THREADS": "1"})
@@ -197,7 +199,10 @@ def test_a_mesh_that_follows_a_harvest_loses_a_rank_and_goes_on_from_its_checkpo
     whole = train(load_config(config, alone))
     found = json.loads((out / "summary.json").read_text())
     assert found["tokens"] == whole["tokens"]
-    assert found["fvu"] == pytest.approx(whole["fvu"], rel=0.02)
+    for figure in ("fvu", "l0"):
+        assert found[figure] == pytest.approx(whole[figure], rel=0.02)
+    sae, right = Sae.load(out), Sae.load(tmp_path / "alone")
+    assert sae.threshold.item() == pytest.approx(right.threshold.item(), rel=0.05)
 
 
 # Without processes of their own
