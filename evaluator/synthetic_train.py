@@ -64,6 +64,7 @@ def spec_of(task: Task, latents: int, k: int, **fields: Any) -> TrainSpec:
         "latents": latents,
         "k": k,
         "normalize": "dataset",
+        "encoder_norm": "match",  # as in all committed results; 0.5 gave the same
         "batch_rows": 512,
         "lr": LEARNING_RATES[1],
         "dead_after_tokens": DEAD_AFTER,
@@ -91,7 +92,9 @@ def train_on(task: Task, spec: TrainSpec, advance: Callable[[int], None] | None 
         batches = _passes(task, spec.batch_rows)
         drawn = list(islice(batches, -(-spec.sample_rows // spec.batch_rows)))
         sample = torch.cat(drawn)[: spec.sample_rows]
-        run.loss_constant = initialise(sae, sample, torch.ones(len(sample)), spec.seed)
+        run.loss_constant = initialise(
+            sae, sample, torch.ones(len(sample)), spec.seed, encoder_norm=spec.first_encoder_norm
+        )
         for batch in islice(chain(drawn, batches), recipe.steps):
             train_step(run, batch, weights)
             if advance is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -102,6 +102,10 @@ class TrainSpec(Contract):
     matryoshka: tuple[int, ...] = ()
     """Ascending numbers of latents: the first so many must reconstruct on their own (Bussmann et al. 2025).
     All `latents` together are always the last of them."""
+    encoder_norm: Annotated[float, Field(gt=0)] | Literal["match"] | None = None
+    """Norm of the encoder's rows at the start, which point where the decoder's do. `match`: such that the
+    first reconstruction is as long as its input (Gao et al. 2024, A.1). Null takes 0.5 for TopK and BatchTopK
+    (docs/trainer.md says why) and `match` for transcoders, ReLU and JumpReLU."""
     batch_rows: int = Field(default=2048, gt=0)
     """Rows B of a global batch; divisible by `lanes`."""
     accumulate: int = Field(default=1, gt=0)
@@ -255,6 +259,13 @@ class TrainSpec(Contract):
             )
         if self.multi_topk and (self.activation != "topk" or self.matryoshka):
             raise ValueError("multi_topk goes with activation: topk, and not with matryoshka")
+
+    @property
+    def first_encoder_norm(self) -> float | None:
+        """`encoder_norm`, resolved; None is `match`."""
+        if self.encoder_norm is not None:
+            return None if self.encoder_norm == "match" else self.encoder_norm
+        return 0.5 if self.target_hook is None and self.activation in ("topk", "batchtopk") else None
 
     @property
     def groups(self) -> int:

@@ -43,12 +43,19 @@ def geometric_median(x: Tensor, weights: Tensor, *, iterations: int = 100, toler
 
 
 @torch.no_grad()
-def initialise(sae: Sae, sample: Tensor, weights: Tensor, seed: int, target: Tensor | None = None) -> float:
+def initialise(
+    sae: Sae,
+    sample: Tensor,
+    weights: Tensor,
+    seed: int,
+    target: Tensor | None = None,
+    *,
+    encoder_norm: float | None = None,
+) -> float:
     """Fill a new SAE and give the loss constant.
 
     Dataset constants (where the normalisation has them) and `b_pre`, the geometric median, come from
-    the sample; decoder rows are random unit vectors; the encoder starts as the decoder, scaled so that
-    the reconstruction's root mean square distance from its bias is the input's (Gao et al., A.1).
+    the sample; decoder rows are random unit vectors; the encoder starts as the decoder times `encoder_norm`.
 
     A transcoder's encoder starts at random directions of its own, its `b_dec` at the target's geometric
     median, its skip path at 0, and the scale is that of the target. JumpReLU thresholds start at
@@ -60,6 +67,8 @@ def initialise(sae: Sae, sample: Tensor, weights: Tensor, seed: int, target: Ten
         weights: Their weights [B]; rows of weight 0 are left out.
         seed: Of the decoder's directions. Drawn on the CPU, so that every device starts alike.
         target: A transcoder's raw target rows [B, O].
+        encoder_norm: None scales the encoder so that the reconstruction's root mean square distance from
+            its bias is the input's (Gao et al., A.1).
 
     Returns:
         The error, a row, of predicting the mean of the normalised rows to be reconstructed.
@@ -99,7 +108,7 @@ def initialise(sae: Sae, sample: Tensor, weights: Tensor, seed: int, target: Ten
     sae.W_dec.copy_(_directions(sae.d_out, of, generator, part, draw_all=sae.has_target))
     sae.W_enc.copy_(_directions(sae.d_model, of, generator, part) if sae.has_target else sae.W_dec)
     sae.b_enc.zero_()
-    sae.W_enc.mul_(_encoder_scale(sae, x, y, weights))
+    sae.W_enc.mul_(_matching_scale(sae, x, y, weights) if encoder_norm is None else encoder_norm)
     if sae.parts.activation == "jumprelu":
         sae.threshold.fill_(FIRST_THRESHOLD)
     return constant
@@ -135,7 +144,7 @@ def _directions(
     return F.normalize(torch.cat(kept), dim=1)
 
 
-def _encoder_scale(sae: Sae, x: Tensor, y: Tensor, weights: Tensor) -> float:
+def _matching_scale(sae: Sae, x: Tensor, y: Tensor, weights: Tensor) -> float:
     """|y - bias| over |y_hat - bias|, both root mean squares; codes are linear in the encoder's scale."""
     k = sae.k if sae.parts.activation in ("topk", "batchtopk") else None
     bias = sae.b_pre if sae.b_dec is None else sae.b_dec

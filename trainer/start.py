@@ -166,4 +166,6 @@ def begin(runs: Sequence[Run], batches: SharedRows) -> None:
             return torch.cat(whole)[:size].to(run.device)
 
         target = sample(targets) if spec.target_hook else None
-        run.loss_constant = initialise(run.sae, sample(rows), sample(weights), spec.seed, target)
+        run.loss_constant = initialise(
+            run.sae, sample(rows), sample(weights), spec.seed, target, encoder_norm=spec.first_encoder_norm
+        )

@@ -174,6 +174,33 @@ def test_initialisation(normalize):
         assert x.square().sum(1).mean().item() == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("fields", "norm"),
+    [
+        ({}, 0.5),
+        ({"activation": "batchtopk"}, 0.5),
+        ({"encoder_norm": 0.2}, 0.2),
+        ({"encoder_norm": "match"}, None),
+        ({"activation": "relu"}, None),
+        ({"target_hook": "h.2"}, None),
+        ({"target_hook": "h.2", "encoder_norm": 2.0}, 2.0),
+    ],
+)
+def test_the_encoder_starts_along_the_decoder_at_the_specs_norm(fields, norm):
+    spec = TrainSpec(out="run", hook="h.1", latents=N, k=K, **fields)
+    assert spec.first_encoder_norm == norm
+    if norm is not None:
+        sae, sample = Sae(D, N, K), torch.randn(400, D)
+        initialise(sae, sample, torch.ones(400), seed=3, encoder_norm=norm)
+        torch.testing.assert_close(sae.W_enc.detach(), norm * sae.W_dec.detach())
+
+
+@pytest.mark.parametrize("value", [0, -1, "other"])
+def test_an_encoder_norm_that_cannot_be_is_refused(value):
+    with pytest.raises(ValueError, match="encoder_norm"):
+        TrainSpec(out="run", hook="h.1", latents=N, k=K, encoder_norm=value)
+
+
 def test_initialisation_refuses_a_sample_it_cannot_use():
     with pytest.raises(ConfigError, match="weight above 0"):
         initialise(Sae(D, N, K), torch.randn(10, D), torch.zeros(10), 0)
