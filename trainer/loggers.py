@@ -108,10 +108,10 @@ class Loggers:
         name = out.uri.rstrip("/").rpartition("/")[2] or "run"
         if spec.tensorboard is not None:
             folder = spec.tensorboard
-            self._try("tensorboard", lambda: self._add("tensorboard", TensorBoard(folder, name, step)))
+            self._try("tensorboard", lambda: self._open.update(tensorboard=TensorBoard(folder, name, step)))
         if spec.wandb is not None:
             project = spec.wandb
-            self._try("wandb", lambda: self._add("wandb", WandB(project, name, spec, out)))
+            self._try("wandb", lambda: self._open.update(wandb=WandB(project, name, spec, out)))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Give a line to each."""
@@ -123,9 +123,6 @@ class Loggers:
         for name, logger in list(self._open.items()):
             self._try(name, logger.close)
         self._open.clear()
-
-    def _add(self, name: str, logger: Logger) -> None:
-        self._open[name] = logger
 
     def _try(self, name: str, act: Callable[[], None]) -> None:
         try:

@@ -263,20 +263,24 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     Raises:
         NonFiniteError: The loss or the gradient is NaN or infinite; the weights are left as they were.
     """
-    sae, spec, counts = run.sae, run.recipe.spec, run.counts
-    step = counts.step
-    if step == run.recipe.last_epoch_start:
+    spec, counts = run.recipe.spec, run.counts
+    if counts.step == run.recipe.last_epoch_start:
         counts.tokens_before_last_epoch = counts.tokens
-    sae.k = run.recipe.k_at(step)  # between steps it is the spec's
-    if spec.accumulate > 1:
-        report = _accumulated_step(run, rows, weights, target)
-        sae.k = spec.k
-        return report
+    run.sae.k = run.recipe.k_at(counts.step)
+    try:
+        take = _accumulated_step if spec.accumulate > 1 else _whole_step
+        return take(run, rows, weights, target)
+    finally:
+        run.sae.k = spec.k  # between steps it is the spec's
+
+
+def _whole_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None) -> StepReport | None:
+    """`train_step` in one piece."""
+    sae, spec, step = run.sae, run.recipe.spec, run.counts.step
     batch = prepare(run, rows, weights, target)
     share = Share.of(batch.weights, run.world.data)
     if not share.rows:
-        counts.step += 1
-        sae.k = spec.k
+        run.counts.step += 1
         return None
     dead = run.dead.silent(run.recipe.dead_after)  # frozen for the whole step
     dead_sizes = run.world.latent.gather(torch.tensor(len(dead))).tolist()
@@ -293,7 +297,6 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         found = eager_pass(run, batch, dead)
     else:
         found = fused_pass(sae, spec, batch, dead, k_aux, constant, run.kernels)
-    sae.k = spec.k
     lr, grad_norm = _update(run, found)
     _count(run, found, run.world.data.largest(run.dead.active(found.values, found.indices)), share.rows)
     return StepReport(
@@ -312,9 +315,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     )
 
 
-def _accumulated_step(
-    run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None
-) -> StepReport | None:
+def _accumulated_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None) -> StepReport | None:
     """`train_step` in micro-batches."""
     spec, present = run.recipe.spec, weights[weights > 0]
     if not len(present):
