@@ -48,6 +48,7 @@ What was found (CPU ms a GB, 2 cores of an EPYC under load; predictions before, 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -75,7 +76,7 @@ from store.objects import ObjectStore, S3Store, open_store
 from store.order import LaneOrder
 from store.parts import PART_UNITS, DatasetDigest, encode_part
 from store.shards import crc32c, encode_chunk, encode_shard
-from store.stream import BATCHES_AHEAD, REQUEST_BYTES
+from store.stream import REQUEST_BYTES, RUNS_AHEAD
 from store.testing import make_attempt, make_plan, synthetic_digests, synthetic_tokens, write_dataset
 from store.writer import commit_unit, now, tokens_digest
 from store.zarr_metadata import TOKEN_DIGESTS_KEY
@@ -118,6 +119,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"sizes": {k: v for k, v in vars(options).items() if isinstance(v, int)}}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a full collection looks at all of torch: 100 ms, and mostly in a floor
     try:
         with tempfile.TemporaryDirectory(prefix="winnow-bench-", dir=options.folder) as folder:
             if "stream" in wanted:
@@ -131,6 +134,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 if root is not None:
                     result |= s3_stream(f"{root}/data", plan, options)
     finally:
+        gc.unfreeze()
         torch.set_num_threads(before)
     return result | (order_arithmetic() if "order" in wanted else {})
 
@@ -261,7 +265,7 @@ class Loop:
             plan, batch_rows=options.batch_rows, seed=SEED, group_units=options.group_units
         )
         self.plan, self.order, self.row_bytes = plan, order, 2 * options.d_model
-        self.pool = ThreadPoolExecutor(options.prefetch + BATCHES_AHEAD)
+        self.pool = ThreadPoolExecutor(options.prefetch + RUNS_AHEAD)
         most = options.group_units * plan.rows_per_unit
         self.buffers = [np.zeros((most, options.d_model), np.uint16) for _ in range(2)]
         self.files = {

@@ -8,13 +8,17 @@ time-out allows, is left to obstore, the one owner of retries and of errors.
 
 from __future__ import annotations
 
+import socket
 import ssl
+import struct
+import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from io import DEFAULT_BUFFER_SIZE
 from select import POLLIN, poll
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -61,9 +65,9 @@ class DirectReads:
             reply = connection.getresponse()
             if not _is_range(reply, start, end):
                 return
+            body = _Body(reply, connection, deadline)
             for part in parts:
-                for buffer in part:
-                    _fill(reply, buffer.data, deadline)
+                body.fill([buffer.data for buffer in part])
                 yield
             if not reply.will_close and len(self._idle) < IDLE_CONNECTIONS:
                 reply.close()
@@ -91,7 +95,14 @@ class DirectReads:
         if url.scheme in getproxies() and not proxy_bypass(host):
             raise ssl.SSLError("a proxy")
         kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
-        return kind(host, url.port, timeout=self._seconds)
+        connection = kind(host, url.port, timeout=self._seconds)
+        connection.connect()
+        if _plain(connection):  # the kernel keeps the time, so that one call may wait for many packets
+            wait = struct.pack("ll", int(self._seconds), int(self._seconds % 1 * 1e6))
+            connection.sock.settimeout(None)
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+        return connection
 
 
 def _is_range(reply: HTTPResponse, start: int, end: int) -> bool:
@@ -101,14 +112,40 @@ def _is_range(reply: HTTPResponse, start: int, end: int) -> bool:
     return plain and (reply.status, reply.length, found) == (206, end - start, f"bytes {start}-{end - 1}")
 
 
-def _fill(reply: HTTPResponse, buffer: memoryview, deadline: float) -> None:
-    """The next bytes of a reply into a buffer, one receive at a time."""
-    done = 0
-    while done < len(buffer):
-        got = reply.fp.readinto1(buffer[done:])
-        if not got or time.monotonic() > deadline:
-            raise TimeoutError
-        done += got
+def _plain(connection: HTTPConnection) -> bool:
+    """Whether a connection is a plain socket of a system that can fill several buffers in one call."""
+    return sys.platform == "linux" and type(connection.sock) is socket.socket
+
+
+class _Body:
+    """A reply's bytes, in order.
+
+    What came along with the headers is in the reply's own buffer. Of what follows, a plain socket fills all
+    buffers in one call, asleep in the kernel meanwhile: a thread that woke for every piece of it would need
+    the interpreter's lock each time.
+    """
+
+    def __init__(self, reply: HTTPResponse, connection: HTTPConnection, deadline: float) -> None:
+        self._reply, self._deadline = reply, deadline
+        self._socket = connection.sock if _plain(connection) else None
+        self._ahead = True
+        """Whether the reply's own buffer may hold some."""
+
+    def fill(self, buffers: list[memoryview]) -> None:
+        """The next bytes into some buffers; an OSError where they do not come in time."""
+        while buffers:
+            if self._socket is None or self._ahead:
+                got = self._reply.fp.readinto1(buffers[0])
+                # Asked for more than its buffer holds, it gives all of that and keeps nothing.
+                self._ahead = self._ahead and len(buffers[0]) <= DEFAULT_BUFFER_SIZE
+            else:
+                got = self._socket.recvmsg_into(buffers, 0, socket.MSG_WAITALL)[0]
+            if not got or time.monotonic() > self._deadline:
+                raise TimeoutError
+            while buffers and got >= len(buffers[0]):
+                got -= len(buffers.pop(0))
+            if got:
+                buffers[0] = buffers[0][got:]
 
 
 def _readable(handle: int) -> bool:

@@ -5,9 +5,8 @@ Letters: D d_model, P rows in a slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +30,7 @@ def fetch_slices(
     hook: str,
     unit: int,
     first: int,
-    stop: int,
-    place: Callable[[int], NDArray[Any]],
+    places: Sequence[NDArray[np.uint8]],
     cache: SliceCache | None = None,
 ) -> int:
     """Read neighbouring slices of a shard into place, each checked against the unit's receipt.
@@ -44,8 +42,7 @@ def fetch_slices(
         hook: Which shard.
         unit: Which shard.
         first: The first slice.
-        stop: One past the last slice.
-        place: A slice's number -> where its rows go: contiguous [P, D] in the dtype on disk.
+        places: [bytes] Where the rows of each slice from the first on go, in the dtype on disk.
         cache: Looked into first, and given what storage gave.
 
     Returns:
@@ -58,8 +55,8 @@ def fetch_slices(
     """
     crcs: list[int] = index.hooks[hook].crc32c[unit].tolist()
     starts: list[int] = index.starts(hook, unit).tolist()
-    beside = np.empty(4, np.uint8)
-    places = [place(number).reshape(-1).view(np.uint8) for number in range(first, stop)]
+    beside, stop = np.empty(4, np.uint8), first + len(places)
+    stored = beside.view("<u4")
     packed = plan.spec.compress != "none"
     payloads = places
     if packed:  # a slice is checked and unpacked before the next one takes its place
@@ -68,8 +65,8 @@ def fetch_slices(
         payloads = [space[:size] for size in sizes]
 
     def settle(number: int) -> None:
-        payload, stored = payloads[number - first], int.from_bytes(beside.tobytes(), "little")
-        check_slice(payload, stored, crcs[number], unit=unit, hook=hook, number=number)
+        payload = payloads[number - first]
+        check_slice(payload, int(stored[0]), crcs[number], unit=unit, hook=hook, number=number)
         if packed:
             unpack(payload, places[number - first], unit=unit, hook=hook, number=number)
 
@@ -77,7 +74,7 @@ def fetch_slices(
         return SliceCache.name(hook, unit, number, crcs[number], payloads[number - first].size)
 
     def cached(number: int) -> bool:
-        if cache is None or not cache.read(name(number), payloads[number - first], beside):
+        if not cache or not cache.read(name(number), payloads[number - first], beside):
             return False
         try:
             settle(number)
@@ -87,7 +84,8 @@ def fetch_slices(
         return True
 
     received = 0
-    for begin, end in _runs([number for number in range(first, stop) if not cached(number)]):
+    wanted = [number for number in range(first, stop) if not cached(number)] if cache else range(first, stop)
+    for begin, end in _runs(wanted):
         parts = [(payload, beside) for payload in payloads[begin - first : end - first]]
         received += starts[end] - starts[begin]
         reads = _read(store, hook, unit, begin, end, starts, parts)
@@ -108,6 +106,9 @@ def fetch_slices(
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Ascending numbers as runs [first, stop) of neighbours."""
+    if isinstance(numbers, range):
+        yield numbers.start, numbers.stop
+        return
     edges = [place for place in range(1, len(numbers)) if numbers[place] != numbers[place - 1] + 1]
     for first, stop in pairwise([0, *edges, len(numbers)] if numbers else [0]):
         yield numbers[first], numbers[stop - 1] + 1

@@ -128,10 +128,11 @@ class LocalStore(ObjectStore):
         """See `ObjectStore.read_into`: from the page cache to the buffers without a copy between."""
         try:
             with self._path(key).open("rb", buffering=0) as file:
+                handle = file.fileno()
                 for part in parts:
-                    end = start + sum(buffer.size for buffer in part)
-                    if os.preadv(file.fileno(), [buffer.data for buffer in part], start) != end - start:
-                        rest = np.frombuffer(self._read(file.fileno(), key, start, end), np.uint8)
+                    end = start + sum(map(len, part))
+                    if os.preadv(handle, [buffer.data for buffer in part], start) != end - start:
+                        rest = np.frombuffer(self._read(handle, key, start, end), np.uint8)
                         for buffer in part:
                             buffer[:], rest = rest[: buffer.size], rest[buffer.size :]
                     start = end

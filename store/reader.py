@@ -268,11 +268,8 @@ class ActivationStore:
             first, last = low // slice_rows, -(-high // slice_rows)
             shape = (last - first, slice_rows, self.plan.stored_width(hook))
             stored = np.empty(shape, dtype=layout.STORED_DTYPES[self.plan.spec.dtype])
-
-            def place(number: int, stored: NDArray[Any] = stored, first: int = first) -> NDArray[Any]:
-                return stored[number - first]
-
-            fetch_slices(self.store, self.plan, self.index, hook, unit, first, last, place, self.cache)
+            places = list(stored.view(np.uint8).reshape(last - first, -1))
+            fetch_slices(self.store, self.plan, self.index, hook, unit, first, places, self.cache)
             chosen = stored.reshape(-1, shape[2])[low - first * slice_rows : high - first * slice_rows]
             to_float32(chosen, self.plan.spec.dtype, out=target)
         return out

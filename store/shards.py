@@ -10,17 +10,17 @@ Spec: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/ind
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import google_crc32c
 import numpy as np
 from numcodecs import zstd  # pyright: ignore
 from numpy.typing import NDArray
 
 from schemas.errors import IntegrityError, NonFiniteError
 from schemas.harvest import SCALE_BYTES, SLICES, Compress, HarvestPlan, Moments
+from store.checksum import crc32c as crc32c
 from store.layout import STORED_DTYPES, slice_bytes, slice_starts
 from store.objects import Data, Pieces, joined
 
@@ -36,13 +36,6 @@ _MOMENT_VALUES = 1 << 17
 _TINY = np.finfo(np.float32).tiny
 ZSTD_LEVEL = 1
 """Of compressed slices; higher levels gain next to nothing on activations."""
-
-
-def crc32c(data: Data | NDArray[np.uint8]) -> int:
-    """crc32c (Castagnoli) of contiguous bytes, without a copy."""
-    # The C function refuses writable buffers, and takes a NumPy view of any buffer.
-    value = cast(Callable[..., int], google_crc32c.value)  # pyright: ignore[reportUnknownMemberType]
-    return value(np.frombuffer(data, np.uint8))
 
 
 # Values

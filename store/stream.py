@@ -12,6 +12,7 @@ single group is read once and shuffled anew each epoch.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -40,8 +41,15 @@ from store.shards import to_float32
 
 REQUEST_BYTES = 8 * 2**20
 """A run of slices is asked for in ranges of about this many bytes, so that several are in flight."""
-BATCHES_AHEAD = 2
-"""Batches assembled ahead of the consumer, each by a thread of its own."""
+RUNS_AHEAD = 2
+"""Runs of batches assembled ahead of the consumer."""
+RUN_BYTES = 4 * 2**20
+"""Batches are assembled and handed over in runs of about so many bytes, at least one: waking a thread costs
+as much as gathering a small batch."""
+RUN_BATCHES = 8
+"""Batches in a run at the most."""
+SHUFFLED_TOGETHER = 8
+"""Lanes that one task shuffles."""
 CHUNK_BYTES = 2**19
 """Bytes gathered at a time before they are widened."""
 
@@ -75,6 +83,11 @@ class _Buffers:
         most = lanes * min(order.group_units, len(order.units)) * order.lane_unit_rows
         dtype = STORED_DTYPES[plan.spec.dtype]
         self.rows = {hook: np.empty((most, plan.stored_width(hook)), dtype=dtype) for hook in hooks}
+        self.slices = {
+            hook: rows.reshape(-1).view(np.uint8).reshape(most // plan.rows_per_slice, -1)
+            for hook, rows in self.rows.items()
+        }
+        """The same memory, slice by slice: [slices, bytes]."""
         self.weights = np.empty(most, dtype=np.float32)
 
 
@@ -86,35 +99,44 @@ class _Turns:
     """
 
     def __init__(self, order: LaneOrder, lanes: range, epoch: int, group: int, pool: Executor) -> None:
-        self._order, self._units = order, order.units_in(group)
+        self._order, self._units, self._most_units = order, order.units_in(group), order.units_in(0)
         self._slots: NDArray[np.int64] | None = None
         if order.groups == 1 and epoch:
             slots = {unit: number for number, unit in enumerate(order.units)}
             self._slots = np.array([slots[unit] for unit in order.units_of(epoch, group)], dtype=np.int64)
         self._rows = np.empty((order.steps_in(group), len(lanes), order.lane_batch), np.int64)
-        self._shuffles = [
-            pool.submit(self._shuffle, epoch, group, lane, number) for number, lane in enumerate(lanes)
-        ]
+        firsts = range(0, len(lanes), SHUFFLED_TOGETHER)
+        self.shuffles = [pool.submit(self._shuffle, epoch, group, lanes, first) for first in firsts]
 
-    def _shuffle(self, epoch: int, group: int, lane: int, number: int) -> None:
-        size, taken = self._order.lane_unit_rows, self._rows[:, number]
-        rows = self._order.lane_permutation(epoch, group, lane)[: taken.size]
-        if self._slots is not None:
-            unit, row = np.divmod(rows, size)
-            rows = self._slots[unit] * size + row
-        np.add(rows.reshape(taken.shape), number * self._units * size, out=taken)
+    def _shuffle(self, epoch: int, group: int, lanes: range, first: int) -> None:
+        size = self._order.lane_unit_rows
+        for number, lane in enumerate(lanes[first : first + SHUFFLED_TOGETHER], first):
+            taken = self._rows[:, number]
+            rows = self._order.lane_permutation(epoch, group, lane)[: taken.size]
+            if self._slots is not None:
+                unit, row = np.divmod(rows, size)
+                rows = self._slots[unit] * size + row
+            np.add(rows.reshape(taken.shape), number * self._units * size, out=taken)
 
-    def start(self, lane: int, position: int) -> int:
-        """The first row of a lane (counted from this rank's first) of a unit, by its position."""
+    def of_unit(self, held: NDArray[Any], position: int) -> NDArray[Any]:
+        """A view [L, S, ...] of buffers [rows, ...]: where a unit's rows lie, by the unit's position.
+
+        Of buffers [slices, ...] likewise: [L, slices of a lane, ...].
+        """
         slot = position if self._slots is None else int(self._slots[position])
-        return (lane * self._units + slot) * self._order.lane_unit_rows
+        lanes = self._rows.shape[1]
+        per_unit = len(held) // (lanes * self._most_units)
+        whole = held[: lanes * self._units * per_unit]
+        return whole.reshape(lanes, self._units, per_unit, *held.shape[1:])[:, slot]
 
     def rows(self, step_in_group: int) -> NDArray[np.int64]:
         """[B/world] rows of the buffers that a step takes, in batch order."""
-        for shuffle in self._shuffles:
-            shuffle.result()
-        self._shuffles = []
         return self._rows[step_in_group].reshape(-1)
+
+
+def reading_threads() -> int:
+    """Threads that read a local root: more than there are cores get in each other's way."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class GroupReader:
@@ -127,7 +149,7 @@ class GroupReader:
         order: Which row comes when.
         hooks: Read together, aligned by row.
         lanes: The lanes of this rank.
-        requests: Range requests in flight at the most.
+        requests: Range requests in flight at the most; of a local root no more than there are cores.
         arrivals: Awaits the units' receipts, where the dataset is still being harvested.
         cache: Keeps slices on a local disk.
     """
@@ -149,7 +171,10 @@ class GroupReader:
         self.store, self.plan, self.index = store, plan, index
         self.order, self.hooks, self.lanes = order, hooks, lanes
         self.holds = order.groups == 1
-        self.pool = ThreadPoolExecutor(max_workers=requests, thread_name_prefix="winnow-stream")
+        self.before: Callable[[], object] = lambda: None
+        """What a local root's threads do before each piece of reading."""
+        threads = requests if store.remote else min(requests, reading_threads())
+        self.pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="winnow-stream")
         self.bytes_read = 0
         """Bytes read from storage so far, refetches included; what a cache gave does not count."""
         self._counting = threading.Lock()
@@ -170,15 +195,14 @@ class GroupReader:
         for position, unit in enumerate(units):
             if self.arrivals is not None:
                 self.arrivals.wait(unit, self.closing)
-            starts = [turns.start(lane, position) for lane in range(len(self.lanes))]
-            futures.append(self.pool.submit(self._weights, buffers, starts, unit))
+            futures.append(self.pool.submit(self._weights, turns.of_unit(buffers.weights, position), unit))
             for hook in self.hooks:
-                rows = buffers.rows[hook]
+                slices = turns.of_unit(buffers.slices[hook], position)
                 if self.index.void[unit]:
-                    futures.append(self.pool.submit(self._blank, rows, starts))
+                    futures.append(self.pool.submit(slices.fill, 0))
                     continue
                 for first, stop in self._runs(hook):
-                    futures.append(self.pool.submit(self._fetch, rows, starts, hook, unit, first, stop))
+                    futures.append(self.pool.submit(self._fetch, slices, hook, unit, first, stop))
         return futures
 
     def _runs(self, hook: str) -> Iterator[tuple[int, int]]:
@@ -188,26 +212,17 @@ class GroupReader:
         for start in range(first, last, step):
             yield start, min(start + step, last)
 
-    def _weights(self, buffers: _Buffers, starts: list[int], unit: int) -> None:
+    def _weights(self, places: NDArray[np.float32], unit: int) -> None:
+        """A unit's weights into [L, S]."""
         share = self.index.weights(self.hooks, unit).reshape(self.order.lanes, -1)
-        for lane, start in zip(self.lanes, starts, strict=True):
-            buffers.weights[start : start + share.shape[1]] = share[lane]
+        places[:] = share[self.lanes.start : self.lanes.stop]
 
-    def _blank(self, rows: NDArray[Any], starts: list[int]) -> None:
-        for start in starts:
-            rows[start : start + self.order.lane_unit_rows] = 0
-
-    def _fetch(
-        self, rows: NDArray[Any], starts: list[int], hook: str, unit: int, first: int, stop: int
-    ) -> None:
-        size = self.order.rows_per_slice
-
-        def place(number: int) -> NDArray[Any]:
-            lane, part = divmod(number, self.order.lane_slices)
-            start = starts[lane - self.lanes.start] + part * size
-            return rows[start : start + size]
-
-        received = fetch_slices(self.store, self.plan, self.index, hook, unit, first, stop, place, self.cache)
+    def _fetch(self, slices: NDArray[np.uint8], hook: str, unit: int, first: int, stop: int) -> None:
+        """A run of slices into [L, slices of a lane, bytes]."""
+        self.before()
+        size, begin = self.order.lane_slices, self.lanes.start
+        places = [slices[number // size - begin, number % size] for number in range(first, stop)]
+        received = fetch_slices(self.store, self.plan, self.index, hook, unit, first, places, self.cache)
         with self._counting:
             self.bytes_read += received
 
@@ -217,41 +232,84 @@ Widen = Callable[[NDArray[Any], NDArray[np.float32]], object]
 
 
 class _Assembler:
-    """Gathers a step's rows into a batch, in arrays that are used again.
+    """Gathers steps' rows into batches, in arrays that are used again.
 
     An array is used again once nothing outside refers to it any more, so that the pages of a consumer
     who drops his batches are touched once, and a batch that is kept is never changed.
+
+    Of a local root the threads that read assemble too, batches first, so that there are no more threads than
+    cores: where the interpreter's lock goes from hand to hand, each more costs more than it does. Threads
+    that wait for a network would keep batches waiting too: there others assemble.
+
+    Args:
+        pool: The threads that read, where they assemble too.
+        widen: Makes rows float32; None leaves them in the dtype on disk.
+        batch_bytes: Bytes of a batch's rows, of all hooks.
+        hooks: How many.
     """
 
-    def __init__(self, widen: Widen | None) -> None:
+    def __init__(
+        self, pool: ThreadPoolExecutor | None, widen: Widen | None, batch_bytes: int, hooks: int
+    ) -> None:
         self.widen = widen
-        """Makes rows float32; None leaves them in the dtype on disk."""
-        self.pool = ThreadPoolExecutor(max_workers=BATCHES_AHEAD, thread_name_prefix="winnow-stream-batch")
+        self.run = min(max(1, RUN_BYTES // batch_bytes), RUN_BATCHES)
+        """Batches assembled by one task."""
+        self._most = self.run * (RUNS_AHEAD + 2) * hooks
+        self.pool = pool or ThreadPoolExecutor(RUNS_AHEAD, "winnow-stream-batch")
+        self._waiting: deque[tuple[Future[list[RowBatch]], Callable[[], list[RowBatch]]]] = deque()
         self._lock, self._local = threading.Lock(), threading.local()
         self._arrays: dict[tuple[int, ...], list[NDArray[Any]]] = {}
 
-    def start(self, buffers: _Buffers, turns: _Turns, step_in_group: int, step: int) -> Future[RowBatch]:
-        """Begin a step's batch."""
-        return self.pool.submit(self._assemble, buffers, turns, step_in_group, step)
+    def start(
+        self, buffers: _Buffers, turns: _Turns, step_in_group: int, step: int, count: int
+    ) -> Future[list[RowBatch]]:
+        """Begin the batches of `count` steps."""
+        future = Future[list[RowBatch]]()
+        self._waiting.append((future, partial(self._assemble, buffers, turns, step_in_group, step, count)))
+        self.pool.submit(self.work)
+        return future
 
-    def _assemble(self, buffers: _Buffers, turns: _Turns, step_in_group: int, step: int) -> RowBatch:
-        chosen = turns.rows(step_in_group)
-        rows = {hook: self._gather(held, chosen) for hook, held in buffers.rows.items()}
-        return RowBatch(rows, np.take(buffers.weights, chosen), step)
+    def work(self) -> None:
+        """Assemble what waits for it, if anything does."""
+        while self._waiting:
+            try:
+                future, assemble = self._waiting.popleft()
+            except IndexError:
+                return
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(assemble())
+                except BaseException as error:
+                    future.set_exception(error)
+
+    def cancel(self) -> None:
+        """Forget what nobody has begun."""
+        while self._waiting:
+            self._waiting.popleft()[0].cancel()
+
+    def _assemble(
+        self, buffers: _Buffers, turns: _Turns, step_in_group: int, step: int, count: int
+    ) -> list[RowBatch]:
+        batches: list[RowBatch] = []
+        for number in range(count):
+            chosen = turns.rows(step_in_group + number)
+            rows = {hook: self._gather(held, chosen) for hook, held in buffers.rows.items()}
+            batches.append(RowBatch(rows, buffers.weights.take(chosen), step + number))
+        return batches
 
     def _gather(self, held: NDArray[Any], chosen: NDArray[np.int64]) -> NDArray[Any]:
         widen = None if held.dtype == np.float32 else self.widen
         width = held.shape[1] - (SCALE_BYTES if held.dtype == np.int8 else 0)
         out = self._array((len(chosen), width), held.dtype if widen is None else np.float32)
         if widen is None:
-            np.take(held, chosen, axis=0, out=out, mode="clip")
+            held.take(chosen, 0, out, "clip")
             return out
         step = max(1, CHUNK_BYTES // (held.shape[1] * held.itemsize))  # what is gathered stays in the cache
         scratch = self._scratch(step, held)
         for first in range(0, len(chosen), step):
             part = slice(first, first + step)
             some = scratch[: len(chosen[part])]
-            np.take(held, chosen[part], axis=0, out=some, mode="clip")
+            held.take(chosen[part], 0, some, "clip")
             widen(some, out[part])
         return out
 
@@ -270,7 +328,7 @@ class _Assembler:
                     return arrays[number]
             array = np.empty(shape, dtype)
             arrays.append(array)
-            del arrays[: -2 * (BATCHES_AHEAD + 2)]
+            del arrays[: -self._most]
             return array
 
 
@@ -318,24 +376,36 @@ class RowStream(Closing):
         self.rank, self.world = rank, world
         self.stop_step = stop_step
         self.next_step = start_step
-        self.place = order.locate(start_step)
+        place = order.locate(start_step)
         self.seconds_waiting = 0.0
         """Seconds the consumer has waited for data."""
         self._failed: BaseException | None = None
         self._reader = GroupReader(store, plan, index, order, hooks, lanes, requests, arrivals, cache)
         self._waiter = ThreadPoolExecutor(1, "winnow-stream-follow") if arrivals else None
         widen = widen or partial(_widen, dtype=plan.spec.dtype)
-        self._assembler = _Assembler(widen if dtype == "float32" or plan.spec.dtype == "int8" else None)
+        wide = dtype == "float32" or plan.spec.dtype == "int8"
+        row = sum(
+            plan.d_model(hook) * 4 if wide else row_bytes(plan.spec.dtype, plan.d_model(hook))
+            for hook in hooks
+        )
+        pool = None if store.remote else self._reader.pool
+        size = row * order.batch_rows // world
+        self._assembler = _Assembler(pool, widen if wide else None, size, len(hooks))
+        if pool:
+            self._reader.before = self._assembler.work
         self._current: _Buffers | None = None
         self._turns: _Turns | None = None
-        self._ready: deque[Future[RowBatch]] = deque()
+        self._first = self._last = self._asked = start_step
+        """The current group's first step, one past its last, and the next one whose batch is to be begun."""
+        self._ready: deque[Future[list[RowBatch]]] = deque()
+        self._run: deque[RowBatch] = deque()
         self._coming: _Coming | None = None
         self._closed = False
         weakref.finalize(self, self._reader.closing.set)
         for pool in self._pools():
             weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
         if not self._finished(start_step):
-            self._begin(self.place.epoch, self.place.group, self._reader.buffers())
+            self._begin(place.epoch, place.group, self._reader.buffers())
 
     # Iterator
 
@@ -343,6 +413,14 @@ class RowStream(Closing):
         return self
 
     def __next__(self) -> RowBatch:
+        if not self._run:
+            self._take()
+        batch = self._run.popleft()
+        self.next_step += 1
+        return batch
+
+    def _take(self) -> None:
+        """Wait for the next run of batches."""
         if self._failed is not None:
             raise self._failed
         if self._closed:
@@ -352,40 +430,27 @@ class RowStream(Closing):
             raise StopIteration
         started = time.perf_counter()
         try:
-            if self._turns is None:
+            if self.next_step >= self._last:
                 self._advance()
             self._ask()
-            batch = self._ready.popleft().result()
+            self._run.extend(self._ready.popleft().result())
+            self._ask()
         except BaseException as error:
             self._failed = error
             self._release()
             raise
         finally:
             self.seconds_waiting += time.perf_counter() - started
-        self.next_step += 1
-        before, self.place = self.place, self.order.locate(self.next_step)
-        if (before.epoch, before.group) != (self.place.epoch, self.place.group):
-            self._turns = None
-        else:
-            self._ask()
-        return batch
 
     def _ask(self) -> None:
         """Have the group's next batches assembled."""
         assert self._current is not None
         assert self._turns is not None
-        last = self.order.first_step(self.place.epoch, self.place.group) + self.order.steps_in(
-            self.place.group
-        )
-        if self.stop_step is not None:
-            last = min(last, self.stop_step)
-        while len(self._ready) < BATCHES_AHEAD and self.next_step + len(self._ready) < last:
-            ahead = len(self._ready)
-            self._ready.append(
-                self._assembler.start(
-                    self._current, self._turns, self.place.step_in_group + ahead, self.next_step + ahead
-                )
-            )
+        while len(self._ready) < RUNS_AHEAD and self._asked < self._last:
+            count = min(self._assembler.run, self._last - self._asked)
+            place = self._asked - self._first
+            self._ready.append(self._assembler.start(self._current, self._turns, place, self._asked, count))
+            self._asked += count
 
     def ready(self, seconds: float) -> bool:
         """Whether all units of the next batch are committed, after waiting so long at most.
@@ -393,7 +458,7 @@ class RowStream(Closing):
         Where the dataset is not followed they are, or the next batch tells.
         """
         coming = self._coming
-        if self._turns is not None or coming is None or not isinstance(coming.reads, Future):
+        if self.next_step < self._last or coming is None or not isinstance(coming.reads, Future):
             return True
         return bool(wait([coming.reads], seconds).done)
 
@@ -422,10 +487,12 @@ class RowStream(Closing):
 
     def _release(self) -> None:
         self._reader.closing.set()
+        self._assembler.cancel()
         for pool in self._pools():
             pool.shutdown(wait=True, cancel_futures=True)
         self._current = self._turns = self._coming = None
         self._ready.clear()
+        self._run.clear()
 
     # Groups
 
@@ -450,7 +517,12 @@ class RowStream(Closing):
         coming, self._coming = self._coming, None
         coming.result()
         spare, self._current, self._turns = self._current, coming.buffers, coming.turns
-        epoch, group = self.place.epoch, self.place.group + 1
+        place = self.order.locate(self.next_step)
+        epoch, group = place.epoch, place.group + 1
+        self._first = self.order.first_step(epoch, place.group)
+        self._asked, self._last = self.next_step, self._first + self.order.steps_in(place.group)
+        if self.stop_step is not None:
+            self._last = min(self._last, self.stop_step)
         if group == self.order.groups:
             epoch, group = epoch + 1, 0
         if self._finished(self.order.first_step(epoch, group)):
@@ -470,8 +542,9 @@ class _Coming(NamedTuple):
     """Or, of a dataset that is followed, the future that begins them."""
 
     def result(self) -> None:
-        """Wait until everything is read; or raise the first error of any of its threads."""
+        """Wait until everything is read and shuffled; or raise the first error of any of its threads."""
         reads = self.reads.result() if isinstance(self.reads, Future) else self.reads
+        reads = [*self.turns.shuffles, *reads]
         done, _ = wait(reads, return_when=FIRST_EXCEPTION)
         for future in reads:
             if future in done and future.exception() is not None:
