@@ -3,7 +3,7 @@
 Every figure but two is a ratio of rates to a floor that is measured in turn with it, in the same process
 (medians over the rounds; all rounds are in the file). Files are in the page cache, buffers are touched.
 Beside each stands the same ratio by CPU seconds (`..._cpu`), which other work on the machine moves less.
-The default sizes are a small user's: slices of 0.6 MB, requests of 8 MB, groups of 225 MB, shards of 150 MB.
+The default sizes are a small user's: slices of 0.6 MB, requests of 16 MB, groups of 225 MB, shards of 150 MB.
 
 local_stream_over_loop
     Stream: whole epochs of `ActivationStore.stream` in its steady state (its first epoch is left out and
@@ -25,18 +25,20 @@ commit_over_loop
     thread, its crc32c in another, while the third puts it with fsync (`LocalStore.put_new`).
     `commit_over_serial_loop`: the same three one after another.
 
-What was found (CPU ms a GB, 2 cores of an EPYC under load; predictions before, outcomes after)
-    A stream's GB took 510: reading and crc32c 190, gathering 200, shuffling 40, threads and Python 80, and
-    another 100 where it is widened to float32. So batches in the stored dtype were predicted to raise
-    `local_stream_over_loop_cpu` from 0.71 to 0.85; one run gave 0.93. Rows put where their turn is while they
-    are read (a scatter, then no gather) were predicted to save 50 and cost 80 more; they were dropped.
-    From MinIO a bare GB took 500 and the server's 720 (300 of the 500 are the kernel's copy from the socket,
-    the rest a copy into new memory, tokio and Python); the stream took 1,050: 320 in tokio's threads, 200 for
-    replies collected into new memory, 75 crc32c, 100 a copy out of it, 270 gathering, 45 shuffling, 90 in the
-    consumer. On 2 cores CPU is what everybody waits for, the server's first of all. From the socket right
-    into the buffers was predicted to save 280 and to raise `s3_stream_over_get_cpu` from 0.72 to 0.88,
-    0.94 found in a run, 0.79 in one before. obstore's chunks copied into the buffers as they come were
-    predicted to save 150 and saved nothing.
+What was found (CPU ms a GB, 2 cores of an EPYC, alone on the machine; predictions before, outcomes after)
+    A stream's GB took 550 with 1.5 cores busy, a loop's 410. 14 % of it went into switching threads: they waited
+    for the interpreter's lock, which crc32c held. With the lock released, batches handed over in runs of
+    4 MB, and no more threads than cores, which gather too, 460 were predicted and 0.8 or more of
+    `local_stream_over_loop`: 0.81 found, from 0.62. The loop is faster by a third than it was then: it has as
+    few threads, and full garbage collections, which fell into it, are off. Prefetching a whole group with
+    POSIX_FADV_WILLNEED costs 70 where all is cached, runs of 2 MB or 8 MB are slower than of 4 MB.
+    From MinIO a stream's GB took 700 of its own where the bare one takes 380. Slices filled by one call each,
+    asleep in the kernel, and requests of 16 MB (fewer to sign, answer and parse) were predicted to make it
+    550 and `s3_stream_over_get` 0.8: 590 and 0.72 found, from 0.64. What is left beside the socket is the
+    gather (210, a bare range has none), crc32c (50), shuffling (30) and Python in ten threads; fewer threads
+    changed nothing.
+    Rows put where their turn is while they are read (a scatter, then no gather) would save the gather, and
+    with it what keeps a batch the consumer's own; not done.
     A commit took 1,650 where the loop takes 980: statistics 350, encoding (a copy) 140, a look for NaN 80.
     Pieces are now written as they lie (`os.writev`, no copy), statistics work in place, look for NaN on the
     way, and go on beside the digest: 0.75 predicted for `commit_over_loop_cpu`, 0.81 found.
@@ -76,7 +78,7 @@ from store.objects import ObjectStore, S3Store, open_store
 from store.order import LaneOrder
 from store.parts import PART_UNITS, DatasetDigest, encode_part
 from store.shards import crc32c, encode_chunk, encode_shard
-from store.stream import REQUEST_BYTES, RUNS_AHEAD
+from store.stream import REQUEST_BYTES, reading_threads
 from store.testing import make_attempt, make_plan, synthetic_digests, synthetic_tokens, write_dataset
 from store.writer import commit_unit, now, tokens_digest
 from store.zarr_metadata import TOKEN_DIGESTS_KEY
@@ -265,7 +267,7 @@ class Loop:
             plan, batch_rows=options.batch_rows, seed=SEED, group_units=options.group_units
         )
         self.plan, self.order, self.row_bytes = plan, order, 2 * options.d_model
-        self.pool = ThreadPoolExecutor(options.prefetch + RUNS_AHEAD)
+        self.pool = ThreadPoolExecutor(min(options.prefetch, reading_threads()))
         most = options.group_units * plan.rows_per_unit
         self.buffers = [np.zeros((most, options.d_model), np.uint16) for _ in range(2)]
         self.files = {

@@ -89,15 +89,24 @@ def keyed_permutation(length: int, *key: object) -> NDArray[np.int64]:
     The raw stream is fixed by Philox's definition (unlike NumPy's distributions, which may change);
     golden vectors in the tests pin it.
     """
-    raw = np.random.Philox(key=philox_key(*key)).random_raw(length)
+    return keyed_permutations(length, [key])[0]
+
+
+def keyed_permutations(length: int, keys: Sequence[tuple[object, ...]]) -> NDArray[np.int64]:
+    """[keys, length] `keyed_permutation` of each key."""
+    raw = np.empty((len(keys), length), np.uint64)
+    for row, key in zip(raw, keys, strict=True):
+        row[:] = np.random.Philox(key=philox_key(*key)).random_raw(length)
     # Sorting numbers is several times faster than argsort, so each carries its place in its low bits,
     # which matter only where the high ones are equal: then, about never, the plain way decides.
     bits = np.uint64(max(length - 1, 1).bit_length())
-    packed = (raw >> bits << bits) | np.arange(length, dtype=np.uint64)
-    packed.sort()
+    packed = raw >> bits
+    packed <<= bits
+    packed |= np.arange(length, dtype=np.uint64)
+    packed.sort(axis=1)
     high = packed >> bits
-    if np.any(high[1:] == high[:-1]):
-        return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
+    if np.any(high[:, 1:] == high[:, :-1]):
+        return np.argsort(raw, axis=1, kind="stable").astype(np.int64, copy=False)
     packed &= (np.uint64(1) << bits) - np.uint64(1)
     return packed.view(np.int64)
 

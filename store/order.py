@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from schemas.errors import ConfigError
 from schemas.harvest import SLICES, HarvestPlan
 from schemas.training import StreamState
-from store.layout import keyed_permutation, philox_key
+from store.layout import keyed_permutations, philox_key
 
 ALGORITHM = "lanes.v2"
 """Name and version of this order; golden vectors in the tests pin what it yields."""
@@ -212,8 +212,13 @@ class LaneOrder:
         Lane row r is row `r % lane_unit_rows` of the lane's part of the group's unit
         `r // lane_unit_rows`.
         """
+        return self.lane_permutations(epoch, group, range(lane, lane + 1))[0]
+
+    def lane_permutations(self, epoch: int, group: int, lanes: range) -> NDArray[np.int64]:
+        """`lane_permutation` of some lanes, one below the other."""
         length = self.units_in(group) * self.lane_unit_rows
-        return keyed_permutation(length, "winnow.lanes.v1", self.seed, epoch, lane, group)
+        keys = [("winnow.lanes.v1", self.seed, epoch, lane, group) for lane in lanes]
+        return keyed_permutations(length, keys)
 
     def lanes_of(self, rank: int, world: int) -> range:
         """Lanes that a rank owns.

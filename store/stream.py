@@ -39,7 +39,7 @@ from store.objects import ObjectStore
 from store.order import LaneOrder
 from store.shards import to_float32
 
-REQUEST_BYTES = 8 * 2**20
+REQUEST_BYTES = 16 * 2**20
 """A run of slices is asked for in ranges of about this many bytes, so that several are in flight."""
 RUNS_AHEAD = 2
 """Runs of batches assembled ahead of the consumer."""
@@ -110,9 +110,10 @@ class _Turns:
 
     def _shuffle(self, epoch: int, group: int, lanes: range, first: int) -> None:
         size = self._order.lane_unit_rows
-        for number, lane in enumerate(lanes[first : first + SHUFFLED_TOGETHER], first):
+        some = self._order.lane_permutations(epoch, group, lanes[first : first + SHUFFLED_TOGETHER])
+        for number, rows in enumerate(some, first):
             taken = self._rows[:, number]
-            rows = self._order.lane_permutation(epoch, group, lane)[: taken.size]
+            rows = rows[: taken.size]
             if self._slots is not None:
                 unit, row = np.divmod(rows, size)
                 rows = self._slots[unit] * size + row
@@ -512,25 +513,29 @@ class RowStream(Closing):
         self._coming = _Coming(buffers, turns, reads)
 
     def _advance(self) -> None:
-        """Wait for the group that is coming, make it the current one, and start the one after it."""
+        """Make the group that is coming the current one, once it is there; have the one after it read.
+
+        All batches of the group before are assembled, so its buffers are free, and the threads that read need
+        not wait for the last of them to be done.
+        """
         assert self._coming is not None
         coming, self._coming = self._coming, None
-        coming.result()
-        spare, self._current, self._turns = self._current, coming.buffers, coming.turns
+        spare, self._current, self._turns = self._current, None, None
         place = self.order.locate(self.next_step)
         epoch, group = place.epoch, place.group + 1
-        self._first = self.order.first_step(epoch, place.group)
+        if group == self.order.groups:
+            epoch, group = epoch + 1, 0
+        if not self._finished(self.order.first_step(epoch, group)):
+            if self._reader.holds:
+                self._begin(epoch, group, coming.buffers, held=True)
+            else:
+                self._begin(epoch, group, spare or self._reader.buffers())
+        coming.result()
+        self._current, self._turns = coming.buffers, coming.turns
+        self._first = self.order.first_step(place.epoch, place.group)
         self._asked, self._last = self.next_step, self._first + self.order.steps_in(place.group)
         if self.stop_step is not None:
             self._last = min(self._last, self.stop_step)
-        if group == self.order.groups:
-            epoch, group = epoch + 1, 0
-        if self._finished(self.order.first_step(epoch, group)):
-            return
-        if self._reader.holds:
-            self._begin(epoch, group, self._current, held=True)
-        else:
-            self._begin(epoch, group, spare or self._reader.buffers())
 
 
 class _Coming(NamedTuple):

@@ -55,6 +55,19 @@ def test_one_request_and_one_connection(proxied: tuple[S3Store, HostileProxy]) -
     assert len(store._direct._idle) == 1
 
 
+@pytest.mark.parametrize(
+    "sizes", [(4, 100_000, 4, 100_000), (8192, 4, 8193, 4), (3, 5, 7, 150_000), (250_000, 1, 1, 40_000)]
+)
+def test_buffers_of_all_sizes(proxied: tuple[S3Store, HostileProxy], sizes: tuple[int, ...]) -> None:
+    """What came along with the headers ends in any of them."""
+    store, proxy = proxied
+    asked = list[Call]()
+    proxy.rule = lambda call: asked.append(call)
+    for start in (0, 5000):
+        assert len(read(store, start, sizes)) == sum(sizes)
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("fault", ["503", "403", "reset", "cut", "stall", "drip"])
 def test_what_goes_wrong_is_left_to_the_client(proxied: tuple[S3Store, HostileProxy], fault: str) -> None:
     store, proxy = proxied

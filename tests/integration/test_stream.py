@@ -279,6 +279,19 @@ def test_arrays_are_used_again_once_dropped(store):
         assert len({rows.data_ptr() for rows in kept}) == 60
 
 
+@pytest.mark.parametrize("group_units", [2, 16])
+def test_one_thread_reads_shuffles_and_assembles(store, monkeypatch, group_units):
+    """As on a machine of one core: nothing waits for what only a second thread could do."""
+    monkeypatch.setattr("store.stream.reading_threads", lambda: 1)
+    whole = all_rows(store.plan, "mlp_out.2")
+    with store.stream("mlp_out.2", batch_rows=64, seed=SEED, group_units=group_units, epochs=3) as stream:
+        for batch in stream:
+            assert np.array_equal(batch.rows["mlp_out.2"].numpy(), whole[stream.order.rows_at(batch.step)])
+    names = {thread.name for thread in threading.enumerate()}
+    assert not any(name.startswith("winnow-stream") for name in names)
+    assert batch.step + 1 == 3 * stream.order.steps_per_epoch
+
+
 def test_real_batches_mix_as_the_formula_says():
     from benchmarks.mixing import measure
 
