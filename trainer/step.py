@@ -489,5 +489,5 @@ def _require_finite(what: str, value: float, step: int) -> None:
             f"the {what} of step {step} is not finite",
             expected="a number",
             got=value,
-            fix="The last checkpoint is kept. Lower lr or set clip_norm, and train into another `out`",
+            fix="Lower lr or set clip_norm, and train into another `out`",
         )
