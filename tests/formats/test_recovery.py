@@ -13,11 +13,12 @@ if importlib.util.find_spec("sparsify") is None:
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 
-def test_every_peer_learns_on_the_task_and_its_results_are_kept(tmp_path, capsys):
+def test_every_peer_learns_on_the_task_and_its_results_are_kept(tmp_path, capsys, monkeypatch):
     from benchmarks import recovery_peers
     from benchmarks.peer_trainers import BATCH_PEERS, PEERS
     from evaluator.synthetic_cli import read_records
 
+    monkeypatch.setattr("evaluator.synthetic_page.LEARNING_RATES", (0.003, 0.01, 0.03))
     peers = [name for name in (*PEERS, *BATCH_PEERS) if name != "sae-lens-sparse"]
     store = open_store(str(tmp_path))
     for _ in range(2):  # the second time nothing is left to do
