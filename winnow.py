@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from evaluator.attribution_cli import register as register_attribution
 from evaluator.cli import register as register_evaluator
 from evaluator.heldout import measure_in_subject
 from evaluator.scaling_cli import register as register_scaling
@@ -28,6 +29,7 @@ register_harvester(app)
 register_trainer(app, after_train=measure_in_subject)
 register_formats(app)
 register_evaluator(app)
+register_attribution(app)
 register_recovery(app)
 register_store(app)
 register_explorer(app)

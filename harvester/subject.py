@@ -189,7 +189,9 @@ class Subject:
         with torch.no_grad():
             return read(self.model, taps, lambda: self._forward(ids), _shape(ids))
 
-    def logits(self, token_ids: Any, replace: Mapping[str, Replacement] | None = None) -> Tensor:
+    def logits(
+        self, token_ids: Any, replace: Mapping[str, Replacement] | None = None, *, grad: bool = False
+    ) -> Tensor:
         """Run the whole LM, with activations replaced if asked.
 
         Args:
@@ -197,6 +199,8 @@ class Subject:
             replace: hook -> fn; fn gets the activation as rows [W*T, D] (window by window, in the LM's
                 dtype) and returns rows of the same shape, which take its place. At `attn_out` and
                 `mlp_out` that is what is added to the residual stream.
+            grad: Keep the graph, so that the logits have gradients with respect to what `replace` brings in;
+                the LM's own weights have none.
 
         Returns:
             [W, T, V] in the LM's dtype.
@@ -209,7 +213,8 @@ class Subject:
         ids = self._ids(token_ids)
         chosen = dict(replace or {})
         taps = self._resolve(list(chosen)) if chosen else []
-        with torch.no_grad(), replaced(self.model, {tap: chosen[tap.hook] for tap in taps}, _shape(ids)):
+        fns = {tap: chosen[tap.hook] for tap in taps}
+        with torch.set_grad_enabled(grad), replaced(self.model, fns, _shape(ids)):
             return self._forward(ids).logits
 
     def loss(self, token_ids: Any, replace: Mapping[str, Replacement] | None = None) -> Tensor:

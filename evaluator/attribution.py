@@ -1,0 +1,196 @@
+"""Which latents bring an output about: gradients through SAEs whose error stays in place.
+
+Letters: W windows, T positions, P = W T rows, S slots of the codes, D width at the hook, V vocabulary.
+
+An SAE is spliced in as ``x' = decode(z') + (x - decode(z))``: its code z can be changed and differentiated,
+its error is handed on, so the pass is the subject's own, bit for bit, while z' = z. The effect of an active
+latent on a scalar m of the output is, to first order, ``z_i dm/dz_i``: about what m loses when the latent
+is taken away (Marks et al. 2024, arXiv 2403.19647, section 2). One backward pass gives it for all latents of
+all hooks at once, where taking each away costs a forward pass: `without` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harvester.splice import Replacement
+from harvester.subject import Subject
+from schemas.errors import ConfigError
+from trainer.sae import Sae
+
+Edit = Callable[[Tensor, Tensor], Tensor]
+"""Codes (values [P, S], indices [P, S]) -> values that take their place; it must not change its arguments."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What each active latent of one hook, and the SAE's error there, do to a scalar, to first order."""
+
+    values: Tensor
+    """[W, T, S]: codes, in the SAE's own units."""
+    indices: Tensor
+    """int64 [W, T, S]: their latents."""
+    effects: Tensor
+    """[W, T, S]: z dm/dz, in units of the scalar; 0 in an empty slot."""
+    error: Tensor
+    """[W, T]: the same of the row's reconstruction error, which no latent explains."""
+
+    def top(self, count: int, *, skip: int = 0) -> list[tuple[int, int, int]]:
+        """(window, position, slot) of the largest effects by magnitude, `skip` leading positions left out."""
+        size = self.effects.abs().clone()
+        size[:, :skip] = 0
+        count = min(count, int((size > 0).sum()))
+        places = torch.unravel_index(size.flatten().topk(count).indices, size.shape)
+        return [(int(w), int(t), int(s)) for w, t, s in zip(*places, strict=True)]
+
+
+def spliced(sae: Sae, edit: Edit) -> Replacement:
+    """What to put in place of the rows at an SAE's hook: its edited code, and its error as it was.
+
+    Differentiable in what `edit` brings in; the gradient to the rows is that of the identity, since code and
+    error are held. An edit that changes nothing leaves the rows bit for bit.
+
+    Args:
+        sae: An autoencoder of that hook (no transcoder, no crosscoder).
+        edit: From the codes of rows [P, D] to new values [P, S] of the same slots.
+
+    Raises:
+        ConfigError: The SAE does not give back what it is given.
+    """
+    require_autoencoder(sae)
+
+    def replace(rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            values, indices = sae.encode(rows)
+            scale = sae.normalise(rows)[1]
+            before = sae.decode(values, indices, like=scale)
+        after = sae.decode(edit(values, indices), indices, like=scale)
+        return rows + (after - before).to(rows.device, rows.dtype)
+
+    return replace
+
+
+def attribute(
+    subject: Subject, saes: Mapping[str, Sae], token_ids: Tensor, metric: Callable[[Tensor], Tensor]
+) -> dict[str, Attribution]:
+    """First-order effects of all active latents on a scalar of the logits: one forward, one backward pass.
+
+    With several hooks the effects are total ones: what a lower latent does by way of a higher one counts for
+    both, as it does when the subject runs.
+
+    Args:
+        subject: Loaded whole.
+        saes: hook -> the autoencoder trained there.
+        token_ids: int64 [W, T]; the graph above the lowest hook is held for all of them.
+        metric: Logits [W, T, V] -> a scalar, such as `logit_difference`.
+
+    Raises:
+        ConfigError: An SAE is no autoencoder or of another width than its hook, or there is none.
+    """
+    if not saes:
+        raise ConfigError("saes", expected="one or more", got="none")
+    for site in subject.sites(list(saes)):
+        if saes[site.name].d_model != site.d_model:
+            raise ConfigError(
+                f"the SAE at {site.name}",
+                expected=f"D = {site.d_model}",
+                got=f"D = {saes[site.name].d_model}",
+            )
+    sources = {hook: _Source(sae) for hook, sae in saes.items()}
+    replace = {hook: source.replace for hook, source in sources.items()}
+    total = metric(subject.logits(token_ids, replace, grad=True))
+    if total.numel() != 1:
+        raise ConfigError("metric", expected="a scalar", got=f"a tensor of shape {list(total.shape)}")
+    leaves = [leaf for source in sources.values() for leaf in (source.on_codes, source.on_rows)]
+    gradients = iter(torch.autograd.grad(total, leaves))
+    shape = (token_ids.shape[0], token_ids.shape[1], -1)
+    return {hook: source.found(next(gradients), next(gradients), shape) for hook, source in sources.items()}
+
+
+class _Source:
+    """One hook's leaves: a zero is added to every code and to every row; their gradients are asked for."""
+
+    def __init__(self, sae: Sae) -> None:
+        require_autoencoder(sae)
+        self.sae = sae
+
+    def replace(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.values, self.indices = self.sae.encode(rows)
+            reconstructed = self.sae.decode(self.values, self.indices, like=self.sae.normalise(rows)[1])
+            self.lost = rows.float() - reconstructed.float()
+        self.on_codes = torch.zeros_like(self.values, requires_grad=True)
+        self.on_rows = torch.zeros_like(rows, requires_grad=True)
+        return spliced(self.sae, lambda values, _: values + self.on_codes)(rows) + self.on_rows
+
+    def found(self, on_codes: Tensor, on_rows: Tensor, shape: tuple[int, int, int]) -> Attribution:
+        error = (self.lost * on_rows.float()).sum(1)
+        effects = (self.values * on_codes).view(shape)
+        return Attribution(self.values.view(shape), self.indices.view(shape), effects, error.view(shape[:2]))
+
+
+def without(
+    subject: Subject,
+    hook: str,
+    sae: Sae,
+    tokens: Tensor,
+    places: Sequence[tuple[int, int]],
+    metric: Callable[[Tensor], Tensor],
+    *,
+    batch: int = 8,
+) -> Tensor:
+    """What a scalar really loses when each of some latents is taken away, by running the subject without it.
+
+    Args:
+        subject: Loaded whole.
+        hook: Where.
+        sae: The autoencoder trained there.
+        tokens: int64 [T], one window.
+        places: (position, slot of the codes), as `Attribution.top` gives them.
+        metric: Logits [1, T, V] -> a scalar.
+        batch: Variants in a pass; logits take batch x T x V numbers.
+
+    Returns:
+        float64 [len(places)]: the scalar of the clean pass less that without the latent.
+    """
+    lost: list[float] = []
+    for low in range(0, len(places), batch):
+        part = places[low : low + batch]
+
+        def drop(values: Tensor, _: Tensor, part: Sequence[tuple[int, int]] = part) -> Tensor:
+            changed = values.clone().view(len(part) + 1, len(tokens), -1)
+            for variant, (position, slot) in enumerate(part, start=1):  # 0: clean, in the same batch
+                changed[variant, position, slot] = 0
+            return changed.view_as(values)
+
+        logits = subject.logits(tokens.expand(len(part) + 1, -1), {hook: spliced(sae, drop)})
+        told = [float(metric(one[None])) for one in logits]
+        lost += [told[0] - value for value in told[1:]]
+    return torch.tensor(lost, dtype=torch.float64)
+
+
+def logit_difference(answer: int, against: int | None = None) -> Callable[[Tensor], Tensor]:
+    """A scalar of logits [W, T, V] after the last position, mean over the windows.
+
+    Args:
+        answer: The token asked about.
+        against: What its logit is compared with; None takes the log-probability of `answer` instead.
+    """
+
+    def metric(logits: Tensor) -> Tensor:
+        last = logits[:, -1].float()
+        if against is None:
+            return torch.log_softmax(last, -1)[:, answer].mean()
+        return (last[:, answer] - last[:, against]).mean()
+
+    return metric
+
+
+def require_autoencoder(sae: Sae) -> None:
+    """ConfigError for a transcoder or a crosscoder: its output does not take the place of its input."""
+    if sae.has_target or sae.parts.widths:
+        raise ConfigError("the SAE", expected="an autoencoder of one hook", got="a transcoder or crosscoder")
