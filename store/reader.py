@@ -410,7 +410,7 @@ class ActivationStore:
             start_step: The first step, counted over all epochs: resumes in O(1).
             epochs: Stop after this many epochs counted from step 0; None never stops.
             steps: Stop before this step, counted from step 0; None never stops.
-            prefetch: Range requests in flight.
+            prefetch: Range requests in flight; of a local root no more than there are cores.
             dtype: Of the batches' rows: `float32`, or `stored`, as the plan keeps them (bfloat16 mostly),
                 which is half the bytes to carry to a GPU that widens them there; of int8 it is float32 too.
 

@@ -40,7 +40,7 @@ from store.order import LaneOrder
 from store.shards import to_float32
 
 REQUEST_BYTES = 16 * 2**20
-"""A run of slices is asked for in ranges of about this many bytes, so that several are in flight."""
+"""A run of slices is asked for in ranges of about this many bytes: few to sign and to answer."""
 RUNS_AHEAD = 2
 """Runs of batches assembled ahead of the consumer."""
 RUN_BYTES = 4 * 2**20
