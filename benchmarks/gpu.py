@@ -200,6 +200,7 @@ def memory(size: Size, device: torch.device, kernels: Backend, **fields: object)
     run = make_run(size, kernels, device, auxk=False, **fields)
     host = run.recipe.spec.accumulate > 1  # its parts travel one by one
     rows = torch.randn(size.rows, size.width, device="cpu" if host else device)
+    _ahead = None if host else torch.empty_like(rows)  # a run's next rows arrive meanwhile
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     step = stepper(run, rows)

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.peer_trainers import PEERS, Job
 from benchmarks.train_step import SIZES, Size, cases_of, seconds
+from trainer.device import torch_settings
 
 OURS = "winnow"
 
@@ -72,7 +73,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.json.write_text(json.dumps(measure_peers(SIZES[args.size], args.rounds), indent=1))
+    with torch_settings(torch.device("cpu"), torch.get_num_threads()):  # a run's own, for all of them
+        figures = measure_peers(SIZES[args.size], args.rounds)
+    args.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

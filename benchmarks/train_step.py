@@ -3,7 +3,7 @@
 The floor is `torch.mm(x, W_enc.T, out=...)` into a reused buffer. A round times the floor right before each
 case, and the figures are medians of the rounds' ratios, since shared machines drift.
 
-    python -m benchmarks.train_step --json OUT [--rounds 15] [--sizes full quickstart] [--no-peers]
+    python -m benchmarks.train_step --json OUT [--rounds 15] [--peer-rounds 5] [--no-peers]
 
 - `step_over_product`: normalisation, loss, every gradient, clipping (it acts on every step), Adam,
   renormalisation, moving average and dead counts, without AuxK.
@@ -33,6 +33,7 @@ import torch
 from benchmarks.peers import environment, installed
 from benchmarks.report import write_report
 from schemas.training import TrainSpec
+from trainer.device import torch_settings
 from trainer.init import initialise
 from trainer.kernels import choose
 from trainer.sae import Sae
@@ -159,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--peer-rounds", type=int, default=5, help="rounds of the other libraries' steps")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["full", "quickstart"])
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--no-eager", action="store_true", help="leave the eager step out")
@@ -169,12 +171,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gc.disable()  # a collection in mid-round is nobody's cost
     first, *rest = args.sizes
-    result = measure(SIZES[first], args.rounds, device, eager=not args.no_eager)
-    result |= {name: measure(SIZES[name], args.rounds, device, eager=not args.no_eager) for name in rest}
+    with torch_settings(device, torch.get_num_threads()):  # a run's own
+        result = measure(SIZES[first], args.rounds, device, eager=not args.no_eager)
+        result |= {name: measure(SIZES[name], args.rounds, device, eager=not args.no_eager) for name in rest}
     result |= {"kernels": choose("auto", device), "threads": torch.get_num_threads(), "rounds": args.rounds}
     if not args.no_peers and device.type == "cpu":
         if installed():
-            result |= peers_beside(first, args.rounds, args.threads)
+            result |= peers_beside(first, args.peer_rounds, args.threads)
         else:
             print("the peers are left out: `make peers` installs them", file=sys.stderr)
     print(json.dumps(write_report("train_step", result, args.json), indent=1))

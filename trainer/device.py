@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -15,6 +16,8 @@ import torch.utils.deterministic
 
 from schemas.errors import ConfigError
 from schemas.training import TrainSpec
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -55,9 +58,26 @@ def cpu_threads(spec: TrainSpec) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def keep_memory() -> bool:
+    """Let the allocator keep what it is given back, for as long as the process lives.
+
+    A step asks for the same tensors as the one before. glibc returns the top of its heap to the system after
+    each, whose every page then costs a fault to get again: 14,000 a step of B=4096, D=576 with a tenth of
+    16,384 latents dead. Tensors above 32 MiB, the most that glibc allows, are still mapped anew.
+
+    Returns:
+        Whether this C library has the setting.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, 32 << 20)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+
+
 @contextmanager
 def torch_settings(device: torch.device, threads: int) -> Iterator[None]:
-    """Threads, and on a GPU deterministic kernels, for the length of a run.
+    """Threads, and on a GPU deterministic kernels, for the length of a run; on a CPU `keep_memory`.
 
     Every CPU operation the trainer uses is deterministic at a fixed number of threads.
     """
@@ -69,6 +89,8 @@ def torch_settings(device: torch.device, threads: int) -> Iterator[None]:
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True)
         filling.fill_uninitialized_memory = False  # nothing here reads what it has not set
+    else:
+        keep_memory()
     try:
         yield
     finally:

@@ -319,8 +319,8 @@ def _aux_error(e_hat: Tensor, e: Tensor, weights: Tensor, coefficient: float) ->
 
 
 def squares(rows: Tensor) -> Tensor:
-    """`rows.square().sum(1)` [B] of rows [B, D], in one pass over memory."""
-    return torch.einsum("bd,bd->b", rows, rows)
+    """`rows.square().sum(1)` [B] of rows [B, D]."""
+    return torch.linalg.vecdot(rows, rows)
 
 
 def zero_where_cut(grad: Tensor, values: Tensor) -> Tensor:
@@ -331,7 +331,7 @@ def zero_where_cut(grad: Tensor, values: Tensor) -> Tensor:
 def keep_best(z: Tensor, k: int) -> None:
     """Cut z [B, M] to the best k of each row that are above 0, in place."""
     for part in z.split(ROW_TILE):
-        if k < z.shape[1] and int((part > 0).sum(1).max()) > k:
+        if k < z.shape[1] and int((part > 0).sum(1, dtype=torch.int32).max()) > k:
             values, at = best(part, k)
             part.zero_().scatter_(1, at, values)
         part.relu_()
@@ -391,7 +391,7 @@ def gradients(
             encoder += W_enc[block]
         if last:
             directions = sae.W_dec[block]
-            along = torch.einsum("nd,nd->n", decoder, directions)
+            along = torch.linalg.vecdot(decoder, directions)
             decoder.addcmul_(directions, along[:, None], value=-1.0)
             norms += [decoder.norm(), encoder.norm()]
         W_dec[block] = decoder

@@ -25,10 +25,11 @@ from trainer.parallel_rows import SharedRows
 from trainer.publish import Summary, finished_summary, put_summary
 from trainer.sae import Sae
 from trainer.spans import sampling
-from trainer.start import begin, identity_of, plan_order, resolve_recipe, rows_of
+from trainer.start import begin, identity_of, plan_order, resolve_recipe
 from trainer.status import asked_to_stop
 from trainer.step import StepReport, train_step
 from trainer.telemetry import Record
+from trainer.transfer import Transfer
 
 AfterTrain = Callable[[Config, Sae, ActivationStore, str], dict[str, float]]
 """`after_train(config, sae, dataset, hook)` gives more figures for the summary."""
@@ -254,7 +255,7 @@ def take_steps(
         while_waiting if spec.follow else None,
     )
     bar = Progress("train", steps * spec.batch_rows, "rows", done=first.step * spec.batch_rows)
-    with closing(stream), stop_on_signals(stopping), bar:
+    with closing(stream), stop_on_signals(stopping), bar, ExitStack() as stack:
         say(
             ("" if alone else f"{len(members)} SAEs from one stream: ")
             + f"{steps} steps of {spec.batch_rows} rows on {device}; {order.group_units} units are "
@@ -264,19 +265,20 @@ def take_steps(
             begin([m.run for m in members], stream)
         for member in members:
             member.is_new = False
+        whole = any(member.spec.accumulate == 1 for member in members)  # else its rows move part by part
+        ahead = False if spec.follow else None  # a step shall not wait for what is not harvested yet
+        batches = stack.enter_context(
+            Transfer(stream, until - first.step, spec, device, whole=whole, ahead=ahead)
+        )
         opened = mark = last_checkpoint = time.monotonic()
         step = first.step
         while step < until and running:
             asked = time.monotonic()
-            batch = next(stream)
+            rows, weights, target = next(batches)
             waited = time.monotonic() - asked
-            weights = batch.weights.to(device)
             step += 1
             own: dict[Member, float] = {}
             reports: dict[Member, tuple[StepReport, dict[str, float]]] = {}
-            rows, target = rows_of(batch, spec)
-            if any(member.spec.accumulate == 1 for member in running):  # else part by part
-                rows, target = rows.to(device), None if target is None else target.to(device)
             wanted = () if target is None else (target,)
             for member in running:
                 started = time.monotonic()

@@ -121,10 +121,15 @@ class Member:
         return self.spec.read_hooks, self.order
 
     def fail(self, error: NonFiniteError) -> None:
-        """Take note that the run cannot go on: which units its rows come from, and what is kept."""
+        """Take note that the run cannot go on: which units its rows come from, and what is saved."""
         place = self.order.locate(self.step)
         units = list(self.order.units_of(place.epoch, place.group))
-        fix = f"Its rows come from units {units}. {error.fix or ''}"
+        saved = (
+            "No checkpoint was made."
+            if self._kept is None
+            else f"The checkpoint of step {self._kept} is kept."
+        )
+        fix = f"Its rows come from units {units}. {saved} {error.fix or ''}"
         self.failure = NonFiniteError(error.what, expected=error.expected, got=error.got, fix=fix)
         self.telemetry.flush()
         self.status.write("failed", str(self.failure))

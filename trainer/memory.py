@@ -1,6 +1,6 @@
 """Memory of a training process, by arithmetic: what a step holds, tensor by tensor.
 
-Held against torch's own account of allocations by tests/unit/test_memory.py.
+Held against torch's own account of allocations by tests/unit/test_estimate.py.
 
 Legend: B rows, D d_model, N latents, K active latents a row. Sizes are of one process: with a mesh, B is
 its rows and N its latents.
@@ -119,6 +119,8 @@ def sae_memory(
         encoding, block = ROWS_ENCODING * one + tile * 5 // 4, BLOCK_BYTES
     gradients = ROWS_GRADIENTS * one + 2 * min(block, size // 2)
     step = max(encoding, gradients) + rows * kept * ENTRY_BYTES
+    if device == "cuda" and spec.accumulate == 1:
+        step += one  # the next step's rows, which travel meanwhile
     if spec.compute_dtype == "bfloat16":  # both matrices, and a copy of the rows
         step += (2 * latents * d_model + rows * d_model) * (HALF if device == "cuda" else FLOAT)
     return Memory(

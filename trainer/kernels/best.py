@@ -125,7 +125,7 @@ def best(values: Tensor, k: int, ids: Tensor | None = None) -> tuple[Tensor, Ten
     if k == 0:
         return kept, at
     # torch chooses freely among equals at the edge: such rows (and NaN's) are done again in full order
-    doubtful = (values >= kept.amin(1, keepdim=True)).sum(1) != k
+    doubtful = (values >= kept.amin(1, keepdim=True)).sum(1, dtype=torch.int32) != k
     if bool(doubtful.any()):
         for rows in doubtful.nonzero().flatten().split(64):
             part = values[rows]

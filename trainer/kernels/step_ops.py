@@ -60,7 +60,17 @@ class StepOps(NamedTuple):
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         """The product of two matrices, rounded as `low` does, in `a`'s type."""
-        return (self.low(a) @ self.low(b)).to(a.dtype)
+        a_low, b_low = self.low(a), self.low(b)
+        return torch.mm(a_low, b_low, out=aligned(len(a), b.shape[1], a_low)).to(a.dtype)
+
+
+def aligned(rows: int, columns: int, like: Tensor) -> Tensor:
+    """An empty [rows, columns] each of whose rows starts at a multiple of 64 bytes.
+
+    The library's product into rows that do not took twice the time: [4096, 576] x [576, 1639], 88 ms not 44.
+    """
+    step = 64 // like.element_size()
+    return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
 
 
 def step_ops(backend: Backend, compute_dtype: ComputeDtype = "float32") -> StepOps:
@@ -116,7 +126,7 @@ def encode_cpu(x: Tensor, W_enc: Tensor, b: Tensor, k: int, dead: Dead | None) -
     if dead is None:
         return Codes(*encode_topk_cpu(x, W_enc, b, k), None)
     if dead.dense:
-        z = x.new_empty(len(x), len(dead.ids))
+        z = aligned(len(x), len(dead.ids), x)
 
         def keep(rows: slice, columns: slice, part: Tensor) -> None:
             z[rows, columns] = part
