@@ -4,11 +4,12 @@
 
 N = 4096, K = 32, batches of 2048 rows in the same order. Every trainer has its own normalisation,
 initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps, decay over the last 20 % where
-it can, and a latent is dead after a tenth of the run. Each trainer has three learning rates a factor of 2
-apart, tried with the first seed; where the best of them is the highest or the lowest, the next one on that
-side is tried too, until the best lies between two others. It is trained with the other seeds as well. What a
-library saved is imported by `trainer.formats` and measured as Winnow's own SAE: raw space, rows of weight 1
-(peers never see the others).
+it can. A latent is dead to AuxK after a tenth of the run (the peers' defaults of millions of rows would never
+be reached), to Winnow's after its default; `--dead-after` gives all of them one share. Each trainer has three
+learning rates a factor of 2 apart, tried with the first seed; where the best of them is the highest or the
+lowest, the next one on that side is tried too, until the best lies between two others. It is trained with the
+other seeds as well. What a library saved is imported by `trainer.formats` and measured as Winnow's own SAE:
+raw space, rows of weight 1 (peers never see the others).
 
 A cell (trainer, learning rate, seed) that is finished is kept in `--work`: stop it and run it again. It runs
 itself in the peers' environment (`make peers`).
@@ -100,6 +101,8 @@ class Bench:
     epochs: float
     threads: int = 0
     """CPU threads of Winnow's runs; 0 takes every core."""
+    dead_after: float | None = None
+    """Share of the run after which a latent is dead; null takes Winnow's default, and DEAD for the peers."""
 
     @property
     def hook(self) -> str:
@@ -122,6 +125,14 @@ class Bench:
             threads=self.threads,
         )
 
+    def steps(self, spec: TrainSpec) -> int:
+        """Of a whole run."""
+        return int(spec.epochs * plan_order(spec, self.dataset).steps_per_epoch + 1e-9)
+
+    def dead_rows(self, spec: TrainSpec, share: float) -> int:
+        """A share of a run, in rows."""
+        return max(1, round(share * self.steps(spec) * spec.batch_rows))
+
     def result(self, cell: Cell) -> dict[str, Any]:
         """What is known of a cell; empty where nothing is."""
         path = self.work / cell.name / "cell.json"
@@ -139,7 +150,8 @@ class Bench:
     @property
     def identity(self) -> list[Any]:
         """What makes an earlier result another experiment's."""
-        return [self.dataset.plan.fingerprint, self.latents, self.k, self.batch_rows, self.epochs]
+        window = [] if self.dead_after is None else [self.dead_after]
+        return [self.dataset.plan.fingerprint, self.latents, self.k, self.batch_rows, self.epochs, *window]
 
     def sae(self, cell: Cell) -> Sae:
         """A finished cell's SAE."""
@@ -155,7 +167,10 @@ def run_cell(bench: Bench, cell: Cell) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     if cell.trainer == OURS:
-        train(bench.config.model_copy(update={"train": bench.spec(cell)}))
+        spec = bench.spec(cell)
+        if bench.dead_after is not None:
+            spec = spec.model_copy(update={"dead_after_tokens": bench.dead_rows(spec, bench.dead_after)})
+        train(bench.config.model_copy(update={"train": spec}))
     else:
         train_peer(bench, cell)
     seconds = time.monotonic() - start
@@ -166,7 +181,7 @@ def train_peer(bench: Bench, cell: Cell) -> None:
     """Train by a library on the very batches that Winnow's run of this seed sees."""
     spec, dataset, folder = bench.spec(cell), bench.dataset, bench.work / cell.name
     order = plan_order(spec, dataset)
-    steps = int(spec.epochs * order.steps_per_epoch + 1e-9)
+    steps = bench.steps(spec)
     stream = dataset.stream(
         [bench.hook],
         batch_rows=spec.batch_rows,
@@ -189,7 +204,7 @@ def train_peer(bench: Bench, cell: Cell) -> None:
             seed=cell.seed,
             warmup=round(WARMUP * steps),
             decay=round(DECAY * steps),
-            dead_after=round(DEAD * steps * spec.batch_rows),
+            dead_after=bench.dead_rows(spec, DEAD if bench.dead_after is None else bench.dead_after),
         )
         peer = PEERS[cell.trainer](job)
         for rows in chain(first, batches):
@@ -215,14 +230,14 @@ def silent_share(bench: Bench, sae: Sae) -> float:
 
 
 def measure_in_subject(bench: Bench, cells: list[Cell], windows: int) -> None:
-    """Delta CE of all the cells that lack it, from one pass over the held-out windows."""
-    missing = [cell for cell in cells if "delta_ce" not in bench.result(cell)]
+    """Delta CE of all the cells that lack it on so many held-out windows, from one pass over them."""
+    plan = bench.dataset.plan
+    windows = min(windows, len(plan.split_units("validation")) * plan.spec.windows_per_unit)
+    missing = [cell for cell in cells if bench.result(cell).get("windows") != windows]
     if not missing:
         return
-    plan = bench.dataset.plan
     subject = Subject.load(bench.config.subject or subject_spec_of(plan))
     check_subject(subject, plan)
-    held_out = len(plan.split_units("validation")) * plan.spec.windows_per_unit
 
     def variant(sae: Sae) -> Variant:
         return lambda x, _: sae(x)
@@ -230,11 +245,12 @@ def measure_in_subject(bench: Bench, cells: list[Cell], windows: int) -> None:
     losses = splice_losses(
         AtHook(Tail(subject, bench.hook)),
         bench.dataset,
-        range(min(held_out, windows)),
+        range(windows),
         {cell.name: variant(bench.sae(cell)) for cell in missing},
     )
     for cell in missing:
-        bench.keep(cell, delta_ce=float((losses[cell.name] - losses["clean"]).mean()))
+        delta_ce = float((losses[cell.name] - losses["clean"]).mean())
+        bench.keep(cell, delta_ce=delta_ce, windows=windows)
 
 
 def run(bench: Bench, trainers: list[str], seeds: tuple[int, ...], windows: int) -> dict[str, Any]:
@@ -294,28 +310,30 @@ def _row(bench: Bench, trainer: str, finals: list[Cell], searched: dict[float, f
     results = [bench.result(cell) for cell in cells]
     tried = {f"{lr:g}": fvu for lr, fvu in searched.items()}
     figures = {name: [result[name] for result in results] for name in (*FIGURES, "l0", "seconds")}
-    return {"lr": cells[0].lr, "fvu_by_lr": tried, "seeds": [cell.seed for cell in cells], **figures}
+    known = {"lr": cells[0].lr, "fvu_by_lr": tried, "seeds": [cell.seed for cell in cells]}
+    return known | {"windows": results[0]["windows"]} | figures
 
 
 def page(rows: dict[str, Any], bench: Bench, command: str, remarks: str = "", plot: str = "") -> str:
     """The table for people."""
     plan = bench.dataset.plan
-    steps = int(
-        bench.epochs * plan_order(bench.spec(Cell(OURS, 1e-3, 0)), bench.dataset).steps_per_epoch + 1e-9
-    )
+    steps = bench.steps(bench.spec(Cell(OURS, 1e-3, 0)))
     intro = (
         f"N = {bench.latents:,}, K = {bench.k}, {steps} steps of {bench.batch_rows:,} rows of `{bench.hook}`"
         f" of {plan.subject.model.rpartition('/')[2]}, the same rows in the same order for everybody. Held"
         " out, raw space, rows of weight 1. Mean and range over the seeds."
     )
-    return page_of(rows, intro, NOTES.format(units=SILENCE_UNITS), remarks, command, plot)
+    windows = " or ".join(str(count) for count in sorted({row["windows"] for row in rows.values()}))
+    notes = NOTES.format(units=SILENCE_UNITS, windows=windows)
+    return page_of(rows, intro, notes, remarks, command, plot)
 
 
 NOTES = """Each trainer has its own normalisation, initialisation, optimiser and AuxK coefficient; warm-up
 over 5 % of the steps; decay over the last 20 % (sparsify's Adam: linear from the warm-up on; its default
-optimiser, signum: neither, it averages); a latent is dead to AuxK after a tenth of the run. Winnow publishes
+optimiser, signum: neither, it averages). A latent is dead to AuxK after a fortieth of the run, Winnow's
+default, and to the peers' after a tenth: their own defaults are longer than this run. Winnow publishes
 the better of its weights and their moving average, by held-out FVU in its normalised space. `dead`: latents
-that no row of {units} training units activates. Delta CE is taken on the held-out windows."""
+that no row of {units} training units activates. Delta CE is taken on {windows} held-out windows."""
 
 
 def main() -> None:
@@ -337,6 +355,9 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-rows", type=int, default=2048)
+    parser.add_argument(
+        "--dead-after", type=float, help="share of the run after which a latent is dead, for every trainer"
+    )
     parser.add_argument("--windows", type=int, default=64, help="held-out windows for delta CE")
     args = parser.parse_args()
     if importlib.util.find_spec("sparsify") is None:
@@ -349,7 +370,7 @@ def main() -> None:
     sizes = (args.latents, args.k, args.batch_rows, args.epochs)
     if args.threads:
         torch.set_num_threads(args.threads)
-    bench = Bench(config, dataset, args.work, *sizes, args.threads)
+    bench = Bench(config, dataset, args.work, *sizes, args.threads, args.dead_after)
     rows = run(bench, args.cells, tuple(args.seeds), args.windows)
     figures = {"trainers": rows, "of": bench.identity}
     print(json.dumps(write_report("quality", figures, args.json), indent=1))

@@ -5,7 +5,7 @@
 
 OUT is the folder of `winnow recovery`: its page and picture get a row for each peer. Every peer has its
 own normalisation, initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps and decay
-over the last 20 % where it can, and, as ours, the best of the same three learning rates on the first seed.
+over the last 20 % where it can, and, as ours, a search for its best learning rate on the first seed.
 Latents are dead after as many rows as ours: their own defaults (ten million rows, or 512,000) would leave
 AuxK off on this task. What a library saved is imported by `trainer.formats` and measured as our own. It runs
 itself in the peers' environment (`make peers`); finished runs are not done again.
@@ -26,9 +26,9 @@ import torch
 from benchmarks.peer_trainers import BATCH_PEERS, PEERS, Job
 from benchmarks.peers import environment, installed
 from evaluator.synthetic import Task
-from evaluator.synthetic_cli import read_records, write
-from evaluator.synthetic_page import best_lr, page_of
-from evaluator.synthetic_train import DEAD_AFTER, LEARNING_RATES, Figures, figures_of
+from evaluator.synthetic_cli import Place, fill_cell, read_records
+from evaluator.synthetic_page import page_of
+from evaluator.synthetic_train import DEAD_AFTER, Figures, figures_of
 from schemas.config import StorageSpec
 from store.console import say
 from store.objects import ObjectStore, open_store
@@ -77,22 +77,12 @@ def recover(
     records = read_records(store)
     for name in peers:
         for latents, k in sizes:
-            for seed in range(seeds):
-                rates = LEARNING_RATES if not seed else (best_lr(records, name, latents, k),)
-                for lr in rates:
-                    place = {
-                        "variant": name,
-                        "latents": latents,
-                        "k": k,
-                        "rows": rows,
-                        "seed": seed,
-                        "lr": lr,
-                    }
-                    if not any(place.items() <= record.items() for record in records):
-                        say(f"{name}: N = {latents}, K = {k}, seed {seed}, lr {lr:g}")
-                        figures = train_peer(name, Task(rows=rows, seed=seed), latents, k, lr)
-                        records.append(place | figures)
-                        write(store, records)
+
+            def run(seed: int, lr: float, name: str = name, n: int = latents, k: int = k) -> Figures:
+                say(f"{name}: N = {n}, K = {k}, seed {seed}, lr {lr:g}")
+                return train_peer(name, Task(rows=rows, seed=seed), n, k, lr)
+
+            fill_cell(store, records, Place(name, latents, k, rows), seeds, run)
     print(page_of(records))
 
 

@@ -5,6 +5,8 @@ in every dtype with every codec, and reads them by the stream (from the page cac
 
 bytes_per_token
     Shard bytes, checksums and index included, over rows of one hook.
+read_tokens_per_s
+    Rows a second as the stream gives them (median over the rounds), on all cores.
 read_cpu_over_raw
     CPU seconds a row (medians over the rounds, each taken in turn) over those of raw bfloat16.
 write_cpu_over_raw
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--hook", help="the first one by default")
     parser.add_argument("--units", type=int, default=8, help="training units taken, at the most")
     parser.add_argument("--rounds", type=int, default=5, help="epochs read of each")
+    parser.add_argument("--batch-rows", type=int, default=64, help="rows in a batch that is read")
     parser.add_argument("--train-only", action="store_true", help="leave out bytes and read times")
     parser.add_argument("--train", type=Path, help="a config with a section `train`; its root is not used")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as `winnow train`")
@@ -68,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     if not options.train_only:
-        figures |= storage(options.root, options.hook, options.units, options.rounds)
+        figures |= storage(options.root, options.hook, options.units, options.rounds, options.batch_rows)
     if options.train:
         config = load_config(options.train, [*options.set, f"root={options.root}"])
         figures["training"] = training(config, options.simulate, delta_ce=options.delta_ce)
@@ -78,7 +81,7 @@ def main() -> None:
 # Bytes and time
 
 
-def storage(root: str, hook: str | None, units: int, rounds: int) -> dict[str, Any]:
+def storage(root: str, hook: str | None, units: int, rounds: int, batch_rows: int = 64) -> dict[str, Any]:
     """A dataset's rows in every dtype with every codec: `figures[dtype][codec]`."""
     source = ActivationStore.open(root)
     hook = hook or source.hooks[0]
@@ -90,7 +93,7 @@ def storage(root: str, hook: str | None, units: int, rounds: int) -> dict[str, A
         return source.read_rows(name, number * size, (number + 1) * size)
 
     figures: dict[str, dict[str, dict[str, float]]] = {dtype: {} for dtype in DTYPES}
-    read: dict[tuple[str, str], list[float]] = {}
+    read: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="winnow-bench-") as folder:
         for dtype in DTYPES:
             for codec in CODECS:
@@ -105,18 +108,18 @@ def storage(root: str, hook: str | None, units: int, rounds: int) -> dict[str, A
                 read[dtype, codec] = []
         for _ in range(rounds):
             for dtype, codec in read:
-                read[dtype, codec].append(_read(f"{folder}/{dtype}-{codec}", hook))
-    raw_read, raw_write = (
-        statistics.median(read["bfloat16", "none"]),
-        figures["bfloat16"]["none"]["write_cpu"],
-    )
-    for (dtype, codec), seconds in read.items():
+                read[dtype, codec].append(_read(f"{folder}/{dtype}-{codec}", hook, batch_rows))
+    cpu = {kind: statistics.median(used for used, _ in taken) for kind, taken in read.items()}
+    raw_read, raw_write = cpu["bfloat16", "none"], figures["bfloat16"]["none"]["write_cpu"]
+    for (dtype, codec), its_rounds in read.items():
         its = figures[dtype][codec]
-        its["read_cpu_over_raw"] = statistics.median(seconds) / raw_read
+        its["read_tokens_per_s"] = 1 / statistics.median(seconds for _, seconds in its_rounds)
+        its["read_cpu_over_raw"] = cpu[dtype, codec] / raw_read
         its["write_cpu_over_raw"] = its.pop("write_cpu") / raw_write
     return {
         "bytes": {"hook": hook, "d_model": source.d_model(hook), "source_dtype": source.plan.spec.dtype}
-        | {"units": len(taken), "rows_per_unit": size, "by_dtype": figures},
+        | {"units": len(taken), "rows_per_unit": size, "batch_rows": batch_rows}
+        | {"by_dtype": figures},
         "simulated_bytes_per_token": row_bytes("int8", source.d_model(hook)),
     }
 
@@ -134,14 +137,14 @@ def _plan(like: HarvestPlan, units: int, hook: str, dtype: Dtype, codec: Compres
     )
 
 
-def _read(root: str, hook: str) -> float:
-    """CPU seconds a row of an epoch in which every group is read from the store."""
+def _read(root: str, hook: str, batch_rows: int) -> tuple[float, float]:
+    """CPU seconds a row, and seconds, of an epoch in which every group is read from the store."""
     store = ActivationStore.open(root)
     units = len(store.plan.split_units("train"))
-    before = time.process_time()
-    with store.stream(hook, batch_rows=64, seed=0, group_units=-(-units // 2), epochs=1) as stream:
+    before, started = time.process_time(), time.perf_counter()
+    with store.stream(hook, batch_rows=batch_rows, seed=0, group_units=-(-units // 2), epochs=1) as stream:
         rows = sum(len(batch.weights) for batch in stream)
-    return (time.process_time() - before) / rows
+    return (time.process_time() - before) / rows, (time.perf_counter() - started) / rows
 
 
 # Eight bits

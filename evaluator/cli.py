@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from schemas.evaluation import FAMILIES, EvaluateSpec, Evaluation
 from store.console import emit, guard, load_config, print_table, say
 from store.objects import open_store
 
+JUDGE_KEY_VARIABLE = "WINNOW_JUDGE_KEY"
 EVALUATE_HELP = f"""Measure a trained SAE on the windows its dataset held out.
 
 Families: {", ".join(FAMILIES)}; each figure's definition stands in docs/evaluation.md. Writes
@@ -33,7 +35,8 @@ Families: {", ".join(FAMILIES)}; each figure's definition stands in docs/evaluat
 that are finished are kept, and measured again only with --again or other settings.
 
 The dataset comes from --root or from a config's `root`; sample sizes, tasks and the law of `compute` from
-its section `evaluate`.
+its section `evaluate`. `judge` asks a language model at `evaluate.judge.endpoint` (its key:
+{JUDGE_KEY_VARIABLE}); nothing is sent anywhere unless that is set.
 """
 EVALUATE_EPILOG = (
     "Example: `winnow evaluate runs/quickstart --config configs/quickstart.yaml --metrics reconstruction,n2g`"
@@ -87,7 +90,14 @@ def evaluate_command(
         given = {name: value for name, value in options.items() if value is not None}
         raw = settings.evaluate.model_dump() | given
         spec = validate(EvaluateSpec, raw, origin="the options of `winnow evaluate`")
-        setting = Setting.open(sae, settings.root, spec, subject=settings.subject, storage=settings.storage)
+        setting = Setting.open(
+            sae,
+            settings.root,
+            spec,
+            subject=settings.subject,
+            storage=settings.storage,
+            judge_key=os.environ.get(JUDGE_KEY_VARIABLE),
+        )
         found = evaluate(setting, out=out, again=again)
         emit(found.model_dump(mode="json"), as_json, lambda: _show(found))
 

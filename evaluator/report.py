@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from evaluator import ablation, compute, downstream, n2g, probes, reconstruction, stability
+from evaluator import ablation, compute, downstream, judge, n2g, probes, reconstruction, stability
 from evaluator.probe_tasks import tasks_identity
 from evaluator.setting import Measured, Setting
 from schemas.base import canonical_json, sha256_hex
@@ -29,6 +29,7 @@ MEASURES: dict[str, Callable[[Setting], Measured]] = {
     "ablation": ablation.measure,
     "probes": probes.measure,
     "n2g": n2g.measure,
+    "judge": judge.measure,
 }
 """Family -> what measures it; `compute` follows from `downstream`."""
 DEPENDS: dict[str, tuple[str, ...]] = {
@@ -39,6 +40,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "ablation": ("windows", "ablation_rows", "ablation_latents", "ablation_tokens"),
     "probes": ("tasks", "probe_train", "probe_test", "probe_tokens", "probe_ridge"),
     "n2g": ("windows", "n2g_latents", "n2g_examples", "n2g_train_rows", "n2g_positives"),
+    "judge": ("windows", "n2g_train_rows", "judge"),
 }
 """Fields of `EvaluateSpec` that move a family's figures, beside the seed."""
 
@@ -51,12 +53,18 @@ def chosen_families(setting: Setting) -> list[Family]:
     """
     spec = setting.spec
     if spec.metrics is None:
-        lacking = {"compute": spec.law is None, "stability": not spec.against}
+        lacking = {
+            "compute": spec.law is None,
+            "stability": not spec.against,
+            "judge": spec.judge is None,
+        }
         return [name for name in FAMILIES if name in DEPENDS and not lacking.get(name, False)]
     if "compute" in spec.metrics and spec.law is None:
         compute.measure(None, ())  # says what is missing
     if "stability" in spec.metrics and not spec.against:
         stability.measure(setting)
+    if "judge" in spec.metrics and spec.judge is None:
+        judge.measure(setting)
     wanted = set(spec.metrics) | ({"downstream"} if "compute" in spec.metrics else set())
     return [name for name in FAMILIES if name in wanted]
 

@@ -70,6 +70,8 @@ class Setting:
     storage: StorageSpec = field(default_factory=StorageSpec)
     losses: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Losses of the held-out windows that a family has measured, by name: later ones need not run them."""
+    judge_key: str | None = field(default=None, repr=False)
+    """The key of the endpoint that `judge` asks; written nowhere."""
 
     @classmethod
     def open(
@@ -80,6 +82,7 @@ class Setting:
         *,
         subject: SubjectSpec | None = None,
         storage: StorageSpec | None = None,
+        judge_key: str | None = None,
     ) -> Setting:
         """Load an SAE and open the dataset it is measured on.
 
@@ -89,6 +92,7 @@ class Setting:
             spec: Sample sizes.
             subject: The language model; None takes the one the dataset's plan names.
             storage: How object storage is reached.
+            judge_key: The key of `judge`'s endpoint.
 
         Raises:
             SaeMismatch: Another subject, hook or width than the dataset's.
@@ -102,7 +106,8 @@ class Setting:
         sae = Sae.load(uri, device=device, storage=storage)
         assert sae.card is not None
         check_match(uri, sae.card, dataset.plan)
-        return cls(uri, sae, sae.card, dataset, spec or EvaluateSpec(), chosen, device, storage)
+        spec = spec or EvaluateSpec()
+        return cls(uri, sae, sae.card, dataset, spec, chosen, device, storage, judge_key=judge_key)
 
     @property
     def hook(self) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from evaluator import synthetic_page as page
 from evaluator.synthetic import Task
-from evaluator.synthetic_train import LEARNING_RATES, VARIANTS, fields_of, measure, spec_of, train_on
+from evaluator.synthetic_train import FIRST_LR, VARIANTS, Figures, fields_of, measure, spec_of, train_on
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, IntegrityError
 from store.console import Progress, emit, guard, print_table, say
@@ -19,8 +19,8 @@ from store.objects import ObjectStore, open_store
 HELP = """Train SAEs on synthetic rows whose true directions are known, and see how many they find.
 
 No dataset is needed: the rows are drawn from a seed as they are trained on (D = 64, 256 directions,
-Poisson(8) of them a row with Zipf weights, 1,000,000 rows, each seen once). Every variant tries three
-learning rates on the first seed and takes the best for the others.
+Poisson(8) of them a row with Zipf weights, 1,000,000 rows, each seen once). Every variant searches for its
+best learning rate on the first seed, until it lies between two others, and takes it for the other seeds.
 
 Writes `recovery.json`, `recovery.md` and `recovery.png` into OUT, and `recovery_curve.png` where a variant
 has three sizes N or more; the page ends with what you write into `recovery.remarks.md` there. Runs that OUT
@@ -63,6 +63,15 @@ def register(app: typer.Typer) -> None:
             )
 
 
+class Place(NamedTuple):
+    """What is trained: the fields of a record that say so."""
+
+    variant: str
+    latents: int
+    k: int
+    rows: int
+
+
 def recover(
     store: ObjectStore,
     variants: Sequence[str],
@@ -83,23 +92,54 @@ def recover(
         All runs that the folder now holds.
     """
     records = read_records(store)
-    with Progress("recovery", len(variants) * len(sizes) * (len(LEARNING_RATES) + seeds - 1), "runs") as bar:
+    with Progress("recovery", len(variants) * len(sizes), "cells") as bar:
         for variant in variants:
             for latents, k in sizes:
-                for seed in range(seeds):
-                    rates = LEARNING_RATES if not seed else (page.best_lr(records, variant, latents, k),)
-                    for lr in rates:
-                        place = {"variant": variant, "latents": latents, "k": k, "rows": rows}
-                        place |= {"seed": seed, "lr": lr}
-                        if not any(place.items() <= record.items() for record in records):
-                            task = Task(rows=rows, seed=seed)
-                            spec = spec_of(task, latents, k, lr=lr, **fields_of(variant, latents, k))
-                            records.append(place | measure(train_on(task, spec), task))
-                            write(store, records)
-                        bar.advance(1)
+
+                def run(
+                    seed: int, lr: float, variant: str = variant, n: int = latents, k: int = k
+                ) -> Figures:
+                    task = Task(rows=rows, seed=seed)
+                    spec = spec_of(task, n, k, lr=lr, **fields_of(variant, n, k))
+                    return measure(train_on(task, spec), task)
+
+                fill_cell(store, records, Place(variant, latents, k, rows), seeds, run)
+                bar.advance(1)
     if records:
         write(store, records)  # the remarks may be new
     return records
+
+
+def fill_cell(
+    store: ObjectStore,
+    records: list[page.Record],
+    place: Place,
+    seeds: int,
+    run: Callable[[int, float], Figures],
+) -> None:
+    """Search a cell's learning rate on seed 0, then run the other seeds; what is in `records` is not run.
+
+    Args:
+        store: Where results are written after each run.
+        records: Grows.
+        place: What is trained.
+        seeds: Number of seeds.
+        run: Gives the figures of a seed and a learning rate.
+    """
+
+    def need(seed: int, lr: float) -> None:
+        wanted = place._asdict() | {"seed": seed, "lr": lr}
+        if not any(wanted.items() <= record.items() for record in records):
+            records.append(wanted | run(seed, lr))
+            write(store, records)
+
+    def mine() -> list[page.Record]:
+        return [record for record in records if place._asdict().items() <= record.items()]
+
+    while (lr := page.next_lr(mine(), FIRST_LR)) is not None:
+        need(0, lr)
+    for seed in range(1, seeds):
+        need(seed, page.best_lr(mine()))
 
 
 def read_records(store: ObjectStore) -> list[page.Record]:

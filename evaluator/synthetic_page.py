@@ -15,7 +15,9 @@ JSON_KEY, PAGE_KEY, PLOT_KEY = "recovery.json", "recovery.md", "recovery.png"
 CURVE_KEY = "recovery_curve.png"
 REMARKS_KEY = "recovery.remarks.md"
 """Written by a person, beside the results; the page ends with it."""
-STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+LEARNING_RATES = (0.0003, 0.00055, 0.001, 0.0018, 0.003, 0.0055, 0.01, 0.018, 0.03, 0.055, 0.1)
+"""What a search for the best moves over."""
+STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
 """Quantiles of Student's t by degrees of freedom, for 95 % intervals over few seeds."""
 SHOWN = {
     "matched_cosine": "matched cosine",
@@ -35,6 +37,8 @@ class Cell(NamedTuple):
     latents: int
     k: int
     lr: float
+    searched: bool
+    """Whether the rates on either side were tried as well."""
     records: list[Record]
 
     def interval(self, figure: str) -> tuple[float, float]:
@@ -47,11 +51,28 @@ class Cell(NamedTuple):
         return float(values.mean()), float(STUDENT_95.get(free, 1.96) * spread)
 
 
-def best_lr(records: Sequence[Record], variant: str, latents: int, k: int) -> float:
-    """The learning rate with the best matched cosine on the first seed."""
-    mine = [r for r in records if (r["variant"], r["latents"], r["k"]) == (variant, latents, k)]
-    first = min(record["seed"] for record in mine)
-    return max((r for r in mine if r["seed"] == first), key=lambda r: r["matched_cosine"])["lr"]
+def best_lr(cell: Sequence[Record]) -> float:
+    """The learning rate with the best matched cosine on the first seed, of the runs of one cell."""
+    first = min(record["seed"] for record in cell)
+    return max((r for r in cell if r["seed"] == first), key=lambda r: r["matched_cosine"])["lr"]
+
+
+def next_lr(cell: Sequence[Record], first: float) -> float | None:
+    """The learning rate to try next on the first seed: `first`, then the neighbours of the best so far.
+
+    Args:
+        cell: Runs of one variant, N and K; none yet, or some of the first seed.
+        first: One of LEARNING_RATES.
+
+    Returns:
+        None where the best lies between two that were tried (or at an end of LEARNING_RATES).
+    """
+    if not cell:
+        return first
+    seed = min(record["seed"] for record in cell)
+    tried = {record["lr"] for record in cell if record["seed"] == seed}
+    at = LEARNING_RATES.index(best_lr(cell))
+    return next((lr for lr in LEARNING_RATES[max(0, at - 1) : at + 2] if lr not in tried), None)
 
 
 def cells_of(records: Sequence[Record]) -> list[Cell]:
@@ -59,9 +80,10 @@ def cells_of(records: Sequence[Record]) -> list[Cell]:
     keys = dict.fromkeys((r["variant"], r["latents"], r["k"]) for r in records)
     cells: list[Cell] = []
     for key in keys:
-        lr = best_lr(records, *key)
-        chosen = [r for r in records if (r["variant"], r["latents"], r["k"]) == key and r["lr"] == lr]
-        cells.append(Cell(*key, lr, chosen))
+        mine = [r for r in records if (r["variant"], r["latents"], r["k"]) == key]
+        lr = best_lr(mine)
+        chosen = [r for r in mine if r["lr"] == lr]
+        cells.append(Cell(*key, lr, next_lr(mine, lr) is None, chosen))
     return cells
 
 
@@ -78,9 +100,9 @@ def page_of(records: Sequence[Record], remarks: str = "") -> str:
         "",
         "Written by `winnow recovery` (and `python -m benchmarks.recovery_peers`, where it was run). "
         f"D = 64, 256 directions, {rows:,} rows, each seen once; see `evaluator/synthetic.py` for the task. "
-        "Mean over the seeds with its 95 % interval (Student's t); the learning rate is the best of three on "
-        "the first seed, for everybody. AuxK: share of the steps on which it was active, where a trainer "
-        "tells.",
+        "Mean over the seeds with its 95 % interval (Student's t). The learning rate is the best on the "
+        "first seed, for everybody, searched in steps of about 1.8 until it lies between two others; ~ marks "
+        "where that is still to do. AuxK: share of the steps on which it was active, where a trainer tells.",
         "",
         "- matched cosine: mean over the true directions of the cosine with their latent, matched one to one",
         f"- found: share of the directions matched above {FOUND}; mean max cosine: not one to one",
@@ -113,9 +135,8 @@ def _table(cells: Sequence[Cell]) -> list[str]:
         steps = [record for record in cell.records if "auxk_steps" in record]  # peers do not tell
         auxk = f"{np.mean([r['auxk_steps'] / r['steps'] for r in steps]):.0%}" if steps else ""
         lines.append(
-            f"| {cell.variant} | {cell.latents} | {cell.k} | {cell.lr:g} | {len(cell.records)} | "
-            + " | ".join(shown)
-            + f" | {auxk} |"
+            f"| {cell.variant} | {cell.latents} | {cell.k} | {'' if cell.searched else '~ '}{cell.lr:g} | "
+            f"{len(cell.records)} | " + " | ".join(shown) + f" | {auxk} |"
         )
     return lines
 

@@ -69,8 +69,8 @@ class RunLedger:
 
     def __init__(self, store: ObjectStore, plan: HarvestPlan, failures: Failures | None = None) -> None:
         self._store, self._plan, self._failures = store, plan, failures
-        self._id, self._start = uuid.uuid4().hex, time.monotonic()
-        self._written = self._start
+        self._id = uuid.uuid4().hex
+        self.start()
         self.units = self.bytes = 0
         self.batch_windows: int | None = None
         self.lm_seconds = self.storage_wait_seconds = 0.0
@@ -87,18 +87,19 @@ class RunLedger:
 
     def start(self) -> None:
         """The first unit is handed out now."""
-        self._start = self._written = time.monotonic()
+        self._start = self._last = self._written = time.monotonic()
 
     def add(self, facts: UnitFacts) -> None:
         """Count a committed unit; now and then the entry is written."""
         if facts.batch_windows != self.batch_windows:
             self.batch_windows = facts.batch_windows
             say(f"harvest: {facts.batch_windows} windows in a pass of the LM")
+        self._last = time.monotonic()
         self.units += 1
         self.bytes += facts.bytes
         self.lm_seconds += facts.lm_seconds
         self.storage_wait_seconds += facts.storage_wait_seconds
-        if time.monotonic() - self._written >= WRITE_SECONDS:
+        if self._last - self._written >= WRITE_SECONDS:
             self._write(ended=False)
 
     def entry(self, *, ended: bool) -> LedgerRun:
@@ -111,7 +112,7 @@ class RunLedger:
             units=self.units,
             tokens=self.units * spec.windows_per_unit * spec.context_length,
             bytes=self.bytes,
-            seconds=time.monotonic() - self._start,
+            seconds=self._last - self._start,
             lm_seconds=self.lm_seconds,
             storage_wait_seconds=self.storage_wait_seconds,
             failures=self._failures.total if self._failures else 0,

@@ -52,10 +52,13 @@ _EXPONENTS = {
 
 
 def all_finite(values: torch.Tensor) -> torch.Tensor:
-    """Whether no value is NaN or infinity, as a bool [] on their device, by their exponents' bits.
+    """Whether no value is NaN or infinity, as a bool [] on their device: `values.isfinite().all()`.
 
-    Equivalent to `values.isfinite().all()`, which takes 36 times as long for bfloat16 on a CPU.
+    That takes 36 times as long as the exponents' bits for bfloat16 on a CPU. There a sum, which needs no
+    memory, tells first: it is finite only where all values are.
     """
+    if values.device.type == "cpu" and bool((total := values.sum()).isfinite()):
+        return total.isfinite()
     integer, exponent = _EXPONENTS[values.dtype]
     return values.view(integer).bitwise_and(exponent).amax() < exponent
 
@@ -103,6 +106,7 @@ class UnitWorker:
         self._batch = 0 if batch_windows == "auto" else batch_windows  # 0: not chosen yet
         self._lm = threading.Lock()
         self._windows_done = 0
+        self._spare: list[dict[str, NDArray[np.generic]]] = []  # rows of committed units, to be written over
         self._wait = StorageWait()
 
     @cached_property
@@ -147,6 +151,7 @@ class UnitWorker:
             receipt = commit_unit(
                 self._store, self._plan, unit, rows, tokens_sha256=tokens_sha256, attempt=attempt
             )
+        self._spare.append(rows)
         stored = sum(shard.bytes for shard in receipt.shards.values())
         return UnitFacts(unit, stored, *self._wait.take(), batch_windows=attempt.batch_windows)
 
@@ -203,10 +208,7 @@ class UnitWorker:
         plan, spec = self._plan, self._plan.spec
         place = np.empty(plan.rows_per_unit, dtype=np.int64)  # planned row -> stored row
         place[row_permutation(plan, unit)] = np.arange(plan.rows_per_unit)
-        rows = {
-            hook: np.empty((plan.rows_per_unit, plan.stored_width(hook)), STORED_DTYPES[spec.dtype])
-            for hook in spec.hooks
-        }
+        rows = self._spare.pop() if self._spare else self._space()
 
         def put(first: int, take: Callable[[], list[torch.Tensor]], found: dict[str, torch.Tensor]) -> None:
             taken = take()
@@ -232,6 +234,12 @@ class UnitWorker:
         if last is not None:
             put(*last)
         return rows
+
+    def _space(self) -> dict[str, NDArray[np.generic]]:
+        plan, dtype = self._plan, STORED_DTYPES[self._plan.spec.dtype]
+        return {
+            hook: np.empty((plan.rows_per_unit, plan.stored_width(hook)), dtype) for hook in plan.spec.hooks
+        }
 
     def _stored(self, values: torch.Tensor) -> torch.Tensor:
         """[W, T, D] as read -> [rows, D] as stored (`store.shards.Stored`), on the device still."""

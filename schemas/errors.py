@@ -13,6 +13,7 @@
     │   └── CommitUnknown                  a commit neither confirmed nor denied          exit 1
     ├── IntegrityError (ValueError)        bytes differ from what was promised            exit 1
     ├── NonFiniteError (ValueError)        NaN or infinity where numbers must be finite   exit 2
+    ├── EndpointError (OSError)            a language model behind HTTP does not answer   exit 1
     └── WorkerError (RuntimeError)         a worker died or gave up                       exit 1
 
 A message names the field or object, what was expected, what was found and what to do.
@@ -116,6 +117,10 @@ class NonFiniteError(WinnowError, ValueError):
     """NaN or infinity where every number must be finite."""
 
     exit_code = 2
+
+
+class EndpointError(WinnowError, OSError):
+    """A language model asked over HTTP cannot be reached, stays busy, or gives no proper answer."""
 
 
 class WorkerError(WinnowError, RuntimeError):

@@ -8,9 +8,9 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from schemas.base import Artefact, Contract, HookName, Sha256
 
-FAMILIES = ("reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g")
+FAMILIES = ("reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g", "judge")
 """Metric families, in the order they are measured and shown."""
-Family = Literal["reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g"]
+Family = Literal["reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g", "judge"]
 FigureId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$", max_length=80)]
 
 
@@ -32,12 +32,37 @@ class ComputeLaw(Contract):
     """Where the constants come from; printed with every figure that uses them."""
 
 
+class JudgeSpec(Contract):
+    """A language model that explains latents and is quizzed on explanations, behind an OpenAI-compatible API.
+
+    Snippets of the dataset's text are sent to it.
+    """
+
+    endpoint: str = Field(min_length=1, max_length=2048)
+    """The API's base address, such as `http://127.0.0.1:8000/v1`; `/chat/completions` is appended.
+    A key comes from the environment variable WINNOW_JUDGE_KEY."""
+    model: str = Field(min_length=1, max_length=256)
+    """Name of the model, as the endpoint knows it."""
+    explanations: str | None = None
+    """A file of JSON lines `{"latent": 3, "text": "..."}` to be judged; null: the model explains itself."""
+    latents: int = Field(default=32, ge=1)
+    """Latents drawn at random from those active often enough, where it explains itself."""
+    examples: int = Field(default=10, ge=2, le=100)
+    """Top training windows it sees of a latent, and held-out snippets of each kind it is quizzed on."""
+    tokens: int = Field(default=32, ge=4, le=512)
+    """Tokens of a snippet."""
+    parallel: int = Field(default=4, ge=1, le=64)
+    """Requests under way at once."""
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """Longest wait for an answer."""
+
+
 class EvaluateSpec(Contract):
     """Section `evaluate`: sample sizes and what optional families need. Every field moves figures."""
 
     metrics: tuple[Family, ...] | None = None
     """Families measured; null measures all that have what they need (`compute` a law, `stability` other
-    SAEs)."""
+    SAEs, `judge` a judge)."""
     windows: int = Field(default=256, ge=1)
     """Held-out windows used at the most, the first in the plan's (random) order."""
     batch_windows: int = Field(default=4, ge=1)
@@ -72,6 +97,9 @@ class EvaluateSpec(Contract):
     """n2g: training rows searched for top activations, the first in stored order, in whole units."""
     n2g_positives: int = Field(default=16, ge=1)
     """n2g: random held-out positive tokens a latent for recall, at the most."""
+
+    judge: JudgeSpec | None = None
+    """judge: the language model that is asked; null leaves the family out."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

@@ -139,7 +139,9 @@ class TrainSpec(Contract):
     auxk_k: int | None = Field(default=None, gt=0)
     """Dead latents used by AuxK; null takes the power of two nearest D/2."""
     dead_after_tokens: int | None = Field(default=None, gt=0)
-    """A latent silent for this many rows is dead; null takes min(10 M, planned rows / 10)."""
+    """A latent silent for this many rows is dead. Null takes a fortieth of the planned rows, or longer until
+    the average latent is due to be active 50 times, up to a tenth, and at most 10 M (docs/trainer.md, "When a
+    latent is dead")."""
     multi_topk: bool = False
     """Add the loss at 4K, divided by 8."""
     selection_groups: int | None = Field(default=None, gt=0)

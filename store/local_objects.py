@@ -8,6 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -48,10 +49,8 @@ class LocalStore(ObjectStore):
             return False
         try:
             _make_folder(path.parent)
-            temp = self._write_temp(data)
+            temp = self._write_temp(data, ready)
             try:
-                if ready is not None:
-                    ready()
                 os.link(temp, path)
             except FileExistsError:
                 return False
@@ -76,7 +75,7 @@ class LocalStore(ObjectStore):
         except OSError as error:
             self._fail(error, key, "writing")
 
-    def _write_temp(self, data: Data | Pieces) -> Path:
+    def _write_temp(self, data: Data | Pieces, ready: Ready | None = None) -> Path:
         _make_folder(self._temp)
         temp = self._temp / secrets.token_hex(16)
         views = [memoryview(piece).cast("B") for piece in (data if isinstance(data, tuple) else (data,))]
@@ -88,7 +87,13 @@ class LocalStore(ObjectStore):
                     done -= len(views.pop(0))
                 if views:
                     views[0] = views[0][done:]
-            os.fsync(handle)
+            if ready is None:
+                os.fsync(handle)
+            else:
+                with ThreadPoolExecutor(1, thread_name_prefix="winnow-fsync") as beside:
+                    synced = beside.submit(os.fsync, handle)
+                    ready()
+                    synced.result()
         except BaseException:
             temp.unlink(missing_ok=True)
             raise

@@ -84,7 +84,7 @@ class ObjectStore(ABC):
             key: The object.
             data: What it holds.
             ready: Called before the object can be seen, and as late as the storage allows; where it raises,
-                nothing is created. For checks that go on while the bytes are on their way.
+                nothing is created. For checks that can be made while the bytes get durable.
 
         Returns:
             True: this call created it. False: something is there already, perhaps from this very
@@ -404,12 +404,13 @@ class S3Store(ObjectStore):
 
     def put_new(self, key: str, data: Data | Pieces, ready: Ready | None = None) -> bool:
         """See `ObjectStore.put_new`: If-None-Match: *, one part; a single writer looks first instead."""
-        data = joined(data)
-        if memoryview(data).nbytes > SINGLE_PUT_BYTES:
+        pieces = data if isinstance(data, tuple) else (data,)
+        size = sum(memoryview(piece).nbytes for piece in pieces)
+        if size > SINGLE_PUT_BYTES:
             raise StoreError(
                 f"{self.uri}/{key} is too long to be created in one part",
                 expected=f"at most {SINGLE_PUT_BYTES:,} bytes",
-                got=f"{memoryview(data).nbytes:,} bytes",
+                got=f"{size:,} bytes",
                 fix="Make units smaller: plan.windows_per_unit",
             )
         if ready is not None:
@@ -417,10 +418,10 @@ class S3Store(ObjectStore):
         if self._single_writer:
             if self.size(key) is not None:
                 return False
-            self.put(key, data)
+            self.put(key, joined(data))
             return True
-        try:
-            obstore.put(self._client, self._path(key), data, mode="create", use_multipart=False)
+        try:  # obstore sends pieces as they lie, without a copy
+            obstore.put(self._client, self._path(key), pieces, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False
         except _FAILURES as error:

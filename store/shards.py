@@ -10,7 +10,7 @@ Spec: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/ind
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,9 +30,10 @@ each row's D values and then its scale, float32 little-endian: a value is `int8 
 INDEX_BYTES = SLICES * 16 + 4
 """Length of a shard's index with its crc32c."""
 _CHUNK_VALUES = 1 << 16
-"""Values handled at a time by conversions and statistics: 256 KiB as float32, inside the cache."""
-_MOMENT_VALUES = 1 << 17
-"""Values summed at a time in moments: another number would move their last bits, and so receipts' digests."""
+"""Values converted at a time: 256 KiB as float32, inside the cache."""
+_BLOCK_VALUES = 1 << 17
+"""Values squared and summed at a time: 512 KiB. Another number would move the last bits of moments, and so
+receipts' digests."""
 _TINY = np.finfo(np.float32).tiny
 ZSTD_LEVEL = 1
 """Of compressed slices; higher levels gain next to nothing on activations."""
@@ -134,7 +135,7 @@ def _width(rows: Stored, dtype: str) -> int:
 def _pieces(rows: Stored, dtype: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """`rows` [R, D] as float32 blocks of whole rows with their first row; the block is reused."""
     width = _width(rows, dtype)
-    step = max(1, _MOMENT_VALUES // width)
+    step = max(1, _BLOCK_VALUES // width)
     space = np.empty((step, width), np.float32)
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
@@ -165,17 +166,17 @@ def square_norms(rows: Stored, dtype: str, *, unit: int, hook: str) -> NDArray[n
         NonFiniteError: A NaN or infinity; names unit, hook and the first bad row.
     """
     squares = np.empty(rows.shape[0], np.float64)
-    step = max(1, _CHUNK_VALUES // rows.shape[1])
-    wide, squared = np.empty((2, min(step, len(rows)), _width(rows, dtype)), np.float32)
+    step = max(1, _BLOCK_VALUES // rows.shape[1])
+    space = np.empty((min(step, len(rows)), _width(rows, dtype)), np.float32)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
-            values = to_float32(block, dtype, wide[: len(block)])
+            values = to_float32(block, dtype, space[: len(block)])
             part = squares[start : start + len(block)]
-            part[:] = np.add.reduce(np.multiply(values, values, out=squared[: len(block)]), axis=1)
+            part[:] = np.add.reduce(np.multiply(values, values, out=values), axis=1)
             bad = np.flatnonzero(~np.isfinite(part))
             if bad.size:
-                part[bad] = np.add.reduce(np.square(values[bad].astype(np.float64)), axis=1)
+                part[bad] = np.add.reduce(np.square(to_float32(block[bad], dtype).astype(np.float64)), axis=1)
                 bad = bad[~np.isfinite(part[bad])]
             if bad.size:
                 raise NonFiniteError(
@@ -267,31 +268,45 @@ class EncodedShard:
 
     def sha256(self) -> str:
         """Digest of the object."""
-        digest = hashlib.sha256()
-        for piece in self.pieces:
-            digest.update(piece)
-        return digest.hexdigest()
+        return digest_of(self.pieces)
 
 
-def encode_shard(rows: Stored, compress: Compress = "none") -> EncodedShard:
+def encode_shard(
+    rows: Stored, compress: Compress = "none", took: Callable[[Data], object] | None = None
+) -> EncodedShard:
     """Encode a unit's rows; not copied unless compressed, so leave them alone while the shard is used.
 
     Args:
         rows: [R, D] (see `Stored`) in stored order; R a multiple of 64.
         compress: The plan's codec.
+        took: Called with each piece as soon as it is known, in order.
     """
     source = np.ascontiguousarray(rows)
     if source.ndim != 2 or source.shape[0] % SLICES or not source.size:
         raise ValueError(f"rows must be [R, D] with R a multiple of {SLICES}, got shape {rows.shape}")
     pieces, crcs, lengths = list[Data](), list[int](), list[int]()
+
+    def add(piece: Data) -> None:
+        pieces.append(piece)
+        if took:
+            took(piece)
+
     for raw in source.view(np.uint8).reshape(SLICES, -1):
         payload: Data = raw.data if compress == "none" else pack(raw)
-        crcs.append(crc32c(payload))
         lengths.append(len(payload))
-        pieces += (payload, crcs[-1].to_bytes(4, "little"))
-    ends = np.cumsum([0, *(length + 4 for length in lengths)])
-    pieces.append(shard_index(ends))
+        add(payload)
+        crcs.append(crc32c(payload))
+        add(crcs[-1].to_bytes(4, "little"))
+    add(shard_index(np.cumsum([0, *(length + 4 for length in lengths)])))
     return EncodedShard(tuple(pieces), tuple(crcs), tuple(lengths) if compress == "zstd" else ())
+
+
+def digest_of(pieces: Iterable[Data]) -> str:
+    """SHA-256 of pieces, in hex."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def pack(payload: NDArray[np.uint8]) -> bytes:

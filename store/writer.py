@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import cache
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import Any, cast
 
 import numpy as np
@@ -37,7 +39,7 @@ from schemas.harvest import (
 from store.commit import PUT_TRIES, commit_receipt, load_receipt, settle, standing_receipts
 from store.layout import PLAN_KEY, STORED_DTYPES, manifest_key, shard_key, slice_starts, tokens_key
 from store.manifest import find_manifest, load_manifest
-from store.objects import ObjectStore
+from store.objects import Data, ObjectStore
 from store.parts import PART_UNITS, DatasetDigest, encode_part
 from store.shards import (
     INDEX_BYTES,
@@ -48,6 +50,7 @@ from store.shards import (
     crc32c,
     decode_slices,
     describe_rows,
+    digest_of,
     encode_chunk,
     encode_shard,
     read_shard_index,
@@ -174,8 +177,8 @@ def commit_unit(
 ) -> UnitReceipt:
     """Store a unit's rows and commit them.
 
-    Nothing is held beyond `rows`, which must not change meanwhile, unless shards are compressed, the store
-    wants them in one buffer (S3), or a shard of an earlier attempt is adopted: then one shard more.
+    Nothing is held beyond `rows`, which must not change meanwhile, unless shards are compressed, S3 is
+    written without if-none-match, or a shard of an earlier attempt is adopted: then one shard more.
 
     Args:
         store: The dataset's root.
@@ -251,14 +254,19 @@ def _store_shard(
         )
     key = shard_key(hook, unit)
     failure: StoreError | None = None
-    with ThreadPoolExecutor(2, thread_name_prefix="winnow-commit") as beside:
-        facts = beside.submit(_describe, plan, unit, hook, rows)  # refuses NaN: the put waits for it
-        shard = encode_shard(rows, plan.spec.compress)
-        digest = beside.submit(shard.sha256)
+    facts = cache(lambda: _describe(plan, unit, hook, rows))  # refuses NaN: the put asks before it is done
+    with ThreadPoolExecutor(1, thread_name_prefix="winnow-digest") as beside:
+        # The digest takes longest, so it begins with the first slice.
+        known = SimpleQueue[Data | None]()
+        digest = beside.submit(digest_of, iter(known.get, None))
+        try:
+            shard = encode_shard(rows, plan.spec.compress, known.put)
+        finally:
+            known.put(None)
         for _ in range(PUT_TRIES):
             try:
-                if store.put_new(key, shard.pieces, facts.result):
-                    return _record(key, shard, digest.result(), facts.result()), True
+                if store.put_new(key, shard.pieces, facts):
+                    return _record(key, shard, digest.result(), facts()), True
                 failure = None
             except StoreError as error:
                 failure = error  # it may have taken effect all the same

@@ -72,7 +72,7 @@ class Recipe:
             k_aux=spec.auxk_k if spec.auxk_k is not None else power_of_two_near(d_model / 2),
             dead_after=spec.dead_after_tokens
             if spec.dead_after_tokens is not None
-            else max(1, min(LONGEST_DEAD_AFTER, planned // 10)),
+            else dead_after_rows(planned, spec.latents, spec.k),
             sparsity=spec.sparsity_coefficient
             if spec.sparsity_coefficient is not None
             else {"relu": 5 / d_model**0.5, "jumprelu": 1.0}.get(spec.activation, 0.0),
@@ -114,6 +114,20 @@ def choose_kernels(spec: TrainSpec, parts: SaeParts, device: torch.device) -> Ba
         )
     say(f"kernels: eager, since activation {parts.activation} has no other step")
     return choose("eager", device)
+
+
+def dead_after_rows(planned: int, latents: int, k: int) -> int:
+    """Rows of silence after which a latent is dead, where the spec does not say; docs/trainer.md says why.
+
+    A fortieth of the run, or longer until the average latent is due to be active 50 times, up to a tenth.
+
+    Args:
+        planned: Rows of the whole run.
+        latents: N.
+        k: K.
+    """
+    wanted = max(planned // 40, min(planned // 10, 50 * latents // k))
+    return max(1, min(LONGEST_DEAD_AFTER, wanted))
 
 
 def power_of_two_near(size: float) -> int:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -281,18 +281,29 @@ class Harvest(RuleBasedStateMachine):
             assert (readings(unit, hook) == found).any(axis=0).all()
 
 
+class Later(Future):
+    """Does its work when it is asked for the outcome."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__()
+        self._work = work
+
+    def result(self, timeout: float | None = None) -> object:
+        if not self.done():
+            try:
+                self.set_result(self._work())
+            except BaseException as error:
+                self.set_exception(error)
+        return super().result(timeout)
+
+
 class OneThread(Executor):
-    """Does work at once and in order, so that the n-th call to storage is always the same one."""
+    """Does work in one thread and in order, so that the n-th call to storage is always the same one."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
     def submit(self, fn, /, *args, **kwargs):
-        future: Future = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
+        return Later(partial(fn, *args, **kwargs))
 
 
 @cache

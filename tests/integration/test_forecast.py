@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -124,6 +125,21 @@ def test_a_killed_run_leaves_its_entry_and_the_next_run_keeps_it(tmp_path, monke
     assert entries[False].units == 1
     assert entries[False].bytes == 1000
     assert read_ledger(store).storage_wait_seconds == 0.75
+
+
+def test_a_run_lasts_until_its_last_receipt(tmp_path, monkeypatch):
+    config = load_config(pipeline_config(tmp_path))
+    store = open_store(config.root)
+    plan = ensure_plan(config, store)
+    now = [100.0]
+    monkeypatch.setattr(ledgers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with RunLedger(store, plan) as run:
+        now[0] = 105.0  # the subject is loaded
+        run.start()
+        now[0] = 112.0
+        run.add(UnitFacts(0, 1000, 2.0, 0.5))
+        now[0] = 115.0  # Ray is shut down
+    assert [run.seconds for run in read_ledger(store).runs] == [7.0]
 
 
 def test_the_lm_waits_while_tokens_come_and_while_every_unit_is_being_stored():

@@ -13,7 +13,7 @@ from schemas.errors import NonFiniteError
 from schemas.training import TrainSpec
 from trainer.init import initialise
 from trainer.sae import PARAMETERS, Sae
-from trainer.step import Recipe, Run, train_step
+from trainer.step import Recipe, Run, dead_after_rows, train_step
 
 B, D, N, K = 64, 8, 24, 3
 
@@ -110,9 +110,17 @@ def test_open_fields_are_resolved():
     recipe = make().recipe
     assert recipe.k_aux == 4
     assert recipe.dead_after == 20 * B // 10
-    long = Recipe.resolve(recipe.spec.model_copy(update={"epochs": 1e6}), D, 5)
+    long = Recipe.resolve(recipe.spec.model_copy(update={"epochs": 1e7}), D, 5)
     assert long.dead_after == 10_000_000
     assert Recipe.resolve(recipe.spec.model_copy(update={"epochs": 0.7}), D, 10).steps == 7
+
+
+def test_a_latent_is_dead_after_a_fortieth_of_the_run_but_not_before_it_was_due():
+    assert dead_after_rows(266_240, 4096, 32) == 6656
+    assert dead_after_rows(266_240, 8192, 32) == 12_800  # 50 N/K
+    assert dead_after_rows(266_240, 65_536, 32) == 26_624
+    assert dead_after_rows(10**12, 65_536, 32) == 10_000_000
+    assert dead_after_rows(5, 8, 1) == 1
 
 
 def test_k_falls_from_k_start_and_the_sae_keeps_its_own():

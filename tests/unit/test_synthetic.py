@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evaluator.synthetic import BLOCK_ROWS, Task, recovery
-from evaluator.synthetic_page import draw_curves, page_of
+from evaluator.synthetic_page import best_lr, draw_curves, next_lr, page_of
 from evaluator.synthetic_train import VARIANTS, fields_of, measure, spec_of, train_on
 from winnow import app
 
@@ -73,13 +74,13 @@ def test_every_variant_finds_more_than_it_began_with(variant):
 
 
 def test_the_command_writes_results_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluator.synthetic_cli.LEARNING_RATES", (0.003, 0.01))
+    monkeypatch.setattr("evaluator.synthetic_page.LEARNING_RATES", (0.003, 0.01))
     arguments = ["recovery", str(tmp_path), "--variants", "topk", "--latents", "32", "--rows", "16384"]
     for seeds in ("1", "2"):
         result = CliRunner().invoke(app, [*arguments, "--seeds", seeds, "--json"])
         assert result.exit_code == 0, result.output
     runs = json.loads(result.stdout)["runs"]
-    assert [(run["seed"], run["lr"]) for run in runs[:2]] == [(0, 0.003), (0, 0.01)]
+    assert [(run["seed"], run["lr"]) for run in runs[:2]] == [(0, 0.01), (0, 0.003)]
     assert len(runs) == 3
     best = max(runs[:2], key=lambda run: run["matched_cosine"])
     assert runs[2]["lr"] == best["lr"]
@@ -89,6 +90,20 @@ def test_the_command_writes_results_and_goes_on_where_it_was(tmp_path, monkeypat
     (tmp_path / "recovery.remarks.md").write_text("What a person says.\n")
     assert CliRunner().invoke(app, [*arguments, "--seeds", "2"]).exit_code == 0
     assert (tmp_path / "recovery.md").read_text().endswith("\nWhat a person says.\n")
+
+
+def test_the_search_goes_on_until_the_best_rate_lies_between_two_others():
+    def searched(best: float) -> list[float]:
+        cell: list[dict[str, float]] = []
+        while (lr := next_lr(cell, 0.01)) is not None:
+            cell.append({"seed": 0, "lr": lr, "matched_cosine": -abs(math.log(lr / best))})
+        assert best_lr([*cell, {"seed": 1, "lr": 0.1, "matched_cosine": 1.0}]) == best
+        return [run["lr"] for run in cell]
+
+    assert searched(0.01) == [0.01, 0.0055, 0.018]
+    assert searched(0.003) == [0.01, 0.0055, 0.003, 0.0018]
+    assert searched(0.03) == [0.01, 0.0055, 0.018, 0.03, 0.055]
+    assert searched(0.1) == [0.01, 0.0055, 0.018, 0.03, 0.055, 0.1]  # the end of the ladder
 
 
 def test_the_page_ranks_the_trainers_of_a_size_and_draws_the_curve_over_sizes():
@@ -104,6 +119,7 @@ def test_the_page_ranks_the_trainers_of_a_size_and_draws_the_curve_over_sizes():
     ranked, others = rest.split("## Other sizes")
     assert "| ours |" not in head
     assert ranked.index("| theirs |") < ranked.index("| ours |")
+    assert "| theirs | 256 | 8 | ~ 0.01 | 2 |" in ranked  # no other rate was tried
     assert "0.905 ± 0.064" in ranked  # two seeds: t = 12.7 times 0.01 / 2
     assert others.index("| ours | 128 |") < others.index("| ours | 512 |")
     assert draw_curves(records[:4]) is None
