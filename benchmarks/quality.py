@@ -309,7 +309,7 @@ def _row(bench: Bench, trainer: str, finals: list[Cell], searched: dict[float, f
     cells = [cell for cell in finals if cell.trainer == trainer]
     results = [bench.result(cell) for cell in cells]
     tried = {f"{lr:g}": fvu for lr, fvu in searched.items()}
-    figures = {name: [result[name] for result in results] for name in (*FIGURES, "l0", "seconds")}
+    figures = {name: [result[name] for result in results] for name in (*FIGURES, "l0")}
     known = {"lr": cells[0].lr, "fvu_by_lr": tried, "seeds": [cell.seed for cell in cells]}
     return known | {"windows": results[0]["windows"]} | figures
 

@@ -56,7 +56,11 @@ CASES: dict[str, dict[str, Any]] = {
     "dense, transcoder": {"target_hook": "h.2", "skip": True},
     "relu": {"activation": "relu", "sparsity_warmup_fraction": 0.1},
     "jumprelu": {"activation": "jumprelu", "bandwidth": 0.3, "clip_norm": 0.01},
+    "in parts": {"accumulate": 4, "multi_topk": True},
+    "in parts, batchtopk": {"accumulate": 2, "activation": "batchtopk"},
     "batchtopk in small groups": {"activation": "batchtopk", "lanes": 32, "selection_groups": 32},
+    "in parts, matryoshka": {"accumulate": 2, "matryoshka": [7, 41], "auxk_k": 64},
+    "in parts, transcoder": {"accumulate": 8, "target_hook": "h.2", "skip": True},
     "matryoshka, batchtopk": {"matryoshka": [7, 20, 50], "activation": "batchtopk"},
     "transcoder, skip, batchtopk": {"target_hook": "h.2", "skip": True, "activation": "batchtopk"},
     "transcoder, skip, matryoshka": {"target_hook": "h.2", "skip": True, "matryoshka": [30]},
@@ -114,7 +118,10 @@ def make(case: str, world: World | None = None) -> Run:
     dense = CASES[case].get("activation") in ("relu", "jumprelu")
     half = "compute_dtype" in CASES[case]  # eager has no bfloat16, and leaves the choice among ties open
     fused = (world and not dense) or half or case == "ties"
-    spec = TrainSpec.model_validate(base | {"kernels": "cpu" if fused else "eager"} | CASES[case])
+    base |= {"kernels": "cpu" if fused else "eager"} | CASES[case]
+    spec = TrainSpec.model_validate(
+        base if world else base | {"accumulate": 1}
+    )  # the eager step has no parts
     parts = spec.parts({"h.1": D, "h.2": OUT} if spec.target_hook else {"h.1": D - 5, "h.2": 5})
     whole = Sae(D, N, spec.k, spec.normalize, parts, dtype=torch.float64)
     sample = torch.randn(500, D, generator=torch.Generator().manual_seed(99), dtype=torch.float64) * 3 + 1

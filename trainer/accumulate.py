@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,9 +30,11 @@ from trainer.fused import (
     zero_where_cut,
 )
 from trainer.kernels import Backend
+from trainer.kernels.reference import accumulator
 from trainer.kernels.segment_grad import segments_of
-from trainer.kernels.step_ops import Dead
+from trainer.kernels.step_ops import Dead, StepOps
 from trainer.losses import Rows, mean_row
+from trainer.parallel import Axis
 from trainer.sae import Sae
 from trainer.spans import mark
 
@@ -76,7 +79,7 @@ def accumulated_pass(
         seen: See `Seen`.
     """
     model, wanted = Model.of(sae, spec, backend), wanted_dead(spec, dead, k_aux)
-    auxk = None if wanted is None else _AuxK(model, wanted)
+    auxk = None if wanted is None else AuxK(model.ops, model.W_dec, wanted, sae.d_model)
     done = Accumulated(torch.zeros_like(weight), None, True, 0.0)
 
     def take(batch: Rows, *, first: bool, last: bool) -> Accumulated:
@@ -99,20 +102,23 @@ def accumulated_pass(
     return done
 
 
-class _AuxK:
+class AuxK:
     """`losses.auxk_loss` over micro-batches: its two sums, and its gradients before they are divided.
 
     Args:
-        model: Whose step it is.
-        dead: The dead latents.
+        ops: The backend.
+        W_dec: As its operations take it.
+        dead: The dead latents, on a mesh a shard's.
+        d_model: D.
     """
 
-    def __init__(self, model: Model, dead: Dead) -> None:
-        self._ops, self._dead, self._W = model.ops, dead, model.W_dec[dead.ids]
-        self._rows: DeadRows | None = None
-        W_dec = model.sae.W_dec
-        self._error = self._spread = self._weight = W_dec.new_zeros(())
-        self._mean = W_dec.new_zeros(W_dec.shape[1])
+    def __init__(self, ops: StepOps, W_dec: Tensor, dead: Dead, d_model: int) -> None:
+        self._ops, self._dead, self._W = ops, dead, W_dec[dead.ids]
+        count, width = self._W.shape
+        zeros = partial(W_dec.new_zeros, dtype=accumulator(W_dec.dtype))
+        self._rows = DeadRows(dead.ids, zeros((count, width)), zeros((count, d_model)), zeros(count))
+        self._error = self._spread = self._weight = zeros(())
+        self._mean = zeros(width)
 
     def add(self, z: Tensor | tuple[Tensor, Tensor], centred: Tensor, e: Tensor, weights: Tensor) -> None:
         """Take in a micro-batch.
@@ -131,22 +137,55 @@ class _AuxK:
             dz = zero_where_cut(mm(grad, self._W.T), z)
             rows = DeadRows(self._dead.ids, mm(z.T, grad), mm(dz.T, centred), dz.sum(0))
         else:
-            rows = self._of_codes(z[0].relu_(), z[1], centred, e, weights)
-        if self._rows is None:
-            self._rows = rows
-        else:
-            for total, part in zip(self._rows[1:], rows[1:], strict=True):
-                total += part
+            values, places = z[0].relu_(), z[1]
+            e_hat = self._ops.decode(values, places, self._W)
+            rows = self._of_codes(values, places, e_hat, centred, e, weights)
+        self._add_rows(rows)
 
-    def result(self, coefficient: float) -> tuple[float, DeadRows | None]:
-        """The term, and `coefficient` times its gradients; 0 and None where it is not finite."""
-        assert self._rows is not None, "nothing was added"
+    def add_codes(
+        self, values: Tensor, latents: Tensor, e_hat: Tensor, centred: Tensor, e: Tensor, weights: Tensor
+    ) -> None:
+        """Take in a micro-batch of a mesh, which may have no row.
+
+        Args:
+            values: This shard's codes of dead latents [b, k].
+            latents: int64 [b, k], of this shard.
+            e_hat: What all shards' codes give [b, O]; lost.
+            centred: See `add`, as the next two.
+            e: As well.
+            weights: As well.
+        """
+        if not len(weights):
+            return
+        self._add_moments(e, weights)
+        if not values.numel():  # others have dead latents, this shard has none
+            self._grad(e_hat, e, weights)
+            return
+        places = torch.searchsorted(self._dead.ids, latents)
+        self._add_rows(self._of_codes(values, places, e_hat, centred, e, weights))
+
+    def result(self, coefficient: float, data: Axis | None = None) -> tuple[float, DeadRows | None]:
+        """The term, and `coefficient` times its gradients; 0 and None where it is not finite.
+
+        With `data`, the term is that of all its ranks' rows; the gradients are of this one's.
+        """
+        if data is not None:
+            moments = data.sum(
+                torch.cat([torch.stack([self._weight, self._error]), self._weight * self._mean])
+            )
+            apart = self._mean - moments[2:] / moments[0]
+            self._error = moments[1]
+            self._spread = data.sum(self._spread + self._weight * (apart @ apart))
         value = (self._error / self._spread).item()
         if not math.isfinite(value):
             return 0.0, None
         for total in self._rows[1:]:
             total.mul_(coefficient / self._spread)
         return value, self._rows
+
+    def _add_rows(self, rows: DeadRows) -> None:
+        for total, part in zip(self._rows[1:], rows[1:], strict=True):
+            total += part
 
     def _grad(self, e_hat: Tensor, e: Tensor, weights: Tensor) -> Tensor:
         """The gradient of the summed error by e_hat [b, O], in its place."""
@@ -155,12 +194,12 @@ class _AuxK:
         return error.mul_((2 * weights)[:, None])
 
     def _of_codes(
-        self, values: Tensor, places: Tensor, centred: Tensor, e: Tensor, weights: Tensor
+        self, values: Tensor, places: Tensor, e_hat: Tensor, centred: Tensor, e: Tensor, weights: Tensor
     ) -> DeadRows:
         """From codes [b, k] whose latents are numbered as in the dead ones."""
         ops, count = self._ops, len(self._W)
         segments = segments_of(places, count)
-        grad = ops.low(self._grad(ops.decode(values, places, self._W), e, weights))
+        grad = ops.low(self._grad(e_hat, e, weights))
         flat = values.flatten()[segments.order]
         dz = zero_where_cut(ops.dots(grad, places, segments, self._W), flat)
         whole = slice(0, count)

@@ -200,7 +200,7 @@ def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: in
     if data > 1:  # gradients, or rows and codes where those are fewer
         dense = 2 * (data - 1) / data * size
         codes = (data - 1) * rows * (d_model * FLOAT + active * 12)
-        sent += min(dense, codes)
+        sent += dense if spec.accumulate > 1 else min(dense, codes)
     return {
         "encoder product": 2 * rows * d_model * latents / (flops * EFFICIENCY["product"][0]),
         "top-k": rows * latents * FLOAT * 2 / bandwidth,

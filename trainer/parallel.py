@@ -260,12 +260,13 @@ def check_mesh(spec: TrainSpec, world_size: int) -> tuple[int, int]:
         raise ConfigError("train.mesh.data", expected=f"a divisor of lanes ({spec.lanes})", got=data)
     if latent > spec.latents:
         raise ConfigError("train.mesh.latent", expected=f"at most latents ({spec.latents})", got=latent)
-    if world_size > 1 and spec.accumulate > 1:
+    shares = data * spec.accumulate
+    if spec.accumulate > 1 and spec.activation == "batchtopk" and spec.groups % shares:
         raise ConfigError(
-            f"accumulate: {spec.accumulate}",
-            expected="1 on a mesh",
-            got=f"{world_size} processes",
-            fix="Set accumulate: 1; more data ranks make each one's part of the batch smaller",
+            f"selection_groups: {spec.groups}",
+            expected=f"a multiple of data x accumulate ({data} x {spec.accumulate})",
+            got=spec.groups,
+            fix="Set another accumulate: batchtopk selects in whole groups of a micro-batch",
         )
     if world_size > 1 and spec.kernels == "eager" and spec.activation in ("topk", "batchtopk"):
         raise ConfigError(

@@ -97,14 +97,25 @@ class Gradients(NamedTuple):
     b_enc: Tensor
 
 
-def fill(ops: StepOps, into: Gradients, centred: Tensor, parts: list[Part], sum_over: Axis | None) -> None:
+def fill(
+    ops: StepOps,
+    into: Gradients,
+    centred: Tensor,
+    parts: list[Part],
+    sum_over: Axis | None,
+    *,
+    first: bool = True,
+) -> None:
     """Write the gradients of all parts, summed over `sum_over` where the rows at hand are not all.
+
+    Unless they are the first, they are added to what is there.
 
     The decoder's sum travels while the encoder's is made.
     """
     latents, centred = len(into.b_enc), ops.low(centred)
     sorted_parts: list[tuple[Segments, Part]] = []
-    into.b_enc.zero_()
+    if first:
+        into.b_enc.zero_()
     for part in parts:
         if part.values.numel():
             segments = segments_of(part.indices, latents)
@@ -119,7 +130,10 @@ def fill(ops: StepOps, into: Gradients, centred: Tensor, parts: list[Part], sum_
                 weights, rows = (part.values, part.grad) if name == "W_dec" else (part.dz, centred)
                 found = ops.sums(weights.flatten()[segments.order], segments, rows, block)
                 total = found if total is None else total.add_(found)
-            target[block] = 0.0 if total is None else total
+            if first:
+                target[block] = 0.0 if total is None else total
+            elif total is not None:
+                target[block] += total
         if sum_over:
             travels.append(sum_over.sum_start(target))
     for travel in travels:

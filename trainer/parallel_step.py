@@ -12,6 +12,7 @@ and W_skip) is everywhere: every rank makes the same gradient for it, and the no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -53,17 +54,22 @@ class Share(NamedTuple):
         return cls(int(counts.sum()), int(counts.max()), sums.sum().item())
 
 
-class _Shard(NamedTuple):
+class Local(NamedTuple):
     """What every part of the step reads."""
 
     ops: StepOps
     sae: Sae
     world: World
     share: Share
-    weights: Tensor
     W_enc: Tensor
     """As the operations take it, and so the next."""
     W_dec: Tensor
+
+    @classmethod
+    def of(cls, sae: Sae, spec: TrainSpec, backend: Backend, world: World, share: Share) -> Local:
+        """For one step: the weights must not change meanwhile."""
+        ops, _, W_enc, W_dec = Model.of(sae, spec, backend)
+        return cls(ops, sae, world, share, W_enc, W_dec)
 
     def decode(self, codes: Codes) -> Tensor:
         """The output [B, O] without its bias, summed over the shards."""
@@ -81,6 +87,22 @@ class _Shard(NamedTuple):
         dots = self.ops.dots(self.ops.low(grad), codes.indices, segments, self.W_dec)
         dz = torch.empty_like(dots).index_copy_(0, segments.order, dots).view(codes.values.shape)
         return Part(codes.values, zero_where_cut(dz, codes.values), codes.indices, grad)
+
+
+class Found(NamedTuple):
+    """What rows give before AuxK."""
+
+    loss: Tensor
+    """Of this rank's rows, divided by the whole batch's weight []."""
+    whole: list[int]
+    """The parts whose gradients are the output's: a first prefix's holds the others'."""
+    error: Tensor
+    """[B, O]: y_hat - y."""
+    y_hat: Tensor
+    codes: Codes
+    dead: Codes | None
+    """The best of the dead latents, where they are wanted."""
+    second_rounds: int
 
 
 @torch.no_grad()
@@ -111,16 +133,77 @@ def parallel_pass(
         dead_sizes: M of every shard.
     """
     weights = batch.weights
-    ops, _, W_enc, W_dec = Model.of(sae, spec, backend)
-    shard = _Shard(ops, sae, world, share, weights, W_enc, W_dec)
+    shard = Local.of(sae, spec, backend, world, share)
+    k_dead = min(k_aux, sum(dead_sizes)) if spec.auxk_coefficient else 0
+    centred = batch.x - sae.b_pre.detach()
+    gather = _start_gather(shard, centred, _widths(sae, spec, k_dead))
+    parts: list[Part] = []
+
+    def add(codes: Codes, grad: Tensor) -> None:
+        parts.append(shard.part(codes, grad))
+        if gather is not None:
+            gather.add(parts[-1])
+
+    found = forward(shard, spec, batch, centred, dead, k_dead, dead_sizes, constant, spec.groups, add)
+    auxk, finite = None, True
+    if found.dead is not None:
+        e_hat, e = shard.decode(found.dead), found.error.neg_()
+        auxk, grad = auxk_error(e_hat, e, weights, spec.auxk_coefficient, world, share)
+        finite = grad is not None
+        if grad is not None:
+            add(found.dead, grad)
+    sums = torch.stack([found.loss.double(), found.loss.new_tensor(found.second_rounds, dtype=torch.float64)])
+    total, second_rounds = world.data.sum(sums).tolist()
+    norm = _gradients(shard, batch.x, centred, parts, found.whole, gather)
+    return Pass(
+        total + spec.auxk_coefficient * (auxk or 0.0),
+        auxk,
+        finite,
+        norm,
+        found.y_hat,
+        found.codes.values,
+        found.codes.indices,
+        int(second_rounds),
+    )
+
+
+def _widths(sae: Sae, spec: TrainSpec, k_dead: int) -> list[int]:
+    """About how many entries a row each part of a step has, over all shards."""
+    k = 2 * sae.k if sae.parts.activation == "batchtopk" else sae.k  # a fuller row of a batch has twice k
+    wide = [min(4 * sae.k, spec.latents)] if spec.multi_topk else []
+    return [k] * len(spec.prefixes) + wide + ([k_dead] if k_dead else [])
+
+
+def forward(
+    shard: Local,
+    spec: TrainSpec,
+    batch: Rows,
+    centred: Tensor,
+    dead: Tensor,
+    k_dead: int,
+    dead_sizes: list[int],
+    constant: float,
+    groups: int,
+    add: Callable[[Codes, Tensor], None],
+) -> Found:
+    """Codes, reconstruction and loss of this rank's rows.
+
+    Args:
+        shard: Whose latents; see `parallel_pass` for what is not said here.
+        spec: How it is trained.
+        batch: B rows.
+        centred: The encoder's input [B, D].
+        dead: int64 [M].
+        k_dead: Dead latents kept a row, of all shards; 0 for none.
+        dead_sizes: M of every shard.
+        constant: The loss constant.
+        groups: BatchTopK's, of these rows on all ranks.
+        add: Given codes and the gradient [B, O] of what they reconstruct, part by part.
+    """
+    ops, sae, world = shard.ops, shard.sae, shard.world
     batched = sae.parts.activation == "batchtopk"
     sizes = [len(part) for part in world.parts(spec.latents)]
-    k_dead = min(k_aux, sum(dead_sizes)) if spec.auxk_coefficient else 0
     k_wide = min(4 * sae.k, spec.latents) if spec.multi_topk else sae.k
-
-    centred = batch.x - sae.b_pre.detach()
-    usual = [2 * sae.k if batched else sae.k] * len(spec.prefixes)  # a fuller row of a batch has twice k
-    gather = _start_gather(shard, centred, [k for k in (*usual, spec.multi_topk * k_wide, k_dead) if k])
     wanted = BATCH_CANDIDATES * sae.k if batched else k_wide
     best, best_dead = _encode(shard, centred, min(wanted, sae.latents), dead, k_dead)
     second_rounds = 0
@@ -132,54 +215,28 @@ def parallel_pass(
         return keep(*found, counts.kept)
 
     if batched:
-        groups = Groups.of(batch.groups, sae.k, spec.groups, world, weights.device)
+        held = Groups.of(batch.groups, sae.k, groups, world, centred.device)
         rows, b_enc = ops.low(centred), sae.b_enc.detach()
-        codes, second_rounds = best_of_groups(ops, best, rows, W_enc, b_enc, groups)
+        codes, second_rounds = best_of_groups(ops, best, rows, shard.W_enc, b_enc, held)
     else:
         codes = select(Codes(best.values[:, : sae.k], best.indices), sae.k, sizes)
-    scale = weights / (share.weight * constant)
+    scale = batch.weights / (shard.share.weight * constant)
     prefixes, y_hat, error, loss = _prefixes(shard, batch, codes, spec, scale)
-    parts: list[Part] = []
-
-    def add(codes: Codes, grad: Tensor) -> None:
-        parts.append(shard.part(codes, grad))
-        if gather is not None:
-            gather.add(parts[-1])
-
     for some, grad in prefixes:
         add(some, grad)
-    whole = [0]  # the parts whose gradients are the output's: a first prefix's holds the others'
+    whole = [0]
     if spec.multi_topk:
         wide = select(best, k_wide, sizes)
         error_wide = sae.add_bias(shard.decode(wide), batch.x).sub_(batch.y)
         loss += scale @ squares(error_wide) / 8
-        whole.append(len(parts))
+        whole.append(len(prefixes))
         add(wide, error_wide.mul_((scale / 4)[:, None]))
-    auxk, finite = None, True
-    if k_dead:
-        dead_codes = select(best_dead, k_dead, dead_sizes)
-        e_hat = shard.decode(dead_codes)
-        auxk, grad = auxk_error(e_hat, error.neg_(), weights, spec.auxk_coefficient, world, share)
-        finite = grad is not None
-        if grad is not None:
-            add(dead_codes, grad)
-    sums = torch.stack([loss.double(), loss.new_tensor(second_rounds, dtype=torch.float64)])
-    total, second_rounds = world.data.sum(sums).tolist()
-    norm = _gradients(shard, batch.x, centred, parts, whole, gather)
-    return Pass(
-        total + spec.auxk_coefficient * (auxk or 0.0),
-        auxk,
-        finite,
-        norm,
-        y_hat,
-        codes.values,
-        codes.indices,
-        int(second_rounds),
-    )
+    dead_codes = select(best_dead, k_dead, dead_sizes) if k_dead else None
+    return Found(loss, whole, error, y_hat, codes, dead_codes, second_rounds)
 
 
 def _prefixes(
-    shard: _Shard, batch: Rows, codes: Codes, spec: TrainSpec, scale: Tensor
+    shard: Local, batch: Rows, codes: Codes, spec: TrainSpec, scale: Tensor
 ) -> tuple[list[tuple[Codes, Tensor]], Tensor, Tensor, Tensor]:
     """`fused._prefixes` over the shards: parts with their gradients, output, its error, loss.
 
@@ -209,7 +266,7 @@ def _prefixes(
     return parts, y_hat, error, loss
 
 
-def _encode(shard: _Shard, centred: Tensor, m: int, dead: Tensor, k_dead: int) -> tuple[Codes, Codes]:
+def _encode(shard: Local, centred: Tensor, m: int, dead: Tensor, k_dead: int) -> tuple[Codes, Codes]:
     """This shard's best m latents a row, and its best dead ones, in order."""
     kind = centred.dtype
     k_dead = min(k_dead, len(dead))
@@ -240,7 +297,7 @@ def auxk_error(
     return loss, error.mul_((2 * coefficient / spread * weights)[:, None])
 
 
-def _start_gather(shard: _Shard, centred: Tensor, ks: list[int]) -> Gather | None:
+def _start_gather(shard: Local, centred: Tensor, ks: list[int]) -> Gather | None:
     """Begin to gather rows over `data` where that sends less than summing dense gradients."""
     data, latents, widths = shard.world.data, shard.sae.latents, (shard.sae.d_model, shard.sae.d_out)
     if data.size == 1 or shard.world.exchange == "dense":
@@ -254,14 +311,14 @@ def _start_gather(shard: _Shard, centred: Tensor, ks: list[int]) -> Gather | Non
 
 
 def _gradients(
-    shard: _Shard, x: Tensor, centred: Tensor, parts: list[Part], whole: list[int], gather: Gather | None
+    shard: Local, x: Tensor, centred: Tensor, parts: list[Part], whole: list[int], gather: Gather | None
 ) -> float:
     """Fill every `.grad` of this shard, the decoder's projected, and give the norm over all shards.
 
     The gradients of the parts `whole` make up that of the output.
     """
     sae, world = shard.sae, shard.world
-    W_enc, b_enc, W_dec, b_pre = (gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
+    W_enc, b_enc, W_dec, _ = (gradient_buffer(getattr(sae, name)) for name in PARAMETERS)
     skip = None
     if sae.W_skip is not None:
         pulls = torch.stack([parts[number].grad for number in whole]).sum(0)
@@ -274,13 +331,25 @@ def _gradients(
     if over is not None:
         over.sum(pulls)
     fill(shard.ops, Gradients(W_dec, W_enc, b_enc), centred, parts, over)
-    torch.neg(world.latent.sum(b_enc @ sae.W_enc), out=b_pre)
+    if skip is not None:
+        skip.wait()
+    return finish(sae, world, pulls)
+
+
+def finish(sae: Sae, world: World, pulls: Tensor) -> float:
+    """Gradients of the biases on every rank, the decoder's projected, and the norm over all shards.
+
+    Args:
+        sae: Its latents' gradients are those of the whole batch.
+        world: The mesh.
+        pulls: Gradient of the output's bias [O], of the whole batch.
+    """
+    b_pre = gradient_buffer(sae.b_pre)
+    torch.neg(world.latent.sum(gradient_buffer(sae.b_enc) @ sae.W_enc), out=b_pre)
     if sae.b_dec is None:
         b_pre += pulls
     else:
         gradient_buffer(sae.b_dec).copy_(pulls)
-    if skip is not None:
-        skip.wait()
     project_decoder_gradient(sae)
     return joint_norm(sae, world)
 

@@ -30,8 +30,9 @@ from trainer.optim import (
     renormalise_decoder,
 )
 from trainer.parallel import World
+from trainer.parallel_accumulate import accumulated_parallel_pass
 from trainer.parallel_dense import dense_pass
-from trainer.parallel_step import Share, parallel_pass
+from trainer.parallel_step import Found, Share, parallel_pass
 from trainer.sae import Sae
 from trainer.spans import mark
 from trainer.update import fused_update
@@ -205,11 +206,11 @@ class Tally:
         self.active = torch.zeros_like(run.dead.since, dtype=torch.uint8)
         """uint8 [N]: 1 where a latent was active."""
 
-    def add(self, batch: losses.Rows, found: Forward) -> None:
-        """Take in a micro-batch and its codes."""
-        self.active |= self._dead.active(found.values, found.indices)
-        self.l0.add(found.values, batch.weights)
-        parts = (tensor.split(TALLIED_ROWS) for tensor in (batch.y, found.y_hat, batch.weights))
+    def add(self, batch: losses.Rows, values: Tensor, indices: Tensor, y_hat: Tensor) -> None:
+        """Take in a micro-batch, its codes and what they give."""
+        self.active |= self._dead.active(values, indices)
+        self.l0.add(values, batch.weights)
+        parts = (tensor.split(TALLIED_ROWS) for tensor in (batch.y, y_hat, batch.weights))
         for y, y_hat, weights in zip(*parts, strict=True):
             self.fvu.add(y, y_hat, weights)
 
@@ -244,18 +245,20 @@ class StepReport:
     def fvu(self) -> float:
         """FVU of the whole batch in the normalised space."""
         if self.tally is not None:
-            return self.tally.fvu.value
-        sums = losses.Fvu(self.x.shape[1], self.x.device)
-        sums.add(self.x, self.x_hat, self.weights)
+            sums = self.tally.fvu
+        else:
+            sums = losses.Fvu(self.x.shape[1], self.x.device)
+            sums.add(self.x, self.x_hat, self.weights)
         return (sums.over(self.world.data.sum) if self.world.meshed else sums).value
 
     @property
     def l0(self) -> float:
         """Active latents a row in the whole batch."""
         if self.tally is not None:
-            return self.tally.l0.value
-        count = losses.L0()
-        count.add(self.values, self.weights)
+            count = self.tally.l0
+        else:
+            count = losses.L0()
+            count.add(self.values, self.weights)
         if self.world.meshed:  # every shard counted the rows
             return count.over(self.world.whole.sum).value * self.world.latent.size
         return count.value
@@ -331,40 +334,47 @@ def _whole_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None) 
 
 def _accumulated_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None) -> StepReport | None:
     """`train_step` in micro-batches."""
-    spec, present = run.recipe.spec, weights[weights > 0]
-    if not len(present):
+    spec, present, world = run.recipe.spec, weights[weights > 0], run.world
+    share = Share.of(present, world.data)
+    if not share.rows:
         run.counts.step += 1
         return None
     dead = run.dead.silent(run.recipe.dead_after)
-    tally = Tally(run)
-    found = accumulated_pass(
-        run.sae,
-        spec,
-        micro_batches(run, rows, weights, target),
-        present.to(run.sae.W_enc).sum(),
-        dead,
-        run.recipe.k_aux,
-        run.loss_constant,
-        run.kernels,
-        tally.add,
-    )
+    dead_sizes = world.latent.gather(torch.tensor(len(dead))).tolist()
+    parts, tally = micro_batches(run, rows, weights, target), Tally(run)
+    k_aux, constant = run.recipe.k_aux, run.loss_constant
     none = rows.new_empty(0)
-    found = Pass(found.loss.item(), found.auxk, found.auxk_finite, found.grad_norm, none, none, none)
+    if world.meshed:
+
+        def tell(batch: losses.Rows, found: Found) -> None:
+            tally.add(batch, *found.codes, found.y_hat)
+
+        found = accumulated_parallel_pass(
+            run.sae, spec, parts, dead, k_aux, constant, run.kernels, world, share, dead_sizes, tell
+        )
+    else:
+
+        def see(batch: losses.Rows, found: Forward) -> None:
+            tally.add(batch, found.values, found.indices, found.y_hat)
+
+        weight = present.to(run.sae.W_enc).sum()
+        found = accumulated_pass(run.sae, spec, parts, weight, dead, k_aux, constant, run.kernels, see)
+        found = Pass(found.loss.item(), found.auxk, found.auxk_finite, found.grad_norm, none, none, none)
     lr, grad_norm = _update(run, found)
-    _count(run, found, tally.active, len(present))
+    _count(run, found, world.data.largest(tally.active), share.rows)
     return StepReport(
         found.loss,
         found.auxk or 0.0,
         grad_norm,
         lr,
-        len(dead),
+        sum(dead_sizes),
         none,
         none,
         none,
         none,
-        run.world,
-        0,
-        len(present),
+        world,
+        found.second_rounds,
+        share.rows,
         tally,
     )
 
@@ -372,7 +382,10 @@ def _accumulated_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | 
 def micro_batches(
     run: Run, rows: Tensor, weights: Tensor, target: Tensor | None
 ) -> list[Callable[[], losses.Rows]]:
-    """The parts of a batch that hold a row of weight above 0, each prepared on the device when called."""
+    """The parts of a batch, each prepared on the device when called.
+
+    Those without a row of weight above 0 are left out, but on a mesh, where others may have one.
+    """
     count, device = run.recipe.spec.accumulate, run.device
 
     def ready(rows: Tensor, weights: Tensor, target: Tensor | None) -> losses.Rows:
@@ -382,7 +395,7 @@ def micro_batches(
 
     targets = [None] * count if target is None else target.tensor_split(count)
     parts = zip(rows.tensor_split(count), weights.tensor_split(count), targets, strict=True)
-    return [partial(ready, *part) for part in parts if bool((part[1] > 0).any())]
+    return [partial(ready, *part) for part in parts if run.world.meshed or bool((part[1] > 0).any())]
 
 
 def _update(run: Run, found: Pass) -> tuple[float, float]:

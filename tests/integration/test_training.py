@@ -308,6 +308,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(confi
         ({"group_units": 1, "batch_rows": 448}, "design effect"),
         ({"k": 65}, "K <= N"),
         ({"batch_rows": 100}, "lanes"),
+        ({"kernels": "triton"}, "kernels: triton"),
+        ({"mesh": {"latent": 2}}, "2 processes"),
     ],
 )
 def test_bad_input_is_one_sentence_exit_2_and_nothing_written(folder, tmp_path, fields, words):

@@ -96,7 +96,7 @@ def test_what_cannot_be_right_is_refused(fields, words):
         TrainSpec.model_validate(base | fields)
 
 
-def test_a_mesh_is_refused():
-    spec = make("cpu", accumulate=2).recipe.spec
-    with pytest.raises(ConfigError, match="on a mesh"):
-        check_mesh(spec.model_copy(update={"mesh": MeshSpec(latent=2)}), 2)
+def test_a_mesh_whose_parts_would_cut_a_group_is_refused():
+    spec = make("cpu", accumulate=8, activation="batchtopk").recipe.spec
+    with pytest.raises(ConfigError, match=r"selection_groups: 8.*data x accumulate \(2 x 8\)"):
+        check_mesh(spec.model_copy(update={"mesh": MeshSpec(data=2)}), 2)

@@ -1,0 +1,107 @@
+"""P2 over every kind of object a dataset is made of: damaged in every way, it gives its rows or an error.
+
+What is read is compared with the sound dataset's rows, sink marks and tokens: an error is a WinnowError that
+names something to do, never a wrong value, and never a bare exception of a parser.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from schemas.errors import WinnowError
+from store import ActivationStore
+from store.objects import open_store
+from store.testing import make_plan, write_dataset
+from store.verify import verify
+
+HOOK = "resid_post.1"
+PLAN = make_plan(units=2, hooks={HOOK: 4})
+KINDS = {
+    "shard": f"activations/{HOOK}/c/1/0",
+    "plan": "plan.json",
+    "manifest": "manifest.json",
+    "part": "manifest/*.parquet",
+    "receipt": "receipts/00000001.json",
+    "tokens": "tokens/c/1/0",
+    "token digests": "token_digests/c/*/0",
+    "zarr group": "zarr.json",
+    "zarr array": f"activations/{HOOK}/zarr.json",
+}
+FLIPS = 16
+"""Bytes of an object in which a bit is flipped, one after another, the first and the last among them."""
+
+
+@pytest.fixture(scope="module", params=["sealed", "unsealed"])
+def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    write_dataset(open_store(str(folder)), PLAN)
+    if request.param == "unsealed":  # all receipts are there; a follower reads them
+        shutil.rmtree(folder / "manifest")
+        (folder / "manifest.json").unlink()
+    return folder
+
+
+def everything(root: Path) -> list[np.ndarray]:
+    """All that a consumer can get: rows and tokens, and of a sealed dataset sink marks too."""
+    sealed = (root / "manifest").exists()
+    store = ActivationStore.open(str(root), follow=not sealed, timeout_seconds=0.1)
+    found = [store.read_rows(HOOK, 0, store.rows)]
+    found += [store.unit_tokens(unit) for unit in range(PLAN.units)]
+    return [*found, store.weights([HOOK], 0, store.rows)] if sealed else found
+
+
+def damaged(body: bytes) -> Iterator[tuple[str, bytes]]:
+    """What may become of an object."""
+    yield "emptied", b""
+    yield "cut in half", body[: len(body) // 2]
+    yield "cut short", body[:-2]  # past the line's end of a JSON object
+    yield "lengthened", body + bytes(7)
+    yield "doubled", body + body
+    yield "zeroed", bytes(len(body))
+    for place in np.linspace(0, len(body) - 1, FLIPS).astype(int).tolist():
+        flipped = bytearray(body)
+        flipped[place] ^= 1 << place % 8
+        yield f"a bit flipped in byte {place}", bytes(flipped)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_an_error_or_makes_no_difference(sound: Path, tmp_path: Path, kind: str) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "root"))
+    paths = list(root.glob(KINDS[kind]))
+    if not paths:
+        assert kind in ("manifest", "part"), "an unsealed dataset has neither"
+        return
+    expected, body = everything(root), paths[0].read_bytes()
+    told = 0
+    for what, other in damaged(body):
+        paths[0].write_bytes(other)
+        try:
+            found = everything(root)
+        except WinnowError:
+            told += 1
+            continue
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=f"{kind}, {what}")
+    assert told or kind.startswith("zarr") or (kind == "receipt" and (root / "manifest").exists())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_names_what_is_not_whole(sound: Path, tmp_path: Path, kind: str) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "root"))
+    for path in list(root.glob(KINDS[kind]))[:1]:
+        body = path.read_bytes()
+        for what, other in damaged(body):
+            if "flipped" in what:
+                continue
+            path.write_bytes(other)
+            try:
+                problems = verify(open_store(str(root)), "full")
+            except WinnowError:
+                continue
+            key = path.relative_to(root).as_posix()
+            assert any(problem.key == key for problem in problems), f"{what}: {problems}"
