@@ -78,12 +78,12 @@ from benchmarks.servers import s3_root
 from schemas.base import sha256_hex
 from schemas.harvest import SLICES, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
 from store import ActivationStore
+from store.groups import REQUEST_BYTES, reading_threads
 from store.layout import PLAN_KEY, manifest_key, shard_key, slice_bytes, slice_range
 from store.objects import ObjectStore, S3Store, open_store
 from store.order import LaneOrder
 from store.parts import PART_UNITS, DatasetDigest, encode_part
 from store.shards import crc32c, encode_chunk, encode_shard
-from store.stream import REQUEST_BYTES, reading_threads
 from store.testing import make_attempt, make_plan, synthetic_digests, synthetic_tokens, write_dataset
 from store.writer import commit_unit, now, tokens_digest
 from store.zarr_metadata import TOKEN_DIGESTS_KEY

@@ -15,10 +15,11 @@ import torch
 from schemas.errors import ConfigError
 from store import ActivationStore
 from store import order as order_module
+from store.assemble import RUN_BATCHES, RUNS_AHEAD
 from store.layout import slice_bytes
 from store.objects import open_store
 from store.shards import to_float32, to_stored
-from store.stream import RUN_BATCHES, RUNS_AHEAD, memory_bytes
+from store.stream import memory_bytes
 from store.testing import make_plan, synthetic_rows, write_dataset
 
 HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
@@ -282,7 +283,7 @@ def test_arrays_are_used_again_once_dropped(store):
 @pytest.mark.parametrize("group_units", [2, 16])
 def test_one_thread_reads_shuffles_and_assembles(store, monkeypatch, group_units):
     """As on a machine of one core: nothing waits for what only a second thread could do."""
-    monkeypatch.setattr("store.stream.reading_threads", lambda: 1)
+    monkeypatch.setattr("store.groups.reading_threads", lambda: 1)
     whole = all_rows(store.plan, "mlp_out.2")
     with store.stream("mlp_out.2", batch_rows=64, seed=SEED, group_units=group_units, epochs=3) as stream:
         for batch in stream:
