@@ -10,7 +10,7 @@ import typer
 
 from evaluator import synthetic_page as page
 from evaluator.synthetic import Task
-from evaluator.synthetic_train import FIRST_LR, VARIANTS, Figures, fields_of, measure, spec_of, train_on
+from evaluator.synthetic_train import FIRST_LR, VARIANTS, Figures, measure, train_variant
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, IntegrityError
 from store.console import Progress, emit, guard, print_table, say
@@ -100,8 +100,7 @@ def recover(
                     seed: int, lr: float, variant: str = variant, n: int = latents, k: int = k
                 ) -> Figures:
                     task = Task(rows=rows, seed=seed)
-                    spec = spec_of(task, n, k, lr=lr, **fields_of(variant, n, k))
-                    return measure(train_on(task, spec), task)
+                    return measure(train_variant(variant, task, n, k, lr=lr), task)
 
                 fill_cell(store, records, Place(variant, latents, k, rows), seeds, run)
                 bar.advance(1)

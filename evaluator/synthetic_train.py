@@ -21,6 +21,7 @@ from trainer.losses import L0, Fvu
 from trainer.sae import Sae
 from trainer.step import Recipe, Run, train_step
 from trainer.threshold import calibrate
+from trainer.warm_start import warm_start
 
 DEAD_AFTER = 2000
 """Rows of silence after which a latent is dead: the rarest direction comes about 10 times in as many."""
@@ -36,9 +37,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "matryoshka": {"activation": "batchtopk"},
     "topk-anneal": {},
     "topk-beta2": {"adam_betas": (0.9, 0.99)},
+    "topk-pruned": {},
 }
 """Fields of each variant's spec; see `fields_of` for those that depend on its sizes. The task has no
-hierarchy for Matryoshka's prefixes to find: what they cost is shown."""
+hierarchy for Matryoshka's prefixes to find: what they cost is shown. `topk-pruned` is trained in two runs:
+see `train_variant`."""
 FIRST_LR = 0.01
 """Where everybody's search for a learning rate begins; see `synthetic_page.next_lr`."""
 
@@ -75,26 +78,49 @@ def spec_of(task: Task, latents: int, k: int, **fields: Any) -> TrainSpec:
     return validate(TrainSpec, base | fields, origin="the variant")
 
 
-def train_on(task: Task, spec: TrainSpec, advance: Callable[[int], None] | None = None) -> Run:
+def train_variant(variant: str, task: Task, latents: int, k: int, **fields: Any) -> Run:
+    """Train a variant on `task.rows` rows, each once.
+
+    `topk-pruned` spends the first half of them on twice the latents and the second on the better half of
+    these (`train.init_from`): 1.5 times the products of the others.
+    """
+    spec = spec_of(task, latents, k, **fields, **fields_of(variant, latents, k))
+    if variant != "topk-pruned":
+        return train_on(task, spec)
+    wide = train_on(replace(task, rows=task.rows // 2), spec.model_copy(update={"latents": 2 * latents}))
+    return train_on(task, spec, begin_at=wide.counts.step, source=wide.sae)
+
+
+def train_on(
+    task: Task,
+    spec: TrainSpec,
+    advance: Callable[[int], None] | None = None,
+    *,
+    begin_at: int = 0,
+    source: Sae | None = None,
+) -> Run:
     """Train on `task.rows` rows, each once, drawn as they are needed.
 
     Args:
         task: The task.
         spec: `batch_rows`, `epochs` and everything that a step reads; the run takes epochs * rows/B steps.
         advance: Told of the rows of every step.
+        begin_at: Batches of the task that are left to others; the run takes so many steps less.
+        source: An SAE to begin from.
     """
     with torch_settings(torch.device("cpu"), spec.threads or 1):
         parts = spec.parts({spec.hook: task.d_model})
         sae = Sae(task.d_model, spec.latents, spec.k, spec.normalize, parts)
-        recipe = Recipe.resolve(spec, task.d_model, task.rows // spec.batch_rows)
+        recipe = Recipe.resolve(spec, task.d_model, task.rows // spec.batch_rows - begin_at)
         run = Run(sae, recipe, loss_constant=1.0)
         weights = torch.ones(spec.batch_rows)
-        batches = _passes(task, spec.batch_rows)
+        batches = islice(_passes(task, spec.batch_rows), begin_at, None)
         drawn = list(islice(batches, -(-spec.sample_rows // spec.batch_rows)))
         sample = torch.cat(drawn)[: spec.sample_rows]
-        run.loss_constant = initialise(
-            sae, sample, torch.ones(len(sample)), spec.seed, encoder_norm=spec.first_encoder_norm
-        )
+        counted = torch.ones(len(sample))
+        run.loss_constant = initialise(sae, sample, counted, spec.seed, encoder_norm=spec.first_encoder_norm)
+        if source is not None:
+            run.loss_constant = warm_start(sae, source, sample, counted)
         for batch in islice(chain(drawn, batches), recipe.steps):
             train_step(run, batch, weights)
             if advance is not None:

@@ -106,6 +106,10 @@ class TrainSpec(Contract):
     """Norm of the encoder's rows at the start, which point where the decoder's do. `match`: such that the
     first reconstruction is as long as its input (Gao et al. 2024, A.1). Null takes 0.5 for TopK and BatchTopK
     (docs/trainer.md says why) and `match` for transcoders, ReLU and JumpReLU."""
+    init_from: str | None = None
+    """An SAE, a folder or URI, to begin from in place of random directions: of the same hook's width,
+    normalisation and parts. Of one with more latents those that contribute most are kept (docs/trainer.md,
+    "Beginning from another SAE")."""
     batch_rows: int = Field(default=2048, gt=0)
     """Rows B of a global batch; divisible by `lanes`."""
     accumulate: int = Field(default=1, gt=0)

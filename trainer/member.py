@@ -27,6 +27,7 @@ from trainer.start import identity_of, stand, stream_state
 from trainer.status import StatusWriter, allow_again, asked_to_stop
 from trainer.step import Recipe
 from trainer.telemetry import Record
+from trainer.warm_start import load_source
 
 
 class Member:
@@ -62,6 +63,8 @@ class Member:
         self.run, self.telemetry, self.is_new = stand(
             recipe, dataset, order, self._identity, self.out, device, world=world, extend=extend
         )
+        if self.is_new and self.spec.init_from is not None:
+            self.run.source = load_source(self.spec.init_from, self.run.sae, config.storage)
         self._kept = None if self.is_new else self.step
         self.saver = Saver(out, self.run, self._identity, cpu_threads(self.spec))
         self.status = StatusWriter(self.out, self.run, config.prices)

@@ -25,6 +25,7 @@ from trainer.parallel_sae import Shard
 from trainer.sae import Sae
 from trainer.step import Recipe, Run
 from trainer.telemetry import Telemetry
+from trainer.warm_start import warm_start
 
 
 def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
@@ -165,7 +166,9 @@ def begin(runs: Sequence[Run], batches: SharedRows) -> None:
             whole = [run.world.data.gather(part).flatten(0, 1) for part in parts]  # of the whole batch
             return torch.cat(whole)[:size].to(run.device)
 
+        x, w = sample(rows), sample(weights)
         target = sample(targets) if spec.target_hook else None
-        run.loss_constant = initialise(
-            run.sae, sample(rows), sample(weights), spec.seed, target, encoder_norm=spec.first_encoder_norm
-        )
+        run.loss_constant = initialise(run.sae, x, w, spec.seed, target, encoder_norm=spec.first_encoder_norm)
+        if run.source is not None:
+            run.loss_constant = warm_start(run.sae, run.source, x, w, target)
+            run.source = None

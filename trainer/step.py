@@ -173,6 +173,8 @@ class Run:
         self.ema = Ema(sae, ema_beta(recipe.spec, recipe.steps)) if recipe.spec.ema else None
         self.dead = DeadCounter(sae.latents, self.device)
         self.counts = Counts()
+        self.source: Sae | None = None
+        """The SAE that a new run begins from."""
 
     @property
     def batches(self) -> bool:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from evaluator.synthetic import BLOCK_ROWS, Task, recovery
 from evaluator.synthetic_page import best_lr, draw_curves, next_lr, page_of
-from evaluator.synthetic_train import VARIANTS, fields_of, measure, spec_of, train_on
+from evaluator.synthetic_train import VARIANTS, fields_of, measure, spec_of, train_on, train_variant
 from winnow import app
 
 
@@ -64,8 +64,10 @@ def test_figures_of_known_decoders():
 def test_every_variant_finds_more_than_it_began_with(variant):
     task = Task(d_model=16, directions=24, active=2.0, rows=24_576)
     spec = spec_of(task, 24, 2, batch_rows=256, dead_after_tokens=1000, **fields_of(variant, 24, 2))
-    run = train_on(task, spec)
+    small = {"batch_rows": 256, "dead_after_tokens": 1000}
+    run = train_variant(variant, task, 24, 2, **small)
     found = measure(run, task)
+    assert run.counts.step == (48 if variant == "topk-pruned" else 96)
     begun = measure(train_on(replace(task, rows=256), spec.model_copy(update={"lr": 1e-9})), task)
     assert found["matched_cosine"] > begun["matched_cosine"] + 0.1
     assert found["fvu"] < 0.5
@@ -86,7 +88,7 @@ def test_the_command_writes_results_and_goes_on_where_it_was(tmp_path, monkeypat
     assert runs[2]["lr"] == best["lr"]
     assert "± " in (tmp_path / "recovery.md").read_text()
     assert (tmp_path / "recovery.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr("evaluator.synthetic_cli.train_on", None)  # nothing is left to train
+    monkeypatch.setattr("evaluator.synthetic_cli.train_variant", None)  # nothing is left to train
     (tmp_path / "recovery.remarks.md").write_text("What a person says.\n")
     assert CliRunner().invoke(app, [*arguments, "--seeds", "2"]).exit_code == 0
     assert (tmp_path / "recovery.md").read_text().endswith("\nWhat a person says.\n")
