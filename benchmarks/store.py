@@ -78,7 +78,8 @@ from benchmarks.servers import s3_root
 from schemas.base import sha256_hex
 from schemas.harvest import SLICES, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
 from store import ActivationStore
-from store.groups import REQUEST_BYTES, reading_threads
+from store.cores import usable_cores
+from store.groups import REQUEST_BYTES
 from store.layout import PLAN_KEY, manifest_key, shard_key, slice_bytes, slice_range
 from store.objects import ObjectStore, S3Store, open_store
 from store.order import LaneOrder
@@ -272,7 +273,7 @@ class Loop:
             plan, batch_rows=options.batch_rows, seed=SEED, group_units=options.group_units
         )
         self.plan, self.order, self.row_bytes = plan, order, 2 * options.d_model
-        self.pool = ThreadPoolExecutor(min(options.prefetch, reading_threads()))
+        self.pool = ThreadPoolExecutor(min(options.prefetch, usable_cores()))
         most = options.group_units * plan.rows_per_unit
         self.buffers = [np.zeros((most, options.d_model), np.uint16) for _ in range(2)]
         self.files = {

@@ -119,16 +119,18 @@ class _Source:
         self.sae = sae
 
     def replace(self, rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.values, self.indices = self.sae.encode(rows)
-            reconstructed = self.sae.decode(self.values, self.indices, like=self.sae.normalise(rows)[1])
-            self.lost = rows.float() - reconstructed.float()
-        self.on_codes = torch.zeros_like(self.values, requires_grad=True)
-        self.on_rows = torch.zeros_like(rows, requires_grad=True)
-        return spliced(self.sae, lambda values, _: values + self.on_codes)(rows) + self.on_rows
+        self.rows, self.on_rows = rows.detach(), torch.zeros_like(rows, requires_grad=True)
+        return spliced(self.sae, self._with_leaf)(rows) + self.on_rows
 
+    def _with_leaf(self, values: Tensor, indices: Tensor) -> Tensor:
+        self.values, self.indices = values, indices
+        self.on_codes = torch.zeros_like(values, requires_grad=True)
+        return values + self.on_codes
+
+    @torch.no_grad()
     def found(self, on_codes: Tensor, on_rows: Tensor, shape: tuple[int, int, int]) -> Attribution:
-        error = (self.lost * on_rows.float()).sum(1)
+        lost = self.rows.float() - self.sae.decode(self.values, self.indices, like=self.rows).float()
+        error = (lost * on_rows.float()).sum(1)
         effects = (self.values * on_codes).view(shape)
         return Attribution(self.values.view(shape), self.indices.view(shape), effects, error.view(shape[:2]))
 

@@ -52,19 +52,13 @@ def chosen_families(setting: Setting) -> list[Family]:
         ConfigError: One was asked for without what it needs.
     """
     spec = setting.spec
+    needs = {"compute": spec.law, "stability": spec.against, "judge": spec.judge}
+    lacking = [name for name, given in needs.items() if not given]
     if spec.metrics is None:
-        lacking = {
-            "compute": spec.law is None,
-            "stability": not spec.against,
-            "judge": spec.judge is None,
-        }
-        return [name for name in FAMILIES if name in DEPENDS and not lacking.get(name, False)]
-    if "compute" in spec.metrics and spec.law is None:
-        compute.measure(None, ())  # says what is missing
-    if "stability" in spec.metrics and not spec.against:
-        stability.measure(setting)
-    if "judge" in spec.metrics and spec.judge is None:
-        judge.measure(setting)
+        return [name for name in FAMILIES if name in DEPENDS and name not in lacking]
+    for name in lacking:
+        if name in spec.metrics:  # measuring says what is missing
+            compute.measure(None, ()) if name == "compute" else MEASURES[name](setting)
     wanted = set(spec.metrics) | ({"downstream"} if "compute" in spec.metrics else set())
     return [name for name in FAMILIES if name in wanted]
 

@@ -118,8 +118,11 @@ def train_on(
         drawn = list(islice(batches, -(-spec.sample_rows // spec.batch_rows)))
         sample = torch.cat(drawn)[: spec.sample_rows]
         counted = torch.ones(len(sample))
-        run.loss_constant = initialise(sae, sample, counted, spec.seed, encoder_norm=spec.first_encoder_norm)
-        if source is not None:
+        if source is None:
+            run.loss_constant = initialise(
+                sae, sample, counted, spec.seed, encoder_norm=spec.first_encoder_norm
+            )
+        else:
             run.loss_constant = warm_start(sae, source, sample, counted)
         for batch in islice(chain(drawn, batches), recipe.steps):
             train_step(run, batch, weights)

@@ -5,7 +5,6 @@ Letters: G lanes, L lanes of this rank, U units in a group, S rows that a lane o
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from schemas.harvest import HarvestPlan
 from store.cache import SliceCache
+from store.cores import usable_cores
 from store.fetch import fetch_slices
 from store.follow import Arrivals
 from store.index import ReceiptIndex
@@ -88,11 +88,6 @@ class Turns:
         return self._rows[step_in_group].reshape(-1)
 
 
-def reading_threads() -> int:
-    """Threads that read a local root: more than there are cores get in each other's way."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class GroupReader:
     """Reads groups of units into buffers with a bounded number of requests in flight.
 
@@ -127,7 +122,8 @@ class GroupReader:
         self.holds = order.groups == 1
         self.before: Callable[[], object] = lambda: None
         """What a local root's threads do before each piece of reading."""
-        threads = requests if store.remote else min(requests, reading_threads())
+        # of a local root, more threads than there are cores get in each other's way
+        threads = requests if store.remote else min(requests, usable_cores())
         self.pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="winnow-stream")
         self.bytes_read = 0
         """Bytes read from storage so far, refetches included; what a cache gave does not count."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch.utils.deterministic
 
 from schemas.errors import ConfigError
 from schemas.training import TrainSpec
+from store.cores import usable_cores
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
@@ -55,7 +55,7 @@ def cpu_threads(spec: TrainSpec) -> int:
     """The spec's threads; for 0, the cores this process may use."""
     if spec.threads:
         return spec.threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 def keep_memory() -> bool:

@@ -77,11 +77,7 @@ def initialise(
         ConfigError: The sample holds fewer than two rows of weight above 0, or rows that do not vary.
         NonFiniteError: The sample holds NaN or infinity.
     """
-    keep = weights > 0
-    sample, weights = sample.to(sae.W_enc)[keep], weights.to(sae.W_enc)[keep]
-    if len(sample) < 2:
-        raise ConfigError("the initial sample", expected="2 rows of weight above 0", got=len(sample))
-    _require_finite(sample)
+    sample, weights, target = counted_rows(sae, sample, weights, target)
     if sae.normalize_mode == "dataset":
         mean, scale = _constants(sample, weights, sae.parts.widths or (sae.d_model,))
         sae.input_mean.copy_(mean)
@@ -90,8 +86,6 @@ def initialise(
     if sae.b_dec is not None:
         if target is None:
             raise ValueError("a transcoder is initialised with rows of its target")
-        target = target.to(sae.W_enc)[keep]
-        _require_finite(target)
         if sae.parts.target_normalize == "dataset":
             mean, scale = _constants(target, weights, (sae.d_out,))
             sae.target_mean.copy_(mean)
@@ -99,9 +93,7 @@ def initialise(
         y = sae.normalise_target(target)
         sae.b_dec.copy_(geometric_median(y, weights))
     sae.b_pre.copy_(geometric_median(x, weights))
-    constant = variance_per_row(y.double(), weights.double()).item()
-    if not constant > 0:
-        raise ConfigError("the initial sample", expected="rows that differ", got="equal rows")
+    constant = loss_constant(y, weights)
 
     generator = torch.Generator().manual_seed(seed)
     part, of = getattr(sae, "part", None), getattr(sae, "of", sae.latents)
@@ -111,6 +103,34 @@ def initialise(
     sae.W_enc.mul_(_matching_scale(sae, x, y, weights) if encoder_norm is None else encoder_norm)
     if sae.parts.activation == "jumprelu":
         sae.threshold.fill_(FIRST_THRESHOLD)
+    return constant
+
+
+def counted_rows(
+    sae: Sae, sample: Tensor, weights: Tensor, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows of weight above 0 of a sample, their weights and targets, as the SAE's tensors are.
+
+    Raises:
+        ConfigError: Fewer than two such rows.
+        NonFiniteError: They hold NaN or infinity.
+    """
+    keep = weights > 0
+    sample, weights = sample.to(sae.W_enc)[keep], weights.to(sae.W_enc)[keep]
+    if len(sample) < 2:
+        raise ConfigError("the initial sample", expected="2 rows of weight above 0", got=len(sample))
+    _require_finite(sample)
+    if target is not None:
+        target = target.to(sae.W_enc)[keep]
+        _require_finite(target)
+    return sample, weights, target
+
+
+def loss_constant(y: Tensor, weights: Tensor) -> float:
+    """The error, a row, of predicting the mean of normalised rows y [B, O]; ConfigError where it is 0."""
+    constant = variance_per_row(y.double(), weights.double()).item()
+    if not constant > 0:
+        raise ConfigError("the initial sample", expected="rows that differ", got="equal rows")
     return constant
 
 

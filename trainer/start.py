@@ -168,7 +168,10 @@ def begin(runs: Sequence[Run], batches: SharedRows) -> None:
 
         x, w = sample(rows), sample(weights)
         target = sample(targets) if spec.target_hook else None
-        run.loss_constant = initialise(run.sae, x, w, spec.seed, target, encoder_norm=spec.first_encoder_norm)
-        if run.source is not None:
+        if run.source is None:
+            run.loss_constant = initialise(
+                run.sae, x, w, spec.seed, target, encoder_norm=spec.first_encoder_norm
+            )
+        else:
             run.loss_constant = warm_start(run.sae, run.source, x, w, target)
             run.source = None

@@ -11,11 +11,8 @@ from torch import Tensor
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError
 from trainer.checkpoint import has_latents
-from trainer.losses import variance_per_row
+from trainer.init import CHUNK_ROWS, counted_rows, loss_constant
 from trainer.sae import Sae
-
-CHUNK_ROWS = 4096
-"""Rows encoded at a time."""
 
 
 def load_source(uri: str, sae: Sae, storage: StorageSpec) -> Sae:
@@ -58,18 +55,19 @@ def warm_start(sae: Sae, source: Sae, sample: Tensor, weights: Tensor, target: T
 
     Returns:
         The loss constant; see `trainer.init.initialise`.
+
+    Raises:
+        ConfigError, NonFiniteError: As `initialise`.
     """
+    sample, weights, target = counted_rows(sae, sample, weights, target)
     part: range = getattr(sae, "part", range(sae.latents))
     keep = most_useful(source, sample, weights, getattr(sae, "of", sae.latents))[part.start : part.stop]
     theirs = source.tensors()
     for name, tensor in sae.tensors().items():
         of_latents = has_latents(name, theirs[name])
         tensor.copy_(theirs[name][keep] if of_latents else theirs[name])
-    counted = weights > 0
-    rows = sample if target is None else target
-    rows = rows.to(sae.W_enc)[counted]
-    y = sae.normalise(rows)[0] if target is None else sae.normalise_target(rows)
-    return variance_per_row(y.double(), weights.to(sae.W_enc)[counted].double()).item()
+    y = sae.normalise(sample)[0] if target is None else sae.normalise_target(target)
+    return loss_constant(y, weights)
 
 
 def most_useful(source: Sae, sample: Tensor, weights: Tensor, count: int) -> Tensor:

@@ -283,7 +283,7 @@ def test_arrays_are_used_again_once_dropped(store):
 @pytest.mark.parametrize("group_units", [2, 16])
 def test_one_thread_reads_shuffles_and_assembles(store, monkeypatch, group_units):
     """As on a machine of one core: nothing waits for what only a second thread could do."""
-    monkeypatch.setattr("store.groups.reading_threads", lambda: 1)
+    monkeypatch.setattr("store.groups.usable_cores", lambda: 1)
     whole = all_rows(store.plan, "mlp_out.2")
     with store.stream("mlp_out.2", batch_rows=64, seed=SEED, group_units=group_units, epochs=3) as stream:
         for batch in stream:
