@@ -20,9 +20,11 @@ from schemas.harvest import SCALE_BYTES
 from store.groups import Buffers, Turns
 from store.shards import to_float32
 
-RUNS_AHEAD = 2
-"""Runs of batches assembled ahead of the consumer."""
-RUN_BYTES = 4 * 2**20
+RUNS_AHEAD = 3
+"""Runs of batches assembled ahead of the consumer: one waits while two threads are at work."""
+ASSEMBLING = 2
+"""Threads that assemble where those that read do not."""
+RUN_BYTES = 5 * 2**19
 """Batches are assembled and handed over in runs of about so many bytes, at least one: waking a thread costs
 as much as gathering a small batch."""
 RUN_BATCHES = 8
@@ -48,8 +50,9 @@ class RowBatch(NamedTuple):
 class Assembler:
     """Gathers steps' rows into batches, in arrays that are used again.
 
-    An array is used again once nothing outside refers to it any more, so that the pages of a consumer
-    who drops his batches are touched once, and a batch that is kept is never changed.
+    A run of batches lies in one array, gathered in one go. It is used again once nothing outside refers to
+    it any more, so that the pages of a consumer who drops his batches are touched once, and a batch that is
+    kept is never changed; it keeps the memory of its run.
 
     Of a local root the threads that read assemble too, batches first, so that there are no more threads than
     cores: where the interpreter's lock goes from hand to hand, each more costs more than it does. Threads
@@ -68,8 +71,8 @@ class Assembler:
         self.widen = widen
         self.run = min(max(1, RUN_BYTES // batch_bytes), RUN_BATCHES)
         """Batches assembled by one task."""
-        self._most = self.run * (RUNS_AHEAD + 2) * hooks
-        self.pool = pool or ThreadPoolExecutor(RUNS_AHEAD, "winnow-stream-batch")
+        self._most = (RUNS_AHEAD + 2) * hooks
+        self.pool = pool or ThreadPoolExecutor(ASSEMBLING, "winnow-stream-batch")
         self._waiting: deque[tuple[Future[list[RowBatch]], Callable[[], list[RowBatch]]]] = deque()
         self._lock, self._local = threading.Lock(), threading.local()
         self._arrays: dict[tuple[int, ...], list[NDArray[Any]]] = {}
@@ -104,12 +107,15 @@ class Assembler:
     def _assemble(
         self, buffers: Buffers, turns: Turns, step_in_group: int, step: int, count: int
     ) -> list[RowBatch]:
-        batches: list[RowBatch] = []
-        for number in range(count):
-            chosen = turns.rows(step_in_group + number)
-            rows = {hook: self._gather(held, chosen) for hook, held in buffers.rows.items()}
-            batches.append(RowBatch(rows, buffers.weights.take(chosen), step + number))
-        return batches
+        chosen = turns.rows(step_in_group, count)
+        rows = {hook: self._gather(held, chosen) for hook, held in buffers.rows.items()}
+        weights = buffers.weights.take(chosen)
+        size = len(chosen) // count
+        cuts = [slice(first, first + size) for first in range(0, len(chosen), size)]
+        return [
+            RowBatch({hook: run[cut] for hook, run in rows.items()}, weights[cut], step + number)
+            for number, cut in enumerate(cuts)
+        ]
 
     def _gather(self, held: NDArray[Any], chosen: NDArray[np.int64]) -> NDArray[Any]:
         widen = None if held.dtype == np.float32 else self.widen

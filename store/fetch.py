@@ -21,6 +21,9 @@ from store.shards import INDEX_BYTES, check_slice, unpack
 
 REFETCHES = 2
 """A slice that fails its check is fetched this many times more before it counts as rotten."""
+PART_BYTES = 2 * 2**20
+"""Slices are received about so many bytes at a time, at least one: each time asks for the interpreter's lock,
+and much more would not be in the cache any longer when it is checked."""
 
 
 def fetch_slices(
@@ -55,18 +58,22 @@ def fetch_slices(
     """
     crcs: list[int] = index.hooks[hook].crc32c[unit].tolist()
     starts: list[int] = index.starts(hook, unit).tolist()
-    beside, stop = np.empty(4, np.uint8), first + len(places)
-    stored = beside.view("<u4")
+    stop = first + len(places)
+    beside = np.empty((len(places), 4), np.uint8)
     packed = plan.spec.compress != "none"
-    payloads = places
+    payloads, together = places, max(1, PART_BYTES // places[0].size)
     if packed:  # a slice is checked and unpacked before the next one takes its place
         sizes = [starts[number + 1] - starts[number] - 4 for number in range(first, stop)]
         space = np.empty(max(sizes), np.uint8)
-        payloads = [space[:size] for size in sizes]
+        payloads, together = [space[:size] for size in sizes], 1
+
+    def buffers(number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        return payloads[number - first], beside[number - first]
 
     def settle(number: int) -> None:
-        payload = payloads[number - first]
-        check_slice(payload, int(stored[0]), crcs[number], unit=unit, hook=hook, number=number)
+        payload, stored = buffers(number)
+        promised = int.from_bytes(stored.tobytes(), "little")
+        check_slice(payload, promised, crcs[number], unit=unit, hook=hook, number=number)
         if packed:
             unpack(payload, places[number - first], unit=unit, hook=hook, number=number)
 
@@ -74,7 +81,7 @@ def fetch_slices(
         return SliceCache.name(hook, unit, number, crcs[number], payloads[number - first].size)
 
     def cached(number: int) -> bool:
-        if not cache or not cache.read(name(number), payloads[number - first], beside):
+        if not cache or not cache.read(name(number), *buffers(number)):
             return False
         try:
             settle(number)
@@ -86,21 +93,23 @@ def fetch_slices(
     received = 0
     wanted = [number for number in range(first, stop) if not cached(number)] if cache else range(first, stop)
     for begin, end in _runs(wanted):
-        parts = [(payload, beside) for payload in payloads[begin - first : end - first]]
+        parts = [range(number, min(number + together, end)) for number in range(begin, end, together)]
         received += starts[end] - starts[begin]
-        reads = _read(store, hook, unit, begin, end, starts, parts)
-        for number, part, _ in zip(range(begin, end), parts, reads, strict=True):
-            for left in range(REFETCHES, -1, -1):
-                try:
-                    settle(number)
-                    break
-                except IntegrityError:
-                    if not left:
-                        raise
-                for _ in _read(store, hook, unit, number, number + 1, starts, [part]):
-                    received += starts[number + 1] - starts[number]
-            if cache is not None:
-                cache.keep(name(number), *part)
+        filled = [[buffer for number in part for buffer in buffers(number)] for part in parts]
+        reads = _read(store, hook, unit, begin, end, starts, filled)
+        for part, _ in zip(parts, reads, strict=True):
+            for number in part:
+                for left in range(REFETCHES, -1, -1):
+                    try:
+                        settle(number)
+                        break
+                    except IntegrityError:
+                        if not left:
+                            raise
+                    for _ in _read(store, hook, unit, number, number + 1, starts, [buffers(number)]):
+                        received += starts[number + 1] - starts[number]
+                if cache is not None:
+                    cache.keep(name(number), *buffers(number))
     return received
 
 

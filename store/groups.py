@@ -25,7 +25,7 @@ from store.order import LaneOrder
 
 REQUEST_BYTES = 16 * 2**20
 """A run of slices is asked for in ranges of about this many bytes: few to sign and to answer."""
-SHUFFLED_TOGETHER = 8
+SHUFFLED_TOGETHER = 16
 """Lanes that one task shuffles."""
 
 
@@ -83,9 +83,9 @@ class Turns:
         whole = held[: lanes * self._units * per_unit]
         return whole.reshape(lanes, self._units, per_unit, *held.shape[1:])[:, slot]
 
-    def rows(self, step_in_group: int) -> NDArray[np.int64]:
-        """[B/world] rows of the buffers that a step takes, in batch order."""
-        return self._rows[step_in_group].reshape(-1)
+    def rows(self, step_in_group: int, steps: int) -> NDArray[np.int64]:
+        """[steps * B/world] rows of the buffers that some steps take, in batch order."""
+        return self._rows[step_in_group : step_in_group + steps].reshape(-1)
 
 
 class GroupReader:

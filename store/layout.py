@@ -95,19 +95,22 @@ def keyed_permutation(length: int, *key: object) -> NDArray[np.int64]:
 def keyed_permutations(length: int, keys: Sequence[tuple[object, ...]]) -> NDArray[np.int64]:
     """[keys, length] `keyed_permutation` of each key."""
     raw = np.empty((len(keys), length), np.uint64)
+    bits = np.random.Philox(key=0)
+    start = bits.state  # set for every key: a new generator would ask the system for entropy first
     for row, key in zip(raw, keys, strict=True):
-        row[:] = np.random.Philox(key=philox_key(*key)).random_raw(length)
+        number = philox_key(*key)
+        start["state"]["key"][:] = number & 2**64 - 1, number >> 64
+        bits.state = start
+        row[:] = bits.random_raw(length)
     # Sorting numbers is several times faster than argsort, so each carries its place in its low bits,
     # which matter only where the high ones are equal: then, about never, the plain way decides.
-    bits = np.uint64(max(length - 1, 1).bit_length())
-    packed = raw >> bits
-    packed <<= bits
+    low = np.uint64((1 << max(length - 1, 1).bit_length()) - 1)
+    packed = raw & ~low
     packed |= np.arange(length, dtype=np.uint64)
     packed.sort(axis=1)
-    high = packed >> bits
-    if np.any(high[:, 1:] == high[:, :-1]):
+    if np.any(packed[:, 1:] ^ packed[:, :-1] <= low):
         return np.argsort(raw, axis=1, kind="stable").astype(np.int64, copy=False)
-    packed &= (np.uint64(1) << bits) - np.uint64(1)
+    packed &= low
     return packed.view(np.int64)
 
 
