@@ -26,8 +26,12 @@ def minio_binary() -> Path | None:
 
 
 @contextmanager
-def s3_root() -> Generator[str | None]:
-    """`s3://bucket` of a fresh bucket, with its credentials in the environment; None: no server here."""
+def s3_root(cores: list[int] | None = None) -> Generator[str | None]:
+    """`s3://bucket` of a fresh bucket, with its credentials in the environment; None: no server here.
+
+    Args:
+        cores: What MinIO keeps to; what this process may use where None.
+    """
     if os.environ.get("AWS_ENDPOINT_URL"):
         yield _bucket()
         return
@@ -52,9 +56,12 @@ def s3_root() -> Generator[str | None]:
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="winnow-minio-") as folder:
         command = [binary, "server", f"{folder}/data", "--address", address, "--quiet"]
+        ours = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, ours if cores is None else cores)  # this thread alone, and who it starts
         process = subprocess.Popen(
             command, env={**before, **root}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+        os.sched_setaffinity(0, ours)
         os.environ.update(settings)
         try:
             _await(f"http://{address}/minio/health/live", process)

@@ -1,0 +1,166 @@
+"""The least that must be done for the bytes that a stream yields: loops without a store around them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import obstore
+
+from schemas.harvest import SLICES, HarvestPlan
+from store.assemble import ASSEMBLING
+from store.cores import usable_cores
+from store.groups import REQUEST_BYTES
+from store.layout import shard_key, slice_bytes, slice_range
+from store.objects import S3Store
+from store.order import LaneOrder
+from store.shards import crc32c
+
+HOOK = "resid_post.1"
+SEED = 3
+
+
+class Groups:
+    """Two groups' buffers and where each step of an epoch finds its rows in them."""
+
+    def __init__(self, plan: HarvestPlan, options: argparse.Namespace) -> None:
+        self.order = LaneOrder.for_plan(
+            plan, batch_rows=options.batch_rows, seed=SEED, group_units=options.group_units
+        )
+        self.row_bytes, size = 2 * options.d_model, plan.rows_per_unit
+        shape = (options.group_units * size, options.d_model)
+        # pages that nobody wrote are one page of zeros, always in the cache
+        self.buffers = [np.full(shape, 1, np.uint16) for _ in range(2)]
+        self.turns: list[list[np.ndarray]] = []
+        for group in range(self.order.groups):
+            first = self.order.first_step(0, group)
+            units = np.array(self.order.units_of(0, group))
+            slots = np.zeros(units.max() + 1, np.int64)
+            slots[units] = np.arange(len(units))
+            steps = (self.order.rows_at(first + step) for step in range(self.order.steps_in(group)))
+            self.turns.append([slots[rows // size] * size + rows % size for rows in steps])
+        self._local = threading.local()
+
+    def gather(self, group: int, rows: np.ndarray) -> None:
+        """A step's rows into this thread's own array."""
+        buffer = self.buffers[group % 2]
+        out = getattr(self._local, "out", None)
+        if out is None:
+            out = self._local.out = np.zeros((len(rows), buffer.shape[1]), np.uint16)
+        np.take(buffer, rows, axis=0, out=out, mode="clip")
+
+
+class Loop:
+    """The floor of the local stream; a call takes an epoch and gives its rate in bytes a second."""
+
+    def __init__(self, root: Path, plan: HarvestPlan, options: argparse.Namespace) -> None:
+        self.plan, self.groups = plan, Groups(plan, options)
+        self.pool = ThreadPoolExecutor(min(options.prefetch, usable_cores()))
+        self.files = {
+            unit: os.open(root / shard_key(HOOK, unit), os.O_RDONLY) for unit in plan.split_units("train")
+        }
+
+    def __call__(self, read_only: bool = False) -> float:
+        """Take an epoch."""
+        started = time.perf_counter()
+        waiting: list[list[Future[None]]] = [[], []]
+        order, row_bytes = self.groups.order, self.groups.row_bytes
+        for group, turns in enumerate(self.groups.turns):
+            buffer, number = self.groups.buffers[group % 2], group % 2
+            _wait(waiting[number])  # its rows of the group before last are gathered
+            reads = [
+                self.pool.submit(self._read, buffer, slot, unit, *run, read_only)
+                for slot, unit in enumerate(order.units_of(0, group))
+                for run in runs(self.plan)
+            ]
+            _wait(reads)
+            if not read_only:
+                waiting[number] = [self.pool.submit(self.groups.gather, group, rows) for rows in turns]
+        _wait(waiting[0] + waiting[1])
+        rows = len(order.units) * self.plan.rows_per_unit if read_only else order.rows_per_epoch
+        return rows * row_bytes / (time.perf_counter() - started)
+
+    def _read(self, buffer: Any, slot: int, unit: int, first: int, stop: int, read_only: bool) -> None:
+        raw = buffer.view(np.uint8).reshape(-1)
+        beside = np.empty(4, np.uint8)
+        size = slice_bytes(self.plan, HOOK) - 4
+        for number in range(first, stop):
+            payload = raw[(slot * SLICES + number) * size : (slot * SLICES + number + 1) * size]
+            os.preadv(self.files[unit], [payload.data, beside.data], number * (size + 4))
+            if not read_only:
+                crc32c(payload)
+
+    def close(self) -> None:
+        """Let its threads and files go."""
+        self.pool.shutdown()
+        for handle in self.files.values():
+            os.close(handle)
+
+
+def _wait(futures: list[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+class Gets:
+    """The floor of the stream from S3: an epoch's ranges, as many in flight; the replies are thrown away.
+
+    Args:
+        objects: Where they are.
+        plan: The dataset's plan.
+        options: Sizes.
+        least: Also look at each slice's crc32c in its reply, and beside that gather as many rows as the epoch
+            has, on as many threads as the stream has for it. The rows come from buffers that are never
+            filled: no loader that checks and shuffles does less.
+    """
+
+    def __init__(
+        self, objects: S3Store, plan: HarvestPlan, options: argparse.Namespace, *, least: bool = False
+    ) -> None:
+        self.client, self.slice = objects._client, slice_bytes(plan, HOOK)
+        self.ranges = [
+            (objects._path(shard_key(HOOK, unit)), *slice_range(plan, HOOK, *run))
+            for unit in plan.split_units("train")
+            for run in runs(plan)
+        ]
+        self.groups = Groups(plan, options) if least else None
+        self.pool, self.gathering = ThreadPoolExecutor(options.prefetch), ThreadPoolExecutor(ASSEMBLING)
+
+    def __call__(self) -> float:
+        """Take an epoch; its rate in bytes a second."""
+        started = time.perf_counter()
+        turns = enumerate(self.groups.turns) if self.groups else ()
+        gathers = [
+            self.gathering.submit(self.groups.gather, group, rows)
+            for group, steps in turns
+            for rows in steps
+            if self.groups
+        ]
+        received = sum(self.pool.map(self._get, self.ranges))
+        _wait(gathers)
+        return received / (time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Let its threads go."""
+        self.pool.shutdown()
+        self.gathering.shutdown()
+
+    def _get(self, item: tuple[str, int, int]) -> int:
+        reply = obstore.get_range(self.client, item[0], start=item[1], end=item[2])
+        if self.groups:
+            body = np.frombuffer(memoryview(reply), np.uint8)
+            for first in range(0, len(body), self.slice):
+                crc32c(body[first : first + self.slice - 4])
+        return len(reply)
+
+
+def runs(plan: HarvestPlan) -> list[tuple[int, int]]:
+    """Slices [first, stop) as the stream asks for them."""
+    step = max(1, REQUEST_BYTES // slice_bytes(plan, HOOK))
+    return [(first, min(first + step, SLICES)) for first in range(0, SLICES, step)]

@@ -1,0 +1,139 @@
+"""Streams beside the least that must be done for the same bytes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Generator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks.floors import HOOK, SEED, Gets, Loop
+from benchmarks.servers import s3_root
+from benchmarks.timing import in_turn, kept_to
+from schemas.harvest import HarvestPlan
+from store import ActivationStore
+from store.objects import S3Store, open_store
+from store.testing import write_dataset
+
+
+class SteadyStream:
+    """One endless stream; each call takes an epoch and gives its rate in stored bytes a second."""
+
+    def __init__(self, store: ActivationStore, options: argparse.Namespace, dtype: Any = "stored") -> None:
+        self.stream = store.stream(
+            HOOK,
+            batch_rows=options.batch_rows,
+            seed=SEED,
+            group_units=options.group_units,
+            prefetch=options.prefetch,
+            dtype=dtype,
+        )
+        self.row_bytes = 2 * options.d_model
+        self()
+
+    def __call__(self) -> float:
+        """Take an epoch."""
+        started = time.perf_counter()
+        rows = 0
+        for _ in range(self.stream.order.steps_per_epoch):
+            rows += len(next(self.stream).weights)
+        return rows * self.row_bytes / (time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Close the stream."""
+        self.stream.close()
+
+
+def cheap_rows(plan: HarvestPlan, unit: int, hook: str) -> np.ndarray:
+    """Rows that cost little to make and differ from unit to unit."""
+    shape = (plan.rows_per_unit, plan.d_model(hook))
+    column = np.arange(shape[0], dtype=np.float32)[:, None] / shape[0] + unit
+    return np.broadcast_to(column, shape) * np.linspace(1, 2, shape[1], dtype=np.float32)
+
+
+def local_stream(root: str, plan: HarvestPlan, options: argparse.Namespace) -> dict[str, Any]:
+    """`local_stream_over_loop` and the bare reads beside it."""
+    write_dataset(open_store(root), plan, cheap_rows)
+    store = ActivationStore.open(root)
+
+    @contextmanager
+    def pair(dtype: Literal["stored", "float32"]) -> Generator[tuple[Loop, SteadyStream]]:
+        with closing(Loop(Path(root), plan, options)) as loop:
+            with closing(SteadyStream(store, options, dtype)) as steady:
+                yield loop, steady
+
+    with closing(Loop(Path(root), plan, options)) as loop:
+        bare = statistics.median(loop(read_only=True) for _ in range(options.rounds))
+    found = in_turn(options.rounds, lambda: pair("stored"))
+    widened = in_turn(options.rounds, lambda: pair("float32"))
+    return {
+        "local_stream_float32_over_loop": widened["ratio"],
+        "local_stream_float32_over_loop_cpu": widened["cpu_ratio"],
+        "local_stream_over_loop": found["ratio"],
+        "local_stream_over_loop_rounds": found["ratios"],
+        "local_stream_over_loop_cpu": found["cpu_ratio"],
+        "local_stream_cpu_s_per_gb": found["cpu_s_per_gb"],
+        "local_stream_bytes_per_s": found["rate"],
+        "loop_bytes_per_s": found["floor"],
+        "pread_bytes_per_s": bare,
+    }
+
+
+def s3_streams(plan: HarvestPlan, options: argparse.Namespace) -> dict[str, Any]:
+    """`s3_stream_over_get` with the server on cores of its own, and `s3_shared_...` with it on all of ours.
+
+    A server that the environment names is where it is, and measured once.
+    """
+    result: dict[str, Any] = {}
+    cores = sorted(os.sched_getaffinity(0))
+    here, there = cores[: len(cores) // 2], cores[len(cores) // 2 :]
+    outside = bool(os.environ.get("AWS_ENDPOINT_URL"))
+    with s3_root() as root:  # first: obstore has as many threads as there are cores when it is first used
+        if root is not None:
+            result |= s3_stream(f"{root}/data", plan, options, "s3" if outside else "s3_shared", least=True)
+    if result and here and not outside:
+        with s3_root(there) as root, kept_to(here):
+            result |= s3_stream(f"{root}/data", plan, options, "s3")
+    return result
+
+
+def s3_stream(
+    root: str, plan: HarvestPlan, options: argparse.Namespace, name: str, *, least: bool = False
+) -> dict[str, Any]:
+    """A stream from S3 over bare gets, and where asked the least there is to do over them."""
+    objects = open_store(root)
+    assert isinstance(objects, S3Store)
+    write_dataset(objects, plan, cheap_rows)
+    store = ActivationStore.open(root)
+
+    @contextmanager
+    def pair(least: bool) -> Generator[tuple[Gets, Gets | SteadyStream]]:
+        with closing(Gets(objects, plan, options)) as gets:
+            made = Gets(objects, plan, options, least=True) if least else SteadyStream(store, options)
+            with closing(made) as subject:
+                yield gets, subject
+
+    found = in_turn(options.rounds, lambda: pair(False))
+    result = {
+        f"{name}_stream_over_get": found["ratio"],
+        f"{name}_stream_over_get_cpu": found["cpu_ratio"],
+        f"{name}_stream_over_get_own_cpu": found["own_cpu_ratio"],
+        f"{name}_cpu_s_per_gb": found["cpu_s_per_gb"],
+        f"{name}_stream_over_get_rounds": found["ratios"],
+        f"{name}_stream_bytes_per_s": found["rate"],
+        f"{name}_get_bytes_per_s": found["floor"],
+    }
+    if least:
+        beside = in_turn(options.rounds, lambda: pair(True))
+        result |= {
+            f"{name}_least_over_get": beside["ratio"],
+            f"{name}_least_over_get_cpu": beside["cpu_ratio"],
+            f"{name}_least_over_get_rounds": beside["ratios"],
+        }
+    return result
