@@ -6,6 +6,7 @@ Letters: D d_model, P rows in a slice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -77,6 +78,18 @@ def fetch_slices(
         if packed:
             unpack(payload, places[number - first], unit=unit, hook=hook, number=number)
 
+    def settle_in_the_end(number: int) -> int:
+        """Settle a slice, which is fetched again while it is bad; bytes read for that."""
+        size = starts[number + 1] - starts[number]
+        for fetched in range(REFETCHES):
+            with suppress(IntegrityError):
+                settle(number)
+                return fetched * size
+            for _ in _read(store, hook, unit, number, number + 1, starts, [buffers(number)]):
+                pass
+        settle(number)
+        return REFETCHES * size
+
     def name(number: int) -> str:
         return SliceCache.name(hook, unit, number, crcs[number], payloads[number - first].size)
 
@@ -99,15 +112,7 @@ def fetch_slices(
         reads = _read(store, hook, unit, begin, end, starts, filled)
         for part, _ in zip(parts, reads, strict=True):
             for number in part:
-                for left in range(REFETCHES, -1, -1):
-                    try:
-                        settle(number)
-                        break
-                    except IntegrityError:
-                        if not left:
-                            raise
-                    for _ in _read(store, hook, unit, number, number + 1, starts, [buffers(number)]):
-                        received += starts[number + 1] - starts[number]
+                received += settle_in_the_end(number)
                 if cache is not None:
                     cache.keep(name(number), *buffers(number))
     return received

@@ -84,6 +84,16 @@ def test_a_flipped_byte_names_unit_hook_and_slice(root, plan, read, where):
         read(root)
 
 
+@pytest.mark.parametrize("together", [1, 3, 64])
+def test_slices_received_together_are_checked_one_by_one(root, plan, monkeypatch, together):
+    size = slice_bytes(plan, HOOK)
+    monkeypatch.setattr("store.fetch.PART_BYTES", together * (size - 4))
+    drain(root)
+    flip(root / shard_key(HOOK, 3), 7 * size + 20)
+    with pytest.raises(IntegrityError, match=rf"unit 3, hook '{HOOK}', slice 7\b"):
+        drain(root)
+
+
 @READERS
 @pytest.mark.parametrize("length", [0, 1, 1000])
 def test_a_truncated_shard_is_named(root, read, length):
