@@ -51,7 +51,9 @@ def served(request, tmp_path_factory) -> Iterator[Served]:
         saes, place = list(site.saes), Place.of(site.config_path, None)
     desk = open_desk(saes, None, place, seats=8)
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(desk), log_level="warning"))
+        # as `serve` has it: a request whose page is gone must not hold up the end
+        config = uvicorn.Config(make_app(desk), log_level="warning", timeout_graceful_shutdown=3)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
