@@ -64,9 +64,9 @@ def local_stream(root: str, plan: HarvestPlan, options: argparse.Namespace) -> d
 
     @contextmanager
     def pair(dtype: Literal["stored", "float32"]) -> Generator[tuple[Loop, SteadyStream]]:
-        with closing(Loop(Path(root), plan, options)) as loop:
-            with closing(SteadyStream(store, options, dtype)) as steady:
-                yield loop, steady
+        floor, subject = Loop(Path(root), plan, options), SteadyStream(store, options, dtype)
+        with closing(floor), closing(subject):
+            yield floor, subject
 
     with closing(Loop(Path(root), plan, options)) as loop:
         bare = statistics.median(loop(read_only=True) for _ in range(options.rounds))
@@ -114,10 +114,10 @@ def s3_stream(
 
     @contextmanager
     def pair(least: bool) -> Generator[tuple[Gets, Gets | SteadyStream]]:
-        with closing(Gets(objects, plan, options)) as gets:
-            made = Gets(objects, plan, options, least=True) if least else SteadyStream(store, options)
-            with closing(made) as subject:
-                yield gets, subject
+        floor = Gets(objects, plan, options)
+        subject = Gets(objects, plan, options, least=True) if least else SteadyStream(store, options)
+        with closing(floor), closing(subject):
+            yield floor, subject
 
     found = in_turn(options.rounds, lambda: pair(False))
     result = {

@@ -101,7 +101,12 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def server(app: FastAPI) -> uvicorn.Server:
+    """What serves the explorer; a request whose page is gone holds up its end for 3 s at the most."""
+    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
+    return uvicorn.Server(config)
+
+
 def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve until interrupted."""
-    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
-    uvicorn.Server(config).run(sockets=[listener])
+    server(app).run(sockets=[listener])

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from explorer.cli import Place, open_desk
-from explorer.serve import listen, make_app
+from explorer.serve import listen, make_app, server
 from schemas.config import StorageSpec
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -47,20 +46,18 @@ def served(request, tmp_path_factory) -> Iterator[Served]:
     if not saes:
         from tests.explorer_site import make_site
 
-        site = make_site(tmp_path_factory.mktemp("site"))
-        saes, place = list(site.saes), Place.of(site.config_path, None)
+        made = make_site(tmp_path_factory.mktemp("site"))
+        saes, place = list(made.saes), Place.of(made.config_path, None)
     desk = open_desk(saes, None, place, seats=8)
     with listen("127.0.0.1", 0) as listener:
-        # as `serve` has it: a request whose page is gone must not hold up the end
-        config = uvicorn.Config(make_app(desk), log_level="warning", timeout_graceful_shutdown=3)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        site = server(make_app(desk))
+        thread = threading.Thread(target=site.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         try:
             yield Served(url, desk.exhibits[0].table.meta.latents, pictures)
         finally:
-            server.should_exit = True
+            site.should_exit = True
             thread.join()
 
 
