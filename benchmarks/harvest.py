@@ -100,7 +100,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     if args.ceiling_units:
         result |= measure_ceiling(
-            units=args.ceiling_units, windows_per_unit=args.ceiling_windows, d_model=576, rounds=3
+            units=args.ceiling_units, windows_per_unit=args.ceiling_windows, d_model=576, rounds=5
         )
     if args.ceiling_only:
         print(json.dumps(write_report("harvest", result, args.json), indent=1))

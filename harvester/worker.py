@@ -69,6 +69,11 @@ def to_int8(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([(rows / scale).round().to(torch.int8), scale.view(torch.int8)], dim=1)
 
 
+def _as_items(rows: NDArray[np.generic]) -> NDArray[np.void]:
+    """[R, D] contiguous -> [R], each row one item: so NumPy puts rows in their places faster."""
+    return rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]
+
+
 def _telling(stored: torch.Tensor) -> torch.Tensor:
     """What tells whether stored rows are finite: of int8 their scales [R, 1], else the rows."""
     if stored.dtype != torch.int8:
@@ -219,7 +224,7 @@ class UnitWorker:
                     raise self._not_finite(values, stored, unit, hook, first)
                 start = first * plan.rows_per_window
                 view = stored.view(torch.uint16) if spec.dtype == "bfloat16" else stored
-                rows[hook][place[start : start + len(stored)]] = view.numpy()
+                _as_items(rows[hook])[place[start : start + len(stored)]] = _as_items(view.numpy())
 
         copies, last = CopyOut(self._subject.device), None
         for first in range(0, spec.windows_per_unit, self._batch):
@@ -245,7 +250,7 @@ class UnitWorker:
         """[W, T, D] as read -> [rows, D] as stored (`store.shards.Stored`), on the device still."""
         dtype = self._plan.spec.dtype
         kept = values[:, self._plan.spec.drop_leading :].to(_TORCH_DTYPES[dtype])
-        kept = kept.reshape(-1, values.shape[-1])
+        kept = kept.reshape(-1, values.shape[-1]).contiguous()
         return to_int8(kept) if dtype == "int8" else kept
 
     def _not_finite(

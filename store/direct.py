@@ -1,9 +1,12 @@
-"""Ranges of S3 objects from the socket right into the reader's buffers.
+"""Bytes of S3 objects between the socket and the caller's memory, with nothing in between.
 
-A reply of obstore comes in memory of its own: its pages are new, and every byte is copied into it and out
-again. Here obstore signs a URL, which is asked for over a plain connection, and the socket fills the buffers.
-This is a first try and nothing else: whatever is not exactly the bytes that were asked for, as fast as the
-time-out allows, is left to obstore, the one owner of retries and of errors.
+Reads: a reply of obstore comes in memory of its own: its pages are new, and every byte is copied into it and
+out again. Here obstore signs a URL, which is asked for over a plain connection, and the socket fills the
+buffers. Puts: obstore takes the SHA-256 of what it sends, to sign it; a shard's is known already, for its
+receipt, and taking it again costs most of what a put costs.
+
+Both are a first try and nothing else: whatever does not go exactly as it should, as fast as the time-out
+allows, is left to obstore, the one owner of retries and of errors.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from datetime import timedelta
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from io import DEFAULT_BUFFER_SIZE
 from select import POLLIN, poll
+from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -29,14 +33,26 @@ from numpy.typing import NDArray
 from obstore.exceptions import BaseError
 from obstore.store import S3Store as ObstoreS3
 
+from store.signing import put_headers
+
 URL_LIFE = timedelta(minutes=15)
 """A signed URL is used at once; clocks may be apart by as much as S3 allows."""
 IDLE_CONNECTIONS = 32
 """Connections kept open between requests."""
+REFUSED = (400, 403, 405, 501)
+"""Replies to a put that would come again."""
+PIECES_TOGETHER = 1024
+"""Pieces sent in one call (Linux's IOV_MAX)."""
+MAX_REPLY = 1 << 16
+"""Bytes of a reply to a put that are read."""
 
 
-class DirectReads:
-    """Range reads of one S3 client into buffers. Safe to use from threads.
+class _Unsuitable(Exception):
+    """A first try would fail every time: nothing to sign with, a proxy, other certificates."""
+
+
+class Direct:
+    """Requests of one S3 client. Safe to use from threads.
 
     Args:
         client: Signs the URLs.
@@ -46,19 +62,19 @@ class DirectReads:
     def __init__(self, client: ObstoreS3, seconds: float) -> None:
         self._client, self._seconds = client, seconds
         self._idle: deque[HTTPConnection] = deque()
-        self.off = False
-        """Set where a first try would fail every time: nothing to sign with, a proxy, other certificates."""
+        self.off = set[Literal["GET", "PUT"]]()
+        """What is not tried any more, since it would fail every time."""
         weakref.finalize(self, _close_all, self._idle)
 
     def read(self, path: str, start: int, parts: Sequence[Sequence[NDArray[np.uint8]]]) -> Iterator[None]:
         """As `ObjectStore.read_into`, but ends early, without an error, where anything is out of order."""
-        if self.off:
+        if "GET" in self.off:
             return
         end = start + sum(buffer.size for part in parts for buffer in part)
         deadline = time.monotonic() + self._seconds
         connection: HTTPConnection | None = None
         try:
-            url = urlsplit(obstore.sign(self._client, "GET", path, URL_LIFE))
+            url = self._signed("GET", path)
             connection = self._connection(url)
             headers = {"Range": f"bytes={start}-{end - 1}"}
             connection.request("GET", f"{url.path}?{url.query}", headers=headers)
@@ -69,17 +85,71 @@ class DirectReads:
             for part in parts:
                 body.fill([buffer.data for buffer in part])
                 yield
-            if not reply.will_close and len(self._idle) < IDLE_CONNECTIONS:
-                reply.close()
-                self._idle.append(connection)
+            if self._keep(connection, reply):
                 connection = None
-        except (BaseError, ssl.SSLError):  # before HTTP: it would come again
-            self.off = True
+        except _Unsuitable:
+            self.off.add("GET")
         except (OSError, HTTPException, ValueError):
             return
         finally:
             if connection is not None:
                 connection.close()
+
+    def put(self, path: str, pieces: Sequence[bytes | bytearray | memoryview], sha256: str) -> bool | None:
+        """Create an object, with If-None-Match: *.
+
+        Args:
+            path: The object's, in the client's bucket.
+            pieces: What it holds, in order.
+            sha256: The digest of that, in hex. S3 refuses other bytes.
+
+        Returns:
+            True: it is there. False: something was there already. None: anything else; it may be there too.
+        """
+        if "PUT" in self.off:
+            return None
+        deadline = time.monotonic() + self._seconds
+        connection: HTTPConnection | None = None
+        try:
+            url = self._signed("PUT", path)
+            headers = put_headers(url, sha256)
+            if headers is None:
+                raise _Unsuitable
+            connection = self._connection(url)
+            connection.putrequest("PUT", url.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in headers.items():
+                connection.putheader(name, value)
+            connection.putheader("Content-Length", str(sum(len(piece) for piece in pieces)))
+            connection.endheaders()
+            _send(connection, pieces, deadline)
+            reply = connection.getresponse()
+            reply.read(MAX_REPLY)
+            if reply.status in REFUSED:
+                raise _Unsuitable
+            if reply.isclosed() and self._keep(connection, reply):
+                connection = None
+            return {200: True, 412: False}.get(reply.status)
+        except _Unsuitable:
+            self.off.add("PUT")
+        except (OSError, HTTPException, ValueError):
+            return None
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _signed(self, method: Literal["GET", "PUT"], path: str) -> SplitResult:
+        try:
+            return urlsplit(obstore.sign(self._client, method, path, URL_LIFE))
+        except BaseError:
+            raise _Unsuitable from None  # the cause may quote what is secret
+
+    def _keep(self, connection: HTTPConnection, reply: HTTPResponse) -> bool:
+        """Whether a connection was kept for the next request; else its user closes it."""
+        if reply.will_close or len(self._idle) >= IDLE_CONNECTIONS:
+            return False
+        reply.close()
+        self._idle.append(connection)
+        return True
 
     def _connection(self, url: SplitResult) -> HTTPConnection:
         """An open connection that the server has not given up, or a new one."""
@@ -93,10 +163,13 @@ class DirectReads:
             connection.close()
         host = url.hostname or ""
         if url.scheme in getproxies() and not proxy_bypass(host):
-            raise ssl.SSLError("a proxy")
+            raise _Unsuitable
         kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
         connection = kind(host, url.port, timeout=self._seconds)
-        connection.connect()
+        try:
+            connection.connect()
+        except ssl.SSLError:
+            raise _Unsuitable from None
         if _plain(connection):  # the kernel keeps the time, so that one call may wait for many packets
             wait = struct.pack("ll", int(self._seconds), int(self._seconds % 1 * 1e6))
             connection.sock.settimeout(None)
@@ -115,6 +188,25 @@ def _is_range(reply: HTTPResponse, start: int, end: int) -> bool:
 def _plain(connection: HTTPConnection) -> bool:
     """Whether a connection is a plain socket of a system that can fill several buffers in one call."""
     return sys.platform == "linux" and type(connection.sock) is socket.socket
+
+
+def _send(
+    connection: HTTPConnection, pieces: Sequence[bytes | bytearray | memoryview], deadline: float
+) -> None:
+    """Send pieces as they lie; an OSError where they are not taken in time."""
+    left = [memoryview(piece).cast("B") for piece in pieces]
+    while left:
+        if _plain(connection):
+            sent = connection.sock.sendmsg(left[:PIECES_TOGETHER])
+        else:
+            sent = len(left[0])
+            connection.sock.sendall(left[0])
+        while left and sent >= len(left[0]):
+            sent -= len(left.pop(0))
+        if sent:
+            left[0] = left[0][sent:]
+        if time.monotonic() > deadline:
+            raise TimeoutError
 
 
 class _Body:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import IntegrityError, MissingObject, StoreError
-from store.objects import MAX_GET_BYTES, Data, ObjectStore, Pieces, Ready, check_key
+from store.objects import MAX_GET_BYTES, Data, Digest, ObjectStore, Pieces, Ready, check_key
 
 _TEMP = ".tmp"
 _STALE_SECONDS = 24 * 3600
@@ -42,8 +42,11 @@ class LocalStore(ObjectStore):
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
-    def put_new(self, key: str, data: Data | Pieces, ready: Ready | None = None) -> bool:
+    def put_new(
+        self, key: str, data: Data | Pieces, ready: Ready | None = None, digest: Digest | None = None
+    ) -> bool:
         """See `ObjectStore.put_new`."""
+        del digest
         path = self._path(key)
         if path.exists():
             return False

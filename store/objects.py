@@ -31,7 +31,7 @@ from obstore.store import S3Store as ObstoreS3
 
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError
-from store.direct import DirectReads
+from store.direct import Direct
 
 Data = bytes | bytearray | memoryview
 """What a store takes; ranges come back as `bytes` or a read-only `memoryview` without a copy."""
@@ -40,6 +40,8 @@ Pieces = tuple[Data, ...]
 
 Ready = Callable[[], object]
 """Raises where an object must not come to be after all."""
+Digest = Callable[[], str]
+"""Gives an object's SHA-256 in hex, once it is known."""
 
 MAX_GET_BYTES = 1 << 31
 """Largest object that `get` reads whole unless told otherwise, in bytes."""
@@ -77,7 +79,9 @@ class ObjectStore(ABC):
     """Whether reading costs a network's time, so that a local copy may pay."""
 
     @abstractmethod
-    def put_new(self, key: str, data: Data | Pieces, ready: Ready | None = None) -> bool:
+    def put_new(
+        self, key: str, data: Data | Pieces, ready: Ready | None = None, digest: Digest | None = None
+    ) -> bool:
         """Create an object, in one part, durable on return.
 
         Args:
@@ -85,6 +89,8 @@ class ObjectStore(ABC):
             data: What it holds.
             ready: Called before the object can be seen, and as late as the storage allows; where it raises,
                 nothing is created. For checks that can be made while the bytes get durable.
+            digest: For large objects whose digest is taken anyway: storage that wants it need not take it
+                again, and refuses bytes that do not have it.
 
         Returns:
             True: this call created it. False: something is there already, perhaps from this very
@@ -305,7 +311,7 @@ def _open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
             },
         },
     )
-    direct = DirectReads(client, storage.timeout_seconds)
+    direct = Direct(client, storage.timeout_seconds)
     return S3Store(client, bucket, prefix, direct, storage.single_writer)
 
 
@@ -388,7 +394,7 @@ class S3Store(ObjectStore):
     """Objects of one S3 bucket under a prefix, through obstore."""
 
     def __init__(
-        self, client: ObstoreS3, bucket: str, prefix: str, direct: DirectReads, single_writer: bool = False
+        self, client: ObstoreS3, bucket: str, prefix: str, direct: Direct, single_writer: bool = False
     ) -> None:
         self._client, self._bucket, self._prefix = client, bucket, prefix
         self._direct, self._single_writer = direct, single_writer
@@ -402,7 +408,9 @@ class S3Store(ObjectStore):
             )
         return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
 
-    def put_new(self, key: str, data: Data | Pieces, ready: Ready | None = None) -> bool:
+    def put_new(
+        self, key: str, data: Data | Pieces, ready: Ready | None = None, digest: Digest | None = None
+    ) -> bool:
         """See `ObjectStore.put_new`: If-None-Match: *, one part; a single writer looks first instead."""
         pieces = data if isinstance(data, tuple) else (data,)
         size = sum(memoryview(piece).nbytes for piece in pieces)
@@ -420,6 +428,10 @@ class S3Store(ObjectStore):
                 return False
             self.put(key, joined(data))
             return True
+        if digest is not None:
+            created = self._direct.put(self._path(key), pieces, digest())
+            if created is not None:
+                return created
         try:  # obstore sends pieces as they lie, without a copy
             obstore.put(self._client, self._path(key), pieces, mode="create", use_multipart=False)
         except AlreadyExistsError:

@@ -35,7 +35,7 @@ from schemas.harvest import (
 )
 from schemas.subject import HookSite, SubjectIdentity
 from store.layout import philox_key, row_permutation
-from store.objects import MAX_GET_BYTES, Data, ObjectStore, Pieces, Ready, joined
+from store.objects import MAX_GET_BYTES, Data, Digest, ObjectStore, Pieces, Ready, joined
 from store.shards import Stored, to_stored
 from store.verify import verify
 from store.writer import commit_unit, create_dataset, now, put_tokens, seal, tokens_digest
@@ -277,11 +277,16 @@ class FaultyStore(ObjectStore):
         self._after(fault, name, key)
         return result
 
-    def put_new(self, key: str, data: Data | Pieces, ready: Ready | None = None) -> bool:
+    def put_new(
+        self, key: str, data: Data | Pieces, ready: Ready | None = None, digest: Digest | None = None
+    ) -> bool:
         """See `ObjectStore.put_new`."""
         data = joined(data)
         fault = self._before("put_new", key)
-        created = self.inner.put_new(key, _half(data) if fault == "truncate" else data, ready)
+        if fault == "truncate":
+            created = self.inner.put_new(key, _half(data), ready)
+        else:
+            created = self.inner.put_new(key, data, ready, digest)
         self._after(fault, "put_new", key)
         return created and fault != "lost_reply"
 

@@ -265,7 +265,7 @@ def _store_shard(
             known.put(None)
         for _ in range(PUT_TRIES):
             try:
-                if store.put_new(key, shard.pieces, facts):
+                if store.put_new(key, shard.pieces, facts, digest.result):
                     return _record(key, shard, digest.result(), facts()), True
                 failure = None
             except StoreError as error:

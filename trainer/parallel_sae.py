@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemas.training import Normalize, SaeCard, SaeParts
-from store.objects import Data, ObjectStore, Pieces, Ready
+from store.objects import Data, Digest, ObjectStore, Pieces, Ready
 from trainer.checkpoint import has_latents
 from trainer.parallel import World
 from trainer.parallel_topk import count_kept, keep
@@ -120,9 +120,11 @@ class Witness(ObjectStore):
     def __init__(self, store: ObjectStore) -> None:
         self._store, self.uri = store, store.uri
 
-    def put_new(self, key: str, data: Data | Pieces, ready: Ready | None = None) -> bool:
+    def put_new(
+        self, key: str, data: Data | Pieces, ready: Ready | None = None, digest: Digest | None = None
+    ) -> bool:
         """Nothing."""
-        del key, data, ready
+        del key, data, ready, digest
         return True
 
     def put(self, key: str, data: Data) -> None:

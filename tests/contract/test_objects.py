@@ -215,11 +215,11 @@ class Liar(LocalStore):
 
     lie = ""
 
-    def put_new(self, key, data, ready=None):
+    def put_new(self, key, data, ready=None, digest=None):
         if self.lie == "overwrites":
             self.put(key, data)
             return True
-        created = super().put_new(key, data, ready)
+        created = super().put_new(key, data, ready, digest)
         if self.lie == "replaces" and not created:
             self.put(key, data)
         return created

@@ -15,6 +15,7 @@ A rule sees each request and names a fault, or None to pass it on untouched::
 `stall`             half of the answer's body comes, then nothing more
 `cut`               half of the answer's body comes, then the connection is reset
 `flip`              one bit of the answer's body is wrong
+`flip sent`         one bit of the request's body is wrong
 `no precondition`   the request is passed on without If-None-Match
 =================== =====================================================================
 """
@@ -117,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reset()
         if fault in ("503", "500", "409", "403"):
             return self.reply(int(fault), [], _error(fault))
+        if fault == "flip sent":
+            body = bytes([body[0] ^ 1]) + body[1:]
         status, headers, data = self.forward(body, fault == "no precondition")
         if fault == "lost reply":
             return self.reset()

@@ -1,10 +1,11 @@
-"""Reads from the socket into place: a first try, which whatever goes wrong leaves to the client."""
+"""Reads and puts straight from and to the socket: a first try, which leaves what goes wrong to the client."""
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from schemas.config import StorageSpec
 from schemas.errors import IntegrityError, MissingObject
 from store import direct
 from store.objects import S3Store, open_store
+from store.testing import make_plan, write_unit
 from tests.conftest import S3Server
 from tests.faults.proxy import Call, HostileProxy
 
@@ -123,12 +125,111 @@ def test_a_reader_who_leaves_in_the_middle(proxied: tuple[S3Store, HostileProxy]
     assert len(read(store)) == 200_008
 
 
-def test_a_signed_url_is_in_no_log(
+def test_a_signature_is_in_no_log(
     proxied: tuple[S3Store, HostileProxy], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     store, proxy = proxied
-    proxy.rule = lambda call: "cut" if call.method == "GET" and call.attempt == 1 else None
+    proxy.rule = lambda call: {"GET": "cut", "PUT": "reset"}[call.method] if call.attempt == 1 else None
     with caplog.at_level(logging.DEBUG):
         read(store)
+        put(store)
     said = caplog.text + "".join(capfd.readouterr()) + str(vars(store)) + str(vars(store._direct))
-    assert "X-Amz" not in said
+    assert "x-amz" not in said.lower()
+    assert "AWS4-HMAC" not in said
+
+
+# Puts
+
+
+def put(store: S3Store, key: str = "y", body: bytes = BODY) -> bool:
+    """Create an object in pieces, its digest known."""
+    pieces = (memoryview(body)[:100_000], body[100_000:100_004], memoryview(body)[100_004:])
+    return store.put_new(key, pieces, None, hashlib.sha256(body).hexdigest)
+
+
+def test_a_put_is_one_request(proxied: tuple[S3Store, HostileProxy]) -> None:
+    store, proxy = proxied
+    asked = list[Call]()
+    proxy.rule = lambda call: asked.append(call)
+    assert put(store, "y")
+    assert put(store, "z")
+    assert not put(store, "y", BODY[::-1])
+    assert [call.method for call in asked] == ["PUT"] * 3
+    assert len(store._direct._idle) == 1
+    assert store.get("y") == store.get("z") == BODY
+
+
+def test_a_long_put_fills_the_sockets_buffer(proxied: tuple[S3Store, HostileProxy]) -> None:
+    store, proxy = proxied
+    body = BODY * 100
+    asked = list[Call]()
+    proxy.rule = lambda call: asked.append(call)
+    assert put(store, "y", body)
+    assert len(asked) == 1
+    assert store.get("y") == body
+
+
+@pytest.mark.parametrize("fault", ["503", "500", "409", "403", "reset", "flip sent"])
+def test_a_put_that_fails_is_left_to_the_client(proxied: tuple[S3Store, HostileProxy], fault: str) -> None:
+    store, proxy = proxied
+    proxy.rule = lambda call: fault if call.method == "PUT" and call.attempt == 1 else None
+    assert put(store)
+    assert proxy.spoilt[fault] == 1
+    assert store.get("y") == BODY
+    proxy.rule = lambda _: None
+    assert put(store, "z")
+
+
+@pytest.mark.parametrize("fault", ["500 after", "lost reply", "slow"])
+def test_a_put_whose_reply_is_lost_may_have_been_ours(
+    proxied: tuple[S3Store, HostileProxy], fault: str
+) -> None:
+    store, proxy = proxied
+    proxy.rule = lambda call: fault if call.method == "PUT" and call.attempt == 1 else None
+    assert not put(store), "the client finds what the first try put"
+    assert store.get("y") == BODY
+    assert "PUT" not in store._direct.off
+
+
+def test_the_server_refuses_bytes_of_another_digest(proxied: tuple[S3Store, HostileProxy]) -> None:
+    store, _ = proxied
+    wrong = hashlib.sha256(BODY + b"x").hexdigest()
+    assert store._direct.put(store._path("y"), [BODY], wrong) is None
+    assert store.size("y") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("AWS_ACCESS_KEY_ID", "another"), ("AWS_SSE_BUCKET_KEY_ENABLED", "true")]
+)
+def test_what_only_the_client_can_sign_it_puts(
+    proxied: tuple[S3Store, HostileProxy], monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Keys that are not the environment's, and settings that ask for other headers."""
+    store, proxy = proxied
+    monkeypatch.setenv(name, value)
+    asked = list[Call]()
+    proxy.rule = lambda call: asked.append(call)
+    assert put(store)
+    assert store._direct.off == {"PUT"}
+    assert len(asked) == 1
+
+
+def test_a_shard_is_put_with_the_digest_of_its_receipt(
+    proxied: tuple[S3Store, HostileProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, proxy = proxied
+    plan = make_plan()
+    given = list[str]()
+    real = store._direct.put
+
+    def noted(path: str, pieces: Sequence[bytes | bytearray | memoryview], sha256: str) -> bool | None:
+        given.append(sha256)
+        return real(path, pieces, sha256)
+
+    monkeypatch.setattr(store._direct, "put", noted)
+    asked = list[Call]()
+    proxy.rule = lambda call: asked.append(call)
+    receipt = write_unit(store, plan, 0)
+    assert given == [shard.sha256 for shard in receipt.shards.values()]
+    puts = [call for call in asked if call.method == "PUT"]
+    assert len(puts) == len(given) + 1, "each shard and the receipt, once"
