@@ -48,7 +48,8 @@ from harvester.worker import UnitWorker
 from schemas.config import Config
 from schemas.harvest import MOMENT_UNITS, HarvestPlan
 from store.layout import shard_key
-from store.objects import S3Store, open_store
+from store.objects import open_store
+from store.s3_objects import S3Store
 from store.testing import make_attempt, make_plan, synthetic_digests, write_plan
 from store.writer import commit_void
 

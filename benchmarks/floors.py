@@ -18,8 +18,8 @@ from store.assemble import ASSEMBLING
 from store.cores import usable_cores
 from store.groups import REQUEST_BYTES
 from store.layout import shard_key, slice_bytes, slice_range
-from store.objects import S3Store
 from store.order import LaneOrder
+from store.s3_objects import S3Store
 from store.shards import crc32c
 
 HOOK = "resid_post.1"

@@ -18,7 +18,8 @@ from benchmarks.servers import s3_root
 from benchmarks.timing import in_turn, kept_to
 from schemas.harvest import HarvestPlan
 from store import ActivationStore
-from store.objects import S3Store, open_store
+from store.objects import open_store
+from store.s3_objects import S3Store
 from store.testing import write_dataset
 
 

@@ -24,7 +24,7 @@ from fsspec import AbstractFileSystem
 from harvester.packages import is_package_uri, resolve_package
 from schemas.corpus import CorpusSpec, SourceSpec
 from schemas.errors import ConfigError, DependencyMissing, StoreError, WinnowError
-from store.objects import s3_endpoint
+from store.s3 import s3_endpoint
 
 BLOCK_BYTES = 8 * 2**20
 """Read-ahead of a remote file."""

@@ -13,7 +13,9 @@ import pytest
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, StoreError
 from store.local_objects import LocalStore
-from store.objects import ObjectStore, S3Store, check_endpoint, describe_failure, open_store
+from store.objects import ObjectStore, open_store
+from store.s3 import check_endpoint
+from store.s3_objects import S3Store, describe_failure
 from store.testing import FaultyStore, StoreConformance
 from tests.conftest import S3Server, make_bucket, moto_server
 

@@ -13,7 +13,8 @@ import pytest
 from schemas.config import StorageSpec
 from schemas.errors import IntegrityError, MissingObject
 from store import direct
-from store.objects import S3Store, open_store
+from store.objects import open_store
+from store.s3_objects import S3Store
 from store.testing import make_plan, write_unit
 from tests.conftest import S3Server
 from tests.faults.proxy import Call, HostileProxy

@@ -14,7 +14,8 @@ from schemas.config import StorageSpec
 from schemas.errors import StoreError
 from store import ActivationStore
 from store.layout import receipt_key, shard_key
-from store.objects import ObjectStore, S3Store, open_store
+from store.objects import ObjectStore, open_store
+from store.s3_objects import S3Store
 from store.testing import make_plan, synthetic_rows, write_dataset
 from store.verify import verify
 from tests.conftest import S3Server, make_bucket, moto_server

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from schemas.errors import StoreError
-from store import objects
+from store import s3_objects
 from store.objects import open_store
 from tests.unit.test_checkpoint_files import write
 from trainer import checkpoint_files
@@ -23,8 +23,8 @@ MIB = 1 << 20
 @pytest.fixture
 def store(s3_uri, monkeypatch):
     """S3 with low limits: its parts are 5 MiB at the least, but for the last."""
-    monkeypatch.setattr(objects, "SINGLE_PUT_BYTES", 6 * MIB)
-    monkeypatch.setattr(objects, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(s3_objects, "SINGLE_PUT_BYTES", 6 * MIB)
+    monkeypatch.setattr(s3_objects, "MULTIPART_BYTES", 5 * MIB)
     return open_store(s3_uri)
 
 
