@@ -47,8 +47,13 @@ def read(store: S3Store, start: int = 1000, sizes: tuple[int, ...] = (100_000, 4
     return b"".join(buffer.tobytes() for buffer in buffers)
 
 
-def test_one_request_and_one_connection(proxied: tuple[S3Store, HostileProxy]) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_one_request_and_one_connection(
+    proxied: tuple[S3Store, HostileProxy], monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    """Where the socket is not plain, as with TLS, buffer by buffer."""
     store, proxy = proxied
+    monkeypatch.setattr(direct, "_plain", lambda _: plain)
     asked = list[Call]()
     proxy.rule = lambda call: asked.append(call)
     for _ in range(3):
@@ -160,8 +165,13 @@ def test_a_put_is_one_request(proxied: tuple[S3Store, HostileProxy]) -> None:
     assert store.get("y") == store.get("z") == BODY
 
 
-def test_a_long_put_fills_the_sockets_buffer(proxied: tuple[S3Store, HostileProxy]) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_long_put_fills_the_sockets_buffer(
+    proxied: tuple[S3Store, HostileProxy], monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    """As above: piece by piece."""
     store, proxy = proxied
+    monkeypatch.setattr(direct, "_plain", lambda _: plain)
     body = BODY * 100
     asked = list[Call]()
     proxy.rule = lambda call: asked.append(call)
