@@ -24,7 +24,7 @@ MinIO's system time, as after Ray's start, but not for a floor right behind anot
 where the harvest begins and where it ends, and rows' memory is there beforehand, as after the first two
 units. (2) A shard's SHA-256 was taken twice: for its receipt, and by obstore to sign the put, by a
 profile a fifth of what the harvest itself takes. Now the put is signed with the receipt's (`store.direct`).
-Predicted: 0.7. Found: 0.62 to 0.75 (medians of five rounds), and 0.62 twice with the puts left to obstore
+Predicted: 0.7. Found: 0.62 to 0.84 (medians of five rounds), and 0.62 twice with the puts left to obstore
 (`AWS_UNSIGNED_PAYLOAD=false` does that), so most of the difference to 0.53 is the floor's.
 """
 
