@@ -135,13 +135,10 @@ class Gets:
     def __call__(self) -> float:
         """Take an epoch; its rate in bytes a second."""
         started = time.perf_counter()
-        turns = enumerate(self.groups.turns) if self.groups else ()
-        gathers = [
-            self.gathering.submit(self.groups.gather, group, rows)
-            for group, steps in turns
-            for rows in steps
-            if self.groups
-        ]
+        gathers: list[Future[None]] = []
+        if self.groups:
+            for group, steps in enumerate(self.groups.turns):
+                gathers += [self.gathering.submit(self.groups.gather, group, rows) for rows in steps]
         received = sum(self.pool.map(self._get, self.ranges))
         _wait(gathers)
         return received / (time.perf_counter() - started)

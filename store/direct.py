@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from obstore.exceptions import BaseError
 from obstore.store import S3Store as ObstoreS3
 
+from store.objects import Data
 from store.signing import put_headers
 
 URL_LIFE = timedelta(minutes=15)
@@ -95,7 +96,7 @@ class Direct:
             if connection is not None:
                 connection.close()
 
-    def put(self, path: str, pieces: Sequence[bytes | bytearray | memoryview], sha256: str) -> bool | None:
+    def put(self, path: str, pieces: Sequence[Data], sha256: str) -> bool | None:
         """Create an object, with If-None-Match: *.
 
         Args:
@@ -190,9 +191,7 @@ def _plain(connection: HTTPConnection) -> bool:
     return sys.platform == "linux" and type(connection.sock) is socket.socket
 
 
-def _send(
-    connection: HTTPConnection, pieces: Sequence[bytes | bytearray | memoryview], deadline: float
-) -> None:
+def _send(connection: HTTPConnection, pieces: Sequence[Data], deadline: float) -> None:
     """Send pieces as they lie; an OSError where they are not taken in time."""
     left = [memoryview(piece).cast("B") for piece in pieces]
     while left:

@@ -13,7 +13,7 @@ import pytest
 from schemas.config import StorageSpec
 from schemas.errors import IntegrityError, MissingObject
 from store import direct
-from store.objects import open_store
+from store.objects import Data, open_store
 from store.s3_objects import S3Store
 from store.testing import make_plan, write_unit
 from tests.conftest import S3Server
@@ -233,7 +233,7 @@ def test_a_shard_is_put_with_the_digest_of_its_receipt(
     given = list[str]()
     real = store._direct.put
 
-    def noted(path: str, pieces: Sequence[bytes | bytearray | memoryview], sha256: str) -> bool | None:
+    def noted(path: str, pieces: Sequence[Data], sha256: str) -> bool | None:
         given.append(sha256)
         return real(path, pieces, sha256)
 
