@@ -18,7 +18,8 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from io import DEFAULT_BUFFER_SIZE
@@ -73,10 +74,9 @@ class Direct:
             return
         end = start + sum(buffer.size for part in parts for buffer in part)
         deadline = time.monotonic() + self._seconds
-        connection: HTTPConnection | None = None
-        try:
+        with self._first_try("GET") as opened:
             url = self._signed("GET", path)
-            connection = self._connection(url)
+            connection = opened.enter_context(closing(self._connection(url)))
             headers = {"Range": f"bytes={start}-{end - 1}"}
             connection.request("GET", f"{url.path}?{url.query}", headers=headers)
             reply = connection.getresponse()
@@ -86,15 +86,7 @@ class Direct:
             for part in parts:
                 body.fill([buffer.data for buffer in part])
                 yield
-            if self._keep(connection, reply):
-                connection = None
-        except _Unsuitable:
-            self.off.add("GET")
-        except (OSError, HTTPException, ValueError):
-            return
-        finally:
-            if connection is not None:
-                connection.close()
+            self._keep(connection, reply, opened)
 
     def put(self, path: str, pieces: Sequence[Data], sha256: str) -> bool | None:
         """Create an object, with If-None-Match: *.
@@ -110,13 +102,12 @@ class Direct:
         if "PUT" in self.off:
             return None
         deadline = time.monotonic() + self._seconds
-        connection: HTTPConnection | None = None
-        try:
+        with self._first_try("PUT") as opened:
             url = self._signed("PUT", path)
             headers = put_headers(url, sha256)
             if headers is None:
                 raise _Unsuitable
-            connection = self._connection(url)
+            connection = opened.enter_context(closing(self._connection(url)))
             connection.putrequest("PUT", url.path, skip_host=True, skip_accept_encoding=True)
             for name, value in headers.items():
                 connection.putheader(name, value)
@@ -127,16 +118,19 @@ class Direct:
             reply.read(MAX_REPLY)
             if reply.status in REFUSED:
                 raise _Unsuitable
-            if reply.isclosed() and self._keep(connection, reply):
-                connection = None
+            if reply.isclosed():
+                self._keep(connection, reply, opened)
             return {200: True, 412: False}.get(reply.status)
-        except _Unsuitable:
-            self.off.add("PUT")
-        except (OSError, HTTPException, ValueError):
-            return None
-        finally:
-            if connection is not None:
-                connection.close()
+        return None
+
+    @contextmanager
+    def _first_try(self, method: Literal["GET", "PUT"]) -> Generator[ExitStack]:
+        """Whatever goes wrong ends the block without an error; what was opened is closed after it."""
+        with suppress(OSError, HTTPException, ValueError), ExitStack() as opened:
+            try:
+                yield opened
+            except _Unsuitable:
+                self.off.add(method)
 
     def _signed(self, method: Literal["GET", "PUT"], path: str) -> SplitResult:
         try:
@@ -144,13 +138,12 @@ class Direct:
         except BaseError:
             raise _Unsuitable from None  # the cause may quote what is secret
 
-    def _keep(self, connection: HTTPConnection, reply: HTTPResponse) -> bool:
-        """Whether a connection was kept for the next request; else its user closes it."""
-        if reply.will_close or len(self._idle) >= IDLE_CONNECTIONS:
-            return False
-        reply.close()
-        self._idle.append(connection)
-        return True
+    def _keep(self, connection: HTTPConnection, reply: HTTPResponse, opened: ExitStack) -> None:
+        """Keep a connection for the next request, where there is use for it, instead of closing it."""
+        if not reply.will_close and len(self._idle) < IDLE_CONNECTIONS:
+            reply.close()
+            opened.pop_all()
+            self._idle.append(connection)
 
     def _connection(self, url: SplitResult) -> HTTPConnection:
         """An open connection that the server has not given up, or a new one."""
