@@ -36,7 +36,7 @@ from schemas.errors import (
     WinnowError,
 )
 from schemas.harvest import SLICES, Attempt, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
-from store.commit import commit_receipt, load_receipt, standing_receipts
+from store.commit import commit_receipt, load_receipt, settle, standing_receipts
 from store.layout import manifest_key, receipt_key, shard_key, slice_starts, tokens_key
 from store.manifest import find_manifest, load_index
 from store.objects import ObjectStore
@@ -314,8 +314,8 @@ class _Repair:
             data = self.store.get(manifest_key(standing.revision), MAX_JSON_BYTES)
             facts = {"revision": standing.revision + 1, "parent": sha256_hex(data)}
             self.report.manifest = fresh.model_copy(update=facts)
-            key = manifest_key(standing.revision + 1)
-            if not self.store.put_new(key, self.report.manifest.to_json()):
+            key, body = manifest_key(standing.revision + 1), self.report.manifest.to_json()
+            if settle(self.store, key, body) not in (None, body):
                 raise IntegrityError(f"{self.store.uri}/{key} appeared during the repair")
             return
         parent: str | None = None

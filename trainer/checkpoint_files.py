@@ -31,6 +31,7 @@ from torch import Tensor
 from schemas.base import sha256_hex
 from schemas.errors import IntegrityError, MissingObject, StoreError
 from schemas.training import CheckpointIndex, CheckpointRows, SaeIdentity, StreamState
+from store.commit import settle
 from store.objects import ObjectStore
 from trainer.checkpoint import has_latents, pack
 from trainer.parallel import World
@@ -148,7 +149,7 @@ def write_checkpoint(out: ObjectStore, index: CheckpointIndex, tensors: Tensors,
         places = sorted((row for rank in told for row in rank["rows"]), key=lambda row: row["first"])
         rows = tuple(CheckpointRows.model_validate(place) for place in places)
         whole = index.model_copy(update={"files": files, "rows": rows})
-        out.put_new(f"{folder}/index.json", whole.to_json())
+        settle(out, f"{folder}/index.json", whole.to_json())
         _prune(out, index.step, index.spec.checkpoints_kept)
 
 

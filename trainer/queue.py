@@ -27,6 +27,7 @@ from typing import Any, Literal
 from schemas.config import Config
 from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError
 from schemas.service import JOBS, JobBeat, JobClaim, JobEnd, TrainJob
+from store.commit import settle
 from store.console import section
 from store.layout import PLAN_KEY
 from store.objects import ObjectStore, open_store
@@ -101,7 +102,7 @@ class Queue:
             check_mesh(spec, spec.mesh.size)
         name = config.digest()[:16]
         job = TrainJob(config=config, submitted=now(), max_attempts=max_attempts)
-        return name, self.store.put_new(f"{JOBS}/{name}/job.json", job.to_json())
+        return name, settle(self.store, f"{JOBS}/{name}/job.json", job.to_json()) is None
 
     def jobs(self) -> list[Job]:
         """Every job, in the order of submission."""
@@ -129,10 +130,11 @@ class Queue:
         """Take a waiting job; the attempt's number, or None where somebody else was first."""
         attempt = job.claims
         claim = JobClaim(service=service, machine=machine, pid=pid, claimed=now())
-        won = self.store.put_new(_key(job.name, attempt, "claim"), claim.to_json())
-        if not won:  # a put whose reply was lost is ours all the same
-            won = self.read_claim(job.name, attempt).service == service
-        return attempt if won else None
+        key = _key(job.name, attempt, "claim")
+        found = settle(self.store, key, claim.to_json())
+        if found is not None:  # a put whose reply was lost is ours all the same
+            claim = JobClaim.from_json(found, origin=f"{self.store.uri}/{key}")
+        return attempt if claim.service == service else None
 
     def read_claim(self, name: str, attempt: int) -> JobClaim:
         """Who has an attempt."""
@@ -156,7 +158,7 @@ class Queue:
     ) -> None:
         """Say how an attempt ended; the first word stands."""
         end = JobEnd(state=state, cause=cause[:2000], attempt=attempt, ended=now())
-        self.store.put_new(_key(name, attempt, "end"), end.to_json())
+        settle(self.store, _key(name, attempt, "end"), end.to_json())
 
     def was_ended(self, name: str, attempt: int) -> bool:
         """Whether somebody has ended an attempt."""
@@ -166,7 +168,7 @@ class Queue:
         """How the attempts that are over ended, in their order."""
         return [self._end(_key(job.name, attempt, "end")) for attempt in sorted(job.ends)]
 
-    def settle(self, job: Job, *, permanent: bool = False) -> JobEnd | None:
+    def conclude(self, job: Job, *, permanent: bool = False) -> JobEnd | None:
         """Write the outcome where the attempts decide it: one finished, or too many failed.
 
         Args:
@@ -182,7 +184,7 @@ class Queue:
         if outcome is None and failed and (permanent or len(failed) >= job.job.max_attempts):
             outcome = failed[-1]
         if outcome is not None:
-            self.store.put_new(f"{JOBS}/{job.name}/outcome.json", outcome.to_json())
+            settle(self.store, f"{JOBS}/{job.name}/outcome.json", outcome.to_json())
         return outcome
 
     def outcome(self, name: str) -> JobEnd:

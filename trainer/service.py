@@ -173,7 +173,7 @@ class Service:
             if job.state == "running" and not self._expired(job):
                 left = True
                 continue
-            if self.queue.settle(job) is not None:  # its service died before it could say so
+            if self.queue.conclude(job) is not None:  # its service died before it could say so
                 continue
             if job.world > len(self.devices):
                 self._tell_once(f"job {job.name} needs {job.world} devices, and this service has "
@@ -296,7 +296,7 @@ class Service:
             self.queue.end(job.name, number, "failed", attempt.last_words() + died)
         job.claims = number + 1
         job.ends.add(number)
-        outcome = self.queue.settle(job, permanent=code == PERMANENT)
+        outcome = self.queue.conclude(job, permanent=code == PERMANENT)
         attempt.log.close()
         for process in attempt.processes:
             if process.stdin is not None:

@@ -256,6 +256,20 @@ def test_probe_refuses_a_lying_store(lie: str, said: str, tmp_path: Path) -> Non
     assert list(store.list()) == []
 
 
+@pytest.mark.parametrize(
+    "faults",
+    [{1: "lost_reply"}, {2: "error_after"}, {2: "error_before"}, {1: "lost_reply", 3: "error_after"}],
+)
+def test_probe_goes_by_what_stands_where_a_reply_is_lost(faults: dict[int, str], tmp_path: Path) -> None:
+    root = LocalStore(tmp_path)
+    FaultyStore(root, faults).probe()
+    assert list(root.list()) == []
+    liar = Liar(tmp_path / "liar")
+    liar.lie = "overwrites"
+    with pytest.raises(StoreError, match="if-none-match"):
+        FaultyStore(liar, faults).probe()
+
+
 def test_single_writer_accepts_only_the_missing_precondition(tmp_path: Path) -> None:
     store = Liar(tmp_path)
     store.lie = "overwrites"

@@ -11,6 +11,7 @@ from schemas.config import Config
 from schemas.errors import ConfigError
 from schemas.service import JobBeat
 from store.objects import open_store
+from store.testing import FaultyStore
 from trainer.queue import Queue, job_facts, job_rows
 from trainer.status import ask_to_stop
 
@@ -53,12 +54,12 @@ def test_a_job_from_submission_to_outcome(root_uri, tmp_path):
     queue.end(name, 0, "finished", "too late: the first word stands")
     assert queue.was_ended(name, 0)
     job = only(queue)
-    assert (job.state, queue.settle(job)) == ("waiting", None)
+    assert (job.state, queue.conclude(job)) == ("waiting", None)
     for number in (1, 2):
         assert queue.claim(job, "s", "machine", 1) == number
         queue.end(name, number, "failed", f"cause {number}")
         job = only(queue)
-        outcome = queue.settle(job)
+        outcome = queue.conclude(job)
     assert outcome is not None
     assert (outcome.state, outcome.cause) == ("failed", "cause 2")
     assert only(Queue(store)).state == "done"
@@ -66,6 +67,29 @@ def test_a_job_from_submission_to_outcome(root_uri, tmp_path):
     assert (fact["state"], fact["attempts"], fact["failed_attempts"]) == ("failed", 3, 2)
     assert job_rows([fact])[0][:3] == [name, "failed", "3 (2 failed)"]
     assert queue.submit(config(tmp_path / "a")) == (name, False), "and is not trained again"
+
+
+@pytest.mark.parametrize("fault", ["error_before", "error_after", "lost_reply"])
+def test_a_reply_that_is_lost_changes_nothing(tmp_path, fault):
+    """Each create-only put goes wrong once: it is settled by what stands, and the job takes its course."""
+    root = open_store(str(tmp_path / "root"))
+
+    def faulty() -> Queue:
+        return Queue(FaultyStore(root, {1: fault}))
+
+    name, new = faulty().submit(config(tmp_path / "a"))
+    assert new == (fault == "error_before"), "else it stood already, as far as this call can know"
+    job = only(Queue(root))
+    assert faulty().claim(job, "ours", "m", 1) == 0
+    assert faulty().claim(job, "theirs", "m", 2) is None
+    faulty().end(name, 0, "finished", "")
+    assert Queue(root).was_ended(name, 0)
+    (job,) = Queue(root).jobs()
+    queue = Queue(store := FaultyStore(root))
+    store.faults[len(job.ends) + 1] = fault  # reads of the ends come before the put
+    assert queue.conclude(job).state == "finished"
+    assert ("put_new", f"jobs/{name}/outcome.json") in store.calls
+    assert Queue(root).outcome(name).state == "finished"
 
 
 def test_a_failure_that_would_come_again_is_final_and_success_stands(tmp_path):
@@ -77,9 +101,9 @@ def test_a_failure_that_would_come_again_is_final_and_success_stands(tmp_path):
         assert queue.claim(job, "s", "m", 1) == 0
         queue.end(job.name, 0, state, "NaN" if state == "failed" else "")
     first, second = queue.jobs()
-    assert queue.settle(first) is None
-    assert queue.settle(first, permanent=True).cause == "NaN"
-    assert queue.settle(second).state == "finished"
+    assert queue.conclude(first) is None
+    assert queue.conclude(first, permanent=True).cause == "NaN"
+    assert queue.conclude(second).state == "finished"
     assert queue.outcome(second.name).state == "finished"
 
 

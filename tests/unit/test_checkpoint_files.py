@@ -10,6 +10,8 @@ import torch
 from schemas.errors import IntegrityError, StoreError
 from schemas.training import CheckpointIndex, SaeIdentity, StreamState
 from store.local_objects import LocalStore
+from store.objects import ObjectStore
+from store.testing import FaultyStore
 from tests.meeting import meet
 from tests.mesh_worker import N, go
 from trainer import checkpoint_files
@@ -37,7 +39,7 @@ def cut(tensors: dict[str, torch.Tensor], part: range) -> dict[str, torch.Tensor
     return {name: t[part.start : part.stop] if has_latents(name, t) else t for name, t in tensors.items()}
 
 
-def write(out: LocalStore, run, data: int, latent: int) -> None:
+def write(out: ObjectStore, run, data: int, latent: int) -> None:
     """One checkpoint, every rank of the mesh in a thread."""
     tensors = pack(run)
     index = CheckpointIndex(
@@ -91,6 +93,18 @@ def test_a_checkpoint_that_lacks_rows_is_damaged(run, tmp_path):
     with pytest.raises(IntegrityError, match="every checkpoint"):
         newest_checkpoint(out, told.append)
     assert "latents up to" in told[0]
+
+
+@pytest.mark.parametrize("fault", ["error_before", "error_after", "lost_reply"])
+def test_a_lost_reply_for_the_index_ends_no_run(run, tmp_path, fault):
+    clean = FaultyStore(LocalStore(tmp_path / "clean"))
+    write(clean, run, 1, 1)
+    number = [name for name, _ in clean.calls].index("put_new") + 1
+    out = LocalStore(tmp_path / "faulty")
+    write(FaultyStore(out, {number: fault}), run, 1, 1)
+    told: list[str] = []
+    newest = newest_checkpoint(out, told.append)
+    assert (newest is not None, told) == (True, [])
 
 
 class Full(LocalStore):
