@@ -184,6 +184,17 @@ def test_a_reader_in_between_is_refused_and_never_misled(store: ObjectStore) -> 
             assert ActivationStore.over(root).manifest.revision <= 1
 
 
+@pytest.mark.parametrize("fault", ["error_before", "error_after", "lost_reply"])
+def test_a_lost_reply_for_the_new_manifest_is_no_conflict(store: ObjectStore, fault: str) -> None:
+    SHARDS["gone"](store)
+    counted = FaultyStore(open_store(str(shutil.copytree(store.uri, f"{store.uri}-count"))))
+    repair(counted, remake(1.01))
+    number = counted.calls.index(("put_new", manifest_key(1))) + 1
+    assert repair(FaultyStore(store, {number: fault}), remake(1.01)).revised == [1]
+    assert ActivationStore.over(store).manifest.revision == 1
+    assert verify(store, "full") == []
+
+
 def test_another_subject_does_not_slip_in(store: ObjectStore) -> None:
     SHARDS["payload flipped"](store)
     before = objects(store)
