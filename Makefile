@@ -30,6 +30,8 @@ help:  ## Show this list
 	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value'] [RAY_ADDRESS=http://HEAD:8265]"; echo
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
 
+# The clone is installed as it lies, on purpose: no page of advice about that.
+.venv/ready .venv/ready-dev: export PYTHONWARNINGS = ignore:Editable installation
 .venv/ready: pyproject.toml constraints.txt configs/embedded.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
