@@ -7,6 +7,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -78,6 +79,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"S3 tests ran against {_used[0].kind} at {_used[0].endpoint}")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    _sessions.append(session)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Where Ray was in this process, leave without the end of its C++ libraries.
+
+    All is told and closed by now. Native threads outlive `ray.shutdown`, and once in a while one of them
+    reads what the process's end has just freed: a segmentation fault after the last test has passed.
+    """
+    if "ray" in sys.modules and _sessions:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(_sessions[0].exitstatus))
+
+
+_sessions: list[pytest.Session] = []
 _used: list[S3Server] = []
 
 
