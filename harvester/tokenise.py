@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -24,6 +25,9 @@ tokenizer takes about 30 bytes for each while it works)."""
 BATCH_DOCUMENTS = 4096
 AHEAD = 2
 """Batches waiting between two stages."""
+
+ControlTokens = Literal["text", "token"]
+"""What a special token's spelling inside a text is read as."""
 
 T = TypeVar("T")
 
@@ -88,10 +92,64 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+class TextTokenizer:
+    """Text to token ids, for whoever reads text: nothing is added, cut or padded.
+
+    Tokens that a tokenizer adds without calling them special (runs of spaces, `<think>`) belong to its
+    ordinary text.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers, or one of `tokenizers` itself; it stays as it is.
+        control: What a special token's spelling inside a text is read as: `text`, split like any other, or
+            that `token`.
+        model: Whose tokenizer it is, for messages.
+
+    Raises:
+        ConfigError: A slow tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, *, control: ControlTokens = "text", model: str = "") -> None:
+        # A copy: its settings are not the subject's. `to_str` leaves `encode_special_tokens` out.
+        self._tokenizer: Tokenizer = Tokenizer.from_str(_backend(tokenizer, model).to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = control == "text"
+
+    @cached_property
+    def bos(self) -> int | None:
+        """The token that the tokenizer itself puts before a text (the first, if several), or None.
+
+        What its post-processor does decides, not `bos_token_id`: that of Qwen and of SmolLM2-Instruct begins
+        a chat's turn, and no text.
+        """
+        plain = self.encode("x")
+        ids = self._tokenizer.encode("x", add_special_tokens=True).ids
+        before = next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)
+        return ids[0] if before else None
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of one text [T]."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """The tokens of each text, made on all cores."""
+        return (made.ids for made in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
+
+
+def _backend(tokenizer: Any, model: str = "") -> Tokenizer:
+    backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ConfigError(
+            f"subject {model!r} has no fast tokenizer",
+            expected="a tokenizer.json or one that transformers can convert",
+            got=type(tokenizer).__name__,
+            fix="Save a fast tokenizer beside the weights",
+        )
+    return backend
+
+
 class DocumentTokenizer:
     """A subject's tokenizer, set for whole documents: nothing added, cut or padded, EOS after each.
-
-    A special token's text inside a document is read as that token, as `tokenizer(text)` does.
 
     Args:
         tokenizer: A fast tokenizer of transformers, or one of `tokenizers` itself.
@@ -103,16 +161,7 @@ class DocumentTokenizer:
     """
 
     def __init__(self, tokenizer: Any, identity: SubjectIdentity, *, bos: bool) -> None:
-        backend = (
-            tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
-        )
-        if not isinstance(backend, Tokenizer):
-            raise ConfigError(
-                f"subject {identity.model!r} has no fast tokenizer",
-                expected="a tokenizer.json or one that transformers can convert",
-                got=type(tokenizer).__name__,
-                fix="Save a fast tokenizer beside the weights",
-            )
+        self._text = TextTokenizer(tokenizer, control="token", model=identity.model)
         if identity.eos_token_id is None:
             raise ConfigError(
                 f"subject {identity.model!r}: its tokenizer has no EOS token",
@@ -127,9 +176,6 @@ class DocumentTokenizer:
                 got="window",
                 fix="Set plan.bos to none",
             )
-        self._tokenizer: Tokenizer = Tokenizer.from_str(backend.to_str())  # the subject's own stays as it is
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._identity = identity
         self.eos: int = identity.eos_token_id
         self.bos: int | None = identity.bos_token_id if bos else None
@@ -143,8 +189,7 @@ class DocumentTokenizer:
             IntegrityError: An id beyond the subject's embedding.
         """
         made: list[Tokens] = []
-        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            ids = encoding.ids
+        for ids in self._text.encode_batch(texts):
             ids.append(self.eos)
             made.append(np.array(ids, np.uint32))
         largest = max(int(tokens.max()) for tokens in made)
