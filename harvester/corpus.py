@@ -3,8 +3,8 @@
 What a document is:
 
 - txt: the whole file, line ends normalised to `\\n`;
-- jsonl, Parquet: a record's text exactly as stored, or with `group_by` the texts of consecutive records
-  of one file that agree in those fields, joined with `separator`.
+- jsonl, Parquet: a record's text exactly as stored (null is empty text), or with `group_by` the texts of
+  consecutive records of one file that agree in those fields, joined with `separator`.
 
 A document longer than `max_document_chars` is cut (see `cut`) and each piece is a document of its own from
 then on. Documents without anything but white space are skipped. Text must be UTF-8; a byte-order mark at
@@ -17,7 +17,8 @@ import codecs
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
 from harvester.sources import SourceFile, find_files, open_file
@@ -123,7 +124,7 @@ def _read_txt(file: SourceFile, limit: int, tally: Tally) -> Iterator[str]:
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                raise _not_utf8(file, offset - pending + error.start, error) from error
+                raise _not_utf8(f"corpus file {file.name}", offset - pending + error.start, error) from error
             if offset == 0:
                 text = text.removeprefix("\ufeff")
             offset += len(chunk)
@@ -194,7 +195,7 @@ def _parse(line: bytes, file: SourceFile, number: int, offset: int) -> tuple[str
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise _not_utf8(file, offset + skipped + error.start, error) from error
+        raise _not_utf8(f"corpus file {file.name}", offset + skipped + error.start, error) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(where, expected="one JSON value a line", got=str(error)) from error
     if isinstance(value, str) and not source.group_by:
@@ -207,50 +208,74 @@ def _parse(line: bytes, file: SourceFile, number: int, offset: int) -> tuple[str
 
 
 def _parquet_records(file: SourceFile, tally: Tally) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     source, before = file.source, tally.bytes_done
-    with open_file(file) as (stream, _):
-        try:
-            # buffer_size: else a whole column chunk, as large as its writer pleased, is read at once
-            parquet = pq.ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise ConfigError(
-                f"corpus file {file.name}", expected="a Parquet file", got=str(error)
-            ) from error
+    with open_file(file) as (stream, _), _readable(file):
+        # buffer_size: else a whole column chunk, as large as its writer pleased, is read at once
+        parquet = pq.ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False)
         schema = parquet.schema_arrow
         _check_columns(f"corpus file {file.name}", schema.names, file)
-        kind = schema.field(source.column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_text_dictionary(kind)):
-            raise ConfigError(
-                f"corpus file {file.name}, column {source.column!r}", expected="text", got=str(kind)
-            )
         columns = list(dict.fromkeys((source.column, *source.group_by)))
+        if twice := [name for name in columns if schema.names.count(name) > 1]:
+            where = f"corpus file {file.name}, column {twice[0]!r}"
+            raise ConfigError(where, expected="one column of that name", got=schema.names.count(twice[0]))
+        kind = schema.field(source.column).type
+        if not _is_text(kind):
+            where = f"corpus file {file.name}, column {source.column!r}"
+            raise ConfigError(where, expected="text", got=str(kind))
         row, rows = 0, max(parquet.metadata.num_rows, 1)
         for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
-            try:
-                texts = batch.column(source.column).to_pylist()
-            except UnicodeDecodeError as error:
-                raise ConfigError(
-                    f"corpus file {file.name}, rows {row} to {row + len(batch)} are not UTF-8",
-                    got=str(error),
-                    fix="Convert the column to UTF-8",
-                ) from error
-            groups = [batch.column(name).to_pylist() for name in source.group_by]
-            for index, text in enumerate(texts):
+            # Arrow's own values, which compare whatever their type; Python has no year 40,000 or nanoseconds
+            groups = [_plain_column(batch.column(name)) for name in source.group_by]
+            for index, text in enumerate(_texts(_plain_column(batch.column(source.column)))):
                 where = f"corpus file {file.name}, row {row + index}"
-                yield _text(text, where), tuple(_plain(group[index]) for group in groups)
+                yield _text(text, where), tuple(group[index] for group in groups)
             row += len(batch)
             tally.bytes_done = before + (file.size or 0) * row // rows
 
 
-def _is_text_dictionary(kind: Any) -> bool:
+@contextmanager
+def _readable(file: SourceFile) -> Generator[None]:
+    """Arrow's complaints about the file as a `ConfigError`."""
     import pyarrow as pa
 
-    return pa.types.is_dictionary(kind) and (
-        pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)
-    )
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise ConfigError(
+            f"corpus file {file.name}",
+            expected="a Parquet file that Arrow reads",
+            got=" ".join(str(error).split()),
+        ) from error
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type may hold text: also bytes, as older writers mark it."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return _is_text(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in tests)
+
+
+def _plain_column(column: Any) -> Any:
+    """`column` without the extension type or the dictionary around its values."""
+    import pyarrow as pa
+
+    if isinstance(column, pa.ExtensionArray):
+        return _plain_column(column.storage)
+    return column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+
+
+def _texts(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # as bytes, so that the row can be named
+        return [value.as_buffer().to_pybytes() if value.is_valid else None for value in column]
 
 
 def _check_columns(where: str, names: Any, file: SourceFile) -> None:
@@ -268,6 +293,11 @@ def _check_columns(where: str, names: Any, file: SourceFile) -> None:
 def _text(value: Any, where: str) -> str:
     if value is None:
         return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise _not_utf8(where, error.start, error) from error
     if not isinstance(value, str):
         raise ConfigError(where, expected="text in the column", got=type(value).__name__)
     try:
@@ -284,9 +314,9 @@ def _plain(value: Any) -> Any:
     return type(value).__name__, value
 
 
-def _not_utf8(file: SourceFile, offset: int, error: UnicodeDecodeError) -> ConfigError:
+def _not_utf8(where: str, offset: int, error: UnicodeDecodeError) -> ConfigError:
     return ConfigError(
-        f"corpus file {file.name} is not UTF-8 at byte {offset}",
+        f"{where} is not UTF-8 at byte {offset}",
         expected="UTF-8",
         got=f"0x{error.object[error.start]:02x} ({error.reason})",
         fix="Convert it, for instance with iconv -f ENCODING -t utf-8",

@@ -21,7 +21,8 @@ def resolve_package(uri: str) -> list[Path]:
 
     DIST is the name pip knows; only its installed file list is read, none of its code is run. PATTERN
     is matched from the right, as `PurePath.match` does: `corpus.txt` and `*.txt` match file names in any
-    folder of the distribution, `texts/*.txt` also the folder above. `**` is not supported.
+    folder of the distribution, `texts/*.txt` also the folder above. `**` is not supported. A file whose own
+    name is written like a pattern (`part[1].txt`) is found by that name.
 
     Args:
         uri: `package://DIST/PATTERN`.
@@ -49,7 +50,7 @@ def resolve_package(uri: str) -> list[Path]:
         ) from error
     listed = [PurePosixPath(str(file)) for file in distribution.files or ()]
     listed = sorted(file for file in listed if ".." not in file.parts and not file.is_absolute())
-    paths = [Path(str(distribution.locate_file(file))) for file in listed if file.match(pattern)]
+    paths = [Path(str(distribution.locate_file(file))) for file in _matching(listed, pattern)]
     paths = [path.resolve() for path in paths if path.is_file()]
     if not paths:
         near = difflib.get_close_matches(pattern, [file.name for file in listed], n=5, cutoff=0.4)
@@ -60,3 +61,9 @@ def resolve_package(uri: str) -> list[Path]:
             fix=f"Near ones: {', '.join(dict.fromkeys(near))}" if near else f"See `pip show -f {name}`",
         )
     return paths
+
+
+def _matching(listed: list[PurePosixPath], pattern: str) -> list[PurePosixPath]:
+    literal = PurePosixPath(pattern).parts
+    named = [file for file in listed if file.parts[-len(literal) :] == literal]
+    return named or [file for file in listed if file.match(pattern)]

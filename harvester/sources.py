@@ -14,9 +14,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape, has_magic
 from pathlib import PurePosixPath
 from typing import IO, Any, Literal, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -39,6 +40,8 @@ FORMATS: dict[str, Literal["txt", "jsonl", "parquet"]] = {
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _CLIENTS = ("botocore.", "aiobotocore.", "aiohttp.")
 """Modules whose errors, of no common base, mean that remote storage failed."""
+_LEAVES = ("file", "s3", "s3a")
+"""Protocols with no other behind them, whose names may hold `::`."""
 _SIGNATURES = ("x-amz-signature", "x-amz-credential", "x-goog-signature", "sig=")
 
 
@@ -123,20 +126,16 @@ def _files_of(source: SourceSpec) -> list[SourceFile]:
 
 def _match(uri: str) -> list[tuple[AbstractFileSystem, str, int | None]]:
     try:
-        filesystem, path = fsspec.url_to_fs(uri)
+        filesystem, path = _filesystem(uri)
         filesystem.invalidate_cache()
-        if any(sign in path for sign in "*?["):
-            listed: dict[str, dict[str, Any]] = filesystem.glob(path, detail=True)  # pyright: ignore
-            found = {name: info for name, info in listed.items() if info.get("type") != "directory"}
-        else:
-            found = {path: filesystem.info(path)}
+        found = _listed(filesystem, path)
+        if not found and uri.startswith("file://"):
+            found = _listed(filesystem, unquote(path))
     except ImportError as error:
         protocol = uri.split("://", 1)[0]
         raise DependencyMissing(
             f"corpus source {uri!r} needs a package for {protocol}://", got=str(error), fix="Install it"
         ) from error
-    except FileNotFoundError:
-        filesystem, found = None, dict[str, dict[str, Any]]()
     except ValueError as error:
         raise ConfigError(
             f"corpus source {uri!r}", expected="a path or an fsspec URI", got=str(error)
@@ -147,7 +146,7 @@ def _match(uri: str) -> list[tuple[AbstractFileSystem, str, int | None]]:
             got=f"{type(error).__name__}: {error}",
             fix="Check the address and the credentials in the environment",
         ) from error
-    if filesystem is None or not found:
+    if not found:
         raise ConfigError(
             f"corpus source {uri!r} matches nothing",
             expected="at least one file",
@@ -164,6 +163,38 @@ def _match(uri: str) -> list[tuple[AbstractFileSystem, str, int | None]]:
                 fix=f"Give a pattern, such as {uri.rstrip('/')}/*.txt",
             )
     return [(filesystem, name, found[name].get("size")) for name in sorted(found)]
+
+
+def _filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of `uri`, and what that calls it."""
+    scheme, found, _ = uri.partition("://")
+    if found and scheme not in _LEAVES:
+        return fsspec.url_to_fs(uri)
+    # Not url_to_fs: it takes a name such as `a::b.txt` for a chain of protocols.
+    kind: Any = fsspec.get_filesystem_class(scheme if found else "file")
+    return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
+
+
+def _listed(filesystem: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    """What stands at `path`, or the files that match it as a pattern; empty where nothing does.
+
+    A part of the path that exists as it is written is no pattern: `part[1].jsonl` names that file, and in
+    `run[1]/*.txt` only the star is a wildcard.
+    """
+    parts = path.split("/")
+    for at, part in enumerate(parts):
+        if has_magic(part):
+            if not filesystem.exists("/".join(parts[: at + 1])):
+                break
+            path = "/".join([*map(escape, parts[: at + 1]), *parts[at + 1 :]])
+    else:
+        try:
+            name = "/".join(parts)
+            return {name: filesystem.info(name)}
+        except FileNotFoundError:
+            return {}
+    matches: dict[str, dict[str, Any]] = filesystem.glob(path, detail=True)  # pyright: ignore
+    return {name: info for name, info in matches.items() if info.get("type") != "directory"}
 
 
 def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parquet"], str | None]:

@@ -27,6 +27,7 @@ from harvester.pretrained import convert, first_line
 from schemas.base import sha256_hex
 from schemas.errors import ConfigError, StoreError
 from schemas.subject import SubjectSpec
+from store.local_objects import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def locate(spec: SubjectSpec) -> Located:
             )
         path = paths[0]
     else:
-        path = Path(spec.model).expanduser()
+        path = expand_user(spec.model)
     if path.is_file() and path.suffix == ".gguf":
         path = path.resolve()
         return Located(convert_gguf(path), (path,))

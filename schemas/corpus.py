@@ -14,7 +14,8 @@ class SourceSpec(Contract):
 
     uri: str = Field(min_length=1)
     """Any fsspec URI or path (`s3://b/x/*.parquet`, `data/*.txt`), or `package://DIST/PATTERN` for
-    files an installed Python distribution ships. Matches are read in sorted order."""
+    files an installed Python distribution ships. Matches are read in sorted order. What exists as it is
+    written (`part[1].jsonl`) is that file, and no pattern."""
     format: Literal["auto", "txt", "jsonl", "parquet"] = "auto"
     """`auto` follows the file name (.txt, .jsonl, .ndjson, .parquet; all but Parquet also with
     .gz/.bz2/.xz/.zst, which are unpacked whatever the format)."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from schemas.base import sha256_hex
 from schemas.harvest import HarvestPlan
 from store.layout import shard_key
+from store.local_objects import expand_user
 
 log = logging.getLogger(__name__)
 RECOUNT_BYTES = 1 << 30
@@ -42,7 +43,7 @@ class SliceCache:
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, plan: HarvestPlan) -> None:
-        self._top = Path(folder).expanduser().absolute()
+        self._top = expand_user(folder).absolute()
         self._place = self._top / plan.fingerprint[:32]
         self._max, self._lock = max_bytes, threading.Lock()
         self._held = self._written = 0

@@ -30,8 +30,8 @@ from schemas.base import validate
 from schemas.config import Config
 from schemas.errors import ConfigError, WinnowError
 
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
+stdout = Console(highlight=False, markup=False, emoji=False)
 
 PLAIN_SECONDS = 10.0
 """Between progress lines where stderr is no terminal."""

@@ -24,6 +24,11 @@ _STALE_SECONDS = 24 * 3600
 _WRITE_BYTES = 64 << 20
 
 
+def expand_user(path: str | Path) -> Path:
+    """`path` with a leading `~` or `~user` replaced; as it is where no such user is known."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for a folder called `~name`
+
+
 class LocalStore(ObjectStore):
     """Objects as files under one folder, made when the first is written.
 
@@ -35,7 +40,7 @@ class LocalStore(ObjectStore):
     remote = False
 
     def __init__(self, root: str | Path, temp: Path | None = None) -> None:
-        self._root = Path(root).expanduser().absolute()
+        self._root = expand_user(root).absolute()
         self._temp = temp or self._root / _TEMP
         self.uri = str(self._root)
 

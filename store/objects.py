@@ -10,7 +10,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,10 +246,10 @@ def open_store(uri: str, storage: StorageSpec | None = None) -> ObjectStore:
     if scheme is None:
         return LocalStore(uri)
     if scheme[1].lower() == "file":
-        parts = urlsplit(uri)
-        if parts.netloc not in ("", "localhost"):
+        machine, slash, path = uri[len("file://") :].partition("/")
+        if machine not in ("", "localhost") or not slash:
             raise ConfigError(f"root {uri!r} names another machine", expected="file:///absolute/path")
-        return LocalStore(unquote(parts.path))
+        return LocalStore(unquote(f"/{path}"))  # all of it: `#` and `?` are letters of a path like others
     if scheme[1].lower() == "s3":
         bucket, _, prefix = uri[len("s3://") :].partition("/")
         return open_s3(bucket, prefix.strip("/"), storage)

@@ -31,6 +31,25 @@ class TestLocal(StoreConformance):
             assert open_store(uri).uri == str(tmp_path / "a b")
         with pytest.raises(ConfigError, match="another machine"):
             open_store("file://elsewhere/x")
+        odd = (
+            "date=1/a#b",
+            "a?b",
+            "[a]",
+            "-a",
+            "a::b",
+            "ä",
+            "~no-such-user",
+            "a:b",
+            "a\\b",
+            "a\nb",
+            "$HOME",
+            "%",
+        )
+        for name in odd:
+            for uri in (name, f"{tmp_path}/{name}", f"file://{tmp_path}/{name}"):
+                assert open_store(uri).uri == str(tmp_path / name)
+            open_store(name).put_new("x", name.encode())
+            assert (tmp_path / name / "x").read_bytes() == name.encode()
 
     def test_leftovers_of_killed_processes(self, store: ObjectStore, tmp_path: Path) -> None:
         store.put_new("x", b"1")

@@ -45,6 +45,16 @@ def test_every_format_from_s3(bucket):
         list(documents(spec(f"{bucket}/text/*")))
 
 
+def test_keys_are_found_by_their_names(bucket):
+    storage = fsspec.filesystem("s3")
+    names = ["part[1].txt", "a b.txt", "ä.txt", "a%20b.txt", "a#b.txt", "a?b.txt", "date=1.txt", "a::b.txt"]
+    for name in ("part1.txt", "axb.txt", "a", *names):
+        storage.pipe_file(f"{bucket}/odd/{name}", name.encode())
+    assert [list(documents(spec(f"{bucket}/odd/{name}"))) for name in names] == [[name] for name in names]
+    storage.pipe_file(f"{bucket}/run[1]/a.txt", b"a")
+    assert list(documents(spec(f"{bucket}/run[1]/*.txt"))) == ["a"]
+
+
 def test_complaints(bucket, monkeypatch):
     with pytest.raises(ConfigError, match="matches nothing"):
         find_files(spec(f"{bucket}/absent/*.txt"))

@@ -5,7 +5,7 @@ import typer
 
 from schemas.errors import ConfigError, IntegrityError, MissingObject, NonFiniteError, StoreError
 from store import console
-from store.console import Progress, guard, load_config
+from store.console import Progress, guard, load_config, print_table, say
 
 
 def write(tmp_path, text):
@@ -99,3 +99,11 @@ def test_progress_counts_only_this_run_into_the_rate(capsys, monkeypatch):
 def test_human_bytes():
     assert console.human_bytes(10) == "10 B"
     assert console.human_bytes(3 * 2**30) == "3.0 GiB"
+
+
+def test_names_are_printed_as_they_are(capsys):
+    name = "runs/[red]a[/] :bug: [link=x]"
+    print_table(name, [(name, "1")], header=(name, name))
+    assert capsys.readouterr().out.count(name) == 4
+    say(name)
+    assert capsys.readouterr().err == name + "\n"

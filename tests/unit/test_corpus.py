@@ -5,7 +5,8 @@ import gzip
 import hashlib
 import json
 import lzma
-from pathlib import Path
+from decimal import Decimal
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 
 import harvester.corpus as corpus_module
 from harvester.corpus import cut, documents
+from harvester.packages import _matching
 from harvester.sources import find_files
 from harvester.tally import DigestSet, Tally
 from schemas.corpus import CorpusSpec
-from schemas.errors import ConfigError, DependencyMissing
+from schemas.errors import ConfigError, DependencyMissing, StoreError
 
 
 def corpus(*sources: dict[str, object] | str | Path, **fields: object) -> CorpusSpec:
@@ -46,6 +48,49 @@ def test_patterns_are_read_in_sorted_order(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     assert texts(f"{tmp_path}/*.txt") == ["a.txt", "b.txt"]
     assert texts(tmp_path / "b.txt", tmp_path.as_uri() + "/a.txt") == ["b.txt", "a.txt"]
+
+
+ODD_NAMES = [
+    "part[1].txt", "[x].txt", "a b.txt", "ä \U0001f980.txt", "a%20b.txt", "a#b.txt", "a?b.txt", "a*b.txt",
+    "date=2026-01-01.txt", "-x.txt", "a::b.txt", "a:b.txt", "~t.txt", "$HOME.txt", "a\\b.txt", "{a}.txt",
+    "!x.txt", "a\nb.txt", "end .txt",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_whatever_a_file_is_called_it_is_found_by_its_name(tmp_path, monkeypatch, name):
+    for other in (
+        "part1.txt",
+        "x.txt",
+        "axb.txt",
+        "a b.txt",
+        "a",
+    ):  # what the name means as a pattern or a URL
+        (tmp_path / other).write_text("another")
+    (tmp_path / name).write_text("this one")
+    assert texts(tmp_path / name) == texts(f"file://{tmp_path / name}") == ["this one"]
+    if name != "a%20b.txt":  # whose escaped form is not that of `a b.txt`
+        assert texts((tmp_path / name).as_uri()) == ["this one"]
+    monkeypatch.chdir(tmp_path)
+    assert texts(name) == ["this one"]
+
+
+def test_a_folder_named_like_a_pattern_may_stand_before_one(tmp_path):
+    for folder in ("run[1]", "run1", "run2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(folder)
+    assert texts(f"{tmp_path}/run[1]/*.txt") == ["run[1]"]
+    assert texts(f"{tmp_path}/run[12]/*.txt") == ["run1", "run2"]
+    assert texts(f"{tmp_path}/run[[]1]/?.txt") == ["run[1]"]
+    with pytest.raises(ConfigError, match="matches nothing"):
+        texts(f"{tmp_path}/run[1]/b.txt")
+
+
+def test_a_package_file_named_like_a_pattern_is_found_by_its_name():
+    listed = [PurePosixPath(name) for name in ("d/part[1].txt", "d/part1.txt", "e/part2.txt")]
+    assert _matching(listed, "part[1].txt") == _matching(listed, "d/part[1].txt") == listed[:1]
+    assert _matching(listed, "part[12].txt") == listed[1:]
+    assert _matching(listed, "d/*.txt") == listed[:2]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +190,61 @@ def test_parquet(tmp_path):
     assert texts(source) == rows
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(),
+        pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.binary()), pa.json_(),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parquet_text_of_every_type(tmp_path, kind):
+    plain = pa.array(["one", None, "zwölf", "one"])
+    if pa.types.is_dictionary(kind):
+        column = plain.cast(kind.value_type).dictionary_encode().cast(kind)
+    else:
+        column = plain.cast(kind)
+    table = pa.table({"text": column, "part": pa.array([0, 0, 1, 1])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert str(pq.read_schema(tmp_path / "a.parquet").field("text").type) == str(kind)
+    assert texts(tmp_path / "a.parquet", deduplicate=False) == ["one", "zwölf", "one"]
+    source = {"uri": str(tmp_path / "a.parquet"), "group_by": ["part"]}
+    assert texts(source, deduplicate=False) == ["one\n", "zwölf\none"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([1234567891, 1234567891, 1234567892], pa.timestamp("ns")),
+        pa.array([1234567891, 1234567891, 1234567892], pa.duration("ns")),
+        pa.array([1, 1, 3], pa.time64("ns")),
+        pa.array([2**62, 2**62, 5], pa.timestamp("us", "Nowhere/Zone")),
+        pa.array([2**30, 2**30, 1], pa.date32()),
+        pa.array([{"a": [1, None]}, {"a": [1, None]}, {"a": [1]}]),
+        pa.array([[("a", 1)], [("a", 1)], None], pa.map_(pa.string(), pa.int32())),
+        pa.array([b"\xff", b"\xff", b"\xfe"]),
+        pa.array(["x", "x", None], pa.string_view()),
+        pa.array(["x", "x", "y"]).dictionary_encode(),
+        pa.array([Decimal("1.10"), Decimal("1.10"), None]),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_parquet_groups_by_columns_of_any_type(tmp_path, values):
+    table = pa.table({"text": ["a", "b", "c"], "part": values})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    assert texts({"uri": str(tmp_path / "a.parquet"), "group_by": ["part"]}) == ["a\nb", "c"]
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "lz4", "zstd"])
+def test_parquet_of_every_codec_and_with_empty_row_groups(tmp_path, codec):
+    table = pa.table({"text": ["one", "two"]})
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema, compression=codec) as writer:
+        for part in (table[:0], table, table[:0]):
+            writer.write_table(part)
+    pq.write_table(table[:0], tmp_path / "b.parquet")
+    assert texts(f"{tmp_path}/*.parquet") == ["one", "two"]
+
+
 def test_duplicates_are_dropped_and_counted(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one", "one", "three"])
     tally = Tally()
@@ -225,6 +325,15 @@ def test_parquet_complaints(tmp_path):
         texts(path)
     with pytest.raises(ConfigError, match=r"column 'id': expected text, got int64"):
         texts({"uri": str(path), "column": "id"})
+    pq.write_table(pa.table({"text": [["x"]]}), path)
+    with pytest.raises(ConfigError, match=r"column 'text': expected text, got list<element: string>"):
+        texts(path)
+    pq.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), path)
+    with pytest.raises(ConfigError, match=r"column 'text': expected one column of that name, got 2"):
+        texts(path)
+    path.write_bytes(b"PARE" + bytes(20) + b"PARE")
+    with pytest.raises(StoreError, match=r"a\.parquet cannot be read: got .*encrypted"):
+        texts(path)
     path.write_bytes(b"no Parquet at all")
     with pytest.raises(ConfigError, match=r"a\.parquet: expected a Parquet file"):
         texts(path)
@@ -233,7 +342,7 @@ def test_parquet_complaints(tmp_path):
 def test_parquet_text_must_be_utf8(tmp_path):
     bad = pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match=r"rows 0 to 2 are not UTF-8"):
+    with pytest.raises(ConfigError, match=r"a\.parquet, row 1 is not UTF-8 at byte 3"):
         texts(tmp_path / "a.parquet")
 
 
