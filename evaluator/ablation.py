@@ -14,8 +14,11 @@ self run in one batch, from the hook upward, for T positions, on the clean pass'
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluator.bootstrap import figure, mean_figure
@@ -42,6 +45,12 @@ def effect_sparsity(logits: Tensor, clean: Tensor) -> Tensor:
         ones, squares = effect.abs().sum(dtype=torch.float64), effect.square().sum(dtype=torch.float64)
         out[number] = ones.square() / squares / effect.numel()
     return out
+
+
+def mean_moved(shares: NDArray[np.float64]) -> float:
+    """The mean of those that are numbers; NaN where nothing moved at all."""
+    moved = shares[~np.isnan(shares)]
+    return float(moved.mean()) if len(moved) else float("nan")
 
 
 def without_latents(sae: Sae, row: Tensor, slots: Tensor) -> Tensor:
@@ -123,20 +132,25 @@ def measure(setting: Setting) -> Measured:
             logits = tail.continued(start, 0, position, stop, variants)
             shares = effect_sparsity(logits[1:], logits[0]).numpy()
             every += shares[:count].tolist()
-            latent_means.append(np.nanmean(shares[:count]))
-            channel_means.append(np.nanmean(shares[count:]))
-    latents, channels = np.array(latent_means), np.array(channel_means)
+            latent_means.append(mean_moved(shares[:count]))
+            channel_means.append(mean_moved(shares[count:]))
+    moved, channels = np.array(latent_means, np.float64), np.array(channel_means, np.float64)
+    latents, both = moved[~np.isnan(moved)], ~(np.isnan(moved) | np.isnan(channels))
+    options: dict[str, Any] = {"seed": spec.seed, "unit": "rows"}
+    if len(latents) < len(rows):
+        left_out = f"{len(rows) - len(latents)} of {len(rows)} rows left out"
+        options["note"] = f"{left_out}: no latent is active there, or none moves a logit"
     figures = [
-        mean_figure("ablation_sparsity", latents, seed=spec.seed, unit="rows"),
-        mean_figure("ablation_sparsity_channels", channels, seed=spec.seed, unit="rows"),
-        figure("ablation_sparsity_ratio", lambda a, b: a / b, latents, channels, seed=spec.seed, unit="rows"),
+        mean_figure("ablation_sparsity", latents, **options),
+        mean_figure("ablation_sparsity_channels", channels[~np.isnan(channels)], **options | {"note": ""}),
+        figure("ablation_sparsity_ratio", lambda a, b: a / b, moved[both], channels[both], **options),
     ]
     error = float(latents.std(ddof=1) / len(latents) ** 0.5) if len(latents) > 1 else None
     details = {
         "latents_ablated": len(every),
         "active_a_row": float(np.mean(active)),
         "standard_error": error,
-        "quantiles_of_latents": np.nanquantile(every, [0.1, 0.5, 0.9]).tolist() if every else [],
+        "quantiles_of_latents": np.nanquantile(every, [0.1, 0.5, 0.9]).tolist() if len(latents) else [],
     }
     told = "" if error is None else f", standard error {error:.2g}"
     note = (

@@ -129,4 +129,6 @@ def show(found: dict[str, Any]) -> None:
     ]
     title = f"{what} = {found['metric']:.4f}, by latents of {found['hook']}"
     print_table(title, lines, header=("token", "latent", "code", "first order", "lost without it"))
+    if not lines:
+        say("no latent that is active on the prompt has an effect: there is nothing to attribute")
     say(f"first order: all latents {found['latents']:+.4f}, the SAE's error {found['error']:+.4f}")

@@ -66,7 +66,9 @@ def measure(law: ComputeLaw | None, downstream: Sequence[Figure]) -> Measured:
             _share(law, None if edge is None else edge + base)
             for edge in (source.high, source.value, source.low)  # more loss is less compute
         )
-        note = "" if value is not None else "the loss lies at or under the law's irreducible loss"
+        note = source.note
+        if value is None and source.value is not None:
+            note = "the loss lies at or under the law's irreducible loss"
         figures.append(
             Figure(
                 id=id, value=value, low=low, high=high, samples=source.samples, unit=source.unit, note=note

@@ -6,7 +6,8 @@ of what is replaced (D, unless a transcoder or a crosscoder reads something else
 The subject runs with the hook replaced by the reconstruction, by zeros, or by the mean of the training
 rows. Every variant replaces exactly the same positions: dropped leading ones and sinks stay clean. It is
 computed from the *clean* rows. Cross-entropies and KL(clean, patched) are means over all next-token
-predictions of a window, in nats.
+predictions of a window, in nats. A window in which no prediction follows a replaced position says nothing
+of the reconstruction and is no sample.
 """
 
 from __future__ import annotations
@@ -203,19 +204,44 @@ def sae_variants(
     }
 
 
-def figures_of(losses: Losses, seed: int = 0) -> list[Figure]:
-    """Figures from `splice_losses` of `sae_variants`."""
-    clean = losses["clean"]
-    delta = losses["sae"] - clean
+class Reached(NamedTuple):
+    """Windows in which a splice can move a loss."""
+
+    windows: NDArray[np.bool_]
+    """[W]: whether a prediction is made at or after a replaced position."""
+
+    @classmethod
+    def of(cls, store: ActivationStore, hooks: Sequence[str], windows: Sequence[int]) -> Reached:
+        """Of some windows, `hooks` being read or replaced; the last position predicts nothing."""
+        weights = store.window_weights(list(hooks), list(windows))
+        return cls(np.asarray((weights[:, :-1] > 0).any(axis=1)))
+
+    @property
+    def note(self) -> str:
+        """What a reader must know; empty where every window is a sample."""
+        left_out = int((~self.windows).sum())
+        if not left_out:
+            return ""
+        return (
+            f"{left_out} of {len(self.windows)} windows left out: no prediction follows a replaced position"
+        )
+
+
+def figures_of(losses: Losses, reached: Reached, seed: int = 0) -> list[Figure]:
+    """Figures from `splice_losses` of `sae_variants`, over the windows that the splice reaches."""
+    kept = {name: values[reached.windows] for name, values in losses.items()}
+    clean = kept["clean"]
+    delta = kept["sae"] - clean
+    options: dict[str, Any] = {"seed": seed, "note": reached.note}
     figures = [
-        mean_figure("ce_clean", clean, seed=seed),
-        mean_figure("ce_patched", losses["sae"], seed=seed),
-        mean_figure("delta_ce", delta, seed=seed),
-        mean_figure("kl", losses["kl.sae"], seed=seed),
+        mean_figure("ce_clean", clean, **options),
+        mean_figure("ce_patched", kept["sae"], **options),
+        mean_figure("delta_ce", delta, **options),
+        mean_figure("kl", kept["kl.sae"], **options),
     ]
     for name in ("zero", "mean"):
-        gap = losses[name] - clean
-        figures.append(figure(f"loss_recovered_{name}", lambda d, g: 1 - d / g, delta, gap, seed=seed))
+        gap = kept[name] - clean
+        figures.append(figure(f"loss_recovered_{name}", lambda d, g: 1 - d / g, delta, gap, **options))
     return figures
 
 
@@ -230,4 +256,5 @@ def measure(setting: Setting) -> Measured:
     )
     setting.losses.update(losses)
     means = {name: float(values.mean()) for name, values in losses.items()}
-    return Measured(figures_of(losses, setting.spec.seed), {"mean_nats": means})
+    reached = Reached.of(setting.dataset, [setting.hook], setting.windows)
+    return Measured(figures_of(losses, reached, setting.spec.seed), {"mean_nats": means})

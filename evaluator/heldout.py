@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from evaluator.downstream import figures_of, runs_of, sae_variants, splice_losses
+from evaluator.downstream import Reached, figures_of, runs_of, sae_variants, splice_losses
 from evaluator.setting import check_subject, subject_spec_of
 from harvester.ledger import read_ledger
 from harvester.subject import Subject
 from schemas.config import Config
 from store import ActivationStore
+from store.console import say
 from store.objects import open_store
 from trainer.sae import Sae
 
@@ -19,7 +20,8 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
 
     Returns:
         `delta_ce` with its 95 % bootstrap interval over windows, `loss_recovered_zero`,
-        `loss_recovered_mean`, `ce_clean`, all in nats or shares, and `harvest_tokens_per_s`.
+        `loss_recovered_mean`, `ce_clean`, all in nats or shares, and `harvest_tokens_per_s`. What cannot be
+        measured is left out.
 
     Raises:
         SaeMismatch: The subject found is not the one the dataset was harvested from.
@@ -29,15 +31,19 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
     held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
     windows, sae = range(min(held_out, config.evaluate.windows)), sae.to(subject.device)
     written = sae.card.output_hooks if sae.card is not None else (hook,)
+    runs = runs_of(subject, sae, store, hook)
     losses = splice_losses(
-        runs_of(subject, sae, store, hook),
+        runs,
         store,
         windows,
         sae_variants(sae, store, written, subject.device),
         batch_windows=config.evaluate.batch_windows,
         label="delta CE",
     )
-    found = {figure.id: figure for figure in figures_of(losses)}
+    reached = Reached.of(store, runs.hooks, windows)
+    if reached.note:
+        say(f"delta CE: {reached.note}")
+    found = {figure.id: figure for figure in figures_of(losses, reached)}
     figures = {name: found[name].value for name in SHOWN}
     figures |= {"delta_ce_low": found["delta_ce"].low, "delta_ce_high": found["delta_ce"].high}
     rate = read_ledger(open_store(config.root, config.storage)).tokens_per_second

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from evaluator.activations import Activations, active, gather
 from evaluator.bootstrap import figure, mean_figure
-from evaluator.downstream import AtHook, Variant, splice_losses
+from evaluator.downstream import AtHook, Reached, Variant, splice_losses
 from evaluator.n2g_learn import Example, learn
 from evaluator.setting import Codes, Measured, Setting
 from evaluator.tries import WILDCARD, Firings, Pattern, Trie, fire
@@ -269,8 +269,17 @@ class Simulation:
         return torch.from_numpy(values), torch.from_numpy(indices)
 
 
-def simulate(setting: Setting, explained: Explained, fired: Firings) -> tuple[list[Figure], dict[str, float]]:
-    """Delta CE of simulating, and of zeroing, the explained latents, against the SAE's own reconstruction."""
+def simulate(
+    setting: Setting, explained: Explained, fired: Firings, *, silent: bool = False
+) -> tuple[list[Figure], dict[str, float]]:
+    """Delta CE of simulating, and of zeroing, the explained latents, against the SAE's own reconstruction.
+
+    Args:
+        setting: What is measured.
+        explained: Latents, tries, scales.
+        fired: Firings over the held-out windows.
+        silent: Neither a trie nor an explained latent is active there: nothing is simulated.
+    """
     seed, everything = setting.spec.seed, setting.spec.n2g_latents is None
     variants = Simulation(setting, explained, fired, everything).variants()
     known = {name: setting.losses[name] for name in variants if name in setting.losses}
@@ -283,11 +292,17 @@ def simulate(setting: Setting, explained: Explained, fired: Firings) -> tuple[li
         batch_windows=setting.spec.batch_windows,
         label="n2g simulation",
     )
-    simulated, zeroed = losses["simulated"] - losses["sae"], losses["zeroed"] - losses["sae"]
+    reached = Reached.of(setting.dataset, [setting.hook], setting.windows)
+    sample = reached.windows & (not silent or everything)
+    simulated, zeroed = ((losses[name] - losses["sae"])[sample] for name in ("simulated", "zeroed"))
+    note = reached.note
+    if reached.windows.any() and not sample.any():
+        note = "no explained latent is active on the held-out windows, and no trie fires"
+    options: dict[str, Any] = {"seed": seed, "note": note}
     figures = [
-        mean_figure("n2g_simulated_delta_ce", simulated, seed=seed),
-        mean_figure("n2g_zeroed_delta_ce", zeroed, seed=seed),
-        figure("n2g_recovered", lambda s, z: 1 - s / z, simulated, zeroed, seed=seed),
+        mean_figure("n2g_simulated_delta_ce", simulated, **options),
+        mean_figure("n2g_zeroed_delta_ce", zeroed, **options),
+        figure("n2g_recovered", lambda s, z: 1 - s / z, simulated, zeroed, **options),
     ]
     return figures, {name: float(values.mean()) for name, values in losses.items()}
 
@@ -319,7 +334,8 @@ def measure(setting: Setting) -> Measured:
         mean_figure("n2g_recall", recall[~np.isnan(recall)], **options),
         mean_figure("n2g_precision", precision[~np.isnan(precision)], **options),
     ]
-    simulated, losses = simulate(setting, explained, fired)
+    silent = not len(fired.slots) and not held_out.firings[latents].any()
+    simulated, losses = simulate(setting, explained, fired, silent=silent)
 
     for slot, fact in enumerate(facts[:DETAILED]):
         fact["density"] = float(found.firings[fact["latent"]] / found.rows)

@@ -19,7 +19,7 @@ from store.objects import ObjectStore, open_store
 from trainer.sae import CARD_KEY
 
 EVALUATION_KEY = "evaluation.json"
-DEFINITIONS = "v1"
+DEFINITIONS = "v2"
 """Raised whenever a definition changes: earlier results are then measured again."""
 
 MEASURES: dict[str, Callable[[Setting], Measured]] = {
@@ -197,12 +197,11 @@ def rows(evaluation: Evaluation) -> list[list[str]]:
 def notes(evaluation: Evaluation) -> list[str]:
     """What a reader of the table must know."""
     lines = [f"{name}: {note}" for name, family in evaluation.families.items() for note in family.notes]
-    lines += [
-        f"{figure.id}: {figure.note}"
-        for family in evaluation.families.values()
-        for figure in family.figures
-        if figure.note
-    ]
+    same: dict[str, list[str]] = {}
+    for family in evaluation.families.values():
+        for figure in family.figures:
+            same.setdefault(figure.note, []).append(figure.id)
+    lines += [f"{', '.join(ids)}: {note}" for note, ids in same.items() if note]
     if not evaluation.trained_on_this:
         lines.append(
             "the SAE's card does not name this dataset's plan: whether these windows were held out from it "

@@ -62,17 +62,26 @@ def read_tokens(
         ids: The text's tokens [T].
         drop_leading: Positions at the start that are not read (the dataset's `plan.drop_leading`).
         sink_multiple: A position whose norm passes this multiple of the text's median is a sink.
+
+    Raises:
+        ConfigError: The text ends before a position that is read.
     """
     if sae.card is None:
         raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
+    if len(ids) <= drop_leading:
+        raise ConfigError(
+            "text",
+            expected=f"more than {drop_leading} tokens: the first {drop_leading} of a window are not read",
+            got=len(ids),
+            fix="Take a longer text",
+        )
     hook = sae.card.hook
     rows = subject.activations([list(ids)], [hook])[hook][0].to(sae.W_dec.device, torch.float32)
     with torch.no_grad():
         values, indices = sae.encode(rows)
     read = torch.arange(len(rows), device=rows.device) >= drop_leading
-    if bool(read.any()):
-        norms = rows.norm(dim=1)
-        read &= norms <= sink_multiple * norms[read].median()
+    norms = rows.norm(dim=1)
+    read &= norms <= sink_multiple * norms[read].median()
     return Reading(
         list(ids), torch.where(read[:, None], values.float(), 0.0).cpu(), indices.cpu(), read.cpu()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,9 +21,12 @@ HOOK = "resid_post.1"
 D_MODEL = 16
 
 
-def toy_config(folder: Path, *, units: int = 2) -> Config:
-    """Plan and harvest the toy pipeline in this process (no Ray); returns its config."""
-    path = pipeline_config(folder, units=units, storage={"single_writer": True})
+def toy_config(folder: Path, *, units: int = 2, **plan: Any) -> Config:
+    """Plan and harvest the toy pipeline in this process (no Ray); returns its config.
+
+    `plan` overrides fields of its plan.
+    """
+    path = pipeline_config(folder, units=units, storage={"single_writer": True}, plan=plan)
     config = load_config(path)
     store = open_store(config.root, config.storage)
     harvest(config, store, ensure_plan(config, store))
