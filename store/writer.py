@@ -192,6 +192,7 @@ def commit_unit(
         The receipt that stands, which an earlier attempt may have put.
 
     Raises:
+        ValueError: Rows of another shape or dtype than the plan's; nothing was written.
         NonFiniteError: A NaN or infinity; nothing of that hook was written.
         IntegrityError: An earlier attempt stored rows that differ beyond `adopt_tolerance`.
         CommitUnknown: Whether the receipt was written could not be found out.
@@ -200,6 +201,8 @@ def commit_unit(
     _check_unit(plan, unit)
     if set(rows) != set(plan.spec.hooks):
         raise ValueError(f"rows of hooks {sorted(plan.spec.hooks)} are needed, got {sorted(rows)}")
+    for hook in plan.spec.hooks:  # before the first of them is written
+        _check_rows(plan, hook, rows[hook])
     shards: dict[str, ShardRecord] = {}
     adopted: list[str] = []
     for hook in plan.spec.hooks:
@@ -247,11 +250,6 @@ def _store_shard(
     store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: Stored
 ) -> tuple[ShardRecord, bool]:
     """Put one shard or adopt the one there; its record, and whether this call created it."""
-    shape, dtype = (plan.rows_per_unit, plan.stored_width(hook)), STORED_DTYPES[plan.spec.dtype]
-    if rows.shape != shape or rows.dtype != dtype:
-        raise ValueError(
-            f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
-        )
     key = shard_key(hook, unit)
     failure: StoreError | None = None
     facts = cache(lambda: _describe(plan, unit, hook, rows))  # refuses NaN: the put asks before it is done
@@ -283,6 +281,7 @@ def _store_shard(
 
 def make_shard(plan: HarvestPlan, unit: int, hook: str, rows: Stored) -> tuple[memoryview, ShardRecord]:
     """A unit's rows of one hook as the bytes of its shard, and the receipt's entry for them."""
+    _check_rows(plan, hook, rows)
     facts = _describe(plan, unit, hook, rows)
     shard = encode_shard(rows, plan.spec.compress)
     return shard.data, _record(shard_key(hook, unit), shard, shard.sha256(), facts)
@@ -351,6 +350,14 @@ def _record(key: str, shard: EncodedShard, sha256: str, facts: Statistics) -> Sh
         sinks=facts.sinks,
         moments=facts.moments,
     )
+
+
+def _check_rows(plan: HarvestPlan, hook: str, rows: Stored) -> None:
+    shape, dtype = (plan.rows_per_unit, plan.stored_width(hook)), STORED_DTYPES[plan.spec.dtype]
+    if rows.shape != shape or rows.dtype != dtype:
+        raise ValueError(
+            f"rows of {hook!r} must be {dtype} {list(shape)}, got {rows.dtype} {list(rows.shape)}"
+        )
 
 
 def _check_unit(plan: HarvestPlan, unit: int) -> None:

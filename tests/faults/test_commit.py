@@ -243,11 +243,14 @@ def test_a_nan_is_named_and_nothing_is_written(store: ObjectStore) -> None:
 
 
 def test_arguments_are_checked(store: ObjectStore) -> None:
-    rows = stored_rows(PLAN, 0)
+    rows, last = stored_rows(PLAN, 0), PLAN.spec.hooks[-1]
+    assert last != HOOK, "a hook before it must not be written either"
     wrong = [
         ({HOOK: rows[HOOK]}, 0, "rows of hooks"),
         ({**rows, HOOK: rows[HOOK][:-1]}, 0, "must be uint16"),
         ({**rows, HOOK: to_stored(synthetic_rows(PLAN, 0, HOOK), "float32")}, 0, "must be uint16"),
+        ({**rows, last: rows[last][:, :-1].copy()}, 0, f"rows of '{last}' must be uint16"),
+        ({**rows, last: np.pad(rows[last], ((0, 0), (0, 1)))}, 0, f"rows of '{last}' must be uint16"),
         (rows, 2, "unit"),
         (rows, -1, "unit"),
     ]
