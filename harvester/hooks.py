@@ -12,6 +12,10 @@
 parallel attention and MLP (GPT-NeoX, Phi) included. Where a block normalises what a part returns before
 adding it (Gemma 2 and 3, OLMo 2 and 3), `attn_out` and `mlp_out` are read *after* that norm, for that
 is what reaches the stream.
+
+The table goes by the family of the *text* model: where that is a part of a larger one (Gemma 3 with its
+vision tower), its blocks are found inside it. Architectures that carry several residual streams
+(hyper-connections) have no `resid_pre` and `resid_post`: only module paths can be read there.
 """
 
 from __future__ import annotations
@@ -60,7 +64,13 @@ LAYOUTS: dict[str, BlockPaths] = {
     "stablelm": _LLAMA,
     "starcoder2": _LLAMA,
 }
-"""transformers' `model_type` -> paths. Add one only with a line in the test of the residual identity."""
+"""transformers' `model_type` of the text model -> paths. Add one only with a line in the test of the residual
+identity."""
+
+_STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
+"""Config fields that say how many residual streams there are: DeepSeek V4 and HY V4, Qwen 4, Gemma 3n."""
+_PARTS = ("self_attn", "linear_attn", "attention", "attn", "mixer", "mlp", "feed_forward")
+"""What blocks call the modules that read one stream and give one, for messages."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class Layout:
         layers: Number of blocks in the whole model.
         attention: Path, inside a block, of the module whose output attention adds; None where unknown.
         mlp: The same for the MLP.
+        streams: How many residual streams a block hands on, as far as the config tells.
     """
 
     architecture: str
@@ -80,6 +91,7 @@ class Layout:
     layers: int
     attention: str | None = None
     mlp: str | None = None
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,8 @@ class Tap:
 def find_layout(model: nn.Module, config: Any) -> Layout:
     """The layout of `model`: from the table, else its only list of `num_hidden_layers` modules (logged).
 
+    Where the model is more than a text model (vision, audio), only its text decoder is looked at.
+
     Args:
         model: A causal language model of transformers.
         config: Its text config (`model_type`, `num_hidden_layers`).
@@ -114,32 +128,52 @@ def find_layout(model: nn.Module, config: Any) -> Layout:
     Raises:
         ConfigError: The architecture is not in the table and its blocks cannot be told.
     """
-    architecture, layers = str(config.model_type), int(config.num_hidden_layers)
+    architecture, layers = str(config.model_type), int(getattr(config, "num_hidden_layers", None) or 0)
+    streams = max(int(getattr(config, name, None) or 1) for name in _STREAMS)
+    lists = _block_lists(model, layers)
     known = LAYOUTS.get(architecture)
     if known is not None:
-        blocks = dict(model.named_modules()).get(known.blocks)
-        if isinstance(blocks, nn.ModuleList) and len(blocks) == layers:
-            return Layout(architecture, known.blocks, layers, known.attention, known.mlp)
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    if len(outer) != 1:
+        name, parts = known.blocks.rpartition(".")[2], (known.attention, known.mlp)
+        fitting = [path for path in lists if path.rpartition(".")[2] == name and _has(model, path, parts)]
+        if len(fitting) == 1:
+            return Layout(architecture, fitting[0], layers, *parts, streams)
+    if len(lists) != 1:
         raise ConfigError(
             f"architecture {architecture!r} is unknown and its blocks cannot be told",
             expected=f"one list of {layers} modules",
-            got=", ".join(outer) or "none",
+            got=", ".join(lists) or "none",
             fix=f"Known architectures: {', '.join(LAYOUTS)}",
         )
     log.warning(
-        "architecture %r is not in the table of hooks: taking %s for its blocks; resid_pre, resid_post and "
-        "module paths can be read, attn_out and mlp_out cannot",
+        "architecture %r is not in the table of hooks: taking %s for its blocks; %smodule paths can be "
+        "read, attn_out and mlp_out cannot",
         architecture,
-        outer[0],
+        lists[0],
+        "resid_pre, resid_post and " if streams == 1 else "",
     )
-    return Layout(architecture, outer[0], layers)
+    return Layout(architecture, lists[0], layers, streams=streams)
+
+
+def _block_lists(model: nn.Module, layers: int) -> list[str]:
+    """Paths of the outermost lists of `layers` modules: of the text decoder, if it has any, else of all."""
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    outer = [path for path in found if not any(path.startswith(other + ".") for other in found)]
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
+    if decoder is None or decoder is model:
+        return outer
+    inside = {id(module) for module in decoder.modules()}
+    return [path for path in outer if id(model.get_submodule(path)) in inside] or outer
+
+
+def _has(model: nn.Module, blocks: str, parts: tuple[str, ...]) -> bool:
+    """Whether the first block of a list has these modules."""
+    names = {name for name, _ in model.get_submodule(f"{blocks}.0").named_modules()}
+    return names.issuperset(parts)
 
 
 def resolve_hook(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
@@ -161,6 +195,13 @@ def resolve_hook(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
     _check_layer(hook, layer, layout)
     block = f"{layout.blocks}.{layer}"
     if site in ("resid_pre", "resid_post"):
+        if layout.streams > 1:
+            parts = [f"{block}.{part}" for part in _PARTS if f"{block}.{part}" in modules]
+            raise ConfigError(
+                f"hook {hook!r}: {layout.architecture!r} has {layout.streams} residual streams, not one",
+                expected="the path of a module that gives one tensor [windows, T, D]",
+                fix=f"Name a module inside the block{', such as ' + ' or '.join(parts) if parts else ''}",
+            )
         return Tap(hook, block, site == "resid_pre", layer)
     part = layout.attention if site == "attn_out" else layout.mlp
     if part is None:

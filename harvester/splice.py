@@ -156,12 +156,19 @@ def _attached(model: nn.Module, tap: Tap, use: Callable[[Tap, Tensor], Tensor | 
 
 
 def _rows(tap: Tap, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[W, T, ...] -> [W*T, D]; axes after the second (attention heads) are joined into D."""
+    """[W, T, ...] -> [W*T, D]; at a module path, axes after the second (attention heads) join into D."""
     if value.ndim < 3 or tuple(value.shape[:2]) != shape or not value.is_floating_point():
         raise ConfigError(
             f"hook {tap.hook!r}: {tap.path} gives no activation for each token",
             expected=f"a float tensor [{shape[0]}, {shape[1]}, D] (windows, positions, width)",
             got=f"{value.dtype} {list(value.shape)}",
+        )
+    if tap.named and value.ndim > 3:
+        raise ConfigError(
+            f"hook {tap.hook!r}: {tap.path} gives more than one row for each token",
+            expected=f"one residual stream [{shape[0]}, {shape[1]}, D]",
+            got=f"{list(value.shape)}",
+            fix="Name a module inside the block that gives one",
         )
     return value.reshape(shape[0] * shape[1], -1)
 

@@ -52,6 +52,29 @@ ARCHITECTURES = (
 )
 """transformers' `model_type` of every architecture that `tiny_config` knows."""
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "deepseek_v4": {
+        "num_key_value_heads": 1, "head_dim": 8, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "sliding_window": 16,
+        "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4,
+    },
+    "electra": {"embedding_size": 32},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0}},
+    "gptj": {"n_layer": 2, "n_embd": 32, "n_head": 4, "rotary_dim": 4, "n_positions": 256},
+    "mamba": {"state_size": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention"] * 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 8, "hc_lowrank": 8,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "roberta": {"pad_token_id": 1},
+}  # fmt: skip
+"""`model_type` -> the fields that make a small one, with `layers=2`, of architectures outside the table."""
+
 
 def make_tokenizer(vocab: int = 384, sentences: Iterable[str] = SENTENCES) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocab` entries (at least 257) whose entry 0 is EOS; it has no BOS."""
@@ -122,11 +145,12 @@ def make_subject(
     width: int = 32,
     vocab: int = 384,
     seed: int = 0,
+    **extra: Any,
 ) -> Path:
-    """Write a tiny subject into `folder` (made if absent) and return the folder."""
+    """Write a tiny subject into `folder` (made if absent); returns it. `extra` as in `tiny_config`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model = tiny_model(architecture, layers=layers, width=width, vocab=vocab, seed=seed)
+    model = tiny_model(architecture, layers=layers, width=width, vocab=vocab, seed=seed, **extra)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from harvester.hooks import LAYOUTS, Layout, find_layout, resolve_hook
 from harvester.splice import next_token_loss, read, replaced
 from schemas.errors import ConfigError
-from tests.tiny import ARCHITECTURES, tiny_model
+from tests.tiny import ARCHITECTURES, OTHERS, tiny_config, tiny_model
 
 LAYERS = 3
+TOWER = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 4,
+}  # fmt: skip
 LLAMA = Layout("llama", "model.layers", 30, "self_attn", "mlp")
 MODULES = frozenset(
     ["model", "model.embed_tokens", "model.layers", "model.norm", "lm_head"]
@@ -193,6 +199,49 @@ def test_an_unknown_architecture_is_discovered_and_said(caplog: pytest.LogCaptur
     model.config.num_hidden_layers = 7
     with pytest.raises(ConfigError, match="blocks cannot be told"):
         find_layout(model, model.config)
+
+
+@torch.no_grad()
+def test_several_residual_streams_are_refused_and_what_can_be_read_is_named() -> None:
+    """DeepSeek V4 keeps four streams: flattened, its residual stream of 32 numbers looked 128 wide."""
+    model = tiny_model("deepseek_v4", layers=2, **OTHERS["deepseek_v4"])
+    layout, modules = find_layout(model, model.config), {name for name, _ in model.named_modules()}
+    for hook in ("resid_pre.1", "resid_post.1"):
+        with pytest.raises(ConfigError, match=r"'deepseek_v4' has 4 residual streams, not one") as caught:
+            resolve_hook(hook, layout, modules)
+    assert "such as model.layers.1.self_attn or model.layers.1.mlp" in str(caught.value)
+    tokens = ids()
+    paths = [resolve_hook(f"model.layers.1.{part}", layout, modules) for part in ("self_attn", "mlp")]
+    found = read(model, paths, lambda: model(input_ids=tokens), (2, 7))
+    assert [values.shape for values in found.values()] == [(2, 7, 32)] * 2
+    unknowing = replace(layout, streams=1)  # where no config field says it, the tensors do
+    with pytest.raises(
+        ConfigError, match=r"more than one row for each token: expected one .*got \[2, 7, 4, 32\]"
+    ):
+        read(
+            model, [resolve_hook("resid_post.1", unknowing, modules)], lambda: model(input_ids=tokens), (2, 7)
+        )
+
+
+@torch.no_grad()
+def test_the_text_part_of_a_larger_model_is_found_by_its_family() -> None:
+    """Gemma 3 with its vision tower keeps its blocks elsewhere, and LLaVA's tower has as many of its own."""
+    text = tiny_config("gemma3_text", layers=LAYERS)
+    gemma = tiny_model("gemma3", text_config=text.to_dict(), vision_config=TOWER, mm_tokens_per_image=4)
+    layout = find_layout(gemma, gemma.config.get_text_config())
+    assert (layout.architecture, layout.blocks) == ("gemma3_text", "model.language_model.layers")
+    modules, tokens = {name for name, _ in gemma.named_modules()}, ids()
+    names = ["resid_pre.1", "attn_out.1", "mlp_out.1", "resid_post.1"]
+    taps = [resolve_hook(name, layout, modules) for name in names]
+    pre, attention, mlp, post = read(gemma, taps, lambda: gemma(input_ids=tokens), (2, 7)).values()
+    torch.testing.assert_close(post, pre + attention + mlp, rtol=1e-5, atol=1e-5)
+
+    text = tiny_config("llama", layers=LAYERS)
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=SiglipVisionConfig(**TOWER))
+    )
+    layout = find_layout(llava, llava.config.get_text_config())
+    assert layout == Layout("llama", "model.language_model.layers", LAYERS, "self_attn", "mlp")
 
 
 def test_next_token_loss_is_cross_entropy_in_nats() -> None:
