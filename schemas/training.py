@@ -34,6 +34,9 @@ class SaeParts(Contract):
     layer_epsilon: float = Field(default=0.0, ge=0)
     """`layer` divides a row by (std + layer_epsilon) sqrt(D - 1), std being its unbiased standard deviation,
     and restores it with std sqrt(D - 1). 0 in Winnow's own SAEs, 1e-5 in those from OpenAI and SAELens."""
+    centred: bool = Field(default=False, exclude_if=lambda centred: not centred)
+    """With `normalize: none`: each row's mean over D is removed before encoding and added to the output.
+    Only in imported SAEs: those that were trained on TransformerLens' centred residual stream."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -41,6 +44,8 @@ class SaeParts(Contract):
             raise ValueError("d_out and target_normalize belong together: a transcoder has both")
         if self.skip and self.d_out is None:
             raise ValueError("skip needs a target: it is a transcoder's part")
+        if self.centred and (self.d_out is not None or self.widths):
+            raise ValueError("centred is a part of an autoencoder: what a transcoder reads folds into W_enc")
         if self.widths and (len(self.widths) < 2 or min(self.widths) < 1 or self.d_out is not None):
             raise ValueError(f"widths are those of a crosscoder's two hooks or more, got {self.widths}")
         _require_prefixes(self.matryoshka)
@@ -397,6 +402,8 @@ class SaeCard(Artefact):
     spec: TrainSpec | None = None
     metrics: dict[str, float] = {}
     """Held-out figures by definition id, such as `fvu_normalised.raw`."""
+    notes: tuple[str, ...] = Field(default=(), exclude_if=lambda notes: not notes)
+    """Of an import: what the other library's files said that the SAE cannot hold, a sentence each."""
 
     @model_validator(mode="before")
     @classmethod

@@ -62,7 +62,7 @@ class Scale(NamedTuple):
     """What `Sae.normalise` took from the rows: raw = normalised * norm + mean."""
 
     mean: Tensor
-    """[B, 1] with `layer`, [D] with `dataset`, [] with `none`."""
+    """[B, 1] with `layer` or a `centred` SAE, [D] otherwise."""
     norm: Tensor
     """[B, 1] with `layer`, [] otherwise."""
 
@@ -147,7 +147,7 @@ class Sae(nn.Module):
 
         `layer`: each row's mean over D removed, scaled to unit norm. `dataset`: the training rows'
         mean removed, divided by one scalar (of each hook) so that their mean squared norm is 1.
-        `none`: unchanged.
+        `none`: unchanged, or without each row's mean over D where the SAE is `centred`.
         """
         x = x.to(self.W_enc.dtype)
         if self.normalize_mode == "layer":
@@ -162,6 +162,9 @@ class Sae(nn.Module):
             scale = Scale(scale.mean, scale.norm.repeat_interleave(widths))
         if self.normalize_mode == "dataset":
             return (x - scale.mean) / scale.norm, scale
+        if self.parts.centred:
+            mean = x.mean(dim=1, keepdim=True)
+            return x - mean, scale._replace(mean=mean)
         return x, scale
 
     def normalise_target(self, y: Tensor) -> Tensor:
@@ -173,7 +176,8 @@ class Sae(nn.Module):
         """Normalised output [B, O] to the raw space of the rows `scale` was taken from, or of the target."""
         if self.has_target:
             return x * self.target_scale + self.target_mean if self._scales_target else x
-        return x if self.normalize_mode == "none" else x * scale.norm + scale.mean
+        raw = self.normalize_mode == "none" and not self.parts.centred
+        return x if raw else x * scale.norm + scale.mean
 
     @property
     def _scales_target(self) -> bool:
@@ -297,6 +301,7 @@ class Sae(nn.Module):
         identity: SaeIdentity | None = None,
         spec: TrainSpec | None = None,
         metrics: Mapping[str, float] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> SaeCard:
         """Write `sae.safetensors`, then `sae.json` which names its digest, into `store`.
 
@@ -309,6 +314,7 @@ class Sae(nn.Module):
             identity: What they belong to.
             spec: How they were trained.
             metrics: Held-out figures by definition id.
+            notes: Of an import: what the files said that the SAE cannot hold.
         """
         data = safetensors.torch.save({n: t.cpu().contiguous() for n, t in self.tensors().items()})
         facts = {
@@ -325,6 +331,7 @@ class Sae(nn.Module):
             "identity": identity,
             "spec": spec,
             "metrics": dict(metrics or {}),
+            "notes": notes,
         }
         card = SaeCard.model_validate(facts)
         store.put(WEIGHTS_KEY, data)

@@ -39,7 +39,8 @@ def load_source(uri: str, sae: Sae, storage: StorageSpec) -> Sae:
 
 def _facts(sae: Sae) -> dict[str, object]:
     facts = {"d_model": sae.d_model, "output width": sae.d_out, "normalize": sae.normalize_mode}
-    return facts | sae.parts.model_dump(exclude={"matryoshka"})
+    parts = sae.parts  # by name: a dump leaves `centred` out where it is false
+    return facts | {name: getattr(parts, name) for name in type(parts).model_fields if name != "matryoshka"}
 
 
 @torch.no_grad()

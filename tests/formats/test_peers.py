@@ -16,7 +16,14 @@ from benchmarks.peers import environment, installed
 def test_the_formats_agree_with_their_libraries():
     if not installed():
         pytest.skip("the peers are not installed: `make peers`")
-    command = [sys.executable, "-m", "pytest", "tests/formats/test_libraries.py", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/formats/test_libraries.py",
+        "tests/formats/test_lens.py",
+        "-q",
+    ]
     command += ["-k", "not quality_table"]
     repository = Path(__file__).parents[2]
     done = subprocess.run(

@@ -41,10 +41,17 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="Where it reads, such as `resid_post.9`; the files often say.")
         ] = None,
         target_hook: Annotated[str | None, typer.Option(help="Where a transcoder's output belongs.")] = None,
+        centred: Annotated[
+            bool | None,
+            typer.Option(
+                "--centred/--not-centred",
+                help="SAELens: whether TransformerLens had centred its rows; the files often say.",
+            ),
+        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print the SAE's card on stdout.")] = False,
     ) -> None:
         with guard():
-            card = import_sae(source, format_name, out, hook=hook, target_hook=target_hook)
+            card = import_sae(source, format_name, out, hook=hook, target_hook=target_hook, centred=centred)
             if card.hook == UNKNOWN_HOOK:
                 say("warning: the files do not say where this SAE reads; --hook would")
             kind = "transcoder" if card.parts.d_out else "SAE"

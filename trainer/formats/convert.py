@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from schemas.errors import ConfigError
 from schemas.training import SaeCard
 from store.objects import open_store
 from trainer.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
+from trainer.formats.files import refuse
 from trainer.formats.plain import Plain, from_sae, to_sae
 from trainer.sae import CARD_KEY, Sae
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 READERS: Mapping[str, Callable[[Path], Plain]] = {
     openai.NAME: openai.read,
     saelens.NAME: saelens.read,
@@ -42,9 +45,26 @@ UNKNOWN_HOOK = "unknown"
 """The hook of an SAE whose files do not say where it reads."""
 
 
-def read_plain(source: Path, format_name: str) -> Plain:
-    """What another library's files hold; ConfigError for an unknown format."""
-    return _choose(READERS, "--from", format_name)(source)
+def read_plain(
+    source: Path, format_name: str, *, transcoder: bool = False, centred: bool | None = None
+) -> Plain:
+    """What another library's files hold.
+
+    Args:
+        source: The file or folder that the library wrote.
+        format_name: One of `READERS`.
+        transcoder: It is one, where the files do not say (Gemma Scope).
+        centred: Whether the rows were centred, where the files do not say (SAELens).
+
+    Raises:
+        ConfigError, IntegrityError: As `import_sae`.
+    """
+    read = _choose(READERS, "--from", format_name)
+    if centred is not None and read is not saelens.read:
+        raise ConfigError("--centred", expected="--from saelens", got=f"--from {format_name}")
+    if read is saelens.read:
+        return saelens.read(source, centred=centred)
+    return gemma_scope.read(source, transcoder=transcoder) if read is gemma_scope.read else read(source)
 
 
 def import_sae(
@@ -54,6 +74,7 @@ def import_sae(
     *,
     hook: str | None = None,
     target_hook: str | None = None,
+    centred: bool | None = None,
     storage: StorageSpec | None = None,
 ) -> SaeCard:
     """Write another library's SAE into `out` as one of Winnow's.
@@ -64,23 +85,27 @@ def import_sae(
         out: Folder or URI; must not hold an SAE yet.
         hook: Where the SAE reads, where the files do not say or say it in other words.
         target_hook: A transcoder's target.
+        centred: Whether TransformerLens had centred the rows, where the files do not say or say it otherwise.
         storage: Of `out`.
+
+    What the files say and the SAE cannot hold is logged, a warning each, and kept in the card's `notes`.
 
     Raises:
         ConfigError: Unknown format, a part that Winnow does not have, files that want to run code, or an
             SAE in `out`.
         IntegrityError: Files that are damaged or whose shapes do not fit.
     """
-    plain = read_plain(source, format_name)
-    if target_hook is not None and _bare(format_name) == _bare(gemma_scope.NAME):
-        plain = gemma_scope.read(source, transcoder=True)
+    plain = read_plain(source, format_name, transcoder=target_hook is not None, centred=centred)
     if target_hook is not None and not plain.transcoder:
         raise ConfigError("--target-hook", expected="a transcoder", got=f"an autoencoder in {source}")
     sae, store = to_sae(plain), open_store(out, storage)
     if store.size(CARD_KEY) is not None:
         raise ConfigError(f"{out} holds an SAE already", fix="Import into another folder")
+    for note in plain.notes:
+        log.warning("%s", note)
     return sae.save(
         store,
+        notes=plain.notes,
         hook=hook or plain.hook or UNKNOWN_HOOK,
         target_hook=(target_hook or plain.target_hook or UNKNOWN_HOOK) if plain.transcoder else None,
     )
@@ -110,6 +135,12 @@ def export_sae(
     plain = from_sae(Sae.load(uri, storage=storage), model)
     if plain.hook == UNKNOWN_HOOK:
         plain = replace(plain, hook=None)
+    if plain.centred and write not in (saelens.write, saelens.write_with_subject):
+        raise refuse(
+            format_name,
+            "an SAE of centred rows: it reads raw ones and adds no mean to what comes back",
+            "Export to saelens, which loads the subject so that its rows are centred",
+        )
     out.mkdir(parents=True, exist_ok=True)
     write(plain, out)
     return sorted(out.iterdir())

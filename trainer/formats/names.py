@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 
 LENS = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)")
+LENS_ANY = re.compile(r"(?:.*\.)?hook_\w+")
 OURS = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out)\.(\d+)")
-MODULE = re.compile(r"(?:model\.|gpt_neox\.|transformer\.)?(?:layers|h|blocks)\.(\d+)(?:\.(\w+))?")
-PARTS = {
-    None: "resid_post",
-    "mlp": "mlp_out",
-    "self_attn": "attn_out",
-    "attn": "attn_out",
-    "attention": "attn_out",
-}
+HOOK = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+MODULE = re.compile(r"(?P<head>(?:\w+\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<rest>[\w.]+))?")
+HEADS = {"layers": "model.", "h": "transformer.", "blocks": "transformer."}
+"""What stands before a list of blocks in a causal LM, where a name is relative to its base model."""
+ADDED = {"mlp": "mlp_out", "self_attn": "attn_out", "attn": "attn_out", "attention": "attn_out"}
+"""Modules whose output a block adds to the stream, directly or after a norm."""
 
 
 def to_lens(hook: str | None) -> str | None:
@@ -22,18 +21,58 @@ def to_lens(hook: str | None) -> str | None:
     return f"blocks.{match[2]}.hook_{match[1]}" if match else hook
 
 
+def parse_lens(name: str | None) -> str | None:
+    """The inverse of `to_lens` for Winnow's four sites; None for any other name."""
+    match = LENS.fullmatch(name or "")
+    return f"{match[2]}.{match[1]}" if match else None
+
+
 def from_lens(name: str | None) -> str | None:
     """The inverse of `to_lens`; None where the name is none that Winnow could hold."""
-    match = LENS.fullmatch(name or "")
-    if match:
-        return f"{match[2]}.{match[1]}"
-    return name if name and re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name) else None
+    return parse_lens(name) or (name if name and HOOK.fullmatch(name) else None)
 
 
-def from_module(name: str) -> str | None:
-    """A folder that is called after a module, as sparsify's are: `layers.9` is `resid_post.9`."""
+def is_lens_name(name: str | None) -> bool:
+    """Whether a name is a hook point of TransformerLens, which is no module of transformers' model."""
+    return LENS_ANY.fullmatch(name or "") is not None
+
+
+def module_path(name: str) -> str | None:
+    """`layers.9.mlp`, relative to the base model, as a module path of the causal LM: `model.layers.9.mlp`.
+
+    A path that the subject does not have is refused when it is read, with the near ones named.
+    """
     match = MODULE.fullmatch(name)
-    return f"{PARTS[match[2]]}.{match[1]}" if match and match[2] in PARTS else None
+    if not match:
+        return None
+    head = match["head"] or HEADS[match["list"]]
+    if not match["head"] and match["list"] == "layers" and (match["rest"] or "").startswith("attention"):
+        head = "gpt_neox."  # the only family that calls it so
+    path = f"{head}{match['list']}.{match['layer']}"
+    return f"{path}.{match['rest']}" if match["rest"] else path
+
+
+def from_module(name: str) -> tuple[str | None, str | None]:
+    """What goes into a module and what comes out of it, as hooks; a folder of sparsify is called after one.
+
+    `layers.9` is a block: `resid_pre.9` and `resid_post.9`. Of any other module Winnow reads the output.
+    """
+    match = MODULE.fullmatch(name)
+    if match and not match["rest"]:
+        return f"resid_pre.{match['layer']}", f"resid_post.{match['layer']}"
+    return None, module_path(name)
+
+
+def added_note(hook: str | None) -> tuple[str, ...]:
+    """What to know of a hook at a module whose output some families norm before they add it."""
+    match = MODULE.fullmatch(hook or "")
+    site = ADDED.get(match["rest"] or "") if match else None
+    if match is None or site is None:
+        return ()
+    return (
+        f"it reads {hook}, the module's own output; {site}.{match['layer']} holds the same rows unless the "
+        "family norms them first (Gemma 2 and 3, OLMo 2 and 3): --hook takes either",
+    )
 
 
 def layer_of(hook: str | None) -> int | None:

@@ -10,6 +10,8 @@ Winnow's SAE works on normalised rows; the others' work on raw rows, or on rows 
 - `layer`: a is sqrt(D - 1), c is 0, since |x - mean(x)| = sqrt(D - 1) std(x);
 - `none`: a is 1, c is 0.
 
+Rows may be *centred* as well: without their mean over D, which Winnow's `parts.centred` removes and restores.
+
 The decoder's rows stay as they are and codes are multiplied by the output's a: which latents are active,
 and every reconstruction, stay the same.
 """
@@ -60,6 +62,10 @@ class Plain:
     target_hook: str | None = None
     model: str | None = None
     """The subject, as its own library names it."""
+    centred: bool = False
+    """Rows are without their mean over D (TransformerLens' `center_writing_weights`); not with `epsilon`."""
+    notes: tuple[str, ...] = ()
+    """What the files say that the SAE cannot hold, a sentence each."""
 
     @property
     def thresholds(self) -> Tensor:
@@ -71,6 +77,21 @@ class Plain:
         """The same SAE with another bias [D] taken from its input; `b_enc` makes up for it."""
         shift = self.W_enc.double() @ (b_in.double() - self.b_in.double())
         return replace(self, b_in=b_in, b_enc=self.b_enc.double() + shift)
+
+    def centred_input(self) -> Plain:
+        """The same codes from rows whose mean is not removed: centring is linear, so `W_enc` takes it in.
+
+        ``W (x - mean(x)) = (W - mean(W)) x``, exactly; the skip likewise. What comes out stays as it was.
+        """
+        plain = self.taking(torch.zeros_like(self.b_in))
+        W_enc = plain.W_enc.double()
+        W_skip = None if plain.W_skip is None else plain.W_skip.double()
+        return replace(
+            plain,
+            W_enc=W_enc - W_enc.mean(dim=1, keepdim=True),
+            W_skip=None if W_skip is None else W_skip - W_skip.mean(dim=1, keepdim=True),
+            centred=False,
+        )
 
     def single(self) -> Plain:
         """With every tensor contiguous, in single precision."""
@@ -122,6 +143,7 @@ def from_sae(sae: Sae, model: str | None = None) -> Plain:
         matryoshka=parts.matryoshka,
         hook=card.hook if card else None,
         target_hook=card.target_hook if card else None,
+        centred=parts.centred,
         model=model or (card.identity.subject_model if card and card.identity else None),
     )
 
@@ -136,6 +158,8 @@ def to_sae(plain: Plain) -> Sae:
     _check(plain)
     latents, width = plain.W_enc.shape
     layer = plain.epsilon is not None
+    if plain.centred and plain.transcoder:
+        plain = plain.centred_input()
     a_in = (width - 1) ** 0.5 if layer else 1.0
     a_out = 1.0 if plain.transcoder else a_in
     parts = SaeParts(
@@ -145,6 +169,7 @@ def to_sae(plain: Plain) -> Sae:
         skip=plain.W_skip is not None,
         matryoshka=plain.matryoshka,
         layer_epsilon=plain.epsilon or 0.0,
+        centred=plain.centred,
     )
     k = min(plain.k or 1, latents)
     sae = Sae(width, latents, k, "layer" if layer else "none", parts)

@@ -18,39 +18,54 @@ from torch import Tensor
 
 from schemas.errors import ConfigError, IntegrityError
 from schemas.training import Activation
+from trainer.formats.fields import refuse_tensors, require_size
 from trainer.formats.files import folder_of, read_json, read_safetensors, refuse, take, write_json
-from trainer.formats.names import from_lens, layer_of, to_lens
+from trainer.formats.lens import CENTRES, read_loading
+from trainer.formats.names import from_lens, is_lens_name, layer_of, to_lens
 from trainer.formats.plain import Plain
+from trainer.formats.saelens_fields import (
+    OF_EVERY_SAE,
+    THRESHOLDS,
+    is_layer_normed,
+    kind_of,
+    matryoshka_of,
+    notes_on,
+)
 
 NAME = "saelens"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 EPSILON = 1e-5
 LAYOUT = "6.0.0"
 """The first SAELens that reads this layout."""
-ACTIVATIONS: dict[str, Activation] = {
-    "standard": "relu",
-    "topk": "topk",
-    "jumprelu": "jumprelu",
-    "batchtopk": "batchtopk",
-    "matryoshka_batchtopk": "batchtopk",
-    "transcoder": "relu",
-    "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu",
-    "jumprelu_skip_transcoder": "jumprelu",
-}
+CENTRED_NOTE = (
+    "its subject was loaded with center_writing_weights: each row's mean over D is removed before encoding "
+    "and added to what comes back"
+)
+CENTRED_TARGET_NOTE = (
+    "its target was centred (center_writing_weights): what it gives lacks each target row's mean over D, "
+    "which it was never shown"
+)
+UNKNOWN_CENTRING_NOTE = (
+    "nothing tells whether its rows were centred (center_writing_weights), as TransformerLens does by "
+    "default to models with LayerNorm, and SAELens did before 3.19.2; they are taken as they are: --centred "
+    "or --not-centred says which"
+)
 
 
-def read(path: Path) -> Plain:
-    """The folder of one SAE, from any version of SAELens."""
+def read(path: Path, *, centred: bool | None = None) -> Plain:
+    """The folder of one SAE, from any version of SAELens.
+
+    Args:
+        path: The folder, or a file of it.
+        centred: Whether its rows were centred by TransformerLens; null takes it from the files.
+    """
     path = folder_of(path)
     config, tensors, file = read_json(path / CONFIG), read_safetensors(path / WEIGHTS), path / WEIGHTS
-    about = config | (config.get("metadata") or {})
-    architecture = _architecture(config)
-    if architecture not in ACTIVATIONS:
-        expected = ", ".join(ACTIVATIONS)
-        raise ConfigError(f"{path / CONFIG}: architecture", expected=expected, got=architecture)
-    activation, transcoder = ACTIVATIONS[architecture], "transcoder" in architecture
-    epsilon = _epsilon(config, path / CONFIG)
+    origin, about = path / CONFIG, config | (config.get("metadata") or {})
+    architecture, activation = kind_of(config, origin)
+    transcoder, epsilon = "transcoder" in architecture, EPSILON if is_layer_normed(config, origin) else None
+    allowed = OF_EVERY_SAE | THRESHOLDS.get(activation, set())
+    refuse_tensors(tensors, allowed | ({"W_skip"} if "skip" in architecture else set()), file)
     scaling = tensors.get("scaling_factor")
     if scaling is not None and not torch.allclose(scaling, torch.ones_like(scaling)):
         raise ConfigError(f"{file}: a scaling_factor that is not folded", fix="Fold it with SAELens first")
@@ -59,16 +74,32 @@ def read(path: Path) -> Plain:
         raise ConfigError(
             f"{path}: a skip connection beside layer_norm", fix="Its skip reads raw rows, its latents do not"
         )
-    W_enc, b_dec = take(tensors, "W_enc", file).T, take(tensors, "b_dec", file)
-    b_enc = take(tensors, "b_enc", file) if "b_enc" in tensors else torch.zeros(len(W_enc))
-    W_dec = take(tensors, "W_dec", file)
-    if config.get("rescale_acts_by_decoder_norm"):
+    W_enc, b_enc, W_dec, b_dec = (take(tensors, name, file) for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    W_enc = W_enc.T
+    for name, size in zip(("d_sae", "d_in", "d_out"), (*W_enc.shape, W_dec.shape[-1]), strict=True):
+        require_size(origin, name, config.get(name), size)
+    if config.get("rescale_acts_by_decoder_norm") and activation in ("topk", "batchtopk"):
         norms = W_dec.double().norm(dim=1).clamp_min(1e-8)
         W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
-    taken = not transcoder and config.get("apply_b_dec_to_input", True)
-    k = _k(config)
+    if transcoder and config.get("apply_b_dec_to_input"):
+        raise ConfigError(
+            f"{origin}: apply_b_dec_to_input",
+            expected="false: a transcoder's b_dec is its output's",
+            got="true",
+        )
+    if (reshape := config.get("reshape_activations") or "none") not in ("none", "hook_z"):
+        raise ConfigError(f"{origin}: reshape_activations", expected="none or hook_z", got=reshape)
+    taken, k = not transcoder and config.get("apply_b_dec_to_input", True), _k(config)
     if activation == "topk" and k is None:
-        raise IntegrityError(f"{path / CONFIG}: k", expected="a number")
+        raise IntegrityError(f"{origin}: k", expected="a number")
+    loading, hook = read_loading(about), _hook(about, "hook_name", "hook_point", "hf_hook_name")
+    target = _hook(about, "hook_name_out", "hf_hook_name_out") if transcoder else None
+    read_centred = loading.centres(about.get("hook_name") or about.get("hook_point"))
+    target_centred = transcoder and loading.centres(about.get("hook_name_out"))
+    if centred is not None:
+        read_centred = centred
+    if epsilon is not None:
+        read_centred = False  # layer norm removes the mean and restores it, whatever it is
     return Plain(
         activation=activation,
         W_enc=W_enc,
@@ -81,16 +112,29 @@ def read(path: Path) -> Plain:
         W_skip=skip,
         epsilon=epsilon,
         transcoder=transcoder,
-        hook=from_lens(about.get("hook_name") or about.get("hook_point")),
-        target_hook=from_lens(about.get("hook_name_out")) if transcoder else None,
+        matryoshka=matryoshka_of(config, len(W_enc)),
+        hook=hook,
+        target_hook=target,
         model=about.get("model_name"),
+        centred=bool(read_centred),
+        notes=(
+            *_centring_notes(read_centred, target_centred),
+            *loading.notes((hook, target)),
+            *notes_on(config, about, origin),
+        ),
     )
 
 
-def _architecture(config: dict[str, Any]) -> str:
-    """Before version 6 TopK was a `standard` SAE with another activation function."""
-    function = config.get("activation_fn_str") or config.get("activation_fn")
-    return "topk" if function == "topk" else str(config.get("architecture", "standard"))
+def _centring_notes(of_input: bool | None, of_target: bool | None) -> tuple[str, ...]:
+    notes = [CENTRED_NOTE] if of_input else []
+    notes += [CENTRED_TARGET_NOTE] if of_target else []
+    return (*notes, UNKNOWN_CENTRING_NOTE) if None in (of_input, of_target) else tuple(notes)
+
+
+def _hook(about: dict[str, Any], *names: str) -> str | None:
+    """The first that is one of Winnow's sites or a module, else the first there is."""
+    found = [hook for name in names if (hook := from_lens(about.get(name)))]
+    return next((hook for hook in found if not is_lens_name(hook)), found[0] if found else None)
 
 
 def _k(config: dict[str, Any]) -> int | None:
@@ -98,22 +142,10 @@ def _k(config: dict[str, Any]) -> int | None:
     return None if k is None else round(k)
 
 
-def _epsilon(config: dict[str, Any], file: Path) -> float | None:
-    mode = config.get("normalize_activations") or "none"
-    if mode == "none":
-        return None
-    if mode == "layer_norm":
-        return EPSILON
-    raise ConfigError(
-        f"{file}: normalize_activations",
-        expected="none or layer_norm",
-        got=mode,
-        fix="Its factors are not in the files: fold them with SAELens first",
-    )
-
-
 def _threshold(activation: Activation, tensors: dict[str, Tensor], file: Path) -> Tensor | None:
     if activation == "jumprelu":
+        if "log_threshold" in tensors:  # checkpoints before version 6
+            return take(tensors, "log_threshold", file).exp()
         return take(tensors, "threshold", file)
     return take(tensors, "topk_threshold", file).reshape(()) if activation == "batchtopk" else None
 
@@ -172,6 +204,10 @@ def _config(plain: Plain, architecture: str) -> dict[str, Any]:
         "hook_head_index": None,
         "prepend_bos": False,
     }
+    if plain.centred:
+        metadata["model_from_pretrained_kwargs"] = {CENTRES: True}
+    if plain.hook and layer_of(plain.hook) is None and not is_lens_name(plain.hook):
+        metadata["model_class_name"] = "AutoModelForCausalLM"  # a module of transformers' model
     config: dict[str, Any] = {
         "architecture": architecture,
         "d_in": width,

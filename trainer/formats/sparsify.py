@@ -32,7 +32,7 @@ def read(path: Path) -> Plain:
         raise IntegrityError(f"{path / CONFIG}: k", expected="a number", got=config.get("k"))
     file, transcode, skip = path / WEIGHTS, bool(config.get("transcode")), bool(config.get("skip_connection"))
     W_enc, b_dec = take(tensors, "encoder.weight", file), take(tensors, "b_dec", file)
-    hook = from_module(path.resolve().name)
+    reads, gives = from_module(path.resolve().name)
     return Plain(
         activation="topk",
         W_enc=W_enc,
@@ -43,8 +43,8 @@ def read(path: Path) -> Plain:
         k=config["k"],
         W_skip=take(tensors, "W_skip", file) if skip else None,
         transcoder=transcode or skip,
-        hook=None if transcode else hook,
-        target_hook=hook if transcode or skip else None,
+        hook=reads if transcode else gives,
+        target_hook=gives if transcode or skip else None,
     )
 
 

@@ -1,0 +1,220 @@
+"""Every field of a foreign config is used, mapped, named in a note, or refused; none is dropped."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import safetensors.torch
+import torch
+
+from schemas.errors import ConfigError
+from tests.formats.making import LARGEST_ERROR, D, K, N, dense, error, make_sae, rows, save
+from trainer import Sae
+from trainer.formats.convert import WRITERS, export_sae, import_sae
+from trainer.formats.lens import CENTRES
+
+PYTHIA = {"model_name": "pythia-70m", "hook_name": "blocks.3.hook_resid_post", "sae_lens_version": "6.5.0"}
+
+
+def lens_files(folder, architecture="standard", width=D, *, extra=(), metadata=None, **fields):
+    """A SAELens folder whose every tensor matters; fields win. Gives its tensors."""
+    draw = torch.Generator().manual_seed(5)
+    out = fields.get("d_out", width)
+    state = {"W_enc": torch.randn(width, N, generator=draw), "b_enc": torch.randn(N, generator=draw)}
+    state |= {"W_dec": torch.randn(N, out, generator=draw), "b_dec": torch.randn(out, generator=draw)}
+    if "jumprelu" in architecture:
+        state["threshold"] = torch.rand(N, generator=draw)
+    if "skip" in architecture:
+        state["W_skip"] = torch.randn(out, width, generator=draw)
+    state |= {name: torch.ones(3) for name in extra}
+    config = {"architecture": architecture, "d_in": width, "d_sae": N, "dtype": "float32", "device": "cpu"}
+    config |= {"apply_b_dec_to_input": "transcoder" not in architecture}
+    config |= {"metadata": PYTHIA if metadata is None else {"sae_lens_version": "6.5.0"} | metadata}
+    config |= {"k": K} if architecture == "topk" else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(state, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(config | fields))
+    return state
+
+
+def lens_import(tmp_path, architecture="standard", *, out="ours", centred=None, **fields):
+    lens_files(tmp_path / "theirs", architecture, **fields)
+    return import_sae(tmp_path / "theirs", "saelens", str(tmp_path / out), centred=centred)
+
+
+# ---- SAELens: how the subject was loaded -----------------------------------------------------------
+
+
+def test_centred_rows_are_centred_and_their_mean_comes_back(tmp_path, caplog):
+    options = {"model_from_pretrained_kwargs": {CENTRES: True, "fold_ln": True, "device": "cuda"}}
+    state = lens_files(tmp_path / "theirs", metadata=PYTHIA | options)
+    with caplog.at_level(logging.WARNING):
+        card = import_sae(tmp_path / "theirs", "saelens", str(tmp_path / "ours"))
+    sae, x = Sae.load(tmp_path / "ours"), rows()
+    mean = x.mean(1, keepdim=True)
+    z = ((x - mean - state["b_dec"]) @ state["W_enc"] + state["b_enc"]).relu()
+    assert error(dense(*sae.encode(x)), z) < LARGEST_ERROR
+    assert error(sae(x), z @ state["W_dec"] + state["b_dec"] + mean) < LARGEST_ERROR
+    values, indices = sae.encode(x)
+    assert error(sae.decode(values, indices, like=x), sae(x)) < LARGEST_ERROR
+    assert card.parts.centred
+    assert len(card.notes) == len(caplog.messages) == 1
+    assert CENTRES in card.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({}, False),  # version 6 loads models as they are
+        ({"model_from_pretrained_kwargs": {CENTRES: False}}, False),
+        ({"model_from_pretrained_kwargs": {CENTRES: True}}, True),
+        ({"model_from_pretrained_kwargs": {CENTRES: True}, "model_name": "gemma-2b"}, False),  # RMSNorm
+        ({"model_from_pretrained_kwargs": {CENTRES: True}, "hook_name": "blocks.3.attn.hook_z"}, False),
+        ({"model_from_pretrained_kwargs": {}, "sae_lens_training_version": "3.19.1"}, True),
+        ({"model_from_pretrained_kwargs": {}, "sae_lens_training_version": "3.19.2"}, False),
+        ({"sae_lens_training_version": "2.1.3", "model_name": "mistral-7b"}, False),
+        ({"sae_lens_version": None}, None),  # nothing tells
+        ({"sae_lens_version": None, "model_name": "google/gemma-2-2b"}, False),
+        ({"model_class_name": "AutoModelForCausalLM", "hook_name": "gpt_neox.layers.3"}, False),
+    ],
+    ids=str,
+)
+def test_centring_follows_from_option_version_model_and_hook(tmp_path, about, said):
+    card = lens_import(tmp_path, metadata=PYTHIA | about)
+    assert card.parts.centred == bool(said)
+    assert any("--centred" in note for note in card.notes) == (said is None)
+    for choice in (True, False):
+        card = lens_import(tmp_path, metadata=PYTHIA | about, centred=choice, out=str(choice))
+        assert card.parts.centred == choice
+        assert not any("--centred" in note for note in card.notes)
+
+
+def test_the_first_published_files_are_centred(tmp_path):
+    """Before SAELens wrote its version: `hook_point`, and GPT-2 loaded with TransformerLens' defaults."""
+    old = {"architecture": "standard", "hook_point": "blocks.8.hook_resid_pre", "model_name": "gpt2-small"}
+    lens_files(tmp_path / "theirs")
+    (tmp_path / "theirs/cfg.json").write_text(json.dumps(old))
+    card = import_sae(tmp_path / "theirs", "saelens", str(tmp_path / "ours"))
+    assert (card.hook, card.parts.centred) == ("resid_pre.8", True)
+
+
+def test_a_layer_norm_needs_no_centring(tmp_path):
+    about = PYTHIA | {"model_from_pretrained_kwargs": {CENTRES: True}}
+    card = lens_import(tmp_path, normalize_activations="layer_norm", metadata=about)
+    assert not card.parts.centred
+    assert card.notes == ()
+
+
+def test_other_options_of_loading_and_other_places_are_named(tmp_path):
+    options = {"revision": "step1000", "torch_dtype": "bfloat16", "fold_value_biases": True}
+    about = {"hook_name": "blocks.3.attn.hook_z", "model_from_pretrained_kwargs": options}
+    notes = " ".join(lens_import(tmp_path, reshape_activations="hook_z", metadata=PYTHIA | about).notes)
+    assert "revision: 'step1000'" in notes
+    assert "blocks.3.attn.hook_z is none that Winnow reads" in notes
+    assert "loaded with fold_value_biases" in notes
+    assert "bfloat16" not in notes
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in WRITERS if name not in ("saelens", "saebench", "neuronpedia")]
+)
+def test_no_other_format_holds_centred_rows(tmp_path, name):
+    lens_import(tmp_path, metadata=PYTHIA | {"model_from_pretrained_kwargs": {CENTRES: True}})
+    with pytest.raises(ConfigError, match="centred rows"):
+        export_sae(str(tmp_path / "ours"), name, tmp_path / "out")
+
+
+# ---- SAELens: everything else ----------------------------------------------------------------------
+
+NAMED = {
+    "prepend_bos": True,
+    "hook_head_index": 4,
+    "seqpos_slice": [5, -5],
+    "exclude_special_tokens": [0, 1],
+    "use_chat_formatting": True,
+    "model_kwargs": {"attention_mask": 1},
+    "some_new_field": 0.5,
+}
+
+
+def test_every_field_with_a_meaning_is_named_and_no_other(tmp_path):
+    notes = lens_import(tmp_path, **NAMED).notes
+    assert len(notes) == len(NAMED)
+    assert all(any(name in note for note in notes) for name in NAMED)
+    harmless = {
+        "seqpos_slice": [None],
+        "hook_head_index": None,
+        "exclude_special_tokens": False,
+        "prepend_bos": False,
+    }
+    harmless |= {"context_size": 128, "dataset_path": "a/b", "dataset_trust_remote_code": True, "lr": 4e-4}
+    harmless |= {"neuronpedia_id": "gpt2-small/8-res-jb", "hook_layer": 3, "another_new_field": None}
+    assert lens_import(tmp_path, out="quiet", **harmless).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "tanh-relu"),
+        ({"activation_fn": "tanh-relu"}, "tanh-relu"),
+        ({"architecture": "jumprelu", "activation_fn_str": "tanh-relu"}, "tanh-relu"),
+        ({"architecture": "jumprelu", "activation_fn_str": "topk"}, "topk"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "signed": True}}, "signed"),
+        ({"architecture": "gated"}, "gated"),
+        ({"architecture": "temporal"}, "temporal"),
+        ({"normalize_activations": "constant_norm_rescale"}, "does not centre"),
+        ({"normalize_activations": True}, "expected_average_only_in"),
+        ({"normalize_activations": "covariance_whitening"}, "matrices"),
+        ({"d_sae": N + 1}, "d_sae"),
+        ({"d_in": D - 1}, "d_in"),
+        ({"extra": ["b_gate"]}, "b_gate"),
+        ({"extra": ["threshold"]}, "threshold"),
+        ({"architecture": "transcoder", "extra": ["W_skip"]}, "W_skip"),
+        ({"extra": ["scaling_factor", "W_skip"]}, "W_skip"),
+        ({"architecture": "transcoder", "apply_b_dec_to_input": True}, "apply_b_dec_to_input"),
+        ({"reshape_activations": "other"}, "reshape_activations"),
+    ],
+    ids=str,
+)
+def test_what_would_give_other_numbers_is_refused_by_name(tmp_path, fields, says):
+    with pytest.raises(ConfigError, match=says):
+        lens_import(tmp_path, **fields)
+    assert not (tmp_path / "ours/sae.json").exists()
+
+
+def test_rescaling_by_decoder_norm_is_for_topk_alone(tmp_path):
+    """SAELens drops the field of a JumpReLU; folding it beside the thresholds gave other codes."""
+    state = lens_files(tmp_path / "theirs", "jumprelu", rescale_acts_by_decoder_norm=True)
+    card = import_sae(tmp_path / "theirs", "saelens", str(tmp_path / "ours"))
+    pre = (rows() - state["b_dec"]) @ state["W_enc"] + state["b_enc"]
+    expected = (pre.relu() * (pre > state["threshold"])) @ state["W_dec"] + state["b_dec"]
+    assert error(Sae.load(tmp_path / "ours")(rows()), expected) < LARGEST_ERROR
+    assert "rescale_acts_by_decoder_norm" in card.notes[0]
+
+
+def test_logarithms_of_thresholds_are_read(tmp_path):
+    state = lens_files(tmp_path / "theirs", "jumprelu")
+    lens_files(tmp_path / "old", "jumprelu")
+    state["log_threshold"] = state.pop("threshold").log()
+    safetensors.torch.save_file(state, tmp_path / "old/sae_weights.safetensors")
+    for name in ("theirs", "old"):
+        import_sae(tmp_path / name, "saelens", str(tmp_path / f"{name}-ours"))
+    old, new = (Sae.load(tmp_path / f"{name}-ours") for name in ("old", "theirs"))
+    torch.testing.assert_close(old.threshold, new.threshold)
+
+
+def test_the_prefixes_of_a_published_matryoshka_come_along(tmp_path):
+    details = {"training_architecture_details": {"matryoshka_widths": [16, N]}}
+    assert lens_import(tmp_path, "jumprelu", metadata=PYTHIA | details).parts.matryoshka == (16, N)
+
+
+def test_a_module_names_its_place_both_ways(tmp_path):
+    about = {"hook_name": "blocks.3.hook_other", "hf_hook_name": "model.layers.3.mlp"}
+    assert lens_import(tmp_path, metadata=about).hook == "model.layers.3.mlp"
+    export_sae(str(tmp_path / "ours"), "saelens", tmp_path / "back")
+    told = json.loads((tmp_path / "back/cfg.json").read_text())["metadata"]
+    assert (told["hook_name"], told["model_class_name"]) == ("model.layers.3.mlp", "AutoModelForCausalLM")
+    export_sae(save(make_sae(), tmp_path / "site"), "saelens", tmp_path / "site-back")
+    assert "model_class_name" not in json.loads((tmp_path / "site-back/cfg.json").read_text())["metadata"]
