@@ -74,7 +74,11 @@ def evaluate_command(
     again: Annotated[bool, typer.Option("--again", help="Measure finished families anew.")] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a field: `evaluate.seed=1`; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a field: `evaluate.seed=1`; repeatable, the last of a field wins.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

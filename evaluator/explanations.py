@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-import yaml
 
 from evaluator.report import EVALUATION_KEY, load_evaluation, require_one
 from evaluator.setting import subject_spec_of
@@ -20,6 +19,7 @@ from schemas.evaluation import Evaluation, Figure
 from store import ActivationStore
 from store.console import guard, say
 from store.objects import open_store
+from store.yaml_text import parse_yaml
 
 BEFORE, AFTER = 14, 4
 """Tokens shown around the one a latent fires on."""
@@ -53,7 +53,7 @@ def read_remarks(path: Path | None) -> dict[str, str]:
     """Remarks by latent (as text) and `summary`; ConfigError where the file is not such a mapping."""
     if path is None:
         return {}
-    raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    raw, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}", expected="a mapping from latent to remark", got=type(raw).__name__)
     return {str(key): str(value).strip() for key, value in cast("dict[Any, Any]", raw).items()}

@@ -25,7 +25,9 @@ ConfigPath = Annotated[
 Sets = Annotated[
     list[str],
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a field: `--set plan.train_units=4`; repeatable"
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a field: `--set plan.train_units=4`; repeatable, the last of a field wins",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]

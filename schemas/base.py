@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
@@ -41,9 +42,9 @@ def canonical_json(value: Any) -> bytes:
 
 
 class Contract(BaseModel):
-    """A frozen model that refuses unknown fields."""
+    """A frozen model that refuses unknown fields, and NaN and infinity in every float."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def canonical(self) -> bytes:
         """This model as canonical JSON."""
@@ -113,11 +114,18 @@ class Artefact(Contract):
             raise IntegrityError(f"{origin} does not fit {kind} {cls.MAJOR}.x", got=explain(error)) from error
 
 
-def explain(error: ValidationError) -> str:
-    """A pydantic error as one readable line: each field's path, complaint and input."""
+Places = Mapping[tuple[str | int, ...], int]
+"""Line (from 1) of a text at which the value under these keys and list indices begins."""
+
+
+def explain(error: ValidationError, places: Places | None = None) -> str:
+    """A pydantic error as one readable line: each field's path, line where known, complaint and input."""
     lines: list[str] = []
     for item in error.errors(include_url=False)[:8]:
         path = ".".join(str(part) for part in item["loc"]) or "(top)"
+        place = item["loc"][:-1] if item["type"] == "missing" else item["loc"]
+        if places and place in places:
+            path += f" (line {places[place]})"
         # a complaint about a whole section names its fields itself
         plain = item["type"] != "missing" and not isinstance(item["input"], dict)
         given = f" (got {item['input']!r:.80})" if plain else ""
@@ -128,11 +136,11 @@ def explain(error: ValidationError) -> str:
 M = TypeVar("M", bound=BaseModel)
 
 
-def validate(model: type[M], raw: Any, *, origin: str) -> M:
-    """`model.model_validate(raw)`, with a `ConfigError` that names each wrong field."""
+def validate(model: type[M], raw: Any, *, origin: str, lines: Places | None = None) -> M:
+    """`model.model_validate(raw)`, with a `ConfigError` that names each wrong field and its line."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(
-            f"{origin} is not valid: {explain(error)}", fix="Correct the named fields"
+            f"{origin} is not valid: {explain(error, lines)}", fix="Correct the named fields"
         ) from error

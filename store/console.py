@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import typer
-import yaml
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,6 +28,7 @@ from rich.table import Table
 from schemas.base import validate
 from schemas.config import Config
 from schemas.errors import ConfigError, WinnowError
+from store.yaml_text import parse_value, parse_yaml
 
 stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
 stdout = Console(highlight=False, markup=False, emoji=False)
@@ -47,44 +47,65 @@ def load_config(path: Path, sets: Sequence[str] = ()) -> Config:
         sets: Overrides; each value is YAML (`null`, `8`, `[a, b]`, `text`), the last one wins.
 
     Raises:
-        ConfigError: No such file, not YAML, or fields that do not fit.
+        ConfigError: No such file, not YAML, a key that stands twice, or fields that do not fit.
     """
+    where = f"config {path}"
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"config {path}", expected="a readable YAML file", got=error.strerror, fix="Give its path"
+            where, expected="a readable YAML file", got=error.strerror, fix="Give its path"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}", expected="YAML", got=" ".join(str(error).split())) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(where, expected="YAML in UTF-8", got=str(error)) from error
+    raw, lines = parse_yaml(text, where)
     if not isinstance(raw, dict):
-        raise ConfigError(f"config {path}", expected="a mapping of sections", got=type(raw).__name__)
+        raise ConfigError(where, expected="a mapping of sections", got=type(raw).__name__)
     tree = cast("dict[str, Any]", raw)
     for item in sets:
-        _override(tree, item)
-    return validate(Config, tree, origin=f"config {path}")
+        changed = _override(tree, item)
+        lines = {place: line for place, line in lines.items() if place[: len(changed)] != changed}
+    config = validate(Config, tree, origin=where, lines=lines)
+    _refuse_flags(tree, config, (), where)
+    return config
 
 
-def _override(tree: dict[str, Any], item: str) -> None:
+def _override(tree: dict[str, Any], item: str) -> tuple[str | int, ...]:
+    """Set what `item` says; where that is."""
     dotted, equals, text = item.partition("=")
     if not equals or not dotted:
         raise ConfigError("--set", expected="dotted.key=value", got=repr(item))
-    try:
-        value: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {dotted}", expected="a YAML value", got=repr(text)) from error
+    value = parse_value(text, f"--set {dotted}")
     *parents, leaf = dotted.split(".")
     node: Any = tree
+    changed: list[str | int] = []
     for part in parents:
         inner: Any = _child(node, part)
         if not isinstance(inner, (dict, list)):
             raise ConfigError(f"--set {dotted}", expected=f"{part} to be a section", got=repr(inner))
+        changed.append(int(part) if isinstance(node, list) else part)
         node = cast("Any", inner)
     if isinstance(node, list):
         items = cast("list[Any]", node)
         items[_index(items, leaf)] = value
-    else:
-        node[leaf] = value
+        return (*changed, int(leaf))
+    node[leaf] = value
+    return (*changed, leaf)
+
+
+def _refuse_flags(given: Any, taken: Any, path: tuple[str | int, ...], where: str) -> None:
+    """ConfigError where `true` or `false` was taken for the number 1 or 0."""
+    if isinstance(given, bool) and type(taken) in (int, float):
+        name = ".".join(map(str, path))
+        raise ConfigError(f"{where}: {name}", expected="a number", got=str(given).lower(), fix="Correct it")
+    if isinstance(given, dict):
+        for key, value in cast("dict[str, Any]", given).items():
+            inner: Any = taken.get(key) if isinstance(taken, dict) else getattr(taken, key, None)  # pyright: ignore
+            _refuse_flags(value, inner, (*path, key), where)
+    elif isinstance(given, list) and isinstance(taken, tuple):
+        pairs = zip(cast("list[Any]", given), cast("tuple[Any, ...]", taken), strict=False)
+        for index, (value, inner) in enumerate(pairs):
+            _refuse_flags(value, inner, (*path, index), where)
 
 
 def _child(node: Any, part: str) -> Any:

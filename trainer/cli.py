@@ -57,7 +57,9 @@ def register(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
         set_: Annotated[
             list[str] | None,
             typer.Option(
-                "--set", metavar="KEY=VALUE", help="Override a field, such as `train.k=64`; repeatable."
+                "--set",
+                metavar="KEY=VALUE",
+                help="Override a field, such as `train.k=64`; repeatable, the last of a field wins.",
             ),
         ] = None,
         as_json: Annotated[
@@ -119,7 +121,9 @@ def register_sweep(app: typer.Typer, after_train: AfterTrain | None = None) -> N
         config: Annotated[Path, typer.Argument(help="YAML file with `root`, `train` and `sweep`.")],
         set_: Annotated[
             list[str] | None,
-            typer.Option("--set", metavar="KEY=VALUE", help="Override a field; repeatable."),
+            typer.Option(
+                "--set", metavar="KEY=VALUE", help="Override a field; repeatable, the last of a field wins."
+            ),
         ] = None,
         as_json: Annotated[
             bool, typer.Option("--json", help="Print the summaries as one JSON object on stdout.")

@@ -33,7 +33,10 @@ def estimate_command(
         float, typer.Option(help="For one GPU for an hour; by default `prices.trainer_hour`", min=0)
     ] = 0,
     set: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field; repeatable")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a field; repeatable, the last of a field wins"
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")] = False,
 ) -> None:

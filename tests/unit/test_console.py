@@ -3,7 +3,10 @@ import json
 import pytest
 import typer
 
+from schemas.base import validate
+from schemas.config import StorageSpec
 from schemas.errors import ConfigError, IntegrityError, MissingObject, NonFiniteError, StoreError
+from schemas.harvest import Moments
 from store import console
 from store.console import Progress, guard, load_config, print_table, say
 
@@ -54,6 +57,88 @@ def test_sets_reach_into_lists_and_open_absent_sections(tmp_path):
 def test_bad_config_is_one_sentence_that_names_the_field(tmp_path, text, sets, names):
     with pytest.raises(ConfigError, match=names.replace(".", r"\.")):
         load_config(write(tmp_path, text), sets)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("root: a\nharvest:\n  actors: 1\n  actors: 2\n", r"line 4: .*harvest\.actors again, after line 3"),
+        ("root: a\n'root': b\n", "line 2: .*root again, after line 1"),
+        ("root: a\ncorpus: {sources: [{uri: a, uri: b}]}\n", r"line 2: .*corpus\.sources\.0\.uri again"),
+        ("root: a\nharvest: {actors: 010}\n", r"line 2: .*without leading zeros.*got 010"),
+        ("root: a\nharvest: {actors: 08}\n", r"line 2: .*without leading zeros"),
+        ("root: a\nharvest: {actors: 1:30}\n", r"harvest\.actors \(line 2\): .*integer.*'1:30'"),
+        ("root: a\nharvest: {actors: yes}\n", r"harvest\.actors \(line 2\): .*integer.*'yes'"),
+        ("root: a\nharvest:\n  actors: true\n", r"harvest\.actors: expected a number, got true"),
+        ("root: a\nharvest:\n  temp_dir: None\n", r"line 3: expected null, got None"),
+        ("root: a\nharvest:\n  gpus_per_actor: .inf\n", r"gpus_per_actor \(line 3\): .*finite number"),
+        ("root: a\nstorage:\n  timeout_seconds: .nan\n", r"timeout_seconds \(line 3\): .*finite number"),
+        ("root: a\nstorage: {timeout_seconds: 1e999}\n", r"timeout_seconds \(line 2\): .*finite number"),
+        ("root: a\nstorage: {timeout_seconds: inf}\n", r"timeout_seconds \(line 2\): .*finite number"),
+        ("root: a\nsubject:\n  modell: gpt2\n", r"modell \(line 3\).*|model \(line 2\): Field required"),
+        ("root: a\non: 1\n", r"on \(line 2\)"),
+        ("root: &a [*a]\n", "root"),
+    ],
+)
+def test_what_two_readers_of_yaml_would_take_differently_is_refused_with_its_line(tmp_path, text, names):
+    with pytest.raises(ConfigError, match=names):
+        load_config(write(tmp_path, text))
+
+
+def test_yaml_means_what_it_says(tmp_path):
+    text = """\
+root: 2026-01-01
+subject: {model: no, revision: '010'}
+corpus: {sources: [&file {uri: 1e3.txt, format: txt}, {<<: *file, uri: b.txt}], deduplicate: no}
+harvest: {gpus_per_actor: 1e-3, actors: 1_000, threads_per_actor: 0x10, temp_dir: ~}
+storage: {timeout_seconds: 1e2, allow_http: on, cache_bytes: 64e9}
+"""
+    config = load_config(write(tmp_path, text))
+    assert config.root == "2026-01-01"
+    assert config.subject is not None
+    assert (config.subject.model, config.subject.revision) == ("no", "010")
+    assert config.corpus is not None
+    assert config.corpus.deduplicate is False
+    assert [(source.uri, source.format) for source in config.corpus.sources] == [
+        ("1e3.txt", "txt"),
+        ("b.txt", "txt"),
+    ]
+    harvest, storage = config.harvest, config.storage
+    assert (harvest.gpus_per_actor, harvest.actors, harvest.threads_per_actor) == (0.001, 1000, 16)
+    assert harvest.temp_dir is None
+    assert (storage.timeout_seconds, storage.allow_http, storage.cache_bytes) == (100.0, True, 64 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("item", "names"),
+    [
+        ("harvest={actors: 1, actors: 2}", r"--set harvest, line 1: .*actors again"),
+        ("harvest.actors=010", "--set harvest.actors, line 1: .*leading zeros"),
+        ("storage.timeout_seconds=.inf", r"storage\.timeout_seconds: .*finite number"),
+        ("harvest.actors=true", r"harvest\.actors: expected a number, got true"),
+        ("root=runs/a #1", r"a comment in 'runs/a #1'.*Quote the value: --set root='\"runs/a #1\"'"),
+        ("root=#1", "a comment in '#1'"),
+        ("root=@x", "--set root: expected YAML"),
+    ],
+)
+def test_a_set_that_means_something_else_is_refused(tmp_path, item, names):
+    with pytest.raises(ConfigError, match=names):
+        load_config(write(tmp_path, "root: a\nstorage:\n  timeout_seconds: 1\n"), [item])
+
+
+def test_the_last_of_several_sets_wins_and_any_name_can_be_set(tmp_path):
+    path = write(tmp_path, "root: a\nharvest: {actors: 1}\n")
+    config = load_config(path, ["harvest.actors=2", "harvest.actors=3", "root=s3://b/date=1/a#b%20ä?"])
+    assert (config.harvest.actors, config.root) == (3, "s3://b/date=1/a#b%20ä?")
+    assert load_config(path, ["root='runs/a #1'"]).root == "runs/a #1"
+
+
+def test_every_float_of_a_contract_is_finite():
+    for number in (float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="finite number"):
+            validate(StorageSpec, {"timeout_seconds": number}, origin="test")
+        with pytest.raises(ConfigError, match="finite number"):
+            validate(Moments, {"rows": 1, "sums": [number], "squares": [0.0]}, origin="test")
 
 
 def test_a_missing_file_is_a_config_error(tmp_path):
