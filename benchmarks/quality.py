@@ -236,7 +236,7 @@ def measure_in_subject(bench: Bench, cells: list[Cell], windows: int) -> None:
     missing = [cell for cell in cells if bench.result(cell).get("windows") != windows]
     if not missing:
         return
-    subject = Subject.load(bench.config.subject or subject_spec_of(plan))
+    subject = Subject.load(subject_spec_of(plan, bench.config.subject))
     check_subject(subject, plan)
 
     def variant(sae: Sae) -> Variant:

@@ -26,7 +26,7 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
     Raises:
         SaeMismatch: The subject found is not the one the dataset was harvested from.
     """
-    subject = Subject.load(config.subject or subject_spec_of(store.plan))
+    subject = Subject.load(subject_spec_of(store.plan, config.subject))
     check_subject(subject, store.plan)
     held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
     windows, sae = range(min(held_out, config.evaluate.windows)), sae.to(subject.device)

@@ -101,7 +101,7 @@ class Setting:
         """
         storage = storage or StorageSpec()
         dataset = ActivationStore.open(root, storage)
-        chosen = subject or subject_spec_of(dataset.plan)
+        chosen = subject_spec_of(dataset.plan, subject)
         device = resolve_device(chosen.device)
         sae = Sae.load(uri, device=device, storage=storage)
         assert sae.card is not None
@@ -195,12 +195,9 @@ class Setting:
         return out
 
 
-def subject_spec_of(plan: HarvestPlan) -> SubjectSpec:
-    """The subject a dataset's plan names."""
-    found = plan.subject
-    return SubjectSpec(
-        model=found.model, revision=found.revision, dtype=found.dtype, attention=found.attention
-    )
+def subject_spec_of(plan: HarvestPlan, stated: SubjectSpec | None = None) -> SubjectSpec:
+    """The subject a dataset's plan names, or the one `stated`, with the plan's attention for `auto`."""
+    return plan.subject.spec(stated)
 
 
 def check_match(uri: str, card: SaeCard, plan: HarvestPlan) -> None:

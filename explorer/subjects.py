@@ -23,9 +23,7 @@ class LazySubject:
     """
 
     def __init__(self, spec: SubjectSpec | None, planned: SubjectIdentity) -> None:
-        self.spec = spec or SubjectSpec(
-            model=planned.model, revision=planned.revision, dtype=planned.dtype, attention=planned.attention
-        )
+        self.spec = planned.spec(spec)
         self.planned = planned
 
     @property

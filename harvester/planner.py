@@ -127,7 +127,7 @@ def find_plan(
     """The root's plan, if there is a whole one, checked against the config without reading the corpus.
 
     Sections that the config leaves out are not compared. Without `subject`, what the config itself says of
-    the subject is compared (name, and dtype and commit where they are given outright).
+    the subject is compared (name, and dtype, attention and commit where they are given outright).
 
     Returns:
         The plan; None where there is none, or token chunks are missing (`make_plan` fills them in).
@@ -174,7 +174,9 @@ def plan_differences(
 
 def _stated(spec: SubjectSpec) -> dict[str, Any]:
     """The fields of an identity that the spec alone decides."""
-    stated: dict[str, Any] = {"model": spec.model, "attention": spec.attention}
+    stated: dict[str, Any] = {"model": spec.model}
+    if spec.attention != "auto":
+        stated["attention"] = spec.attention
     if spec.dtype != "auto":
         stated["dtype"] = spec.dtype
     if spec.revision is not None and len(spec.revision) == 40:  # a commit, not a branch or tag

@@ -6,18 +6,30 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import huggingface_hub.errors
 import torch
 import transformers
 from safetensors import SafetensorError
 
+from schemas.base import sha256_hex
 from schemas.errors import ConfigError
 from schemas.subject import SubjectSpec
 
 log = logging.getLogger(__name__)
 
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    getattr(huggingface_hub.errors, "StrictDataclassError", OSError),  # a config's field of another type
+)
 
 
 def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transformers.PreTrainedModel:
@@ -31,12 +43,14 @@ def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transform
     """
     spread: dict[str, Any] = {"device_map": spec.device_map} if spec.device_map else {}
     with _quiet(), _explained(spec):
+        config = _read_config(folder, spec)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=spec.trust_remote_code,
-            attn_implementation=spec.attention,
+            attn_implementation=_asked_attention(spec, config),
             output_loading_info=True,
             **_dtype_argument(dtype),
             **spread,
@@ -53,14 +67,58 @@ def outline_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transf
     Raises:
         ConfigError: transformers does not know it.
     """
-    common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     with _quiet(), _explained(spec):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **common)
+        config = _read_config(folder, spec)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation=spec.attention, **common, **_dtype_argument(dtype)
+                config,
+                attn_implementation=_asked_attention(spec, config),
+                trust_remote_code=spec.trust_remote_code,
+                **_dtype_argument(dtype),
             )
     return model.eval().requires_grad_(False)
+
+
+def attention_of(model: transformers.PreTrainedModel, spec: SubjectSpec) -> Literal["sdpa", "eager"]:
+    """The attention implementation that a model's text part runs with; `eager` for a model without attention.
+
+    Raises:
+        ConfigError: Its config asks for another one, and `spec` for none.
+    """
+    taken = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    if taken not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"subject.model {spec.model!r} runs with an attention of its own",
+            expected="sdpa or eager",
+            got=taken,
+            fix="Set subject.attention to one of them",
+        )
+    return taken
+
+
+def _read_config(folder: Path, spec: SubjectSpec) -> Any:
+    return transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=spec.trust_remote_code
+    )
+
+
+def _asked_attention(spec: SubjectSpec, config: Any) -> str | None:
+    """What to ask transformers for; None leaves it to take sdpa where the architecture has it, else eager.
+
+    torch's sdpa knows no soft cap on attention's logits, and transformers 4.51 to 5.20 give Gemma 2 to it all
+    the same, without the cap: other activations, no message.
+    """
+    capped = bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+    if capped and spec.attention == "sdpa":
+        raise ConfigError(
+            f"subject.model {spec.model!r} caps the logits of its attention, which sdpa leaves out",
+            expected="attention: eager",
+            got="sdpa",
+            fix="Set subject.attention to auto or eager",
+        )
+    if spec.attention == "auto":
+        return "eager" if capped else None
+    return spec.attention
 
 
 def check_on_gpus(placed: Mapping[str, object]) -> None:
@@ -92,6 +150,11 @@ def load_tokenizer(folder: Path, spec: SubjectSpec) -> transformers.PreTrainedTo
             got=type(tokenizer).__name__,
         )
     return tokenizer
+
+
+def tokenizer_digest(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a fast tokenizer's serialised form."""
+    return sha256_hex(cast(Any, tokenizer).backend_tokenizer.to_str().encode())
 
 
 def convert(path: Path, folder: Path) -> None:
@@ -156,7 +219,7 @@ def _explained(spec: SubjectSpec) -> Iterator[None]:
         text = str(error)
         fix = "Check that transformers supports this model, and that the files are whole"
         if "scaled_dot_product_attention" in text:
-            fix = "Set subject.attention to eager"
+            fix = "Set subject.attention to auto or eager"
         elif "trust_remote_code" in text:
             fix = "Set subject.trust_remote_code to true only if you have read and trust the model's code"
         raise ConfigError(

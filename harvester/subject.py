@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from harvester.generate import GeneratedToken, Steer, generate
 from harvester.hooks import Layout, Tap, find_layout, resolve_hook
-from harvester.pretrained import load_model, load_tokenizer, outline_model
+from harvester.pretrained import attention_of, load_model, load_tokenizer, outline_model
 from harvester.splice import Replacement, next_token_loss, read, replaced
 from harvester.weights import Located, digest_files, locate
 from schemas.base import sha256_hex, validate
@@ -42,6 +42,7 @@ class Subject:
         device: Where it lives.
         dtype: Of its weights and activations.
         layout: Its blocks.
+        attention: The attention implementation that was taken.
         truncated: Whether later layers and the LM head were dropped at loading.
     """
 
@@ -60,6 +61,7 @@ class Subject:
         self.layout = layout
         self.device = device
         self.dtype = cast(torch.dtype, model.dtype)
+        self.attention: Literal["sdpa", "eager"] = attention_of(model, spec)
         self._located = located
         self._modules = modules
         self.truncated = kept_layers is not None
@@ -103,6 +105,7 @@ class Subject:
                 _truncate(model, layout, kept)
         if not spec.device_map:
             model.to(device)  # pyright: ignore[reportArgumentType]  (its stub wants a self)
+        subject = cls(spec, located, model, layout, modules, kept, device)
         log.info(
             "subject %s: %s, %d of %d layers, %s on %s, %s attention",
             spec.model,
@@ -111,9 +114,9 @@ class Subject:
             layout.layers,
             str(model.dtype).removeprefix("torch."),
             device,
-            spec.attention,
+            subject.attention,
         )
-        return cls(spec, located, model, layout, modules, kept, device)
+        return subject
 
     @classmethod
     def outline(cls, spec: SubjectSpec, *, gpu: bool) -> Subject:
@@ -153,7 +156,7 @@ class Subject:
             weights_sha256=digest_files(self._located.weights),
             tokenizer_sha256=sha256_hex(backend.to_str().encode()),
             dtype=cast(Any, str(self.dtype).removeprefix("torch.")),
-            attention=self.spec.attention,
+            attention=self.attention,
             layers=self.layout.layers,
             vocabulary=self._vocabulary,
             context_limit=self._context_limit,

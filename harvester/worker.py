@@ -118,13 +118,14 @@ class UnitWorker:
     def _subject(self) -> Subject:
         """The truncated LM; loaded by the first caller, who holds the lock."""
         torch.set_num_threads(self._threads)
-        spec = self._spec.model_copy(update={"dtype": self._plan.subject.dtype})  # as planned, not `auto`
+        planned = self._plan.subject  # as planned, not `auto`
+        spec = self._spec.model_copy(update={"dtype": planned.dtype, "attention": planned.attention})
         subject = Subject.load(spec, until=self._plan.spec.hooks)
         if subject.device.type == "cuda" and 0 < self._gpus < 1:
             torch.cuda.set_per_process_memory_fraction(self._gpus, subject.device)
-        found, planned = subject.identity.weights_sha256, self._plan.subject.weights_sha256
-        if found != planned:
-            raise ConfigError("subject weights on this worker", expected=planned, got=found)
+        found = subject.identity.weights_sha256
+        if found != planned.weights_sha256:
+            raise ConfigError("subject weights on this worker", expected=planned.weights_sha256, got=found)
         return subject
 
     def ready(self) -> str:

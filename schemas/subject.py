@@ -37,8 +37,9 @@ class SubjectSpec(Contract):
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     """For a subject larger than a card: how accelerate lays its layers over all the GPUs that the process
     sees (`harvest.gpus_per_actor` of them). Only GPUs: nothing is left to the CPU or a disk."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """The attention implementation asked of transformers."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """The attention implementation of transformers. `auto`: sdpa where the architecture has it, else eager;
+    for a dataset that has a plan, the plan's."""
     trust_remote_code: bool = False
     """Run model code that comes with the weights. Off: such a model is refused."""
 
@@ -68,7 +69,7 @@ class SubjectIdentity(Contract):
     dtype: Literal["float32", "bfloat16", "float16"]
     """Resolved from `auto`."""
     attention: Literal["sdpa", "eager"]
-    """As in `SubjectSpec.attention`."""
+    """Resolved from `auto`; `eager` for a model without attention."""
     layers: int = Field(gt=0)
     """Transformer blocks of the whole model."""
     vocabulary: int = Field(gt=0)
@@ -79,3 +80,17 @@ class SubjectIdentity(Contract):
     """Beginning of sequence, where the tokenizer has one."""
     eos_token_id: int | None = None
     """End of sequence: it joins documents."""
+
+    def spec(self, stated: SubjectSpec | None = None) -> SubjectSpec:
+        """How to load this subject again.
+
+        Args:
+            stated: What a config says of it, which holds; attention that is `auto` there is this subject's.
+        """
+        if stated is None:
+            return SubjectSpec(
+                model=self.model, revision=self.revision, dtype=self.dtype, attention=self.attention
+            )
+        if stated.attention == "auto":
+            return stated.model_copy(update={"attention": self.attention})
+        return stated

@@ -298,6 +298,25 @@ def test_another_plan_is_refused_with_the_fields_before_reading(tmp_path, monkey
     assert tree(tmp_path / "root") == before
 
 
+def test_attention_is_the_plans_unless_it_is_given(tmp_path):
+    write_corpus(tmp_path)
+    config = make_config(tmp_path)
+    plan, store, _ = planned(config)
+    assert config.subject.attention == "auto"
+    assert plan.subject.attention == "sdpa"
+    assert plan.subject.spec(config.subject).attention == "sdpa"
+    for attention in ("sdpa", "eager"):
+        given = config.subject.model_copy(update={"attention": attention})
+        assert plan.subject.spec(given) == given
+        if attention == "sdpa":
+            assert find_plan(config.model_copy(update={"subject": given}), store) == plan
+            continue
+        with pytest.raises(PlanMismatch, match=r"subject\.attention: stored 'sdpa', asked for 'eager'"):
+            find_plan(config.model_copy(update={"subject": given}), store)
+    with pytest.raises(PlanMismatch, match=r"subject\.attention"):  # `auto` takes another one today
+        make_plan(config, store, subject=byte_subject(attention="eager"))
+
+
 def test_a_corpus_that_changed_is_refused(tmp_path):
     texts = write_corpus(tmp_path)
     config = make_config(tmp_path)

@@ -18,9 +18,8 @@ from harvester.packages import resolve_package
 from harvester.weights import digest_files, weight_files
 from schemas.errors import ConfigError, DependencyMissing
 from schemas.subject import SubjectSpec
-from tests.tiny import ARCHITECTURES, make_subject, make_tokenizer
+from tests.tiny import ARCHITECTURES, OTHERS, make_subject, make_tokenizer
 
-NO_SDPA = {"gemma2"}
 IDS = np.random.default_rng(0).integers(0, 384, (3, 16))
 
 
@@ -45,7 +44,7 @@ def count_runs(subject: Subject) -> list[str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_truncated_whole_and_hidden_states_agree(architecture: str, tmp_path: Path) -> None:
     folder = make_subject(tmp_path, architecture)
-    spec = {"model": str(folder), "attention": "eager" if architecture in NO_SDPA else "sdpa"}
+    spec = {"model": str(folder)}
     whole, cut = Subject.load(spec), Subject.load(spec, until=["attn_out.0", "resid_post.1"])
     hooks = ["resid_pre.0", "attn_out.0", "mlp_out.1", "resid_post.1"]
     long, short = whole.activations(IDS, hooks), cut.activations(IDS, hooks)
@@ -324,13 +323,45 @@ def test_wrong_specs_are_explained(spec: object, words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_sdpa_where_the_architecture_has_none_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "taken"),
+    [
+        ("llama", "sdpa"),
+        *((name, "eager") for name in ("gemma2", "gpt_oss", "gptj", "mpt", "deepseek_v4", "mamba")),
+    ],
+)
+def test_the_attention_that_the_architecture_has_is_taken_and_recorded(
+    architecture: str, taken: str, tmp_path: Path
+) -> None:
+    folder = make_subject(tmp_path, architecture, layers=2, **OTHERS.get(architecture, {}))
+    subject = Subject.load(folder)
+    assert subject.identity.attention == taken
+    assert Subject.outline(SubjectSpec(model=str(folder)), gpu=False).identity == subject.identity
+    again = Subject.load(subject.identity.spec())
+    assert torch.equal(again.logits(IDS), subject.logits(IDS))
+    if taken == "eager":
+        with pytest.raises(ConfigError, match=r"Set subject\.attention to auto or eager"):
+            Subject.load({"model": str(folder), "attention": "sdpa"})
+
+
+def test_a_soft_cap_on_attention_is_never_given_to_sdpa(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By transformers 4.51 to 5.20 Gemma 2 has sdpa, and loses its cap there; here this one says so, too."""
     from transformers import Gemma2ForCausalLM
 
-    if Gemma2ForCausalLM._supports_sdpa:
-        pytest.skip("this transformers runs Gemma 2 with SDPA")
-    with pytest.raises(ConfigError, match=r"Set subject\.attention to eager"):
-        Subject.load(make_subject(tmp_path, "gemma2"))
+    folder = make_subject(tmp_path, "gemma2", layers=2, attn_logit_softcapping=0.5)
+    before = Subject.load(folder).logits(IDS)
+    monkeypatch.setattr(Gemma2ForCausalLM, "_supports_sdpa", True)
+    monkeypatch.setattr(Gemma2ForCausalLM.__base__, "_supports_sdpa", True)
+    subject = Subject.load(folder)
+    assert subject.attention == "eager"
+    assert torch.equal(subject.logits(IDS), before)
+    for make in (Subject.load, lambda spec: Subject.outline(SubjectSpec(**spec), gpu=False)):
+        with pytest.raises(
+            ConfigError, match=r"caps the logits of its attention.*Set subject\.attention to auto"
+        ):
+            make({"model": str(folder), "attention": "sdpa"})
 
 
 def test_bfloat16_is_kept_to_the_end(folder: Path) -> None:
