@@ -16,12 +16,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from harvester.causal import check_causal
 from harvester.generate import GeneratedToken, Steer, generate
 from harvester.hooks import Layout, Tap, find_layout, resolve_hook
-from harvester.pretrained import attention_of, load_model, load_tokenizer, outline_model
+from harvester.pretrained import attention_of, load_model, load_tokenizer, outline_model, tokenizer_digest
 from harvester.splice import Replacement, next_token_loss, read, replaced
 from harvester.weights import Located, digest_files, locate
-from schemas.base import sha256_hex, validate
+from schemas.base import validate
 from schemas.errors import ConfigError
 from schemas.subject import HookSite, SubjectIdentity, SubjectSpec
 
@@ -82,7 +83,8 @@ class Subject:
                 keeps the whole model.
 
         Raises:
-            ConfigError: Nothing loadable is there, a device that is absent, or a hook that is unknown.
+            ConfigError: Nothing loadable is there, a device that is absent, a hook that is unknown, or a
+                model that is not causal (two short passes tell).
             DependencyMissing: `package://` names a distribution that is not installed.
         """
         if isinstance(spec, (str, Path)):
@@ -106,6 +108,7 @@ class Subject:
         if not spec.device_map:
             model.to(device)  # pyright: ignore[reportArgumentType]  (its stub wants a self)
         subject = cls(spec, located, model, layout, modules, kept, device)
+        subject._check_causal()
         log.info(
             "subject %s: %s, %d of %d layers, %s on %s, %s attention",
             spec.model,
@@ -148,13 +151,12 @@ class Subject:
 
         For a GGUF, `weights_sha256` is the digest of the GGUF file itself.
         """
-        backend = cast(Any, self.tokenizer).backend_tokenizer
         return SubjectIdentity(
             model=self.spec.model,
             revision=self._located.revision,
             architecture=self.layout.architecture,
             weights_sha256=digest_files(self._located.weights),
-            tokenizer_sha256=sha256_hex(backend.to_str().encode()),
+            tokenizer_sha256=tokenizer_digest(self.tokenizer),
             dtype=cast(Any, str(self.dtype).removeprefix("torch.")),
             attention=self.attention,
             layers=self.layout.layers,
@@ -165,11 +167,11 @@ class Subject:
         )
 
     def sites(self, hooks: Sequence[str]) -> tuple[HookSite, ...]:
-        """Resolve hooks and their widths D. Module paths cost one forward pass of two tokens.
+        """Resolve hooks and their widths D. New ones cost one forward pass of two tokens.
 
         Raises:
-            ConfigError: A hook is unknown, out of range, past the truncation, or gives no one tensor
-                [W, T, D] in a forward pass.
+            ConfigError: A hook is unknown, out of range, past the truncation, gives no one tensor
+                [W, T, D] in a forward pass, or is a site whose D is not the config's `hidden_size`.
         """
         taps = self._resolve(hooks)
         return tuple(HookSite(name=tap.hook, d_model=self._taps[tap.hook][1]) for tap in taps)
@@ -190,7 +192,15 @@ class Subject:
         taps = self._resolve(hooks)
         ids = self._ids(token_ids)
         with torch.no_grad():
-            return read(self.model, taps, lambda: self._forward(ids), _shape(ids))
+            found = read(self.model, taps, lambda: self._forward(ids), _shape(ids))
+        for hook, values in found.items():
+            if values.shape[-1] != self._taps[hook][1]:
+                raise ConfigError(
+                    f"hook {hook!r}: its width depends on the window",
+                    expected=f"D = {self._taps[hook][1]}, as in a short one",
+                    got=f"D = {values.shape[-1]}",
+                )
+        return found
 
     def logits(
         self, token_ids: Any, replace: Mapping[str, Replacement] | None = None, *, grad: bool = False
@@ -317,17 +327,43 @@ class Subject:
                     f"hook {tap.hook!r}: the subject was truncated after layer {self._kept_layers - 1}",
                     fix="Name this hook in `until`, or load the whole model",
                 )
-        width = int(self.model.config.get_text_config().hidden_size)
-        self._taps.update({tap.hook: (tap, width) for tap in new if tap.named})
-        if paths := [tap for tap in new if not tap.named]:
-            ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
-            whole = self.model if not self.truncated else self.model.base_model
-            with torch.no_grad():
-                found = read(
-                    self.model, paths, lambda: whole(input_ids=ids, use_cache=False), (1, 2), stop=False
-                )
-            self._taps.update({tap.hook: (tap, found[tap.hook].shape[-1]) for tap in paths})
+        if new:
+            self._taps.update({tap.hook: (tap, width) for tap, width in self._widths(new).items()})
         return [self._taps[hook][0] for hook in hooks]
+
+    def _widths(self, taps: list[Tap]) -> dict[Tap, int]:
+        """D at each tap, from a forward pass; without weights the named sites' alone, from the config."""
+        width = int(self.model.config.get_text_config().hidden_size)
+        named = all(tap.named for tap in taps)
+        if self.device.type == "meta" and named:
+            return dict.fromkeys(taps, width)
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            found = read(self.model, taps, lambda: self._body(ids), (1, 2), stop=named)
+        widths = {tap: found[tap.hook].shape[-1] for tap in taps}
+        for tap, got in widths.items():
+            if tap.named and got != width:
+                raise ConfigError(
+                    f"hook {tap.hook!r}: {tap.path} gives rows of another width than the residual stream of "
+                    f"{self.layout.architecture!r} has",
+                    expected=f"D = {width}",
+                    got=f"D = {got}",
+                    fix="Name the path of a module that gives what you want to read",
+                )
+        return widths
+
+    def _body(self, ids: Tensor) -> object:
+        """A pass of the blocks that are there; a truncated model has no head to run."""
+        whole = self.model.base_model if self.truncated else self.model
+        return whole(input_ids=ids, use_cache=False)
+
+    def _check_causal(self) -> None:
+        blocks = [f"{self.layout.blocks}.{layer}" for layer in range(self._kept_layers)]
+
+        def run(ids: Tensor) -> object:
+            return self._body(ids.to(self.device))
+
+        check_causal(self.model, blocks, run, self._vocabulary, self.spec.model)
 
     def _ids(self, token_ids: Any) -> Tensor:
         if isinstance(token_ids, np.ndarray) and token_ids.dtype.kind == "u":

@@ -70,7 +70,10 @@ def to_int8(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _as_items(rows: NDArray[np.generic]) -> NDArray[np.void]:
-    """[R, D] contiguous -> [R], each row one item: so NumPy puts rows in their places faster."""
+    """[R, D] contiguous -> [R], each row one item: so NumPy puts rows in their places faster.
+
+    Between items of different sizes NumPy cuts and pads without a word: widths are checked before.
+    """
     return rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]
 
 
@@ -126,7 +129,19 @@ class UnitWorker:
         found = subject.identity.weights_sha256
         if found != planned.weights_sha256:
             raise ConfigError("subject weights on this worker", expected=planned.weights_sha256, got=found)
+        for site in subject.sites(self._plan.spec.hooks):
+            self._check_width(site.name, site.d_model)
         return subject
+
+    def _check_width(self, hook: str, width: int) -> None:
+        """ConfigError where activations at `hook` are not of the planned width; nothing is written then."""
+        if width != self._plan.d_model(hook):
+            raise ConfigError(
+                f"hook {hook!r}: the subject on this worker gives rows of another width",
+                expected=f"D = {self._plan.d_model(hook)}, as planned",
+                got=f"D = {width}",
+                fix="Use the subject and the transformers of the plan",
+            )
 
     def ready(self) -> str:
         """Load the subject and choose the batch, so that errors come before any unit; gives the device."""
@@ -149,6 +164,7 @@ class UnitWorker:
             What it took, once its receipt is in the store.
 
         Raises:
+            ConfigError: An activation is not of the planned width; nothing was written.
             NonFiniteError: NaN or infinity in an activation, with unit, hook and window.
             IntegrityError, StoreError: From the store.
         """
@@ -231,6 +247,8 @@ class UnitWorker:
         for first in range(0, spec.windows_per_unit, self._batch):
             batch = tokens[first : first + self._batch]
             found = self._subject.activations(batch, spec.hooks)
+            for hook, values in found.items():
+                self._check_width(hook, values.shape[-1])
             stored = [self._stored(values) for values in found.values()]
             copy = copies.start([*stored, *(all_finite(_telling(rows)) for rows in stored)])
             if last is not None:

@@ -14,7 +14,7 @@ from harvester.batching import chosen, kind_of, out_of_memory, smallest_best
 from harvester.cli import ensure_plan
 from harvester.worker import UnitWorker
 from schemas.config import Config
-from schemas.errors import NonFiniteError, WorkerError
+from schemas.errors import ConfigError, NonFiniteError, WorkerError
 from store import ActivationStore
 from store.console import load_config
 from store.layout import batch_key
@@ -45,6 +45,28 @@ def worker(config: Config, batch: Any = "auto") -> UnitWorker:
     assert config.subject is not None
     plan = load_plan(open_store(config.root))
     return UnitWorker(plan.to_json(), config.root, config.storage, config.subject, 1, batch)
+
+
+@pytest.mark.parametrize("planned", [14, 18])
+def test_rows_of_another_width_than_planned_are_refused_before_a_byte_is_written(
+    config: Config, planned: int
+) -> None:
+    """NumPy cuts and pads items of other sizes without a word: a row of 16 numbers became one of 14 or 18."""
+    store = open_store(config.root)
+    plan = load_plan(store)
+    sites = (plan.sites[0], plan.sites[1].model_copy(update={"d_model": planned}))
+    other, before = plan.model_copy(update={"sites": sites}), list(store.list())
+    assert config.subject is not None
+    at_work = UnitWorker(other.to_json(), config.root, config.storage, config.subject, 1, 16)
+    words = rf"hook 'mlp_out.0'.*another width: expected D = {planned}, as planned, got D = 16"
+    with pytest.raises(ConfigError, match=words):
+        at_work.ready()
+    # a width that changes after loading, which no model is known to do: the subject is handed in
+    at_work.__dict__["_subject"] = Subject.load(config.subject, until=plan.spec.hooks)
+    for call in (at_work.run, at_work.make):
+        with pytest.raises(ConfigError, match=words):
+            call(0)
+    assert list(store.list()) == before
 
 
 def test_a_unit_in_int8(base: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from schemas.errors import ConfigError, DependencyMissing
 from schemas.subject import SubjectSpec
 from tests.tiny import ARCHITECTURES, OTHERS, make_subject, make_tokenizer
 
+STREAMS = ("deepseek_v4", "qwen4_exp_text")
 IDS = np.random.default_rng(0).integers(0, 384, (3, 16))
 
 
@@ -362,6 +363,59 @@ def test_a_soft_cap_on_attention_is_never_given_to_sdpa(
             ConfigError, match=r"caps the logits of its attention.*Set subject\.attention to auto"
         ):
             make({"model": str(folder), "attention": "sdpa"})
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "electra"])
+def test_an_encoder_is_no_causal_language_model(architecture: str, tmp_path: Path) -> None:
+    """They load as causal ones: position 0 moved when the last token changed."""
+    folder = make_subject(tmp_path / "encoder", architecture, layers=2, **OTHERS[architecture])
+    for spec in ({}, {"dtype": "bfloat16"}):
+        with pytest.raises(
+            ConfigError, match=r"no causal language model: a position depends on later tokens"
+        ):
+            Subject.load({"model": str(folder), **spec})
+    with pytest.raises(ConfigError, match="is_decoder"):
+        Subject.load(folder, until=["resid_post.0"])
+    fields = {**OTHERS[architecture], "is_decoder": True}
+    decoder = Subject.load(make_subject(tmp_path / "decoder", architecture, layers=2, **fields))
+    other = IDS.copy()
+    other[:, -1] = (other[:, -1] + 1) % 384
+    assert torch.equal(decoder.logits(IDS)[:, :-1], decoder.logits(other)[:, :-1])
+
+
+def test_a_config_that_does_not_fit_is_refused_in_words(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": "small"}))
+    with pytest.raises(ConfigError, match=r"cannot be loaded: got .*rms_norm_eps"):
+        Subject.load(tmp_path / "odd")
+    unfit = make_subject(
+        tmp_path / "unfit", "roberta", layers=2, pad_token_id=None
+    )  # it counts what is no padding
+    with pytest.raises(ConfigError, match=r"cannot run a window of 13 tokens: got TypeError"):
+        Subject.load(unfit)
+
+
+@pytest.mark.parametrize("architecture", STREAMS)
+def test_several_residual_streams_are_refused_with_and_without_weights(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_subject(tmp_path, architecture, layers=2, **OTHERS[architecture])
+    subject = Subject.load(folder)
+    for found in (subject, Subject.outline(SubjectSpec(model=str(folder)), gpu=False)):
+        with pytest.raises(
+            ConfigError, match=r"has 4 residual streams, not one.*Name a module inside the block"
+        ):
+            found.sites(["resid_post.1"])
+    with pytest.raises(ConfigError, match="has 4 residual streams"):
+        Subject.load(folder, until=["resid_post.0"])
+    (mlp,) = subject.activations(IDS, ["model.layers.1.mlp"]).values()
+    assert mlp.shape == (3, 16, 32)
+    monkeypatch.setattr("harvester.hooks._STREAMS", ("no_such_field",))  # an architecture that is yet to come
+    with pytest.raises(
+        ConfigError, match=r"more than one row for each token|another width .* D = 32, got D = 128"
+    ):
+        Subject.load(folder).activations(IDS, ["resid_post.1"])
 
 
 def test_bfloat16_is_kept_to_the_end(folder: Path) -> None:
