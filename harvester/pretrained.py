@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ import huggingface_hub.errors
 import torch
 import transformers
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 
+from harvester.gguf_tokenizer import gguf_tokenizer
 from schemas.base import sha256_hex
 from schemas.errors import ConfigError
 from schemas.subject import SubjectSpec
@@ -134,7 +137,7 @@ def check_on_gpus(placed: Mapping[str, object]) -> None:
 
 
 def load_tokenizer(folder: Path, spec: SubjectSpec) -> transformers.PreTrainedTokenizerBase:
-    """The fast tokenizer in `folder`.
+    """The fast tokenizer in `folder`, cutting text as its tokenizer.json says.
 
     Raises:
         ConfigError: There is none, or it is not one of the `tokenizers` library.
@@ -143,6 +146,15 @@ def load_tokenizer(folder: Path, spec: SubjectSpec) -> transformers.PreTrainedTo
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=spec.trust_remote_code
         )
+        # transformers 5 builds some classes (GPT-2's, Llama's, Qwen2's) anew from the vocabulary and forgets
+        # how the file cuts text: digits one by one (SmolLM2, StarCoder2), a space before any text (Llama 2).
+        stored = folder / "tokenizer.json"
+        if type(tokenizer) is not transformers.PreTrainedTokenizerFast and stored.is_file():
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            if backend is not None and _cutting(backend) != _cutting(Tokenizer.from_file(str(stored))):
+                tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+                    folder, local_files_only=True
+                )
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ConfigError(
             f"subject.model {spec.model!r} has a slow tokenizer",
@@ -157,6 +169,13 @@ def tokenizer_digest(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     return sha256_hex(cast(Any, tokenizer).backend_tokenizer.to_str().encode())
 
 
+def _cutting(backend: Tokenizer) -> list[object]:
+    """What decides how a text is cut into tokens, beside vocabulary and merges; offsets do not."""
+    rules = [part.__getstate__() if part else b"" for part in (backend.normalizer, backend.pre_tokenizer)]
+    rules = [re.sub(rb',"trim_offsets":(true|false)', b"", rule) for rule in rules]
+    return [*rules, getattr(backend.model, "ignore_merges", False)]
+
+
 def convert(path: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file into `folder` as float32 safetensors.
 
@@ -167,12 +186,12 @@ def convert(path: Path, folder: Path) -> None:
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     with _quiet():
         with _explained(SubjectSpec(model=str(path))):
+            tokenizer = gguf_tokenizer(path)
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, output_loading_info=True, **where, **_dtype_argument(torch.float32)
             )
             model, report = loaded
             _check_complete(report, path)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **where)
             # A model read from a GGUF believes itself quantised and refuses to be saved: its weights go
             # into a plain twin.
             fields = model.config.to_dict()

@@ -31,7 +31,7 @@ from store.local_objects import expand_user
 
 log = logging.getLogger(__name__)
 
-CONVERSION = "v1"
+CONVERSION = "v2"
 """Raised when what a conversion writes changes; part of the cache key."""
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")

@@ -60,6 +60,7 @@ def write_gguf(path: Path, *, q4_1: bool) -> PreTrainedModel:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
     writer.add_token_types([3] + [1] * (len(vocabulary) - 1))
     writer.add_token_merges([" ".join(pair) for pair in backend["model"]["merges"]])
@@ -195,6 +196,8 @@ def test_the_quickstarts_subject_reads_english() -> None:
     )
     ids = np.array([subject.tokenizer(text)["input_ids"]])
     assert subject.tokenizer.decode(ids[0]) == text
+    pieces = subject.tokenizer.tokenize("a  1\n  314")
+    assert pieces == ["a", "ĠĠ", "1", "ĊĠĠ", "3", "1", "4"], "digits one by one: the file says smollm"
     loss = subject.loss(ids)
     assert loss.shape == (1, ids.shape[1] - 1)
     assert 1.0 < loss.mean() < 3.0
