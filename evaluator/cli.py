@@ -12,8 +12,10 @@ import typer
 from evaluator.frontier import draw_frontiers
 from evaluator.report import (
     EVALUATION_KEY,
+    common,
     evaluate,
     load_evaluation,
+    name_of,
     notes,
     require_one,
     rows,
@@ -32,7 +34,8 @@ EVALUATE_HELP = f"""Measure a trained SAE on the windows its dataset held out.
 
 Families: {", ".join(FAMILIES)}; each figure's definition stands in docs/evaluation.md. Writes
 `evaluation.json` beside the SAE after every family and prints a table. Stop it whenever you like: families
-that are finished are kept, and measured again only with --again or other settings.
+that are finished are kept, and measured again only with --again or other settings. Figures of other settings
+and of other datasets stay in it.
 
 The dataset comes from --root or from a config's `root`; sample sizes, tasks and the law of `compute` from
 its section `evaluate`. `judge` asks a language model at `evaluate.judge.endpoint` (its key:
@@ -119,10 +122,12 @@ def _config(path: Path | None, root: str | None, sets: list[str]) -> Config:
 
 
 def _show(found: Evaluation) -> None:
-    title = f"{found.sae}: {found.hook}, N = {found.latents:,}, K = {found.k}"
-    print_table(title, rows(found), header=("definition", "value", "95 % interval", "sample"))
-    for line in notes(found):
-        say(line)
+    for one in reversed(found.each):  # what was asked for stands last, over the prompt
+        weights = "" if one.sae_sha256 == found.sae_sha256 else f", weights {one.sae_sha256[:12]}"
+        title = f"{one.sae}: {one.hook}, N = {one.latents:,}, K = {one.k}{weights}; on {name_of(one)}"
+        print_table(title, rows(one), header=("definition", "value", "95 % interval", "sample"))
+        for line in notes(one):
+            say(line)
     seconds = ", ".join(f"{name} {family.seconds:.0f} s" for name, family in found.families.items())
     say(f"measured in: {seconds}")
 
@@ -136,16 +141,16 @@ def compare_command(
 ) -> None:
     """Put evaluated SAEs side by side and draw their L0 / FVU / delta-CE frontiers.
 
-    Each SAE must have been through `winnow evaluate`; on different held-out windows they do not compare,
-    and are refused.
+    Each SAE must have been through `winnow evaluate` on one and the same dataset: on different held-out
+    windows they do not compare, and are refused.
 
     Example: `winnow compare runs/k16 runs/k32 runs/k64 --out runs/frontier`
     """
     with guard():
         if len(saes) < 2:
             raise ConfigError("SAEs to compare", expected="two or more", got=len(saes))
-        found = [require_one(load_evaluation(open_store(uri)), uri) for uri in saes]
-        _check_comparable(found, saes)
+        stored = [require_one(load_evaluation(open_store(uri)), uri) for uri in saes]
+        found = common(stored, saes)
         labels = short_labels(saes)
         store = open_store(out)
         for kind, data in draw_frontiers(found, labels).items():
@@ -163,19 +168,6 @@ def compare_command(
         store.put("compare.json", json.dumps(value, indent=1).encode() + b"\n")
         emit(value, as_json, lambda: print_table("side by side", table, header=("definition", *labels)))
         say(f"drawn: {out}/frontier.png, {out}/frontier.svg")
-
-
-def _check_comparable(found: list[Evaluation], uris: list[str]) -> None:
-    first = found[0]
-    for other, uri in zip(found, uris, strict=True):
-        for name in ("plan_fingerprint", "hook"):
-            if getattr(other, name) != getattr(first, name):
-                raise ConfigError(
-                    f"{uri} was evaluated on another {name.replace('_', ' ')} than {uris[0]}",
-                    expected=getattr(first, name),
-                    got=getattr(other, name),
-                    fix="Evaluate all of them on the same dataset",
-                )
 
 
 def short_labels(uris: list[str]) -> list[str]:

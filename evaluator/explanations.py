@@ -38,10 +38,11 @@ def main(
     Example: `python -m evaluator.explanations runs/quickstart --root data/quickstart`
     """
     with guard():
-        evaluation = require_one(load_evaluation(open_store(evaluated)), evaluated)
+        stored = require_one(load_evaluation(open_store(evaluated)), evaluated)
         dataset = ActivationStore.open(root)
-        if dataset.plan.fingerprint != evaluation.plan_fingerprint:
-            raise ConfigError("--root", expected="the dataset of the evaluation", got="another one")
+        evaluation = stored.on(dataset.plan.fingerprint)
+        if evaluation is None:
+            raise ConfigError("--root", expected="a dataset of the evaluation", got="another one")
         tokenizer = Subject.load(subject_spec_of(dataset.plan), until=[evaluation.hook]).tokenizer
         notes = read_remarks(remarks)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One evaluation, family after family, into `evaluation.json`; finished families are kept."""
+"""One evaluation, family after family, into `evaluation.json`; nothing measured before is lost."""
 
 from __future__ import annotations
 
@@ -63,11 +63,16 @@ def chosen_families(setting: Setting) -> list[Family]:
     return [name for name in FAMILIES if name in wanted]
 
 
+def settings_of(setting: Setting, family: Family) -> dict[str, Any]:
+    """Everything of the spec that a family's figures depend on."""
+    spec = setting.spec.model_dump(mode="json")
+    return {"definitions": DEFINITIONS} | {name: spec[name] for name in ("seed", *DEPENDS[family])}
+
+
 def settings_digest(setting: Setting, family: Family) -> str:
     """Digest of everything a family's figures depend on."""
-    spec = setting.spec.model_dump(mode="json")
-    facts: dict[str, Any] = {name: spec[name] for name in ("seed", *DEPENDS[family])}
-    facts |= {"family": family, "definitions": DEFINITIONS, "sae": setting.card.weights_sha256}
+    facts = settings_of(setting, family)
+    facts |= {"family": family, "sae": setting.card.weights_sha256}
     facts |= {"plan": setting.dataset.plan.fingerprint, "dataset": setting.dataset.dataset_sha256}
     if family == "stability":
         facts["others"] = [_card(uri, setting).weights_sha256 for uri in setting.spec.against]
@@ -88,6 +93,7 @@ def new_evaluation(setting: Setting) -> Evaluation:
         sae_sha256=setting.card.weights_sha256,
         plan_fingerprint=plan.fingerprint,
         dataset_sha256=setting.dataset.dataset_sha256,
+        root=setting.dataset.store.uri,
         subject_model=plan.subject.model,
         subject_weights_sha256=plan.subject.weights_sha256,
         hook=setting.hook,
@@ -119,47 +125,60 @@ def evaluate(setting: Setting, *, out: str | None = None, again: bool = False) -
         again: Measure also what an earlier run finished with the same settings.
 
     Returns:
-        The evaluation; families of earlier runs with the same SAE and dataset stay in it.
+        The evaluation of this dataset. What was measured of it earlier, with other settings and on other
+        datasets stays in it.
 
     Raises:
         ConfigError: A family lacks what it needs.
         IntegrityError, StoreError: Data or an earlier evaluation cannot be read.
     """
     store = open_store(out or setting.uri, setting.storage)
-    result, earlier = new_evaluation(setting), load_evaluation(store)
-    kept: dict[Family, FamilyResult] = {}
-    if earlier is not None and _same(earlier, result):
-        kept = dict(earlier.families)
+    blank = new_evaluation(setting)
     # all digests before the first measurement: making them also says what is missing
     digests: dict[Family, str] = {
         family: settings_digest(setting, family) for family in chosen_families(setting)
     }
+    found = resumed(blank, load_evaluation(store))
     for family, digest in digests.items():
-        if not again and family in kept and kept[family].settings_sha256 == digest:
-            say(f"{family}: kept from {kept[family].finished}")
-            continue
-        began = time.monotonic()
-        found = _measure(setting, family, kept)
-        kept[family] = FamilyResult(
-            settings_sha256=digest,
-            figures=tuple(found.figures),
-            details=found.details,
-            notes=found.notes,
-            seconds=time.monotonic() - began,
-            finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        store.put(EVALUATION_KEY, _with(result, kept).to_json())
-    return _with(result, kept)
+        known = [result for result in found.results(family) if result.settings_sha256 == digest]
+        if known and not again:
+            say(f"{family}: kept from {known[0].finished}")
+            result = known[0]
+        else:
+            result = _result(setting, family, digest, found)
+        stored = resumed(blank, load_evaluation(store))  # another process may have measured meanwhile
+        found = stored.having(family, result)
+        if found != stored:
+            store.put(EVALUATION_KEY, found.to_json())
+    return found
 
 
-def _with(evaluation: Evaluation, families: dict[Family, FamilyResult]) -> Evaluation:
-    ordered = {name: families[name] for name in FAMILIES if name in families}
-    return evaluation.model_copy(update={"families": ordered})
+def resumed(blank: Evaluation, stored: Evaluation | None) -> Evaluation:
+    """What is stored, with the dataset of `blank` first and all others behind it."""
+    if stored is None:
+        return blank
+    mine = next((one for one in stored.each if _same(one, blank)), blank)
+    others = tuple(one for one in stored.each if not _same(one, blank))
+    return blank.model_copy(update={"families": mine.families, "earlier": mine.earlier, "others": others})
 
 
 def _same(earlier: Evaluation, now: Evaluation) -> bool:
     names = ("sae_sha256", "plan_fingerprint", "dataset_sha256", "hook")
     return all(getattr(earlier, name) == getattr(now, name) for name in names)
+
+
+def _result(setting: Setting, family: Family, digest: str, found: Evaluation) -> FamilyResult:
+    began = time.monotonic()
+    measured = _measure(setting, family, found.families)
+    return FamilyResult(
+        settings_sha256=digest,
+        settings=settings_of(setting, family),
+        figures=tuple(measured.figures),
+        details=measured.details,
+        notes=measured.notes,
+        seconds=time.monotonic() - began,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def _measure(setting: Setting, family: Family, kept: dict[Family, FamilyResult]) -> Measured:
@@ -202,12 +221,56 @@ def notes(evaluation: Evaluation) -> list[str]:
         for figure in family.figures:
             same.setdefault(figure.note, []).append(figure.id)
     lines += [f"{', '.join(ids)}: {note}" for note, ids in same.items() if note]
+    lines += [
+        f"{name}: also measured with {differences(family, newest)}, {family.finished}"
+        for name, newest in evaluation.families.items()
+        for family in evaluation.earlier.get(name, ())
+    ]
     if not evaluation.trained_on_this:
         lines.append(
             "the SAE's card does not name this dataset's plan: whether these windows were held out from it "
             "is not known"
         )
     return lines
+
+
+def differences(one: FamilyResult, newest: FamilyResult) -> str:
+    """Which settings of a family's result are not those of its newest, as `field = value`."""
+    if not one.settings:
+        return "settings that are not known"
+    other = [
+        f"{name} = {value}" for name, value in one.settings.items() if newest.settings.get(name) != value
+    ]
+    return ", ".join(other) or "other tasks or SAEs"
+
+
+def common(found: Sequence[Evaluation], uris: Sequence[str]) -> list[Evaluation]:
+    """Each SAE's evaluation on the newest dataset of the first that all were evaluated on.
+
+    Raises:
+        ConfigError: There is none, or they read other hooks.
+    """
+    shared = [one for one in found[0].each if all(other.on(one.plan_fingerprint) for other in found)]
+    plan = shared[0].plan_fingerprint if shared else found[0].plan_fingerprint
+    for other, uri in zip(found, uris, strict=True):
+        for name, expected in (("plan_fingerprint", plan), ("hook", found[0].hook)):
+            got = getattr(other.on(plan) or other, name)
+            if got != expected:
+                raise ConfigError(
+                    f"{uri} was evaluated on another {name.replace('_', ' ')} than {uris[0]}",
+                    expected=expected,
+                    got=got,
+                    fix="Evaluate all of them on the same dataset",
+                )
+    if any(len(one.each) > 1 for one in found):
+        say(f"compared on the dataset {name_of(shared[0])}")
+    return [on for one in found if (on := one.on(plan)) is not None]
+
+
+def name_of(evaluation: Evaluation) -> str:
+    """How a dataset is named to people: where it is, and the beginning of its plan's fingerprint."""
+    plan = f"plan {evaluation.plan_fingerprint[:12]}"
+    return plan if evaluation.root is None else f"{evaluation.root} ({plan})"
 
 
 def side_by_side(evaluations: Sequence[Evaluation]) -> list[list[str]]:

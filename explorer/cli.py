@@ -266,11 +266,15 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
 
 
 def add_explanations(table: FeatureTable, sae: str, storage: StorageSpec) -> None:
-    """Add those of an evaluation that lies beside the SAE, if it is this SAE's."""
-    evaluation = load_evaluation(open_store(sae, storage))
-    if evaluation is not None and evaluation.sae_sha256 == table.meta.sae_sha256:
+    """Add those of this SAE's evaluations that lie beside it, first that of the index's dataset."""
+    stored = load_evaluation(open_store(sae, storage))
+    evaluations = [one for one in stored.each if one.sae_sha256 == table.meta.sae_sha256] if stored else []
+    evaluations.sort(key=lambda one: one.plan_fingerprint != table.meta.plan_fingerprint)
+    for evaluation in evaluations:
         for each in from_evaluation(evaluation):
-            table.explanations.setdefault(each.latent, []).append(each)
+            known = table.explanations.setdefault(each.latent, [])
+            if each not in known:
+                known.append(each)
 
 
 def export_command(

@@ -131,6 +131,8 @@ class FamilyResult(Contract):
 
     settings_sha256: Sha256
     """Digest of everything it depended on: another one is measured again."""
+    settings: dict[str, Any] = Field(default={}, exclude_if=lambda found: not found)
+    """The fields of section `evaluate` that it depended on; empty in files of before 1.1."""
     figures: tuple[Figure, ...]
     details: dict[str, Any] = {}
     """Per task, per latent, histograms."""
@@ -146,6 +148,8 @@ class Evaluation(Artefact):
     """`evaluation.json`, beside the SAE. Rewritten as each family finishes."""
 
     kind: Literal["winnow.evaluation"] = "winnow.evaluation"
+    version: str = "1.1"
+    """1.1 added what other datasets and settings gave; in 1.0 a second one took the first one's place."""
     sae: str
     """The SAE's address as it was given."""
     sae_sha256: Sha256
@@ -153,6 +157,8 @@ class Evaluation(Artefact):
     plan_fingerprint: Sha256
     """Of the dataset whose held-out windows were used."""
     dataset_sha256: Sha256 | None
+    root: str | None = Field(default=None, exclude_if=lambda found: found is None)
+    """The dataset, as it was named; null in files of before 1.1."""
     subject_model: str
     subject_weights_sha256: Sha256
     hook: HookName
@@ -161,11 +167,42 @@ class Evaluation(Artefact):
     trained_on_this: bool
     """Whether the SAE's card names the same plan: else its training rows may hold these windows."""
     families: dict[Family, FamilyResult] = {}
+    earlier: dict[Family, tuple[FamilyResult, ...]] = Field(default={}, exclude_if=lambda found: not found)
+    """The same families with other settings, the newest first."""
+    others: tuple[Evaluation, ...] = Field(default=(), exclude_if=lambda found: not found)
+    """Other datasets, the newest first (and other weights that had this address)."""
 
-    @field_validator("families")
+    @field_validator("families", "earlier")
     @classmethod
-    def _in_order(cls, found: dict[Family, FamilyResult]) -> dict[Family, FamilyResult]:
+    def _in_order(cls, found: dict[Family, Any]) -> dict[Family, Any]:
         return {name: found[name] for name in FAMILIES if name in found}
+
+    @model_validator(mode="after")
+    def _flat(self) -> Self:
+        if any(other.others for other in self.others):
+            raise ValueError("others: an evaluation among others cannot have others itself")
+        return self
+
+    @property
+    def each(self) -> tuple[Evaluation, ...]:
+        """This one without the others, then the others."""
+        return (self.model_copy(update={"others": ()}), *self.others)
+
+    def on(self, plan_fingerprint: str) -> Evaluation | None:
+        """The newest on the dataset of that plan, without the others; None where there is none."""
+        return next((one for one in self.each if one.plan_fingerprint == plan_fingerprint), None)
+
+    def results(self, family: Family) -> tuple[FamilyResult, ...]:
+        """All that a family gave on this dataset, the newest first."""
+        newest = (self.families[family],) if family in self.families else ()
+        return (*newest, *self.earlier.get(family, ()))
+
+    def having(self, family: Family, result: FamilyResult) -> Evaluation:
+        """This evaluation with a family's newest result; one with other settings becomes an earlier one."""
+        others = [one for one in self.results(family) if one.settings_sha256 != result.settings_sha256]
+        earlier = self.earlier | ({family: tuple(others)} if others else {})
+        changed = {"families": self.families | {family: result}, "earlier": earlier}
+        return Evaluation.model_validate(dict(self) | changed)
 
     def figure(self, id: str) -> Figure | None:
         """The figure of that definition, or None."""

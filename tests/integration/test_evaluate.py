@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from evaluator import compute, downstream, reconstruction, stability
 from evaluator.bootstrap import figure, mean_figure
-from evaluator.report import evaluate
+from evaluator.report import evaluate, notes
 from evaluator.setting import Setting
 from harvester import Subject
 from schemas.errors import ConfigError, SaeMismatch
@@ -219,6 +219,91 @@ def test_a_killed_evaluation_keeps_what_was_finished(toy, tmp_path, monkeypatch)
     found = evaluate(setting)
     assert found.families["reconstruction"] == kept.families["reconstruction"]
     assert "downstream" in found.families
+
+
+def stored(folder) -> Evaluation:
+    return Evaluation.from_json((folder / "evaluation.json").read_bytes(), origin="test")
+
+
+def test_a_second_dataset_keeps_the_figures_of_the_first(toy, tmp_path, monkeypatch):
+    other = toy_config(tmp_path / "other", units=1, seed=5)
+    uri = save_sae(toy, tmp_path / "sae", random_sae())
+    first = ("evaluate", uri, "--root", toy.root, "--windows", 4)
+    assert winnow(*first, "--metrics", "reconstruction,downstream")[0] == 0
+    before = stored(tmp_path / "sae")
+    code, out, err = winnow(*first[:2], "--root", other.root, "--windows", 4, "--metrics", "reconstruction")
+    assert code == 0, err
+    after = stored(tmp_path / "sae")
+    assert list(after.families) == ["reconstruction"]
+    assert after.plan_fingerprint != before.plan_fingerprint
+    assert after.others == (before,)
+    assert after.on(before.plan_fingerprint) == before
+    shown = "".join(out.split())  # both tables, the one that was asked for last
+    assert 0 < shown.index("".join(toy.root.split())) < shown.index("".join(other.root.split()))
+    assert out.index("delta_ce") < out.rindex("fvu_raw")
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluator.report.MEASURES", {})  # anything measured again would fail
+        code, out, err = winnow(*first, "--metrics", "reconstruction,downstream", "--json")
+    assert code == 0, err
+    assert json.loads(out)["families"] == before.model_dump(mode="json")["families"]
+    assert json.loads(out)["others"][0]["plan_fingerprint"] == after.plan_fingerprint
+
+
+def test_other_settings_and_other_weights_keep_what_was_measured(toy, tmp_path, monkeypatch):
+    uri = save_sae(toy, tmp_path / "sae", random_sae())
+    command = ("evaluate", uri, "--root", toy.root, "--metrics", "reconstruction")
+    assert winnow(*command, "--windows", 4)[0] == 0
+    four = stored(tmp_path / "sae").families["reconstruction"]
+    code, _, err = winnow(*command, "--windows", 8)
+    assert code == 0
+    assert "reconstruction: also measured with windows = 4" in err
+    found = stored(tmp_path / "sae")
+    assert found.families["reconstruction"].settings["windows"] == 8
+    assert found.earlier == {"reconstruction": (four,)}
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluator.report.MEASURES", {})
+        assert winnow(*command, "--windows", 4)[0] == 0
+    assert stored(tmp_path / "sae").families["reconstruction"] == four
+    save_sae(toy, tmp_path / "sae", random_sae(seed=3))
+    assert winnow(*command, "--windows", 4)[0] == 0
+    again = stored(tmp_path / "sae")
+    assert not again.earlier
+    assert again.others[0].families["reconstruction"] == four
+
+
+def test_a_file_of_version_1_0_is_read_and_kept(toy, tmp_path):
+    uri = save_sae(toy, tmp_path / "sae", random_sae())
+    setting = Setting.open(uri, toy.root, EvaluateSpec(metrics=("reconstruction",), windows=4))
+    made = json.loads(evaluate(setting).to_json())
+    for old in (made, family := made["families"]["reconstruction"]):
+        for name in ("root", "settings", "others", "earlier"):
+            old.pop(name, None)
+    made["version"], family["settings_sha256"] = "1.0", "0" * 64
+    (tmp_path / "sae" / "evaluation.json").write_text(json.dumps(made))
+    old = stored(tmp_path / "sae")
+    assert json.loads(old.to_json()) == made  # nothing is added to what it said
+    found = evaluate(setting)
+    assert found.earlier["reconstruction"] == (old.families["reconstruction"],)
+    assert "settings that are not known" in " ".join(notes(found))
+
+
+def test_saes_are_compared_on_the_dataset_that_all_have(toy, tmp_path):
+    other = toy_config(tmp_path / "other", units=1, seed=5)
+    uris = [save_sae(toy, tmp_path / name, random_sae(seed=i)) for i, name in enumerate(("one", "two"))]
+    for uri, roots in zip(uris, ((toy.root, other.root), (toy.root,)), strict=True):
+        for root in roots:
+            spec = EvaluateSpec(metrics=("reconstruction",), windows=4)
+            evaluate(Setting.open(uri, root, spec, subject=toy.subject))
+    code, out, err = winnow("compare", *uris, "--out", tmp_path / "cmp", "--json")
+    assert code == 0, err
+    shared = stored(tmp_path / "one").on(stored(tmp_path / "two").plan_fingerprint)
+    assert f"compared on the dataset {toy.root}" in err
+    assert json.loads(out)["figures"]["l0"][0] == shared.figure("l0").model_dump(mode="json")
+    (tmp_path / "one" / "evaluation.json").unlink()
+    evaluate(Setting.open(uris[0], other.root, spec, subject=toy.subject))
+    code, _, err = winnow("compare", *uris, "--out", tmp_path / "cmp")
+    assert code == 2
+    assert "another plan fingerprint" in err
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from starlette.testclient import TestClient
 
 from explorer.api import MAX_TEXT, Desk, SteerBody, steering
-from explorer.cli import Place, open_desk
+from explorer.cli import Place, add_explanations, open_desk
 from explorer.lane import Busy, Lane
 from explorer.serve import make_app
+from explorer.table import FeatureTable
 from harvester.subject import Subject
 from schemas.errors import ConfigError
+from schemas.evaluation import Evaluation
 from schemas.features import Explanation
 from store import ActivationStore
 from tests.explorer_site import HOOK, LATENTS, Site, make_site
@@ -64,6 +66,28 @@ def codes(site, subject) -> tuple[list[int], np.ndarray]:
     dense = torch.zeros(len(ids), LATENTS).scatter_add_(1, indices, values)
     dense[0] = 0
     return ids, dense.numpy()
+
+
+def test_explanations_of_every_dataset_are_shown_the_indexs_own_first(site, tmp_path):
+    table = FeatureTable.open(f"{site.saes[1]}/features")
+    mine = table.meta.plan_fingerprint
+
+    def on(plan: str, text: str, **more) -> Evaluation:
+        judged = {"latent": 3, "text": text, "detection": 0.5, "fuzzing": None}
+        family = {"settings_sha256": "0" * 64, "figures": (), "details": {"latents": [judged]}}
+        return Evaluation.model_validate(
+            {
+                "sae": "x", "sae_sha256": table.meta.sae_sha256, "plan_fingerprint": plan,
+                "dataset_sha256": None, "subject_model": "m", "subject_weights_sha256": "0" * 64,
+                "hook": HOOK, "latents": LATENTS, "k": 5, "trained_on_this": plan == mine,
+                "families": {"judge": family | {"seconds": 1.0, "finished": "now"}},
+            } | more
+        )  # fmt: skip
+
+    stored = on("0" * 64, "on other text", others=(on(mine, "on this text"),))
+    (tmp_path / "evaluation.json").write_bytes(stored.to_json())
+    add_explanations(table, str(tmp_path), site.config.storage)
+    assert [each.text for each in table.explanations[3]] == ["on this text", "on other text"]
 
 
 # ---- pages that need the index only --------------------------------------------------------------
