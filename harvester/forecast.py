@@ -20,14 +20,13 @@ from schemas.subject import HookSite
 from store.console import human_bytes, section
 from store.objects import ObjectStore
 from store.parts import PART_UNITS
+from store.probe import probe_requests
 from store.reader import receipts_present
 
 LIST_KEYS = 1000
 """Keys of one page of a listing."""
 MEASURE_BATCHES, MEASURE_SECONDS = 3, 5.0
 """The rate is measured over at least so many batches, and until so many seconds have passed."""
-PROBE_PUTS, PROBE_GETS = 3, 8
-"""Requests of the store's probe (a delete counts as a put)."""
 RECEIPT_BYTES = 4096
 """Of a receipt, a hook."""
 MOMENT_BYTES = 44
@@ -123,7 +122,8 @@ def forecast(
     unit_tokens = spec.windows_per_unit * spec.context_length
     to_do = units - done
     seconds = to_do * unit_tokens / rate if rate else None
-    requests = _requests(spec, units, to_do, planned=plan is not None, seconds=seconds or 0.0)
+    probe = probe_requests(store)
+    requests = _requests(spec, units, to_do, probe, planned=plan is not None, seconds=seconds or 0.0)
     whole = units * (shard + unit_tokens * 4 + 4 + RECEIPT_BYTES * len(sites))
     whole += min(units, MOMENT_UNITS) * MOMENT_BYTES * sum(site.d_model for site in sites)
     hours = seconds / 3600 if seconds is not None else None
@@ -237,12 +237,14 @@ def _objects(spec: PlanSpec, units: int) -> int:
     return FIXED_OBJECTS + arrays + math.ceil(units / PART_UNITS) + units * (len(spec.hooks) + 2)
 
 
-def _requests(spec: PlanSpec, units: int, to_do: int, *, planned: bool, seconds: float) -> Requests:
+def _requests(
+    spec: PlanSpec, units: int, to_do: int, probe: tuple[int, int], *, planned: bool, seconds: float
+) -> Requests:
     if to_do == 0:
         return Requests(puts=0, gets=0, lists=0)
     ledger = 2 + int(seconds / WRITE_SECONDS)  # each entry is read before it is written
-    puts = PROBE_PUTS + to_do * (len(spec.hooks) + 1) + math.ceil(units / PART_UNITS) + 1 + ledger
-    gets = PROBE_GETS + 3 + 2 * to_do + units + ledger  # tokens and their digests, then every receipt
+    puts = probe[0] + to_do * (len(spec.hooks) + 1) + math.ceil(units / PART_UNITS) + 1 + ledger
+    gets = probe[1] + 3 + 2 * to_do + units + ledger  # tokens and their digests, then every receipt
     lists = 3 * math.ceil(units / LIST_KEYS)  # tokens, receipts, receipts again to seal
     if not planned:
         puts += 3 + 3 + len(spec.hooks) + units  # plan, root, digests; arrays; tokens

@@ -1,8 +1,8 @@
 """`winnow plan`: corpus to token windows to `plan.json` and the token chunks.
 
 One pass over the text; memory does not grow with it. Three stages overlap: reading (a thread), tokenising
-(a thread that waits for the tokenizer's own), packing and spilling (the caller). Nothing reaches the store
-before the whole corpus has been read and found good.
+(a thread that waits for the tokenizer's own), packing and spilling (the caller). The store is probed first;
+nothing else reaches it before the whole corpus has been read and found good.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def make_plan(
     stored = _stored_plan(store)
     if stored is not None:
         refuse_other(stored, config, store, identity, sites)
+    store.probe(single_writer=config.storage.single_writer)  # before hours of reading, and before any put
     folder = config.harvest.temp_dir or tempfile.gettempdir()
     shown = PlanProgress(progress, files)
     with CorpusWindows(corpus, spec, tokenizer, files, folder, shown) as run:

@@ -224,11 +224,21 @@ def make_bucket(server: S3Server) -> str:
 @pytest.fixture
 def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server, with its credentials in the environment of this test."""
+    only_aws(monkeypatch, s3_server.environment())
+    return s3_server
+
+
+def only_aws(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """Of what AWS's clients read of this machine, leave nothing but `environment` to this test."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    for name, value in s3_server.environment().items():
+    nothing = {
+        "AWS_CONFIG_FILE": "/nonexistent",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in {**nothing, **environment}.items():
         monkeypatch.setenv(name, value)
-    return s3_server
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from schemas.config import StorageSpec
 from schemas.errors import ConfigError, StoreError
 from store.local_objects import LocalStore
 from store.objects import ObjectStore, open_store
+from store.probe import RACERS
 from store.s3 import check_endpoint
 from store.s3_objects import S3Store, describe_failure
 from store.testing import FaultyStore, StoreConformance
@@ -111,7 +112,7 @@ class TestS3(StoreConformance):
 @pytest.mark.parametrize("fault", ["lost_reply", "error_after"])
 def test_a_slow_server_is_no_race(tmp_path: Path, fault: str) -> None:
     """Nobody is told that he created it; only two who are told so, or a body of two, are a fault."""
-    store = FaultyStore(LocalStore(tmp_path / "slow"), dict.fromkeys(range(1, 9), fault))
+    store = FaultyStore(LocalStore(tmp_path / "slow"), dict.fromkeys(range(1, 1 + RACERS), fault))
     StoreConformance().test_threads_create_once(store)
     liar = Liar(tmp_path / "liar")
     liar.lie = "overwrites"
@@ -293,6 +294,9 @@ def test_single_writer_accepts_only_the_missing_precondition(tmp_path: Path) -> 
     store = Liar(tmp_path)
     store.lie = "overwrites"
     store.probe(single_writer=True)
+    with pytest.raises(StoreError, match="if-none-match"):
+        store.probe()
+    store = Liar(tmp_path)
     store.lie = "whole"
     with pytest.raises(StoreError, match="range read"):
         store.probe(single_writer=True)
