@@ -20,6 +20,7 @@ from schemas.training import SaeCard
 from store.objects import open_store
 from trainer.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from trainer.formats.files import refuse
+from trainer.formats.identify import require_format
 from trainer.formats.plain import Plain, from_sae, to_sae
 from trainer.sae import CARD_KEY, Sae
 
@@ -60,6 +61,7 @@ def read_plain(
         ConfigError, IntegrityError: As `import_sae`.
     """
     read = _choose(READERS, "--from", format_name)
+    require_format(source, next(name for name, reader in READERS.items() if reader is read))
     if centred is not None and read is not saelens.read:
         raise ConfigError("--centred", expected="--from saelens", got=f"--from {format_name}")
     if read is saelens.read:

@@ -8,7 +8,9 @@
 | AutoEncoderNew | no | ReLU |
 | JumpReluAutoEncoder | no | above each latent's `threshold` |
 
-All on raw rows. `nn.Linear` holds a decoder as [D, N].
+All on raw rows. `nn.Linear` holds a decoder as [D, N]. What `submodule_name` stands for its author knows, but
+for the residual stream: it is the *own* output of a module (with `buffer.io: in` its input), which some
+families norm before they add it. Winnow's exports say the hook beside it, as `winnow_hook`.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import torch
 from torch import Tensor
 
 from schemas.errors import ConfigError, IntegrityError
+from trainer.formats.fields import refuse_tensors, require_size, unknown_fields, words
 from trainer.formats.files import folder_of, read_json, read_pt, refuse, take, write_json
-from trainer.formats.names import from_lens, layer_of
+from trainer.formats.names import HOOK, added_note, layer_of, module_path
 from trainer.formats.plain import Plain
 
 NAME = "dictionary_learning"
@@ -34,6 +37,26 @@ LINEAR = {
     "AutoEncoderNew": "relu",
 }
 MATRICES = {"MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu"}
+WEIGHTS_OF = {
+    "AutoEncoderTopK": {"b_dec", "k", "threshold"},
+    "BatchTopKSAE": {"b_dec", "k", "threshold"},
+    "AutoEncoder": {"bias"},
+    "AutoEncoderNew": {"decoder.bias"},
+    "MatryoshkaBatchTopKSAE": {"k", "threshold", "group_sizes"},
+    "JumpReluAutoEncoder": {"threshold"},
+}
+OF_LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
+OF_MATRICES = {"W_enc", "b_enc", "W_dec", "b_dec"}
+USED = words("activation_dim dict_class dict_size k layer lm_name submodule_name winnow_hook")
+OF_TRAINING = words(
+    """
+    anneal_start auxk_alpha bandwidth decay_start device group_fractions group_sizes group_weights
+    l1_penalty lr n_sparsity_updates p_end p_start resample_steps seed sparsity_function sparsity_penalty
+    sparsity_queue_length sparsity_warmup_steps steps target_l0 threshold_beta threshold_start_step
+    top_k_aux trainer_class wandb_name warmup_steps
+    """
+)
+OF_BUFFER = words("ctx_len d_submodule device io layer n_ctxs out_batch_size refresh_batch_size")
 WRITTEN = {
     "topk": ("AutoEncoderTopK", "TopKTrainer"),
     "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer"),
@@ -45,12 +68,14 @@ WRITTEN = {
 def read(path: Path) -> Plain:
     """The folder that holds both files."""
     path = folder_of(path)
-    trainer = read_json(path / CONFIG).get("trainer", {})
+    config, origin = read_json(path / CONFIG), path / CONFIG
+    trainer, buffer = (config.get(name) or {} for name in ("trainer", "buffer"))
     name, file = trainer.get("dict_class"), path / WEIGHTS
     known = LINEAR | MATRICES
     if name not in known:
         raise ConfigError(f"{path / CONFIG}: dict_class", expected=", ".join(known), got=name)
     state, activation = read_pt(file), known[name]
+    refuse_tensors(state, WEIGHTS_OF[name] | (OF_LINEAR if name in LINEAR else OF_MATRICES), file)
     threshold = take(state, "threshold", file) if activation in ("batchtopk", "jumprelu") else None
     if activation == "batchtopk" and threshold is not None and threshold < 0:
         raise ConfigError(
@@ -58,12 +83,21 @@ def read(path: Path) -> Plain:
             fix="Train past its `threshold_start_step`: without one the library cannot encode either",
         )
     W_enc, b_enc, W_dec, b_dec = _linear(state, file) if name in LINEAR else _matrices(state, file)
+    for field, size in zip(("dict_size", "activation_dim"), W_enc.shape, strict=True):
+        require_size(origin, field, trainer.get(field), size)
     taken = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     k = trainer.get("k", state.get("k"))
     k = int(k) if k is not None else None
     if activation == "topk" and k is None:
         raise IntegrityError(f"{path / CONFIG}: trainer.k", expected="a number")
-    sizes = state.get("group_sizes")
+    if isinstance(state.get("group_sizes"), Tensor):
+        require_size(file, "the sum of group_sizes", int(state["group_sizes"].sum()), len(W_enc))
+    if k is not None and "k" in state:
+        require_size(origin, "trainer.k", k, int(state["k"]))
+    sizes, (hook, notes) = state.get("group_sizes"), _hook(trainer, buffer)
+    notes += unknown_fields(trainer, USED | OF_TRAINING, origin)
+    notes += unknown_fields(buffer, OF_BUFFER, origin)
+    notes += unknown_fields(config, {"trainer", "buffer"}, origin)
     return Plain(
         activation=activation,  # pyright: ignore[reportArgumentType]
         W_enc=W_enc,
@@ -74,8 +108,9 @@ def read(path: Path) -> Plain:
         k=k,
         threshold=threshold,
         matryoshka=tuple(accumulate(sizes.tolist())) if isinstance(sizes, Tensor) else (),
-        hook=_hook(trainer),
+        hook=hook,
         model=trainer.get("lm_name"),
+        notes=notes,
     )
 
 
@@ -98,11 +133,26 @@ def _matrices(state: dict[str, Any], file: Path) -> tuple[Tensor, Tensor, Tensor
     )
 
 
-def _hook(trainer: dict[str, Any]) -> str | None:
-    """From `submodule_name`, such as `resid_post_layer_8`."""
+def _hook(trainer: dict[str, Any], buffer: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """The hook and what to know of it, from `submodule_name`, such as `resid_post_layer_8`."""
     layer, name = trainer.get("layer"), str(trainer.get("submodule_name") or "")
-    part = name.removesuffix(f"_layer_{layer}")
-    return from_lens(f"{part}.{layer}") if part and isinstance(layer, int) else None
+    told = trainer.get("winnow_hook")
+    if isinstance(told, str) and HOOK.fullmatch(told):
+        return told, ()
+    into = buffer.get("io") == "in"
+    site = name.removesuffix(f"_layer_{layer}") if isinstance(layer, int) else ""
+    if site in ("resid_pre", "resid_post") and not (into and site == "resid_pre"):
+        return f"resid_pre.{layer}" if into else f"{site}.{layer}", ()
+    path = module_path(name)
+    if path and not into:
+        return path, added_note(path)
+    if not name:
+        return None, ()
+    what = "what goes into" if into else "the own output of"
+    return None, (
+        f"it reads {what} the module that its author calls {name}: --hook says which that is, a module such "
+        f"as model.layers.{layer or 0}.mlp, or mlp_out.{layer or 0} on families that add it as it is",
+    )
 
 
 def write(plain: Plain, folder: Path) -> None:
@@ -143,6 +193,7 @@ def write(plain: Plain, folder: Path) -> None:
         if plain.hook and layer is not None
         else None,
         "device": "cpu",
+        "winnow_hook": plain.hook,
     }
     torch.save(state, folder / WEIGHTS)
     write_json(folder / CONFIG, {"trainer": trainer})

@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,49 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from schemas.errors import ConfigError, IntegrityError
+
+
+class Kind(Enum):
+    """What a file is by its first bytes, in words."""
+
+    TORCH = "a torch file"
+    NPZ = "an npz"
+    NPY = "a single array (.npy)"
+    PICKLE = "a pickle"
+    SAFETENSORS = "a safetensors file"
+    GGUF = "a GGUF, a language model's weights"
+    LFS = "a pointer of Git LFS, not the file itself (`git lfs pull` fetches it)"
+    JSON = "JSON"
+    MARKUP = "a web page, not the file itself"
+    EMPTY = "empty"
+    OTHER = "of a kind that no importer reads"
+
+
+def kind_of_file(path: Path) -> Kind:
+    """By the first bytes, and the names in a zip; nothing is loaded."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile:
+            return Kind.OTHER
+        if any(name.endswith("data.pkl") for name in names):
+            return Kind.TORCH
+        return Kind.NPZ if names and all(name.endswith(".npy") for name in names) else Kind.OTHER
+    starts = {
+        b"\x80": Kind.PICKLE,
+        b"\x93NUMPY": Kind.NPY,
+        b"GGUF": Kind.GGUF,
+        b"version https://git-lfs": Kind.LFS,
+        b"{": Kind.JSON,
+        b"<": Kind.MARKUP,
+    }
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
+        return Kind.SAFETENSORS
+    kind = next((kind for start, kind in starts.items() if head.lstrip().startswith(start)), Kind.OTHER)
+    return kind if head else Kind.EMPTY
 
 
 def require(path: Path) -> Path:
@@ -50,7 +94,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file."""
-    require(path)
+    _require_kind(path, Kind.SAFETENSORS, Kind.OTHER)
     try:
         return safetensors.torch.load(path.read_bytes())
     except SafetensorError as error:
@@ -64,7 +108,7 @@ def read_pt(path: Path) -> dict[str, Any]:
         ConfigError: It holds more than tensors and plain values: loading it would run its code.
         IntegrityError: It is no torch file.
     """
-    require(path)
+    _require_kind(path, Kind.TORCH, Kind.PICKLE)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -90,7 +134,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         ConfigError: It holds Python objects: loading them would run their code.
         IntegrityError: It is no npz file.
     """
-    require(path)
+    _require_kind(path, Kind.NPZ, Kind.PICKLE)
     try:
         with np.load(path, allow_pickle=False) as data:
             return {name: torch.from_numpy(np.array(data[name])) for name in data.files}
@@ -103,6 +147,13 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         ) from error
     except (OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise IntegrityError(f"{path} is not an npz of numbers", got=error) from error
+
+
+def _require_kind(path: Path, kind: Kind, suspect: Kind) -> None:
+    """IntegrityError where a file is of another kind; the reader itself says what is wrong with a suspect."""
+    found = kind_of_file(require(path))
+    if found not in (kind, suspect):
+        raise IntegrityError(f"{path}", expected=kind.value, got=found.value)
 
 
 def take(tensors: Mapping[str, Any], name: str, origin: Path) -> Tensor:

@@ -12,18 +12,22 @@ from pathlib import Path
 import torch
 
 from schemas.errors import ConfigError, IntegrityError
+from trainer.formats.fields import refuse_tensors, unknown_fields, words
 from trainer.formats.files import read_pt, refuse, take
 from trainer.formats.plain import Plain
 
 NAME = "openai"
 EPSILON = 1e-5
 FILE = "autoencoder.pt"
+USED = words("activation activation_state_dict decoder.weight encoder.weight latent_bias pre_bias")
+OF_TRAINING = words("latents_activation_frequency latents_mean_square stats_last_nonzero")
 
 
 def read(path: Path) -> Plain:
     """The `.pt` file, or the folder that holds `autoencoder.pt`."""
     file = path / FILE if path.is_dir() else path
     state = read_pt(file)
+    refuse_tensors(state, USED | OF_TRAINING, file)
     W_enc = take(state, "encoder.weight", file)
     tied = "decoder.weight" not in state
     W_dec = W_enc if tied else take(state, "decoder.weight", file).T
@@ -40,6 +44,7 @@ def read(path: Path) -> Plain:
     if topk and not isinstance(settings.get("k"), int):
         raise IntegrityError(f"{file}: activation_state_dict", expected="a number k", got=settings)
     b = take(state, "pre_bias", file)
+    notes = unknown_fields(settings, ("k", "postact_fn"), file)
     return Plain(
         activation="topk" if topk else "relu",
         W_enc=W_enc,
@@ -49,6 +54,7 @@ def read(path: Path) -> Plain:
         b_out=b,
         k=settings["k"] if topk else None,
         epsilon=EPSILON if topk else None,
+        notes=notes,
     )
 
 

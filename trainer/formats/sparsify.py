@@ -1,7 +1,9 @@
 """EleutherAI's sparsify: `cfg.json` and `sae.safetensors` of a folder called after its module.
 
 `encoder.weight` [N, D], `encoder.bias` [N], `W_dec` [N, D], `b_dec` [D], `W_skip` [D, D] where there is one.
-TopK after ReLU, on raw rows; `b_dec` is taken from an SAE's input, not from a transcoder's.
+TopK after ReLU, on raw rows; `b_dec` is taken from an SAE's input, not from a transcoder's. It hooks modules
+of the base model: an SAE reads a module's own output, a transcoder its input and output. Where a family norms
+that output before it adds it (Gemma 2 and 3, OLMo 2 and 3), Winnow's `attn_out` and `mlp_out` are the norm's.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ import safetensors.torch
 import torch
 
 from schemas.errors import ConfigError, IntegrityError
+from trainer.formats.fields import refuse_tensors, require_size, unknown_fields, words
 from trainer.formats.files import folder_of, read_json, read_safetensors, refuse, take, write_json
-from trainer.formats.names import from_module
+from trainer.formats.names import added_note, from_module, module_path
 from trainer.formats.plain import Plain
 
 NAME = "sparsify"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+USED = words("activation d_in expansion_factor k num_latents signed skip_connection transcode")
+OF_TRAINING = words("multi_topk normalize_decoder")
+TENSORS = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
 
 
 def read(path: Path) -> Plain:
@@ -31,8 +37,22 @@ def read(path: Path) -> Plain:
     if not isinstance(config.get("k"), int):
         raise IntegrityError(f"{path / CONFIG}: k", expected="a number", got=config.get("k"))
     file, transcode, skip = path / WEIGHTS, bool(config.get("transcode")), bool(config.get("skip_connection"))
+    refuse_tensors(tensors, TENSORS | ({"W_skip"} if skip else set()), file)
     W_enc, b_dec = take(tensors, "encoder.weight", file), take(tensors, "b_dec", file)
-    reads, gives = from_module(path.resolve().name)
+    for name, size in zip(("num_latents", "d_in"), W_enc.shape, strict=True):
+        require_size(path / CONFIG, name, config.get(name) or None, size)
+    if not config.get("num_latents") and config.get("expansion_factor"):
+        require_size(
+            path / CONFIG, "expansion_factor", config["expansion_factor"] * W_enc.shape[1], len(W_enc)
+        )
+    name = path.resolve().name
+    reads, gives = from_module(name)
+    notes = unknown_fields(config, USED | OF_TRAINING, path / CONFIG)
+    if transcode and gives and not reads:
+        notes += (
+            f"it reads what goes into {module_path(name)}: --hook names the module whose output that is, "
+            "often the norm before it",
+        )
     return Plain(
         activation="topk",
         W_enc=W_enc,
@@ -45,6 +65,7 @@ def read(path: Path) -> Plain:
         transcoder=transcode or skip,
         hook=reads if transcode else gives,
         target_hook=gives if transcode or skip else None,
+        notes=(*notes, *added_note(gives)),
     )
 
 
