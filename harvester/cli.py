@@ -16,6 +16,7 @@ from harvester.planner import find_plan, make_plan, refuse_other
 from schemas.config import Config
 from schemas.harvest import HarvestManifest, HarvestPlan
 from store.console import Progress, emit, guard, human_bytes, load_config, print_table, say, section
+from store.info import bad_records
 from store.objects import ObjectStore, open_store
 from store.reader import load_plan
 
@@ -157,6 +158,8 @@ def _plan_facts(plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
         "windows": plan.windows,
         "windows_unused": facts.windows_unused,
         "duplicates_dropped": facts.duplicates_dropped,
+        "bad_records": facts.bad_records,
+        "bad_first": facts.bad_first,
         "bytes": sum(plan.shard_bytes(site.name) for site in plan.sites) * plan.units,
     }
 
@@ -169,6 +172,7 @@ def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
             ("subject", plan.subject.model),
             ("hooks", ", ".join(f"{site.name} (D {site.d_model})" for site in plan.sites)),
             ("documents", f"{facts['documents']:,} ({facts['duplicates_dropped']:,} duplicates dropped)"),
+            *bad_records(facts["bad_records"], facts["bad_first"]),
             ("corpus", f"{facts['corpus_tokens']:,} tokens"),
             ("units", f"{plan.units} ({plan.spec.validation_units} held out)"),
             (

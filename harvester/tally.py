@@ -6,6 +6,9 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
+BAD_NAMED = 5
+"""Records left out that are named, the first."""
+
 
 class DigestSet:
     """A set of 16-byte digests in about 32 bytes each (a Python set of bytes takes over 100).
@@ -58,6 +61,10 @@ class Tally:
     duplicates: int = 0
     bytes_done: int = 0
     """Stored (compressed) bytes read."""
+    bad: dict[str, int] = field(default_factory=dict[str, int])
+    """Records left out, by reason."""
+    bad_first: list[str] = field(default_factory=list[str])
+    """The first of them, `file, place: reason`."""
     _sha256: Any = field(default_factory=hashlib.sha256)
 
     def count(self, text: bytes, characters: int) -> None:
@@ -66,6 +73,12 @@ class Tally:
         self.characters += characters
         self._sha256.update(len(text).to_bytes(8, "little"))
         self._sha256.update(text)
+
+    def leave_out(self, where: str, reason: str) -> None:
+        """Count one record that was left out."""
+        self.bad[reason] = self.bad.get(reason, 0) + 1
+        if len(self.bad_first) < BAD_NAMED:
+            self.bad_first.append(f"{where}: {reason}")
 
     def sha256(self) -> str:
         """Digest over every document's UTF-8 text, each after its length (8 bytes, little-endian)."""

@@ -222,6 +222,8 @@ class CorpusWindows:
             documents=self._tally.documents,
             tokens=self.tokens,
             duplicates_dropped=self._tally.duplicates,
+            bad_records=self._tally.bad,
+            bad_first=tuple(self._tally.bad_first),
             windows_unused=sum(split.windows - split.planned for split in splits),
             tokens_unused=sum(split.tail for split in splits),
         )

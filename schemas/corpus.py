@@ -39,3 +39,8 @@ class CorpusSpec(Contract):
     document of its own from then on: held out, counted and compared by itself."""
     deduplicate: bool = True
     """Drop a document equal to an earlier one (by 128-bit digest; about 32 bytes of memory a document)."""
+    bad_records: Literal["refuse", "skip"] = Field(default="refuse", exclude_if=lambda how: how == "refuse")
+    """What a record without readable text does (a line that is no JSON or beyond 64 MiB, an absent column,
+    text of another type or not UTF-8): `refuse` ends the plan and names it, `skip` leaves it out and counts
+    it. A record of txt is the whole file, which is then read twice. A file that is damaged, or a Parquet file
+    without the column, is always refused. Null is empty text."""

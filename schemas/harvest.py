@@ -117,6 +117,10 @@ class CorpusFacts(Contract):
     """Tokens of all documents, with the joining EOS."""
     duplicates_dropped: int = Field(default=0, ge=0)
     """Documents equal to an earlier one."""
+    bad_records: dict[str, Annotated[int, Field(gt=0)]] = Field(default={}, exclude_if=lambda bad: not bad)
+    """Records left out by `corpus.bad_records: skip`, by reason."""
+    bad_first: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
+    """The first of them: `file, place: reason`."""
     windows_unused: int = Field(default=0, ge=0)
     """Whole windows beyond the planned units."""
     tokens_unused: int = Field(default=0, ge=0)

@@ -10,7 +10,7 @@ import typer
 
 from schemas.config import StorageSpec
 from store.console import Progress, emit, guard, human_bytes, print_table, say, stdout
-from store.info import DatasetInfo, dataset_info
+from store.info import DatasetInfo, bad_records, dataset_info
 from store.objects import ObjectStore, open_store
 from store.repair import repair
 from store.verify import LEVELS, Problem, damage, verify
@@ -122,6 +122,7 @@ def _show_info(found: DatasetInfo) -> None:
         ("weights", f"{found.subject_weights_sha256[:16]}..."),
         ("corpus", ", ".join(found.corpus)),
         ("documents", f"{found.documents:,}"),
+        *bad_records(found.bad_records, found.bad_first),
         ("corpus tokens", f"{found.corpus_tokens:,}"),
         ("hooks", ", ".join(f"{hook} (D = {width})" for hook, width in found.hooks.items())),
         ("rows a hook", f"{found.rows:,}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from schemas.base import Contract
@@ -30,6 +31,10 @@ class DatasetInfo(Contract):
     documents: int
     corpus_tokens: int
     """Tokens of the whole corpus."""
+    bad_records: dict[str, int]
+    """Records of the corpus left out, by reason."""
+    bad_first: tuple[str, ...]
+    """The first of them."""
     hooks: dict[str, int]
     """Hook -> width D."""
     dtype: str
@@ -83,6 +88,8 @@ def dataset_info(store: ObjectStore) -> DatasetInfo:
         corpus=tuple(source.uri for source in plan.corpus.sources),
         documents=plan.corpus_facts.documents,
         corpus_tokens=plan.corpus_facts.tokens,
+        bad_records=plan.corpus_facts.bad_records,
+        bad_first=plan.corpus_facts.bad_first,
         hooks={site.name: site.d_model for site in plan.sites},
         dtype=plan.spec.dtype,
         context_length=plan.spec.context_length,
@@ -102,6 +109,16 @@ def dataset_info(store: ObjectStore) -> DatasetInfo:
         dataset_sha256=manifest.dataset_sha256 if manifest else None,
         revision=manifest.revision if manifest else None,
     )
+
+
+def bad_records(counts: Mapping[str, int], first: Sequence[str]) -> list[tuple[str, str]]:
+    """Rows of a table that say which records of the corpus were left out; none where none was."""
+    if not counts:
+        return []
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+    more = sum(counts.values()) - len(first)
+    names = [*first, f"and {more:,} more"] if more else first
+    return [("records left out", reasons), *[("", name) for name in names]]
 
 
 def _state(plan: HarvestPlan, with_tokens: int, committed: int) -> State:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from harvester import spill as spill_module
 from harvester import windows as windows_module
+from harvester.cli import _show_plan
 from harvester.packing import in_keyed_order, order_key
 from harvester.planner import find_plan, make_plan, missing_tokens
 from harvester.testing import BOS, EOS, byte_subject, byte_tokenizer
@@ -28,7 +29,9 @@ from schemas.base import validate
 from schemas.config import Config
 from schemas.errors import ConfigError, IntegrityError, PlanMismatch, StoreError
 from schemas.harvest import HarvestPlan
-from store.layout import tokens_key
+from store.cli import _show_info
+from store.info import dataset_info
+from store.layout import PLAN_KEY, tokens_key
 from store.objects import ObjectStore, open_store
 from store.reader import load_plan, load_token_digests, read_tokens
 
@@ -431,3 +434,30 @@ def test_a_planner_that_is_killed_leaves_no_spill_and_can_go_on(tmp_path):
     assert not missing_tokens(plan, store)
     digests = b"".join(hashlib.sha256(unit.astype("<u4").tobytes()).digest() for unit in tokens)
     assert hashlib.sha256(digests).hexdigest() == plan.tokens_sha256
+
+
+def test_a_plan_says_which_records_it_left_out(tmp_path, capsys):
+    write_corpus(tmp_path)
+    good, _, tokens = planned(make_config(tmp_path))
+    with (tmp_path / "corpus.jsonl").open("a") as file:
+        file.write("".join(f"{{{n}\n" for n in range(7)))
+    with pytest.raises(ConfigError, match=r"line 401: expected one JSON value.*bad_records"):
+        make_plan(make_config(tmp_path), open_store(str(tmp_path / "other")), subject=byte_subject())
+    config = make_config(tmp_path, corpus={"bad_records": "skip"})
+    with pytest.raises(PlanMismatch, match=r"corpus\.bad_records"):
+        make_plan(config, open_store(config.root), subject=byte_subject())
+    config = config.model_copy(update={"root": str(tmp_path / "skipped")})
+    plan, store, same = planned(config)
+    assert (same == tokens).all()
+    assert plan.corpus_facts.sha256 == good.corpus_facts.sha256
+    assert plan.corpus_facts.bad_records == {"not JSON": 7}
+    assert plan.corpus_facts.bad_first == tuple(f"corpus.jsonl, line {n}: not JSON" for n in range(401, 406))
+    assert find_plan(config, store, subject=byte_subject()) == plan
+    _show_plan(plan, store)
+    _show_info(dataset_info(store))
+    shown = capsys.readouterr().out
+    for line in (r"records left out +│ +7 not JSON", r"corpus\.jsonl, line 405: not JSON", "and 2 more"):
+        assert len(re.findall(line, shown)) == 2
+    # what says nothing is not written: plans of before keep their fingerprint
+    stored = json.loads(open_store(str(tmp_path / "root")).get(PLAN_KEY))
+    assert not {"bad_records", "bad_first"} & {*stored["corpus"], *stored["corpus_facts"]}

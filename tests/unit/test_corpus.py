@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import harvester.corpus as corpus_module
+import harvester.records as records_module
 from harvester.corpus import cut, documents
 from harvester.packages import _matching
 from harvester.sources import find_files
@@ -39,7 +40,8 @@ def write_jsonl(path: Path, records: list[object]) -> Path:
 
 @pytest.fixture(params=[7, 2**20], ids=["chunks of 7 bytes", "chunks of 1 MiB"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(corpus_module, "CHUNK_BYTES", request.param)
+    for module in (corpus_module, records_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", request.param)
 
 
 def test_patterns_are_read_in_sorted_order(tmp_path):
@@ -347,9 +349,78 @@ def test_parquet_text_must_be_utf8(tmp_path):
 
 
 def test_an_endless_line_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "MAX_RECORD_BYTES", 2**20)
+    monkeypatch.setattr(records_module, "MAX_RECORD_BYTES", 2**20)
     (tmp_path / "a.jsonl").write_bytes(b'"' + b"x" * 3 * 2**20 + b'"')
     with pytest.raises(ConfigError, match="line 1 is too long"):
+        texts(tmp_path / "a.jsonl")
+
+
+@pytest.mark.usefixtures("chunks")
+def test_bad_lines_are_left_out_counted_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(records_module, "MAX_RECORD_BYTES", 2**17)
+    long = b'{"text": "' + b"x" * 2**18 + b'"}'
+    lines = [
+        b'{"text": "one"}', b"{", b'{"text": "\xff"}', b'{"txt": "x"}', b'{"text": 3}', b'"\\ud800"', b"[1]",
+        long, b'{"text": null}', b'{"text": "two"}', b"{}", b'"three"', long,
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    tally = Tally()
+    assert list(documents(corpus(tmp_path / "a.jsonl", bad_records="skip"), tally)) == ["one", "two", "three"]
+    assert tally.bad == {
+        "not JSON": 1,
+        "not UTF-8": 1,
+        "no such column": 2,
+        "not text": 1,
+        "not Unicode": 1,
+        "no record": 1,
+        "line too long": 2,
+    }
+    assert tally.bad_first == [
+        "a.jsonl, line 2: not JSON",
+        "a.jsonl, line 3: not UTF-8",
+        "a.jsonl, line 4: no such column",
+        "a.jsonl, line 5: not text",
+        "a.jsonl, line 6: not Unicode",
+    ]
+
+
+def test_a_line_left_out_parts_no_group(tmp_path):
+    lines = ['{"k": 1, "text": "a"}', "{", '{"k": 1, "text": "b"}', '{"text": "c"}', '{"k": 2, "text": "d"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = {"uri": str(tmp_path / "a.jsonl"), "group_by": ["k"]}
+    assert texts(source, bad_records="skip") == ["a\nb", "d"]
+
+
+def test_bad_rows_of_parquet_are_left_out(tmp_path):
+    bad = pa.array([b"fine", b"caf\xe9", None, b"last"], pa.binary())
+    for column in (bad, bad.view(pa.string()), bad.cast(pa.binary_view()).view(pa.string_view())):
+        pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+        tally = Tally()
+        spec = corpus(tmp_path / "a.parquet", bad_records="skip")
+        assert list(documents(spec, tally)) == ["fine", "last"]
+        assert (tally.bad, tally.bad_first) == ({"not UTF-8": 1}, ["a.parquet, row 1: not UTF-8"])
+
+
+@pytest.mark.usefixtures("chunks")
+def test_a_txt_file_that_is_not_utf8_is_left_out_whole(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"word " * 100 + b"caf\xe9")
+    (tmp_path / "b.txt").write_text("good")
+    tally = Tally()
+    spec = corpus(f"{tmp_path}/*.txt", bad_records="skip", max_document_chars=200)
+    assert list(documents(spec, tally)) == ["good"]
+    assert (tally.bad, tally.bad_first) == ({"not UTF-8": 1}, ["a.txt: not UTF-8"])
+
+
+def test_what_is_no_single_record_is_refused_all_the_same(tmp_path):
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="no column 'text'"):
+        texts(tmp_path / "a.parquet", bad_records="skip")
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(
+        ConfigError, match=r"none in 1 file\(s\); left out: 1 no such column; the first is a\.jsonl"
+    ):
+        texts(tmp_path / "a.jsonl", bad_records="skip")
+    with pytest.raises(ConfigError, match=r"line 1 has no column.*or set corpus\.bad_records to skip"):
         texts(tmp_path / "a.jsonl")
 
 
