@@ -21,6 +21,7 @@ from torch import Tensor
 
 from harvester.hooks import Tap
 from harvester.splice import Replacement, replaced
+from harvester.steps import Kept, Steps
 from schemas.errors import ConfigError
 
 Op = Literal["clamp", "scale", "add", "ablate"]
@@ -157,6 +158,7 @@ class _Codes:
 
 def generate(
     model: transformers.PreTrainedModel,
+    steps: Steps,
     tokenizer: transformers.PreTrainedTokenizerBase,
     prompt: Tensor,
     steer: Mapping[Tap, Sequence[Steer]],
@@ -165,12 +167,13 @@ def generate(
     seed: int,
     temperature: float,
 ) -> Iterator[GeneratedToken]:
-    """The loop behind `Subject.generate`: one pass over the prompt, then one token a pass, with a cache.
+    """The loop behind `Subject.generate`: one pass over the prompt, then one token a pass where it is cached.
 
     The model's hooks are set during a pass only, so several of these may be taken turn by turn.
 
     Args:
         model: A whole causal LM.
+        steps: Of the same model.
         tokenizer: Its tokenizer.
         prompt: int64 [1, T] on the model's device.
         steer: Where and what to change.
@@ -180,16 +183,18 @@ def generate(
     """
     draw = torch.Generator().manual_seed(seed)
     text = _Text(tokenizer, prompt[0].tolist())
-    ids, end, cache = prompt, prompt.shape[1], None
+    ids = prompt
+    kept: Kept | None = None
     for _ in range(max_new_tokens):
-        T = ids.shape[1]
+        end = ids.shape[1]
+        new = ids if kept is None else ids[:, -1:]
+        T = new.shape[1]
         replace = {
             tap: steered(steers, T, start=end - T, generated_from=prompt.shape[1])
             for tap, steers in steer.items()
         }
         with torch.no_grad(), replaced(model, replace, (1, T)):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        logits, cache = output.logits[0, -1], output.past_key_values
+            logits, kept = steps.run(new, end, kept)
         scores = logits.float().cpu()
         if temperature == 0:
             token = int(scores.argmax())
@@ -198,7 +203,7 @@ def generate(
         yield GeneratedToken(token, text.add(token), float(scores.log_softmax(0)[token]), logits)
         if token == tokenizer.eos_token_id:
             return
-        ids, end = torch.tensor([[token]], device=prompt.device), end + 1
+        ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
 
 
 class _Text:

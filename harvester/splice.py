@@ -102,6 +102,11 @@ def replaced(model: nn.Module, replace: Mapping[Tap, Replacement], shape: tuple[
             raise _not_run(tap)
 
 
+def rebuilt(output: Any, parts: Sequence[Any]) -> Any:
+    """A list, tuple or named tuple as `output` is, of other parts."""
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+
+
 def next_token_loss(logits: Tensor, token_ids: Tensor) -> Tensor:
     """Cross-entropy of each next token, in nats.
 
@@ -140,9 +145,9 @@ def _attached(model: nn.Module, tap: Tap, use: Callable[[Tap, Tensor], Tensor | 
     def on_output(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return use(tap, output)
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
             new = use(tap, output[0])
-            return None if new is None else (new, *output[1:])
+            return None if new is None else rebuilt(output, [new, *output[1:]])
         raise ConfigError(f"hook {tap.hook!r}: {tap.path} returns {type(output).__name__}, not a tensor")
 
     if tap.reads_input:

@@ -21,6 +21,7 @@ from harvester.generate import GeneratedToken, Steer, generate
 from harvester.hooks import Layout, Tap, find_layout, resolve_hook
 from harvester.pretrained import attention_of, load_model, load_tokenizer, outline_model, tokenizer_digest
 from harvester.splice import Replacement, next_token_loss, read, replaced
+from harvester.steps import Steps
 from harvester.weights import Located, digest_files, locate
 from schemas.base import validate
 from schemas.errors import ConfigError
@@ -298,6 +299,7 @@ class Subject:
                     )
         return generate(
             self.model,
+            self._steps,
             self.tokenizer,
             ids,
             {self._taps[hook][0]: steers for hook, steers in chosen.items()},
@@ -305,6 +307,10 @@ class Subject:
             seed=seed,
             temperature=temperature,
         )
+
+    @cached_property
+    def _steps(self) -> Steps:
+        return Steps(self.model)
 
     def _require_whole(self) -> None:
         if self.truncated:
@@ -393,7 +399,8 @@ class Subject:
 
     @property
     def _context_limit(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if limit and limit > 0 else None  # XLNet says -1 for none
 
 
 def _truncate(model: transformers.PreTrainedModel, layout: Layout, layers: int) -> None:

@@ -1,0 +1,154 @@
+"""Run a model on, position by position: with its own cache where that gives what whole passes give.
+
+Letters: T positions, V vocabulary.
+
+What a model keeps of earlier positions (keys and values, the state of a recurrence) has several names in
+transformers, some models keep nothing, and some give other logits with a cache than without. So the ways of
+keeping it are tried once for each model, on a few random tokens, and the first that gives what whole passes
+give is taken; where none does, every pass is a whole one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache
+
+log = logging.getLogger(__name__)
+
+Kept = dict[str, Any]
+"""What a model returned of its cache, by the argument that takes it back."""
+
+
+class _Way(NamedTuple):
+    """How a model's cache is used."""
+
+    plain: bool
+    """Given keys and values of every position; else the model makes a cache of its own."""
+    positions: bool
+    """Told where its tokens stand: some models take a pass's first token for the first of all."""
+
+
+# A model's own cache holds a window's keys where it is configured with one; Moshi's whole pass sees them all.
+_WAYS = (_Way(True, False), _Way(False, False), _Way(False, True))
+_CHOSEN = ("index_topk", "indexer_budget", "keep_window_size")
+"""Fields of a config: each position attends to the best so many of those before it."""
+
+_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+_NOISE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_PROMPT, _TOKENS = 8, 12
+"""Tokens of the trial's first pass, and of all its passes."""
+
+
+def same_logits(found: Tensor, expected: Tensor) -> bool:
+    """Whether [..., V] are equal up to float noise, measured against the logits' own spread over V."""
+    finite = expected.isfinite()
+    if found.shape != expected.shape or not torch.equal(found.isfinite(), finite):
+        return False
+    a, b = (torch.where(finite, logits, 0).float() for logits in (found, expected))
+    off, spread = (a - b).square().mean(-1).sqrt(), b.std(-1, correction=0)
+    return bool((off <= _NOISE.get(expected.dtype, 1e-3) * spread).all())
+
+
+def trial_ids(model: transformers.PreTrainedModel, windows: int, length: int) -> Tensor:
+    """int64 [windows, T] of random tokens on the model's device; T is at most `length` and the context."""
+    text: Any = model.config.get_text_config()
+    embedding: Any = model.get_input_embeddings()
+    length = min(length, getattr(text, "max_position_embeddings", None) or length)
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(embedding.num_embeddings, (windows, length), generator=draw).to(model.device)
+
+
+def turning_points(config: Any) -> frozenset[int]:
+    """Lengths past which every position of a whole pass is another one, earlier ones included.
+
+    With LongRoPE, all positions of a pass are rotated by the long factors as soon as one of them stands
+    beyond the original context.
+    """
+    found: set[int] = set()
+    for name in ("rope_parameters", "rope_scaling"):
+        common: Any = getattr(config, name, None) or {}
+        for part in (common, *(part for part in common.values() if isinstance(part, dict))):
+            if part.get("rope_type", part.get("type")) == "longrope":
+                point = part.get("original_max_position_embeddings")
+                found.add(point or config.original_max_position_embeddings)
+    return frozenset(found)
+
+
+def _choice_begins(config: Any) -> float:
+    """The length past which attention chooses among positions; where two weigh the same, float noise does."""
+    counts = [getattr(config, name, None) for name in _CHOSEN]
+    blocks, block = (getattr(config, name, None) for name in ("index_topk_blocks", "index_block_size"))
+    counts.append(blocks * block if blocks and block else None)
+    return min((count for count in counts if count), default=math.inf)
+
+
+class Steps:
+    """A whole causal LM that is run on and on; several runs may be taken turn by turn."""
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        self._model: Any = model
+        self._turns = turning_points(config)
+        self._limit = _choice_begins(config)
+        self._way = self._proved()
+
+    def run(self, ids: Tensor, end: int, kept: Kept | None) -> tuple[Tensor, Kept | None]:
+        """One pass.
+
+        Args:
+            ids: int64 [1, T], the last T of `end` tokens: all of them where nothing is kept, else one.
+            end: Tokens so far.
+            kept: What the pass before returned.
+
+        Returns:
+            Logits [V] of the last position, and what is kept for the next token; None: that one needs a
+            pass over all tokens.
+        """
+        if self._way is None:
+            return self._whole(ids), None
+        return self._cached(self._way, ids, end, kept)
+
+    def _whole(self, ids: Tensor) -> Tensor:
+        return self._model(input_ids=ids, use_cache=False).logits[0, -1]
+
+    def _cached(self, way: _Way, ids: Tensor, end: int, kept: Kept | None) -> tuple[Tensor, Kept | None]:
+        if kept is None:
+            kept = {"past_key_values": DynamicCache()} if way.plain else {}
+        if way.positions:
+            kept = {**kept, "position_ids": torch.arange(end - ids.shape[1], end, device=ids.device)[None]}
+        output = self._model(input_ids=ids, use_cache=True, **kept)
+        name = next(name for name in _CACHES if getattr(output, name, None) is not None)
+        ends = end in self._turns or end >= self._limit
+        return output.logits[0, -1], None if ends else {name: output[name]}
+
+    def _proved(self) -> _Way | None:
+        """The first way of keeping a cache that gives the logits of whole passes."""
+        ids = trial_ids(self._model, 1, _TOKENS)
+        ends = range(min(_PROMPT, ids.shape[1]), ids.shape[1] + 1)
+        with torch.no_grad():
+            whole = torch.stack([self._whole(ids[:, :end]) for end in ends])
+            for way in _WAYS:
+                try:
+                    if same_logits(torch.stack(list(self._along(way, ids, ends))), whole):
+                        return way
+                except Exception as error:
+                    log.debug("%s with a cache, %s: %r", type(self._model).__name__, way, error)
+        log.warning(
+            "%s keeps no cache that gives what a whole pass gives: every token takes a whole pass",
+            type(self._model).__name__,
+        )
+        return None
+
+    def _along(self, way: _Way, ids: Tensor, ends: range) -> Iterator[Tensor]:
+        kept: Kept | None = None
+        for end in ends:
+            new = ids[:, :end] if kept is None else ids[:, end - 1 : end]
+            logits, kept = self._cached(way, new, end, kept)
+            yield logits

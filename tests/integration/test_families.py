@@ -1,0 +1,133 @@
+"""Architectures that are not keys and values all the way: identity and generation equal whole passes.
+
+Windows, chunks and top-k are made small, and sequences longer than them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from harvester import Subject
+from harvester.generate import Steer
+from harvester.steps import same_logits
+from tests.tiny import make_subject
+from trainer import Sae
+
+MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}
+ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("mamba", {"state_size": 8}),
+    "rwkv": ("rwkv", {}),
+    "recurrent_gemma": ("recurrent_gemma", {"attention_window_size": 16, "head_dim": 8, "lru_width": 32}),
+    "jamba": (
+        "jamba",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8},
+    ),
+    "bamba": (
+        "bamba",
+        {
+            "attn_layer_indices": [1, 3],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    "minimax": ("minimax", {"head_dim": 8, "num_local_experts": 4, "block_size": 16}),
+    "zaya": (
+        "zaya",
+        {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "router_hidden_size": 8,
+        },
+    ),
+    "indexer": (
+        "deepseek_v32",
+        {**MLA, **EXPERTS, "topk_group": 1, "num_key_value_heads": 4, "index_topk": 16, "index_head_dim": 8},
+    ),
+    "gemma4, shared keys": (
+        "gemma4_text",
+        {
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 16,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 384,
+        },
+    ),
+    "phi3, longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {**ROPE, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+        },
+    ),
+    "moshi": ("moshi", {"sliding_window": 16, "head_dim": 8, "ffn_dim": 64}),
+    "gemma2, past its window": ("gemma2", {"sliding_window": 16}),
+}
+TOKENS = np.random.default_rng(0).integers(16, 256, (3, 26))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many passes of models this small: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def subject_of(tmp_path_factory: pytest.TempPathFactory):
+    made: dict[str, Subject] = {}
+
+    def load(family: str) -> Subject:
+        if family not in made:
+            architecture, fields = FAMILIES[family]
+            folder = make_subject(tmp_path_factory.mktemp("subject"), architecture, **fields)
+            made[family] = Subject.load({"model": str(folder), "device": "cpu", "attention": "eager"})
+        return made[family]
+
+    return load
+
+
+def sae() -> Sae:
+    torch.manual_seed(1)
+    sae = Sae(32, 64, 8).requires_grad_(False)
+    sae.W_enc.normal_()
+    sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_enc, dim=1))
+    return sae
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_identity_changes_no_bit(subject_of, family):
+    subject = subject_of(family)
+    clean = subject.logits(TOKENS)
+    for layer in range(subject.layout.layers):
+        for hook in (f"resid_pre.{layer}", f"resid_post.{layer}"):
+            assert torch.equal(subject.logits(TOKENS, {hook: torch.clone}), clean)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_equals_a_whole_pass_at_every_step(subject_of, family):
+    subject, prompt = subject_of(family), TOKENS[0, :6].tolist()
+    tokens = list(subject.generate(prompt, max_new_tokens=24, seed=3))
+    ids = prompt + [token.id for token in tokens]
+    for number, token in enumerate(tokens):
+        assert same_logits(token.logits, subject.logits([ids[: 6 + number]])[0, -1]), number
+    nothing = {"resid_post.1": [Steer(sae(), 7, "add", 0.0)]}
+    same = list(subject.generate(prompt, max_new_tokens=24, seed=3, steer=nothing))
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(tokens, same, strict=True))
