@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from harvester.planner import make_plan
+from harvester import planner
 from harvester.testing import byte_subject
 from harvester.windows import CorpusWindows
 from schemas.base import validate
 from schemas.config import Config, StorageSpec
 from schemas.errors import StoreError
+from store.layout import shard_key
 from store.objects import open_store
+from store.repair import repair
 from store.s3_objects import S3Store
-from store.testing import StoreConformance
+from store.testing import StoreConformance, flip_bit, make_plan, write_dataset
+from store.verify import verify
 from tests.conftest import only_aws
 from tests.faults.small_s3 import SmallS3
 
@@ -109,9 +112,44 @@ def test_nothing_is_read_or_written_before_the_store_is_known(
     with monkeypatch.context() as patch:
         patch.setattr(CorpusWindows, "read", lambda _: pytest.fail("the corpus was read"))
         with pytest.raises(StoreError, match="under a race"):
-            make_plan(config, store, subject=byte_subject())
+            planner.make_plan(config, store, subject=byte_subject())
     assert not server.objects
     one = config.model_copy(update={"storage": StorageSpec(single_writer=True)})
-    plan = make_plan(one, open_store(store.uri, one.storage), subject=byte_subject())
+    plan = planner.make_plan(one, open_store(store.uri, one.storage), subject=byte_subject())
     assert "root/plan.json" in server.objects
     assert plan.units
+
+
+# Conditional overwrites
+
+
+@pytest.mark.parametrize("wrong", [(), ("bare_etags",)])
+def test_a_repair_ends_whichever_form_of_an_etag_the_server_knows(
+    serve: Serve, wrong: tuple[str, ...]
+) -> None:
+    _, store = serve(*wrong)
+    plan = make_plan(units=2)
+    write_dataset(store, plan)
+    flip_bit(store, shard_key("resid_post.1", 1), -30)
+    assert repair(store).restored == [shard_key("resid_post.1", 1)]
+    assert verify(store, "full") == []
+    seen = store.version("plan.json")
+    store.put("plan.json", b"another's")
+    with pytest.raises(StoreError, match="changed while it was repaired"):
+        store.replace("plan.json", b"ours", seen)
+    assert store.get("plan.json") == b"another's"
+
+
+def test_an_overwrite_whose_reply_is_lost_is_found(serve: Serve) -> None:
+    server, store = serve()
+    store.put("x", b"old")
+    lost = iter([True])
+
+    def spoil(key: str, body: bytes) -> bytes:
+        if body == b"new" and next(lost, False):
+            server.objects[key] = body
+        return body
+
+    server.spoil = spoil  # the first try took effect, the one that is answered comes after it
+    store.replace("x", b"new", store.version("x"))
+    assert store.get("x") == b"new"
