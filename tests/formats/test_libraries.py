@@ -194,6 +194,46 @@ def test_dictionary_learning_reads_ours(tmp_path, activation, normalize):
     assert error(theirs(x), sae(x)) < LARGEST_ERROR
 
 
+# ---- every field ----------------------------------------------------------------------------------
+
+
+def test_every_field_that_the_libraries_write_is_known():
+    """A new version's new field fails here before a user's file carries it past us."""
+    import ast
+    import dataclasses
+    import inspect
+
+    import dictionary_learning.buffer
+    from dictionary_learning import trainers
+    from sae_lens import LanguageModelSAERunnerConfig, registry
+    from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS
+    from sparsify import SparseCoderConfig
+
+    from trainer.formats import dictionary_learning as of_dictionaries
+    from trainer.formats import saelens_fields, sparsify
+
+    def written(module):
+        """Keys of the dictionaries that a module's `config` properties return."""
+        found = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.FunctionDef)]
+        dicts = [d for n in found if n.name == "config" for d in ast.walk(n) if isinstance(d, ast.Dict)]
+        return {key.value for d in dicts for key in d.keys if isinstance(key, ast.Constant)}
+
+    known = saelens_fields.USED | saelens_fields.OF_TRAINING
+    classes = [settings for _, settings in registry.SAE_CLASS_REGISTRY.values()]
+    classes += [settings for _, settings in registry.SAE_TRAINING_CLASS_REGISTRY.values()]
+    read = [c for c in classes if c.architecture() in saelens_fields.ACTIVATIONS]
+    assert len(read) > 10
+    for settings in (*read, LanguageModelSAERunnerConfig):
+        assert {field.name for field in dataclasses.fields(settings)} - {"sae"} <= known, settings
+    assert set(LLM_METADATA_KEYS) <= known
+    names = {field.name for field in dataclasses.fields(SparseCoderConfig)} | {"d_in"}
+    assert names <= sparsify.USED | sparsify.OF_TRAINING
+    keys = set().union(*(written(module) for _, module in inspect.getmembers(trainers, inspect.ismodule)))
+    assert "submodule_name" in keys
+    assert keys <= of_dictionaries.USED | of_dictionaries.OF_TRAINING
+    assert written(dictionary_learning.buffer) <= of_dictionaries.OF_BUFFER
+
+
 # ---- the peers' own trainers, which the benchmarks measure -----------------------------------------
 
 
