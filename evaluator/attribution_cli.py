@@ -13,6 +13,7 @@ from evaluator.setting import Setting
 from harvester.subject import Subject
 from schemas.config import Config
 from schemas.errors import ConfigError
+from schemas.window import WindowRule
 from store.console import emit, guard, load_config, print_table, say
 
 HELP = """Show which latents make the subject say a token after a prompt.
@@ -21,7 +22,7 @@ For every latent active anywhere in the prompt: its first-order effect, code x g
 log-probability of --answer (or on its logit over that of --against), from one backward pass with the SAE
 spliced in and its error kept; and, for the largest, what is really lost when that latent alone is taken away.
 Positive: it speaks for the answer. The line below the table says how much lies in the SAE's error, which no
-latent explains.
+latent explains. The prompt begins as the dataset's windows do: with BOS where its plan says so.
 """
 EPILOG = (
     "Example: `winnow attribute runs/quickstart --root data/quickstart --prompt "
@@ -42,7 +43,10 @@ def command(
     config: Annotated[Path | None, typer.Option(help="YAML file with `root`, if not --root.")] = None,
     root: Annotated[str | None, typer.Option(help="The dataset the SAE was trained on.")] = None,
     top: Annotated[int, typer.Option(min=1, max=512, help="Effects shown, the largest.")] = 15,
-    skip: Annotated[int, typer.Option(min=0, help="Leading positions left out (attention sinks).")] = 1,
+    skip: Annotated[
+        int | None,
+        typer.Option(min=0, help="Leading positions left out; default the plan's `drop_leading`."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Attribute; the help text is `HELP`."""
@@ -56,21 +60,23 @@ def command(
 
 
 def told(
-    setting: Setting, prompt: str, answer: str, against: str | None, top: int, skip: int
+    setting: Setting, prompt: str, answer: str, against: str | None, top: int, skip: int | None = None
 ) -> dict[str, Any]:
     """The effects of the latents active in a prompt; see `HELP`.
 
     Returns:
-        JSON: `metric` of the clean pass, `latents` and `error` (sums of the effects), `effects` (position,
-        token, latent, code, first_order, ablated), the largest first.
+        JSON: `bos` (whether it goes before the prompt, as in the dataset), `metric` of the clean pass,
+        `latents` and `error` (sums of the effects), `effects` (position, token, latent, code, first_order,
+        ablated), the largest first.
 
     Raises:
         ConfigError: No prompt, one longer than the subject takes, or an answer that is not one token.
     """
     subject, sae, hook = setting.subject, setting.sae, setting.hook
-    ids = subject.tokenizer.encode(prompt, add_special_tokens=False)
+    rule, ids = setting.window, subject.encode(prompt, setting.window)
+    skip = setting.dataset.plan.spec.drop_leading if skip is None else skip
     if len(ids) <= skip:
-        raise ConfigError("--prompt", expected=f"more than {skip} tokens", got=len(ids))
+        raise ConfigError("--prompt", expected=f"more than {skip - rule.bos} tokens", got=len(ids) - rule.bos)
     one, other = token_of(subject, "--answer", answer), None
     if against is not None:
         other = token_of(subject, "--against", against)
@@ -92,6 +98,7 @@ def told(
     return {
         "hook": hook,
         "prompt": prompt,
+        "bos": rule.bos,
         "answer": answer,
         "against": against,
         "metric": float(metric(subject.logits(tokens[None]))),
@@ -103,7 +110,7 @@ def told(
 
 def token_of(subject: Subject, name: str, text: str) -> int:
     """The id of a text that is one token; ConfigError with its pieces where it is not."""
-    ids = subject.tokenizer.encode(text, add_special_tokens=False)
+    ids = subject.encode(text, WindowRule(control_tokens="token"))
     if len(ids) != 1:
         pieces = [subject.tokenizer.decode([piece]) for piece in ids]
         raise ConfigError(
@@ -131,4 +138,6 @@ def show(found: dict[str, Any]) -> None:
     print_table(title, lines, header=("token", "latent", "code", "first order", "lost without it"))
     if not lines:
         say("no latent that is active on the prompt has an effect: there is nothing to attribute")
+    if found["bos"]:
+        say("BOS goes before the prompt, as before each window of the dataset")
     say(f"first order: all latents {found['latents']:+.4f}, the SAE's error {found['error']:+.4f}")

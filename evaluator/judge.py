@@ -132,6 +132,8 @@ class Judged:
         judge, plan, total = _judge_of(setting), setting.dataset.plan, setting.sae.latents
         self._endpoint, self._given, self._seed = endpoint, given, setting.spec.seed
         context, words = plan.spec.context_length, dict[int, str]()
+        if (bos := setting.window.bos_token) is not None:
+            words[bos] = ""  # which stands before a window and is none of its text
 
         def word(token: int) -> str:
             if token not in words:

@@ -138,12 +138,14 @@ def explain(setting: Setting, found: Activations, latents: NDArray[np.int64]) ->
     units = train_units(setting)
     windows = unit_windows(setting, units)
     tokens = setting.tokens(windows)
+    begin = int(setting.window.bos)  # the BOS of a window is no text: `sequence_codes` puts it there again
     examples = [
-        Example(slot, int(latent), tokens[window - windows.start, : position + 1].tolist(), value)
+        Example(slot, int(latent), tokens[window - windows.start, begin : position + 1].tolist(), value)
         for slot, latent in enumerate(latents)
         for value, window, position in found.top.of(int(latent))[: spec.n2g_examples]
+        if position >= begin
     ]
-    tries, used = learn(setting, examples, len(latents), tokens)
+    tries, used = learn(setting, examples, len(latents), tokens[:, begin:])
     over = np.zeros(len(latents))
     squares = np.zeros(len(latents))
     for unit in units:  # unit by unit, so that memory holds one unit's activations

@@ -124,9 +124,8 @@ def pooled(
     Returns:
         `mean` and `max` -> float32 [n, M] over the latents active on any text, and those latents [M].
     """
-    tokenizer: Any = setting.subject.tokenizer
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    sequences = [ids[: setting.spec.probe_tokens] for ids in encoded]
+    rule = setting.window.inside  # `sequence_codes` puts before them what the windows begin with
+    sequences = [setting.subject.encode(text, rule)[: setting.spec.probe_tokens] for text in texts]
     if any(not ids for ids in sequences):
         raise ConfigError("probe tasks", expected="texts of a token at least", got="one that has none")
     sparse: dict[int, tuple[Any, Any, Any]] = {}

@@ -23,7 +23,9 @@ from schemas.evaluation import EvaluateSpec, Figure
 from schemas.harvest import HarvestPlan
 from schemas.subject import SubjectSpec
 from schemas.training import SaeCard
+from schemas.window import WindowRule
 from store import ActivationStore
+from store.console import say
 from trainer.device import resolve_device
 from trainer.sae import Sae
 
@@ -106,6 +108,7 @@ class Setting:
         sae = Sae.load(uri, device=device, storage=storage)
         assert sae.card is not None
         check_match(uri, sae.card, dataset.plan)
+        say_other_windows(uri, sae.card, dataset.plan)
         spec = spec or EvaluateSpec()
         return cls(uri, sae, sae.card, dataset, spec, chosen, device, storage, judge_key=judge_key)
 
@@ -113,6 +116,11 @@ class Setting:
     def hook(self) -> str:
         """Where the SAE reads."""
         return self.card.hook
+
+    @property
+    def window(self) -> WindowRule:
+        """How the dataset's windows begin: any other text is run alike."""
+        return WindowRule.of(self.dataset.plan)
 
     @cached_property
     def subject(self) -> Subject:
@@ -229,6 +237,16 @@ def check_match(uri: str, card: SaeCard, plan: HarvestPlan) -> None:
             expected=f"{plan.subject.model} with weights {plan.subject.weights_sha256} (the dataset's)",
             got=f"{card.identity.subject_model} with weights {card.identity.subject_weights_sha256}",
             fix=fix,
+        )
+
+
+def say_other_windows(uri: str, card: SaeCard, plan: HarvestPlan) -> None:
+    """Warn where an SAE was trained on windows that begin otherwise than a dataset's."""
+    here = WindowRule.of(plan)
+    if card.window is not None and card.window.bos != here.bos:
+        say(
+            f"warning: {uri} was trained where {card.window.words}; in this dataset {here.words}: its "
+            "activations differ"
         )
 
 

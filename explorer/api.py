@@ -22,6 +22,7 @@ from explorer.reading import Ablation, ablate, read_tokens, tokenise
 from explorer.subjects import LazySubject
 from harvester.generate import Steer
 from schemas.errors import ConfigError
+from schemas.window import WindowRule
 from store import ActivationStore
 
 MAX_TEXT = 4000
@@ -183,7 +184,7 @@ def make_router(desk: Desk) -> APIRouter:
         exhibit = desk.exhibit(sae)
         with desk.lane.visit():
             subject = desk.subject.whole()
-            ids = tokenise(subject, body.text, MAX_TOKENS)
+            ids = tokenise(subject, body.text, MAX_TOKENS, exhibit.window)
             meta = exhibit.table.meta
             reading = read_tokens(
                 subject,
@@ -205,6 +206,7 @@ def make_router(desk: Desk) -> APIRouter:
                 exhibit.sae(subject.device),
                 body.latents,
                 subject,
+                rule=exhibit.window,
                 drop_leading=meta.drop_leading,
                 sink_multiple=meta.sink_multiple,
                 texts=exhibit.table.texts,
@@ -264,7 +266,7 @@ def ablation(desk: Desk, sae: int, body: AblateBody) -> dict[str, Any]:
     with desk.lane.visit():
         subject = desk.subject.whole()
         if body.text is not None:
-            ids = tokenise(subject, body.text, MAX_TOKENS)
+            ids = tokenise(subject, body.text, MAX_TOKENS, exhibit.window)
         else:
             ids = _window(desk, body.window or 0)
         meta, own = exhibit.table.meta, exhibit.sae(subject.device)
@@ -320,11 +322,12 @@ def steering(desk: Desk, body: SteerBody) -> StreamingResponse:
     edits = [(desk.exhibit(edit.sae), edit) for edit in body.edits]
     for exhibit, edit in edits:
         desk.latent(exhibit, edit.latent)
+    rule = _common_rule([exhibit for exhibit, _ in edits] or desk.exhibits[:1])
     desk.lane.sit()
     try:
         with desk.lane.turn():
             subject = desk.subject.whole()
-            prompt = tokenise(subject, body.prompt, MAX_TOKENS)
+            prompt = tokenise(subject, body.prompt, MAX_TOKENS, rule)
             steers: dict[str, list[Steer]] = {}
             for exhibit, edit in edits:
                 steer = Steer(
@@ -348,6 +351,19 @@ def steering(desk: Desk, body: SteerBody) -> StreamingResponse:
     except BaseException:
         desk.lane.leave()
         raise
+
+
+def _common_rule(exhibits: list[Exhibit]) -> WindowRule:
+    """How a prompt begins for all of some SAEs; ConfigError where they were trained on different windows."""
+    rules = {exhibit.window.canonical(): exhibit.window for exhibit in exhibits}
+    if len(rules) > 1:
+        raise ConfigError(
+            "edits",
+            expected="SAEs of datasets whose windows begin alike",
+            got=", ".join(f"{exhibit.name}: {exhibit.window.words}" for exhibit in exhibits),
+            fix="Steer with one of them at a time",
+        )
+    return next(iter(rules.values()))
 
 
 def _lines(lane: Lane, runs: dict[str, Any]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from evaluator.report import load_evaluation
+from evaluator.setting import say_other_windows
 from explorer.explained import from_evaluation
 from explorer.index import Recipe
 from explorer.subjects import LazySubject
@@ -21,12 +23,14 @@ from schemas.config import StorageSpec
 from schemas.errors import ConfigError, StoreError
 from schemas.features import FeatureIndex, IndexSpec
 from schemas.subject import SubjectSpec
+from schemas.window import WindowRule
 from store import ActivationStore
 from store.console import Progress, emit, guard, load_config, print_table, say
 from store.objects import open_store
 
 if TYPE_CHECKING:
     from explorer.api import Desk
+    from explorer.exhibit import Exhibit
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN_VARIABLE = "WINNOW_EXPLORER_TOKEN"
@@ -152,6 +156,7 @@ def build_index(
         raise ConfigError("the dataset", expected="--root ROOT or --config FILE", got="neither")
     recipe = Recipe(sae_uri, place.root, out, scratch, spec, place.subject, place.storage)
     indexer = recipe.open()
+    say_other_windows(sae_uri, indexer.card, indexer.dataset.plan)
     with ExitStack() as crew, ExitStack() as stack:
         bars: dict[str, Progress] = {}
 
@@ -176,6 +181,7 @@ def _show(meta: FeatureIndex, out: str) -> None:
             ("latents", f"{meta.latents:,}"),
             ("windows read", f"{meta.windows:,}"),
             ("rows read", f"{meta.rows:,}"),
+            *([("how they begin", meta.window.words)] if meta.window else []),
             ("made", meta.created),
         ],
     )
@@ -257,12 +263,33 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
             )
         return found
 
+    at_hand = dataset
     try:
         dataset()
     except (StoreError, ConfigError) as error:
         say(f"explorer: the dataset is not at hand, so ablations take pasted text only ({error})")
-        return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats))
-    return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats), dataset)
+        at_hand = None
+    for exhibit in exhibits:
+        exhibit.window = window_rule(exhibit, at_hand)
+    return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats), at_hand)
+
+
+def window_rule(exhibit: Exhibit, dataset: Callable[[], ActivationStore] | None) -> WindowRule:
+    """How an SAE's windows begin: as its index says, else (an index of before) as its dataset's plan does.
+
+    Where neither is there, texts are read without BOS, and that is said.
+    """
+    meta = exhibit.table.meta
+    if meta.window is not None:
+        return meta.window
+    if dataset is not None and dataset().plan.fingerprint == meta.plan_fingerprint:
+        return WindowRule.of(dataset().plan)
+    if meta.subject.bos_token_id is not None:
+        say(
+            f"explorer: the index of {exhibit.name} does not say whether windows begin with BOS: texts are "
+            "read without it; `--root` with its dataset, or indexing anew, tells"
+        )
+    return WindowRule()
 
 
 def add_explanations(table: FeatureTable, sae: str, storage: StorageSpec) -> None:
@@ -299,6 +326,7 @@ def export_command(
         table = FeatureTable.open(index or default_index(sae), place.storage)
         add_explanations(table, sae, place.storage)
         exhibit = Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage)
+        exhibit.window = table.meta.window or WindowRule()
         files = export(exhibit, parse_latents(latents, table.meta.latents), out)
         facts = {"files": len(files), "page": str(files[0])}
         emit(facts, as_json, lambda: say(f"{len(files)} files; open {files[0]}"))

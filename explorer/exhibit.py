@@ -20,6 +20,7 @@ from explorer.directions import unit_rows
 from explorer.table import FeatureTable
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError
+from schemas.window import WindowRule
 from trainer.sae import Sae
 
 AXES = {
@@ -47,12 +48,14 @@ class Exhibit:
         uri: Its address; never sent to anybody.
         table: Its index.
         storage: How it is reached.
+        window: How a text begins that is read as one of the dataset's windows.
     """
 
     name: str
     uri: str
     table: FeatureTable
     storage: StorageSpec = field(default_factory=StorageSpec)
+    window: WindowRule = field(default_factory=WindowRule)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _sae: Sae | None = None
 
@@ -178,6 +181,7 @@ class Exhibit:
             "latents": meta.latents,
             "rows": meta.rows,
             "windows": meta.windows,
+            "bos": self.window.bos,
             "silent": int((~alive).sum()),
             "l0": float(density.sum()),
             "bands": meta.spec.bands,

@@ -191,7 +191,8 @@ def html_page(exhibit: Exhibit, rows: Sequence[Row]) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE.read_text(encoding='utf-8')}</style></head><body><main><h1>{title}</h1>"
         f'<p class="soft">{escape(meta.hook)} of {escape(meta.subject.model.rsplit("/", 1)[-1])}; '
-        f"{meta.rows:,} rows of {meta.windows:,} windows read. Hover a token for its value.</p>"
+        f"{meta.rows:,} rows of {meta.windows:,} windows read"
+        f"{'; windows begin with BOS' if exhibit.window.bos else ''}. Hover a token for its value.</p>"
         f"<p>{contents}</p>{''.join(_section(exhibit, row) for row in rows)}</main></body></html>\n"
     )
 

@@ -49,6 +49,7 @@ from schemas.config import StorageSpec
 from schemas.errors import ConfigError, MissingObject
 from schemas.features import FeatureIndex, IndexSpec
 from schemas.subject import SubjectSpec
+from schemas.window import WindowRule
 from store import ActivationStore
 from store.objects import ObjectStore, open_store
 from trainer.sae import Sae
@@ -326,6 +327,7 @@ class Indexer:
             context_length=plan.spec.context_length,
             drop_leading=plan.spec.drop_leading,
             sink_multiple=plan.spec.sink_multiple,
+            window=WindowRule.of(plan),
             windows=self.units * plan.spec.windows_per_unit,
             rows=int(sum(int(block.read.sum()) for block in self._blocks)),
             bin_count=found.BINS,

@@ -17,6 +17,7 @@ from explorer.reading import read_tokens, tokenise
 from harvester.subject import Subject
 from schemas.base import Artefact, Contract, HookName, Sha256
 from schemas.errors import ConfigError
+from schemas.window import WindowRule
 from trainer.sae import Sae
 
 MAX_TOKENS = 512
@@ -41,6 +42,8 @@ class MonitorReport(Artefact):
     sae_sha256: Sha256
     hook: HookName
     text: str
+    bos: bool = Field(default=False, exclude_if=lambda bos: not bos)
+    """Whether BOS was put before the text, as the SAE's windows begin."""
     token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
     read: tuple[bool, ...]
@@ -54,6 +57,7 @@ def monitor(
     latents: Sequence[int],
     subject: Subject,
     *,
+    rule: WindowRule | None = None,
     drop_leading: int = 1,
     sink_multiple: float = 10.0,
     texts: Sequence[str] | None = None,
@@ -61,10 +65,11 @@ def monitor(
     """Activations of chosen latents at every token of a text.
 
     Args:
-        text: At most 512 tokens.
+        text: At most 512 tokens, BOS included.
         sae: A published SAE.
         latents: At most 32 of its latents.
         subject: The subject it belongs to.
+        rule: How the dataset's windows begin; None takes what the SAE's card says of them.
         drop_leading: The dataset's `plan.drop_leading`.
         sink_multiple: The dataset's `plan.sink_multiple`.
         texts: Text of every token id, where it is at hand (an index's `texts`).
@@ -80,7 +85,8 @@ def monitor(
             expected=f"1 to {MAX_LATENTS} numbers from 0 to {sae.latents - 1}",
             got=list(latents)[:40],
         )
-    ids = tokenise(subject, text, MAX_TOKENS)
+    rule = rule or sae.card.window or WindowRule()
+    ids = tokenise(subject, text, MAX_TOKENS, rule)
     reading = read_tokens(subject, sae, ids, drop_leading=drop_leading, sink_multiple=sink_multiple)
     if texts is None:
         texts = token_texts(subject.tokenizer, subject.identity.vocabulary)
@@ -99,6 +105,7 @@ def monitor(
         sae_sha256=sae.card.weights_sha256,
         hook=sae.card.hook,
         text=text,
+        bos=rule.bos,
         token_ids=tuple(ids),
         tokens=tuple(texts[number] for number in ids),
         read=tuple(reading.read.tolist()),

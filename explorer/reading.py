@@ -15,6 +15,7 @@ from harvester.generate import Steer, steered
 from harvester.splice import next_token_loss
 from harvester.subject import Subject
 from schemas.errors import ConfigError
+from schemas.window import WindowRule
 from trainer.sae import Sae
 
 VOTES = 4
@@ -38,17 +39,22 @@ class Reading(NamedTuple):
         return torch.where(self.indices == latent, self.values, 0.0).sum(1)
 
 
-def tokenise(subject: Subject, text: str, limit: int) -> list[int]:
-    """Token ids of a text, without special tokens.
+def tokenise(subject: Subject, text: str, limit: int, rule: WindowRule) -> list[int]:
+    """Token ids of a text, as a window that holds it.
 
     Raises:
-        ConfigError: No token, or more than `limit`.
+        ConfigError: No token of the text, or more than `limit`, BOS included.
     """
-    ids = subject.tokenizer.encode(text, add_special_tokens=False)
+    ids = subject.encode(text, rule)
     most = min(limit, subject.identity.context_limit or limit)
-    if not 0 < len(ids) <= most:
-        raise ConfigError("text", expected=f"1 to {most} tokens", got=len(ids), fix="Take a shorter text")
-    return list(ids)
+    if not rule.bos < len(ids) <= most:
+        raise ConfigError(
+            "text",
+            expected=f"1 to {most - rule.bos} tokens",
+            got=len(ids) - rule.bos,
+            fix="Take a shorter text",
+        )
+    return ids
 
 
 def read_tokens(

@@ -22,10 +22,12 @@ from harvester.hooks import Layout, Tap, find_layout, resolve_hook
 from harvester.pretrained import attention_of, load_model, load_tokenizer, outline_model, tokenizer_digest
 from harvester.splice import Replacement, next_token_loss, read, replaced
 from harvester.steps import Steps
+from harvester.tokenise import ControlTokens, TextTokenizer
 from harvester.weights import Located, digest_files, locate
 from schemas.base import validate
 from schemas.errors import ConfigError
 from schemas.subject import HookSite, SubjectIdentity, SubjectSpec
+from schemas.window import WindowRule
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Subject:
         self.truncated = kept_layers is not None
         self._kept_layers = layout.layers if kept_layers is None else kept_layers
         self._taps: dict[str, tuple[Tap, int]] = {}
+        self._texts: dict[ControlTokens, TextTokenizer] = {}
 
     @classmethod
     def load(
@@ -145,6 +148,43 @@ class Subject:
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         """The subject's fast tokenizer."""
         return load_tokenizer(self._located.folder, self.spec)
+
+    def encode(self, text: str, rule: WindowRule | None = None) -> list[int]:
+        """Token ids [T] of a text, as a window that holds it.
+
+        Args:
+            text: Any text.
+            rule: How a window begins: `WindowRule.of(plan)`, or the `window` of an SAE's card. None begins
+                as the tokenizer itself does, by its post-processor: with BOS for most Llamas and Gemmas.
+
+        Raises:
+            ConfigError: The rule begins with BOS, and the tokenizer has none.
+        """
+        if rule is None:
+            rule = WindowRule(bos=self._text_tokenizer("text").bos is not None)
+        ids = self._text_tokenizer(rule.control_tokens).encode(text)
+        if not rule.bos:
+            return ids
+        return [self._bos if rule.bos_token is None else rule.bos_token, *ids]
+
+    def _text_tokenizer(self, control: ControlTokens) -> TextTokenizer:
+        if control not in self._texts:  # a copy of the tokenizer takes seconds where it is large
+            self._texts[control] = TextTokenizer(self.tokenizer, control=control, model=self.spec.model)
+        return self._texts[control]
+
+    @property
+    def _bos(self) -> int:
+        """What the tokenizer puts before a text, else what it names as BOS."""
+        own = self._text_tokenizer("text").bos
+        token = _token_id(self.tokenizer.bos_token_id) if own is None else own
+        if token is None:
+            raise ConfigError(
+                f"the tokenizer of subject {self.spec.model!r}",
+                expected="a BOS token, since windows begin with it",
+                got="none",
+                fix="Use the tokenizer that the dataset was harvested with",
+            )
+        return token
 
     @cached_property
     def identity(self) -> SubjectIdentity:
@@ -246,6 +286,7 @@ class Subject:
         self,
         prompt: str | Sequence[int],
         *,
+        bos: bool | None = None,
         max_new_tokens: int = 64,
         steer: Mapping[str, Sequence[Steer]] | None = None,
         seed: int = 0,
@@ -256,7 +297,9 @@ class Subject:
         A steer that changes no code (`add` of 0, `scale` by 1) leaves every logit bit-identical.
 
         Args:
-            prompt: Text, tokenised without BOS as a corpus is, or token ids [T].
+            prompt: Text, or token ids [T], which are taken as they are.
+            bos: Whether BOS goes before a text. None does what the tokenizer itself does, by its
+                post-processor; an SAE's `card.window.bos` says what the SAE was trained on.
             max_new_tokens: The most tokens to give; it ends earlier after EOS.
             steer: hook -> changes there; see `harvester.generate.Steer`.
             seed: Of the draw. The same seed gives a clean and a steered run the same random numbers.
@@ -271,7 +314,7 @@ class Subject:
         """
         self._require_whole()
         if isinstance(prompt, str):
-            prompt = cast("list[int]", self.tokenizer.encode(prompt, add_special_tokens=False))
+            prompt = self.encode(prompt, None if bos is None else WindowRule(bos=bos))
         if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
             raise ConfigError(
                 "generate",

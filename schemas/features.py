@@ -8,6 +8,7 @@ from pydantic import Field
 
 from schemas.base import Artefact, Contract, HookName, Sha256
 from schemas.subject import SubjectIdentity
+from schemas.window import WindowRule
 
 
 class IndexSpec(Contract):
@@ -66,6 +67,8 @@ class FeatureIndex(Artefact):
     """Leading positions of a window that are not read."""
     sink_multiple: float = Field(gt=0)
     """A row whose norm passes this multiple of the median norm is a sink, and not read."""
+    window: WindowRule | None = Field(default=None, exclude_if=lambda rule: rule is None)
+    """How a window begins; null in an index made before this was written down: the dataset's plan says it."""
     windows: int = Field(gt=0)
     """Windows read."""
     rows: int = Field(ge=0)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, model_validator
 
 from schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256
+from schemas.window import WindowRule
 
 Normalize = Literal["layer", "dataset", "none"]
 Activation = Literal["topk", "batchtopk", "relu", "jumprelu"]
@@ -399,6 +400,8 @@ class SaeCard(Artefact):
     weights_sha256: Sha256
     """Digest of `sae.safetensors`."""
     identity: SaeIdentity | None = None
+    window: WindowRule | None = Field(default=None, exclude_if=lambda rule: rule is None)
+    """How the windows began that it was trained on; null where that was not written down."""
     spec: TrainSpec | None = None
     metrics: dict[str, float] = {}
     """Held-out figures by definition id, such as `fvu_normalised.raw`."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from schemas.errors import ConfigError, IntegrityError
 from schemas.training import SaeCard, SaeIdentity, TrainSpec
+from schemas.window import WindowRule
 from store import ActivationStore
 from store.objects import ObjectStore
 from trainer.checkpoint import require_same_run
@@ -55,6 +56,7 @@ def publish(
         with_hooks=spec.with_hooks,
         weights=best,
         identity=identity,
+        window=WindowRule.of(dataset.plan),
         spec=spec,
         metrics=metrics,
     )

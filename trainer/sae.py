@@ -40,6 +40,7 @@ from schemas.base import sha256_hex
 from schemas.config import StorageSpec
 from schemas.errors import IntegrityError
 from schemas.training import Normalize, SaeCard, SaeIdentity, SaeParts, TrainSpec
+from schemas.window import WindowRule
 from trainer.codes import encode_above, encode_topk, sum_by_latent
 
 if TYPE_CHECKING:
@@ -299,6 +300,7 @@ class Sae(nn.Module):
         with_hooks: tuple[str, ...] = (),
         weights: str = "raw",
         identity: SaeIdentity | None = None,
+        window: WindowRule | None = None,
         spec: TrainSpec | None = None,
         metrics: Mapping[str, float] | None = None,
         notes: tuple[str, ...] = (),
@@ -312,6 +314,7 @@ class Sae(nn.Module):
             with_hooks: A crosscoder's other hooks.
             weights: `raw` or `ema`: which weights these are.
             identity: What they belong to.
+            window: How the windows began that they were trained on.
             spec: How they were trained.
             metrics: Held-out figures by definition id.
             notes: Of an import: what the files said that the SAE cannot hold.
@@ -329,6 +332,7 @@ class Sae(nn.Module):
             "weights": weights,
             "weights_sha256": sha256_hex(data),
             "identity": identity,
+            "window": window,
             "spec": spec,
             "metrics": dict(metrics or {}),
             "notes": notes,

@@ -8,7 +8,7 @@ import { monitorPage } from "./monitor.js";
 import { steerPage } from "./steer.js";
 import { textPage } from "./text.js";
 
-/** @typedef {{name: string, hook: string, latents: number, bands: number}} Shown */
+/** @typedef {{name: string, hook: string, latents: number, bands: number, bos: boolean}} Shown */
 /** @typedef {{saes: Shown[], subject: {model: string, ready: boolean}, axes: Record<string, string>, limits: Record<string, number>, windows: boolean}} Site */
 
 /** @type {Record<string, [string, (site: any, fields: Record<string, string>) => Promise<any>|any]>} */

@@ -1,7 +1,7 @@
 // Watch chosen latents over a text, and take the result along as JSON.
 import { get, remember } from "./api.js";
 import { el, field, number, select, waiting } from "./dom.js";
-import { SAMPLE, slow } from "./text.js";
+import { SAMPLE, begins, slow } from "./text.js";
 import { about, link, strip } from "./tokens.js";
 
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
@@ -27,7 +27,7 @@ export function monitorPage(site, fields) {
   });
   if (fields.latents) run();
   return [
-    el("div", { class: "head" }, el("h1", {}, "Monitor"), el("span", { class: "soft" }, "Heat is relative to the largest activation the index has seen")),
+    el("div", { class: "head" }, el("h1", {}, "Monitor"), el("span", { class: "soft" }, `Heat is relative to the largest activation the index has seen. ${begins(site)}`)),
     el("form", { class: "card", onsubmit: (/** @type {Event} */ event) => { event.preventDefault(); remember({ text: text.value, latents: chosen.value, sae: now.sae }); run(); } },
       field("Text", text),
       el("div", { class: "bar" },

@@ -1,7 +1,7 @@
 // The steering bench: the same prompt and the same random numbers, clean beside steered, as they come.
 import { ask, get, remember } from "./api.js";
 import { el, field, number, select } from "./dom.js";
-import { slow } from "./text.js";
+import { begins, slow } from "./text.js";
 import { about, link } from "./tokens.js";
 
 /** @typedef {{sae: number, latent: number, op: string, strength: number}} Edit */
@@ -81,7 +81,7 @@ export function steerPage(site, fields) {
   const stop = el("button", { type: "button", class: "quiet", disabled: true, onclick: () => running?.abort() }, "Stop");
   draw();
   return [
-    el("div", { class: "head" }, el("h1", {}, "Steering bench"), el("span", { class: "soft" }, `The same prompt and the same random numbers through ${site.subject.model}, twice`)),
+    el("div", { class: "head" }, el("h1", {}, "Steering bench"), el("span", { class: "soft" }, `The same prompt and the same random numbers through ${site.subject.model}, twice. ${begins(site)}`)),
     el("form", { class: "card", onsubmit: (/** @type {Event} */ event) => { event.preventDefault(); run(); } },
       field("Prompt", prompt), list,
       el("div", { class: "row" }, el("button", { type: "button", class: "quiet", onclick: () => { if (edits.length < 8) { edits.push({ sae: 0, latent: 0, op: "clamp", strength: 1 }); save(); draw(); } } }, "Add a change")),

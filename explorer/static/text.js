@@ -8,6 +8,9 @@ export const SAMPLE = "In the beginning God created the heaven and the earth. To
 /** Why a request to the model may take long. @param {any} site @param {string} what */
 export const slow = (site, what) => (site.subject.ready ? what : `Loading ${site.subject.model}, then ${what.charAt(0).toLowerCase()}${what.slice(1)}`);
 
+/** What goes before a text, where anything does. @param {import("./main.js").Site} site */
+export const begins = (site) => (site.saes.some((sae) => sae.bos) ? "BOS goes before the text, as before each window of the dataset" : "");
+
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
 export function textPage(site, fields) {
   const now = { sae: "0", text: SAMPLE, ...fields };
@@ -20,7 +23,7 @@ export function textPage(site, fields) {
   });
   if (fields.text) run();
   return [
-    el("div", { class: "head" }, el("h1", {}, "Which latents fire on this text?")),
+    el("div", { class: "head" }, el("h1", {}, "Which latents fire on this text?"), el("span", { class: "soft" }, begins(site))),
     el("form", { class: "card", onsubmit: (/** @type {Event} */ event) => { event.preventDefault(); remember({ text: box.value, sae: now.sae, at: undefined }); run(); } },
       field("Text", box),
       el("div", { class: "bar" },

@@ -17,6 +17,7 @@ from typing import TypeVar
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError
 from schemas.training import SaeCard
+from schemas.window import WindowRule
 from store.objects import open_store
 from trainer.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from trainer.formats.files import refuse
@@ -108,6 +109,7 @@ def import_sae(
     return sae.save(
         store,
         notes=plain.notes,
+        window=None if plain.bos is None else WindowRule(bos=plain.bos),
         hook=hook or plain.hook or UNKNOWN_HOOK,
         target_hook=(target_hook or plain.target_hook or UNKNOWN_HOOK) if plain.transcoder else None,
     )

@@ -64,6 +64,8 @@ class Plain:
     """The subject, as its own library names it."""
     centred: bool = False
     """Rows are without their mean over D (TransformerLens' `center_writing_weights`); not with `epsilon`."""
+    bos: bool | None = None
+    """Whether the windows it was trained on began with BOS; None where the files do not say."""
     notes: tuple[str, ...] = ()
     """What the files say that the SAE cannot hold, a sentence each."""
 
@@ -145,6 +147,7 @@ def from_sae(sae: Sae, model: str | None = None) -> Plain:
         target_hook=card.target_hook if card else None,
         centred=parts.centred,
         model=model or (card.identity.subject_model if card and card.identity else None),
+        bos=card.window.bos if card and card.window else None,
     )
 
 

@@ -116,6 +116,7 @@ def read(path: Path, *, centred: bool | None = None) -> Plain:
         hook=hook,
         target_hook=target,
         model=about.get("model_name"),
+        bos=None if (bos := about.get("prepend_bos")) is None else bool(bos),
         centred=bool(read_centred),
         notes=(
             *_centring_notes(read_centred, target_centred),
@@ -202,7 +203,7 @@ def _config(plain: Plain, architecture: str) -> dict[str, Any]:
         "hook_name": to_lens(plain.hook),
         "hook_layer": layer_of(plain.hook),
         "hook_head_index": None,
-        "prepend_bos": False,
+        "prepend_bos": bool(plain.bos),
     }
     if plain.centred:
         metadata["model_from_pretrained_kwargs"] = {CENTRES: True}
