@@ -85,6 +85,7 @@ def make_plan(
     stored = _stored_plan(store)
     if stored is not None:
         refuse_other(stored, config, store, identity, sites)
+        identity = stored.subject  # the same but for the place of its files
     store.probe(single_writer=config.storage.single_writer)  # before hours of reading, and before any put
     folder = config.harvest.temp_dir or tempfile.gettempdir()
     shown = PlanProgress(progress, files)
@@ -128,7 +129,7 @@ def find_plan(
     """The root's plan, if there is a whole one, checked against the config without reading the corpus.
 
     Sections that the config leaves out are not compared. Without `subject`, what the config itself says of
-    the subject is compared (name, and dtype, attention and commit where they are given outright).
+    the subject is compared (its files, and dtype, attention and commit where they are given outright).
 
     Returns:
         The plan; None where there is none, or token chunks are missing (`make_plan` fills them in).
@@ -157,7 +158,10 @@ def plan_differences(
     identity: SubjectIdentity | None = None,
     sites: tuple[HookSite, ...] | None = None,
 ) -> list[str]:
-    """Where `plan` is not what `config` would make: `field: stored X, asked for Y` for each."""
+    """Where `plan` is not what `config` would make: `field: stored X, asked for Y` for each.
+
+    The subject is known by the digests of its weights and tokenizer: where its files lie is provenance.
+    """
     stored: dict[str, Any] = plan.model_dump(mode="json")
     wanted = dict(stored)
     if config.plan is not None:
@@ -165,12 +169,28 @@ def plan_differences(
     if config.corpus is not None:
         wanted["corpus"] = config.corpus.model_dump(mode="json")
     if identity is not None:
-        wanted["subject"] = identity.model_dump(mode="json")
+        wanted["subject"] = {**identity.model_dump(mode="json"), **_moved(plan.subject, identity)}
     elif config.subject is not None:
-        wanted["subject"] = {**stored["subject"], **_stated(config.subject)}
+        moved = _moved(plan.subject, config.subject)
+        wanted["subject"] = {**stored["subject"], **_stated(config.subject), **moved}
     if sites is not None:
         wanted["sites"] = [site.model_dump(mode="json") for site in sites]
     return differing_fields(stored, wanted)
+
+
+def _moved(planned: SubjectIdentity, found: SubjectIdentity | SubjectSpec) -> dict[str, Any]:
+    """The planned place of the subject's files, where the same files lie elsewhere now; else nothing."""
+    if found.model == planned.model:
+        return {}
+    if isinstance(found, SubjectSpec):
+        # Here, not above: it brings transformers, which only a subject with another name needs.
+        from harvester.weights import holds
+
+        same = holds(found, planned)
+    else:
+        digests = found.weights_sha256, found.tokenizer_sha256
+        same = digests == (planned.weights_sha256, planned.tokenizer_sha256)
+    return {"model": planned.model, "revision": planned.revision} if same else {}
 
 
 def _stated(spec: SubjectSpec) -> dict[str, Any]:
@@ -199,6 +219,11 @@ def refuse_other(
             f"{store.uri} already holds another plan",
             got="; ".join(lines[:12]),
             fix="Name another root, or restore these fields in the config",
+        )
+    if config.subject is not None and config.subject.model != plan.subject.model:
+        say(
+            f"{config.subject.model} holds the weights and the tokenizer that were planned as "
+            f"{plan.subject.model}"
         )
 
 

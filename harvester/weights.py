@@ -23,10 +23,10 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 from harvester.packages import is_package_uri, resolve_package
-from harvester.pretrained import convert, first_line
+from harvester.pretrained import convert, first_line, load_tokenizer, tokenizer_digest
 from schemas.base import sha256_hex
 from schemas.errors import ConfigError, StoreError
-from schemas.subject import SubjectSpec
+from schemas.subject import SubjectIdentity, SubjectSpec
 from store.local_objects import expand_user
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,26 @@ def locate(spec: SubjectSpec) -> Located:
         )
     folder = _fetch(spec)
     return Located(folder, weight_files(folder), folder.name if folder.parent.name == "snapshots" else None)
+
+
+def holds(spec: SubjectSpec, planned: SubjectIdentity) -> bool:
+    """Whether the local files that `spec` names are `planned`'s, by the digests of weights and tokenizer.
+
+    False for a hub id, whose files would have to be fetched first.
+
+    Raises:
+        ConfigError, DependencyMissing, StoreError: As for `locate` and `load_tokenizer`.
+    """
+    path = expand_user(spec.model)
+    if path.suffix == ".gguf" and path.is_file():
+        if digest_files([path.resolve()]) != planned.weights_sha256:
+            return False  # without converting it first
+    elif not path.is_dir() and not is_package_uri(spec.model):
+        return False
+    located = locate(spec)
+    if digest_files(located.weights) != planned.weights_sha256:
+        return False
+    return tokenizer_digest(load_tokenizer(located.folder, spec)) == planned.tokenizer_sha256
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

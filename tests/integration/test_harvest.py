@@ -10,11 +10,15 @@ import yaml
 from typer.testing import CliRunner
 
 from harvester import Subject
+from harvester.cli import ensure_plan
+from harvester.single import local_worker
 from store import ActivationStore
 from store.console import load_config
 from store.objects import open_store
-from store.reader import receipts_present
+from store.reader import load_plan, receipts_present
+from store.verify import verify
 from tests.pipeline import pipeline_config
+from tests.tiny import make_subject
 from winnow import app
 
 
@@ -71,6 +75,27 @@ def test_another_plan_on_the_same_root_is_refused_with_the_differing_fields(harv
     assert "dtype" in shown
     code, out, _ = winnow("harvest", config, "--json")
     assert json.loads(out)["dataset_sha256"] == facts["dataset_sha256"]
+
+
+def test_a_subject_that_moves_stops_no_harvest(tmp_path):
+    """Half a harvest, then the subject's folder lies elsewhere byte for byte: the same command goes on."""
+    config = pipeline_config(tmp_path)
+    loaded = load_config(config)
+    store = open_store(loaded.root)
+    plan = ensure_plan(loaded, store)
+    local_worker(loaded, store, plan).run(0)
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "subject").rename(moved)
+    here = ("--single-writer", "--json", "--set")
+    code, out, err = winnow("harvest", config, *here, f"subject.model={moved}")
+    assert code == 0, err
+    assert f"{moved} holds the weights and the tokenizer that were planned as" in " ".join(err.split())
+    assert verify(store, "full") == []
+    assert json.loads(out)["plan_fingerprint"] == plan.fingerprint == load_plan(store).fingerprint
+    other = make_subject(tmp_path / "other", "llama", layers=3, width=16, seed=1)
+    code, _, err = winnow("harvest", config, *here, f"subject.model={other}")
+    assert code == 2
+    assert "subject.model: stored" in " ".join(err.split())
 
 
 def test_batch_shape_is_no_part_of_the_identity(harvested):

@@ -301,6 +301,27 @@ def test_another_plan_is_refused_with_the_fields_before_reading(tmp_path, monkey
     assert tree(tmp_path / "root") == before
 
 
+def test_a_subject_that_moved_is_the_same_by_its_digests(tmp_path, capsys):
+    """Of a name that is no folder here nothing can be digested, so the identity is handed in."""
+    write_corpus(tmp_path)
+    config = make_config(tmp_path)
+    plan, store, _ = planned(config)
+    store.delete(tokens_key(0))
+    before = tree(tmp_path / "root")
+    moved = byte_subject(model="elsewhere", revision="a" * 40)
+    renamed = config.model_copy(update={"subject": config.subject.model_copy(update={"model": "elsewhere"})})
+    assert find_plan(renamed, store, subject=moved) is None, "a token chunk is missing"
+    for other in ({"weights_sha256": "ab" * 32}, {"tokenizer_sha256": "ab" * 32}):
+        with pytest.raises(PlanMismatch, match=r"subject\.model: stored 'testing/tokenizer-only'"):
+            make_plan(renamed, store, subject=byte_subject(model="elsewhere", **other))
+    assert tree(tmp_path / "root") == before
+    with pytest.raises(PlanMismatch, match=r"subject\.revision"):  # the same name, another commit
+        find_plan(config, store, subject=byte_subject(revision="a" * 40))
+    assert make_plan(renamed, store, subject=moved) == plan
+    assert "elsewhere holds the weights and the tokenizer that were planned as" in capsys.readouterr().err
+    assert find_plan(renamed, store, subject=moved) == plan
+
+
 def test_attention_is_the_plans_unless_it_is_given(tmp_path):
     write_corpus(tmp_path)
     config = make_config(tmp_path)
