@@ -7,24 +7,36 @@ the blocks below the hook hand on what they gave then, and only what lies above 
 `Tail.patched` for whole windows, `Tail.continued` for a few positions after the one that changed, with
 the keys and values of the positions before it taken from the first pass. Equal to the whole forward pass
 with the hook replaced (`Subject.logits(..., replace=...)`) up to float noise.
+
+Not every architecture can be run so: a recurrence has no keys and values to begin from, and some upper
+blocks need more of the lower ones than the stream (Gemma 4's shared keys). What may be spared is therefore
+tried, once for each hook, on two short windows; what does not hold there is computed.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from harvester.hooks import Tap, resolve_hook
-from harvester.splice import Replacement, read, replaced
+from harvester.hooks import resolve_hook
+from harvester.splice import Replacement, read, rebuilt, replaced
+from harvester.steps import same_logits, trial_ids, turning_points
 from harvester.subject import Subject
 from schemas.errors import ConfigError
 from schemas.subject import parse_hook
+
+log = logging.getLogger(__name__)
+
+_TRIAL = 12
+"""Positions of the windows on which it is tried what may be spared."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +49,21 @@ class Pass:
     """[W, T, D]: the activation at the hook."""
     logits: Tensor
     """[W, T, V]; empty where they were not asked for."""
-    below: Tensor | None
-    """[W, T, width]: what enters the first block that is run again; None where all of them are."""
+    below: Any
+    """What the last block that is spared returned; None where none is."""
+    continues: bool
+    """Whether it was made for `continued`."""
     cache: Any
     """Keys and values of every block, or None."""
+
+
+class _Spared(NamedTuple):
+    """What a run from the hook upward does without."""
+
+    blocks: bool
+    """The blocks below the hook."""
+    positions: bool
+    """In `continued`, those before the one that changes."""
 
 
 class Tail:
@@ -70,38 +93,24 @@ class Tail:
         named = parse_hook(hook)
         layer = self._tap.layer or 0
         self._first = layer + 1 if named and named[0] == "resid_post" else layer
-        self._at_edge = named is not None and named[0].startswith("resid_") and self._first > 0
-        self._kinds: dict[int, int | None] = {}
+        self._turns = turning_points(subject.model.config.get_text_config())
 
     @property
     def spared(self) -> float:
         """Share of the blocks that a patched pass does not run."""
-        return self._first / self._layout.layers
+        return self._first / self._layout.layers if self._spares.blocks else 0.0
 
     def start(self, token_ids: Any, *, keep_cache: bool = False, logits: bool = True) -> Pass:
         """One clean pass.
 
         Args:
             token_ids: Integers [W, T]; the logits take W*T*V numbers.
-            keep_cache: Keep keys and values, which `continued` needs.
+            keep_cache: Keep what `continued` needs.
             logits: Run it to its end; else it stops at the hook.
         """
         ids = torch.as_tensor(token_ids.astype("int64") if hasattr(token_ids, "astype") else token_ids)
         ids = ids.to(self.subject.device, torch.int64)
-        cache = DynamicCache() if keep_cache else None
-        taps, edge = [self._tap], None
-        if self._first and not self._at_edge:
-            edge = Tap(f"resid_post.{self._first - 1}", self._path(self._first - 1), False, self._first - 1)
-            taps.append(edge)
-        made = [torch.empty(0)]
-
-        def run() -> None:
-            made[0] = self._forward(ids, cache)
-
-        with torch.no_grad(), self._observed():
-            found = read(self._model, taps, run, (ids.shape[0], ids.shape[1]), stop=not logits)
-        below = found[edge.hook] if edge else found[self.hook] if self._at_edge else None
-        return Pass(ids, found[self.hook], made[0], below, cache)
+        return self._start(ids, keep_cache, logits, self._spares)
 
     def patched(self, start: Pass, fn: Replacement) -> Tensor:
         """Logits [W, T, V] with the hook's rows replaced by `fn` of them.
@@ -111,11 +120,6 @@ class Tail:
             fn: Rows [W*T, D] -> the rows that take their place; it must not change its argument.
         """
         shape = (start.ids.shape[0], start.ids.shape[1])
-        if self._at_edge:
-            new = fn(start.rows.reshape(-1, start.rows.shape[-1]))
-            below = new.to(start.rows.dtype).view_as(start.rows)
-            with torch.no_grad(), self._skipping(below):
-                return self._forward(start.ids, None)
         with torch.no_grad(), self._skipping(start.below), replaced(self._model, {self._tap: fn}, shape):
             return self._forward(start.ids, None)
 
@@ -132,33 +136,102 @@ class Tail:
         Returns:
             [n, stop - first, V] in the LM's dtype.
         """
-        if start.cache is None:
+        if not start.continues:
             raise ValueError("the clean pass was made without keep_cache")
+        if start.cache is None or any(stop <= turn < start.ids.shape[1] for turn in self._turns):
+            return self._one_by_one(start, window, first, stop, rows)
+        return self._continued(start, window, first, stop, rows)
+
+    def _start(self, ids: Tensor, keep_cache: bool, logits: bool, spares: _Spared) -> Pass:
+        shape = (ids.shape[0], ids.shape[1])
+        cache = DynamicCache() if keep_cache and spares.positions else None
+        made: list[Any] = [torch.empty(0), None]
+
+        def run() -> None:
+            made[0] = self._forward(ids, cache)
+
+        def keep(_: Any, __: Any, output: Any) -> None:
+            made[1] = _each(output, ids.shape, torch.clone)
+
+        with ExitStack() as stack:
+            if spares.blocks and self._first:
+                stack.callback(self._block(self._first - 1).register_forward_hook(keep).remove)
+            stack.enter_context(torch.no_grad())
+            found = read(self._model, [self._tap], run, shape, stop=not logits)
+        return Pass(ids, found[self.hook], made[0], made[1], keep_cache, cache)
+
+    def _continued(self, start: Pass, window: int, first: int, stop: int, rows: Tensor) -> Tensor:
+        """On the keys and values of the positions before `first`."""
         n, length = len(rows), stop - first
         ids = start.ids[window, first:stop].expand(n, -1)
         here = start.rows[window, first:stop].repeat(n, 1, 1)
         here[:, 0] = rows.to(here.dtype)
         cache = self._prefix(start.cache, window, first, n)
-        if self._at_edge:
-            with torch.no_grad(), self._skipping(here):
-                return self._forward(ids, cache)
-        below = None if start.below is None else start.below[window, first:stop].expand(n, -1, -1)
+        below = _each(
+            start.below,
+            start.ids.shape,
+            lambda part: part[window, first:stop].expand(n, *[-1] * (part.ndim - 1)),
+        )
         swap: Replacement = lambda _: here.reshape(n * length, -1)  # noqa: E731
-        with (
-            torch.no_grad(),
-            self._skipping(below),
-            replaced(self._model, {self._tap: swap}, (n, length)),
-        ):
+        with torch.no_grad(), self._skipping(below), replaced(self._model, {self._tap: swap}, (n, length)):
             return self._forward(ids, cache)
 
-    def _forward(self, ids: Tensor, cache: Any) -> Tensor:
-        return self._model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
+    def _one_by_one(self, start: Pass, window: int, first: int, stop: int, rows: Tensor) -> Tensor:
+        """Over all positions of the window, one variant at a time: the logits of all would be too many."""
+        here = slice(window, window + 1)
+        below = _each(start.below, start.ids.shape, lambda part: part[here])
+        alone = Pass(start.ids[here], start.rows[here], start.logits, below, True, None)
 
-    def _path(self, layer: int) -> str:
-        return f"{self._layout.blocks}.{layer}"
+        def one(row: Tensor) -> Replacement:
+            def swap(x: Tensor) -> Tensor:
+                x = x.clone()
+                x[first] = row.to(x.dtype)
+                return x
+
+            return swap
+
+        return torch.stack([self.patched(alone, one(row))[0, first:stop] for row in rows])
+
+    @cached_property
+    def _spares(self) -> _Spared:
+        """The most that can be spared such that the logits are those of whole passes."""
+        ids = trial_ids(self._model, 2, _TRIAL)
+        place = ids.shape[1] // 2
+
+        def change(x: Tensor) -> Tensor:
+            x = x.clone().view(*ids.shape, -1)
+            x[:, place] = x[:, place].flip(-1)
+            return x.flatten(0, 1)
+
+        clean = self.subject.logits(ids)
+        changed = self.subject.logits(ids, {self.hook: change})
+
+        def holds(spares: _Spared) -> bool:
+            start = self._start(ids, True, True, spares)
+            row = start.rows[1, place].flip(-1)
+            return (
+                same_logits(self.patched(start, lambda x: x), clean)
+                and same_logits(self.patched(start, change), changed)
+                and same_logits(
+                    self.continued(start, 1, place, ids.shape[1], row[None])[0], changed[1, place:]
+                )
+            )
+
+        for spares in (_Spared(True, True), _Spared(True, False)):
+            try:
+                if holds(spares):
+                    return spares
+            except Exception as error:
+                log.debug("%s at %s, %s: %r", self.subject.spec.model, self.hook, spares, error)
+        log.warning("subject %s: every pass of %s is a whole one", self.subject.spec.model, self.hook)
+        return _Spared(False, False)
+
+    def _forward(self, ids: Tensor, cache: Any) -> Tensor:
+        kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        return self._model(input_ids=ids, use_cache=cache is not None, **kept).logits
 
     def _block(self, layer: int) -> Any:
-        return self._model.get_submodule(self._path(layer))
+        return self._model.get_submodule(f"{self._layout.blocks}.{layer}")
 
     def _prefix(self, cache: Any, window: int, first: int, n: int) -> Any:
         """Keys and values of the positions before `first`, for n variants.
@@ -175,28 +248,20 @@ class Tail:
         return made
 
     @contextmanager
-    def _observed(self) -> Iterator[None]:
-        """Note whether each block below returns a tensor or a tuple of how many."""
+    def _skipping(self, below: Any) -> Iterator[None]:
+        """Blocks under the first one hand on `below` instead of computing; all compute where it is None."""
         with ExitStack() as stack:
-            for layer in range(self._first):
-
-                def note(_: Any, __: Any, output: Any, layer: int = layer) -> None:
-                    self._kinds[layer] = len(output) if isinstance(output, tuple) else None
-
-                stack.callback(self._block(layer).register_forward_hook(note).remove)
-            yield
-
-    @contextmanager
-    def _skipping(self, below: Tensor | None) -> Iterator[None]:
-        """Blocks under the first one hand on `below` instead of computing."""
-        with ExitStack() as stack:
-            for layer in range(self._first):
+            for layer in range(self._first if below is not None else 0):
                 block = self._block(layer)
-                block.forward = _handing_on(below, self._kinds[layer])
+                block.forward = lambda *_, **__: below
                 stack.callback(block.__dict__.pop, "forward")
             yield
 
 
-def _handing_on(value: Tensor | None, width: int | None) -> Callable[..., Any]:
-    output: Any = value if width is None else (value, *[None] * (width - 1))
-    return lambda *_, **__: output
+def _each(output: Any, shape: torch.Size, make: Callable[[Tensor], Tensor]) -> Any:
+    """What a block returned with `make` of every tensor [W, T, ...] in it; `shape` is (W, T)."""
+    if isinstance(output, Tensor):
+        return make(output) if output.shape[:2] == shape else output
+    if isinstance(output, (tuple, list)):
+        return rebuilt(output, [_each(part, shape, make) for part in output])
+    return output

@@ -21,12 +21,12 @@ HOOK = "resid_post.1"
 D_MODEL = 16
 
 
-def toy_config(folder: Path, *, units: int = 2, **plan: Any) -> Config:
+def toy_config(folder: Path, *, units: int = 2, **sections: Any) -> Config:
     """Plan and harvest the toy pipeline in this process (no Ray); returns its config.
 
-    `plan` overrides fields of its plan.
+    `sections` override fields of its config's sections: `plan={"context_length": 8}`.
     """
-    path = pipeline_config(folder, units=units, storage={"single_writer": True}, plan=plan)
+    path = pipeline_config(folder, units=units, storage={"single_writer": True}, **sections)
     config = load_config(path)
     store = open_store(config.root, config.storage)
     harvest(config, store, ensure_plan(config, store))

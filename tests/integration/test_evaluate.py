@@ -226,7 +226,7 @@ def stored(folder) -> Evaluation:
 
 
 def test_a_second_dataset_keeps_the_figures_of_the_first(toy, tmp_path, monkeypatch):
-    other = toy_config(tmp_path / "other", units=1, seed=5)
+    other = toy_config(tmp_path / "other", units=1, plan={"seed": 5})
     uri = save_sae(toy, tmp_path / "sae", random_sae())
     first = ("evaluate", uri, "--root", toy.root, "--windows", 4)
     assert winnow(*first, "--metrics", "reconstruction,downstream")[0] == 0
@@ -288,7 +288,7 @@ def test_a_file_of_version_1_0_is_read_and_kept(toy, tmp_path):
 
 
 def test_saes_are_compared_on_the_dataset_that_all_have(toy, tmp_path):
-    other = toy_config(tmp_path / "other", units=1, seed=5)
+    other = toy_config(tmp_path / "other", units=1, plan={"seed": 5})
     uris = [save_sae(toy, tmp_path / name, random_sae(seed=i)) for i, name in enumerate(("one", "two"))]
     for uri, roots in zip(uris, ((toy.root, other.root), (toy.root,)), strict=True):
         for root in roots:

@@ -1,10 +1,11 @@
-"""Architectures that are not keys and values all the way: identity and generation equal whole passes.
+"""Architectures that are not keys and values all the way: identity, tail and generation equal whole passes.
 
 Windows, chunks and top-k are made small, and sequences longer than them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from evaluator import ablation, downstream
+from evaluator.setting import Setting
 from harvester import Subject
 from harvester.generate import Steer
 from harvester.steps import same_logits
+from harvester.tail import Tail
+from schemas.evaluation import EvaluateSpec
+from tests.evaluated import D_MODEL, HOOK, random_sae, save_sae, toy_config
 from tests.tiny import make_subject
 from trainer import Sae
 
@@ -112,6 +118,10 @@ def sae() -> Sae:
     return sae
 
 
+def noisy(x: torch.Tensor) -> torch.Tensor:
+    return x * 0.7 + 0.1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_identity_changes_no_bit(subject_of, family):
     subject = subject_of(family)
@@ -119,6 +129,33 @@ def test_an_identity_changes_no_bit(subject_of, family):
     for layer in range(subject.layout.layers):
         for hook in (f"resid_pre.{layer}", f"resid_post.{layer}"):
             assert torch.equal(subject.logits(TOKENS, {hook: torch.clone}), clean)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tail_equals_the_whole_pass(subject_of, family):
+    subject = subject_of(family)
+    clean = subject.logits(TOKENS)
+    for hook in ("resid_post.1", "resid_pre.2", "resid_post.3"):
+        tail = Tail(subject, hook)
+        start = tail.start(TOKENS, keep_cache=True)
+        assert same_logits(start.logits, clean)
+        assert same_logits(tail.patched(start, torch.clone), clean)
+        assert same_logits(tail.patched(start, noisy), subject.logits(TOKENS, {hook: noisy}))
+        for window, first, stop in ((1, 19, 24), (2, 9, 14)):
+            row = start.rows[window, first]
+            rows = torch.stack([row, noisy(row)])
+            found = tail.continued(start, window, first, stop, rows)
+            whole = torch.stack([whole_pass(subject, hook, window, first, variant) for variant in rows])
+            assert same_logits(found, whole[:, first:stop])
+
+
+def whole_pass(subject: Subject, hook: str, window: int, first: int, row: torch.Tensor) -> torch.Tensor:
+    def swap(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[first] = row
+        return x
+
+    return subject.logits(TOKENS[window : window + 1], {hook: swap})[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,3 +168,26 @@ def test_generation_equals_a_whole_pass_at_every_step(subject_of, family):
     nothing = {"resid_post.1": [Steer(sae(), 7, "add", 0.0)]}
     same = list(subject.generate(prompt, max_new_tokens=24, seed=3, steer=nothing))
     assert all(torch.equal(a.logits, b.logits) for a, b in zip(tokens, same, strict=True))
+
+
+def test_what_is_spared_and_what_is_whole(subject_of, caplog):
+    assert Tail(subject_of("zaya"), "resid_post.1").spared == 0.5
+    with caplog.at_level(logging.WARNING):
+        assert Tail(subject_of("gemma4, shared keys"), "resid_post.1").spared == 0
+    assert "every pass of resid_post.1 is a whole one" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "jamba"])
+def test_figures_of_a_subject_with_states(tmp_path, architecture):
+    fields = {"num_experts": 2} if architecture == "jamba" else {}
+    make_subject(tmp_path / "subject", architecture, layers=3, width=D_MODEL, **fields)
+    config = toy_config(tmp_path, units=1, subject={"attention": "eager"}, plan={"hooks": [HOOK]})
+    uri = save_sae(config, tmp_path / "sae", random_sae())
+    spec = EvaluateSpec(windows=4, ablation_tokens=4, ablation_rows=2, ablation_latents=2)
+    setting = Setting.open(uri, config.root, spec)
+    figures = {figure.id: figure.value for figure in downstream.measure(setting).figures}
+    own = setting.subject.loss(setting.tokens(setting.windows)).mean().item()
+    assert figures["ce_clean"] == pytest.approx(own, rel=1e-4)
+    sparsity = next(one for one in ablation.measure(setting).figures if one.id == "ablation_sparsity").value
+    assert sparsity is not None
+    assert 0 < sparsity <= 1

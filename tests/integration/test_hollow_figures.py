@@ -26,7 +26,7 @@ SPEC = EvaluateSpec(
 @pytest.fixture(scope="module")
 def last_only(tmp_path_factory):
     """A dataset of the last position of each window."""
-    return toy_config(tmp_path_factory.mktemp("last"), units=1, drop_leading=16)
+    return toy_config(tmp_path_factory.mktemp("last"), units=1, plan={"drop_leading": 16})
 
 
 @pytest.fixture(scope="module")
