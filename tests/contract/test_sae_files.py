@@ -115,6 +115,8 @@ def test_a_card_of_version_1_0_still_loads():
     sae = Sae.load(Path(__file__).parent / "golden" / "sae-1.0")
     assert sae.card is not None
     assert (sae.card.version, sae.parts, sae.card.spec.activation) == ("1.0", SaeParts(), "topk")
+    assert sae.card.window is None
+    assert "window" not in json.loads(sae.card.to_json())  # nothing is added to what it said
     found = sae(torch.arange(8.0).view(2, 4))
     expected = [[-0.0435589, 1.6533148, 0.8389797, 4.2098894], [0.0217031, 5.4982133, 7.3977203, 5.6622448]]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
