@@ -11,15 +11,20 @@ allows, is left to obstore, the one owner of retries and of errors.
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import socket
 import ssl
 import struct
 import sys
+import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from io import DEFAULT_BUFFER_SIZE
@@ -34,23 +39,57 @@ from numpy.typing import NDArray
 from obstore.exceptions import BaseError
 from obstore.store import S3Store as ObstoreS3
 
+from store.keys import Keys
 from store.objects import Data
-from store.signing import put_headers
+from store.signing import OTHER_HEADERS, put_headers
 
 URL_LIFE = timedelta(minutes=15)
 """A signed URL is used at once; clocks may be apart by as much as S3 allows."""
 IDLE_CONNECTIONS = 32
 """Connections kept open between requests."""
-REFUSED = (400, 403, 405, 501)
-"""Replies to a put that would come again."""
+REFUSED = (400, 401, 403, 405, 411, 501)
+"""Replies of a server that does not want a request, or not in this form."""
+MOMENTARY = frozenset(
+    {
+        "BadDigest",
+        "ExpiredToken",
+        "IncompleteBody",
+        "InvalidDigest",
+        "RequestTimeout",
+        "RequestTimeTooSkewed",
+        "SlowDown",
+        "TokenRefreshRequired",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+"""S3's codes that speak of one request, not of its form."""
+REFUSALS = 3
+"""First tries refused in a row, each of which the client then got through, before they are given up."""
 PIECES_TOGETHER = 1024
 """Pieces sent in one call (Linux's IOV_MAX)."""
 MAX_REPLY = 1 << 16
-"""Bytes of a reply to a put that are read."""
+"""Bytes of a reply to a put, or of a refusal, that are read."""
+
+Method = Literal["GET", "PUT"]
+log = logging.getLogger(__name__)
 
 
 class _Unsuitable(Exception):
     """A first try would fail every time: nothing to sign with, a proxy, other certificates."""
+
+
+@dataclass(frozen=True)
+class FirstPut:
+    """How the first try of a put went."""
+
+    created: bool | None = None
+    """True: it is there. False: something was there already. None: anything else; it may be there too."""
+    etag: str | None = None
+    """Of what was created."""
+    refused: str | None = None
+    """Why the server did not want it in this form."""
+    code: str | None = None
+    """S3's code of a reply that is an error."""
 
 
 class Direct:
@@ -58,21 +97,40 @@ class Direct:
 
     Args:
         client: Signs the URLs.
+        keys: What it signs with; None where it does not sign.
         seconds: Longest wait for a connection, for the next bytes, and for a whole reply.
     """
 
-    def __init__(self, client: ObstoreS3, seconds: float) -> None:
-        self._client, self._seconds = client, seconds
+    def __init__(self, client: ObstoreS3, keys: Keys | None, seconds: float) -> None:
+        self._client, self._keys, self._seconds = client, keys, seconds
         self._idle: deque[HTTPConnection] = deque()
-        self.off = set[Literal["GET", "PUT"]]()
-        """What is not tried any more, since it would fail every time."""
+        self.off: dict[Method, str] = {}
+        """What is not tried any more, since it would fail every time, and why."""
+        self._refusals: Counter[Method] = Counter()
+        self._lock = threading.Lock()
+        for name in filter(OTHER_HEADERS.fullmatch, os.environ) if keys else ():
+            self.off["PUT"] = f"{name} asks for other headers"
+        if keys is None:
+            self.off = dict.fromkeys(("GET", "PUT"), "requests are not signed")
         weakref.finalize(self, _close_all, self._idle)
 
-    def read(self, path: str, start: int, parts: Sequence[Sequence[NDArray[np.uint8]]]) -> Iterator[None]:
-        """As `ObjectStore.read_into`, but ends early, without an error, where anything is out of order."""
+    def read(
+        self, path: str, start: int, left: deque[Sequence[NDArray[np.uint8]]]
+    ) -> Generator[None, None, str | None]:
+        """As `ObjectStore.read_into`, but ends early, without an error, where anything is out of order.
+
+        Args:
+            path: The object's, in the client's bucket.
+            start: Where the first part begins.
+            left: The parts; each is taken away once it is filled.
+
+        Returns:
+            Why the server refused, where it did; for `outdone`.
+        """
+        refused: str | None = None
         if "GET" in self.off:
-            return
-        end = start + sum(buffer.size for part in parts for buffer in part)
+            return refused
+        end = start + sum(buffer.size for part in left for buffer in part)
         deadline = time.monotonic() + self._seconds
         with self._first_try("GET") as opened:
             url = self._signed("GET", path)
@@ -81,32 +139,33 @@ class Direct:
             connection.request("GET", f"{url.path}?{url.query}", headers=headers)
             reply = connection.getresponse()
             if not _is_range(reply, start, end):
-                return
+                refused, _ = _refusal(reply)
+                return refused
             body = _Body(reply, connection, deadline)
-            for part in parts:
-                body.fill([buffer.data for buffer in part])
+            while left:
+                body.fill([buffer.data for buffer in left[0]])
+                left.popleft()
                 yield
             self._keep(connection, reply, opened)
+            self._refusals["GET"] = 0
+        return refused
 
-    def put(self, path: str, pieces: Sequence[Data], sha256: str) -> bool | None:
+    def put(self, path: str, pieces: Sequence[Data], sha256: str) -> FirstPut:
         """Create an object, with If-None-Match: *.
 
         Args:
             path: The object's, in the client's bucket.
             pieces: What it holds, in order.
             sha256: The digest of that, in hex. S3 refuses other bytes.
-
-        Returns:
-            True: it is there. False: something was there already. None: anything else; it may be there too.
         """
         if "PUT" in self.off:
-            return None
+            return FirstPut()
         deadline = time.monotonic() + self._seconds
         with self._first_try("PUT") as opened:
             url = self._signed("PUT", path)
-            headers = put_headers(url, sha256)
+            headers = put_headers(url, sha256, self._keys)
             if headers is None:
-                raise _Unsuitable
+                return FirstPut()
             connection = opened.enter_context(closing(self._connection(url)))
             connection.putrequest("PUT", url.path, skip_host=True, skip_accept_encoding=True)
             for name, value in headers.items():
@@ -115,28 +174,50 @@ class Direct:
             connection.endheaders()
             _send(connection, pieces, deadline)
             reply = connection.getresponse()
-            reply.read(MAX_REPLY)
-            if reply.status in REFUSED:
-                raise _Unsuitable
+            refused, code = _refusal(reply)
             if reply.isclosed():
                 self._keep(connection, reply, opened)
-            return {200: True, 412: False}.get(reply.status)
-        return None
+            if reply.status in (200, 412):
+                self._refusals["PUT"] = 0
+            return FirstPut({200: True, 412: False}.get(reply.status), reply.getheader("ETag"), refused, code)
+        return FirstPut()
+
+    def outdone(self, method: Method, refused: str | None) -> None:
+        """The client got through with what a first try was refused: a statement about its form.
+
+        Once may be chance; where it comes again and again, first tries are given up, with the reason.
+        """
+        if refused is None or method in self.off:
+            return
+        with self._lock:
+            self._refusals[method] += 1
+            if self._refusals[method] >= REFUSALS:
+                self._give_up(method, refused)
+
+    def conceal(self, text: str) -> str:
+        """`text` without the keys that requests are signed with."""
+        return self._keys.conceal(text) if self._keys else text
+
+    def _give_up(self, method: Method, why: str) -> None:
+        if method not in self.off:
+            self.off[method] = why
+            what = {"GET": "reads from", "PUT": "puts to"}[method]
+            log.info("direct %s %s are not tried any more: %s", what, self._client, why)
 
     @contextmanager
-    def _first_try(self, method: Literal["GET", "PUT"]) -> Generator[ExitStack]:
+    def _first_try(self, method: Method) -> Generator[ExitStack]:
         """Whatever goes wrong ends the block without an error; what was opened is closed after it."""
         with suppress(OSError, HTTPException, ValueError), ExitStack() as opened:
             try:
                 yield opened
-            except _Unsuitable:
-                self.off.add(method)
+            except _Unsuitable as error:
+                self._give_up(method, str(error))
 
-    def _signed(self, method: Literal["GET", "PUT"], path: str) -> SplitResult:
+    def _signed(self, method: Method, path: str) -> SplitResult:
         try:
             return urlsplit(obstore.sign(self._client, method, path, URL_LIFE))
         except BaseError:
-            raise _Unsuitable from None  # the cause may quote what is secret
+            raise _Unsuitable("nothing to sign with") from None  # the cause may quote what is secret
 
     def _keep(self, connection: HTTPConnection, reply: HTTPResponse, opened: ExitStack) -> None:
         """Keep a connection for the next request, where there is use for it, instead of closing it."""
@@ -157,13 +238,13 @@ class Direct:
             connection.close()
         host = url.hostname or ""
         if url.scheme in getproxies() and not proxy_bypass(host):
-            raise _Unsuitable
+            raise _Unsuitable("an HTTP proxy stands between")
         kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
         connection = kind(host, url.port, timeout=self._seconds)
         try:
             connection.connect()
         except ssl.SSLError:
-            raise _Unsuitable from None
+            raise _Unsuitable("the server's certificate is not among those that Python trusts") from None
         if _plain(connection):  # the kernel keeps the time, so that one call may wait for many packets
             wait = struct.pack("ll", int(self._seconds), int(self._seconds % 1 * 1e6))
             connection.sock.settimeout(None)
@@ -177,6 +258,16 @@ def _is_range(reply: HTTPResponse, start: int, end: int) -> bool:
     found = (reply.getheader("Content-Range") or "").partition("/")[0]
     plain = reply.getheader("Content-Encoding") is None
     return plain and (reply.status, reply.length, found) == (206, end - start, f"bytes {start}-{end - 1}")
+
+
+def _refusal(reply: HTTPResponse) -> tuple[str | None, str | None]:
+    """Why a server does not want a request in this form, where that is what it says; and S3's code."""
+    said = reply.read(MAX_REPLY)
+    found = re.search(rb"<Code>(\w{1,64})</Code>", said)
+    code = found[1].decode() if found else None
+    if reply.status not in REFUSED or code in MOMENTARY:
+        return None, code
+    return f"{reply.status} {code or reply.reason}", code
 
 
 def _plain(connection: HTTPConnection) -> bool:

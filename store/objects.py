@@ -31,6 +31,9 @@ Digest = Callable[[], str]
 MAX_GET_BYTES = 1 << 31
 """Largest object that `get` reads whole unless told otherwise, in bytes."""
 
+MAX_KEY = 512
+"""Longest key below a root, in characters, all of them ASCII."""
+
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
 
@@ -41,7 +44,7 @@ def joined(data: Data | Pieces) -> Data:
 
 def check_key(key: str) -> str:
     """`key`, or a StoreError where it could leave the root (see `schemas.base.RelativeKey`)."""
-    if len(key) > 512 or not _KEY.fullmatch(key):
+    if len(key) > MAX_KEY or not _KEY.fullmatch(key):
         raise StoreError(f"object key {key[:80]!r} is not allowed", expected="relative, without '..'")
     return key
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import ipaddress
 import os
 import re
+import unicodedata
 from datetime import timedelta
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -13,11 +13,14 @@ from urllib.parse import urlsplit
 from obstore.store import S3Store as ObstoreS3
 
 from schemas.config import StorageSpec
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError
 from store.direct import Direct
-from store.objects import check_key
+from store.keys import aws_setting, find_keys
+from store.objects import MAX_KEY
 from store.s3_objects import S3Store
 
+MAX_PREFIX_BYTES = 1024 - MAX_KEY - 1
+"""Longest prefix of a root."""
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 
 
@@ -30,18 +33,19 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
             got="credentials inside the URI" if "@" in bucket or ":" in bucket else repr(bucket[:80]),
             fix="Credentials belong in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)",
         )
-    if prefix:
-        check_key(prefix)
+    check_prefix(prefix)
     env = os.environ
     endpoint, plain = s3_endpoint(storage.allow_http)
-    _require_credentials()
+    keys = find_keys()
     wait = timedelta(seconds=storage.timeout_seconds)
-    config: dict[str, Any] = {"region": env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1"}
+    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or aws_setting("region")
+    config: dict[str, Any] = {"region": region or "us-east-1"}
     if endpoint:
         config["endpoint"] = endpoint.rstrip("/")
     client = ObstoreS3(
         bucket,
         config=cast(Any, config),
+        credential_provider=keys,
         client_options={
             "timeout": wait,
             "read_timeout": wait,
@@ -58,14 +62,36 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
             },
         },
     )
-    direct = Direct(client, storage.timeout_seconds)
+    direct = Direct(client, keys, storage.timeout_seconds)
     return S3Store(client, bucket, prefix, direct, storage.single_writer)
 
 
+def check_prefix(prefix: str) -> None:
+    """ConfigError where a root's prefix cannot begin the keys of its objects; S3 takes all others.
+
+    Empty, `.` and `..` are no names to the S3 client nor to a URL, control characters none to the client.
+    """
+    wrong = ""
+    if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
+        wrong = "a name that is empty, '.' or '..' between two slashes"
+    elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in prefix):
+        wrong = "a control character, or one that is no Unicode"
+    elif len(prefix.encode()) > MAX_PREFIX_BYTES:
+        wrong = f"{len(prefix.encode())} bytes"
+    if wrong:
+        raise ConfigError(
+            f"root has the prefix {prefix[:80]!r}",
+            expected=f"names between single slashes, at most {MAX_PREFIX_BYTES} bytes (a key has 1,024, of "
+            f"which the store's own names may take {MAX_KEY})",
+            got=wrong,
+        )
+
+
 def s3_endpoint(allow_http: bool) -> tuple[str | None, bool]:
-    """The environment's S3 endpoint (None: AWS itself), checked, and whether it speaks plain HTTP."""
+    """The S3 endpoint of environment or profile (None: AWS itself), checked; whether it is plain HTTP."""
     env = os.environ
-    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
+    named = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
+    endpoint = named or aws_setting("endpoint_url")
     return endpoint, check_endpoint(endpoint, allow_http) if endpoint else False
 
 
@@ -90,48 +116,3 @@ def check_endpoint(endpoint: str, allow_http: bool) -> bool:
             fix="Use https, or set storage.allow_http: true where the network is trusted",
         )
     return True
-
-
-def _require_credentials() -> None:
-    """StoreError, within seconds, where the environment and the instance hold no S3 credentials."""
-    env = os.environ
-    key, secret = env.get("AWS_ACCESS_KEY_ID"), env.get("AWS_SECRET_ACCESS_KEY")
-    if key and secret:
-        return
-    named = (
-        "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-        "AWS_SKIP_SIGNATURE",
-    )
-    if not (key or secret) and (any(env.get(name) for name in named) or _instance_role()):
-        return
-    missing = "AWS_SECRET_ACCESS_KEY" if key else "AWS_ACCESS_KEY_ID"
-    raise StoreError(
-        "S3 credentials are missing",
-        expected="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or an instance role",
-        got=f"no {missing}" + ("" if key or secret else " and no instance role"),
-        fix="Set them, then run the same command again",
-    )
-
-
-def _instance_role() -> bool:
-    """Whether the instance metadata service answers that this machine has a role (2 s a request)."""
-    base = urlsplit(os.environ.get("AWS_METADATA_ENDPOINT") or "http://169.254.169.254")
-    try:
-        connection = http.client.HTTPConnection(base.hostname or "", base.port or 80, timeout=2)
-        try:
-            lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
-            connection.request("PUT", "/latest/api/token", headers=lifetime)
-            reply = connection.getresponse()
-            token = reply.read(4096).decode("latin-1")
-            if reply.status != 200:
-                return False
-            headers = {"X-aws-ec2-metadata-token": token}
-            connection.request("GET", "/latest/meta-data/iam/security-credentials/", headers=headers)
-            reply = connection.getresponse()
-            return reply.status == 200 and bool(reply.read(4096).strip())
-        finally:
-            connection.close()
-    except (OSError, http.client.HTTPException, ValueError):
-        return False

@@ -6,9 +6,16 @@ HTTP retries have one owner, obstore; nothing above this file repeats a request 
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,24 +30,44 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store as ObstoreS3
 
+from schemas.base import sha256_hex
 from schemas.errors import IntegrityError, MissingObject, StoreError
-from store.direct import Direct
+from store.direct import Direct, FirstPut
 from store.objects import MAX_GET_BYTES, Data, Digest, ObjectStore, Pieces, Ready, check_key, joined
 
 SINGLE_PUT_BYTES = 4 << 30
 """Longest object that `S3Store.put` sends in one part; S3 takes 5 GiB."""
 MULTIPART_BYTES = 128 << 20
 """A part of a longer one; S3 takes 10,000 of them."""
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Known:
+    """What was learnt about a server, once, by all stores of one client."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    looked: bool = False
+    unchecked: bool = False
+    """It takes bytes that do not have the SHA-256 their put is signed with."""
+    etag_is_md5: bool = False
+    """Of an object that was put in one part."""
 
 
 class S3Store(ObjectStore):
     """Objects of one S3 bucket under a prefix, through obstore."""
 
     def __init__(
-        self, client: ObstoreS3, bucket: str, prefix: str, direct: Direct, single_writer: bool = False
+        self,
+        client: ObstoreS3,
+        bucket: str,
+        prefix: str,
+        direct: Direct,
+        single_writer: bool = False,
+        known: Known | None = None,
     ) -> None:
         self._client, self._bucket, self._prefix = client, bucket, prefix
-        self._direct, self._single_writer = direct, single_writer
+        self._direct, self._single_writer, self._known = direct, single_writer, known or Known()
         self._process = os.getpid()
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
@@ -71,25 +98,86 @@ class S3Store(ObjectStore):
                 return False
             self.put(key, joined(data))
             return True
+        first = FirstPut()
         if digest is not None:
-            created = self._direct.put(self._path(key), pieces, digest())
-            if created is not None:
-                return created
+            self._look_once()
+            first = self._direct.put(self._path(key), pieces, digest())
+            if first.created:
+                self._confirm(key, pieces, first.etag)
+            if first.created is not None:
+                return first.created
         try:  # obstore sends pieces as they lie, without a copy
-            obstore.put(self._client, self._path(key), pieces, mode="create", use_multipart=False)
+            made = obstore.put(self._client, self._path(key), pieces, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False
         except _FAILURES as error:
             self._fail(error, key, "writing")
+        self._direct.outdone("PUT", first.refused)
+        self._confirm(key, pieces, made["e_tag"])
         return True
 
     def put(self, key: str, data: Data) -> None:
         """See `ObjectStore.put`."""
         try:
             large = memoryview(data).nbytes > SINGLE_PUT_BYTES
-            obstore.put(self._client, self._path(key), data, use_multipart=large, chunk_size=MULTIPART_BYTES)
+            path = self._path(key)
+            made = obstore.put(self._client, path, data, use_multipart=large, chunk_size=MULTIPART_BYTES)
         except _FAILURES as error:
             self._fail(error, key, "writing")
+        self._confirm(key, (data,), None if large else made["e_tag"])
+
+    # What arrives
+
+    def examine(self, key: Callable[[], str]) -> None:
+        """See `ObjectStore.examine`: whether the server refuses bytes that do not have the signed digest."""
+        known = self._known
+        with known.lock:
+            if known.looked:
+                return
+            known.looked, place, body = True, key(), secrets.token_bytes(64)
+            first = self._direct.put(self._path(place), [body], sha256_hex(body[::-1]))
+            if not first.created:
+                return
+            known.unchecked = True
+            known.etag_is_md5 = first.etag is not None and first.etag.strip('"') == _md5((body,))
+            log.warning(
+                "%s does not compare what arrives with the SHA-256 that a put is signed with: every object "
+                "is %s after its put",
+                self.uri,
+                "compared by its ETag" if known.etag_is_md5 else "read back",
+            )
+
+    def _look_once(self) -> None:
+        """`examine`, in a process that has not probed."""
+        if not self._known.looked:
+            key = f"probe-{secrets.token_hex(16)}/0"
+            self.examine(lambda: key)
+            if self._known.unchecked:
+                with suppress(StoreError):  # a store that refuses it says so at its probe
+                    self.delete(key)
+
+    def _confirm(self, key: str, pieces: Pieces, etag: str | None) -> None:
+        """Raise where other bytes arrived than were sent, on a server that does not look itself."""
+        if not self._known.unchecked:
+            return
+        if self._known.etag_is_md5 and etag:
+            whole = etag.strip('"') == _md5(pieces)
+        else:
+            sent, stored = hashlib.sha256(), hashlib.sha256()
+            for piece in pieces:
+                sent.update(piece)
+            size = sum(memoryview(piece).nbytes for piece in pieces)
+            for start in range(0, size, MULTIPART_BYTES):
+                stored.update(self.get_range(key, start, min(start + MULTIPART_BYTES, size)))
+            whole = sent.digest() == stored.digest() and self.size(key) == size
+        if not whole:
+            raise IntegrityError(
+                f"{self.uri}/{key} was broken on its way to the server, which does not compare digests",
+                expected="the bytes that were sent",
+                got="others",
+                fix="Remove that object while nobody else writes to this root, then run the same command "
+                "again; look for what breaks bytes between here and there",
+            )
 
     def version(self, key: str) -> str | None:
         """See `ObjectStore.version`: the ETag."""
@@ -103,24 +191,23 @@ class S3Store(ObjectStore):
     def replace(self, key: str, data: Data, version: str | None) -> None:
         """See `ObjectStore.replace`: If-Match, where the store knows it."""
         if version is None:
-            self.put(key, data)
-            return
+            return self.put(key, data)
         # Ceph's gateway 16.2 knows an ETag without its quotes only, and answers 412 to the standard's form.
         for etag in dict.fromkeys((version, version.strip('"'))):
             mode: Any = {"e_tag": etag}
             try:
-                obstore.put(self._client, self._path(key), data, mode=mode, use_multipart=False)
-                return
+                made = obstore.put(self._client, self._path(key), data, mode=mode, use_multipart=False)
             except PreconditionError:
                 if self.version(key) != version:
                     break
             except (NotImplementedError, NotSupportedError):
-                self.put(key, data)
-                return
+                return self.put(key, data)
             except _FAILURES as error:
                 self._fail(error, key, "writing")
+            else:
+                return self._confirm(key, (data,), made["e_tag"])
         if self._stands(key, data):  # an earlier try's, whose reply was lost
-            return
+            return None
         raise StoreError(
             f"{self.uri}/{key} changed while it was repaired",
             fix="Repair when nobody else writes to this root",
@@ -163,12 +250,14 @@ class S3Store(ObjectStore):
 
     def read_into(self, key: str, start: int, parts: Sequence[Sequence[NDArray[np.uint8]]]) -> Iterator[None]:
         """See `ObjectStore.read_into`: from the socket into the buffers; what that leaves, as usual."""
-        left = list(parts)
-        for _ in self._direct.read(self._path(key), start, parts):
-            start += sum(buffer.size for buffer in left.pop(0))
-            yield
+        left = deque(parts)
+        end = start + sum(buffer.size for part in parts for buffer in part)
+        refused = yield from self._direct.read(self._path(key), start, left)
         if left:
-            yield from super().read_into(key, start, left)
+            yield from super().read_into(
+                key, end - sum(buffer.size for part in left for buffer in part), left
+            )
+            self._direct.outdone("GET", refused)
 
     def get_suffix(self, key: str, length: int) -> bytes | memoryview:
         """See `ObjectStore.get_suffix`."""
@@ -225,11 +314,12 @@ class S3Store(ObjectStore):
 
     def child(self, prefix: str) -> S3Store:
         """See `ObjectStore.child`."""
-        return S3Store(self._client, self._bucket, self._path(prefix), self._direct, self._single_writer)
+        place = self._path(prefix)
+        return S3Store(self._client, self._bucket, place, self._direct, self._single_writer, self._known)
 
     def _fail(self, error: Exception, key: str, doing: str) -> NoReturn:
         """Raise what `error` means. The cause is cut off: S3 replies can quote signed headers."""
-        reason = describe_failure(error)
+        reason = self._direct.conceal(describe_failure(error))
         where = f"{self.uri}/{key}".rstrip("/")
         if "NoSuchBucket" in reason:
             raise StoreError(
@@ -252,6 +342,14 @@ class S3Store(ObjectStore):
 
 _REFUSED = re.compile(r"AccessDenied|SignatureDoesNotMatch|InvalidAccessKeyId|ExpiredToken|\b40[13]\b")
 _FAILURES = (obstore.exceptions.BaseError, OSError, ValueError)
+
+
+def _md5(pieces: Pieces) -> str:
+    """MD5 in hex: what most servers give as an ETag. Against accidents, not against malice."""
+    digest = hashlib.md5(usedforsecurity=False)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def describe_failure(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The headers of a put whose SHA-256 is known, signed with the keys of the environment.
+"""The headers of a put whose SHA-256 is known, signed with the client's keys.
 
 Source: "Signature Calculations for the Authorization Header: Transferring Payload in a Single Chunk (AWS
 Signature Version 4)" in the S3 API reference.
@@ -7,40 +7,37 @@ Signature Version 4)" in the S3 API reference.
 from __future__ import annotations
 
 import hmac
-import os
 import re
 from functools import reduce
 from urllib.parse import SplitResult, parse_qs
 
 from schemas.base import sha256_hex
+from store.keys import Keys
 
-_ELSEWHERE = re.compile(
+OTHER_HEADERS = re.compile(
     r"AWS_(SERVER_SIDE_ENCRYPTION|SSE_\w+|CHECKSUM_ALGORITHM|REQUEST_PAYER|S3_EXPRESS|UNSIGNED_PAYLOAD|"
     r"CONDITIONAL_PUT)",
     re.IGNORECASE,
 )
-"""Settings that ask for other headers than these."""
+"""Settings of the environment that ask for other headers than these."""
 
 
-def put_headers(url: SplitResult, sha256: str) -> dict[str, str] | None:
+def put_headers(url: SplitResult, sha256: str, keys: Keys | None) -> dict[str, str] | None:
     """Headers of a put that creates an object (If-None-Match: *), the Content-Length left out.
 
     Args:
         url: Where it goes, signed for a put by the client whose signature this one stands for: it tells when,
             for which region and with whose key.
         sha256: The payload's digest in hex.
+        keys: What the client signs with.
 
     Returns:
-        None where the client would sign in another way: with keys that are not the environment's (an
-        instance role's, say), or with settings of the environment that add headers.
+        None where the URL was signed with other keys, which were renewed meanwhile, or with none.
     """
-    env, query = os.environ, {name: values[0] for name, values in parse_qs(url.query).items()}
+    query = {name: values[0] for name, values in parse_qs(url.query).items()}
     key, _, scope = query.get("X-Amz-Credential", "").partition("/")
-    token, secret = query.get("X-Amz-Security-Token", ""), env.get("AWS_SECRET_ACCESS_KEY")
-    ours = key == env.get("AWS_ACCESS_KEY_ID") and (
-        not token or token in (env.get("AWS_SESSION_TOKEN"), env.get("AWS_TOKEN"))
-    )
-    if not (ours and secret) or any(_ELSEWHERE.fullmatch(name) for name in env):
+    token, known = query.get("X-Amz-Security-Token", ""), keys.given() if keys else None
+    if known is None or (key, token) != (known["access_key_id"], known.get("token") or ""):
         return None
     headers = {
         "host": url.netloc,
@@ -53,7 +50,7 @@ def put_headers(url: SplitResult, sha256: str) -> dict[str, str] | None:
     lines = (f"{name}:{value}" for name, value in headers.items())
     request = "\n".join(["PUT", url.path, "", *lines, "", names, sha256])
     text = "\n".join(["AWS4-HMAC-SHA256", headers["x-amz-date"], scope, sha256_hex(request.encode())])
-    signing_key = reduce(_hmac, scope.split("/"), f"AWS4{secret}".encode())
+    signing_key = reduce(_hmac, scope.split("/"), f"AWS4{known['secret_access_key']}".encode())
     headers["authorization"] = (
         f"AWS4-HMAC-SHA256 Credential={key}/{scope},SignedHeaders={names},"
         f"Signature={_hmac(signing_key, text).hex()}"

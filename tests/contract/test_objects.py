@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import pickle
 import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import botocore.session
+import numpy as np
 import pytest
 
 from schemas.config import StorageSpec
 from schemas.errors import ConfigError, StoreError
+from store import ActivationStore
 from store.local_objects import LocalStore
 from store.objects import ObjectStore, open_store
 from store.probe import RACERS
 from store.s3 import check_endpoint
 from store.s3_objects import S3Store, describe_failure
-from store.testing import FaultyStore, StoreConformance
-from tests.conftest import S3Server, make_bucket, moto_server
+from store.testing import FaultyStore, StoreConformance, make_plan, synthetic_rows, write_dataset
+from store.verify import verify
+from tests.conftest import S3Server, make_bucket, moto_server, only_aws
 
 
 class TestLocal(StoreConformance):
@@ -143,9 +148,7 @@ class TestMoto(StoreConformance):
 
 @pytest.fixture
 def no_aws(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    only_aws(monkeypatch, {})
     return monkeypatch
 
 
@@ -169,9 +172,46 @@ def test_uris_that_are_refused(uri: str, no_aws: pytest.MonkeyPatch) -> None:
     assert "secret@" not in str(caught.value)
 
 
-def test_prefixes_stay_below_the_bucket(s3_environment: S3Server) -> None:
-    with pytest.raises(StoreError, match="not allowed"):
-        open_store("s3://bucket/../x")
+PREFIXES = (
+    "date=2026-01-01/run",
+    "a b+c/100%",
+    "a%20b/%2E%2E",
+    "ä/q?x=1#y",
+    ".hidden/~!'()*&$@=;:,",
+    "back\\slash",
+)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_whatever_s3_allows_is_a_prefix(s3_uri: str, prefix: str) -> None:
+    """Written, listed, read by signed URL and signed put, verified; where another client finds it too."""
+    store = open_store(f"{s3_uri}/{prefix}")
+    assert isinstance(store, S3Store)
+    store.probe()
+    write_dataset(store, make_plan(units=2))
+    assert verify(store, "full") == []
+    assert not store._direct.off
+    data = ActivationStore.open(store.uri)
+    np.testing.assert_array_equal(
+        data.read_rows("resid_post.1", 0, 64), synthetic_rows(data.plan, 0, "resid_post.1")[:64]
+    )
+    bucket, _, folder = store.uri.removeprefix("s3://").partition("/")
+    client = botocore.session.get_session().create_client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    assert client.get_object(Bucket=bucket, Key=f"{folder}/plan.json")["Body"].read() == store.get(
+        "plan.json"
+    )
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "got"),
+    [("../x", "'..'"), ("a/./b", "'.'"), ("a//b", "empty"), ("a\tb", "control"), ("ä" * 400, "800 bytes")],
+)
+def test_a_prefix_that_no_client_can_name_is_refused_for_its_true_reason(
+    s3_environment: S3Server, prefix: str, got: str
+) -> None:
+    with pytest.raises(ConfigError, match=got):
+        open_store(f"s3://bucket/{prefix}")
 
 
 @pytest.mark.parametrize(
@@ -202,6 +242,56 @@ def test_endpoint_with_a_password_is_refused_without_quoting_it() -> None:
     with pytest.raises(ConfigError) as caught:
         check_endpoint("https://user:canary@host", False)
     assert "canary" not in str(caught.value)
+
+
+# Profiles
+
+
+@pytest.fixture
+def profile(s3_uri: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A root whose keys, region and endpoint stand in AWS's files only; AWS_PROFILE names them."""
+    (tmp_path / "config").write_text(
+        f"[profile research]\nregion = {s3_server.region}\nservices = ours\n"
+        f"[services ours]\ns3 =\n  endpoint_url = {s3_server.endpoint}\n"
+    )
+    (tmp_path / "credentials").write_text(
+        f"[research]\naws_access_key_id = {s3_server.access_key}\n"
+        f"aws_secret_access_key = {s3_server.secret_key}\n"
+    )
+    files = {"CONFIG_FILE": "config", "SHARED_CREDENTIALS_FILE": "credentials"}
+    only_aws(monkeypatch, {f"AWS_{name}": str(tmp_path / file) for name, file in files.items()})
+    monkeypatch.setenv("AWS_PROFILE", "research")
+    return s3_uri
+
+
+def test_a_profile_serves_a_root_as_it_serves_a_corpus(profile: str, s3_server: S3Server) -> None:
+    store = open_store(profile)
+    assert isinstance(store, S3Store)
+    store.probe()
+    write_dataset(store, make_plan(units=2))
+    assert verify(store, "full") == []
+    assert not store._direct.off, "puts are signed with the profile's keys, reads by URL"
+    said = str(vars(store)) + repr(store) + str(vars(store._direct)) + repr(store._direct._keys)
+    assert s3_server.secret_key not in said
+    for what in (store, store._direct._keys):
+        with pytest.raises(TypeError, match="never pickled"):
+            pickle.dumps(what)
+
+
+def test_a_profile_that_is_not_there_is_named(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    with pytest.raises(StoreError, match=r"\(absent\).*AWS_PROFILE"):
+        open_store(profile)
+
+
+def test_the_environments_keys_go_before_a_profile(
+    profile: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with AWS's own clients."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
+    with pytest.raises(StoreError, match="Check the credentials"):
+        open_store(profile).put_new("x", b"1")
 
 
 # Secrets

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from harvester import planner
 from harvester.testing import byte_subject
 from harvester.windows import CorpusWindows
-from schemas.base import validate
+from schemas.base import sha256_hex, validate
 from schemas.config import Config, StorageSpec
-from schemas.errors import StoreError
-from store.layout import shard_key
+from schemas.errors import IntegrityError, StoreError
+from schemas.harvest import UnitReceipt
+from store.commit import commit_receipt
+from store.direct import REFUSALS
+from store.layout import receipt_key, shard_key
 from store.objects import open_store
 from store.repair import repair
 from store.s3_objects import S3Store
-from store.testing import StoreConformance, flip_bit, make_plan, write_dataset
+from store.testing import StoreConformance, flip_bit, make_attempt, make_plan, write_dataset, write_unit
 from store.verify import verify
 from tests.conftest import only_aws
 from tests.faults.small_s3 import SmallS3
 
 pytestmark = pytest.mark.timeout(120)
 
+BODY = np.random.default_rng(0).bytes(100_000)
+
 Serve = Callable[..., tuple[SmallS3, S3Store]]
 """What it gets wrong -> the server, and an empty root on it."""
+
+
+def flipped(body: bytes) -> bytes:
+    """With one bit that is wrong, in the middle."""
+    return body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 1]) + body[len(body) // 2 + 1 :]
 
 
 @pytest.fixture
@@ -153,3 +166,127 @@ def test_an_overwrite_whose_reply_is_lost_is_found(serve: Serve) -> None:
     server.spoil = spoil  # the first try took effect, the one that is answered comes after it
     store.replace("x", b"new", store.version("x"))
     assert store.get("x") == b"new"
+
+
+# Bytes that break on their way
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+@pytest.mark.parametrize("probed", [True, False])
+def test_bytes_that_break_on_their_way_are_found_before_the_receipt(
+    serve: Serve, caplog: pytest.LogCaptureFixture, opaque: bool, probed: bool
+) -> None:
+    """On a server that does not compare them: by the ETag in the put's reply, else read back."""
+    server, store = serve("unchecked", *(["opaque"] if opaque else []))
+    if probed:
+        store.probe()
+    plan = make_plan(units=3)
+    write_dataset(store, plan, units=[0])
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 1, "once for a client"
+    assert ("read back" if opaque else "compared by its ETag") in said[0]
+    assert not [key for key in server.objects if "probe-" in key]
+    asked = server.asked["GET"]
+    write_unit(store, plan, 1)
+    assert server.asked["GET"] - asked == (2 if opaque else 0), "the shard and the receipt"
+
+    server.spoil = lambda key, body: flipped(body) if "/c/2/0" in key else body
+    with pytest.raises(IntegrityError, match="broken on its way"):
+        write_unit(store, plan, 2)
+    assert receipt_key(2) not in {key for key, _ in store.list()}
+    with pytest.raises(IntegrityError, match="unit 2"):  # nor is it adopted by the next attempt
+        write_unit(store, plan, 2)
+    store.delete(shard_key("resid_post.1", 2))
+    server.spoil = lambda _, body: body
+    write_dataset(store, plan)
+    assert verify(store, "full") == []
+
+
+def test_other_objects_that_break_on_their_way_are_found_too(serve: Serve) -> None:
+    server, store = serve("unchecked")
+    store.probe()
+    server.spoil = lambda _, body: flipped(body)
+    plan = make_plan(units=2)
+    receipt = UnitReceipt(
+        plan_fingerprint=plan.fingerprint,
+        unit=0,
+        tokens_sha256=sha256_hex(b""),
+        shards={},
+        void="nothing",
+        attempt=make_attempt(),
+    )
+    for act in (
+        lambda: store.put("checkpoint", b"123"),
+        lambda: store.replace("checkpoint", b"123", store.version("checkpoint")),
+        lambda: commit_receipt(store, plan, receipt),
+    ):
+        with pytest.raises(IntegrityError, match="broken on its way"):
+            act()
+
+
+def test_a_server_that_compares_refuses_them_itself(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    server, store = serve()
+    store.probe()
+    assert not caplog.records
+    first = iter([True])
+    server.spoil = lambda key, body: flipped(body) if "/c/" in key and next(first, False) else body
+    plan = make_plan(units=2)
+    write_dataset(store, plan)
+    assert verify(store, "full") == []
+    assert not store._direct.off, "one broken request says nothing of the server"
+
+
+# What was learnt of a server
+
+
+def read(store: S3Store) -> bytes:
+    buffer = np.zeros(1000, np.uint8)
+    list(store.read_into("x", 10, [[buffer]]))
+    return buffer.tobytes()
+
+
+def test_refused_urls_are_not_asked_for_ever(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    server, store = serve("no_urls")
+    store.put_new("x", BODY)
+    with caplog.at_level(logging.INFO, "store"):
+        for _ in range(10):
+            assert read(store) == BODY[10:1010]
+    assert server.asked["GET url"] == REFUSALS
+    assert store._direct.off == {"GET": "403 AccessDenied"}
+    assert [record.getMessage() for record in caplog.records if "403" in record.getMessage()] == [
+        'direct reads from S3Store(bucket="bucket") are not tried any more: 403 AccessDenied'
+    ]
+
+
+def test_refused_puts_are_not_tried_for_ever(serve: Serve) -> None:
+    server, store = serve("no_digests")
+    store.probe()
+    before = server.asked["PUT"]
+    for number in range(10):
+        assert store.put_new(f"y/{number}", BODY, None, hashlib.sha256(BODY).hexdigest)
+    assert server.asked["PUT"] - before == 10 + REFUSALS
+    assert store._direct.off == {"PUT": "400 InvalidRequest"}
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "code"),
+    [("PUT", 400, "RequestTimeout"), ("PUT", 400, "InvalidRequest"), ("GET", 403, "AccessDenied")],
+)
+def test_one_refusal_turns_nothing_off(serve: Serve, method: str, status: int, code: str) -> None:
+    server, store = serve()
+    store.probe()
+    store.put_new("x", BODY)
+    spoilt = Counter[int]()
+    for number in range(2 * REFUSALS):
+        once = iter([(status, code)])
+        server.answer = lambda asked, _, once=once: next(once, None) if asked == method else None
+        if method == "PUT":
+            assert store.put_new(f"y/{number}", BODY, None, hashlib.sha256(BODY).hexdigest)
+        else:
+            assert read(store) == BODY[10:1010]
+        server.answer = lambda _, __: None
+        assert store.put_new(f"z/{number}", BODY, None, hashlib.sha256(BODY).hexdigest)
+        assert read(store) == BODY[10:1010]
+        spoilt[number] += next(once, None) is None
+    assert spoilt.total() == 2 * REFUSALS, "each was answered so"
+    assert not store._direct.off

@@ -13,19 +13,24 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from obstore.store import S3Store as ObstoreS3
 
+from store.keys import find_keys
 from store.signing import put_headers
+from tests.conftest import only_aws
 
 SHA256 = "0123456789abcdef" * 4
 
 
 @pytest.fixture(params=[None, "to/ken+=="])
 def keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Credentials:
-    """Keys in the environment, with and without a session's token."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "some-key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "some/secret+")
-    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
-    if request.param:
-        monkeypatch.setenv("AWS_SESSION_TOKEN", request.param)
+    """Keys of the environment, with and without a session's token."""
+    only_aws(
+        monkeypatch,
+        {
+            "AWS_ACCESS_KEY_ID": "some-key",
+            "AWS_SECRET_ACCESS_KEY": "some/secret+",
+            **({"AWS_SESSION_TOKEN": request.param} if request.param else {}),
+        },
+    )
     return Credentials("some-key", "some/secret+", request.param)
 
 
@@ -34,7 +39,10 @@ def test_the_signature_is_botocores(
     keys: Credentials, endpoint: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {"region": "eu-west-2", **({"endpoint": endpoint} if endpoint else {})}
-    client = ObstoreS3("bucket", config=config, client_options={"allow_http": True})
+    given = find_keys()
+    client = ObstoreS3(
+        "bucket", config=config, credential_provider=given, client_options={"allow_http": True}
+    )
     signed = obstore.sign(client, "PUT", "data set/c/0/0", timedelta(minutes=1))
     url = urlsplit(signed)
     when = datetime.strptime(parse_qs(url.query)["X-Amz-Date"][0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
@@ -47,7 +55,7 @@ def test_the_signature_is_botocores(
     request = AWSRequest("PUT", signed.partition("?")[0], headers={"If-None-Match": "*"})
     Known(keys, "s3", "eu-west-2").add_auth(request)
 
-    found = put_headers(url, SHA256)
+    found = put_headers(url, SHA256, given)
     assert found is not None
     theirs = {name.lower(): value for name, value in request.headers.items()}
     authorization = theirs.pop("authorization").replace(", ", ",")
@@ -57,4 +65,4 @@ def test_the_signature_is_botocores(
 
 
 def test_a_url_that_nobody_signed(keys: Credentials) -> None:
-    assert put_headers(urlsplit("http://127.0.0.1:9000/bucket/key"), SHA256) is None
+    assert put_headers(urlsplit("http://127.0.0.1:9000/bucket/key"), SHA256, find_keys()) is None
