@@ -112,6 +112,21 @@ def test_an_export_to_dictionary_learning_says_its_hook(tmp_path, hook):
     assert (card.hook, card.notes) == (hook, ())
 
 
+@pytest.mark.parametrize("name", ["sparsify", "dictionary_learning", "saelens"])
+@pytest.mark.parametrize(
+    ("hook", "norm"),
+    [
+        ("mlp_out.3", "post_feedforward_layernorm"),
+        ("attn_out.3", "post_attention_layernorm"),
+        ("resid_post.3", ""),
+    ],
+)
+def test_an_export_says_what_to_hook_where_a_norm_follows(tmp_path, caplog, name, hook, norm):
+    export_sae(save(make_sae(normalize="none"), tmp_path / "ours", hook), name, tmp_path / "theirs")
+    said = bool(norm) and name != "saelens"
+    assert [f"layers.3.{norm}" in message for message in caplog.messages] == [True] * said
+
+
 @pytest.mark.parametrize(
     ("path", "hook", "target", "noted"),
     [
@@ -312,6 +327,15 @@ def test_what_no_importer_reads_is_called_what_it_is(tmp_path, asked, name, data
     assert "run code" not in said
 
 
+def test_no_reader_is_named_for_tensors_that_none_reads(tmp_path):
+    """A state dict of a ReLU or TopK in SAELens' names: published so, and in no format's layout."""
+    torch.save({name: torch.ones(3) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}, tmp_path / "x.pt")
+    for asked in READERS:
+        said = refusal(tmp_path / "x.pt", asked, tmp_path)
+        assert "W_dec" in said
+        assert "reads" not in said
+
+
 def test_a_pointer_inside_a_whole_folder_is_named(tmp_path):
     lens_files(tmp_path / "theirs")
     weights = tmp_path / "theirs/sae_weights.safetensors"
@@ -324,5 +348,8 @@ def test_a_folder_of_several_and_one_of_our_own_are_told(tmp_path):
     for layer in (0, 1):
         exported(tmp_path, "sparsify", f"all/layers.{layer}", normalize="none")
     assert "all holds 2 SAEs: layers.0, layers.1" in refusal(tmp_path / "all", "sparsify", tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "all").rename(tmp_path / "deep/all")
+    assert "deep holds 2 SAEs: all/layers.0, all/layers.1" in refusal(tmp_path / "deep", "sparsify", tmp_path)
     uri = save(make_sae(), tmp_path / "own")
     assert "one of Winnow's own SAEs" in refusal(uri, "sparsify", tmp_path)

@@ -22,6 +22,7 @@ from store.objects import open_store
 from trainer.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from trainer.formats.files import refuse
 from trainer.formats.identify import require_format
+from trainer.formats.names import hooked_note
 from trainer.formats.plain import Plain, from_sae, to_sae
 from trainer.sae import CARD_KEY, Sae
 
@@ -43,6 +44,8 @@ WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
     "saebench": saelens.write_with_subject,
     "neuronpedia": saelens.write_with_subject,
 }
+HOOK_MODULES = (sparsify.write, dictionary_learning.write)
+"""Their libraries read the outputs of modules, whatever is done with them afterwards."""
 UNKNOWN_HOOK = "unknown"
 """The hook of an SAE whose files do not say where it reads."""
 
@@ -147,6 +150,8 @@ def export_sae(
         )
     out.mkdir(parents=True, exist_ok=True)
     write(plain, out)
+    for note in hooked_note(plain.hook) if write in HOOK_MODULES else ():
+        log.warning("%s", note)
     return sorted(out.iterdir())
 
 

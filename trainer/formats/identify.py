@@ -36,7 +36,7 @@ LONE = {"openai": (Kind.TORCH, Kind.PICKLE), "gemma-scope": (Kind.NPZ, Kind.SAFE
 SIGNS: tuple[tuple[str, Kind, set[str]], ...] = (
     ("openai", Kind.TORCH, {"encoder.weight", "latent_bias", "pre_bias"}),
     ("dictionary_learning", Kind.TORCH, {"encoder.weight", "encoder.bias", "decoder.weight"}),
-    ("dictionary_learning", Kind.TORCH, {"W_enc", "W_dec", "b_dec"}),
+    ("dictionary_learning", Kind.TORCH, {"W_enc", "W_dec", "b_dec", "threshold"}),
     ("gemma-scope", Kind.NPZ, {"W_enc", "W_dec", "threshold"}),
     ("gemma-scope", Kind.SAFETENSORS, {"w_enc", "w_dec", "threshold"}),
     ("saelens", Kind.SAFETENSORS, {"W_enc", "W_dec", "b_dec"}),
@@ -72,10 +72,11 @@ def require_format(path: Path, name: str) -> None:
     likely = [other for other, its_kind, some in SIGNS if its_kind is kind and some <= set(tensors)]
     if kind in LONE.get(name, ()) and (not likely or name in likely):
         return
+    others = [other for other in likely if other != name]
     raise ConfigError(
         f"{path} is {kind.value}" + (f" of {_some(tensors)}" if tensors else ""),
         expected=f"{LAYOUTS[name]} (--from {name})",
-        fix=f"--from {likely[0]} reads such tensors: {LAYOUTS[likely[0]]}" if likely else None,
+        fix=f"--from {others[0]} reads such tensors: {LAYOUTS[others[0]]}" if others else None,
     )
 
 
@@ -86,7 +87,8 @@ def _refuse_folder(path: Path, name: str, found: list[str]) -> None:
         raise ConfigError(
             f"{path} holds one of Winnow's own SAEs", fix="Use it as it is: every command reads it"
         )
-    inner = sorted(p.name for p in path.iterdir() if p.is_dir() and _formats_in(p))
+    below = (p for depth in ("*", "*/*") for p in path.glob(depth))
+    inner = sorted(p.relative_to(path).as_posix() for p in below if p.is_dir() and _formats_in(p))
     if inner:
         raise ConfigError(
             f"{path} holds {len(inner)} SAEs: {_some(inner)}",

@@ -75,6 +75,18 @@ def added_note(hook: str | None) -> tuple[str, ...]:
     )
 
 
+def hooked_note(hook: str | None) -> tuple[str, ...]:
+    """What to know of an SAE of `attn_out` or `mlp_out` to be run on modules: as `added_note`, inversely."""
+    match = OURS.fullmatch(hook or "")
+    if match is None or match[1] not in ADDED.values():
+        return ()
+    norm = "post_attention_layernorm" if match[1] == "attn_out" else "post_feedforward_layernorm"
+    return (
+        f"{hook} is what is added to the stream: on Gemma 2 and 3 and OLMo 2 and 3 hook "
+        f"layers.{match[2]}.{norm} for it, on other families the module itself",
+    )
+
+
 def layer_of(hook: str | None) -> int | None:
     """The layer of one of Winnow's own hooks."""
     match = OURS.fullmatch(hook or "")
