@@ -9,11 +9,14 @@ import pytest
 import safetensors.torch
 import torch
 
+from schemas.config import StorageSpec
 from schemas.errors import ConfigError
+from schemas.training import SaeParts
 from tests.formats.making import LARGEST_ERROR, D, K, N, dense, error, make_sae, rows, save
 from trainer import Sae
 from trainer.formats.convert import WRITERS, export_sae, import_sae
 from trainer.formats.lens import CENTRES
+from trainer.warm_start import load_source
 
 PYTHIA = {"model_name": "pythia-70m", "hook_name": "blocks.3.hook_resid_post", "sae_lens_version": "6.5.0"}
 
@@ -98,6 +101,21 @@ def test_the_first_published_files_are_centred(tmp_path):
     (tmp_path / "theirs/cfg.json").write_text(json.dumps(old))
     card = import_sae(tmp_path / "theirs", "saelens", str(tmp_path / "ours"))
     assert (card.hook, card.parts.centred) == ("resid_pre.8", True)
+
+
+def test_new_fields_stand_in_no_card_that_does_not_need_them(tmp_path):
+    save(make_sae(), tmp_path / "ours")
+    card = json.loads((tmp_path / "ours/sae.json").read_text())
+    assert "notes" not in card
+    assert "centred" not in card["parts"]
+    assert "centred" not in SaeParts().model_dump()
+
+
+def test_a_centred_sae_starts_no_run_of_raw_rows(tmp_path):
+    lens_import(tmp_path, metadata=PYTHIA | {"model_from_pretrained_kwargs": {CENTRES: True}})
+    fresh = Sae(D, N, 1, "none", SaeParts(activation="relu"))
+    with pytest.raises(ConfigError, match="centred False"):
+        load_source(str(tmp_path / "ours"), fresh, StorageSpec())
 
 
 def test_a_layer_norm_needs_no_centring(tmp_path):
