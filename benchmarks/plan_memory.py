@@ -203,7 +203,7 @@ def _compare(config: Config, subject: Any) -> dict[str, Any]:
     assert config.plan is not None
     files = find_files(config.corpus)
     size = sum(file.size or 0 for file in files)
-    prepared = DocumentTokenizer(subject.tokenizer, subject.identity, bos=False)
+    prepared = DocumentTokenizer(subject.tokenizer, subject.identity, config.plan)
     held = list(batches(documents(config.corpus, files=files)))
     seconds: dict[str, list[float]] = {"encode_batch": [], "planner": []}
     for _ in range(ROUNDS):

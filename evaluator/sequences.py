@@ -2,9 +2,9 @@
 
 Letters: L tokens of a sequence, S slots of the codes.
 
-Each sequence stands behind a prefix (BOS where the plan's windows begin with it, else EOS) as long as the
-leading positions the dataset drops, at least one: the first position is an attention sink, whose
-activations no SAE was trained on. Only the blocks up to the hook run.
+Each sequence stands behind a prefix (BOS where the plan's windows begin with it, else the token that joins
+documents) as long as the leading positions the dataset drops, at least one: the first position is an
+attention sink, whose activations no SAE was trained on. Only the blocks up to the hook run.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ class SequenceCodes(NamedTuple):
 
 
 def prefix_tokens(setting: Setting) -> list[int]:
-    """What every sequence stands behind; ConfigError where the subject has neither EOS nor BOS."""
+    """What every sequence stands behind; ConfigError where the plan knows of no such token."""
     plan = setting.dataset.plan
-    identity = plan.subject
-    token = identity.bos_token_id if plan.spec.bos == "window" else identity.eos_token_id
+    token = plan.join_token if plan.bos_token is None else plan.bos_token
     if token is None:
         raise ConfigError("the subject's tokenizer", expected="an EOS token", got="none")
     return [token] * max(1, plan.spec.drop_leading)

@@ -16,7 +16,7 @@ from harvester.planner import find_plan, make_plan, refuse_other
 from schemas.config import Config
 from schemas.harvest import HarvestManifest, HarvestPlan
 from store.console import Progress, emit, guard, human_bytes, load_config, print_table, say, section
-from store.info import bad_records
+from store.info import bad_records, token_rows
 from store.objects import ObjectStore, open_store
 from store.reader import load_plan
 
@@ -157,6 +157,9 @@ def _plan_facts(plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
         "rows": plan.rows,
         "windows": plan.windows,
         "windows_unused": facts.windows_unused,
+        "bos_token": plan.bos_token,
+        "join": plan.spec.join,
+        "join_token": plan.join_token,
         "duplicates_dropped": facts.duplicates_dropped,
         "bad_records": facts.bad_records,
         "bad_first": facts.bad_first,
@@ -179,6 +182,7 @@ def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
                 "windows",
                 f"{plan.windows:,} of {plan.spec.context_length} ({facts['windows_unused']:,} unused)",
             ),
+            *token_rows(plan),
             ("rows", f"{plan.rows:,}"),
             ("size when harvested", human_bytes(facts["bytes"])),
         ],

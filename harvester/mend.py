@@ -70,7 +70,7 @@ def mend_tokens(config: Config, store: ObjectStore, plan: HarvestPlan) -> list[s
     )
     folder = config.harvest.temp_dir or tempfile.gettempdir()
     done: list[str] = []
-    with read_corpus(config, folder) as run:
+    with read_corpus(config, folder, plan) as run:
         run.read()
         made = run.digests()
         if sha256_hex(made.tobytes()) != plan.tokens_sha256:

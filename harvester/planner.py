@@ -22,7 +22,7 @@ from harvester.windows import CorpusWindows, PlanProgress, ProgressCallback
 from schemas.config import Config
 from schemas.corpus import CorpusSpec
 from schemas.errors import ConfigError, PlanMismatch, StoreError
-from schemas.harvest import Execution, HarvestPlan, PlanSpec, check_shard_size
+from schemas.harvest import BEFORE, Execution, HarvestPlan, PlanSpec, check_shard_size
 from schemas.subject import HookSite, SubjectIdentity, SubjectSpec, parse_hook
 from store.console import say
 from store.layout import PLAN_KEY, TOKENS_ARRAY, tokens_key
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 PUT_THREADS = 8
 """Token chunks on their way to the store together."""
+OTHER_TOKENIZER = (
+    "Its tokens were made by another tokenizer (what an earlier version rebuilt from a GGUF file cut text "
+    "otherwise): what is stored can be streamed and trained on, but no tokens can be made for it; plan at "
+    "another root"
+)
 
 
 class PlanSubject(Protocol):
@@ -81,11 +86,17 @@ def make_plan(
     identity, sites = subject.identity, tuple(subject.sites(spec.hooks))
     _check_context(spec, identity)
     _check_shards(spec, sites)
-    tokenizer = DocumentTokenizer(subject.tokenizer, identity, bos=spec.bos == "window")
     stored = _stored_plan(store)
     if stored is not None:
         refuse_other(stored, config, store, identity, sites)
         identity = stored.subject  # the same but for the place of its files
+    tokenizer = DocumentTokenizer(subject.tokenizer, identity, spec, stored)
+    if spec.bos == "none" and tokenizer.added_bos is not None:
+        say(
+            f"plan: bos is none, though the tokenizer of {identity.model} puts a BOS before every text "
+            f"(token {tokenizer.added_bos}): the model may do far worse without; plan.bos: auto adds it"
+        )
+    spec = tokenizer.spec
     store.probe(single_writer=config.storage.single_writer)  # before hours of reading, and before any put
     folder = config.harvest.temp_dir or tempfile.gettempdir()
     shown = PlanProgress(progress, files)
@@ -100,6 +111,8 @@ def make_plan(
             sites=sites,
             units=len(digests),
             tokens_sha256=hashlib.sha256(digests.tobytes()).hexdigest(),
+            bos_token_id=None if tokenizer.bos == identity.bos_token_id else tokenizer.bos,
+            join_token_id=None if tokenizer.join == identity.eos_token_id else tokenizer.join,
             execution=Execution(
                 batch_windows=config.harvest.batch_windows,
                 threads_per_actor=config.harvest.threads_per_actor,
@@ -114,13 +127,24 @@ def make_plan(
     return plan
 
 
-def read_corpus(config: Config, folder: str) -> CorpusWindows:
-    """The config's corpus as it is planned, not read yet; for a plan that exists already."""
+def read_corpus(config: Config, folder: str, plan: HarvestPlan) -> CorpusWindows:
+    """The config's corpus as `plan` has planned it, not read yet.
+
+    Raises:
+        PlanMismatch: The subject's tokenizer is not the one that made the plan's tokens.
+    """
     _, corpus, spec = _sections(config)
     files = find_files(corpus, allow_http=config.storage.allow_http)
     subject = _outline(config)
-    tokenizer = DocumentTokenizer(subject.tokenizer, subject.identity, bos=spec.bos == "window")
-    return CorpusWindows(corpus, spec, tokenizer, files, folder, PlanProgress(None, files))
+    if subject.identity.tokenizer_sha256 != plan.subject.tokenizer_sha256:
+        raise PlanMismatch(
+            "the plan's tokens cannot be made again",
+            expected=f"the tokenizer with sha256 {plan.subject.tokenizer_sha256}",
+            got=subject.identity.tokenizer_sha256,
+            fix=OTHER_TOKENIZER,
+        )
+    tokenizer = DocumentTokenizer(subject.tokenizer, subject.identity, spec, plan)
+    return CorpusWindows(corpus, tokenizer.spec, tokenizer, files, folder, PlanProgress(None, files))
 
 
 def find_plan(
@@ -141,7 +165,8 @@ def find_plan(
     if plan is None:
         return None
     identity = subject.identity if subject else None
-    sites = tuple(subject.sites(plan.spec.hooks)) if subject and config.plan == plan.spec else None
+    same = config.plan is not None and config.plan.hooks == plan.spec.hooks
+    sites = tuple(subject.sites(plan.spec.hooks)) if subject and same else None
     refuse_other(plan, config, store, identity, sites)
     return None if missing_tokens(plan, store) else plan
 
@@ -165,7 +190,9 @@ def plan_differences(
     stored: dict[str, Any] = plan.model_dump(mode="json")
     wanted = dict(stored)
     if config.plan is not None:
-        wanted["spec"] = config.plan.model_dump(mode="json")
+        # As the plan would say it: `auto` is whatever is stored.
+        spec = config.plan.settled(plan.spec.model_dump(include=set(BEFORE)))
+        wanted["spec"] = plan.model_copy(update={"spec": spec}).model_dump(mode="json")["spec"]
     if config.corpus is not None:
         wanted["corpus"] = config.corpus.model_dump(mode="json")
     if identity is not None:
@@ -215,10 +242,13 @@ def refuse_other(
     """PlanMismatch, with the differing fields, where `plan` is not what `config` asks for."""
     lines = plan_differences(plan, config, identity, sites)
     if lines:
+        retokenised = any(line.startswith("subject.tokenizer_sha256") for line in lines)
         raise PlanMismatch(
             f"{store.uri} already holds another plan",
             got="; ".join(lines[:12]),
-            fix="Name another root, or restore these fields in the config",
+            fix=OTHER_TOKENIZER
+            if retokenised
+            else "Name another root, or restore these fields in the config",
         )
     if config.subject is not None and config.subject.model != plan.subject.model:
         say(

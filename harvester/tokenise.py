@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from harvester.packing import Tokens
 from schemas.errors import ConfigError, IntegrityError
+from schemas.harvest import BEFORE, HarvestPlan, PlanSpec
 from schemas.subject import SubjectIdentity
 
 BATCH_CHARS = 2**21
@@ -127,6 +128,20 @@ class TextTokenizer:
         before = next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)
         return ids[0] if before else None
 
+    @cached_property
+    def special(self) -> frozenset[str]:
+        """The spellings of the special tokens."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    def token(self, number: int) -> str | None:
+        """The spelling of a token in the vocabulary."""
+        return self._tokenizer.id_to_token(number)
+
+    def number(self, token: str) -> int | None:
+        """A token's number, where the vocabulary has it."""
+        return self._tokenizer.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
         """The tokens of one text [T]."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -148,49 +163,112 @@ def _backend(tokenizer: Any, model: str = "") -> Tokenizer:
     return backend
 
 
+TURN_ENDS = frozenset(
+    {
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eot|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|return|>",
+        "<|end_of_turn|>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|role_end|>",
+    }
+)
+"""Tokens that end a turn of a chat, not a document."""
+DOCUMENT_ENDS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<EOS_TOKEN>",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+)
+"""Tokens that end a document, the surest first."""
+
+
 class DocumentTokenizer:
-    """A subject's tokenizer, set for whole documents: nothing added, cut or padded, EOS after each.
+    """A subject's tokenizer, set for whole documents: nothing is cut or padded, one token follows each.
 
     Args:
         tokenizer: A fast tokenizer of transformers, or one of `tokenizers` itself.
-        identity: The subject's; its EOS joins documents, its vocabulary bounds the ids.
-        bos: Whether windows start with BOS.
+        identity: The subject's; its vocabulary bounds the ids.
+        spec: What joins documents, starts windows and becomes of control tokens' spellings.
+        plan: One that was made already, whose tokens are used again.
+
+    Attributes:
+        spec: As given, `auto` settled.
+        join: The token after each document.
+        bos: The token that windows start with, or None.
+        added_bos: The token that the tokenizer itself puts before a text, or None.
 
     Raises:
-        ConfigError: A slow tokenizer, or one without EOS (or BOS, where asked for).
+        ConfigError: A slow tokenizer, or one without the token asked for.
     """
 
-    def __init__(self, tokenizer: Any, identity: SubjectIdentity, *, bos: bool) -> None:
-        self._text = TextTokenizer(tokenizer, control="token", model=identity.model)
-        if identity.eos_token_id is None:
-            raise ConfigError(
-                f"subject {identity.model!r}: its tokenizer has no EOS token",
-                expected="one, since it joins documents",
-                got="none",
-                fix="Set eos_token in the model's tokenizer_config.json",
-            )
-        if bos and identity.bos_token_id is None:
-            raise ConfigError(
-                "plan.bos",
-                expected="none, since the subject's tokenizer has no BOS token",
-                got="window",
-                fix="Set plan.bos to none",
-            )
+    def __init__(
+        self, tokenizer: Any, identity: SubjectIdentity, spec: PlanSpec, plan: HarvestPlan | None = None
+    ) -> None:
         self._identity = identity
-        self.eos: int = identity.eos_token_id
-        self.bos: int | None = identity.bos_token_id if bos else None
+        if plan is not None:
+            spec = spec.settled(plan.spec.model_dump(include=set(BEFORE)))
+        spec = spec.settled({"control_tokens": "text"})
+        self._text = TextTokenizer(
+            tokenizer, control="token" if spec.control_tokens == "token" else "text", model=identity.model
+        )
+        self.added_bos = self._text.bos
+        spec = spec.settled({"bos": "none" if self.added_bos is None else "window"})
+        self.spec: PlanSpec = spec.settled({"join": self._trained_with()})
+        self.bos: int | None = None
+        if spec.bos == "window":
+            self.bos = plan.bos_token if plan else self._found("plan.bos", "bos")
+        join = plan.join_token if plan else None
+        self.join: int = self._found("plan.join", self.spec.join) if join is None else join
         self.dtype: np.dtype[np.generic] = np.dtype(np.uint16 if identity.vocabulary <= 2**16 else np.uint32)
         """The smallest that holds every id: what is spilled to disk."""
 
+    def _trained_with(self) -> str:
+        """What `plan.join: auto` is; `PlanSpec.join` has the rule."""
+        eos = self._identity.eos_token_id
+        if eos is not None and self._text.token(eos) not in TURN_ENDS:
+            return "eos"
+        special = self._text.special
+        return next((token for token in DOCUMENT_ENDS if token in special), "eos")
+
+    def _found(self, field: str, token: str) -> int:
+        """The number of `eos`, of `bos` or of a token's text."""
+        if token == "eos":
+            number = self._identity.eos_token_id
+        elif token == "bos":
+            number = self._identity.bos_token_id if self.added_bos is None else self.added_bos
+        else:
+            number = self._text.number(token)
+        if number is None:
+            named = {"eos": "an EOS token", "bos": "a BOS token"}.get(token, f"a token {token!r}")
+            raise ConfigError(
+                f"{field}: the tokenizer of subject {self._identity.model!r}",
+                expected=named,
+                got="none",
+                fix="Set plan.bos to none"
+                if field == "plan.bos"
+                else "Set plan.join to the text of the token that ends a document, or set eos_token in the "
+                "model's tokenizer_config.json",
+            )
+        return number
+
     def __call__(self, texts: list[str]) -> list[Tokens]:
-        """The tokens of each document, EOS at the end.
+        """The tokens of each document, the joining one at the end.
 
         Raises:
             IntegrityError: An id beyond the subject's embedding.
         """
         made: list[Tokens] = []
         for ids in self._text.encode_batch(texts):
-            ids.append(self.eos)
+            ids.append(self.join)
             made.append(np.array(ids, np.uint32))
         largest = max(int(tokens.max()) for tokens in made)
         if largest >= self._identity.vocabulary:

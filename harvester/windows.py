@@ -107,7 +107,7 @@ class CorpusWindows:
         self._order, self._holdout_key = order_key(spec.seed), holdout_key(spec.seed)
         self._tally, self._ordinal = Tally(), 0
         self.tokens = 0
-        """Of all documents so far, with the joining EOS."""
+        """Of all documents so far, with the one that joins them."""
         self._validation, self._train = _Split(), _Split()
         self._held_windows: Tokens = np.empty((0, spec.context_length), tokenizer.dtype)
         self._packer = Packer(spec.context_length, tokenizer.bos, tokenizer.dtype)

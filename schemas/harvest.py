@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256, canonical_json, sha256_hex
 from schemas.corpus import CorpusSpec
@@ -52,8 +59,17 @@ class PlanSpec(Contract):
     """Units of held-out text; they come first."""
     split_by: Literal["document", "window"] = "document"
     """What is held out: whole documents, set aside before packing, or windows."""
-    bos: Literal["none", "window"] = "none"
-    """`window` starts every window with the BOS token; `none` never adds one."""
+    bos: Literal["auto", "none", "window"] = "auto"
+    """`window` starts every window with the BOS token; `none` never adds one. `auto`: `window` where the
+    tokenizer itself puts a BOS before a text, and that one is taken. A stored plan never says `auto`."""
+    join: str = Field(default="auto", min_length=1, max_length=256)
+    """The token after each document: `eos`, `bos`, or the text of one token. `auto`: EOS, except where that
+    ends a chat's turn (`<|im_end|>`, `<|eot_id|>`, ...) and the vocabulary has a special token that ends
+    documents (`<|endoftext|>`, `<|end_of_text|>`, ...): that one, as in pretraining. A stored plan says what
+    was taken."""
+    control_tokens: Literal["auto", "text", "token"] = "auto"
+    """What the spelling of a special token inside a document is: `text`, cut like any other, or that `token`,
+    for chats written out with their control tokens. `auto` is `text`. A stored plan never says `auto`."""
     dtype: Dtype = "bfloat16"
     """How activations are stored; `int8` keeps one float32 scale a row (docs/data.md has what it costs)."""
     compress: Compress = "none"
@@ -77,6 +93,16 @@ class PlanSpec(Contract):
         if self.windows_per_unit * (self.context_length - self.drop_leading) > MAX_ROWS_PER_UNIT:
             raise ValueError(f"rows of a unit must be at most {MAX_ROWS_PER_UNIT}: lower windows_per_unit")
         return self
+
+    def settled(self, found: Mapping[str, str]) -> PlanSpec:
+        """This spec with `found`'s value for each field that says `auto`."""
+        return self.model_copy(
+            update={name: value for name, value in found.items() if getattr(self, name) == "auto"}
+        )
+
+
+BEFORE = {"bos": "none", "join": "eos", "control_tokens": "token"}
+"""What plans mean that were stored before these fields had an `auto`; but for `bos`, left out of the JSON."""
 
 
 class HarvestSpec(Contract):
@@ -114,7 +140,7 @@ class CorpusFacts(Contract):
     """Digest over every document's text, length-prefixed, in order."""
     documents: int = Field(gt=0)
     tokens: int = Field(gt=0)
-    """Tokens of all documents, with the joining EOS."""
+    """Tokens of all documents, with the one that joins them."""
     duplicates_dropped: int = Field(default=0, ge=0)
     """Documents equal to an earlier one."""
     bad_records: dict[str, Annotated[int, Field(gt=0)]] = Field(default={}, exclude_if=lambda bad: not bad)
@@ -172,7 +198,22 @@ class HarvestPlan(Artefact):
     """All units, the validation units first."""
     tokens_sha256: Sha256
     """SHA-256 of the `token_digests` array's bytes (uint8 [units, 32], each unit's token digest)."""
+    bos_token_id: int | None = Field(default=None, ge=0, exclude_if=lambda token: token is None)
+    """The token that windows start with, where it is not the subject's `bos_token_id`."""
+    join_token_id: int | None = Field(default=None, ge=0, exclude_if=lambda token: token is None)
+    """The token that joins documents, where it is not the subject's `eos_token_id`."""
     execution: Execution
+
+    @field_validator("spec")
+    @classmethod
+    def _settled(cls, spec: PlanSpec) -> PlanSpec:
+        return spec.settled(BEFORE)
+
+    @field_serializer("spec", mode="wrap")
+    def _as_before(self, spec: PlanSpec, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = serialise(spec)
+        left_out = [name for name in ("join", "control_tokens") if fields.get(name) == BEFORE[name]]
+        return {name: value for name, value in fields.items() if name not in left_out}
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -190,6 +231,18 @@ class HarvestPlan(Artefact):
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of every field but `execution`."""
         return sha256_hex(canonical_json(self.model_dump(mode="json", exclude={"execution"})))
+
+    @property
+    def bos_token(self) -> int | None:
+        """The token that every window starts with; None where windows start with text."""
+        if self.spec.bos != "window":
+            return None
+        return self.subject.bos_token_id if self.bos_token_id is None else self.bos_token_id
+
+    @property
+    def join_token(self) -> int | None:
+        """The token that joins documents."""
+        return self.subject.eos_token_id if self.join_token_id is None else self.join_token_id
 
     @property
     def rows_per_window(self) -> int:
@@ -365,7 +418,7 @@ class TokenAccount(Contract):
     """Where every token of the corpus went: `corpus + bos_added` is the sum of the four below it."""
 
     corpus: int = Field(ge=0)
-    """Tokens of all documents, with the joining EOS."""
+    """Tokens of all documents, with the one that joins them."""
     bos_added: int = Field(ge=0)
     """BOS tokens that planned windows begin with; they are not of the corpus."""
     beyond_plan: int = Field(ge=0)

@@ -79,7 +79,7 @@ class SubjectIdentity(Contract):
     bos_token_id: int | None = None
     """Beginning of sequence, where the tokenizer has one."""
     eos_token_id: int | None = None
-    """End of sequence: it joins documents."""
+    """End of sequence, where the tokenizer has one."""
 
     def spec(self, stated: SubjectSpec | None = None) -> SubjectSpec:
         """How to load this subject again.

@@ -10,7 +10,7 @@ import typer
 
 from schemas.config import StorageSpec
 from store.console import Progress, emit, guard, human_bytes, print_table, say, stdout
-from store.info import DatasetInfo, bad_records, dataset_info
+from store.info import DatasetInfo, bad_records, dataset_info, token_rows
 from store.objects import ObjectStore, open_store
 from store.repair import repair
 from store.verify import LEVELS, Problem, damage, verify
@@ -131,6 +131,7 @@ def _show_info(found: DatasetInfo) -> None:
             f"{found.windows_per_unit} windows of {found.context_length} tokens, "
             f"{found.rows_per_unit:,} rows",
         ),
+        *token_rows(found),
         ("validation units", found.validation_units),
         ("stored as", found.dtype),
         ("activations", f"{human_bytes(found.stored_bytes)} of {human_bytes(found.planned_bytes)}"),

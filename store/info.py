@@ -42,6 +42,14 @@ class DatasetInfo(Contract):
     context_length: int
     drop_leading: int
     """Leading positions of a window that are not stored."""
+    bos_token: int | None
+    """The token that every window starts with; null where it starts with text."""
+    join: str
+    """What joins documents: `eos`, `bos` or a token's text."""
+    join_token: int | None
+    """Its number."""
+    control_tokens: str
+    """What special tokens' spellings in documents became: `text` or `token`."""
     windows_per_unit: int
     rows_per_unit: int
     units: int
@@ -65,6 +73,19 @@ class DatasetInfo(Contract):
     """Known once sealed."""
     revision: int | None
     """Of the manifest: repairs so far."""
+
+
+def token_rows(plan: HarvestPlan | DatasetInfo) -> list[tuple[str, object]]:
+    """What a plan says of tokens that are not text, as rows of a table."""
+    spec = plan.spec if isinstance(plan, HarvestPlan) else plan
+    first = "text, no BOS" if plan.bos_token is None else f"BOS (token {plan.bos_token})"
+    rows: list[tuple[str, object]] = [
+        ("windows begin with", first),
+        ("documents joined by", f"{spec.join} (token {plan.join_token})"),
+    ]
+    if spec.control_tokens == "token":
+        rows.append(("control tokens in text", "taken as tokens"))
+    return rows
 
 
 def dataset_info(store: ObjectStore) -> DatasetInfo:
@@ -94,6 +115,10 @@ def dataset_info(store: ObjectStore) -> DatasetInfo:
         dtype=plan.spec.dtype,
         context_length=plan.spec.context_length,
         drop_leading=plan.spec.drop_leading,
+        bos_token=plan.bos_token,
+        join=plan.spec.join,
+        join_token=plan.join_token,
+        control_tokens=plan.spec.control_tokens,
         windows_per_unit=plan.spec.windows_per_unit,
         rows_per_unit=plan.rows_per_unit,
         units=plan.units,

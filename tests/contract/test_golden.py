@@ -31,6 +31,16 @@ def test_plan() -> None:
     assert plan.rows == 2 * 64 * 7
 
 
+def test_a_plan_that_names_its_joining_token() -> None:
+    plan = HarvestPlan.from_json((GOLDEN / "plan-tokens.json").read_bytes(), origin="golden plan")
+    assert plan.fingerprint == "8bd494285e9abf3f1079a326a2a3dfaa818ad18e9bb38b5ba000f399998ee684"
+    assert (plan.spec.join, plan.join_token, plan.bos_token) == ("<|endoftext|>", 3, 5)
+    assert plan.spec.control_tokens == "text"
+    old = golden_plan()
+    assert (old.spec.join, old.join_token, old.bos_token) == ("eos", old.subject.eos_token_id, None)
+    assert old.spec.control_tokens == "token"
+
+
 def test_receipt() -> None:
     receipt = UnitReceipt.from_json((GOLDEN / "receipt.json").read_bytes(), origin="golden receipt")
     check_receipt(golden_plan(), receipt)

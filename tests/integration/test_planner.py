@@ -211,7 +211,11 @@ def test_too_small_a_corpus_is_refused_before_anything_is_written(tmp_path, spli
 def test_a_subject_that_cannot_join_documents_is_refused(tmp_path):
     write_corpus(tmp_path)
     for config, subject, complaint in [
-        (make_config(tmp_path), byte_subject(eos_token_id=None), "no EOS token"),
+        (
+            make_config(tmp_path, plan={"join": "eos"}),
+            byte_subject(eos_token_id=None),
+            r"plan\.join.*an EOS token",
+        ),
         (make_config(tmp_path, plan={"bos": "window"}), byte_subject(bos_token_id=None), r"plan\.bos"),
         (make_config(tmp_path), byte_subject(context_limit=8), r"context_length.*at most 8, got 16"),
     ]:
@@ -237,14 +241,15 @@ def test_padding_truncation_and_added_tokens_are_off(tmp_path):
     from tokenizers.processors import TemplateProcessing
 
     write_corpus(tmp_path)
-    plan, _, tokens = planned(make_config(tmp_path))
+    said = {"bos": "none"}
+    plan, _, tokens = planned(make_config(tmp_path, plan=said))
     subject = byte_subject()
     subject.tokenizer.enable_truncation(5)
     subject.tokenizer.enable_padding()
     subject.tokenizer.post_processor = TemplateProcessing(
         "<bos> $A <eos>", None, [("<bos>", BOS), ("<eos>", EOS)]
     )
-    config = make_config(tmp_path).model_copy(update={"root": str(tmp_path / "other")})
+    config = make_config(tmp_path, plan=said).model_copy(update={"root": str(tmp_path / "other")})
     _, _, same = planned(config, subject=subject)
     assert np.array_equal(tokens, same)
     assert subject.tokenizer.truncation is not None  # the subject's own tokenizer is left alone
