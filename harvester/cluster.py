@@ -7,15 +7,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.job_config import JobConfig
 
 from schemas.config import Config
 from schemas.errors import ConfigError, WinnowError, WorkerError
+from schemas.names import hidden_by
 from store.console import say
 
 WAIT_NOTE_SECONDS = 30.0
@@ -42,6 +45,16 @@ class Named(NamedTuple):
 HARVEST = Named()
 
 
+class _OwnPackages(JobConfig):
+    """Keeps the working directory out of the workers' sys.path, where Ray puts it first.
+
+    It stays their working directory: a path in the config means what it meant.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:  # what Ray asks before it adds the directory
+        return True
+
+
 @contextmanager
 def cluster(config: Config, named: Named = HARVEST) -> Generator[None]:
     """Ray: the cluster that the config names, or one on this machine for the time of the run.
@@ -61,8 +74,15 @@ def _session(config: Config, named: Named) -> Generator[None]:
     local: dict[str, Any] = (
         {} if address else {"include_dashboard": False, "object_store_memory": LOCAL_OBJECTS_BYTES}
     )
+    if hidden_by(Path.cwd()):
+        local["job_config"] = _OwnPackages()
     try:
-        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
+        ray.init(
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            **local,
+        )
     except (ConnectionError, RuntimeError) as error:
         if not address:
             raise
@@ -137,6 +157,7 @@ class Crew:
         self.members: dict[int, Any] = {}
         """Actor's number -> handle, of those that are ready for units."""
         self._coming: dict[Any, tuple[int, Any]] = {}  # ref of ready() -> (number, handle)
+        self._started: dict[int, Any] = {}  # number -> ref that resolves once the actor's process runs
         self._spawned = 0
         self._fallen: dict[int, bool] = {}  # number of a dead actor -> whether its node went with it
         self.nodes_lost = 0
@@ -163,12 +184,20 @@ class Crew:
                 self.welcome(ref)
             if not self.members and time.monotonic() - noted >= WAIT_NOTE_SECONDS:
                 noted = time.monotonic()
-                who, ask = self._named.who, self._ask()
-                say(f"{who}: no actor yet; one needs {ask}, the cluster has {_free()} free")
+                say(f"{self._named.who}: {self._state()}")
+
+    def _state(self) -> str:
+        """Why no actor is ready yet, as far as it is known."""
+        refs = list(self._started.values())
+        started, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        if started:
+            return f"{len(started)} of {len(refs)} actors have started and load the subject"
+        return no_room(self._needs, ray.available_resources())
 
     def welcome(self, ref: Any) -> None:
         """Take in the actor whose reference from `waiting` has resolved."""
         number, actor = self._coming.pop(ref)
+        del self._started[number]
         try:
             ray.get(ref)
         except RayTaskError as error:
@@ -210,6 +239,7 @@ class Crew:
 
     def _spawn(self) -> None:
         actor = self._make()
+        self._started[self._spawned] = actor.__ray_ready__.remote()
         self._coming[actor.ready.remote()] = (self._spawned, actor)
         self._spawned += 1
 
@@ -220,15 +250,24 @@ class Crew:
         for name, amount in self._needs.items():
             if amount > total.get(name, 0):
                 raise ConfigError(
-                    f"this machine cannot hold one {self._named.who} actor: it needs {self._ask()}",
+                    f"this machine cannot hold one {self._named.who} actor: it needs {_amounts(self._needs)}",
                     expected=f"at least {amount:g} {name}",
                     got=f"{total.get(name, 0):g}",
                     fix=f"Lower {self._named.gpus} or {self._named.threads}, or name a cluster in "
                     f"{self._named.address}",
                 )
 
-    def _ask(self) -> str:
-        return ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items() if amount)
+
+def no_room(needs: Mapping[str, float], free: Mapping[str, float]) -> str:
+    """Why no actor with these `needs` has started, where `free` is left of all nodes together."""
+    room = all(free.get(name, 0) >= amount for name, amount in needs.items())
+    why = "; it is starting, or waits for one node that has all of that" if room else ""
+    left = _amounts({name: free.get(name, 0) for name in ("CPU", "GPU")}) or "no CPU"
+    return f"no actor has started yet; one needs {_amounts(needs)}, {left} free{why}"
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)
 
 
 def node_lost(error: RayActorError) -> bool:
@@ -256,8 +295,3 @@ def first_line(error: Exception) -> str:
     """The last line that says something, of an error from Ray."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
-
-
-def _free() -> str:
-    found = ray.available_resources()
-    return ", ".join(f"{found.get(name, 0):g} {name}" for name in ("CPU", "GPU"))

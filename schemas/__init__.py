@@ -1,1 +1,5 @@
 """Contracts between the stages: pydantic models and the standard library only."""
+
+from schemas.names import check
+
+check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from enum import Enum
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 from schemas.config import StorageSpec
 from store.console import Progress, emit, guard, human_bytes, print_table, say, stdout
 from store.info import DatasetInfo, bad_records, dataset_info, token_rows
+from store.layout import PLAN_KEY
 from store.objects import ObjectStore, open_store
 from store.repair import repair
 from store.verify import LEVELS, Problem, damage, verify
@@ -105,7 +107,7 @@ def verify_command(
             "problems": [asdict(problem) for problem in broken],
             "strays": [problem.key for problem in problems if problem.stray],
         }
-        emit(value, json, lambda: _show_problems(store.uri, level.value, problems, facts))
+        emit(value, json, lambda: _show_problems(store.uri, level.value, problems, facts, repair_))
     if broken:
         raise typer.Exit(1)
 
@@ -149,7 +151,9 @@ def _show_info(found: DatasetInfo) -> None:
     print_table(found.uri, rows)
 
 
-def _show_problems(uri: str, level: str, problems: list[Problem], facts: DatasetInfo | None) -> None:
+def _show_problems(
+    uri: str, level: str, problems: list[Problem], facts: DatasetInfo | None, repaired: bool
+) -> None:
     for problem in problems:
         stdout.print(str(problem), markup=False, soft_wrap=True)
     broken = len(damage(problems))
@@ -158,7 +162,22 @@ def _show_problems(uri: str, level: str, problems: list[Problem], facts: Dataset
     deeper = LEVELS[-1] if level != LEVELS[-1] else None
     if broken:
         say(f"{uri}: {broken} problem{'s' if broken > 1 else ''} at level {level}")
-        say("`winnow harvest CONFIG --repair` makes again what is damaged, from corpus and subject")
+        for line in _advice(uri, damage(problems), repaired):
+            say(line)
     else:
         hint = f" (--level {deeper} reads every byte)" if deeper else ""
         say(f"{uri}: nothing wrong at level {level}{hint}")
+
+
+def _advice(uri: str, broken: list[Problem], repaired: bool) -> list[str]:
+    """What mends the problems, the cheapest first."""
+    if any(problem.key == PLAN_KEY for problem in broken):
+        return [f"nothing else says what {PLAN_KEY} held: put back a copy of it, byte for byte"]
+    again = "`winnow harvest CONFIG --repair` makes again {}, from corpus and subject"
+    if repaired or all(problem.lost for problem in broken):
+        return [again.format("what is damaged")]
+    cheap = (
+        f"`winnow verify {shlex.quote(uri)} --repair` puts right what the rest of the dataset tells: "
+        "metadata, receipts, manifests, and indexes and checksums of shards"
+    )
+    return [cheap, again.format("what is damaged after that")]

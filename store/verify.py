@@ -88,6 +88,8 @@ class Problem:
     slice: int | None = None
     stray: bool = False
     """An object that belongs to no dataset: worth a look, but nothing is damaged."""
+    lost: bool = False
+    """Rows or tokens are gone: nothing else in the dataset tells them."""
 
     def __str__(self) -> str:
         place = [
@@ -286,10 +288,11 @@ class _Check:
         """Note an object that is missing or of another length; whether it is there."""
         size = self.sizes.get(key)
         if size is None:
-            self.problems.append(Problem("list", key, "the object is missing", unit=unit, hook=hook))
+            what = "the object is missing"
+            self.problems.append(Problem("list", key, what, unit=unit, hook=hook, lost=unit is not None))
         elif self.depth >= 1 and length is not None and size != length:
             what = f"the object has {size} bytes instead of {length}"
-            self.problems.append(Problem("size", key, what, unit=unit, hook=hook))
+            self.problems.append(Problem("size", key, what, unit=unit, hook=hook, lost=unit is not None))
         return size is not None
 
     def strays(self, manifest: HarvestManifest | None) -> None:
@@ -378,7 +381,7 @@ class _Check:
         try:
             read_tokens(self.store, self.plan, unit, self.digests)
         except _WRONG as error:
-            return (Problem("full", key, _sentence(error), unit=unit),)
+            return (Problem("full", key, _sentence(error), unit=unit, lost=True),)
         return ()
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO
 
 from schemas.errors import StoreError
+from schemas.names import hidden_by
 from schemas.service import JobBeat, JobClaim
 from store.console import say
 from store.objects import ObjectStore
@@ -225,6 +226,7 @@ class Service:
 
     def _start(self, job: Job, number: int) -> None:
         slots, world = self.free[: job.world], job.world
+        safe = ["-P"] if hidden_by(Path.cwd()) else []  # else `-m` runs a `trainer.py` that stands there
         log = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the attempt
         group: dict[str, str] = {}
         if world > 1:  # as torchrun would
@@ -241,7 +243,7 @@ class Service:
             gpu = {} if slot.startswith("cpu") else {"CUDA_VISIBLE_DEVICES": slot}
             attempt.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "trainer.worker", self.store.uri, job.name, str(number)],
+                    [sys.executable, *safe, "-m", "trainer.worker", self.store.uri, job.name, str(number)],
                     env={**self.environment, **group, **own, **gpu},
                     stdin=subprocess.PIPE,  # its end tells the worker that we are gone
                     stdout=subprocess.DEVNULL,

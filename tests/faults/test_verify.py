@@ -307,6 +307,35 @@ def test_verify_command(store: ObjectStore) -> None:
     assert (problem["unit"], problem["hook"], problem["slice"]) == (1, HOOK, 3)
 
 
+def told(*arguments: str) -> str:
+    app = typer.Typer()
+    cli.register(app)
+    return CliRunner().invoke(app, list(arguments)).stderr
+
+
+def test_the_cheapest_repair_is_named_first_and_it_mends(store: ObjectStore) -> None:
+    cheap, dear = "--repair` puts right", "`winnow harvest CONFIG --repair` makes again"
+    flip_bit(store, SHARD, -1)  # of the index
+    out = told("verify", store.uri, "--level", "index")
+    assert cheap in out
+    assert dear + " what is damaged after that" in out
+    assert run("verify", store.uri, "--repair")[0] == 0
+    store.delete(SHARD)
+    out = told("verify", store.uri)
+    assert cheap not in out
+    assert dear + " what is damaged, from" in out
+    store.put("zarr.json", b"")
+    store.delete(receipt_key(0))
+    out = told("verify", store.uri)
+    assert cheap in out
+    out = told("verify", store.uri, "--repair")
+    assert cheap not in out
+    store.put("plan.json", b"{}")
+    out = told("verify", store.uri)
+    assert "--repair" not in out
+    assert "nothing else says what plan.json held" in out
+
+
 def test_strays_do_not_fail_the_command(store: ObjectStore) -> None:
     store.put_new("notes.txt", b"x")
     code, out = run("verify", store.uri, "--json")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from ray.cluster_utils import Cluster
 
 from harvester import Subject, cluster, driver, planner
 from harvester.cli import ensure_plan
+from harvester.cluster import Crew, no_room
 from harvester.pretrained import check_on_gpus
 from harvester.worker import UnitWorker
 from schemas.config import Config
@@ -132,3 +135,48 @@ def test_widths_at_module_paths_are_found_on_the_cpu(base: Path, tmp_path: Path)
     found = planner._outline(load_config(base, [f"root={tmp_path}", *sets]))
     assert (found.device.type, found.dtype) == ("cpu", torch.bfloat16)
     assert found.sites(["model.layers.0.mlp"])[0].d_model == 16
+
+
+@ray.remote
+class Waiting:
+    """An actor that is ready once the gate, a named pipe, is opened from the other side."""
+
+    def ready(self, gate: str) -> None:
+        Path(gate).read_bytes()
+
+
+class Gated:
+    """Its handle, as a crew knows it."""
+
+    def __init__(self, gate: Path, cpus: float) -> None:
+        self._actor, self._gate = Waiting.options(num_cpus=cpus).remote(), str(gate)
+        self.ready = SimpleNamespace(remote=lambda: self._actor.ready.remote(self._gate))
+        self.__ray_ready__ = self._actor.__ray_ready__
+
+
+@pytest.mark.usefixtures("nodes")
+def test_a_crew_says_why_no_actor_is_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate")
+    said = list[str]()
+    monkeypatch.setattr(cluster, "WAIT_NOTE_SECONDS", 0.01)
+
+    def say(message: str) -> None:
+        said.append(message)
+        if "have started and load" in message:
+            (tmp_path / "gate").write_bytes(b"")
+
+    monkeypatch.setattr(cluster, "say", say)
+    crew = Crew(lambda: Gated(tmp_path / "gate", 1), 1, {"CPU": 1}, growing=True)
+    crew.await_first()
+    assert said[-1] == "harvest: 1 of 1 actors have started and load the subject"
+
+
+def test_a_shortage_is_told_from_a_start() -> None:
+    starting = "it is starting, or waits for one node that has all of that"
+    assert (
+        no_room({"CPU": 1}, {"CPU": 1})
+        == f"no actor has started yet; one needs 1 CPU, 1 CPU free; {starting}"
+    )
+    short = "no actor has started yet; one needs 2 CPU, 1 GPU, 4 CPU free"
+    assert no_room({"CPU": 2, "GPU": 1}, {"CPU": 4}) == short
+    assert no_room({"CPU": 1}, {}) == "no actor has started yet; one needs 1 CPU, no CPU free"
