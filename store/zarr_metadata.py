@@ -76,7 +76,9 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
             dtype=STORED_DTYPES[plan.spec.dtype],
             serializer=little,
             fill_value=absent,
-            dimension_names=("row", "dimension"),
+            # A name per hook: xarray refuses a group where one name has two lengths. Not the hook alone,
+            # which is the array's own name. Datasets of before have `dimension` for all.
+            dimension_names=("row", f"dimension.{site.name}"),
             attributes={
                 "hook": site.name,
                 "logical_dtype": plan.spec.dtype,
@@ -93,7 +95,10 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
 
 
 def same_array(found: bytes, expected: bytes) -> bool:
-    """Whether two `zarr.json` describe the same bytes (another zarr release may word them otherwise)."""
+    """Whether two `zarr.json` describe the same bytes.
+
+    Another zarr release may word them otherwise, and earlier ones of ours gave dimensions other names.
+    """
     try:
         theirs: Any = json.loads(found)
         ours: dict[str, Any] = json.loads(expected)

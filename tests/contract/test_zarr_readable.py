@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from zarr.storage import FsspecStore
 from schemas.harvest import HarvestPlan
 from store.layout import BFLOAT16_NAN, shard_key
 from store.objects import ObjectStore, open_store
+from store.repair import repair
 from store.shards import to_float32, to_stored
 from store.testing import flip_bit, make_plan, synthetic_rows, synthetic_tokens, write_dataset
+from store.verify import verify
+from store.zarr_metadata import zarr_objects
 from tests.conftest import S3Server
 
 HOOKS = {"resid_post.1": 8, "model.layers.0.mlp": 5}
@@ -32,7 +36,7 @@ def check(group: zarr.Group, plan: HarvestPlan) -> None:
         assert array.shards == (plan.rows_per_unit, width + scale)
         assert array.chunks == (plan.rows_per_slice, width + scale)
         assert ("scale" in array.attrs) == bool(scale)
-        assert array.metadata.dimension_names == ("row", "dimension")
+        assert array.metadata.dimension_names == ("row", f"dimension.{hook}")
         assert (array.attrs["logical_dtype"], array.attrs["hook"]) == (plan.spec.dtype, hook)
         for unit in range(plan.units):
             found = array[unit * plan.rows_per_unit : (unit + 1) * plan.rows_per_unit]
@@ -49,6 +53,58 @@ def test_local(tmp_path: Path, dtype, compress) -> None:
     plan = make_plan(hooks=HOOKS, dtype=dtype, compress=compress)
     write_dataset(open_store(str(tmp_path)), plan)
     check(zarr.open_group(tmp_path, mode="r"), plan)
+
+
+def test_no_dimension_name_has_two_lengths_or_is_an_arrays_own(tmp_path: Path) -> None:
+    """What xarray wants of a group: one length for a name, and no array called like its dimension."""
+    write_dataset(open_store(str(tmp_path)), make_plan(hooks=HOOKS))
+    for group in (zarr.open_group(tmp_path, mode="r"), zarr.open_group(tmp_path / "activations", mode="r")):
+        lengths: dict[str, set[int]] = {}
+        for _, array in group.arrays():
+            for name, length in zip(array.metadata.dimension_names, array.shape, strict=True):
+                lengths.setdefault(name, set()).add(length)
+        assert {len(found) for found in lengths.values()} == {1}
+        assert not set(lengths) & {name.rsplit("/", 1)[-1] for name, _ in group.arrays()}
+
+
+def test_a_dataset_with_the_dimension_names_of_before_is_sound(tmp_path: Path) -> None:
+    plan, store = make_plan(hooks=HOOKS), open_store(str(tmp_path))
+    write_dataset(store, plan, units=[0, 1])
+    for key in zarr_objects(plan):
+        body = store.get(key)
+        for hook in HOOKS:
+            body = body.replace(f'"dimension.{hook}"'.encode(), b'"dimension"')
+        store.put(key, body)
+    assert b"dimension." not in store.get("zarr.json")
+    before = {key: store.get(key) for key in zarr_objects(plan)}
+    write_dataset(store, plan)  # the harvest resumes, and seals
+    assert verify(store, "full") == []
+    assert repair(store).restored == []
+    assert {key: store.get(key) for key in zarr_objects(plan)} == before
+
+
+def test_bfloat16_is_decoded_as_documented(tmp_path: Path) -> None:
+    plan = make_plan(hooks=HOOKS)
+    write_dataset(open_store(str(tmp_path)), plan)
+    stored = zarr.open_group(tmp_path, mode="r")["activations/resid_post.1"][:]
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    snippet = re.search(r"```python\n(# bfloat16\n.*?)```", page, re.DOTALL)
+    assert snippet is not None
+    names = {"stored": stored}
+    exec(snippet[1], names)
+    assert names["rows"].dtype == np.float32
+    assert np.array_equal(names["rows"], to_float32(stored, "bfloat16"))
+
+
+def test_a_missing_shard_is_made_an_error_as_documented(
+    damaged: tuple[ObjectStore, HarvestPlan, Path],
+) -> None:
+    store, plan, root = damaged
+    array = zarr.open_group(root, mode="r")["activations/resid_post.1"]
+    assert isinstance(array, zarr.Array)
+    assert array.nchunks_initialized == array.nchunks == plan.units * 64
+    store.delete(shard_key("resid_post.1", 1))
+    assert array.nchunks_initialized == array.nchunks - 64
 
 
 def test_unsealed_and_unconsolidated(tmp_path: Path) -> None:
