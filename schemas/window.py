@@ -29,8 +29,12 @@ class WindowRule(Contract):
     @classmethod
     def of(cls, plan: HarvestPlan) -> Self:
         """What a dataset's windows are like."""
-        bos = plan.spec.bos == "window"
-        return cls(bos=bos, bos_token=plan.subject.bos_token_id if bos else None, control_tokens="token")
+        begins, control = plan.bos_token, plan.spec.control_tokens
+        return cls(
+            bos=begins is not None,
+            bos_token=begins,
+            control_tokens="token" if control == "token" else "text",
+        )
 
     @property
     def inside(self) -> WindowRule:

@@ -175,6 +175,20 @@ def test_generation_begins_as_it_is_told_or_as_the_tokenizer_does(setting, store
     assert subject.encode(text, WindowRule()) == tokens[1:]
 
 
+def test_the_plans_own_bos_and_its_reading_of_control_tokens_travel(setting):
+    subject, plan = setting.subject, setting.dataset.plan
+    bos, plain = plan.bos_token, subject.encode("grain <s> chaff", setting.window)
+    assert setting.window == WindowRule(bos=True, bos_token=bos, control_tokens="text")
+    assert plain.count(bos) == 1
+    spelled = plan.model_copy(
+        update={"bos_token_id": 9, "spec": plan.spec.model_copy(update={"control_tokens": "token"})}
+    )
+    ids = subject.encode("grain <s> chaff", WindowRule.of(spelled))
+    assert ids[0] == 9
+    assert ids.count(bos) == 1
+    assert len(ids) < len(plain)
+
+
 def test_a_tokenizer_without_bos_adds_none_and_cannot_be_made_to(tmp_path):
     subject = Subject.load(pipeline_subject(tmp_path))
     assert subject.encode("every harvest") == subject.encode("every harvest", WindowRule())
