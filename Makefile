@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 RUN = $(BIN)/winnow $(if $(RAY_ADDRESS),submit --address $(RAY_ADDRESS) $(JOB) --)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats peers lint format bench minio clean
+.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats peers lint format bench servers minio clean
 
 help:  ## Show this list
 	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value'] [RAY_ADDRESS=http://HEAD:8265]"; echo
@@ -90,6 +90,9 @@ format: setup-dev  ## Let ruff format and fix
 bench: setup-dev  ## Run the benchmarks into OUT, one JSON each
 	mkdir -p $(OUT)
 	for name in harvest store mixing; do $(BIN)/python -m benchmarks.$$name --json $(OUT)/$$name.json || exit 1; done
+
+servers: setup-dev  ## Try the store on every S3 server that is installed here; prints the table of docs/data.md
+	$(BIN)/python -m benchmarks.servers_tried $(ARGS)
 
 minio: $(WINNOW_TOOLS)/bin/minio  ## Build MinIO for the S3 tests (needs Go; a few minutes, once)
 

@@ -18,10 +18,21 @@ from pathlib import Path
 START_SECONDS = 30.0
 
 
+def tools() -> Path:
+    """Where `make` puts programs."""
+    return Path(os.environ.get("WINNOW_TOOLS") or Path.home() / ".cache" / "winnow" / "tools")
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def minio_binary() -> Path | None:
     """MinIO where `make minio` puts it, or on the PATH."""
-    tools = Path(os.environ.get("WINNOW_TOOLS") or Path.home() / ".cache" / "winnow" / "tools")
-    found = shutil.which(tools / "bin" / "minio") or shutil.which("minio")
+    found = shutil.which(tools() / "bin" / "minio") or shutil.which("minio")
     return Path(found) if found else None
 
 
@@ -39,9 +50,7 @@ def s3_root(cores: list[int] | None = None) -> Generator[str | None]:
     if binary is None:
         yield None
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     settings = {
         "AWS_ENDPOINT_URL": f"http://{address}",
         "AWS_ACCESS_KEY_ID": "winnow-bench",

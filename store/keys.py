@@ -110,7 +110,7 @@ def _missing(got: str) -> StoreError:
 
 def aws_setting(name: str) -> str | None:
     """`region` or `endpoint_url` of the profile in use, for S3; None where it says nothing."""
-    from botocore.configprovider import ConfiguredEndpointProvider
+    from botocore.configprovider import ConfiguredEndpointProvider  # pyright: ignore[reportMissingTypeStubs]
 
     with _told():
         session = aws_session()
@@ -124,7 +124,7 @@ def aws_setting(name: str) -> str | None:
 
 def aws_session() -> Any:
     """Botocore's view of environment and files; imported only where it is needed."""
-    import botocore.session
+    import botocore.session  # pyright: ignore[reportMissingTypeStubs]
 
     return botocore.session.Session()
 
@@ -132,7 +132,7 @@ def aws_session() -> Any:
 @contextmanager
 def _told():
     """Botocore's complaints (no such profile, a file that cannot be read, a sign-in that is over) as ours."""
-    from botocore.exceptions import BotoCoreError
+    from botocore.exceptions import BotoCoreError  # pyright: ignore[reportMissingTypeStubs]
 
     try:
         yield

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -163,15 +164,28 @@ def _minio(binary: Path | None) -> Iterator[S3Server]:
 
 
 def moto_server() -> Iterator[S3Server]:
-    """Moto's threaded server on a free port."""
+    """Moto's threaded server on a free port.
+
+    Moto itself looks whether an object is there and writes it later, so that two of eight may create it: here
+    a put is one step.
+    """
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
+    one_step, put = threading.Lock(), S3Response.put_object
+
+    def put_in_one_step(self: S3Response):
+        with one_step:
+            return put(self)
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
+    S3Response.put_object = put_in_one_step
     server.start()
     try:
         yield S3Server("moto", f"http://127.0.0.1:{server._port}", "winnow-test", "winnow-test-secret")
     finally:
         server.stop()
+        S3Response.put_object = put
 
 
 def _wait_until_live(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -1,0 +1,278 @@
+"""Tries the store on every S3 server that is installed here, and prints a row of docs/data.md for each.
+
+Outside CI: `make servers`. For each server: the probe, the conformance suite, a dataset that is damaged and
+repaired, and what was learnt of it. What is looked for: `minio` and `s3s-fs` in Winnow's tools or on the PATH
+(`make minio`; `cargo install s3s-fs --features binary`), `rclone` and moto of the development packages, and
+Ceph's gateway (Debian: ceph-mon, ceph-osd, ceph-mgr, ceph-common, radosgw), one node on loopback, in memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import botocore.session
+
+from benchmarks.servers import START_SECONDS, free_port, tools
+from schemas.errors import WinnowError
+from store.layout import shard_key
+from store.objects import open_store
+from store.repair import repair
+from store.s3_objects import S3Store
+from store.testing import StoreConformance, flip_bit, make_plan, write_dataset
+from store.verify import verify
+
+KEY, SECRET = "winnowkey", "winnowsecret"
+CEPH = """[global]
+fsid = {fsid}
+mon host = [v2:127.0.0.1:{mon}/0]
+auth cluster required = none
+auth service required = none
+auth client required = none
+ms bind msgr1 = false
+ms mon client mode = crc secure
+run dir = {folder}
+admin socket = {folder}/$name.asok
+log file = {folder}/$name.log
+pid file = {folder}/$name.pid
+mon data = {folder}/mon
+mgr data = {folder}/mgr
+osd data = {folder}/osd
+osd objectstore = memstore
+memstore device bytes = 2147483648
+osd class load list = *
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 4
+osd crush chooseleaf type = 0
+mon allow pool size one = true
+rgw frontends = beast endpoint=127.0.0.1:{port}
+"""
+
+
+def found(name: str) -> str | None:
+    """A program of Winnow's tools, of this environment, or of the PATH."""
+    places = (tools() / "bin", Path(sys.executable).parent)
+    return next((str(place / name) for place in places if (place / name).exists()), shutil.which(name))
+
+
+def told(*command: str) -> str:
+    """What looks like a version in a program's answer."""
+    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    match = re.search(r"\d+\.\d+[\w.+-]*|RELEASE\.[\w-]+|DEVELOPMENT\.\S+", said.stdout + said.stderr)
+    return match[0] if match else "?"
+
+
+@contextmanager
+def process(
+    command: Sequence[str], folder: str, environment: dict[str, str] | None = None
+) -> Generator[subprocess.Popen[bytes]]:
+    """A server for the time of a `with` block."""
+    with (Path(folder) / f"log-{secrets.token_hex(4)}").open("wb") as log:
+        server = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+        )
+        try:
+            yield server
+        finally:
+            server.kill()
+            server.wait()
+
+
+@contextmanager
+def minio(folder: str, port: int) -> Generator[None]:
+    """MinIO."""
+    keys = {"MINIO_ROOT_USER": KEY, "MINIO_ROOT_PASSWORD": SECRET, "MINIO_BROWSER": "off"}
+    command = [found("minio") or "", "server", f"{folder}/data", "--address", f"127.0.0.1:{port}", "--quiet"]
+    with process(command, folder, keys):
+        yield
+
+
+@contextmanager
+def s3s_fs(folder: str, port: int) -> Generator[None]:
+    """The server of s3s that keeps files."""
+    (Path(folder) / "data").mkdir()
+    command = [found("s3s-fs") or "", "--access-key", KEY, "--secret-key", SECRET]
+    with process([*command, "--host", "127.0.0.1", "--port", str(port), f"{folder}/data"], folder):
+        yield
+
+
+@contextmanager
+def rclone(folder: str, port: int) -> Generator[None]:
+    """`rclone serve s3`."""
+    (Path(folder) / "data").mkdir()
+    command = [found("rclone") or "", "serve", "s3", "--addr", f"127.0.0.1:{port}", "--config", os.devnull]
+    with process([*command, "--auth-key", f"{KEY},{SECRET}", f"{folder}/data"], folder):
+        yield
+
+
+@contextmanager
+def moto(folder: str, port: int) -> Generator[None]:
+    """Moto's server."""
+    with process([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder):
+        yield
+
+
+@contextmanager
+def ceph(folder: str, port: int) -> Generator[None]:
+    """Ceph's gateway over a monitor, a manager and a store in memory."""
+    for name in ("mon", "mgr", "osd"):
+        (Path(folder) / name).mkdir()
+    fsid, disk, monitor = str(uuid.uuid4()), str(uuid.uuid4()), free_port()
+    config, monmap = f"{folder}/ceph.conf", f"{folder}/monmap"
+    Path(config).write_text(CEPH.format(fsid=fsid, mon=monitor, folder=folder, port=port))
+
+    def do(*command: str) -> None:
+        subprocess.run([command[0], "-c", config, *command[1:]], check=True, capture_output=True, timeout=120)
+
+    where = f"[v2:127.0.0.1:{monitor}]"
+    make = ["monmaptool", "--create", "--fsid", fsid, "--addv", "a", where, monmap]
+    subprocess.run(make, check=True, capture_output=True)
+    do("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
+    with ExitStack() as stack:
+        for program, name in (("ceph-mon", "a"), ("ceph-mgr", "x")):
+            stack.enter_context(process([program, "-c", config, "-f", "-i", name], folder))
+        do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
+        do("ceph", "osd", "new", disk)
+        stack.enter_context(process(["ceph-osd", "-c", config, "-f", "-i", "0"], folder))
+        user = ["user", "create", "--uid=winnow", "--display-name=winnow"]
+        do("radosgw-admin", *user, f"--access-key={KEY}", f"--secret={SECRET}")
+        stack.enter_context(process(["radosgw", "-c", config, "-f", "-n", "client.admin"], folder))
+        yield
+
+
+SERVERS: dict[str, tuple[Callable[..., object], str, Callable[[], str]]] = {
+    "MinIO": (minio, "minio", lambda: told(found("minio") or "", "--version")),
+    "Ceph's gateway": (ceph, "radosgw", lambda: told("radosgw", "--version")),
+    "s3s-fs": (s3s_fs, "s3s-fs", lambda: told(found("s3s-fs") or "", "--version")),
+    "rclone serve s3": (rclone, "rclone", lambda: told(found("rclone") or "", "--version")),
+    "moto": (moto, "python", lambda: metadata.version("moto")),
+}
+
+
+def await_bucket(port: int) -> str:
+    """A new bucket, once the server answers."""
+    end, opener = time.monotonic() + 3 * START_SECONDS, urllib.request.build_opener()
+    while True:
+        try:
+            opener.open(f"http://127.0.0.1:{port}/", timeout=1).close()
+            break
+        except urllib.error.HTTPError:
+            break
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+    client = botocore.session.get_session().create_client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url=f"http://127.0.0.1:{port}",
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
+    )
+    name = f"winnow-{secrets.token_hex(4)}"
+    while True:
+        try:
+            client.create_bucket(Bucket=name)
+            return name
+        except Exception:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+def fresh(bucket: str) -> S3Store:
+    """An empty root."""
+    store = open_store(f"s3://{bucket}/{secrets.token_hex(6)}")
+    assert isinstance(store, S3Store)
+    return store
+
+
+def attempt(act: Callable[[], object]) -> str:
+    """`yes`, or what went wrong."""
+    try:
+        act()
+    except (WinnowError, AssertionError) as error:
+        return f"no: {' '.join(str(error).split())[:160]}"
+    return "yes"
+
+
+def mended(store: S3Store) -> None:
+    """A dataset with a damaged shard is repaired."""
+    write_dataset(store, make_plan(units=2))
+    flip_bit(store, shard_key("resid_post.1", 1), -30)
+    repair(store)
+    assert verify(store, "full") == [], "still damaged"
+
+
+def row(name: str, version: str, bucket: str) -> str:
+    """What one server does, as a row of the table."""
+    suite = StoreConformance()
+    tests = [test for test, _ in inspect.getmembers(suite, inspect.ismethod) if test.startswith("test_")]
+    failed: dict[str, str] = {}
+    for test in tests:
+        said = attempt(lambda test=test: getattr(suite, test)(fresh(bucket)))
+        if said != "yes":
+            failed[test] = said
+    store = fresh(bucket)
+    probe = attempt(store.probe)
+    fast = attempt(lambda: mended(fresh(bucket)))
+    for test, said in failed.items():
+        print(f"  {name}: {test}: {said}", file=sys.stderr)
+    alone = fresh(bucket)
+    single = attempt(lambda: alone.probe(single_writer=True))
+    checks = {(True, False): "yes", (True, True): "no"}.get(
+        (alone._known.looked, alone._known.unchecked), "?"
+    )
+    for what, said in (("probe", probe), ("probe of a single writer", single), ("repair", fast)):
+        print(f"  {name}: {what}: {said}", file=sys.stderr)
+    passed = f"{len(tests) - len(failed)} of {len(tests)}"
+    verdict = (
+        "passes" if probe == "yes" else "refused: " + (re.search(r"probe at ([^:]*)", probe) or [0, "?"])[1]
+    )
+    return f"| {name} {version} | {verdict} | {passed} | {checks} | {'yes' if fast == 'yes' else 'no'} |"
+
+
+def main() -> None:
+    """Try the servers that the command line names, or all."""
+    logging.getLogger("store").setLevel(logging.ERROR)
+    wanted = sys.argv[1:] or list(SERVERS)
+    print("| server | probe | conformance | checks the signed digest | repair |\n|---|---|---|---|---|")
+    for name in wanted:
+        serve, program, version = SERVERS[name]
+        if found(program) is None:
+            print(f"  {name}: {program} is not installed", file=sys.stderr)
+            continue
+        port = free_port()
+        for variable in [variable for variable in os.environ if variable.startswith("AWS_")]:
+            del os.environ[variable]
+        with tempfile.TemporaryDirectory(prefix="winnow-") as folder, serve(folder, port):  # pyright: ignore
+            os.environ.update(
+                AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}",
+                AWS_ACCESS_KEY_ID=KEY,
+                AWS_SECRET_ACCESS_KEY=SECRET,
+            )
+            print(row(name, version(), await_bucket(port)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
