@@ -246,9 +246,8 @@ def row(name: str, version: str, bucket: str) -> str:
     for what, said in (("probe", probe), ("probe of a single writer", single), ("repair", fast)):
         print(f"  {name}: {what}: {said}", file=sys.stderr)
     passed = f"{len(tests) - len(failed)} of {len(tests)}"
-    verdict = (
-        "passes" if probe == "yes" else "refused: " + (re.search(r"probe at ([^:]*)", probe) or [0, "?"])[1]
-    )
+    where = re.search(r"probe at ([^:]*)", probe)
+    verdict = "passes" if probe == "yes" else f"refused: {where[1] if where else probe}"
     return f"| {name} {version} | {verdict} | {passed} | {checks} | {'yes' if fast == 'yes' else 'no'} |"
 
 
