@@ -87,10 +87,8 @@ class LocalStore(ObjectStore):
             self._fail(error, key, "writing")
 
     def _write_temp(self, data: Data | Pieces, ready: Ready | None = None) -> Path:
-        _make_folder(self._temp)
-        temp = self._temp / secrets.token_hex(16)
         views = [memoryview(piece).cast("B") for piece in (data if isinstance(data, tuple) else (data,))]
-        handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        temp, handle = self._open_temp()
         try:
             while views:
                 done = os.writev(handle, _some(views))
@@ -111,6 +109,18 @@ class LocalStore(ObjectStore):
         finally:
             os.close(handle)
         return temp
+
+    def _open_temp(self) -> tuple[Path, int]:
+        """A new file in the folder for temporary ones, and its descriptor."""
+        temp = self._temp / secrets.token_hex(16)
+        for last in (False, False, True):
+            try:
+                _make_folder(self._temp)
+                return temp, os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileNotFoundError:  # another process's probe took its empty folders away in between
+                if last:
+                    raise
+        raise AssertionError
 
     def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:
         """See `ObjectStore.get`."""
@@ -230,7 +240,10 @@ class LocalStore(ObjectStore):
         return shutil.disk_usage(place).free
 
     def probe(self, single_writer: bool = False) -> None:
-        """See `ObjectStore.probe`; also removes day-old leftovers of killed processes."""
+        """See `ObjectStore.probe`; also removes day-old leftovers of killed processes.
+
+        A root that was not there before is not there after it either.
+        """
         try:
             leftovers = list(self._temp.iterdir()) if self._temp.is_dir() else []
             for path in leftovers:
@@ -238,7 +251,13 @@ class LocalStore(ObjectStore):
                     path.unlink(missing_ok=True)
         except OSError as error:
             self._fail(error, "", "tidying")
-        super().probe(single_writer)
+        new = [path for path in (self._temp, self._root, *self._root.parents) if not path.exists()]
+        try:
+            super().probe(single_writer)
+        finally:
+            with suppress(OSError):  # one that somebody has filled meanwhile stays
+                for path in new:
+                    path.rmdir()
 
     def _fail(self, error: OSError, key: str, doing: str) -> NoReturn:
         where = f"{self.uri}/{key}".rstrip("/")
