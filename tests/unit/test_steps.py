@@ -13,7 +13,7 @@ def test_logits_are_the_same_up_to_the_noise_of_their_dtype():
     logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
     assert same_logits(logits + 1e-4, logits)
     assert not same_logits(logits + 1e-2 * logits.flip(-1), logits)
-    assert same_logits(logits.bfloat16() * 1.01, logits.bfloat16())
+    assert same_logits(logits.bfloat16() * 1.05, logits.bfloat16())
     one = logits.clone()
     one[2] = logits[1]
     assert not same_logits(one, logits)  # a single position
