@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 RUN = $(BIN)/winnow $(if $(RAY_ADDRESS),submit --address $(RAY_ADDRESS) $(JOB) --)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats peers lint format bench servers minio clean
+.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats test-subjects peers lint format bench servers minio clean
 
 help:  ## Show this list
 	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value'] [RAY_ADDRESS=http://HEAD:8265]"; echo
@@ -73,6 +73,9 @@ test-faults: setup-dev  ## Run the tests that kill, cut and corrupt; part of `ma
 
 test-formats: setup-dev  ## Test import and export against the other libraries' own code (see `make peers`)
 	$(BIN)/python -m benchmarks.peers -- $(BIN)/python -m pytest tests/formats $(ARGS)
+
+test-subjects: setup-dev  ## Try every causal language model of transformers (docs/subjects.md); `make test` tries a dozen
+	$(BIN)/python -m pytest tests/subjects/every_subject.py $(ARGS)
 
 peers: setup-dev  ## Install other libraries for SAEs, to be compared with, in a folder of their own (260 MB)
 	$(BIN)/python -m benchmarks.peers

@@ -206,6 +206,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QSA,
     "reformer": {
         "is_decoder": True,
+        "hash_seed": 0,  # else every pass draws its buckets anew
         "axial_pos_shape": [16, 16],
         "axial_pos_embds_dim": [16, 16],
         "attn_layers": ["local", "lsh"] * 2,

@@ -85,13 +85,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def _load(folder: Path, until: list[str] | None = None) -> Subject:
-    spec = {"model": str(folder), "device": "cpu"}
-    try:
-        return Subject.load(spec, until)
-    except ConfigError as error:
-        if "attention" not in str(error):
-            raise
-        return Subject.load({**spec, "attention": "eager"}, until)
+    return Subject.load({"model": str(folder), "device": "cpu"}, until)
 
 
 def _tried(row: Row, what: str, run: Callable[[], Any]) -> Any:
@@ -99,7 +93,7 @@ def _tried(row: Row, what: str, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except ConfigError as error:
-        if (note := (what, _sentence(error))) not in row.notes:
+        if (note := (what, _sentence(row.name, error))) not in row.notes:
             row.notes.append(note)
         return None
     except WrongNumber as error:
@@ -113,10 +107,11 @@ def _tried(row: Row, what: str, run: Callable[[], Any]) -> Any:
     return None
 
 
-def _sentence(error: ConfigError) -> str:
-    """What an error says, of any layer and any folder, so that a reason is told once and everywhere alike."""
+def _sentence(name: str, error: ConfigError) -> str:
+    """What an error says, of any layer, folder and machine, so that a reason is told once and alike."""
     text = error.what if error.got is None else f"{error.what}: got {error.got}"
-    text = re.sub(r"'?/[^ ']+'?", "its folder", text)
+    text = re.sub(r"'?/[^ ']+'?", repr(name), text)
+    text = re.sub(r"\b\d\.\d+e-\d+\b", "…", text)
     return re.sub(r"(\.|block |layer )\d+\b", r"\1L", text)
 
 
@@ -281,6 +276,7 @@ class _Examination:
         def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             lengths.append((kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[1])
 
+        list(self.subject.generate(prompt, max_new_tokens=1))  # what is tried once for a model is tried here
         handle = self.subject.model.register_forward_pre_hook(note, with_kwargs=True)
         try:
             clean = list(self.subject.generate(prompt, max_new_tokens=NEW, temperature=0.0))
@@ -295,7 +291,8 @@ class _Examination:
             steered = self.subject.generate(prompt, max_new_tokens=NEW, temperature=0.0, steer=steer)
             for step, (one, two) in enumerate(zip(steered, clean, strict=True)):
                 _same(f"step {step} steered by nothing at {hook}", one.logits, two.logits, exact=True)
-        return "cached" if lengths[1:] == [1] * (len(lengths) - 1) else "whole passes"
+        whole = sum(length > 1 for length in lengths[1:])
+        return "cached" if not whole else "whole passes" if whole == len(lengths) - 1 else "cached in parts"
 
     def tail(self) -> str:
         """Whole windows patched from the hook on, and one row changed with a cache; each right or refused."""

@@ -1,0 +1,51 @@
+"""Subjects of a dozen kinds are right or refused; `make test-subjects` tries all of docs/subjects.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.subjects.checks import examine
+
+RESIDUAL = "resid_pre, resid_post"
+ALL = "resid_pre, resid_post, attn_out, mlp_out"
+
+FAMILIES = {
+    "bamba": (RESIDUAL, "right", "cached", "right"),
+    "bert, is_decoder": (RESIDUAL, "right", "cached", "right"),
+    "gemma2": (ALL, "right", "cached", "right"),
+    "gemma3": (ALL, "right", "cached", "right"),
+    "gemma4_text, shared keys": (RESIDUAL, "right", "cached", "right"),
+    "mamba": (RESIDUAL, "right", "cached", "right"),
+    "openai-gpt": (RESIDUAL, "right", "whole passes", "right"),
+    "phi3, longrope": (ALL, "right", "cached in parts", "right"),
+    "qwen3_5_text": (RESIDUAL, "right", "cached", "right"),
+    "zaya": (RESIDUAL, "right", "cached", "right"),
+}
+"""Sites, truncation, generation and tail of: state space beside attention, an encoder made causal, soft caps,
+text and images, keys of other layers, a state space alone, no cache, rows that depend on the window's length,
+linear attention, and blocks that hand more on than the stream."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_right_in_every_way(name: str, tmp_path: Path) -> None:
+    row = examine(name, tmp_path)
+    assert not row.faults
+    assert (row.sites, row.truncation, row.generation, row.tail) == FAMILIES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "sentence"),
+    [
+        ("bert", "load", "no causal language model"),
+        ("cpmant", "load", "no causal language model"),
+        ("blt", "load", "its blocks cannot be told"),
+        ("deepseek_v4", "resid_post", "'deepseek_v4' has 4 residual streams, not one"),
+    ],
+)
+def test_refused_with_a_sentence(name: str, what: str, sentence: str, tmp_path: Path) -> None:
+    row = examine(name, tmp_path)
+    assert not row.faults
+    assert any(said == what and sentence in text for said, text in row.notes)
+    assert row.sites in ("—", "none")
