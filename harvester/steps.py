@@ -41,7 +41,8 @@ _WAYS = (_Way(True, True), _Way(False, True), _Way(True, False), _Way(False, Fal
 _CHOSEN = ("index_topk", "indexer_budget", "keep_window_size")
 """Fields of a config: each position attends to the best so many of those before it."""
 
-_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# Not Reformer's past_buckets_states: past a chunk its logits are others than a whole pass gives.
+_CACHES = ("past_key_values", "cache_params", "state", "mems")
 _NOISE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.15}
 """Root mean square of a difference over the logits' spread; SmolLM2-135M in bfloat16 has up to 0.036."""
 
