@@ -113,14 +113,14 @@ class LocalStore(ObjectStore):
     def _open_temp(self) -> tuple[Path, int]:
         """A new file in the folder for temporary ones, and its descriptor."""
         temp = self._temp / secrets.token_hex(16)
-        for last in (False, False, True):
-            try:
-                _make_folder(self._temp)
-                return temp, os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileNotFoundError:  # another process's probe took its empty folders away in between
-                if last:
-                    raise
-        raise AssertionError
+        for _ in range(2):
+            with suppress(FileNotFoundError):  # another process's probe took its empty folders in between
+                return self._create(temp)
+        return self._create(temp)
+
+    def _create(self, temp: Path) -> tuple[Path, int]:
+        _make_folder(self._temp)
+        return temp, os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:
         """See `ObjectStore.get`."""

@@ -129,13 +129,18 @@ def tiny_model(
         torch.manual_seed(seed)
         config = tiny_config(architecture, layers=layers, width=width, vocab=vocab, **extra)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.normal_(0.0, 0.7 / parameter.shape[-1] ** 0.5)
-                else:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        raise_scale(model)
     return model.float().eval()
+
+
+def raise_scale(model: PreTrainedModel) -> None:
+    """Draw a model's weights anew, large enough that every part matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 0.7 / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def make_subject(

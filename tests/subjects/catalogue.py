@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tests.tiny import make_tokenizer
+from tests.tiny import make_tokenizer, raise_scale
 
 WIDTH, HEADS, KV_HEADS, HEAD, LAYERS, VOCABULARY, CONTEXT = 32, 4, 2, 8, 4, 384, 256
 TOKENS = range(16, 256)
@@ -349,12 +349,7 @@ def tiny_model(name: str, *, seed: int = 0, **extra: Any) -> PreTrainedModel:
         config = tiny_config(name, **extra)
         whole = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         model = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.normal_(0.0, 0.7 / parameter.shape[-1] ** 0.5)
-                else:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        raise_scale(model)
     return model.float().eval()
 
 
