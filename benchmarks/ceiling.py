@@ -22,10 +22,11 @@ On another day's host the same code gave 0.53. Two things were found. (1) The fl
 virtual machine gives free memory back to its host within seconds, and pages that are fetched anew cost
 MinIO's system time, as after Ray's start, but not for a floor right behind another. So the floor is now taken
 where the harvest begins and where it ends, and rows' memory is there beforehand, as after the first two
-units. (2) A shard's SHA-256 was taken twice: for its receipt, and by obstore to sign the put, by a
-profile a fifth of what the harvest itself takes. Now the put is signed with the receipt's (`store.direct`).
-Predicted: 0.7. Found: 0.62 to 0.84 (medians of five rounds), and 0.62 twice with the puts left to obstore
-(`AWS_UNSIGNED_PAYLOAD=false` does that), so most of the difference to 0.53 is the floor's.
+units. (2) A shard's SHA-256 was taken twice: for its receipt, and by obstore to sign the put, by a profile a
+fifth of what the harvest itself takes. Now the put is signed with the receipt's
+(`winnow.store.objects.direct`). Predicted: 0.7. Found: 0.62 to 0.84 (medians of five rounds), and 0.62 twice
+with the puts left to obstore (`AWS_UNSIGNED_PAYLOAD=false` does that), so most of the difference to 0.53 is
+the floor's.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ import obstore
 import torch
 
 from benchmarks.servers import s3_root
-from harvester import driver
-from harvester.ledger import read_ledger
-from harvester.worker import UnitWorker
-from schemas.config import Config
-from schemas.harvest import MOMENT_UNITS, HarvestPlan
-from store.layout import shard_key
-from store.objects import open_store
-from store.s3_objects import S3Store
-from store.testing import make_attempt, make_plan, synthetic_digests, write_plan
-from store.writer import commit_void
+from winnow.harvester.run import driver
+from winnow.harvester.run.ledger import read_ledger
+from winnow.harvester.run.worker import UnitWorker
+from winnow.schemas.config import Config
+from winnow.schemas.harvest import MOMENT_UNITS, HarvestPlan
+from winnow.store.format.layout import shard_key
+from winnow.store.objects import open_store
+from winnow.store.objects.s3_store import S3Store
+from winnow.store.testing import make_attempt, make_plan, synthetic_digests, write_plan
+from winnow.store.write.writer import commit_void
 
 HOOK = "resid_post.1"
 FLOOR = "put-bytes-per-second"

@@ -14,17 +14,18 @@ import numpy as np
 
 from benchmarks.floors import HOOK
 from benchmarks.timing import in_turn
-from schemas.base import sha256_hex
-from schemas.harvest import SLICES, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
-from store import ActivationStore
-from store.layout import PLAN_KEY, manifest_key, shard_key
-from store.objects import ObjectStore, open_store
-from store.order import LaneOrder
-from store.parts import PART_UNITS, DatasetDigest, encode_part
-from store.shards import crc32c, encode_chunk, encode_shard
-from store.testing import make_attempt, make_plan, synthetic_digests, synthetic_tokens
-from store.writer import commit_unit, now, tokens_digest
-from store.zarr_metadata import TOKEN_DIGESTS_KEY
+from winnow.common.clock import now
+from winnow.schemas.base import sha256_hex
+from winnow.schemas.harvest import SLICES, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
+from winnow.store import ActivationStore
+from winnow.store.format.layout import PLAN_KEY, manifest_key, shard_key
+from winnow.store.format.order import LaneOrder
+from winnow.store.format.shards import crc32c, encode_chunk, encode_shard
+from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.records.parts import PART_UNITS, DatasetDigest, encode_part
+from winnow.store.testing import make_attempt, make_plan, synthetic_digests, synthetic_tokens
+from winnow.store.write.writer import commit_unit, tokens_digest
 
 
 def commit(root: str, options: argparse.Namespace) -> dict[str, Any]:

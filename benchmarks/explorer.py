@@ -27,16 +27,16 @@ import torch
 from starlette.testclient import TestClient
 
 from benchmarks.report import write_report
-from explorer.cli import Place, open_desk
-from explorer.index import Indexer, open_index_store
-from explorer.serve import make_app
-from explorer.subjects import LazySubject
-from harvester.subject import Subject
-from schemas.config import StorageSpec
-from schemas.features import IndexSpec
-from store import ActivationStore
-from store.objects import open_store
-from trainer.sae import Sae
+from winnow.cli.explore import Place, open_desk
+from winnow.explorer.index.build import Indexer, open_index_store
+from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.site.serve import make_app
+from winnow.sae.model import Sae
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.features import IndexSpec
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.subject.load import Subject
 
 BATCH_WINDOWS = 8
 

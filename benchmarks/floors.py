@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import obstore
 
-from schemas.harvest import SLICES, HarvestPlan
-from store.assemble import ASSEMBLING
-from store.cores import usable_cores
-from store.groups import REQUEST_BYTES
-from store.layout import shard_key, slice_bytes, slice_range
-from store.order import LaneOrder
-from store.s3_objects import S3Store
-from store.shards import crc32c
+from winnow.common.cores import usable_cores
+from winnow.schemas.harvest import SLICES, HarvestPlan
+from winnow.store.format.layout import shard_key, slice_bytes, slice_range
+from winnow.store.format.order import LaneOrder
+from winnow.store.format.shards import crc32c
+from winnow.store.objects.s3_store import S3Store
+from winnow.store.read.assemble import ASSEMBLING
+from winnow.store.read.groups import REQUEST_BYTES
 
 HOOK = "resid_post.1"
 SEED = 3

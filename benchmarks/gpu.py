@@ -37,14 +37,14 @@ from torch import Tensor
 
 from benchmarks.report import write_report
 from benchmarks.train_step import DEAD_SHARE, Size, make_run, seconds
-from trainer.device import torch_settings
-from trainer.estimate import UPDATE_PASSES
-from trainer.kernels import Backend, choose, encode_topk, reference
-from trainer.kernels.segment_grad import segments_of
-from trainer.kernels.step_ops import step_ops
-from trainer.memory import FLOAT, HALF, sae_memory
-from trainer.spans import sampling
-from trainer.step import Run, train_step
+from winnow.common.device import torch_settings
+from winnow.trainer.kernels import Backend, choose, encode_topk, reference
+from winnow.trainer.kernels.segment_grad import segments_of
+from winnow.trainer.kernels.step_ops import step_ops
+from winnow.trainer.plan.estimate import UPDATE_PASSES
+from winnow.trainer.plan.memory import FLOAT, HALF, sae_memory
+from winnow.trainer.step.spans import sampling
+from winnow.trainer.step.step import Run, train_step
 
 ROOT = Path(__file__).parents[1]
 SIZES = [Size(65_536, 768, 131_072, 32), Size(16_384, 768, 131_072, 32)]

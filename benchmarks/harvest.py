@@ -24,15 +24,15 @@ import torch
 
 from benchmarks.ceiling import measure_ceiling
 from benchmarks.report import write_report
-from harvester import batching
-from harvester.cli import ensure_plan
-from harvester.driver import harvest
-from harvester.ledger import read_ledger
-from harvester.subject import Subject
-from schemas.config import Config
-from store.console import load_config, section
-from store.objects import ObjectStore, open_store
-from store.reader import load_plan, read_tokens
+from winnow.cli.harvest import ensure_plan
+from winnow.common.config_file import load_config, section
+from winnow.harvester.run import batching
+from winnow.harvester.run.driver import harvest
+from winnow.harvester.run.ledger import read_ledger
+from winnow.schemas.config import Config
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.read.reader import load_plan, read_tokens
+from winnow.subject.load import Subject
 
 
 def bare_forward_seconds(config: Config, store: ObjectStore, units: range) -> float:

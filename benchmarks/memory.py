@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.report import write_report
 from benchmarks.train_step import seconds
-from trainer.kernels import choose, encode_topk
+from winnow.trainer.kernels import choose, encode_topk
 
 ROWS, WIDTH, K = 1024, 576, 32
 LATENTS, MILLION = 262_144, 1_048_576

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import write_report
-from schemas.harvest import HarvestPlan
-from store import ActivationStore
-from store.objects import open_store
-from store.testing import make_plan, write_dataset
+from winnow.schemas.harvest import HarvestPlan
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.store.testing import make_plan, write_dataset
 
 HOOK = "resid_post.1"
 

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.peer_trainers import PEERS, Job
 from benchmarks.train_step import SIZES, Size, cases_of, seconds
-from trainer.device import torch_settings
+from winnow.common.device import torch_settings
 
 OURS = "winnow"
 

@@ -48,7 +48,7 @@ class Peer(Protocol):
     """A library's trainer in mid-run."""
 
     format: str
-    """Of `trainer.formats`: what `save` writes."""
+    """Of `winnow.sae.formats`: what `save` writes."""
 
     def step(self, rows: Tensor) -> None:
         """Train on raw rows [B, D]."""

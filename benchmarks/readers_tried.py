@@ -1,7 +1,8 @@
 """`python -m benchmarks.readers_tried`: what outside zarr readers make of sound and of damaged datasets.
 
 It installs the pinned readers into a temporary folder (pip and npm, removed at the end), writes small
-datasets with `store.testing`, and prints the table of docs/data.md. No test runs it: it needs registries.
+datasets with `winnow.store.testing`, and prints the table of docs/data.md. No test runs it: it needs
+registries.
 
 `equal`: the stored numbers; `refused`: an error; `fill`: the fill value, without an error; `WRONG`: other
 numbers, without an error.
@@ -18,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from store.layout import BFLOAT16_NAN, shard_key
-from store.objects import open_store
-from store.shards import to_stored
-from store.testing import flip_bit, make_plan, synthetic_rows, write_dataset
+from winnow.store.format.layout import BFLOAT16_NAN, shard_key
+from winnow.store.format.shards import to_stored
+from winnow.store.objects import open_store
+from winnow.store.testing import flip_bit, make_plan, synthetic_rows, write_dataset
 
 PYTHON = ("zarr==3.1.6", "zarrs==0.2.3", "tensorstore==0.1.86", "xarray==2026.9.0", "dask==2026.8.0")
 NODE = "zarrita@0.7.5"

@@ -3,12 +3,12 @@
     python -m benchmarks.recovery_peers OUT [--peers sparsify sae-lens ...] [--latents 256 512] [--k 8]
         [--seeds 3] [--rows 1000000]
 
-OUT is the folder of `winnow recovery`: its page and picture get a row for each peer. Every peer has its
-own normalisation, initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps and decay
-over the last 20 % where it can, and, as ours, a search for its best learning rate on the first seed.
-Latents are dead after as many rows as ours: their own defaults (ten million rows, or 512,000) would leave
-AuxK off on this task. What a library saved is imported by `trainer.formats` and measured as our own. It runs
-itself in the peers' environment (`make peers`); finished runs are not done again.
+OUT is the folder of `winnow recovery`: its page and picture get a row for each peer. Every peer has its own
+normalisation, initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps and decay over
+the last 20 % where it can, and, as ours, a search for its best learning rate on the first seed. Latents are
+dead after as many rows as ours: their own defaults (ten million rows, or 512,000) would leave AuxK off on
+this task. What a library saved is imported by `winnow.sae.formats` and measured as our own. It runs itself in
+the peers' environment (`make peers`); finished runs are not done again.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch
 
 from benchmarks.peer_trainers import BATCH_PEERS, PEERS, Job
 from benchmarks.peers import environment, installed
-from evaluator.synthetic import Task
-from evaluator.synthetic_cli import Place, fill_cell, read_records
-from evaluator.synthetic_page import page_of
-from evaluator.synthetic_train import DEAD_AFTER, Figures, figures_of
-from schemas.config import StorageSpec
-from store.console import say
-from store.objects import ObjectStore, open_store
-from trainer.formats.convert import import_sae
-from trainer.sae import Sae
+from winnow.cli.console import say
+from winnow.cli.recovery import Place, fill_cell, read_records
+from winnow.evaluator.recovery.page import page_of
+from winnow.evaluator.recovery.task import Task
+from winnow.evaluator.recovery.train import DEAD_AFTER, Figures, figures_of
+from winnow.sae.formats.convert import import_sae
+from winnow.sae.model import Sae
+from winnow.schemas.config import StorageSpec
+from winnow.store.objects import ObjectStore, open_store
 
 BATCH_ROWS = 512
 SAMPLE_ROWS = 8192

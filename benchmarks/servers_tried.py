@@ -29,13 +29,13 @@ from pathlib import Path
 import botocore.session
 
 from benchmarks.servers import START_SECONDS, free_port, tools
-from schemas.errors import WinnowError
-from store.layout import shard_key
-from store.objects import open_store
-from store.repair import repair
-from store.s3_objects import S3Store
-from store.testing import StoreConformance, flip_bit, make_plan, write_dataset
-from store.verify import verify
+from winnow.schemas.errors import WinnowError
+from winnow.store.check.repair import repair
+from winnow.store.check.verify import verify
+from winnow.store.format.layout import shard_key
+from winnow.store.objects import open_store
+from winnow.store.objects.s3_store import S3Store
+from winnow.store.testing import StoreConformance, flip_bit, make_plan, write_dataset
 
 KEY, SECRET = "winnowkey", "winnowsecret"
 CEPH = """[global]

@@ -30,13 +30,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.report import write_report
-from evaluator.bootstrap import mean_figure
-from explorer.subjects import LazySubject
-from explorer.table import FeatureTable
-from harvester.generate import Op, Steer, steered
-from harvester.subject import Subject
-from store import ActivationStore
-from trainer.sae import Sae
+from winnow.evaluator.bootstrap import mean_figure
+from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.index.table import FeatureTable
+from winnow.sae.model import Sae
+from winnow.store import ActivationStore
+from winnow.subject.generate import Op, Steer, steered
+from winnow.subject.load import Subject
 
 PROMOTED = 8
 """Promoted tokens whose log-probability is looked at."""

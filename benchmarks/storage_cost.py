@@ -39,15 +39,15 @@ from typing import Any
 import torch
 
 from benchmarks.report import write_report
-from evaluator.heldout import measure_in_subject
-from schemas.config import Config
-from schemas.harvest import Compress, Dtype, HarvestPlan, row_bytes
-from store import ActivationStore
-from store.console import load_config
-from store.objects import open_store
-from store.testing import make_plan, write_dataset
-from store.torch_stream import Batch
-from trainer import loop
+from winnow.common.config_file import load_config
+from winnow.evaluator.heldout import measure_in_subject
+from winnow.schemas.config import Config
+from winnow.schemas.harvest import Compress, Dtype, HarvestPlan, row_bytes
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.store.read.torch_stream import Batch
+from winnow.store.testing import make_plan, write_dataset
+from winnow.trainer.run import loop
 
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32", "int8")
 CODECS: tuple[Compress, ...] = ("none", "zstd")

@@ -79,7 +79,7 @@ from benchmarks.commits import commit, opening, order_arithmetic
 from benchmarks.floors import HOOK
 from benchmarks.report import write_report
 from benchmarks.streams import local_stream, s3_streams
-from store.testing import make_plan
+from winnow.store.testing import make_plan
 
 
 def main() -> None:

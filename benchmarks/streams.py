@@ -16,11 +16,11 @@ import numpy as np
 from benchmarks.floors import HOOK, SEED, Gets, Loop
 from benchmarks.servers import s3_root
 from benchmarks.timing import in_turn, kept_to
-from schemas.harvest import HarvestPlan
-from store import ActivationStore
-from store.objects import open_store
-from store.s3_objects import S3Store
-from store.testing import write_dataset
+from winnow.schemas.harvest import HarvestPlan
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.store.objects.s3_store import S3Store
+from winnow.store.testing import write_dataset
 
 
 class SteadyStream:

@@ -32,12 +32,12 @@ import torch
 
 from benchmarks.peers import environment, installed
 from benchmarks.report import write_report
-from schemas.training import TrainSpec
-from trainer.device import torch_settings
-from trainer.init import initialise
-from trainer.kernels import choose
-from trainer.sae import Sae
-from trainer.step import Recipe, Run, train_step
+from winnow.common.device import torch_settings
+from winnow.sae.init import initialise
+from winnow.sae.model import Sae
+from winnow.schemas.training import TrainSpec
+from winnow.trainer.kernels import choose
+from winnow.trainer.step.step import Recipe, Run, train_step
 
 
 class Size(NamedTuple):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluator.setting import Codes
-from harvester.packing import keyed_hash
+from winnow.common.hashing import keyed_hash
+from winnow.evaluator.setting import Codes
 
 EMPTY = -np.inf
 """Score of a place that nothing has taken."""

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harvester.splice import Replacement
-from harvester.subject import Subject
-from schemas.errors import ConfigError
-from trainer.sae import Sae
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.subject.load import Subject
+from winnow.subject.splice import Replacement
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """Codes (values [P, S], indices [P, S]) -> values that take their place; it must not change its arguments."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.evaluation import Figure
+from winnow.schemas.evaluation import Figure
 
 DRAWS = 1000
 QUANTILES = (0.025, 0.975)

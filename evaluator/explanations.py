@@ -11,15 +11,15 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from evaluator.report import EVALUATION_KEY, load_evaluation, require_one
-from evaluator.setting import subject_spec_of
-from harvester.subject import Subject
-from schemas.errors import ConfigError
-from schemas.evaluation import Evaluation, Figure
-from store import ActivationStore
-from store.console import guard, say
-from store.objects import open_store
-from store.yaml_text import parse_yaml
+from winnow.cli.console import guard, say
+from winnow.common.yaml_text import parse_yaml
+from winnow.evaluator.report import EVALUATION_KEY, load_evaluation, require_one
+from winnow.evaluator.setting import subject_spec_of
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.evaluation import Evaluation, Figure
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.subject.load import Subject
 
 BEFORE, AFTER = 14, 4
 """Tokens shown around the one a latent fires on."""
@@ -35,7 +35,7 @@ def main(
 ) -> None:
     """Write the page.
 
-    Example: `python -m evaluator.explanations runs/quickstart --root data/quickstart`
+    Example: `python -m winnow.evaluator.explanations runs/quickstart --root data/quickstart`
     """
     with guard():
         stored = require_one(load_evaluation(open_store(evaluated)), evaluated)
@@ -75,7 +75,7 @@ def page(
     lines = [
         "# Explanations of latents, and what the latents fire on",
         "",
-        f"Written by `python -m evaluator.explanations` from the evaluation of an SAE of `{evaluation.hook}` "
+        f"Written by `python -m winnow.evaluator.explanations` from the evaluation of an SAE of `{evaluation.hook}` "
         f"of {evaluation.subject_model} (N = {evaluation.latents:,}, K = {evaluation.k}, weights "
         f"`{evaluation.sae_sha256[:12]}`). The latents are the first {len(shown)} of a random sample; none "
         "was picked. Definitions: [evaluation.md](../evaluation.md).",

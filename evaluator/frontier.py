@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Picture
 
-from schemas.evaluation import Evaluation
+from winnow.schemas.evaluation import Evaluation
 
 AXES = {
     "l0": "L0, active latents a row",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from evaluator.downstream import Reached, figures_of, runs_of, sae_variants, splice_losses
-from evaluator.setting import check_subject, subject_spec_of
-from harvester.ledger import read_ledger
-from harvester.subject import Subject
-from schemas.config import Config
-from store import ActivationStore
-from store.console import say
-from store.objects import open_store
-from trainer.sae import Sae
+from winnow.cli.console import say
+from winnow.evaluator.families.downstream import Reached, figures_of, runs_of, sae_variants, splice_losses
+from winnow.evaluator.setting import check_subject, subject_spec_of
+from winnow.harvester.run.ledger import read_ledger
+from winnow.sae.model import Sae
+from winnow.schemas.config import Config
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.subject.load import Subject
 
 SHOWN = ("ce_clean", "delta_ce", "loss_recovered_zero", "loss_recovered_mean")
 

@@ -7,16 +7,19 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from evaluator import ablation, compute, downstream, judge, n2g, probes, reconstruction, stability
-from evaluator.probe_tasks import tasks_identity
-from evaluator.setting import Measured, Setting
-from schemas.base import canonical_json, sha256_hex
-from schemas.errors import ConfigError, MissingObject
-from schemas.evaluation import FAMILIES, Evaluation, Family, FamilyResult, Figure
-from schemas.training import SaeCard
-from store.console import say
-from store.objects import ObjectStore, open_store
-from trainer.sae import CARD_KEY
+from winnow.cli.console import say
+from winnow.evaluator.families import ablation, compute, downstream, reconstruction, stability
+from winnow.evaluator.judge import family as judge
+from winnow.evaluator.n2g import family as n2g
+from winnow.evaluator.probes import family as probes
+from winnow.evaluator.probes.tasks import tasks_identity
+from winnow.evaluator.setting import Measured, Setting
+from winnow.sae.model import CARD_KEY
+from winnow.schemas.base import canonical_json, sha256_hex
+from winnow.schemas.errors import ConfigError, MissingObject
+from winnow.schemas.evaluation import FAMILIES, Evaluation, Family, FamilyResult, Figure
+from winnow.schemas.training import SaeCard
+from winnow.store.objects import ObjectStore, open_store
 
 EVALUATION_KEY = "evaluation.json"
 DEFINITIONS = "v2"

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evaluator.setting import Setting
-from schemas.errors import ConfigError
-from store.console import Progress
+from winnow.cli.console import Progress
+from winnow.evaluator.setting import Setting
+from winnow.schemas.errors import ConfigError
 
 BATCH_TOKENS = 2048
 """Tokens in one pass, padding included."""

@@ -15,19 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harvester.subject import Subject
-from harvester.tail import Tail
-from schemas.config import StorageSpec
-from schemas.errors import SaeMismatch
-from schemas.evaluation import EvaluateSpec, Figure
-from schemas.harvest import HarvestPlan
-from schemas.subject import SubjectSpec
-from schemas.training import SaeCard
-from schemas.window import WindowRule
-from store import ActivationStore
-from store.console import say
-from trainer.device import resolve_device
-from trainer.sae import Sae
+from winnow.cli.console import say
+from winnow.common.device import resolve_device
+from winnow.sae.model import Sae
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import SaeMismatch
+from winnow.schemas.evaluation import EvaluateSpec, Figure
+from winnow.schemas.harvest import HarvestPlan
+from winnow.schemas.subject import SubjectSpec
+from winnow.schemas.training import SaeCard
+from winnow.schemas.window import WindowRule
+from winnow.store import ActivationStore
+from winnow.subject.load import Subject
+from winnow.subject.tail import Tail
 
 CHUNK_ROWS = 4096
 """Stored rows read and encoded at a time."""

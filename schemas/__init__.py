@@ -1,5 +1,5 @@
 """Contracts between the stages: pydantic models and the standard library only."""
 
-from schemas.names import check
+from winnow.schemas.names import check
 
 check()

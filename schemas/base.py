@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from schemas.errors import ConfigError, IntegrityError, UnsupportedVersion
+from winnow.schemas.errors import ConfigError, IntegrityError, UnsupportedVersion
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 """Largest JSON artefact that is parsed, in bytes; anything longer is refused unread."""

@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import Field
 
-from schemas.base import Contract
-from schemas.corpus import CorpusSpec
-from schemas.evaluation import EvaluateSpec
-from schemas.harvest import HarvestSpec, PlanSpec
-from schemas.subject import SubjectSpec
-from schemas.training import TrainSpec
+from winnow.schemas.base import Contract
+from winnow.schemas.corpus import CorpusSpec
+from winnow.schemas.evaluation import EvaluateSpec
+from winnow.schemas.harvest import HarvestSpec, PlanSpec
+from winnow.schemas.subject import SubjectSpec
+from winnow.schemas.training import TrainSpec
 
 
 class StorageSpec(Contract):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas.base import Contract
+from winnow.schemas.base import Contract
 
 
 class SourceSpec(Contract):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from schemas.base import Artefact, Contract, HookName, Sha256
+from winnow.schemas.base import Artefact, Contract, HookName, Sha256
 
 FAMILIES = ("reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g", "judge")
 """Metric families, in the order they are measured and shown."""

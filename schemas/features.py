@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas.base import Artefact, Contract, HookName, Sha256
-from schemas.subject import SubjectIdentity
-from schemas.window import WindowRule
+from winnow.schemas.base import Artefact, Contract, HookName, Sha256
+from winnow.schemas.subject import SubjectIdentity
+from winnow.schemas.window import WindowRule
 
 
 class IndexSpec(Contract):

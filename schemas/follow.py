@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from schemas.base import Artefact, Contract, RelativeKey, Sha256
+from winnow.schemas.base import Artefact, Contract, RelativeKey, Sha256
 
 FollowerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,80}$")]
 

@@ -15,11 +15,11 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256, canonical_json, sha256_hex
-from schemas.corpus import CorpusSpec
-from schemas.errors import ConfigError
-from schemas.follow import FollowLimits
-from schemas.subject import HookSite, SubjectIdentity
+from winnow.schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256, canonical_json, sha256_hex
+from winnow.schemas.corpus import CorpusSpec
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.follow import FollowLimits
+from winnow.schemas.subject import HookSite, SubjectIdentity
 
 SLICES = 64
 """Inner chunks ("slices") of every shard; lanes own whole slices."""

@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
-from schemas.errors import ConfigError
+from winnow.schemas.errors import ConfigError
 
 PACKAGES = ("schemas", "store", "harvester", "trainer", "evaluator", "explorer")
 HOME = Path(__file__).resolve().parents[1]

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from schemas.base import Artefact
-from schemas.config import Config
+from winnow.schemas.base import Artefact
+from winnow.schemas.config import Config
 
 JOBS = "jobs"
 """Folder of the queue below a service's root."""

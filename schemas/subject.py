@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas.base import Contract, HookName, Sha256
+from winnow.schemas.base import Contract, HookName, Sha256
 
 HOOK_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 """The sites every common architecture has; anything else is a dotted module path."""

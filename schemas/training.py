@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256
-from schemas.window import WindowRule
+from winnow.schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256
+from winnow.schemas.window import WindowRule
 
 Normalize = Literal["layer", "dataset", "none"]
 Activation = Literal["topk", "batchtopk", "relu", "jumprelu"]

@@ -6,8 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.base import Contract
-from schemas.harvest import HarvestPlan
+from winnow.schemas.base import Contract
+from winnow.schemas.harvest import HarvestPlan
 
 
 class WindowRule(Contract):

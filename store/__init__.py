@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from store.reader import ActivationStore
+    from winnow.store.read.reader import ActivationStore
 
 __all__ = ["ActivationStore"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     """`ActivationStore`, loaded when asked for: a machine that only computes need not have zarr."""
     if name != "ActivationStore":
         raise AttributeError(f"module 'store' has no attribute {name!r}")
-    from store.reader import ActivationStore
+    from winnow.store.read.reader import ActivationStore
 
     return ActivationStore

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.sae import Sae as Sae
+    from winnow.sae.model import Sae as Sae
 
 __all__ = ["Sae"]
 
 
 def __getattr__(name: str) -> Any:  # `python -m trainer` tidies sys.path before anything else is imported
     if name == "Sae":
-        from trainer.sae import Sae
+        from winnow.sae.model import Sae
 
         return Sae
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

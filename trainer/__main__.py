@@ -8,7 +8,7 @@ _HOME = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]).resolve() != _HOME:
     del sys.path[0]
 
-from trainer.cli import make_app
+from winnow.cli.train import make_app
 
 if __name__ == "__main__":
     make_app()()

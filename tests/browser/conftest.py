@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from explorer.cli import Place, open_desk
-from explorer.serve import listen, make_app, server
-from schemas.config import StorageSpec
+from winnow.cli.explore import Place, open_desk
+from winnow.explorer.site.serve import listen, make_app, server
+from winnow.schemas.config import StorageSpec
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -44,7 +44,7 @@ def served(request, tmp_path_factory) -> Iterator[Served]:
     saes, root, pictures = (option(name, default=None) for name in ("--saes", "--root", "--screenshots"))
     place = Place(root, None, StorageSpec())
     if not saes:
-        from tests.explorer_site import make_site
+        from tests.support.explorer_site import make_site
 
         made = make_site(tmp_path_factory.mktemp("site"))
         saes, place = list(made.saes), Place.of(made.config_path, None)

@@ -17,9 +17,9 @@ import typer.main
 import yaml
 from typer.testing import CliRunner
 
-from store.console import load_config
 from winnow import app
-from winnow_jobs import entrypoint
+from winnow.cli.submit import entrypoint
+from winnow.common.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "docker/Dockerfile"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from schemas.base import sha256_hex
-from schemas.harvest import HarvestManifest, HarvestPlan, UnitReceipt
-from store.index import check_receipt
-from store.objects import open_store
-from store.parts import dataset_digest, part_key, read_part
-from store.testing import make_plan, write_dataset
+from winnow.schemas.base import sha256_hex
+from winnow.schemas.harvest import HarvestManifest, HarvestPlan, UnitReceipt
+from winnow.store.objects import open_store
+from winnow.store.records.index import check_receipt
+from winnow.store.records.parts import dataset_digest, part_key, read_part
+from winnow.store.testing import make_plan, write_dataset
 
 GOLDEN = Path(__file__).parent / "golden"
 FINGERPRINT = "23bf62a606b37302ad78a2ce39f970566e3abaf9f7f0681078cfc57c4e82b6fe"

@@ -13,17 +13,17 @@ import botocore.session
 import numpy as np
 import pytest
 
-from schemas.config import StorageSpec
-from schemas.errors import ConfigError, StoreError
-from store import ActivationStore
-from store.local_objects import LocalStore
-from store.objects import ObjectStore, open_store
-from store.probe import RACERS
-from store.s3 import check_endpoint
-from store.s3_objects import S3Store, describe_failure
-from store.testing import FaultyStore, StoreConformance, make_plan, synthetic_rows, write_dataset
-from store.verify import verify
 from tests.conftest import S3Server, make_bucket, moto_server, only_aws
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError, StoreError
+from winnow.store import ActivationStore
+from winnow.store.check.verify import verify
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.objects.local import LocalStore
+from winnow.store.objects.probe import RACERS
+from winnow.store.objects.s3 import check_endpoint
+from winnow.store.objects.s3_store import S3Store, describe_failure
+from winnow.store.testing import FaultyStore, StoreConformance, make_plan, synthetic_rows, write_dataset
 
 
 class TestLocal(StoreConformance):

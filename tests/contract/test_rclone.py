@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from harvester.driver import harvest
-from schemas.config import Config
-from schemas.errors import StoreError
-from store.objects import ObjectStore, open_store
-from store.testing import make_plan, write_plan
 from tests.conftest import free_port, process_wait
+from winnow.harvester.run.driver import harvest
+from winnow.schemas.config import Config
+from winnow.schemas.errors import StoreError
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.testing import make_plan, write_plan
 
 
 @pytest.fixture

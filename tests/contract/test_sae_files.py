@@ -9,11 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from schemas.errors import IntegrityError, MissingObject, UnsupportedVersion
-from schemas.training import SaeParts
-from store.objects import open_store
-from trainer import Sae
-from trainer.init import initialise
+from winnow.sae import Sae
+from winnow.sae.init import initialise
+from winnow.schemas.errors import IntegrityError, MissingObject, UnsupportedVersion
+from winnow.schemas.training import SaeParts
+from winnow.store.objects import open_store
 
 D, N, K = 8, 24, 3
 

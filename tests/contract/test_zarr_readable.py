@@ -13,15 +13,15 @@ from s3fs import S3FileSystem
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore
 
-from schemas.harvest import HarvestPlan
-from store.layout import BFLOAT16_NAN, shard_key
-from store.objects import ObjectStore, open_store
-from store.repair import repair
-from store.shards import to_float32, to_stored
-from store.testing import flip_bit, make_plan, synthetic_rows, synthetic_tokens, write_dataset
-from store.verify import verify
-from store.zarr_metadata import zarr_objects
 from tests.conftest import S3Server
+from winnow.schemas.harvest import HarvestPlan
+from winnow.store.check.repair import repair
+from winnow.store.check.verify import verify
+from winnow.store.format.layout import BFLOAT16_NAN, shard_key
+from winnow.store.format.shards import to_float32, to_stored
+from winnow.store.format.zarr_metadata import zarr_objects
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.testing import flip_bit, make_plan, synthetic_rows, synthetic_tokens, write_dataset
 
 HOOKS = {"resid_post.1": 8, "model.layers.0.mlp": 5}
 

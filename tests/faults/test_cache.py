@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas.config import StorageSpec
-from schemas.errors import IntegrityError
-from store import ActivationStore
-from store import cache as cache_module
-from store import order as order_module
-from store.cache import SliceCache
-from store.layout import shard_key, slice_bytes
-from store.objects import open_store
-from store.testing import FaultyStore, flip_bit, make_plan, synthetic_rows, write_dataset
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import IntegrityError
+from winnow.store import ActivationStore
+from winnow.store.format import order as order_module
+from winnow.store.format.layout import shard_key, slice_bytes
+from winnow.store.objects import open_store
+from winnow.store.read import cache as cache_module
+from winnow.store.read.cache import SliceCache
+from winnow.store.testing import FaultyStore, flip_bit, make_plan, synthetic_rows, write_dataset
 
 HOOK = "resid_post.1"
 PLAN = make_plan(units=4, hooks={HOOK: 8})

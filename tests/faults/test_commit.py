@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from schemas.errors import (
+from winnow.schemas.errors import (
     CommitUnknown,
     IntegrityError,
     NonFiniteError,
@@ -19,13 +19,14 @@ from schemas.errors import (
     StoreError,
     WinnowError,
 )
-from schemas.harvest import HarvestPlan, UnitReceipt
-from store import parts, writer
-from store.commit import load_receipt, standing_receipts
-from store.layout import manifest_key, receipt_key, shard_key, tokens_key
-from store.objects import ObjectStore, open_store
-from store.shards import to_stored
-from store.testing import (
+from winnow.schemas.harvest import HarvestPlan, UnitReceipt
+from winnow.store.check.verify import verify
+from winnow.store.format.layout import manifest_key, receipt_key, shard_key, tokens_key
+from winnow.store.format.shards import to_stored
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.records import parts
+from winnow.store.records.commit import load_receipt, standing_receipts
+from winnow.store.testing import (
     Crash,
     FaultyStore,
     make_attempt,
@@ -38,8 +39,15 @@ from store.testing import (
     write_plan,
     write_unit,
 )
-from store.verify import verify
-from store.writer import commit_unit, commit_void, create_dataset, put_tokens, seal, tokens_digest
+from winnow.store.write import writer
+from winnow.store.write.writer import (
+    commit_unit,
+    commit_void,
+    create_dataset,
+    put_tokens,
+    seal,
+    tokens_digest,
+)
 
 HOOK = "resid_post.1"
 PLAN = make_plan(units=2, hooks={HOOK: 4, "mlp_out.0": 2})

@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas.errors import IntegrityError
-from schemas.harvest import SLICES
-from store import ActivationStore
-from store import order as order_module
-from store.commit import load_receipt
-from store.index import ReceiptIndex
-from store.layout import receipt_key, shard_key, slice_starts
-from store.objects import ObjectStore, open_store
-from store.repair import repair
-from store.shards import INDEX_BYTES, crc32c, pack, shard_index
-from store.testing import flip_bit, make_attempt, make_plan, stored_rows, synthetic_rows, write_dataset
-from store.verify import verify
-from store.writer import read_orphan
+from winnow.schemas.errors import IntegrityError
+from winnow.schemas.harvest import SLICES
+from winnow.store import ActivationStore
+from winnow.store.check.repair import repair
+from winnow.store.check.verify import verify
+from winnow.store.format import order as order_module
+from winnow.store.format.layout import receipt_key, shard_key, slice_starts
+from winnow.store.format.shards import INDEX_BYTES, crc32c, pack, shard_index
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.records.commit import load_receipt
+from winnow.store.records.index import ReceiptIndex
+from winnow.store.testing import flip_bit, make_attempt, make_plan, stored_rows, synthetic_rows, write_dataset
+from winnow.store.write.writer import read_orphan
 
 HOOK = "resid_post.1"
 PLAN = make_plan(units=4, hooks={HOOK: 8, "mlp_out.0": 4}, compress="zstd")

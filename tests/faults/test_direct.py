@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from schemas.config import StorageSpec
-from schemas.errors import IntegrityError, MissingObject
-from store import direct
-from store.objects import Data, open_store
-from store.s3_objects import S3Store
-from store.testing import make_plan, write_unit
 from tests.conftest import S3Server
-from tests.faults.proxy import Call, HostileProxy
+from tests.support.proxy import Call, HostileProxy
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import IntegrityError, MissingObject
+from winnow.store.objects import Data, direct, open_store
+from winnow.store.objects.s3_store import S3Store
+from winnow.store.testing import make_plan, write_unit
 
 BODY = np.random.default_rng(0).bytes(300_000)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas.errors import WinnowError
-from store import ActivationStore
-from store.objects import open_store
-from store.testing import make_plan, write_dataset
-from store.verify import verify
+from winnow.schemas.errors import WinnowError
+from winnow.store import ActivationStore
+from winnow.store.check.verify import verify
+from winnow.store.objects import open_store
+from winnow.store.testing import make_plan, write_dataset
 
 HOOK = "resid_post.1"
 PLAN = make_plan(units=2, hooks={HOOK: 4})

@@ -10,18 +10,18 @@ import threading
 import time
 from pathlib import Path
 
-from harvester.cli import ensure_plan
-from harvester.worker import UnitWorker
-from schemas.config import Config
-from schemas.harvest import HarvestPlan
-from store.console import load_config
-from store.follow import deleted_units
-from store.objects import open_store
-from store.verify import verify
-from store.writer import seal
 from tests.faults.test_harvest_kill import kill_tree
-from tests.pipeline import pipeline_config
-from trainer.loop import train
+from tests.support.pipeline import pipeline_config
+from winnow.cli.harvest import ensure_plan
+from winnow.common.config_file import load_config
+from winnow.harvester.run.worker import UnitWorker
+from winnow.schemas.config import Config
+from winnow.schemas.harvest import HarvestPlan
+from winnow.store.check.verify import verify
+from winnow.store.objects import open_store
+from winnow.store.read.follow import deleted_units
+from winnow.store.write.writer import seal
+from winnow.trainer.run.loop import train
 
 UNITS = 8
 SILENCE = 12  # a sign of life comes every ten seconds

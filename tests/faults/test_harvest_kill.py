@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from store.console import load_config
-from store.objects import open_store
-from store.verify import verify
-from tests.pipeline import pipeline_config
+from tests.support.pipeline import pipeline_config
+from winnow.common.config_file import load_config
+from winnow.store.check.verify import verify
+from winnow.store.objects import open_store
 
 UNITS = 12
 

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from schemas.config import StorageSpec
-from schemas.errors import StoreError
-from store import ActivationStore
-from store.layout import receipt_key, shard_key
-from store.objects import ObjectStore, open_store
-from store.s3_objects import S3Store
-from store.testing import make_plan, synthetic_rows, write_dataset
-from store.verify import verify
 from tests.conftest import S3Server, make_bucket, moto_server
-from tests.faults.proxy import Call, HostileProxy, Rule
+from tests.support.proxy import Call, HostileProxy, Rule
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import StoreError
+from winnow.store import ActivationStore
+from winnow.store.check.verify import verify
+from winnow.store.format.layout import receipt_key, shard_key
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.objects.s3_store import S3Store
+from winnow.store.testing import make_plan, synthetic_rows, write_dataset
 
 HOOK = "resid_post.1"
 PLAN = make_plan(units=2, hooks={HOOK: 4})

@@ -1,4 +1,4 @@
-"""The state machine of `tests.faults.machine` finds nothing wrong with the store, but with every mutant.
+"""The state machine of `tests.support.machine` finds nothing wrong with the store, but with every mutant.
 
 A mutant is the store with one promise broken: what the machine would miss, no green run says anything about.
 """
@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import get_state_machine_test
 
-import store.commit
-import store.fetch
-import store.repair
-import store.verify
-import store.writer
-from schemas.errors import MissingObject, StoreError, WinnowError
-from store.testing import make_attempt
-from tests.faults.machine import Harvest, OneThread, same_metadata
+import winnow.store.check.repair
+import winnow.store.check.verify
+import winnow.store.read.fetch
+import winnow.store.records.commit
+import winnow.store.write.writer
+from tests.support.machine import Harvest, OneThread, same_metadata
+from winnow.schemas.errors import MissingObject, StoreError, WinnowError
+from winnow.store.testing import make_attempt
 
 MACHINE = settings(
     max_examples=20, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck)

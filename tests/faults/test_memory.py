@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import harvester.cli
-import harvester.driver
-import harvester.planner
-from harvester.worker import UnitWorker
-from store.console import load_config
-from store.objects import open_store
-from store.reader import load_plan, receipts_present
-from store.verify import verify
+import winnow.cli.harvest
+import winnow.harvester.plan.planner
+import winnow.harvester.run.driver
 from tests.faults.test_follow import make_alone
-from tests.pipeline import pipeline_config
+from tests.support.pipeline import pipeline_config
 from winnow import app
+from winnow.common.config_file import load_config
+from winnow.harvester.run.worker import UnitWorker
+from winnow.store.check.verify import verify
+from winnow.store.objects import open_store
+from winnow.store.read.reader import load_plan, receipts_present
 
 UNITS = 5
 
@@ -46,7 +46,7 @@ def test_under_a_real_limit(whole: tuple[Path, str], tmp_path: Path) -> None:
     config, digest = whole
     root = tmp_path / "data"
     result = subprocess.run(
-        [sys.executable, "-m", "tests.faults.starved", "2", "harvest", str(config), "--set", f"root={root}"],
+        [sys.executable, "-m", "tests.support.starved", "2", "harvest", str(config), "--set", f"root={root}"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-from store.console import load_config
 from tests.conftest import free_port
-from tests.planted import HOOK, planted_config
-from trainer.loop import train
+from tests.support.planted import HOOK, planted_config
+from winnow.common.config_file import load_config
+from winnow.trainer.run.loop import train
 
 EPOCHS, STEPS = 3, 48
 

@@ -14,21 +14,22 @@ from pathlib import Path
 
 import pytest
 
-from schemas.config import Config, StorageSpec
-from schemas.errors import StoreError, WinnowError
-from store import local_objects, writer
-from store.objects import open_store
-from store.testing import make_plan, write_dataset
-from store.verify import verify
 from tests.conftest import S3Server
-from tests.pipeline import pipeline_config
+from tests.support.pipeline import pipeline_config
+from winnow.schemas.config import Config, StorageSpec
+from winnow.schemas.errors import StoreError, WinnowError
+from winnow.store.check.verify import verify
+from winnow.store.objects import local as local_objects
+from winnow.store.objects import open_store
+from winnow.store.testing import make_plan, write_dataset
+from winnow.store.write import writer
 
 HOOK = "resid_post.1"
 PLAN = make_plan(units=2, hooks={HOOK: 4})
 
 
 def forks(name: str, root: object) -> object:
-    command = [sys.executable, "-W", "error", "-m", "tests.faults.forks", name, str(root)]
+    command = [sys.executable, "-W", "error", "-m", "tests.support.forks", name, str(root)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout)

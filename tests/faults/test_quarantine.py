@@ -7,15 +7,15 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from harvester import worker
-from schemas.errors import NonFiniteError
-from store import ActivationStore
-from store.layout import tokens_key
-from store.objects import open_store
-from store.reader import load_plan, receipts_present
-from store.testing import flip_bit
-from tests.pipeline import pipeline_config
+from tests.support.pipeline import pipeline_config
 from winnow import app
+from winnow.harvester.run import worker
+from winnow.schemas.errors import NonFiniteError
+from winnow.store import ActivationStore
+from winnow.store.format.layout import tokens_key
+from winnow.store.objects import open_store
+from winnow.store.read.reader import load_plan, receipts_present
+from winnow.store.testing import flip_bit
 
 
 def winnow(*arguments: object) -> tuple[int, str, str]:

@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError, UnsupportedVersion
-from schemas.harvest import SLICES
-from store import ActivationStore, parts
-from store import order as order_module
-from store.layout import manifest_key, shard_key, slice_bytes, tokens_key
-from store.objects import open_store
-from store.reader import read_receipt
-from store.shards import INDEX_BYTES, crc32c
-from store.testing import FaultyStore, make_plan, write_dataset
-from store.verify import verify
+from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError, UnsupportedVersion
+from winnow.schemas.harvest import SLICES
+from winnow.store import ActivationStore
+from winnow.store.check.verify import verify
+from winnow.store.format import order as order_module
+from winnow.store.format.layout import manifest_key, shard_key, slice_bytes, tokens_key
+from winnow.store.format.shards import INDEX_BYTES, crc32c
+from winnow.store.objects import open_store
+from winnow.store.read.reader import read_receipt
+from winnow.store.records import parts
+from winnow.store.testing import FaultyStore, make_plan, write_dataset
 
 HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
 HOOK = "mlp_out.2"
@@ -87,7 +88,7 @@ def test_a_flipped_byte_names_unit_hook_and_slice(root, plan, read, where):
 @pytest.mark.parametrize("together", [1, 3, 64])
 def test_slices_received_together_are_checked_one_by_one(root, plan, monkeypatch, together):
     size = slice_bytes(plan, HOOK)
-    monkeypatch.setattr("store.fetch.PART_BYTES", together * (size - 4))
+    monkeypatch.setattr("winnow.store.read.fetch.PART_BYTES", together * (size - 4))
     drain(root)
     flip(root / shard_key(HOOK, 3), 7 * size + 20)
     with pytest.raises(IntegrityError, match=rf"unit 3, hook '{HOOK}', slice 7\b"):

@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from schemas.base import sha256_hex
-from schemas.errors import IntegrityError, MissingObject, StoreError, WinnowError
-from schemas.harvest import HarvestPlan
-from store import ActivationStore
-from store.commit import standing_receipts
-from store.layout import manifest_key, receipt_key, shard_key, slice_bytes, tokens_key
-from store.manifest import find_manifest
-from store.objects import ObjectStore, open_store
-from store.repair import Remake, repair
-from store.testing import (
+from tests.support.pipeline import pipeline_config
+from winnow import app
+from winnow.schemas.base import sha256_hex
+from winnow.schemas.errors import IntegrityError, MissingObject, StoreError, WinnowError
+from winnow.schemas.harvest import HarvestPlan
+from winnow.store import ActivationStore
+from winnow.store.check.repair import Remake, repair
+from winnow.store.check.verify import damage, verify
+from winnow.store.format.layout import manifest_key, receipt_key, shard_key, slice_bytes, tokens_key
+from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.records.commit import standing_receipts
+from winnow.store.records.manifest import find_manifest
+from winnow.store.testing import (
     Crash,
     FaultyStore,
     flip_bit,
@@ -31,10 +35,6 @@ from store.testing import (
     write_dataset,
     write_unit,
 )
-from store.verify import damage, verify
-from store.zarr_metadata import TOKEN_DIGESTS_KEY
-from tests.pipeline import pipeline_config
-from winnow import app
 
 HOOK, OTHER = "resid_post.1", "mlp_out.0"
 PLAN = make_plan(units=3, hooks={HOOK: 4, OTHER: 2})

@@ -12,23 +12,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harvester import planner
-from harvester.testing import byte_subject
-from harvester.windows import CorpusWindows
-from schemas.base import sha256_hex, validate
-from schemas.config import Config, StorageSpec
-from schemas.errors import IntegrityError, StoreError
-from schemas.harvest import UnitReceipt
-from store.commit import commit_receipt
-from store.direct import REFUSALS
-from store.layout import receipt_key, shard_key
-from store.objects import open_store
-from store.repair import repair
-from store.s3_objects import S3Store
-from store.testing import StoreConformance, flip_bit, make_attempt, make_plan, write_dataset, write_unit
-from store.verify import verify
 from tests.conftest import only_aws
-from tests.faults.small_s3 import SmallS3
+from tests.support.small_s3 import SmallS3
+from winnow.harvester.plan import planner
+from winnow.harvester.plan.windows import CorpusWindows
+from winnow.schemas.base import sha256_hex, validate
+from winnow.schemas.config import Config, StorageSpec
+from winnow.schemas.errors import IntegrityError, StoreError
+from winnow.schemas.harvest import UnitReceipt
+from winnow.store.check.repair import repair
+from winnow.store.check.verify import verify
+from winnow.store.format.layout import receipt_key, shard_key
+from winnow.store.objects import open_store
+from winnow.store.objects.direct import REFUSALS
+from winnow.store.objects.s3_store import S3Store
+from winnow.store.records.commit import commit_receipt
+from winnow.store.testing import (
+    StoreConformance,
+    flip_bit,
+    make_attempt,
+    make_plan,
+    write_dataset,
+    write_unit,
+)
+from winnow.subject.testing import byte_subject
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -16,20 +16,20 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from schemas.errors import ConfigError
-from store import ActivationStore
-from store.console import load_config
-from store.objects import open_store
-from store.testing import write_plan, write_unit
-from tests.planted import OTHER_HOOK, planted_config, planted_rows
-from trainer import service as service_module
-from trainer.loop import train
-from trainer.metrics import metrics_text
-from trainer.queue import Queue, job_facts
-from trainer.sae import Sae
-from trainer.service import Service, machine_id
-from trainer.service_cli import slots
+from tests.support.planted import OTHER_HOOK, planted_config, planted_rows
 from winnow import app
+from winnow.cli.service import slots
+from winnow.common.config_file import load_config
+from winnow.jobs import service as service_module
+from winnow.jobs.prometheus import metrics_text
+from winnow.jobs.queue import Queue, job_facts
+from winnow.jobs.service import Service, machine_id
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.store.testing import write_plan, write_unit
+from winnow.trainer.run.loop import train
 
 EPOCHS = 40
 STEPS = 16 * EPOCHS

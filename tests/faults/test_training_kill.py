@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.planted import planted_config
+from tests.support.planted import planted_config
 
 EPOCHS = 8
 

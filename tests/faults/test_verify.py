@@ -11,14 +11,18 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from schemas.errors import ConfigError, IntegrityError, StoreError
-from schemas.harvest import SLICES
-from store import ActivationStore, cli, parts, testing, writer
-from store.info import dataset_info
-from store.layout import manifest_key, receipt_key, shard_key, slice_bytes, tokens_key
-from store.objects import ObjectStore, open_store
-from store.shards import encode_shard, to_stored
-from store.testing import (
+from winnow.cli import store as cli
+from winnow.schemas.errors import ConfigError, IntegrityError, StoreError
+from winnow.schemas.harvest import SLICES
+from winnow.store import ActivationStore, testing
+from winnow.store.check.info import dataset_info
+from winnow.store.check.verify import LEVELS, Problem, damage, verify
+from winnow.store.format.layout import manifest_key, receipt_key, shard_key, slice_bytes, tokens_key
+from winnow.store.format.shards import encode_shard, to_stored
+from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.records import parts
+from winnow.store.testing import (
     FaultyStore,
     flip_bit,
     make_plan,
@@ -27,9 +31,8 @@ from store.testing import (
     write_plan,
     write_unit,
 )
-from store.verify import LEVELS, Problem, damage, verify
-from store.writer import seal
-from store.zarr_metadata import TOKEN_DIGESTS_KEY
+from winnow.store.write import writer
+from winnow.store.write.writer import seal
 
 HOOK = "resid_post.1"
 PLAN = make_plan(units=3, hooks={HOOK: 4, "mlp_out.0": 2})

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from schemas.errors import ConfigError, IntegrityError, NonFiniteError
-from tests.formats.making import LARGEST_ERROR, D, K, N, dense, error, make_sae, rows, save
-from trainer import Sae
-from trainer.formats.convert import READERS, WRITERS, export_sae, import_sae
+from tests.support.making import LARGEST_ERROR, D, K, N, dense, error, make_sae, rows, save
 from winnow import app
+from winnow.sae import Sae
+from winnow.sae.formats.convert import READERS, WRITERS, export_sae, import_sae
+from winnow.schemas.errors import ConfigError, IntegrityError, NonFiniteError
 
 RAW = ["none", "dataset"]
 THRESHOLDS = ["batchtopk", "relu", "jumprelu"]

@@ -9,14 +9,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from schemas.config import StorageSpec
-from schemas.errors import ConfigError
-from schemas.training import SaeParts
-from tests.formats.making import LARGEST_ERROR, D, K, N, dense, error, make_sae, rows, save
-from trainer import Sae
-from trainer.formats.convert import WRITERS, export_sae, import_sae
-from trainer.formats.lens import CENTRES
-from trainer.warm_start import load_source
+from tests.support.making import LARGEST_ERROR, D, K, N, dense, error, make_sae, rows, save
+from winnow.sae import Sae
+from winnow.sae.formats.convert import WRITERS, export_sae, import_sae
+from winnow.sae.formats.lens import CENTRES
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.training import SaeParts
+from winnow.trainer.run.warm_start import load_source
 
 PYTHIA = {"model_name": "pythia-70m", "hook_name": "blocks.3.hook_resid_post", "sae_lens_version": "6.5.0"}
 

@@ -10,14 +10,14 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
-from harvester.subject import Subject
-from schemas.errors import ConfigError, IntegrityError
-from tests.formats.making import LARGEST_ERROR, D, K, N, error, make_sae, rows, save
 from tests.formats.test_foreign_fields import lens_files
-from tests.tiny import make_subject
-from trainer import Sae
-from trainer.formats.convert import READERS, export_sae, import_sae
+from tests.support.making import LARGEST_ERROR, D, K, N, error, make_sae, rows, save
+from tests.support.tiny import make_subject
 from winnow import app
+from winnow.sae import Sae
+from winnow.sae.formats.convert import READERS, export_sae, import_sae
+from winnow.schemas.errors import ConfigError, IntegrityError
+from winnow.subject.load import Subject
 
 
 def exported(tmp_path, name, folder="theirs", **kind):

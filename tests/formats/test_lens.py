@@ -8,14 +8,14 @@ import json
 import pytest
 import torch
 
-from harvester.subject import Subject
-from tests.formats.making import dense, error
 from tests.formats.test_foreign_fields import lens_files
-from tests.tiny import make_subject
-from trainer import Sae
-from trainer.formats.convert import export_sae, import_sae
-from trainer.formats.lens import CENTRES, SAME_ROWS
-from trainer.formats.names import to_lens
+from tests.support.making import dense, error
+from tests.support.tiny import make_subject
+from winnow.sae import Sae
+from winnow.sae.formats.convert import export_sae, import_sae
+from winnow.sae.formats.lens import CENTRES, SAME_ROWS
+from winnow.sae.formats.names import to_lens
+from winnow.subject.load import Subject
 
 if importlib.util.find_spec("sae_lens") is None:
     pytest.skip("the peers' libraries are not here: `make test-formats`", allow_module_level=True)

@@ -12,9 +12,9 @@ import json
 import pytest
 import torch
 
-from tests.formats.making import LARGEST_ERROR, D, K, N, dense, error, make_sae, rows, save
-from trainer import Sae
-from trainer.formats.convert import export_sae, import_sae
+from tests.support.making import LARGEST_ERROR, D, K, N, dense, error, make_sae, rows, save
+from winnow.sae import Sae
+from winnow.sae.formats.convert import export_sae, import_sae
 
 if importlib.util.find_spec("sparsify") is None:
     pytest.skip("the peers' libraries are not here: `make test-formats`", allow_module_level=True)
@@ -209,8 +209,8 @@ def test_every_field_that_the_libraries_write_is_known():
     from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS
     from sparsify import SparseCoderConfig
 
-    from trainer.formats import dictionary_learning as of_dictionaries
-    from trainer.formats import saelens_fields, sparsify
+    from winnow.sae.formats import dictionary_learning as of_dictionaries
+    from winnow.sae.formats import saelens_fields, sparsify
 
     def written(module):
         """Keys of the dictionaries that a module's `config` properties return."""
@@ -265,8 +265,8 @@ def test_peer_steps_are_measured_beside_ours():
 
 def test_the_quality_table_is_made_resumed_and_complete(tmp_path, monkeypatch):
     from benchmarks import quality
-    from store import ActivationStore
-    from tests.evaluated import toy_config
+    from tests.support.evaluated import toy_config
+    from winnow.store import ActivationStore
 
     monkeypatch.setattr(quality, "MOST_RATES", 3)
     config = toy_config(tmp_path)

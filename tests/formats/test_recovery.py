@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from store.objects import open_store
+from winnow.store.objects import open_store
 
 if importlib.util.find_spec("sparsify") is None:
     pytest.skip("the peers' libraries are not here: `make test-formats`", allow_module_level=True)
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 def test_every_peer_learns_on_the_task_and_its_results_are_kept(tmp_path, capsys, monkeypatch):
     from benchmarks import recovery_peers
     from benchmarks.peer_trainers import BATCH_PEERS, PEERS
-    from evaluator.synthetic_cli import read_records
+    from winnow.cli.recovery import read_records
 
-    monkeypatch.setattr("evaluator.synthetic_page.LEARNING_RATES", (0.003, 0.01, 0.03))
+    monkeypatch.setattr("winnow.evaluator.recovery.page.LEARNING_RATES", (0.003, 0.01, 0.03))
     peers = [name for name in (*PEERS, *BATCH_PEERS) if name != "sae-lens-sparse"]
     store = open_store(str(tmp_path))
     recovery_peers.recover(store, peers, [(64, 4)], seeds=1, rows=16_384)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from harvester import Subject
-from harvester.cli import ensure_plan
-from harvester.worker import UnitWorker
-from store.console import load_config
-from store.layout import row_permutation
-from store.objects import open_store
-from store.reader import read_tokens
-from tests.pipeline import pipeline_config
+from tests.support.pipeline import pipeline_config
+from winnow.cli.harvest import ensure_plan
+from winnow.common.config_file import load_config
+from winnow.harvester.run.worker import UnitWorker
+from winnow.store.format.layout import row_permutation
+from winnow.store.objects import open_store
+from winnow.store.read.reader import read_tokens
+from winnow.subject import Subject
 
 
 @pytest.mark.gpu

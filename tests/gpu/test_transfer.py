@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from schemas.training import TrainSpec
-from store.torch_stream import Batch
-from trainer.transfer import Transfer
+from winnow.schemas.training import TrainSpec
+from winnow.store.read.torch_stream import Batch
+from winnow.trainer.run.transfer import Transfer
 
 STEPS, ROWS, WIDTH = 12, 4096, 512
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from schemas.training import TrainSpec
-from trainer.init import initialise
-from trainer.kernels import (
+from winnow.sae.init import initialise
+from winnow.sae.model import PARAMETERS, Sae
+from winnow.schemas.training import TrainSpec
+from winnow.trainer.kernels import (
     choose,
     decode,
     decode_grad_values,
@@ -15,8 +16,7 @@ from trainer.kernels import (
     encode_topk,
     reference,
 )
-from trainer.sae import PARAMETERS, Sae
-from trainer.step import Recipe, Run, train_step
+from winnow.trainer.step.step import Recipe, Run, train_step
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -65,7 +65,7 @@ def test_encode_topk_is_exact_ties_included(device, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_rows_are_done_again(device, dtype):
-    from trainer.kernels.encode_topk_triton import encode_topk_counted
+    from winnow.trainer.kernels.encode_topk_triton import encode_topk_counted
 
     x, W, b = data((150, 40, 1300, 4), dtype, device)
     found = encode_topk_counted(x, W, b, 4)
@@ -74,7 +74,7 @@ def test_few_rows_are_done_again(device, dtype):
 
 
 def test_rows_that_overflow_or_hold_nan_are_exact(device):
-    from trainer.kernels.encode_topk_triton import encode_topk_counted
+    from winnow.trainer.kernels.encode_topk_triton import encode_topk_counted
 
     x, W, b = data((20, 8, 600, 3), torch.float32, device, whole=True)
     x[3], x[4, 2] = 0, torch.nan
@@ -145,7 +145,7 @@ def test_the_step_is_the_eager_step(device, fields):
 def test_the_bfloat16_step_rounds_as_the_cpus_does(device, monkeypatch, auxk_k, accumulate):
     """Up to AuxK's dense products, which the library gives in bfloat16 on a GPU. In several blocks."""
     B, D, N, K = 96, 10, 90, 3
-    monkeypatch.setattr("trainer.kernels.step_ops.GPU_BLOCK_BYTES", 40 * D * 2)
+    monkeypatch.setattr("winnow.trainer.kernels.step_ops.GPU_BLOCK_BYTES", 40 * D * 2)
     runs = []
     for kernels, where in (("cpu", torch.device("cpu")), ("triton", device)):
         base = {"out": "x", "hook": "h.1", "latents": N, "k": K, "batch_rows": 64, "epochs": 8}

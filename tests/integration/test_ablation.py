@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from evaluator import ablation
-from evaluator.setting import Setting
-from schemas.errors import ConfigError
-from schemas.evaluation import EvaluateSpec
-from tests.evaluated import HOOK, random_sae, save_sae, toy_config
+from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config
+from winnow.evaluator.families import ablation
+from winnow.evaluator.setting import Setting
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.evaluation import EvaluateSpec
 
 SPEC = {"ablation_tokens": 4, "ablation_rows": 6, "ablation_latents": 6}
 

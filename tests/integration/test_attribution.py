@@ -8,14 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from evaluator.ablation import without_latents
-from evaluator.attribution import attribute, logit_difference, spliced, without
-from evaluator.setting import Setting
-from schemas.errors import ConfigError
-from schemas.training import SaeParts
-from tests.evaluated import HOOK, random_sae, save_sae, toy_config
-from trainer import Sae
+from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config
 from winnow import app
+from winnow.evaluator.attribution import attribute, logit_difference, spliced, without
+from winnow.evaluator.families.ablation import without_latents
+from winnow.evaluator.setting import Setting
+from winnow.sae import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.training import SaeParts
 
 LOWER = "resid_post.0"
 

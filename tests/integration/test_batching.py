@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from harvester import Subject, batching
-from harvester.batching import chosen, kind_of, out_of_memory, smallest_best
-from harvester.cli import ensure_plan
-from harvester.worker import UnitWorker
-from schemas.config import Config
-from schemas.errors import ConfigError, NonFiniteError, WorkerError
-from store import ActivationStore
-from store.console import load_config
-from store.layout import batch_key
-from store.objects import ObjectStore, open_store
-from store.reader import load_plan
-from store.verify import verify
-from store.writer import seal
-from tests.pipeline import pipeline_config
-from trainer.loop import train
+from tests.support.pipeline import pipeline_config
+from winnow.cli.harvest import ensure_plan
+from winnow.common.config_file import load_config
+from winnow.harvester.run import batching
+from winnow.harvester.run.batching import chosen, kind_of, out_of_memory, smallest_best
+from winnow.harvester.run.worker import UnitWorker
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError, NonFiniteError, WorkerError
+from winnow.store import ActivationStore
+from winnow.store.check.verify import verify
+from winnow.store.format.layout import batch_key
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.read.reader import load_plan
+from winnow.store.write.writer import seal
+from winnow.subject import Subject
+from winnow.trainer.run.loop import train
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 CPU = batch_key(kind_of(torch.device("cpu"), 1))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ray
 
 from benchmarks import ceiling
-from schemas.harvest import MOMENT_UNITS
-from store.reader import load_plan, read_receipt
+from winnow.schemas.harvest import MOMENT_UNITS
+from winnow.store.read.reader import load_plan, read_receipt
 
 
 def test_the_whole_path_with_rows_made_beforehand(s3_environment, monkeypatch):

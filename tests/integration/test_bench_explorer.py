@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import explorer, steering
-from tests.explorer_site import Site, make_site
+from tests.support.explorer_site import Site, make_site
 
 
 @pytest.fixture(scope="module")

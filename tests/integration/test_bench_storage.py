@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.storage_cost import simulate, storage, training
-from schemas.config import Config
-from store import order as order_module
-from store.objects import open_store
-from store.testing import make_plan, write_dataset
+from winnow.schemas.config import Config
+from winnow.store.format import order as order_module
+from winnow.store.objects import open_store
+from winnow.store.testing import make_plan, write_dataset
 
 HOOK = "resid_post.1"
 

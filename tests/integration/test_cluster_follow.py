@@ -28,21 +28,21 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from harvester import driver
-from harvester.cli import ensure_plan
-from harvester.driver import harvest
-from harvester.ledger import read_ledger
-from harvester.worker import UnitWorker
-from schemas.config import Config
-from store.console import load_config
-from store.follow import read_followers
-from store.objects import open_store
-from store.reader import receipts_present
-from store.verify import verify
-from store.writer import seal
-from tests.gated_worker import FREE_UNITS, GATE, GatedWorker
-from tests.pipeline import pipeline_config
-from trainer.loop import train
+from tests.support.gated_worker import FREE_UNITS, GATE, GatedWorker
+from tests.support.pipeline import pipeline_config
+from winnow.cli.harvest import ensure_plan
+from winnow.common.config_file import load_config
+from winnow.harvester.run import driver
+from winnow.harvester.run.driver import harvest
+from winnow.harvester.run.ledger import read_ledger
+from winnow.harvester.run.worker import UnitWorker
+from winnow.schemas.config import Config
+from winnow.store.check.verify import verify
+from winnow.store.objects import open_store
+from winnow.store.read.follow import read_followers
+from winnow.store.read.reader import receipts_present
+from winnow.store.write.writer import seal
+from winnow.trainer.run.loop import train
 
 UNITS = 12
 HIGH_WATER_BYTES = 400_000

@@ -8,16 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from harvester.corpus import documents
-from harvester.planner import make_plan
-from harvester.sources import find_files
-from harvester.tally import Tally
-from harvester.testing import byte_subject
-from schemas.base import validate
-from schemas.config import Config
-from schemas.corpus import CorpusSpec
-from schemas.errors import ConfigError, StoreError
-from store.objects import open_store
+from winnow.harvester.plan.corpus import documents
+from winnow.harvester.plan.planner import make_plan
+from winnow.harvester.plan.sources import find_files
+from winnow.harvester.plan.tally import Tally
+from winnow.schemas.base import validate
+from winnow.schemas.config import Config
+from winnow.schemas.corpus import CorpusSpec
+from winnow.schemas.errors import ConfigError, StoreError
+from winnow.store.objects import open_store
+from winnow.subject.testing import byte_subject
 
 
 @pytest.fixture

@@ -13,19 +13,22 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from harvester import Subject, cluster, driver, planner
-from harvester.cli import ensure_plan
-from harvester.cluster import Crew, no_room
-from harvester.pretrained import check_on_gpus
-from harvester.worker import UnitWorker
-from schemas.config import Config
-from schemas.errors import ConfigError
-from schemas.subject import SubjectSpec
-from store.console import load_config
-from store.objects import open_store
-from tests.pipeline import pipeline_config
-from tests.reserved import Reserved
-from tests.tiny import ARCHITECTURES, make_subject
+from tests.support.pipeline import pipeline_config
+from tests.support.reserved import Reserved
+from tests.support.tiny import ARCHITECTURES, make_subject
+from winnow.cli.harvest import ensure_plan
+from winnow.cluster import crew as cluster
+from winnow.cluster.crew import Crew, no_room
+from winnow.common.config_file import load_config
+from winnow.harvester.plan import planner
+from winnow.harvester.run import driver
+from winnow.harvester.run.worker import UnitWorker
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.subject import SubjectSpec
+from winnow.store.objects import open_store
+from winnow.subject import Subject
+from winnow.subject.pretrained import check_on_gpus
 
 NODE: dict[str, Any] = {"object_store_memory": 80 * 2**20}
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluator.downstream import AcrossHooks, Losses, sae_variants, splice_losses
-from evaluator.heldout import measure_in_subject
-from evaluator.setting import Setting
-from harvester import Subject
-from schemas.errors import SaeMismatch
-from schemas.training import SaeParts
-from store import ActivationStore
-from store.objects import open_store
-from tests.evaluated import D_MODEL, HOOK, identity_sae, toy_config, zero_sae
-from trainer import Sae
+from tests.support.evaluated import D_MODEL, HOOK, identity_sae, toy_config, zero_sae
+from winnow.evaluator.families.downstream import AcrossHooks, Losses, sae_variants, splice_losses
+from winnow.evaluator.heldout import measure_in_subject
+from winnow.evaluator.setting import Setting
+from winnow.sae import Sae
+from winnow.schemas.errors import SaeMismatch
+from winnow.schemas.training import SaeParts
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.subject import Subject
 
 READ = "mlp_out.0"  # below HOOK
 

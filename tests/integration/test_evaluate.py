@@ -10,17 +10,17 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from evaluator import compute, downstream, reconstruction, stability
-from evaluator.bootstrap import figure, mean_figure
-from evaluator.report import evaluate, notes
-from evaluator.setting import Setting
-from harvester import Subject
-from schemas.errors import ConfigError, SaeMismatch
-from schemas.evaluation import ComputeLaw, EvaluateSpec, Evaluation
-from tests.evaluated import HOOK, identity_sae, permuted, random_sae, save_sae, toy_config, zero_sae
-from trainer import Sae
-from trainer.heldout import heldout_figures
+from tests.support.evaluated import HOOK, identity_sae, permuted, random_sae, save_sae, toy_config, zero_sae
 from winnow import app
+from winnow.evaluator.bootstrap import figure, mean_figure
+from winnow.evaluator.families import compute, downstream, reconstruction, stability
+from winnow.evaluator.report import evaluate, notes
+from winnow.evaluator.setting import Setting
+from winnow.sae import Sae
+from winnow.schemas.errors import ConfigError, SaeMismatch
+from winnow.schemas.evaluation import ComputeLaw, EvaluateSpec, Evaluation
+from winnow.subject import Subject
+from winnow.trainer.run.heldout import heldout_figures
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_the_command_writes_resumes_and_compares(toy, tmp_path, monkeypatch):
     assert list(found.families) == ["reconstruction", "downstream", "compute"]
     assert found.trained_on_this
     with monkeypatch.context() as patch:
-        patch.setattr("evaluator.report.MEASURES", {})  # anything measured again would fail
+        patch.setattr("winnow.evaluator.report.MEASURES", {})  # anything measured again would fail
         code, out, err = winnow("evaluate", uris[0], *quick, "--json")
         assert code == 0, err
         assert "kept from" in err
@@ -211,7 +211,7 @@ def test_a_killed_evaluation_keeps_what_was_finished(toy, tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(__import__("evaluator.report", fromlist=["x"]).MEASURES, "downstream", die)
+        patch.setitem(__import__("winnow.evaluator.report", fromlist=["x"]).MEASURES, "downstream", die)
         with pytest.raises(KeyboardInterrupt):
             evaluate(setting)
     kept = Evaluation.from_json((tmp_path / "sae" / "evaluation.json").read_bytes(), origin="test")
@@ -242,7 +242,7 @@ def test_a_second_dataset_keeps_the_figures_of_the_first(toy, tmp_path, monkeypa
     assert 0 < shown.index("".join(toy.root.split())) < shown.index("".join(other.root.split()))
     assert out.index("delta_ce") < out.rindex("fvu_raw")
     with monkeypatch.context() as patch:
-        patch.setattr("evaluator.report.MEASURES", {})  # anything measured again would fail
+        patch.setattr("winnow.evaluator.report.MEASURES", {})  # anything measured again would fail
         code, out, err = winnow(*first, "--metrics", "reconstruction,downstream", "--json")
     assert code == 0, err
     assert json.loads(out)["families"] == before.model_dump(mode="json")["families"]
@@ -261,7 +261,7 @@ def test_other_settings_and_other_weights_keep_what_was_measured(toy, tmp_path, 
     assert found.families["reconstruction"].settings["windows"] == 8
     assert found.earlier == {"reconstruction": (four,)}
     with monkeypatch.context() as patch:
-        patch.setattr("evaluator.report.MEASURES", {})
+        patch.setattr("winnow.evaluator.report.MEASURES", {})
         assert winnow(*command, "--windows", 4)[0] == 0
     assert stored(tmp_path / "sae").families["reconstruction"] == four
     save_sae(toy, tmp_path / "sae", random_sae(seed=3))

@@ -13,18 +13,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from starlette.testclient import TestClient
 
-from explorer.api import MAX_TEXT, Desk, SteerBody, steering
-from explorer.cli import Place, add_explanations, open_desk
-from explorer.lane import Busy, Lane
-from explorer.serve import make_app
-from explorer.table import FeatureTable
-from harvester.subject import Subject
-from schemas.errors import ConfigError
-from schemas.evaluation import Evaluation
-from schemas.features import Explanation
-from store import ActivationStore
-from tests.explorer_site import HOOK, LATENTS, Site, make_site
-from trainer.sae import Sae
+from tests.support.explorer_site import HOOK, LATENTS, Site, make_site
+from winnow.cli.explore import Place, add_explanations, open_desk
+from winnow.explorer.index.table import FeatureTable
+from winnow.explorer.site.api import MAX_TEXT, Desk, SteerBody, steering
+from winnow.explorer.site.lane import Busy, Lane
+from winnow.explorer.site.serve import make_app
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.evaluation import Evaluation
+from winnow.schemas.features import Explanation
+from winnow.store import ActivationStore
+from winnow.subject.load import Subject
 
 TEXT = "the brown fox leaps over a sparse harvest of grain"
 
@@ -354,7 +354,7 @@ def test_what_is_not_indexed_is_refused(site):
 
 # ---- fuzz ----------------------------------------------------------------------------------------
 
-logging.getLogger("explorer.serve").setLevel(logging.CRITICAL)
+logging.getLogger("winnow.explorer.site.serve").setLevel(logging.CRITICAL)
 
 
 def test_no_request_makes_the_server_fail(app):

@@ -11,12 +11,12 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typer.testing import CliRunner
 
-from explorer.exhibit import Exhibit
-from explorer.export import export, html_page, openai_bins, openai_feature, parse_latents
-from explorer.table import FeatureTable
-from schemas.errors import ConfigError
-from tests.explorer_site import LATENTS, Site, make_site
+from tests.support.explorer_site import LATENTS, Site, make_site
 from winnow import app
+from winnow.explorer.index.table import FeatureTable
+from winnow.explorer.site.exhibit import Exhibit
+from winnow.explorer.site.export import export, html_page, openai_bins, openai_feature, parse_latents
+from winnow.schemas.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

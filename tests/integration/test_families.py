@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from evaluator import ablation, downstream
-from evaluator.setting import Setting
-from harvester import Subject
-from harvester.generate import Steer
-from harvester.steps import same_logits
-from harvester.tail import Tail
-from schemas.evaluation import EvaluateSpec
-from tests.evaluated import D_MODEL, HOOK, random_sae, save_sae, toy_config
-from tests.tiny import make_subject
-from trainer import Sae
+from tests.support.evaluated import D_MODEL, HOOK, random_sae, save_sae, toy_config
+from tests.support.tiny import make_subject
+from winnow.evaluator.families import ablation, downstream
+from winnow.evaluator.setting import Setting
+from winnow.sae import Sae
+from winnow.schemas.evaluation import EvaluateSpec
+from winnow.subject import Subject
+from winnow.subject.generate import Steer
+from winnow.subject.steps import same_logits
+from winnow.subject.tail import Tail
 
 MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-import trainer.loop as loop
-from schemas.errors import ConfigError, NonFiniteError
-from store import ActivationStore
-from store.console import load_config
-from tests.planted import HOOK, OTHER_HOOK, planted_config
-from trainer.loop import train, train_fleet
+import winnow.trainer.run.loop as loop
+from tests.support.planted import HOOK, OTHER_HOOK, planted_config
+from winnow.common.config_file import load_config
+from winnow.schemas.errors import ConfigError, NonFiniteError
+from winnow.store import ActivationStore
+from winnow.trainer.run.loop import train, train_fleet
 
 WEIGHTS = "sae.safetensors"
 GRID = {

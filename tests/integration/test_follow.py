@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from harvester import brake as brake_module
-from harvester.brake import Brake
-from schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError, WorkerError
-from schemas.follow import FollowerPosition, FollowLimits
-from store import ActivationStore, follow
-from store import order as order_module
-from store.follow import Follower, deleted_units, follower_key, read_followers, units_passed
-from store.objects import open_store
-from store.testing import make_plan, synthetic_rows, write_dataset, write_plan, write_unit
-from store.verify import verify
-from store.writer import seal
-from tests.planted import planted_config, planted_rows
+from tests.support.planted import planted_config, planted_rows
+from winnow.harvester.run import brake as brake_module
+from winnow.harvester.run.brake import Brake
+from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError, WorkerError
+from winnow.schemas.follow import FollowerPosition, FollowLimits
+from winnow.store import ActivationStore
+from winnow.store.check.verify import verify
+from winnow.store.format import order as order_module
+from winnow.store.objects import open_store
+from winnow.store.read import follow
+from winnow.store.read.follow import Follower, deleted_units, follower_key, read_followers, units_passed
+from winnow.store.testing import make_plan, synthetic_rows, write_dataset, write_plan, write_unit
+from winnow.store.write.writer import seal
 
 HOOK = "resid_post.1"
 OPTIONS = {"batch_rows": 64, "seed": 5, "group_units": 2}
@@ -105,9 +106,9 @@ def test_closing_ends_a_wait_at_once(tmp_path):
 
 def test_training_while_harvesting_gives_the_same_weights(tmp_path):
     """Bit for bit, and the dataset's digest is filled in once it is known."""
-    from store.console import load_config
-    from trainer.loop import train
-    from trainer.sae import Sae
+    from winnow.common.config_file import load_config
+    from winnow.sae.model import Sae
+    from winnow.trainer.run.loop import train
 
     config = planted_config(tmp_path, epochs=1, checkpoint_seconds=3600)
     settings = load_config(config)
@@ -145,12 +146,12 @@ def test_training_while_harvesting_gives_the_same_weights(tmp_path):
 
 
 def test_a_follower_that_waits_heeds_a_stop_and_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    from store.console import load_config
-    from trainer.loop import train
-    from trainer.status import ask_to_stop, read_status
+    from winnow.common.config_file import load_config
+    from winnow.trainer.run.loop import train
+    from winnow.trainer.run.status import ask_to_stop, read_status
 
-    monkeypatch.setattr("trainer.status.BEAT_SECONDS", 0.0)
-    monkeypatch.setattr("trainer.parallel_rows.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("winnow.trainer.run.status.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("winnow.trainer.mesh.rows.IDLE_SECONDS", 0.05)
     config = planted_config(tmp_path, epochs=1, group_units=4, checkpoint_seconds=3600)
     whole = train(load_config(config))
     plan = ActivationStore.open(load_config(config).root).plan

@@ -9,21 +9,21 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from harvester import forecast as forecasts
-from harvester import ledger as ledgers
-from harvester.cli import ensure_plan
-from harvester.forecast import forecast
-from harvester.ledger import RunLedger, UnitFacts, read_ledger, settle_account
-from harvester.waiting import StorageWait
-from harvester.worker import UnitWorker
-from schemas.config import PricesSpec
-from schemas.errors import ConfigError
-from store.console import load_config
-from store.local_objects import LocalStore
-from store.objects import open_store
-from store.writer import seal
-from tests.pipeline import pipeline_config
+from tests.support.pipeline import pipeline_config
 from winnow import app
+from winnow.cli.harvest import ensure_plan
+from winnow.common.config_file import load_config
+from winnow.harvester.run import forecast as forecasts
+from winnow.harvester.run import ledger as ledgers
+from winnow.harvester.run.forecast import forecast
+from winnow.harvester.run.ledger import RunLedger, UnitFacts, read_ledger, settle_account
+from winnow.harvester.run.waiting import StorageWait
+from winnow.harvester.run.worker import UnitWorker
+from winnow.schemas.config import PricesSpec
+from winnow.schemas.errors import ConfigError
+from winnow.store.objects import open_store
+from winnow.store.objects.local import LocalStore
+from winnow.store.write.writer import seal
 
 PUTS = ("put_new", "put", "delete")
 

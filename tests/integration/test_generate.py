@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from harvester import Subject
-from harvester.generate import Steer, steered
-from schemas.errors import ConfigError
-from tests.tiny import ARCHITECTURES, make_subject
-from trainer.sae import Sae
+from tests.support.tiny import ARCHITECTURES, make_subject
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.subject import Subject
+from winnow.subject.generate import Steer, steered
 
 HOOK = "resid_post.1"
 PROMPT = [5, 99, 300, 17, 42, 260]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from harvester import Subject
-from harvester.weights import CONVERSION, convert_gguf
-from schemas.errors import ConfigError, StoreError
-from tests.tiny import EOS, make_tokenizer, tiny_model
+from tests.support.tiny import EOS, make_tokenizer, tiny_model
+from winnow.schemas.errors import ConfigError, StoreError
+from winnow.subject import Subject
+from winnow.subject.weights import CONVERSION, convert_gguf
 
 IDS = np.random.default_rng(0).integers(0, 384, (3, 16))
 NAMES = {
@@ -115,7 +115,7 @@ def test_a_float32_gguf_is_the_model_it_was_written_from(
 def test_quantised_weights_are_kept_exactly_and_converted_once(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harvester import weights
+    from winnow.subject import weights
 
     path = tmp_path / "tiny.gguf"
     model = write_gguf(path, q4_1=True)
@@ -149,9 +149,7 @@ def test_what_a_killed_conversion_left_is_never_used(tmp_path: Path, cache: Path
 def test_two_processes_may_convert_at_once(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, q4_1=True)
-    code = (
-        f"from pathlib import Path; from harvester.weights import *; print(convert_gguf(Path({str(path)!r})))"
-    )
+    code = f"from pathlib import Path; from winnow.subject.weights import *; print(convert_gguf(Path({str(path)!r})))"
     root = Path(__file__).parents[2]
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)

@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from harvester.gguf_tokenizer import RULES, gguf_tokenizer
-from harvester.pretrained import load_tokenizer
-from harvester.tokenise import TextTokenizer
-from schemas.errors import ConfigError
-from schemas.subject import SubjectSpec
-from tests.tiny import SENTENCES
+from tests.support.tiny import SENTENCES
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.subject import SubjectSpec
+from winnow.subject.gguf_tokenizer import RULES, gguf_tokenizer
+from winnow.subject.pretrained import load_tokenizer
+from winnow.subject.tokenizer import TextTokenizer
 
 TEXT = "In 1914, don't  DON'T\n\n  naïveCamelCase 12345½ \u65e5\u672c e\u0301 <|end|> a  1!?\r\n\t x"
 NUMBERS = [f"{n:>8} {n * 37}\n" for n in range(200)]

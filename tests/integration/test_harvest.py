@@ -9,17 +9,17 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from harvester import Subject
-from harvester.cli import ensure_plan
-from harvester.single import local_worker
-from store import ActivationStore
-from store.console import load_config
-from store.objects import open_store
-from store.reader import load_plan, receipts_present
-from store.verify import verify
-from tests.pipeline import pipeline_config
-from tests.tiny import make_subject
+from tests.support.pipeline import pipeline_config
+from tests.support.tiny import make_subject
 from winnow import app
+from winnow.cli.harvest import ensure_plan
+from winnow.common.config_file import load_config
+from winnow.harvester.run.single import local_worker
+from winnow.store import ActivationStore
+from winnow.store.check.verify import verify
+from winnow.store.objects import open_store
+from winnow.store.read.reader import load_plan, receipts_present
+from winnow.subject import Subject
 
 
 def winnow(*arguments: object) -> tuple[int, str, str]:

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from evaluator import ablation, compute, downstream, n2g
-from evaluator.heldout import measure_in_subject
-from evaluator.report import evaluate, notes, rows
-from evaluator.setting import Setting
-from explorer.monitor import monitor
-from schemas.errors import ConfigError
-from schemas.evaluation import ComputeLaw, EvaluateSpec
-from tests.evaluated import HOOK, random_sae, save_sae, toy_config, zero_sae
-from trainer import Sae
+from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config, zero_sae
+from winnow.evaluator.families import ablation, compute, downstream
+from winnow.evaluator.heldout import measure_in_subject
+from winnow.evaluator.n2g import family as n2g
+from winnow.evaluator.report import evaluate, notes, rows
+from winnow.evaluator.setting import Setting
+from winnow.explorer.site.monitor import monitor
+from winnow.sae import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.evaluation import ComputeLaw, EvaluateSpec
 
 NO_PREDICTION = "64 of 64 windows left out: no prediction follows a replaced position"
 LAW = ComputeLaw(floor=1.0, scale=1e15, power=0.1, training_flop=1e18, source="made up")

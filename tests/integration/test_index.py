@@ -9,21 +9,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from explorer import crew
-from explorer import index as index_module
-from explorer.cli import Place
-from explorer.index import Indexer, Recipe, open_index_store
-from explorer.latents import TOP_BAND
-from explorer.subjects import LazySubject
-from explorer.table import FeatureTable, part_key
-from harvester.subject import Subject
-from schemas.errors import ConfigError, IntegrityError
-from store import ActivationStore
-from store.objects import open_store
-from tests.dying_indexer import MARK, DyingWorker
-from tests.explorer_site import HOOK, LATENTS, SPEC, Site, make_site
-from trainer.sae import Sae
+from tests.support.dying_indexer import MARK, DyingWorker
+from tests.support.explorer_site import HOOK, LATENTS, SPEC, Site, make_site
 from winnow import app
+from winnow.cli.explore import Place
+from winnow.explorer.index import build as index_module
+from winnow.explorer.index import crew
+from winnow.explorer.index.build import Indexer, Recipe, open_index_store
+from winnow.explorer.index.latents import TOP_BAND
+from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.index.table import FeatureTable, part_key
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError, IntegrityError
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.subject.load import Subject
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import winnow_jobs
 import yaml
 
-import winnow_jobs
-from schemas.errors import ConfigError, WinnowError
-from tests.pipeline import pipeline_config
-from tests.ray_head import Head, ray_head
+from tests.support.pipeline import pipeline_config
+from tests.support.ray_head import Head, ray_head
+from winnow.schemas.errors import ConfigError, WinnowError
 
 REPO = Path(__file__).parents[2]
 CANARY = "canary-7f3a91c2"

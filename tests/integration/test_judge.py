@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evaluator.endpoint import Endpoint
-from evaluator.judge import balanced_accuracy, read_answers, read_explanations
-from evaluator.judge_snippets import Snippet, wrong_marks
-from evaluator.report import load_evaluation
-from harvester import Subject
-from schemas.errors import ConfigError, EndpointError
-from schemas.evaluation import JudgeSpec
-from store import ActivationStore
-from store.objects import open_store
-from tests.evaluated import HOOK, random_sae, save_sae, toy_config
+from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config
 from winnow import app
+from winnow.evaluator.judge.endpoint import Endpoint
+from winnow.evaluator.judge.family import balanced_accuracy, read_answers, read_explanations
+from winnow.evaluator.judge.snippets import Snippet, wrong_marks
+from winnow.evaluator.report import load_evaluation
+from winnow.schemas.errors import ConfigError, EndpointError
+from winnow.schemas.evaluation import JudgeSpec
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.subject import Subject
 
 KEY = "sk-canary-4711"
 LATENT, WIDTH = 7, 16

@@ -7,15 +7,15 @@ import secrets
 import pytest
 import torch
 
-from schemas.errors import StoreError
-from store import s3_objects
-from store.objects import open_store
-from tests.unit.test_checkpoint_files import write
-from trainer import checkpoint_files
-from trainer.checkpoint import pack
-from trainer.checkpoint_files import newest_checkpoint
-from trainer.sae import Sae
-from trainer.step import Recipe, Run
+from tests.unit.trainer.run.test_checkpoint_files import write
+from winnow.sae.model import Sae
+from winnow.schemas.errors import StoreError
+from winnow.store.objects import open_store
+from winnow.store.objects import s3_store as s3_objects
+from winnow.trainer.run import checkpoint_files
+from winnow.trainer.run.checkpoint import pack
+from winnow.trainer.run.checkpoint_files import newest_checkpoint
+from winnow.trainer.step.step import Recipe, Run
 
 MIB = 1 << 20
 
@@ -54,13 +54,13 @@ def test_what_must_be_created_once_goes_in_one_part_or_is_refused(store):
 
 
 def test_a_checkpoint_in_parts_is_read_by_another_mesh(store, monkeypatch):
-    from tests.mesh_worker import make
+    from tests.support.mesh_worker import make
 
     spec = make("plain").recipe.spec.model_copy(update={"latents": 2000, "k": 4, "ema": True})
     run = Run(Sae(200, 2000, 4), Recipe.resolve(spec, 200, 5), 1.0)
     with torch.no_grad():
         run.sae.W_enc.normal_(generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("tests.unit.test_checkpoint_files.N", 2000)
+    monkeypatch.setattr("tests.unit.trainer.run.test_checkpoint_files.N", 2000)
     monkeypatch.setattr(checkpoint_files, "LARGEST_FILE_BYTES", 1 << 40)
     write(store, run, 1, 1)
     (latents,) = [key for key, _ in store.list("checkpoints") if "latents" in key]

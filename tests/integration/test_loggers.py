@@ -7,12 +7,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-import trainer.loggers as loggers
-import trainer.loop as loop
-from store.console import load_config
-from tests.planted import planted_config
-from trainer.cli import make_app
-from trainer.loop import train
+import winnow.trainer.run.loggers as loggers
+import winnow.trainer.run.loop as loop
+from tests.support.planted import planted_config
+from winnow.cli.train import make_app
+from winnow.common.config_file import load_config
+from winnow.trainer.run.loop import train
 
 
 class Stopped(Exception):

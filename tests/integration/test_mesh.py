@@ -12,11 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.mesh_worker import CASES, OUT, REPORTED, D, K, N, batch, cases_on, go, make
-from trainer.checkpoint import has_latents, pack
-from trainer.parallel import World
-from trainer.parallel_exchange import dense_bytes, rows_bytes
-from trainer.parallel_topk import candidates
+from tests.support.mesh_worker import CASES, OUT, REPORTED, D, K, N, batch, cases_on, go, make
+from winnow.trainer.mesh.exchange import dense_bytes, rows_bytes
+from winnow.trainer.mesh.shard import has_latents
+from winnow.trainer.mesh.topk import candidates
+from winnow.trainer.mesh.world import World
+from winnow.trainer.run.checkpoint import pack
 
 MESHES = {"2x2": (2, 2), "1x4": (1, 4), "2x1": (2, 1), "1x2": (1, 2)}
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory):
         ranks = []
         for rank in range(4):
             log = stack.enter_context((folder / f"log-{rank}").open("w"))
-            command = [sys.executable, "-m", "tests.mesh_worker", str(folder), str(rank)]
+            command = [sys.executable, "-m", "tests.support.mesh_worker", str(folder), str(rank)]
             ranks.append(subprocess.Popen(command, stdout=log, stderr=log))
         try:
             for rank, process in enumerate(ranks):

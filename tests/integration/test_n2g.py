@@ -8,17 +8,19 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from evaluator import explanations, n2g, n2g_learn
-from evaluator.activations import gather
-from evaluator.report import evaluate
-from evaluator.setting import Setting
-from evaluator.tries import WILDCARD
-from harvester import Subject
-from schemas.errors import ConfigError
-from schemas.evaluation import EvaluateSpec
-from store import ActivationStore
-from tests.evaluated import D_MODEL, HOOK, random_sae, save_sae, toy_config
-from trainer import Sae
+from tests.support.evaluated import D_MODEL, HOOK, random_sae, save_sae, toy_config
+from winnow.evaluator import explanations
+from winnow.evaluator.activations import gather
+from winnow.evaluator.n2g import family as n2g
+from winnow.evaluator.n2g import learn as n2g_learn
+from winnow.evaluator.n2g.tries import WILDCARD
+from winnow.evaluator.report import evaluate
+from winnow.evaluator.setting import Setting
+from winnow.sae import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.evaluation import EvaluateSpec
+from winnow.store import ActivationStore
+from winnow.subject import Subject
 
 SPEC = {"n2g_latents": 6, "n2g_examples": 4, "n2g_train_rows": 1000, "n2g_positives": 8, "windows": 24}
 KNOWN = 3

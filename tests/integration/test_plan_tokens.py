@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from harvester.planner import OTHER_TOKENIZER, find_plan, make_plan, read_corpus
-from harvester.testing import BOS, EOS, TokenizerSubject, byte_subject, byte_tokenizer, tokenizer_subject
-from schemas.errors import ConfigError, PlanMismatch
-from schemas.harvest import HarvestPlan
-from store.info import dataset_info
-from store.layout import PLAN_KEY, tokens_key
-from store.reader import load_plan, load_token_digests, read_tokens
 from tests.integration.test_planner import T, make_config, planned, write_corpus
+from winnow.harvester.plan.planner import OTHER_TOKENIZER, find_plan, make_plan, read_corpus
+from winnow.schemas.errors import ConfigError, PlanMismatch
+from winnow.schemas.harvest import HarvestPlan
+from winnow.store.check.info import dataset_info
+from winnow.store.format.layout import PLAN_KEY, tokens_key
+from winnow.store.read.reader import load_plan, load_token_digests, read_tokens
+from winnow.subject.testing import BOS, EOS, TokenizerSubject, byte_subject, byte_tokenizer, tokenizer_subject
 
 TURN, DOCUMENT = 258, 259
 
@@ -137,7 +137,7 @@ def test_another_tokenizers_plan_is_read_but_not_made_again(tmp_path, monkeypatc
         PlanMismatch, match=r"subject\.tokenizer_sha256: stored.*can be streamed and trained on"
     ):
         make_plan(config, store, subject=other)
-    monkeypatch.setattr("harvester.planner._outline", lambda _: other)
+    monkeypatch.setattr("winnow.harvester.plan.planner._outline", lambda _: other)
     with pytest.raises(PlanMismatch, match=OTHER_TOKENIZER.split("(")[0]):
         read_corpus(config, str(tmp_path), plan)
 

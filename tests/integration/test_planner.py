@@ -18,22 +18,22 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from harvester import spill as spill_module
-from harvester import windows as windows_module
-from harvester.cli import _show_plan
-from harvester.packing import in_keyed_order, order_key
-from harvester.planner import find_plan, make_plan, missing_tokens
-from harvester.testing import BOS, EOS, byte_subject, byte_tokenizer
-from harvester.tokenise import read_ahead
-from schemas.base import validate
-from schemas.config import Config
-from schemas.errors import ConfigError, IntegrityError, PlanMismatch, StoreError
-from schemas.harvest import HarvestPlan
-from store.cli import _show_info
-from store.info import dataset_info
-from store.layout import PLAN_KEY, tokens_key
-from store.objects import ObjectStore, open_store
-from store.reader import load_plan, load_token_digests, read_tokens
+from winnow.cli.harvest import _show_plan
+from winnow.cli.store import _show_info
+from winnow.harvester.plan import spill as spill_module
+from winnow.harvester.plan import windows as windows_module
+from winnow.harvester.plan.packing import in_keyed_order, order_key
+from winnow.harvester.plan.planner import find_plan, make_plan, missing_tokens
+from winnow.harvester.plan.tokenise import read_ahead
+from winnow.schemas.base import validate
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError, IntegrityError, PlanMismatch, StoreError
+from winnow.schemas.harvest import HarvestPlan
+from winnow.store.check.info import dataset_info
+from winnow.store.format.layout import PLAN_KEY, tokens_key
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.read.reader import load_plan, load_token_digests, read_tokens
+from winnow.subject.testing import BOS, EOS, byte_subject, byte_tokenizer
 
 T, W = 16, 64
 
@@ -165,7 +165,7 @@ def test_nothing_depends_on_buckets_batches_or_buffers(tmp_path, monkeypatch):
     plan, _, tokens = planned(config)
     for number, (buckets, chars) in enumerate([(1, 50), (64, 2**21), (4096, 3000)]):
         monkeypatch.setattr(windows_module, "bucket_count", lambda _, buckets=buckets: buckets)
-        monkeypatch.setattr("harvester.tokenise.BATCH_CHARS", chars)
+        monkeypatch.setattr("winnow.harvester.plan.tokenise.BATCH_CHARS", chars)
         other = config.model_copy(update={"root": str(tmp_path / f"root{number}")})
         again, _, same = planned(other)
         assert again.fingerprint == plan.fingerprint
@@ -431,9 +431,9 @@ def test_a_planner_that_is_killed_leaves_no_spill_and_can_go_on(tmp_path):
     program = """
         import os, signal, sys
         from harvester import planner
-        from harvester.testing import byte_subject
-        from schemas.config import Config
-        from store.objects import open_store
+        from winnow.subject.testing import byte_subject
+        from winnow.schemas.config import Config
+        from winnow.store.objects import open_store
         real = planner.put_tokens
         def put(store, plan, unit, tokens):
             if unit == 2:

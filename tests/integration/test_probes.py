@@ -11,12 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from evaluator.probes import measure, pooled
-from evaluator.sequences import prefix_tokens
-from evaluator.setting import Setting
-from schemas.evaluation import EvaluateSpec
-from tests.evaluated import HOOK, random_sae, save_sae, toy_config
+from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config
 from winnow import app
+from winnow.evaluator.probes.family import measure, pooled
+from winnow.evaluator.sequences import prefix_tokens
+from winnow.evaluator.setting import Setting
+from winnow.schemas.evaluation import EvaluateSpec
 
 
 @pytest.fixture(scope="module")

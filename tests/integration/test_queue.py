@@ -6,14 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from schemas.base import validate
-from schemas.config import Config
-from schemas.errors import ConfigError
-from schemas.service import JobBeat
-from store.objects import open_store
-from store.testing import FaultyStore
-from trainer.queue import Queue, job_facts, job_rows
-from trainer.status import ask_to_stop
+from winnow.jobs.queue import Queue, job_facts, job_rows
+from winnow.schemas.base import validate
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.service import JobBeat
+from winnow.store.objects import open_store
+from winnow.store.testing import FaultyStore
+from winnow.trainer.run.status import ask_to_stop
 
 
 def config(out, **train) -> Config:

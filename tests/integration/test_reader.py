@@ -5,14 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from schemas.errors import ConfigError, MissingObject
-from schemas.harvest import UnitReceipt
-from store import ActivationStore
-from store.commit import commit_receipt
-from store.layout import locate, row_permutation
-from store.objects import open_store
-from store.reader import load_plan, load_token_digests, read_receipt, read_tokens, receipts_present
-from store.testing import (
+from winnow.schemas.errors import ConfigError, MissingObject
+from winnow.schemas.harvest import UnitReceipt
+from winnow.store import ActivationStore
+from winnow.store.format.layout import locate, row_permutation
+from winnow.store.objects import open_store
+from winnow.store.read.reader import (
+    load_plan,
+    load_token_digests,
+    read_receipt,
+    read_tokens,
+    receipts_present,
+)
+from winnow.store.records.commit import commit_receipt
+from winnow.store.testing import (
     make_attempt,
     make_plan,
     planned_rows,
@@ -22,7 +28,7 @@ from store.testing import (
     write_plan,
     write_unit,
 )
-from store.writer import seal, tokens_digest
+from winnow.store.write.writer import seal, tokens_digest
 
 HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
 SINKS = {("resid_post.1", 1): [5, 77], ("mlp_out.2", 1): [77, 300], ("mlp_out.2", 3): [0]}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline import pipeline_config
+from tests.support.pipeline import pipeline_config
 
 REPO = Path(__file__).parents[2]
 NOT_HERE = ("make explore", "make test", "make minio", "make lint", "make bench", "git clone", "cd ")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evaluator.scaling import JOINT
-from schemas.training import SaeCard, SaeIdentity, TrainSpec
-from store.objects import open_store
 from winnow import app
+from winnow.evaluator.scaling.laws import JOINT
+from winnow.schemas.training import SaeCard, SaeIdentity, TrainSpec
+from winnow.store.objects import open_store
 
 TRUTH = np.array([0.2, -0.2, -0.15, -0.02, -3.0, -0.1])
 D = 32

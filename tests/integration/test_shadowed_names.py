@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.names import HOME, hidden_by
+from winnow.schemas.names import HOME, hidden_by
 
 BIN = Path(sys.executable).parent
 NAMES = (
@@ -24,8 +24,8 @@ NAMES = (
 FOREIGN = "raise RuntimeError('a file of the user was imported')\n"
 WORKER = """
 import json, os, ray
-from harvester.cluster import cluster
-from schemas.config import Config
+from winnow.cluster.crew import cluster
+from winnow.schemas.config import Config
 
 @ray.remote
 def look():
@@ -75,7 +75,7 @@ def test_ray_workers_import_our_packages_and_keep_their_working_directory(work: 
     assert folder == str(work)
 
 
-@pytest.mark.parametrize("module", ["trainer", "trainer.worker"])
+@pytest.mark.parametrize("module", ["trainer", "winnow.jobs.worker"])
 def test_a_module_of_ours_finds_its_siblings(work: Path, module: str) -> None:
     (work / "trainer.py").unlink()
     code, out, err = start(work, sys.executable, "-m", module, *([] if "worker" in module else ["--help"]))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from harvester import Subject
-from tests.tiny import make_subject
+from tests.support.tiny import make_subject
+from winnow.subject import Subject
 
 CHILD = """
 import sys

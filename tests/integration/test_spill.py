@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harvester.packing import in_keyed_order, order_key
-from harvester.spill import WindowSpill, bucket_count, check_space
-from schemas.errors import StoreError
+from winnow.harvester.plan.packing import in_keyed_order, order_key
+from winnow.harvester.plan.spill import WindowSpill, bucket_count, check_space
+from winnow.schemas.errors import StoreError
 
 
 def spilled(

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from schemas.errors import ConfigError
-from store import ActivationStore
-from store import order as order_module
-from store.assemble import RUN_BATCHES, RUNS_AHEAD
-from store.layout import slice_bytes
-from store.objects import open_store
-from store.shards import to_float32, to_stored
-from store.stream import memory_bytes
-from store.testing import make_plan, synthetic_rows, write_dataset
+from winnow.schemas.errors import ConfigError
+from winnow.store import ActivationStore
+from winnow.store.format import order as order_module
+from winnow.store.format.layout import slice_bytes
+from winnow.store.format.shards import to_float32, to_stored
+from winnow.store.objects import open_store
+from winnow.store.read.assemble import RUN_BATCHES, RUNS_AHEAD
+from winnow.store.read.stream import memory_bytes
+from winnow.store.testing import make_plan, synthetic_rows, write_dataset
 
 HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
 SEED = 11
@@ -251,7 +251,7 @@ def test_a_stream_let_go_leaves_no_thread(store):
 
 
 def test_the_store_imports_no_torch():
-    code = "import sys, store, store.stream; sys.exit('torch' in sys.modules)"
+    code = "import sys, store, winnow.store.read.stream; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -283,7 +283,7 @@ def test_arrays_are_used_again_once_dropped(store):
 @pytest.mark.parametrize("group_units", [2, 16])
 def test_one_thread_reads_shuffles_and_assembles(store, monkeypatch, group_units):
     """As on a machine of one core: nothing waits for what only a second thread could do."""
-    monkeypatch.setattr("store.groups.usable_cores", lambda: 1)
+    monkeypatch.setattr("winnow.store.read.groups.usable_cores", lambda: 1)
     whole = all_rows(store.plan, "mlp_out.2")
     with store.stream("mlp_out.2", batch_rows=64, seed=SEED, group_units=group_units, epochs=3) as stream:
         for batch in stream:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from harvester import Subject
-from harvester.packages import resolve_package
-from harvester.weights import digest_files, weight_files
-from schemas.errors import ConfigError, DependencyMissing
-from schemas.subject import SubjectSpec
-from tests.tiny import ARCHITECTURES, OTHERS, make_subject, make_tokenizer
+from tests.support.tiny import ARCHITECTURES, OTHERS, make_subject, make_tokenizer
+from winnow.common.packages import resolve_package
+from winnow.schemas.errors import ConfigError, DependencyMissing
+from winnow.schemas.subject import SubjectSpec
+from winnow.subject import Subject
+from winnow.subject.weights import digest_files, weight_files
 
 STREAMS = ("deepseek_v4", "qwen4_exp_text")
 IDS = np.random.default_rng(0).integers(0, 384, (3, 16))
@@ -84,7 +84,7 @@ def test_a_whole_subject_stops_early_and_a_truncated_one_has_nothing_more(folder
 
 
 def test_truncation_frees_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harvester import subject as module
+    from winnow.subject import load as module
 
     late: list[weakref.ref] = []
     load = module.load_model
@@ -411,7 +411,9 @@ def test_several_residual_streams_are_refused_with_and_without_weights(
         Subject.load(folder, until=["resid_post.0"])
     (mlp,) = subject.activations(IDS, ["model.layers.1.mlp"]).values()
     assert mlp.shape == (3, 16, 32)
-    monkeypatch.setattr("harvester.hooks._STREAMS", ("no_such_field",))  # an architecture that is yet to come
+    monkeypatch.setattr(
+        "winnow.subject.hooks._STREAMS", ("no_such_field",)
+    )  # an architecture that is yet to come
     with pytest.raises(
         ConfigError, match=r"more than one row for each token|another width .* D = 32, got D = 128"
     ):

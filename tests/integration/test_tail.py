@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from harvester import Subject
-from harvester.tail import Tail
-from schemas.errors import ConfigError
-from tests.tiny import ARCHITECTURES, make_subject
+from tests.support.tiny import ARCHITECTURES, make_subject
+from winnow.schemas.errors import ConfigError
+from winnow.subject import Subject
+from winnow.subject.tail import Tail
 
 TOKENS = np.random.default_rng(0).integers(0, 384, (3, 12))
 

@@ -10,14 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import trainer.loop as loop
-from schemas.errors import ConfigError, IntegrityError, NonFiniteError
-from schemas.training import CheckpointIndex
-from store import ActivationStore
-from store.console import load_config
-from store.objects import open_store
-from store.testing import make_plan, write_dataset
-from tests.planted import (
+import winnow.trainer.run.loop as loop
+from tests.support.planted import (
     D_MODEL,
     HOOK,
     OTHER_HOOK,
@@ -26,10 +20,16 @@ from tests.planted import (
     planted_config,
     planted_rows,
 )
-from trainer import Sae
-from trainer.cli import make_app
-from trainer.heldout import heldout_figures
-from trainer.loop import train
+from winnow.cli.train import make_app
+from winnow.common.config_file import load_config
+from winnow.sae import Sae
+from winnow.schemas.errors import ConfigError, IntegrityError, NonFiniteError
+from winnow.schemas.training import CheckpointIndex
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.store.testing import make_plan, write_dataset
+from winnow.trainer.run.heldout import heldout_figures
+from winnow.trainer.run.loop import train
 
 WEIGHTS = "sae.safetensors"
 

@@ -48,7 +48,7 @@ def test_they_compile_for_a_gpu(dtype, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from trainer.kernels import (
+    from winnow.trainer.kernels import (
         decode_grad_values_triton,
         decode_triton,
         encode_topk_triton,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from schemas.config import StorageSpec
-from schemas.errors import ConfigError, MissingObject
-from store import ActivationStore
-from store.objects import open_store
-from tests.evaluated import D_MODEL, HOOK, random_sae, toy_config
-from trainer import Sae
-from trainer.loop import train
-from trainer.warm_start import load_source, most_useful, warm_start
+from tests.support.evaluated import D_MODEL, HOOK, random_sae, toy_config
+from winnow.sae import Sae
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError, MissingObject
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.trainer.run.loop import train
+from winnow.trainer.run.warm_start import load_source, most_useful, warm_start
 
 ROWS = torch.randn(256, D_MODEL, generator=torch.Generator().manual_seed(3)) * 4 + 1
 WEIGHTS = torch.ones(256)
@@ -49,7 +49,7 @@ def test_shards_take_their_part_of_what_is_kept():
     warm_start(whole, source, ROWS, WEIGHTS)
     for part in (range(8), range(8, 16)):
         shard = Sae(D_MODEL, 8, 6, "layer")
-        shard.part, shard.of = part, 16  # what `trainer.parallel_sae.Shard` has
+        shard.part, shard.of = part, 16  # what `winnow.trainer.mesh.shard.Shard` has
         warm_start(shard, source, ROWS, WEIGHTS)
         assert torch.equal(shard.W_enc, whole.W_enc[part.start : part.stop])
         assert torch.equal(shard.b_pre, source.b_pre)

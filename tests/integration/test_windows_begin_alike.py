@@ -10,29 +10,32 @@ import torch
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from evaluator import judge, n2g, n2g_learn, sequences
-from evaluator.attribution_cli import told
-from evaluator.probes import pooled
-from evaluator.setting import Setting
-from explorer.cli import Place, build_index, open_desk
-from explorer.monitor import monitor
-from explorer.reading import read_tokens, tokenise
-from explorer.serve import make_app
-from harvester.subject import Subject
-from schemas.errors import ConfigError
-from schemas.evaluation import EvaluateSpec
-from schemas.features import FeatureIndex
-from schemas.window import WindowRule
-from store import ActivationStore
-from store.objects import open_store
-from tests.bos_subject import BOS, bos_config
-from tests.evaluated import HOOK, random_sae, toy_config
-from tests.explorer_site import SPEC
-from tests.pipeline import pipeline_config
-from trainer.formats.convert import export_sae, import_sae
-from trainer.loop import train
-from trainer.sae import Sae
+from tests.support.bos_subject import BOS, bos_config
+from tests.support.evaluated import HOOK, random_sae, toy_config
+from tests.support.explorer_site import SPEC
+from tests.support.pipeline import pipeline_config
 from winnow import app
+from winnow.cli.attribute import told
+from winnow.cli.explore import Place, build_index, open_desk
+from winnow.evaluator import sequences
+from winnow.evaluator.judge import family as judge
+from winnow.evaluator.n2g import family as n2g
+from winnow.evaluator.n2g import learn as n2g_learn
+from winnow.evaluator.probes.family import pooled
+from winnow.evaluator.setting import Setting
+from winnow.explorer.site.monitor import monitor
+from winnow.explorer.site.reading import read_tokens, tokenise
+from winnow.explorer.site.serve import make_app
+from winnow.sae.formats.convert import export_sae, import_sae
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.evaluation import EvaluateSpec
+from winnow.schemas.features import FeatureIndex
+from winnow.schemas.window import WindowRule
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.subject.load import Subject
+from winnow.trainer.run.loop import train
 
 TIGHT = {"rtol": 1e-4, "atol": 1e-4}
 

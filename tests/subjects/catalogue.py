@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tests.tiny import make_tokenizer, raise_scale
+from tests.support.tiny import make_tokenizer, raise_scale
 
 WIDTH, HEADS, KV_HEADS, HEAD, LAYERS, VOCABULARY, CONTEXT = 32, 4, 2, 8, 4, 384, 256
 TOKENS = range(16, 256)

@@ -22,13 +22,13 @@ import transformers
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from harvester import Subject
-from harvester.generate import Steer
-from harvester.tail import Tail
-from schemas.errors import ConfigError
-from schemas.subject import HOOK_SITES
 from tests.subjects.catalogue import CLASSES, NOT_BUILT, TOKENS, VARIANTS, make_subject
-from trainer.sae import Sae
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.subject import HOOK_SITES
+from winnow.subject import Subject
+from winnow.subject.generate import Steer
+from winnow.subject.tail import Tail
 
 WINDOWS, LENGTH, PROMPT, NEW = 8, 24, 13, 12
 """Windows, their positions, a prompt's and the tokens after it: windows and prompts both cross the 16

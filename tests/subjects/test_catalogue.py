@@ -15,7 +15,7 @@ from tests.subjects.catalogue import (
     make_subject,
     tiny_config,
 )
-from tests.tiny import make_tokenizer
+from tests.support.tiny import make_tokenizer
 
 
 def test_every_name_is_one_that_transformers_has() -> None:

@@ -5,11 +5,11 @@ when asked for); `dispatch` chooses between them by name, `reference` holds the 
 tests and benchmarks compare with. See docs/kernels.md for what they cost.
 """
 
-from trainer.kernels.decode import decode
-from trainer.kernels.decode_grad_values import decode_grad_values
-from trainer.kernels.dispatch import Backend, choose
-from trainer.kernels.encode_topk import encode_topk
-from trainer.kernels.segment_grad import decode_grad_weight, encode_grad_weight
+from winnow.trainer.kernels.decode import decode
+from winnow.trainer.kernels.decode_grad_values import decode_grad_values
+from winnow.trainer.kernels.dispatch import Backend, choose
+from winnow.trainer.kernels.encode_topk import encode_topk
+from winnow.trainer.kernels.segment_grad import decode_grad_weight, encode_grad_weight
 
 __all__ = [
     "Backend",

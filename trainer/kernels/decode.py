@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.kernels import reference
-from trainer.kernels.decode_grad_values import decode_grad_values
-from trainer.kernels.dispatch import triton_module, unknown
-from trainer.kernels.segment_grad import decode_grad_weight
+from winnow.trainer.kernels import reference
+from winnow.trainer.kernels.decode_grad_values import decode_grad_values
+from winnow.trainer.kernels.dispatch import triton_module, unknown
+from winnow.trainer.kernels.segment_grad import decode_grad_weight
 
 
 @torch.library.custom_op("winnow::decode", mutates_args=())

@@ -8,10 +8,10 @@ Legend: B rows, D width, N latents, K entries a row.
 import torch
 from torch import Tensor
 
-from trainer.kernels import reference
-from trainer.kernels.dispatch import triton_module, unknown
-from trainer.kernels.reference import accumulator
-from trainer.kernels.segment_grad import Segments, segments_of
+from winnow.trainer.kernels import reference
+from winnow.trainer.kernels.dispatch import triton_module, unknown
+from winnow.trainer.kernels.reference import accumulator
+from winnow.trainer.kernels.segment_grad import Segments, segments_of
 
 
 @torch.library.custom_op("winnow::decode_grad_values", mutates_args=())

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.support_triton import block_of, cdiv, launch
+from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
 
 LARGEST_BLOCK = 256
 LATENTS = 16
@@ -31,7 +31,7 @@ def _dots(grad, indices, W_dec, out, K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.co
 
 
 def decode_grad_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """See `trainer.kernels.decode_grad_values`."""
+    """See `winnow.trainer.kernels.decode_grad_values`."""
     count, kept = indices.shape
     out = torch.empty(indices.shape, dtype=torch.float32, device=grad.device)
     if out.numel():

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.support_triton import block_of, cdiv, launch
+from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
 
 LARGEST_BLOCK = 1024
 
@@ -28,7 +28,7 @@ def _decode(values, indices, W_dec, out, K, D, BLOCK_D: tl.constexpr):
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """See `trainer.kernels.decode`; `dtype` is the result's type, W_dec's where not given."""
+    """See `winnow.trainer.kernels.decode`; `dtype` is the result's type, W_dec's where not given."""
     width = W_dec.shape[1]
     out = W_dec.new_empty(len(values), width, dtype=dtype or W_dec.dtype)
     if out.numel():

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from schemas.errors import ConfigError, DependencyMissing
+from winnow.schemas.errors import ConfigError, DependencyMissing
 
 Backend = Literal["eager", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = ("eager", "cpu", "triton")
@@ -58,13 +58,13 @@ def _require(backend: Backend, device: torch.device) -> None:
 
 
 def triton_module(name: str) -> ModuleType:
-    """The module `trainer.kernels.<name>_triton`.
+    """The module `winnow.trainer.kernels.<name>_triton`.
 
     Raises:
         DependencyMissing: Triton is not installed.
     """
     try:
-        return importlib.import_module(f"trainer.kernels.{name}_triton")
+        return importlib.import_module(f"winnow.trainer.kernels.{name}_triton")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.kernels import reference
-from trainer.kernels.best import Best
-from trainer.kernels.decode import decode
-from trainer.kernels.dispatch import triton_module, unknown
-from trainer.kernels.reference import accumulator
-from trainer.kernels.segment_grad import encode_grad_weight
+from winnow.trainer.kernels import reference
+from winnow.trainer.kernels.best import Best
+from winnow.trainer.kernels.decode import decode
+from winnow.trainer.kernels.dispatch import triton_module, unknown
+from winnow.trainer.kernels.reference import accumulator
+from winnow.trainer.kernels.segment_grad import encode_grad_weight
 
 ROW_TILE = 1024
 """Rows of a tile: the library repacks W_enc for every tile, so few rows make the product dear."""

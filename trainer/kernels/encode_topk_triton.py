@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.best import best, sort_pairs
-from trainer.kernels.reference import accumulator
-from trainer.kernels.support_triton import cdiv, interpreted, launch, power_of_two
+from winnow.trainer.kernels.best import best, sort_pairs
+from winnow.trainer.kernels.reference import accumulator
+from winnow.trainer.kernels.support_triton import cdiv, interpreted, launch, power_of_two
 
 ROWS, COLUMNS, DEPTH = 128, 128, 32
 """Block of one product."""
@@ -95,7 +95,7 @@ def _sweep(
 
 
 def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See `trainer.kernels.encode_topk`."""
+    """See `winnow.trainer.kernels.encode_topk`."""
     found = encode_topk_counted(x, W_enc, b, k)
     return found.values, found.indices
 

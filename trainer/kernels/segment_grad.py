@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.kernels import reference
-from trainer.kernels.dispatch import triton_module, unknown
+from winnow.trainer.kernels import reference
+from winnow.trainer.kernels.dispatch import triton_module, unknown
 
 BLOCK_BYTES = 2 << 20
 """Sums made at a time on the CPU: small enough to stay in cache until they are used or stored."""

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.segment_grad import Segments
-from trainer.kernels.support_triton import block_of, cdiv, launch
+from winnow.trainer.kernels.segment_grad import Segments
+from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
 
 LARGEST_BLOCK = 1024
 CHUNK = 128

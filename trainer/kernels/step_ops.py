@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from schemas.training import ComputeDtype
-from trainer.kernels.best import Best
-from trainer.kernels.decode import decode_cpu
-from trainer.kernels.decode_grad_values import decode_grad_values_cpu
-from trainer.kernels.dispatch import Backend, triton_module
-from trainer.kernels.encode_topk import Watch, encode_topk_cpu
-from trainer.kernels.segment_grad import GPU_BLOCK_BYTES, Segments, latent_blocks, segment_block_cpu
+from winnow.schemas.training import ComputeDtype
+from winnow.trainer.kernels.best import Best
+from winnow.trainer.kernels.decode import decode_cpu
+from winnow.trainer.kernels.decode_grad_values import decode_grad_values_cpu
+from winnow.trainer.kernels.dispatch import Backend, triton_module
+from winnow.trainer.kernels.encode_topk import Watch, encode_topk_cpu
+from winnow.trainer.kernels.segment_grad import GPU_BLOCK_BYTES, Segments, latent_blocks, segment_block_cpu
 
 
 class Dead(NamedTuple):

@@ -1,0 +1,1 @@
+"""The `winnow` command: a file for each group of commands."""

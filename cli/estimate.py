@@ -1,0 +1,79 @@
+"""`winnow estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from winnow.cli.console import emit, guard, print_table
+from winnow.common.config_file import load_config, section
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.training import TrainSpec
+from winnow.store import ActivationStore
+from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, rows_of
+
+
+def register(app: typer.Typer) -> None:
+    """Add `estimate` to `app`."""
+    app.command("estimate")(estimate_command)
+
+
+def estimate_command(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with a section `train`")],
+    gpu: Annotated[str, typer.Option(help=" or ".join(sorted(GPUS)))] = "h100",
+    count: Annotated[int, typer.Option(help="GPUs; `train.mesh` says how they share the work", min=1)] = 1,
+    tokens: Annotated[
+        float,
+        typer.Option(help="Rows of the whole run; by default from the dataset and `train.epochs`", min=0),
+    ] = 0,
+    d_model: Annotated[int, typer.Option(help="Width of the rows; by default the dataset's", min=0)] = 0,
+    price: Annotated[
+        float, typer.Option(help="For one GPU for an hour; by default `prices.trainer_hour`", min=0)
+    ] = 0,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a field; repeatable, the last of a field wins"
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")] = False,
+) -> None:
+    """Say what a run takes on some GPUs: memory, step time, tokens/s, hours, money. Trains nothing.
+
+    Memory is arithmetic that tests hold against torch's own account. Time is reckoned from the card's data
+    sheet and from shares of it that are assumed, not measured. A run that does not fit is refused, with what
+    would. With --tokens and --d-model no dataset is needed.
+
+    Example: `winnow estimate configs/paper-16m.yaml --gpu h100 --count 16 --tokens 40e9 --d-model 768`
+    """
+    with guard():
+        settings = load_config(config, set or [])
+        spec = section(settings.train, "train")
+        rows, width = _size(settings, spec, tokens, d_model)
+        prices = settings.prices
+        hour = price or (prices.trainer_hour if prices else 0.0)
+        found = estimate(
+            spec,
+            width,
+            tokens=rows,
+            gpu=gpu,
+            count=count,
+            price=hour or None,
+            currency=prices.currency if prices else "USD",
+        )
+        volume = data_volume(rows / max(1.0, spec.epochs), width)
+        emit(as_json(found, volume), json, lambda: print_table(f"{config}", rows_of(found, volume)))
+
+
+def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tuple[float, int]:
+    """Rows of the run and their width, as given or as the dataset says."""
+    if spec.with_hooks or spec.target_hook is not None:
+        raise ConfigError("the estimate", expected="an SAE of one hook", got="a transcoder or crosscoder")
+    if tokens and d_model:
+        return tokens, d_model
+    dataset = ActivationStore.open(settings.root, settings.storage)
+    rows = dataset.plan.rows_per_unit * len(dataset.plan.split_units("train")) * spec.epochs
+    return tokens or rows, d_model or dataset.d_model(spec.hook)

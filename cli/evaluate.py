@@ -1,0 +1,180 @@
+"""`winnow evaluate` and `winnow compare`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import typer
+
+from winnow.cli.console import emit, guard, print_table, say
+from winnow.common.config_file import load_config
+from winnow.evaluator.frontier import draw_frontiers
+from winnow.evaluator.report import (
+    EVALUATION_KEY,
+    common,
+    evaluate,
+    load_evaluation,
+    name_of,
+    notes,
+    require_one,
+    rows,
+    side_by_side,
+)
+from winnow.evaluator.setting import Setting
+from winnow.schemas.base import validate
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.evaluation import FAMILIES, EvaluateSpec, Evaluation
+from winnow.store.objects import open_store
+
+JUDGE_KEY_VARIABLE = "WINNOW_JUDGE_KEY"
+EVALUATE_HELP = f"""Measure a trained SAE on the windows its dataset held out.
+
+Families: {", ".join(FAMILIES)}; each figure's definition stands in docs/evaluation.md. Writes
+`evaluation.json` beside the SAE after every family and prints a table. Stop it whenever you like: families
+that are finished are kept, and measured again only with --again or other settings. Figures of other settings
+and of other datasets stay in it.
+
+The dataset comes from --root or from a config's `root`; sample sizes, tasks and the law of `compute` from
+its section `evaluate`. `judge` asks a language model at `evaluate.judge.endpoint` (its key:
+{JUDGE_KEY_VARIABLE}); nothing is sent anywhere unless that is set.
+"""
+EVALUATE_EPILOG = (
+    "Example: `winnow evaluate runs/quickstart --config configs/quickstart.yaml --metrics reconstruction,n2g`"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the evaluator's commands to an app."""
+    app.command("evaluate", help=EVALUATE_HELP, epilog=EVALUATE_EPILOG)(evaluate_command)
+    app.command("compare")(compare_command)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def evaluate_command(
+    sae: Annotated[str, typer.Argument(metavar="SAE_URI", help="Folder or URI with sae.json.")],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with `root` and, if wanted, `subject` and `evaluate`.")
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="The dataset, over the config's.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Families, comma-separated; all that have what they need by default.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Held-out windows used at the most.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="An SAE of another seed, for `stability`; repeatable.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="A folder of Parquet tasks (text, label[, split]) for `probes`.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help=f"Where {EVALUATION_KEY} goes, if not beside the SAE.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure finished families anew.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a field: `evaluate.seed=1`; repeatable, the last of a field wins.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a trained SAE; the help text is `EVALUATE_HELP`."""
+    with guard():
+        settings = _config(config, root, set_ or [])
+        options: dict[str, Any] = {
+            "metrics": metrics.split(",") if metrics is not None else None,
+            "windows": windows,
+            "against": against,
+            "tasks": tasks,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        raw = settings.evaluate.model_dump() | given
+        spec = validate(EvaluateSpec, raw, origin="the options of `winnow evaluate`")
+        setting = Setting.open(
+            sae,
+            settings.root,
+            spec,
+            subject=settings.subject,
+            storage=settings.storage,
+            judge_key=os.environ.get(JUDGE_KEY_VARIABLE),
+        )
+        found = evaluate(setting, out=out, again=again)
+        emit(found.model_dump(mode="json"), as_json, lambda: _show(found))
+
+
+def _config(path: Path | None, root: str | None, sets: list[str]) -> Config:
+    if path is not None:
+        return load_config(path, [*sets, *([f"root={json.dumps(root)}"] if root else [])])
+    if root is None:
+        raise ConfigError(
+            "the dataset", expected="--root URI or --config FILE", got="neither", fix="Name where it lies"
+        )
+    if sets:
+        raise ConfigError("--set", expected="it together with --config", got="no config")
+    return Config(root=root)
+
+
+def _show(found: Evaluation) -> None:
+    for one in reversed(found.each):  # what was asked for stands last, over the prompt
+        weights = "" if one.sae_sha256 == found.sae_sha256 else f", weights {one.sae_sha256[:12]}"
+        title = f"{one.sae}: {one.hook}, N = {one.latents:,}, K = {one.k}{weights}; on {name_of(one)}"
+        print_table(title, rows(one), header=("definition", "value", "95 % interval", "sample"))
+        for line in notes(one):
+            say(line)
+    seconds = ", ".join(f"{name} {family.seconds:.0f} s" for name, family in found.families.items())
+    say(f"measured in: {seconds}")
+
+
+def compare_command(
+    saes: Annotated[list[str], typer.Argument(metavar="SAE_URI...", help="Evaluated SAEs, two or more.")],
+    out: Annotated[
+        str, typer.Option(help="Folder or URI for frontier.png, frontier.svg and compare.json.")
+    ] = "runs/compare",
+    as_json: Json = False,
+) -> None:
+    """Put evaluated SAEs side by side and draw their L0 / FVU / delta-CE frontiers.
+
+    Each SAE must have been through `winnow evaluate` on one and the same dataset: on different held-out
+    windows they do not compare, and are refused.
+
+    Example: `winnow compare runs/k16 runs/k32 runs/k64 --out runs/frontier`
+    """
+    with guard():
+        if len(saes) < 2:
+            raise ConfigError("SAEs to compare", expected="two or more", got=len(saes))
+        stored = [require_one(load_evaluation(open_store(uri)), uri) for uri in saes]
+        found = common(stored, saes)
+        labels = short_labels(saes)
+        store = open_store(out)
+        for kind, data in draw_frontiers(found, labels).items():
+            store.put(f"frontier.{kind}", data)
+        table = side_by_side(found)
+        value = {
+            "saes": saes,
+            "figures": {
+                row[0]: [
+                    figure and figure.model_dump(mode="json") for figure in (e.figure(row[0]) for e in found)
+                ]
+                for row in table
+            },
+        }
+        store.put("compare.json", json.dumps(value, indent=1).encode() + b"\n")
+        emit(value, as_json, lambda: print_table("side by side", table, header=("definition", *labels)))
+        say(f"drawn: {out}/frontier.png, {out}/frontier.svg")
+
+
+def short_labels(uris: list[str]) -> list[str]:
+    """Each URI without the folders that all of them begin with."""
+    parts = [PurePosixPath(uri.rstrip("/")).parts for uri in uris]
+    common = 0
+    while all(len(part) > common + 1 for part in parts) and len({part[common] for part in parts}) == 1:
+        common += 1
+    return ["/".join(part[common:]) for part in parts]

@@ -1,0 +1,78 @@
+"""`winnow import` and `winnow export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from winnow.cli.console import emit, guard, say
+from winnow.sae.formats.convert import READERS, UNKNOWN_HOOK, WRITERS, export_sae, import_sae
+
+IMPORT_HELP = """Turn another library's sparse autoencoder into one of Winnow's.
+
+What comes out is read by `trainer.Sae.load` and by every command. It gives the same reconstructions as the
+library it came from. Nothing in the files is ever run: a `.pt` that wants to is refused.
+"""
+EXPORT_HELP = """Write an SAE of Winnow's in another library's files.
+
+Dataset normalisation is folded into the weights. A format that has no place for a part of the SAE refuses it
+and says why: rows that are each normalised on their own (`normalize: layer`) need openai, saelens, saebench
+or neuronpedia.
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands `import` and `export` to an app."""
+
+    @app.command(
+        "import",
+        help=IMPORT_HELP,
+        epilog="Example: `winnow import saes/layers.9 --from sparsify --out runs/theirs`",
+    )
+    def import_(
+        source: Annotated[
+            Path, typer.Argument(metavar="SRC", help="The file or folder of the other library.")
+        ],
+        format_name: Annotated[str, typer.Option("--from", metavar="FORMAT", help=", ".join(READERS))],
+        out: Annotated[str, typer.Option(help="Folder or URI that becomes the SAE's address.")],
+        hook: Annotated[
+            str | None, typer.Option(help="Where it reads, such as `resid_post.9`; the files often say.")
+        ] = None,
+        target_hook: Annotated[str | None, typer.Option(help="Where a transcoder's output belongs.")] = None,
+        centred: Annotated[
+            bool | None,
+            typer.Option(
+                "--centred/--not-centred",
+                help="SAELens: whether TransformerLens had centred its rows; the files often say.",
+            ),
+        ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the SAE's card on stdout.")] = False,
+    ) -> None:
+        with guard():
+            card = import_sae(source, format_name, out, hook=hook, target_hook=target_hook, centred=centred)
+            if card.hook == UNKNOWN_HOOK:
+                say("warning: the files do not say where this SAE reads; --hook would")
+            kind = "transcoder" if card.parts.d_out else "SAE"
+            sizes = f"{card.parts.activation} {kind}, D = {card.d_model:,}, N = {card.latents:,}"
+            emit(card.model_dump(mode="json"), as_json, lambda: say(f"{sizes}, {card.hook} → {out}"))
+
+    @app.command(
+        "export",
+        help=EXPORT_HELP,
+        epilog="Example: `winnow export runs/quickstart --to saelens --out exported`",
+    )
+    def export(
+        sae: Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI of the SAE.")],
+        format_name: Annotated[str, typer.Option("--to", metavar="FORMAT", help=", ".join(WRITERS))],
+        out: Annotated[Path, typer.Option(help="Folder to write into; must be empty or absent.")],
+        model: Annotated[
+            str | None,
+            typer.Option(help="The subject as that library names it; default: as the SAE's card does."),
+        ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the files as JSON on stdout.")] = False,
+    ) -> None:
+        with guard():
+            files = [str(file) for file in export_sae(sae, format_name, out, model=model)]
+            emit({"files": files}, as_json, lambda: say("\n".join(files)))

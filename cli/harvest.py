@@ -1,0 +1,229 @@
+"""`winnow plan` and `winnow harvest`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from winnow.cli.console import Progress, emit, guard, human_bytes, print_table, say
+from winnow.common.config_file import load_config, section
+from winnow.harvester.plan.planner import find_plan, make_plan, refuse_other
+from winnow.harvester.run import forecast as forecasts
+from winnow.harvester.run.driver import check_space, harvest
+from winnow.harvester.run.ledger import account, read_ledger
+from winnow.harvester.run.mend import mend
+from winnow.schemas.config import Config
+from winnow.schemas.harvest import HarvestManifest, HarvestPlan
+from winnow.store.check.info import bad_records, token_rows
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.read.reader import load_plan
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+]
+Sets = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a field: `--set plan.train_units=4`; repeatable, the last of a field wins",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the harvester's commands to `app`."""
+    app.command("plan")(plan_command)
+    app.command("harvest")(harvest_command)
+
+
+def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> None:  # noqa: B006
+    """Read the corpus, tokenise and shuffle it into windows, and write the dataset's plan.
+
+    Streams: memory stays flat however large the corpus is. Run again, it finds the plan and does
+    nothing, or fills in what an interrupted run left out. `winnow harvest` does this by itself.
+
+    Example: `winnow plan configs/quickstart.yaml --set root=s3://bucket/data`
+    """
+    with guard():
+        cfg = load_config(config, set)
+        store = open_store(cfg.root, cfg.storage)
+        plan = ensure_plan(cfg, store)
+        emit(_plan_facts(plan, store), json, lambda: _show_plan(plan, store))
+
+
+def harvest_command(
+    config: ConfigPath,
+    set: Sets = [],  # noqa: B006
+    json: AsJson = False,
+    forecast: Annotated[
+        bool,
+        typer.Option("--forecast", help="Say what is left to do and what it takes; write nothing, then stop"),
+    ] = False,
+    accept_quarantined: Annotated[
+        bool,
+        typer.Option(
+            "--accept-quarantined",
+            help="Try the units that are left once more, and commit those that fail again as void: their "
+            "rows keep their places with weight 0",
+        ),
+    ] = False,
+    single_writer: Annotated[
+        bool,
+        typer.Option(
+            "--single-writer",
+            help="For a store without if-none-match that nobody else writes to: make the units in this "
+            "process, one after another (sets storage.single_writer)",
+        ),
+    ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="First make again what is missing, torn or rotten, from corpus and subject. Nobody else "
+            "may write to the root meanwhile",
+        ),
+    ] = False,
+) -> None:
+    """Run the subject model over the planned windows and store its activations.
+
+    Plans first where no plan is there. Interrupt or kill it at any point: the same command goes on
+    where it stopped, and units that have a receipt are never run again. Refuses a root that holds
+    another plan.
+
+    Example: `winnow harvest configs/quickstart.yaml --set harvest.actors=2`
+    """
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    with guard():
+        cfg = load_config(config, [*set, "storage.single_writer=true"] if single_writer else set)
+        store = open_store(cfg.root, cfg.storage)
+        if forecast:
+            found = forecasts.forecast(
+                cfg, store, find_plan(cfg, store), measure=lambda: forecasts.measured(cfg)
+            )
+            title = f"harvest of {store.uri}"
+            emit(found.model_dump(mode="json"), json, lambda: print_table(title, forecasts.rows(found)))
+            return
+        if repair:
+            _repair(cfg, store)
+        plan = ensure_plan(cfg, store)
+        before = forecasts.forecast(cfg, store, plan)
+        if before.units_to_do:
+            say(forecasts.line(before))
+        manifest = harvest(cfg, store, plan, accept_quarantined=accept_quarantined)
+        facts = _harvest_facts(manifest, plan, store)
+        emit(facts, json, lambda: _show_harvest(facts))
+
+
+def _repair(config: Config, store: ObjectStore) -> None:
+    plan = load_plan(store)
+    refuse_other(plan, config, store)
+    report = mend(config, store, plan)
+    for key in report.restored:
+        say(f"repair: {key} was written anew")
+    for key in report.removed:
+        say(f"repair: {key} was removed, the harvest makes its unit again")
+    say(
+        f"repair: {len(report.restored)} objects written, {len(report.revised)} units with a new receipt, "
+        + ("a new manifest" if report.manifest else "the manifest stands")
+    )
+
+
+def ensure_plan(config: Config, store: ObjectStore) -> HarvestPlan:
+    """The root's plan if it is whole and fits the config, else a freshly made or completed one."""
+    section(config.subject, "subject")
+    section(config.corpus, "corpus")
+    section(config.plan, "plan")
+    plan = find_plan(config, store)
+    if plan is not None:
+        check_space(plan, store, 0)
+        return plan
+    with Progress("plan", None, "tokens") as bar:
+        return make_plan(config, store, progress=lambda tokens, **facts: bar.update(tokens, **facts))
+
+
+def _plan_facts(plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
+    facts = plan.corpus_facts
+    return {
+        "root": store.uri,
+        "fingerprint": plan.fingerprint,
+        "documents": facts.documents,
+        "corpus_tokens": facts.tokens,
+        "units": plan.units,
+        "validation_units": plan.spec.validation_units,
+        "rows": plan.rows,
+        "windows": plan.windows,
+        "windows_unused": facts.windows_unused,
+        "bos_token": plan.bos_token,
+        "join": plan.spec.join,
+        "join_token": plan.join_token,
+        "duplicates_dropped": facts.duplicates_dropped,
+        "bad_records": facts.bad_records,
+        "bad_first": facts.bad_first,
+        "bytes": sum(plan.shard_bytes(site.name) for site in plan.sites) * plan.units,
+    }
+
+
+def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
+    facts = _plan_facts(plan, store)
+    print_table(
+        f"plan {plan.fingerprint[:12]} at {store.uri}",
+        [
+            ("subject", plan.subject.model),
+            ("hooks", ", ".join(f"{site.name} (D {site.d_model})" for site in plan.sites)),
+            ("documents", f"{facts['documents']:,} ({facts['duplicates_dropped']:,} duplicates dropped)"),
+            *bad_records(facts["bad_records"], facts["bad_first"]),
+            ("corpus", f"{facts['corpus_tokens']:,} tokens"),
+            ("units", f"{plan.units} ({plan.spec.validation_units} held out)"),
+            (
+                "windows",
+                f"{plan.windows:,} of {plan.spec.context_length} ({facts['windows_unused']:,} unused)",
+            ),
+            *token_rows(plan),
+            ("rows", f"{plan.rows:,}"),
+            ("size when harvested", human_bytes(facts["bytes"])),
+        ],
+    )
+
+
+def _harvest_facts(manifest: HarvestManifest, plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
+    ledger = read_ledger(store)
+    return {
+        "root": store.uri,
+        "dataset_sha256": manifest.dataset_sha256,
+        "plan_fingerprint": manifest.plan_fingerprint,
+        "units": manifest.units,
+        "rows": manifest.rows,
+        "bytes": manifest.bytes,
+        "sinks": manifest.sinks,
+        "void_units": list(manifest.void_units),
+        "tokens": plan.windows * plan.spec.context_length,
+        "tokens_per_s": ledger.tokens_per_second,
+        "bytes_per_s": ledger.bytes_per_second,
+        "storage_wait_s": ledger.storage_wait_seconds,
+        "tokens_account": account(plan, manifest).model_dump(mode="json"),
+    }
+
+
+def _show_harvest(facts: dict[str, Any]) -> None:
+    rate, kept = facts["tokens_per_s"], facts["tokens_account"]
+    print_table(
+        f"dataset {facts['dataset_sha256'][:12]} at {facts['root']}",
+        [
+            ("units", facts["units"]),
+            ("rows", f"{facts['rows']:,}"),
+            ("size", human_bytes(facts["bytes"])),
+            ("sinks (weight 0)", ", ".join(f"{hook}: {count}" for hook, count in facts["sinks"].items())),
+            ("tokens not stored", f"{kept['beyond_plan'] + kept['tails'] + kept['leading']:,}"),
+            ("  beyond the plan", f"{kept['beyond_plan']:,}"),
+            ("  tails, in no window", f"{kept['tails']:,}"),
+            ("  leading positions", f"{kept['leading']:,}"),
+            ("harvest", f"{rate:,.0f} tokens/s" if rate else "-"),
+            ("written", f"{human_bytes(facts['bytes_per_s'])}/s" if facts["bytes_per_s"] else "-"),
+            ("LM waited for storage", f"{facts['storage_wait_s']:,.1f} s"),
+        ],
+    )

@@ -1,0 +1,123 @@
+"""`winnow runs`, `watch`, `stop` and `resume`."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from winnow.cli.console import emit, guard, print_table, say, stdout
+from winnow.jobs.runs import HEADER, Seen, find_runs, last_records, picture
+from winnow.schemas.errors import ConfigError
+from winnow.store.objects import ObjectStore, open_store
+from winnow.trainer.run.status import allow_again, ask_to_stop, read_status
+
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URI that holds runs")]
+RunUri = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI (its train.out)")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("runs")(runs_command)
+    app.command("watch")(watch_command)
+    app.command("stop")(stop_command)
+    app.command("resume")(resume_command)
+
+
+def runs_command(root: Root, json: AsJson = False) -> None:
+    """List the runs below a folder: state, progress, ETA, FVU, speed, cost; and a trainer service's jobs.
+
+    States: training, stopping, stopped, finished, failed, lost (it was killed: the same command goes on
+    from its last checkpoint). The cost is that of `prices.trainer_hour`.
+
+    Example: `winnow runs runs/`
+    """
+    from winnow.jobs.queue import job_facts, job_rows
+
+    with guard():
+        store = open_store(root)
+        found, jobs = find_runs(store), job_facts(store)
+        if not found and not jobs:
+            raise ConfigError(f"{root} holds no runs", expected="folders with a status.json", got="none")
+        facts: dict[str, Any] = {"runs": [seen.facts() for seen in found], "jobs": jobs}
+        emit(facts, json, lambda: _show(root, found, jobs, job_rows(jobs)))
+
+
+def _show(root: str, found: list[Seen], jobs: list[dict[str, Any]], rows: list[list[str]]) -> None:
+    if found:
+        print_table(root, [seen.row() for seen in found], HEADER)
+        for seen in found:
+            if seen.status.cause:
+                say(f"{seen.name or root}: {seen.status.cause}")
+    if jobs:
+        print_table("jobs", rows, ("job", "state", "attempts", "runs", "cause"))
+
+
+def watch_command(
+    run: RunUri,
+    every: Annotated[float, typer.Option(help="Seconds between two looks", min=0.2)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end")] = False,
+) -> None:
+    """Show a run while it trains, wherever it does: progress, curves, where a step's time goes.
+
+    Ends with the run. Ctrl-C ends the view and leaves the run alone.
+
+    Example: `winnow watch runs/quickstart`
+    """
+    from rich.live import Live
+    from rich.table import Table
+
+    def look(store: ObjectStore) -> tuple[Seen, Table]:
+        status = read_status(store)
+        if status is None:
+            raise ConfigError(f"{run} is no run", expected="a status.json that can be read", got="none")
+        seen = Seen("", status, False, time.time())
+        table = Table(show_header=False)
+        for label, value in picture(run, seen, last_records(store)):
+            table.add_row(label, value)
+        return seen, table
+
+    with guard():
+        store = open_store(run)
+        seen, table = look(store)
+        if once or not stdout.is_terminal:
+            stdout.print(table)
+            return
+        with Live(table, console=stdout) as live:
+            while seen.state == "training":
+                time.sleep(every)
+                seen, table = look(store)
+                live.update(table)
+
+
+def stop_command(run: RunUri) -> None:
+    """Ask a run to make a checkpoint and end, wherever it trains; within about 5 s and a step.
+
+    A service does not take it up again before `winnow resume`.
+
+    Example: `winnow stop runs/quickstart`
+    """
+    with guard():
+        store = open_store(run)
+        status = read_status(store)
+        if status is None:
+            raise ConfigError(f"{run} is no run", expected="a status.json that can be read", got="none")
+        if status.state == "finished":
+            raise ConfigError(f"{run} is finished", fix="There is nothing to stop")
+        ask_to_stop(store)
+        say(f"{run} is asked to stop; `winnow runs` shows when it has")
+
+
+def resume_command(run: RunUri) -> None:
+    """Let a stopped run go on: a service takes it up; without one, the command that started it does.
+
+    Example: `winnow resume runs/quickstart`
+    """
+    with guard():
+        if not allow_again(open_store(run)):
+            raise ConfigError(
+                f"{run} was not asked to stop", fix="Run its command again if it is not training"
+            )
+        say(f"{run} may go on: its service takes it up, or the command that started it")

@@ -1,0 +1,82 @@
+"""`winnow serve-trainer`, and what `winnow submit --to ROOT` does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from winnow.cli.console import emit, guard, say
+from winnow.common.config_file import load_config
+from winnow.jobs.queue import Queue
+from winnow.schemas.errors import ConfigError
+from winnow.store.objects import open_store
+
+
+def register(app: typer.Typer) -> None:
+    """Add `serve-trainer` to `app`."""
+    app.command("serve-trainer")(serve_command)
+
+
+def serve_command(
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URI that holds the queue")],
+    workers: Annotated[int, typer.Option(help="On a CPU: jobs at a time. With GPUs, one a GPU", min=1)] = 1,
+    gpus: Annotated[
+        str, typer.Option(help="GPUs to use, such as `0,2`; `all`, or `none` for the CPU")
+    ] = "all",
+    port: Annotated[int, typer.Option(help="Of /healthz and /metrics on 127.0.0.1; 0 takes a free one")] = 0,
+    poll: Annotated[float, typer.Option(help="Seconds between two looks at the queue", min=0.05)] = 2.0,
+    until_empty: Annotated[
+        bool, typer.Option("--until-empty", help="End once no job is left that could be trained here")
+    ] = False,
+) -> None:
+    """Train what `winnow submit CONFIG --to ROOT` puts into the queue, each job in its own processes.
+
+    A job takes one device; one whose `train.mesh` is larger takes a group of them. A job that fails goes on
+    from its last checkpoint, up to its number of attempts. Kill the service whenever you like and start it
+    again: what was running goes on from its last checkpoint, and nothing is trained twice. SIGTERM drains:
+    every run makes a checkpoint, then the service ends with 0. Any number of services may share a root.
+
+    Example: `winnow serve-trainer s3://bucket/trainer --port 9400`
+    """
+    from winnow.jobs.prometheus import serving
+    from winnow.jobs.service import Service
+
+    with guard():
+        store = open_store(root)
+        store.probe()  # does it keep what claims rely on?
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = slots(gpus, seen, workers)
+        service = Service(store, devices, dict(os.environ), poll)
+        with serving(service, port) as bound:
+            say(f"serving {store.uri} on {', '.join(devices)}; health and metrics: http://127.0.0.1:{bound}")
+            service.run(until_empty=until_empty)
+        say("all runs have a checkpoint or are finished")
+
+
+def slots(gpus: str, seen: int, workers: int) -> list[str]:
+    """The service's devices: the GPUs asked for, or places on the CPU.
+
+    Raises:
+        ConfigError: A GPU that is not there.
+    """
+    if gpus == "none" or (gpus == "all" and not seen):
+        return [f"cpu{number}" for number in range(workers)]
+    if gpus == "all":
+        return [str(number) for number in range(seen)]
+    chosen = [part.strip() for part in gpus.split(",")]
+    wrong = [part for part in chosen if not part.isdecimal() or int(part) >= seen]
+    if wrong or len(set(chosen)) < len(chosen):
+        raise ConfigError("--gpus", expected=f"numbers below {seen}, `all` or `none`", got=gpus)
+    return chosen
+
+
+def submit_config(config: Path, root: str, sets: list[str], attempts: int, as_json: bool) -> None:
+    """Put a config into the queue below `root` and say what its name is."""
+    store = open_store(root)
+    name, new = Queue(store).submit(load_config(config, sets), attempts)
+    told = f"job {name} is in the queue of {root}" if new else f"job {name} is there already: same config"
+    emit({"job": name, "new": new}, as_json, lambda: say(told))

@@ -1,0 +1,183 @@
+"""`winnow info` and `winnow verify`."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from winnow.cli.console import Progress, emit, guard, human_bytes, print_table, say, stdout
+from winnow.schemas.config import StorageSpec
+from winnow.store.check.info import DatasetInfo, bad_records, dataset_info, token_rows
+from winnow.store.check.repair import repair
+from winnow.store.check.verify import LEVELS, Problem, damage, verify
+from winnow.store.format.layout import PLAN_KEY
+from winnow.store.objects import ObjectStore, open_store
+
+
+def register(app: typer.Typer) -> None:
+    """Add the store's commands to `app`."""
+    app.command("info")(info_command)
+    app.command("verify")(verify_command)
+
+
+class LevelChoice(Enum):
+    """The levels of `winnow.store.check.verify`, for typer."""
+
+    LIST = "list"
+    SIZE = "size"
+    INDEX = "index"
+    FULL = "full"
+
+
+Uri = Annotated[str, typer.Argument(help="The dataset's root: a local path, file:// or s3://bucket/prefix.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
+AllowHttp = Annotated[
+    bool, typer.Option("--allow-http", help="Permit an http:// endpoint beyond this machine's loopback.")
+]
+Timeout = Annotated[float, typer.Option(help="Longest wait for one request, in seconds.", min=0.1)]
+
+
+def info_command(
+    uri: Uri, json: Json = False, allow_http: AllowHttp = False, timeout_seconds: Timeout = 60.0
+) -> None:
+    """Say what a dataset is and how far it has come. Digests in full: --json.
+
+    Example: winnow info data/quickstart
+    """
+    with guard():
+        found = dataset_info(_open(uri, allow_http, timeout_seconds))
+        emit(found.model_dump(mode="json"), json, lambda: _show_info(found))
+
+
+def verify_command(
+    uri: Uri,
+    level: Annotated[
+        LevelChoice,
+        typer.Option(
+            help="list: every object is there. size: and has its length. index: and every shard's index is "
+            "sound. full: and every byte is what was committed."
+        ),
+    ] = LevelChoice.LIST,
+    json: Json = False,
+    allow_http: AllowHttp = False,
+    timeout_seconds: Timeout = 60.0,
+    threads: Annotated[int, typer.Option(help="Shards read at a time.", min=1)] = 4,
+    repair_: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="First put right what the rest of the dataset tells: metadata, receipts, checksums, "
+            "manifests. Nobody else may write meanwhile. Sets --level full. Lost rows and tokens need "
+            "`winnow harvest CONFIG --repair`.",
+        ),
+    ] = False,
+) -> None:
+    """Say what is missing, torn or rotten; exit with 1 where anything is.
+
+    A dataset that is not sealed yet is checked as far as it goes. Without --repair nothing is changed.
+
+    Example: winnow verify s3://bucket/run7 --level full
+    """
+    with guard():
+        store = _open(uri, allow_http, timeout_seconds)
+        if repair_:
+            level = LevelChoice.FULL
+            for key in repair(store).restored:
+                say(f"repair: {key} was written anew")
+        with Progress(f"verify --level {level.value}", None, "shards") as bar:
+
+            def report(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done)
+
+            problems = verify(store, level.value, report, threads)
+        facts = dataset_info(store) if not any(p.key == "plan.json" for p in problems) else None
+        broken = damage(problems)
+        value = {
+            "uri": store.uri,
+            "level": level.value,
+            "ok": not broken,
+            "state": facts.state if facts else None,
+            "units": facts.units if facts else None,
+            "units_committed": facts.units_committed if facts else None,
+            "problems": [asdict(problem) for problem in broken],
+            "strays": [problem.key for problem in problems if problem.stray],
+        }
+        emit(value, json, lambda: _show_problems(store.uri, level.value, problems, facts, repair_))
+    if broken:
+        raise typer.Exit(1)
+
+
+def _open(uri: str, allow_http: bool, timeout_seconds: float) -> ObjectStore:
+    return open_store(uri, StorageSpec(allow_http=allow_http, timeout_seconds=timeout_seconds))
+
+
+def _show_info(found: DatasetInfo) -> None:
+    progress = f"{found.units_committed} of {found.units} units"
+    rows: list[tuple[str, object]] = [
+        ("state", f"{found.state} ({progress})" if found.state != "sealed" else f"sealed ({progress})"),
+        ("subject", found.subject),
+        ("weights", f"{found.subject_weights_sha256[:16]}..."),
+        ("corpus", ", ".join(found.corpus)),
+        ("documents", f"{found.documents:,}"),
+        *bad_records(found.bad_records, found.bad_first),
+        ("corpus tokens", f"{found.corpus_tokens:,}"),
+        ("hooks", ", ".join(f"{hook} (D = {width})" for hook, width in found.hooks.items())),
+        ("rows a hook", f"{found.rows:,}"),
+        (
+            "unit",
+            f"{found.windows_per_unit} windows of {found.context_length} tokens, "
+            f"{found.rows_per_unit:,} rows",
+        ),
+        *token_rows(found),
+        ("validation units", found.validation_units),
+        ("stored as", found.dtype),
+        ("activations", f"{human_bytes(found.stored_bytes)} of {human_bytes(found.planned_bytes)}"),
+        ("plan fingerprint", f"{found.plan_fingerprint[:16]}..."),
+    ]
+    if found.sinks is not None:
+        marked = ", ".join(f"{hook}: {count:,}" for hook, count in found.sinks.items())
+        rows += [
+            ("marked sinks", marked),
+            ("void units", found.void_units),
+            ("dataset sha256", f"{(found.dataset_sha256 or '')[:16]}..."),
+        ]
+    if found.revision:
+        rows.append(("repairs", found.revision))
+    print_table(found.uri, rows)
+
+
+def _show_problems(
+    uri: str, level: str, problems: list[Problem], facts: DatasetInfo | None, repaired: bool
+) -> None:
+    for problem in problems:
+        stdout.print(str(problem), markup=False, soft_wrap=True)
+    broken = len(damage(problems))
+    if facts and facts.state != "sealed":
+        say(f"{uri} is {facts.state}: {facts.units_committed} of {facts.units} units are committed")
+    deeper = LEVELS[-1] if level != LEVELS[-1] else None
+    if broken:
+        say(f"{uri}: {broken} problem{'s' if broken > 1 else ''} at level {level}")
+        for line in _advice(uri, damage(problems), repaired):
+            say(line)
+    else:
+        hint = f" (--level {deeper} reads every byte)" if deeper else ""
+        say(f"{uri}: nothing wrong at level {level}{hint}")
+
+
+def _advice(uri: str, broken: list[Problem], repaired: bool) -> list[str]:
+    """What mends the problems, the cheapest first."""
+    if any(problem.key == PLAN_KEY for problem in broken):
+        return [f"nothing else says what {PLAN_KEY} held: put back a copy of it, byte for byte"]
+    again = "`winnow harvest CONFIG --repair` makes again {}, from corpus and subject"
+    if repaired or all(problem.lost for problem in broken):
+        return [again.format("what is damaged")]
+    cheap = (
+        f"`winnow verify {shlex.quote(uri)} --repair` puts right what the rest of the dataset tells: "
+        "metadata, receipts, manifests, and indexes and checksums of shards"
+    )
+    return [cheap, again.format("what is damaged after that")]

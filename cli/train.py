@@ -1,0 +1,220 @@
+"""`winnow train`, and `python -m trainer`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from winnow.cli import estimate as estimate_cli
+from winnow.cli import runs as runs_cli
+from winnow.cli import service as service_cli
+from winnow.cli.console import emit, guard, human_bytes, print_table, say, stderr
+from winnow.common.config_file import load_config
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.training import TrainSpec
+from winnow.store import ActivationStore
+from winnow.trainer.mesh.world import Launch
+from winnow.trainer.plan.sweep import grid_specs, require_room
+from winnow.trainer.run.loop import AfterTrain, train, train_fleet
+from winnow.trainer.run.publish import Summary
+
+HELP = """Train a TopK sparse autoencoder on a harvested dataset.
+
+Reads the config's `root` (the dataset) and its section `train`; writes into `train.out`:
+`sae.safetensors` and `sae.json` (what `trainer.Sae.load` reads), `summary.json`, `metrics.jsonl`,
+`loss.png` and `checkpoints/`.
+
+Stop it whenever you like: the same command goes on from the newest checkpoint and ends with the very
+same weights. A finished run is only shown again.
+
+On several GPUs or machines: `torchrun --nproc-per-node 8 -m trainer CONFIG --set train.mesh.latent=4` splits
+the latents over 4 ranks and the batch over 2. Another mesh may go on where this one stopped.
+"""
+EPILOG = "Example: `winnow train configs/quickstart.yaml --set train.k=64 --set train.out=runs/k64`"
+
+SWEEP_HELP = """Train a grid of TopK sparse autoencoders from one read of a dataset.
+
+Reads the config's `root`, its section `train` (the base) and its section `sweep` (`out`, and a `grid` of
+fields of `train`). Each SAE has its own folder below `sweep.out` and is what `winnow train` would give.
+Stop and run again as with `winnow train`; finished ones are skipped.
+"""
+SWEEP_EPILOG = "Example: `winnow sweep configs/sweep.yaml --set sweep.grid.k=[8,16]`"
+
+
+def register(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
+    """Add the command `train` to an app.
+
+    Args:
+        app: The app.
+        after_train: Adds the figures that need the subject model; see `winnow.trainer.run.loop.train`.
+    """
+
+    @app.command("train", help=HELP, epilog=EPILOG)
+    def command(
+        config: Annotated[Path, typer.Argument(help="YAML file with `root` and a section `train`.")],
+        set_: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--set",
+                metavar="KEY=VALUE",
+                help="Override a field, such as `train.k=64`; repeatable, the last of a field wins.",
+            ),
+        ] = None,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")
+        ] = False,
+        extend: Annotated[
+            bool,
+            typer.Option(
+                "--extend",
+                help="Train the run in `out` on, up to a larger `epochs`. Its learning rate becomes that of "
+                "the new schedule: after a decay it goes back up.",
+            ),
+        ] = False,
+    ) -> None:
+        # cuBLAS needs this before its first product to give the same bits every run
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        with guard():
+            settings = load_config(config, set_ or [])
+            launch = launch_of(os.environ)
+            with only_the_first_tells(launch):
+                summary = train(settings, after_train=after_train, extend=extend, launch=launch)
+            if launch.rank == 0:
+                emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
+
+
+@contextmanager
+def only_the_first_tells(launch: Launch) -> Iterator[None]:
+    """Progress and notices come from one rank; errors from each."""
+    before, stderr.quiet = stderr.quiet, stderr.quiet or launch.rank > 0
+    try:
+        yield
+    finally:
+        stderr.quiet = before
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch:
+    """This process's place among those that torchrun, or the trainer service, has started; else alone.
+
+    Raises:
+        ConfigError: Variables that are no such place.
+    """
+    try:
+        rank, size, local = (
+            int(environment.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
+    except ValueError as error:
+        raise ConfigError("RANK, WORLD_SIZE, LOCAL_RANK", expected="numbers", got=error) from error
+    if not 0 <= rank < size:
+        raise ConfigError("RANK", expected=f"0 to WORLD_SIZE - 1 = {size - 1}", got=rank)
+    return Launch(rank, size, local)
+
+
+def register_sweep(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
+    """Add the command `sweep` to an app; arguments as in `register`."""
+
+    @app.command("sweep", help=SWEEP_HELP, epilog=SWEEP_EPILOG)
+    def command(
+        config: Annotated[Path, typer.Argument(help="YAML file with `root`, `train` and `sweep`.")],
+        set_: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--set", metavar="KEY=VALUE", help="Override a field; repeatable, the last of a field wins."
+            ),
+        ] = None,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print the summaries as one JSON object on stdout.")
+        ] = False,
+        subject_figures: Annotated[
+            bool, typer.Option("--subject-figures", help="Also run the subject model for each SAE.")
+        ] = False,
+    ) -> None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        with guard():
+            settings = load_config(config, set_ or [])
+            specs = grid_specs(settings)
+            dataset = ActivationStore.open(
+                settings.root,
+                settings.storage,
+                follow=specs[0].follow,
+                timeout_seconds=specs[0].follow_seconds,
+            )
+            need = require_room(specs, dataset)
+            say(f"{len(specs)} SAEs, {human_bytes(need)} of memory for them")
+            summaries = train_fleet(settings, specs, after_train=after_train if subject_figures else None)
+            found = {spec.out: summary for spec, summary in zip(specs, summaries, strict=True)}
+            emit(found, as_json, lambda: show_sweep(found, specs))
+
+
+def show_sweep(found: dict[str, Summary], specs: Sequence[TrainSpec]) -> None:
+    """A line for each SAE of a sweep."""
+    rows = [
+        [
+            spec.out,
+            f"{spec.latents:,}",
+            spec.k,
+            f"{found[spec.out]['fvu']:.4f}",
+            f"{found[spec.out]['l0']:.1f}",
+            f"{found[spec.out]['dead_share']:.1%}",
+        ]
+        for spec in specs
+    ]
+    print_table("sweep", rows, ("SAE", "latents", "k", "FVU", "L0", "dead"))
+
+
+def register_all(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
+    """Add every command of the trainer."""
+    register(app, after_train)
+    register_sweep(app, after_train)
+    runs_cli.register(app)
+    estimate_cli.register(app)
+    service_cli.register(app)
+
+
+def make_app(after_train: AfterTrain | None = None) -> typer.Typer:
+    """An app with the one command `train`."""
+    app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+    register(app, after_train)
+    return app
+
+
+def show(summary: Summary, out: str) -> None:
+    """The table at the end of a run."""
+
+    def figure(key: str, form: str) -> list[str]:
+        return [format(summary[key], form)] if key in summary else []
+
+    def row(label: str, key: str, form: str, note: str = "") -> list[list[Any]]:
+        return [[label, value + note] for value in figure(key, form)]
+
+    interval = "".join(
+        f"  [{low} … {high}]"
+        for low in figure("delta_ce_low", ".4f")
+        for high in figure("delta_ce_high", ".4f")
+    )
+    rows = [
+        *row("FVU, held out (normalised space)", "fvu", ".4f"),
+        *row("FVU, held out (raw space)", "fvu_raw", ".4f"),
+        *row("L0, held out", "l0", ".2f"),
+        *row("dead latents over the last epoch", "dead_share", ".2%"),
+        *row("delta CE, nats", "delta_ce", ".4f", interval),
+        *row("loss recovered, against zero-ablation", "loss_recovered_zero", ".4f"),
+        *row("loss recovered, against mean-ablation", "loss_recovered_mean", ".4f"),
+        *row("weights exported", "weights", ""),
+        *row("tokens trained on", "tokens", ",d"),
+        *row("training, tokens/s", "train_tokens_per_s", ",.0f"),
+        *row("waiting for data, s", "seconds_waiting_for_data", ".1f"),
+        *row("harvest, tokens/s", "harvest_tokens_per_s", ",.0f"),
+    ]
+    print_table(f"{summary['hook']} → {out}", rows)
+    if summary["left_out"]:
+        say(
+            f"left out: {', '.join(summary['left_out'])} (they need the subject model: "
+            "`winnow train` with the same config adds them)"
+        )

@@ -1,0 +1,1 @@
+"""Ray: a crew of actors that comes and goes with its nodes."""

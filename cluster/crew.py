@@ -1,0 +1,297 @@
+"""Ray for harvest and index: where it runs, and the crew of actors that comes and goes with nodes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.job_config import JobConfig
+
+from winnow.cli.console import say
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
+from winnow.schemas.names import hidden_by
+
+WAIT_NOTE_SECONDS = 30.0
+"""Between messages while no node has room for a single actor."""
+LOCAL_OBJECTS_BYTES = 80 * 2**20
+"""Ray's own object store on this machine: activations never go through it."""
+
+VERDICT_SECONDS = 30.0
+"""An actor that cannot be reached has so long to come back or to be known dead."""
+
+_NODE_LOST = ("node has died", "node is dead", "node died", "node was", "preempt")
+
+
+class Named(NamedTuple):
+    """What messages about a crew call it and its settings."""
+
+    who: str = "harvest"
+    actors: str = "harvest.actors"
+    threads: str = "harvest.threads_per_actor"
+    gpus: str = "harvest.gpus_per_actor"
+    address: str = "harvest.ray_address"
+
+
+HARVEST = Named()
+
+
+class _OwnPackages(JobConfig):
+    """Keeps the working directory out of the workers' sys.path, where Ray puts it first.
+
+    It stays their working directory: a path in the config means what it meant.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:  # what Ray asks before it adds the directory
+        return True
+
+
+@contextmanager
+def cluster(config: Config, named: Named = HARVEST) -> Generator[None]:
+    """Ray: the cluster that the config names, or one on this machine for the time of the run.
+
+    Raises:
+        ConfigError: No such cluster, or it wants a token that was not given.
+    """
+    with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is the result's
+        yield from _session(config, named)
+
+
+def _session(config: Config, named: Named) -> Generator[None]:
+    if ray.is_initialized():
+        yield
+        return
+    address = config.harvest.ray_address
+    local: dict[str, Any] = (
+        {} if address else {"include_dashboard": False, "object_store_memory": LOCAL_OBJECTS_BYTES}
+    )
+    if hidden_by(Path.cwd()):
+        local["job_config"] = _OwnPackages()
+    try:
+        ray.init(
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            **local,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        if not address:
+            raise
+        raise ConfigError(
+            f"{named.address} {address!r}: no Ray cluster can be joined there",
+            got=first_line(error),
+            fix="Start one (`ray start --head`), give its host:port, and set RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH where it asks for a token",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def threads_per_actor(config: Config, named: Named = HARVEST) -> int:
+    """CPU threads of an actor: as configured, or a machine's cores shared by its actors.
+
+    On a cluster that machine is the smallest node with CPUs, which is said aloud: the number of threads
+    decides the last bits of the rows.
+    """
+    spec = config.harvest
+    if spec.threads_per_actor:
+        return spec.threads_per_actor
+    if not spec.ray_address and not _joined():
+        return max(1, (os.cpu_count() or 1) // spec.actors)
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cores = [count for count in cores if count]
+    threads = max(1, min(cores, default=1) // math.ceil(spec.actors / max(len(cores), 1)))
+    say(f"{named.who}: {threads} threads an actor, from the nodes there are; {named.threads} fixes it")
+    return threads
+
+
+def gpus_per_actor(config: Config) -> float:
+    """GPUs of an actor: as configured, or one where the cluster has any and the subject may use it."""
+    spec, subject = config.harvest, config.subject
+    if spec.gpus_per_actor is not None:
+        return spec.gpus_per_actor
+    if subject is not None and subject.device == "cpu":
+        return 0.0
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def _joined() -> bool:
+    return ray.is_initialized() and len(ray.nodes()) > 1
+
+
+class Crew:
+    """Actors that are wanted, those that have a node and are ready, and those that are gone.
+
+    Ray keeps an actor that finds no room waiting and places it on the first node that has some, so a
+    node that joins late gets work; one actor is enough to begin.
+
+    Args:
+        make: Makes the handle of a new actor, which has `ready()`.
+        wanted: Actors at the most.
+        needs: Resources of one, such as `{"CPU": 2, "GPU": 0.5}`.
+        growing: Whether nodes may join: if not, needs that no node here meets are an error.
+        named: For messages.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        wanted: int,
+        needs: dict[str, float],
+        *,
+        growing: bool,
+        named: Named = HARVEST,
+    ) -> None:
+        self._make, self._needs, self._growing, self._named = make, needs, growing, named
+        self.members: dict[int, Any] = {}
+        """Actor's number -> handle, of those that are ready for units."""
+        self._coming: dict[Any, tuple[int, Any]] = {}  # ref of ready() -> (number, handle)
+        self._started: dict[int, Any] = {}  # number -> ref that resolves once the actor's process runs
+        self._spawned = 0
+        self._fallen: dict[int, bool] = {}  # number of a dead actor -> whether its node went with it
+        self.nodes_lost = 0
+        for _ in range(wanted):
+            self._spawn()
+
+    @property
+    def waiting(self) -> list[Any]:
+        """References that resolve when an actor is ready, for `ray.wait` beside one's own."""
+        return list(self._coming)
+
+    def await_first(self) -> None:
+        """Wait until one actor is ready.
+
+        Raises:
+            ConfigError: This machine cannot hold an actor.
+            WinnowError: Loading the subject failed; the cause.
+        """
+        noted = time.monotonic()
+        while not self.members:
+            self._require_room()
+            done, _ = ray.wait(self.waiting, num_returns=1, timeout=WAIT_NOTE_SECONDS / 10)
+            for ref in done:
+                self.welcome(ref)
+            if not self.members and time.monotonic() - noted >= WAIT_NOTE_SECONDS:
+                noted = time.monotonic()
+                say(f"{self._named.who}: {self._state()}")
+
+    def _state(self) -> str:
+        """Why no actor is ready yet, as far as it is known."""
+        refs = list(self._started.values())
+        started, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        if started:
+            return f"{len(started)} of {len(refs)} actors have started and load the subject"
+        return no_room(self._needs, ray.available_resources())
+
+    def welcome(self, ref: Any) -> None:
+        """Take in the actor whose reference from `waiting` has resolved."""
+        number, actor = self._coming.pop(ref)
+        del self._started[number]
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, WinnowError):
+                raise error.cause from error
+            raise WorkerError("loading the subject on a worker", got=first_line(error)) from error
+        except RayActorError as error:
+            if node_lost(error):
+                self.nodes_lost += 1
+                self._spawn()
+                return
+            raise WorkerError(
+                "a worker died while it loaded the subject",
+                got=first_line(error),
+                fix=f"Look for memory: each of {self._named.actors} holds one copy of the model",
+            ) from error
+        self.members[number] = actor
+
+    def lost(self, number: int, error: RayActorError) -> bool:
+        """A unit's actor died or cannot be reached; a dead one is replaced.
+
+        Returns:
+            True where it is no fault of the unit: the node is gone, or the actor was out of reach for a
+            moment and is back.
+        """
+        if number in self._fallen:  # the other unit it held
+            return self._fallen[number]
+        actor = self.members[number]
+        verdict = _verdict(actor, error)
+        if verdict is None:
+            return True
+        gone = self._fallen[number] = node_lost(verdict)
+        del self.members[number]
+        self._spawn()
+        if gone:
+            self.nodes_lost += 1
+            say(f"{self._named.who}: a node is gone, {len(self.members)} actors go on: {first_line(verdict)}")
+        return gone
+
+    def _spawn(self) -> None:
+        actor = self._make()
+        self._started[self._spawned] = actor.__ray_ready__.remote()
+        self._coming[actor.ready.remote()] = (self._spawned, actor)
+        self._spawned += 1
+
+    def _require_room(self) -> None:
+        if self._growing:
+            return
+        total = ray.cluster_resources()
+        for name, amount in self._needs.items():
+            if amount > total.get(name, 0):
+                raise ConfigError(
+                    f"this machine cannot hold one {self._named.who} actor: it needs {_amounts(self._needs)}",
+                    expected=f"at least {amount:g} {name}",
+                    got=f"{total.get(name, 0):g}",
+                    fix=f"Lower {self._named.gpus} or {self._named.threads}, or name a cluster in "
+                    f"{self._named.address}",
+                )
+
+
+def no_room(needs: Mapping[str, float], free: Mapping[str, float]) -> str:
+    """Why no actor with these `needs` has started, where `free` is left of all nodes together."""
+    room = all(free.get(name, 0) >= amount for name, amount in needs.items())
+    why = "; it is starting, or waits for one node that has all of that" if room else ""
+    left = _amounts({name: free.get(name, 0) for name in ("CPU", "GPU")}) or "no CPU"
+    return f"no actor has started yet; one needs {_amounts(needs)}, {left} free{why}"
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)
+
+
+def node_lost(error: RayActorError) -> bool:
+    """Whether the actor's whole node is gone, which is no fault of the unit it worked on."""
+    text = str(error).lower()
+    return error.preempted or any(words in text for words in _NODE_LOST)
+
+
+def _verdict(actor: Any, error: RayActorError) -> RayActorError | None:
+    """Why an actor died; None where it answers again. Death of a node is known only after a while."""
+    end = time.monotonic() + VERDICT_SECONDS
+    while isinstance(error, ActorUnavailableError) and time.monotonic() < end:
+        try:
+            ray.get(actor.__ray_ready__.remote(), timeout=VERDICT_SECONDS)
+            return None
+        except GetTimeoutError:
+            break
+        except RayActorError as again:
+            error = again
+            time.sleep(0.2)
+    return error
+
+
+def first_line(error: Exception) -> str:
+    """The last line that says something, of an error from Ray."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

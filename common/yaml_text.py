@@ -1,0 +1,131 @@
+"""YAML that means what it says.
+
+PyYAML reads YAML 1.1, where `no` is false, `1e-3` is text, `010` is 8, `1:30` is 90, `2026-01-01` is a date,
+and of two equal keys the last one wins. Here scalars follow YAML 1.2 (`no` is text, which a true-or-false
+field still takes; `1e-3` is a number). Equal keys, numbers with leading zeros and Python's `None` are
+refused.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import yaml
+
+from winnow.schemas.errors import ConfigError
+
+Path = tuple[str | int, ...]
+"""Keys and list indices from the top of a document to a value in it."""
+
+_TAG = "tag:yaml.org,2002:"
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2."""
+
+    yaml_implicit_resolvers = {}
+
+
+for _name, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+|0b[01]+)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _add = cast(Any, _Loader).add_implicit_resolver
+    _add(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def parse_yaml(text: str, where: str) -> tuple[Any, dict[Path, int]]:
+    """One YAML document, and the line (from 1) at which each value of it begins.
+
+    Args:
+        text: The document.
+        where: What messages call it.
+
+    Raises:
+        ConfigError: Not YAML, a key that stands twice, or a value that readers understand differently.
+    """
+    loader: Any = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[Path, int] = {}
+        if node is None:
+            return None, lines
+        _walk(node, (), lines, set(), where)
+        return loader.construct_document(node), lines
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(where, expected="YAML", got=" ".join(str(error).split())) from error
+    finally:
+        loader.dispose()
+
+
+def parse_value(text: str, where: str) -> Any:
+    """The value after `--set key=`: YAML on one line, all of it.
+
+    Raises:
+        ConfigError: As `parse_yaml`, or a comment, which would be left out.
+    """
+    value, _ = parse_yaml(text, where)
+    node = yaml.compose(text, Loader=_Loader)
+    if text[node.end_mark.index if node else 0 :].strip():
+        raise ConfigError(
+            where,
+            expected="a YAML value",
+            got=f"a comment in {text!r}",
+            fix=f"Quote the value: {where}='\"{text}\"'",
+        )
+    return value
+
+
+def _walk(node: Any, path: Path, lines: dict[Path, int], seen: set[int], where: str) -> None:
+    """Note where each value of `node` begins; refuse what is ambiguous."""
+    line = node.start_mark.line + 1
+    lines[path] = line
+    if id(node) in seen:  # an alias: it was looked at where its anchor stands
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node, f"{where}, line {line}")
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(cast("list[Any]", node.value)):
+            _walk(item, (*path, index), lines, seen, where)
+    else:
+        first: dict[tuple[str, str], int] = {}
+        for key, value in cast("list[tuple[Any, Any]]", node.value):
+            name = str(key.value)
+            if (key.tag, name) in first:
+                raise ConfigError(
+                    f"{where}, line {key.start_mark.line + 1}",
+                    expected="each key once",
+                    got=f"{'.'.join(map(str, (*path, name)))} again, after line {first[key.tag, name]}",
+                    fix="Keep one of the two",
+                )
+            first[key.tag, name] = key.start_mark.line + 1
+            _walk(value, (*path, name), lines, seen, where)
+
+
+def _check_scalar(node: Any, where: str) -> None:
+    if node.style is not None:
+        return
+    number = node.tag in (_TAG + "int", _TAG + "float")
+    if number and _LEADING_ZERO.fullmatch(node.value):
+        raise ConfigError(
+            where,
+            expected="a number without leading zeros (YAML 1.1 reads them as octal, YAML 1.2 does not)",
+            got=node.value,
+            fix="Leave the zeros out, or quote it if it is text",
+        )
+    if node.tag == _TAG + "str" and node.value == "None":
+        raise ConfigError(
+            where, expected="null", got="None, which is text in YAML", fix="Write null, or quote it"
+        )

@@ -1,0 +1,1 @@
+"""Families of metrics that need no model of their own."""

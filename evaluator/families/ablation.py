@@ -1,0 +1,160 @@
+"""Family `ablation`: how few logits a latent moves, beside the same for residual channels.
+
+Letters: D d_model, V vocabulary, T positions compared, n variants of one row.
+
+One latent i active at one position t is taken away in the raw scale, ``x' = x - z_i d_i``, the SAE's error
+kept. E is the difference of logits less its median over V at each position, for t .. t+T-1; the figure is
+``(|E|_1 / |E|_2)^2 / (V T)``, the share of logits that the effect is spread over (Gao et al. 2024, section
+4.5). The baseline takes away one channel, ``x' = x - x_j e_j``.
+
+Every latent at every token would cost rows x L0 passes, so rows, and latents and channels at each row, are
+sampled evenly; the interval (bootstrap over rows) is the error of that. All variants of a row and its clean
+self run in one batch, from the hook upward, for T positions, on the clean pass's keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from winnow.cli.console import Progress
+from winnow.evaluator.bootstrap import figure, mean_figure
+from winnow.evaluator.setting import Measured, Setting
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError
+
+
+def effect_sparsity(logits: Tensor, clean: Tensor) -> Tensor:
+    """(|E|_1 / |E|_2)^2 / (V T) of each variant; NaN where nothing moved.
+
+    Args:
+        logits: [n, T, V] of the variants.
+        clean: [T, V].
+
+    Returns:
+        float64 [n], from 1 / (V T), one logit moved, to 1, all moved alike.
+    """
+    out = torch.empty(len(logits), dtype=torch.float64)
+    for number, variant in enumerate(logits):
+        effect = variant.float() - clean.float()
+        effect -= effect.median(dim=-1, keepdim=True).values
+        ones, squares = effect.abs().sum(dtype=torch.float64), effect.square().sum(dtype=torch.float64)
+        out[number] = ones.square() / squares / effect.numel()
+    return out
+
+
+def mean_moved(shares: NDArray[np.float64]) -> float:
+    """The mean of those that are numbers; NaN where nothing moved at all."""
+    moved = shares[~np.isnan(shares)]
+    return float(moved.mean()) if len(moved) else float("nan")
+
+
+def without_latents(sae: Sae, row: Tensor, slots: Tensor) -> Tensor:
+    """The row [D] without the contribution of one slot of its codes each; the SAE's error stays.
+
+    Args:
+        sae: The SAE.
+        row: Raw activation [D].
+        slots: int64 [n], numbers of slots of `sae.encode(row)`.
+
+    Returns:
+        [n, D], raw.
+    """
+    x = row.float()[None]
+    values, indices = sae.encode(x)
+    scale = sae.normalise(x)[1]
+    dropped = values.repeat(len(slots), 1)
+    dropped[torch.arange(len(slots)), slots] = 0
+    whole = sae.decode(values, indices, like=scale)
+    return x - (whole - sae.decode(dropped, indices.expand(len(slots), -1), like=scale))
+
+
+def without_channels(row: Tensor, channels: Tensor) -> Tensor:
+    """The row [D] with one channel at 0 each: [n, D]."""
+    out = row.float().repeat(len(channels), 1)
+    out[torch.arange(len(channels)), channels] = 0
+    return out
+
+
+def sample_rows(setting: Setting, draw: np.random.Generator) -> list[tuple[int, int]]:
+    """(window, position) pairs, windows in turn: stored positions of weight above 0 with T after them.
+
+    Raises:
+        ConfigError: No position has T tokens after it.
+    """
+    length = setting.spec.ablation_tokens
+    windows = draw.permutation(len(setting.windows))
+    fit = setting.dataset.window_weights([setting.hook], windows.tolist()) > 0
+    fit[:, max(fit.shape[1] - length + 1, 0) :] = False
+    usable = [(int(w), np.flatnonzero(row)) for w, row in zip(windows, fit, strict=True) if row.any()]
+    if not usable:
+        raise ConfigError(
+            "evaluate.ablation_tokens", expected=f"less than the context ({fit.shape[1]})", got=length
+        )
+    chosen = [usable[i % len(usable)] for i in range(setting.spec.ablation_rows)]
+    return [(window, int(draw.choice(positions))) for window, positions in chosen]
+
+
+def measure(setting: Setting) -> Measured:
+    """Sample rows; at each, take away sampled latents and sampled channels, one at a time.
+
+    Raises:
+        ConfigError: The windows are too short.
+    """
+    spec, sae, tail = setting.spec, setting.sae, setting.tail
+    draw = np.random.default_rng(spec.seed)
+    latent_means, channel_means, every, active = [], [], list[float](), list[int]()
+    rows = sample_rows(setting, draw)
+    with torch.no_grad(), Progress("ablation", len(rows), "rows") as bar:
+        for window, position in rows:
+            stop = position + spec.ablation_tokens
+            start = tail.start(setting.tokens([window])[:, :stop], keep_cache=True)
+            row = start.rows[0, position].float()
+            slots = np.flatnonzero((sae.encode(row[None])[0][0] > 0).cpu().numpy())
+            active.append(len(slots))
+            bar.advance(1)
+            if not len(slots):
+                continue
+            count = min(spec.ablation_latents, len(slots))
+            chosen = draw.choice(slots, count, replace=False)
+            channels = draw.choice(sae.d_model, min(spec.ablation_latents, sae.d_model), replace=False)
+            variants = torch.cat(
+                [
+                    row[None],  # the clean row in the same batch: float noise is the same on both sides
+                    without_latents(sae, row, torch.from_numpy(chosen).to(row.device)),
+                    without_channels(row, torch.from_numpy(channels).to(row.device)),
+                ]
+            )
+            logits = tail.continued(start, 0, position, stop, variants)
+            shares = effect_sparsity(logits[1:], logits[0]).numpy()
+            every += shares[:count].tolist()
+            latent_means.append(mean_moved(shares[:count]))
+            channel_means.append(mean_moved(shares[count:]))
+    moved, channels = np.array(latent_means, np.float64), np.array(channel_means, np.float64)
+    latents, both = moved[~np.isnan(moved)], ~(np.isnan(moved) | np.isnan(channels))
+    options: dict[str, Any] = {"seed": spec.seed, "unit": "rows"}
+    if len(latents) < len(rows):
+        left_out = f"{len(rows) - len(latents)} of {len(rows)} rows left out"
+        options["note"] = f"{left_out}: no latent is active there, or none moves a logit"
+    figures = [
+        mean_figure("ablation_sparsity", latents, **options),
+        mean_figure("ablation_sparsity_channels", channels[~np.isnan(channels)], **options | {"note": ""}),
+        figure("ablation_sparsity_ratio", lambda a, b: a / b, moved[both], channels[both], **options),
+    ]
+    error = float(latents.std(ddof=1) / len(latents) ** 0.5) if len(latents) > 1 else None
+    details = {
+        "latents_ablated": len(every),
+        "active_a_row": float(np.mean(active)),
+        "standard_error": error,
+        "quantiles_of_latents": np.nanquantile(every, [0.1, 0.5, 0.9]).tolist() if len(latents) else [],
+    }
+    told = "" if error is None else f", standard error {error:.2g}"
+    note = (
+        f"{len(every):,} of about {sum(active):,} active latents at {len(active)} sampled rows, "
+        f"{spec.ablation_tokens} positions each{told}"
+    )
+    return Measured(figures, details, (note,))

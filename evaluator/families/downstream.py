@@ -1,0 +1,260 @@
+"""Family `downstream`: what the reconstruction costs the subject. Delta CE, KL, loss recovered.
+
+Letters: W windows in a batch, T context length, V vocabulary, B rows (W*T), D width of what is read, O width
+of what is replaced (D, unless a transcoder or a crosscoder reads something else).
+
+The subject runs with the hook replaced by the reconstruction, by zeros, or by the mean of the training
+rows. Every variant replaces exactly the same positions: dropped leading ones and sinks stay clean. It is
+computed from the *clean* rows. Cross-entropies and KL(clean, patched) are means over all next-token
+predictions of a window, in nats. A window in which no prediction follows a replaced position says nothing
+of the reconstruction and is no sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from winnow.cli.console import Progress
+from winnow.evaluator.bootstrap import figure, mean_figure
+from winnow.evaluator.setting import Measured, Setting
+from winnow.sae.model import Sae
+from winnow.schemas.evaluation import Figure
+from winnow.store import ActivationStore
+from winnow.subject.load import Subject
+from winnow.subject.splice import Replacement
+from winnow.subject.tail import Tail
+
+Losses = dict[str, NDArray[np.float64]]
+Variant = Callable[[Tensor, Sequence[int]], Tensor]
+"""(raw clean rows [B, D] of some windows, their numbers) -> the rows [B, O] that take their hooks' place."""
+
+
+class Clean(NamedTuple):
+    """What a clean pass over some windows left behind."""
+
+    ids: Tensor
+    """int64 [W, T]."""
+    rows: Tensor
+    """[B, D]: what is read."""
+    logits: Tensor | None
+    """[W, T, V], where they were asked for."""
+    held: Any
+    """For `Runs.patched`."""
+
+
+class Runs(Protocol):
+    """A subject that runs clean, and again with the rows of some hooks replaced."""
+
+    hooks: tuple[str, ...]
+    """Those read or replaced: a position is replaced where all of them have a weight above 0."""
+
+    def clean(self, tokens: NDArray[Any], *, logits: bool) -> Clean:
+        """A clean pass over `tokens` [W, T]; without `logits` no more of it than `patched` needs."""
+        ...
+
+    def patched(self, clean: Clean, chosen: Tensor, rows: Tensor) -> Tensor:
+        """Logits [W, T, V] with `rows` [B, O] in place where `chosen` [B, 1] is true."""
+        ...
+
+
+class AtHook:
+    """One hook, read and replaced: the blocks below it run once for all variants."""
+
+    def __init__(self, tail: Tail) -> None:
+        self._tail = tail
+        self.hooks = (tail.hook,)
+
+    def clean(self, tokens: NDArray[Any], *, logits: bool) -> Clean:
+        """See `Runs.clean`."""
+        start = self._tail.start(tokens, logits=logits)
+        return Clean(start.ids, start.rows.flatten(0, 1), start.logits if logits else None, start)
+
+    def patched(self, clean: Clean, chosen: Tensor, rows: Tensor) -> Tensor:
+        """See `Runs.patched`."""
+        return self._tail.patched(clean.held, _at(chosen, rows))
+
+
+class AcrossHooks:
+    """Some hooks read, some replaced (all of a crosscoder's, a transcoder's target): whole passes.
+
+    Args:
+        subject: The whole subject.
+        reads: Hooks that are read, side by side in `Clean.rows`.
+        writes: Hooks that are replaced, side by side in a variant's rows.
+        store: The dataset, for their widths.
+    """
+
+    def __init__(
+        self, subject: Subject, reads: Sequence[str], writes: Sequence[str], store: ActivationStore
+    ) -> None:
+        self._subject, self._reads, self._writes = subject, list(reads), list(writes)
+        self._widths = [store.d_model(hook) for hook in writes]
+        self.hooks = tuple(dict.fromkeys([*reads, *writes]))
+
+    def clean(self, tokens: NDArray[Any], *, logits: bool) -> Clean:
+        """See `Runs.clean`."""
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self._subject.device)
+        found = self._subject.activations(tokens, self._reads)
+        rows = torch.cat([found[hook].float().flatten(0, 1) for hook in self._reads], dim=1)
+        return Clean(ids, rows, self._subject.logits(tokens) if logits else None, tokens)
+
+    def patched(self, clean: Clean, chosen: Tensor, rows: Tensor) -> Tensor:
+        """See `Runs.patched`."""
+        parts = zip(self._writes, rows.split(self._widths, dim=1), strict=True)
+        return self._subject.logits(clean.held, {hook: _at(chosen, part) for hook, part in parts})
+
+
+def _at(chosen: Tensor, rows: Tensor) -> Replacement:
+    """`rows` [B, O] where `chosen` [B, 1] is true, the activation itself elsewhere."""
+    return lambda x: torch.where(chosen, rows.to(x.dtype), x)
+
+
+def runs_of(subject: Subject, sae: Sae, store: ActivationStore, hook: str) -> Runs:
+    """How an SAE's hooks are replaced in a subject."""
+    if sae.card is None or sae.card.output_hooks == (hook,):
+        return AtHook(Tail(subject, hook))
+    return AcrossHooks(subject, sae.card.input_hooks, sae.card.output_hooks, store)
+
+
+def splice_losses(
+    runs: Runs,
+    store: ActivationStore,
+    windows: Sequence[int],
+    variants: Mapping[str, Variant],
+    *,
+    clean: bool = True,
+    batch_windows: int = 4,
+    label: str = "downstream",
+) -> Losses:
+    """Mean cross-entropy of each window, clean and with hooks replaced, and the KL from clean.
+
+    Args:
+        runs: The subject, and what is replaced in it.
+        store: The dataset, for tokens and sinks.
+        windows: Window numbers over the dataset.
+        variants: What takes the rows' place, by name.
+        clean: Whether the clean loss and the KLs are wanted, which take the upper blocks once more.
+        batch_windows: Windows in one pass.
+        label: Of the progress bar.
+
+    Returns:
+        Each variant's name and, unless `clean` is false, `clean` and `kl.` + its name -> [len(windows)] nats.
+    """
+    names = [*variants, *(("clean", *(f"kl.{name}" for name in variants)) if clean else ())]
+    out: dict[str, list[Tensor]] = {name: [] for name in names}
+    with torch.no_grad(), Progress(label, len(windows), "windows") as bar:
+        for first in range(0, len(windows), batch_windows):
+            batch = windows[first : first + batch_windows]
+            tokens = np.stack([store.tokens(window) for window in batch])
+            start = runs.clean(tokens, logits=clean)
+            weights = torch.from_numpy(store.window_weights(list(runs.hooks), batch) > 0)
+            chosen = weights.reshape(-1, 1).to(start.ids.device)
+            if start.logits is not None:
+                out["clean"].append(costs(start.logits, start.ids)[0])
+            for name, variant in variants.items():
+                patched = runs.patched(start, chosen, variant(start.rows.float(), batch))
+                loss, kl = costs(patched, start.ids, start.logits)
+                out[name].append(loss)
+                if kl is not None:
+                    out[f"kl.{name}"].append(kl)
+                del patched
+            bar.advance(len(batch))
+    return {name: torch.cat(values).double().cpu().numpy() for name, values in out.items()}
+
+
+def costs(logits: Tensor, ids: Tensor, clean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of the next token and KL(clean, logits) in nats, means over positions 0 to T-2.
+
+    The float32 log-softmaxes exist for one window at a time.
+
+    Args:
+        logits: [W, T, V], any float dtype.
+        ids: int64 [W, T].
+        clean: [W, T, V] clean logits, if the KL is wanted.
+
+    Returns:
+        (float32 [W], float32 [W] or None)
+    """
+    loss = torch.empty(len(logits), device=logits.device)
+    kl = None if clean is None else torch.empty_like(loss)
+    for window in range(len(logits)):
+        q = logits[window, :-1].float().log_softmax(-1)
+        loss[window] = -q.gather(1, ids[window, 1:, None]).mean()
+        if clean is not None and kl is not None:
+            p = clean[window, :-1].float().log_softmax(-1)
+            kl[window] = (p.exp() * (p - q)).sum(-1).mean()
+    return loss, kl
+
+
+def sae_variants(
+    sae: Sae, store: ActivationStore, hooks: Sequence[str], device: torch.device
+) -> dict[str, Variant]:
+    """Reconstruction, zeros, and the mean of the training rows of the hooks that are replaced."""
+    mean = torch.cat([torch.from_numpy(store.mean(hook)).to(device, torch.float32) for hook in hooks])
+    return {
+        "sae": lambda x, _: sae(x),
+        "zero": lambda x, _: mean.new_zeros(len(x), len(mean)),
+        "mean": lambda x, _: mean.expand(len(x), -1),
+    }
+
+
+class Reached(NamedTuple):
+    """Windows in which a splice can move a loss."""
+
+    windows: NDArray[np.bool_]
+    """[W]: whether a prediction is made at or after a replaced position."""
+
+    @classmethod
+    def of(cls, store: ActivationStore, hooks: Sequence[str], windows: Sequence[int]) -> Reached:
+        """Of some windows, `hooks` being read or replaced; the last position predicts nothing."""
+        weights = store.window_weights(list(hooks), list(windows))
+        return cls(np.asarray((weights[:, :-1] > 0).any(axis=1)))
+
+    @property
+    def note(self) -> str:
+        """What a reader must know; empty where every window is a sample."""
+        left_out = int((~self.windows).sum())
+        if not left_out:
+            return ""
+        return (
+            f"{left_out} of {len(self.windows)} windows left out: no prediction follows a replaced position"
+        )
+
+
+def figures_of(losses: Losses, reached: Reached, seed: int = 0) -> list[Figure]:
+    """Figures from `splice_losses` of `sae_variants`, over the windows that the splice reaches."""
+    kept = {name: values[reached.windows] for name, values in losses.items()}
+    clean = kept["clean"]
+    delta = kept["sae"] - clean
+    options: dict[str, Any] = {"seed": seed, "note": reached.note}
+    figures = [
+        mean_figure("ce_clean", clean, **options),
+        mean_figure("ce_patched", kept["sae"], **options),
+        mean_figure("delta_ce", delta, **options),
+        mean_figure("kl", kept["kl.sae"], **options),
+    ]
+    for name in ("zero", "mean"):
+        gap = kept[name] - clean
+        figures.append(figure(f"loss_recovered_{name}", lambda d, g: 1 - d / g, delta, gap, **options))
+    return figures
+
+
+def measure(setting: Setting) -> Measured:
+    """Run the subject over the held-out windows, clean and with the hook replaced three ways."""
+    losses = splice_losses(
+        AtHook(setting.tail),
+        setting.dataset,
+        setting.windows,
+        sae_variants(setting.sae, setting.dataset, [setting.hook], setting.device),
+        batch_windows=setting.spec.batch_windows,
+    )
+    setting.losses.update(losses)
+    means = {name: float(values.mean()) for name, values in losses.items()}
+    reached = Reached.of(setting.dataset, [setting.hook], setting.windows)
+    return Measured(figures_of(losses, reached, setting.spec.seed), {"mean_nats": means})

@@ -1,0 +1,127 @@
+"""Family `reconstruction`: FVU in both spaces, L0, dead share, density histogram. Needs no subject.
+
+Letters: W windows, N latents, D d_model. Definitions of FVU and L0: `winnow.trainer.step.losses`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from winnow.cli.console import Progress
+from winnow.evaluator.bootstrap import figure
+from winnow.evaluator.setting import Measured, Setting
+from winnow.sae.metrics import L0, Fvu
+from winnow.schemas.errors import IntegrityError
+from winnow.schemas.evaluation import Figure
+
+EDGES = np.arange(-7.0, 0.51, 0.5)
+"""Edges of the density histogram, log10 of the share of rows."""
+
+
+class WindowSums:
+    """Sums by window, from which an FVU with its bootstrap follows; memory W x D."""
+
+    def __init__(self, windows: int, d_model: int) -> None:
+        self.error, self.squares, self.rows = (np.zeros(windows) for _ in range(3))
+        self.sums = np.zeros((windows, d_model), np.float32)
+        self._shift: NDArray[np.float32] | None = None
+
+    def add(self, x: torch.Tensor, x_hat: torch.Tensor, windows: NDArray[np.int64]) -> None:
+        """Add rows [B, D] of weight 1 and their reconstruction; `windows` [B] says whose they are."""
+        x_np, error = x.float().cpu().numpy(), (x - x_hat).square().sum(1).double().cpu().numpy()
+        if self._shift is None:  # near the mean: nothing cancels
+            self._shift = x_np.mean(0)
+        centred = x_np - self._shift
+        np.add.at(self.error, windows, error)
+        np.add.at(self.squares, windows, np.square(centred).sum(1, dtype=np.float64))
+        np.add.at(self.rows, windows, 1.0)
+        np.add.at(self.sums, windows, centred)
+
+    def figure(self, id: str, fvu: Fvu, seed: int) -> Figure:
+        """The exact FVU with an interval.
+
+        Squared distances are to the mean of all rows, the drawn windows' own being equal to it but for
+        a share of about one over the number of rows.
+        """
+        used = self.rows > 0
+        total = self.sums[used].sum(0, dtype=np.float64) / self.rows.sum()
+        spread = self.squares - 2 * self.sums @ total + self.rows * (total @ total)
+        made = figure(id, lambda e, s: e / s, self.error[used], spread[used], seed=seed)
+        return made.model_copy(update={"value": fvu.value if made.value is not None else None})
+
+
+def measure(setting: Setting) -> Measured:
+    """FVU, L0, dead shares and densities on the stored rows of the held-out windows.
+
+    Raises:
+        IntegrityError: No row of weight above 0, or a stored one is damaged.
+    """
+    sae, count, seed = setting.sae, len(setting.windows), setting.spec.seed
+    spaces = {"fvu_normalised": Fvu(sae.d_model, setting.device), "fvu_raw": Fvu(sae.d_model, setting.device)}
+    sums = {name: WindowSums(count, sae.d_model) for name in spaces}
+    l0, active = L0(), np.zeros(count)
+    firings = torch.zeros(sae.latents, dtype=torch.int64, device=setting.device)
+    total = count * setting.dataset.plan.rows_per_window
+    with torch.no_grad(), Progress("reconstruction", total, "rows") as bar:
+        for codes in setting.held_out_codes():
+            bar.advance(len(codes.rows))
+            keep = codes.weights > 0
+            if not bool(keep.any()):
+                continue
+            rows, values, indices = codes.rows[keep], codes.values[keep], codes.indices[keep]
+            windows = codes.windows[keep.cpu().numpy()]
+            x, scale = sae.normalise(rows)
+            pairs = {
+                "fvu_normalised": (x, sae.decode(values, indices)),
+                "fvu_raw": (rows, sae.decode(values, indices, like=scale)),
+            }
+            for name, (true, guess) in pairs.items():
+                spaces[name].add(true, guess)
+                sums[name].add(true, guess, windows)
+            l0.add(values)
+            np.add.at(active, windows, (values > 0).sum(1).cpu().numpy())
+            firings += torch.bincount(indices[values > 0], minlength=sae.latents)
+    if not spaces["fvu_raw"].rows:
+        raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
+    rows_in = sums["fvu_raw"].rows
+    figures = [sums[name].figure(name, fvu, seed) for name, fvu in spaces.items()]
+    made = figure("l0", lambda a, n: a / n, active[rows_in > 0], rows_in[rows_in > 0], seed=seed)
+    figures.append(made.model_copy(update={"value": l0.value}))
+    figures += dead_shares(setting, firings.cpu().numpy(), int(rows_in.sum()))
+    details = histogram(firings.cpu().numpy(), rows_in.sum())
+    details["rows"] = int(rows_in.sum())
+    details["rows_left_out"] = int(total - rows_in.sum())
+    return Measured(figures, details)
+
+
+def dead_shares(setting: Setting, firings: NDArray[np.int64], rows: int) -> list[Figure]:
+    """Latents silent on the whole split, and by the trainer's own count where the card tells it."""
+    silent = Figure(
+        id="dead_share",
+        value=float((firings == 0).mean()),
+        samples=len(firings),
+        unit="latents",
+        note=f"silent on all {rows:,} held-out rows: a count, no sample",
+    )
+    told = setting.card.metrics.get("dead_share_last_epoch")
+    if told is None:
+        return [silent]
+    note = "over the trainer's last epoch: a count, no sample"
+    trainer = Figure(id="dead_share_trainer", value=told, samples=len(firings), unit="latents", note=note)
+    return [silent, trainer]
+
+
+def histogram(firings: NDArray[np.int64], rows: float) -> dict[str, Any]:
+    """Latents by log10 of the share of rows on which they are active; silent ones apart."""
+    shares = np.log10(firings[firings > 0] / rows)
+    counts, edges = np.histogram(np.clip(shares, EDGES[0], EDGES[-1]), EDGES)
+    return {
+        "density_log10_edges": edges.tolist(),
+        "density_latents": counts.tolist(),
+        "density_silent": int((firings == 0).sum()),
+        "density_median_log10": float(np.median(shares)) if len(shares) else None,
+    }

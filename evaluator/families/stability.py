@@ -1,0 +1,100 @@
+"""Family `stability`: do other seeds find the same directions? Matched decoder cosine.
+
+Letters: N and M latents of two dictionaries, D d_model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from winnow.cli.console import Progress, human_bytes
+from winnow.evaluator.bootstrap import mean_figure
+from winnow.evaluator.setting import Measured, Setting
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError, SaeMismatch
+
+MAX_BYTES = 4 << 30
+"""Largest matrix of cosines (float32 N x M, and scipy's float64 copy) that is made."""
+CLOSE = 0.9
+
+
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """[N, M] cosines between the rows of [N, D] and [M, D]; a row of zeros has cosine 0."""
+    a, b = (torch.nn.functional.normalize(rows.detach().float().cpu(), dim=1) for rows in (first, second))
+    return a @ b.T
+
+
+def matched_cosines(first: Tensor, second: Tensor) -> NDArray[np.float64]:
+    """The cosine of each pair of the best one-to-one matching (Hungarian), float64 [min(N, M)].
+
+    Args:
+        first: [N, D] directions.
+        second: [M, D] directions.
+
+    Raises:
+        ConfigError: The matrix of cosines would pass `MAX_BYTES`.
+    """
+    needed = len(first) * len(second) * 12
+    if needed > MAX_BYTES:
+        raise ConfigError(
+            "one-to-one matching",
+            expected=f"at most {human_bytes(MAX_BYTES)} of cosines",
+            got=f"{human_bytes(needed)} for {len(first):,} x {len(second):,} latents",
+            fix="Compare smaller dictionaries, or leave `stability` out",
+        )
+    table = cosines(first, second).numpy()
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    return table[rows, columns].astype(np.float64)
+
+
+def measure(setting: Setting) -> Measured:
+    """Match this decoder with each of `spec.against`, one to one and by best cosine.
+
+    Raises:
+        ConfigError: No other SAE, or dictionaries too large to match.
+        SaeMismatch: One of another hook, width or subject.
+    """
+    others = setting.spec.against
+    if not others:
+        raise ConfigError(
+            "evaluate.against", expected="SAEs of other seeds", got="none", fix="Give --against URI"
+        )
+    mine, pairs, best = setting.sae.W_dec, list[NDArray[np.float64]](), list[NDArray[np.float64]]()
+    details = {}
+    with Progress("stability", len(others), "SAEs") as bar:
+        for uri in others:
+            other = Sae.load(uri, storage=setting.storage)
+            check_comparable(setting, uri, other)
+            pairs.append(matched_cosines(mine, other.W_dec))
+            best.append(cosines(mine, other.W_dec).max(1).values.double().numpy())
+            details[uri] = {"matched": float(pairs[-1].mean()), "best": float(best[-1].mean())}
+            bar.advance(1)
+    matched, nearest = np.concatenate(pairs), np.concatenate(best)
+    options = {"unit": "latents", "seed": setting.spec.seed}
+    figures = [
+        mean_figure("stability_matched_cosine", matched, **options),
+        mean_figure("stability_matched_over_0_9", (matched > CLOSE).astype(float), **options),
+        mean_figure("stability_best_cosine", nearest, **options),
+    ]
+    return Measured(figures, {"against": details})
+
+
+def check_comparable(setting: Setting, uri: str, other: Sae) -> None:
+    """SaeMismatch where two SAEs do not read the same place of the same subject."""
+    card, mine = other.card, setting.card
+    assert card is not None
+    for what, expected, got in (
+        ("hook", mine.hook, card.hook),
+        ("width D", mine.d_model, card.d_model),
+        (
+            "subject",
+            mine.identity and mine.identity.subject_weights_sha256,
+            card.identity and card.identity.subject_weights_sha256,
+        ),
+    ):
+        if expected != got and None not in (expected, got):
+            raise SaeMismatch(f"the {what} of {uri}", expected=f"{expected} ({setting.uri}'s)", got=got)

@@ -1,0 +1,1 @@
+"""Family `judge`: explanations in words, by a language model."""

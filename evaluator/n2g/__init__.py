@@ -1,0 +1,1 @@
+"""Family `n2g`: explanations as n-grams."""

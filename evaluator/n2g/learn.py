@@ -1,0 +1,189 @@
+"""Learning N2G tries: truncation, wildcards, substitution (Foote et al. 2023; Gao et al. 2024, section 4.3).
+
+From each example, a token on which the latent is highly active:
+
+1. *Truncation*: the shortest run of tokens, ending at that token, on which the latent keeps `KEEP` of the
+   value it had there. An example that needs more than `LONGEST` tokens teaches nothing.
+2. *Wildcards*: a place, other than the last, where `FILLS` random corpus tokens leave `KEEP` of the value.
+   They must do so all together too, else none of them becomes one.
+3. *Substitution*: at every other place, tokens of the corpus nearest by the cosine of the subject's
+   embeddings; those that keep `KEEP` of the value make n-grams of their own.
+
+Every trial is a short run of the subject's lower blocks; all latents' trials of a step run together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from winnow.evaluator.n2g.tries import WILDCARD, Pattern, Trie
+from winnow.evaluator.sequences import sequence_codes, value_at_end
+from winnow.evaluator.setting import Setting
+
+KEEP = 0.5
+LONGEST = 8
+"""Tokens of an n-gram at the most."""
+FILLS = 3
+NEIGHBOURS = 4
+
+
+@dataclass
+class Example:
+    """A token a latent is highly active on, and what learning makes of it."""
+
+    slot: int
+    """Number of the latent among those learnt."""
+    latent: int
+    ids: list[int]
+    """Tokens of its window, up to the token itself."""
+    value: float
+    """The latent's activation there."""
+    wild: frozenset[int] = frozenset()
+    """Places of `ids` that are wildcards."""
+
+    @property
+    def enough(self) -> float:
+        """The value a trial must keep."""
+        return KEEP * self.value
+
+    def pattern(self) -> Pattern:
+        """The n-gram as it stands."""
+        return tuple(WILDCARD if at in self.wild else token for at, token in enumerate(self.ids))
+
+
+def trial_values(setting: Setting, trials: list[tuple[Example, list[int]]], label: str) -> list[float]:
+    """The example's latent's value at the end of each trial's tokens; equal tokens run once."""
+    asked: dict[tuple[int, ...], list[int]] = {}
+    for number, (_, ids) in enumerate(trials):
+        asked.setdefault(tuple(ids), []).append(number)
+    out, sequences = [0.0] * len(trials), list(asked)
+    for codes in sequence_codes(setting, sequences, label):
+        for number in asked[sequences[codes.number]]:
+            out[number] = value_at_end(codes, trials[number][0].latent)
+    return out
+
+
+def truncate(setting: Setting, examples: list[Example]) -> list[Example]:
+    """Examples cut to the shortest run that keeps the value; those without one are left out."""
+    shortest: dict[int, list[int]] = {}
+    for length in range(1, LONGEST + 1):
+        trials = [
+            (example, example.ids[-length:])
+            for example in examples
+            if id(example) not in shortest and len(example.ids) >= length
+        ]
+        if not trials:
+            break
+        values = trial_values(setting, trials, f"n2g truncation, length {length}")
+        for (example, ids), value in zip(trials, values, strict=True):
+            if value > 0 and value >= example.enough:
+                shortest[id(example)] = ids
+    return [
+        Example(example.slot, example.latent, shortest[id(example)], example.value)
+        for example in examples
+        if id(example) in shortest
+    ]
+
+
+def find_wildcards(
+    setting: Setting, examples: list[Example], corpus: NDArray[np.int64], draw: np.random.Generator
+) -> None:
+    """Set each example's `wild`. `corpus` [n]: tokens to draw from, as often as they occur."""
+
+    def fills(example: Example, places: frozenset[int]) -> list[list[int]]:
+        return [
+            [int(draw.choice(corpus)) if at in places else token for at, token in enumerate(example.ids)]
+            for _ in range(FILLS)
+        ]
+
+    def test(groups: list[tuple[Example, frozenset[int]]]) -> list[tuple[Example, frozenset[int]]]:
+        return _all_keep(setting, [(example, places, fills(example, places)) for example, places in groups])
+
+    alone = test([(example, frozenset([at])) for example in examples for at in range(len(example.ids) - 1)])
+    for example, places in alone:
+        example.wild |= places
+    several = [(example, example.wild) for example in examples if len(example.wild) > 1]
+    together = {id(example) for example, _ in test(several)}
+    for example, _ in several:
+        if id(example) not in together:
+            example.wild = frozenset()
+
+
+def _all_keep(
+    setting: Setting, groups: list[tuple[Example, frozenset[int], list[list[int]]]]
+) -> list[tuple[Example, frozenset[int]]]:
+    """The (example, places) whose every fill keeps the value; after one that does not, no other is run."""
+    for turn in range(FILLS):
+        if not groups:
+            break
+        trials = [(example, fills[turn]) for example, _, fills in groups]
+        values = trial_values(setting, trials, f"n2g wildcards, fill {turn + 1}")
+        groups = [group for group, value in zip(groups, values, strict=True) if value >= group[0].enough]
+    return [(example, places) for example, places, _ in groups]
+
+
+def substitute(setting: Setting, examples: list[Example], vocabulary: NDArray[np.int64]) -> list[Trie]:
+    """One trie a slot: every example's n-gram, and those of its substitutions that keep the value.
+
+    Args:
+        setting: For the subject and its embeddings.
+        examples: Truncated, wildcards found.
+        vocabulary: Tokens of the corpus, each once.
+    """
+    nearest = neighbours(
+        setting, sorted({t for e in examples for at, t in enumerate(e.ids) if at not in e.wild}), vocabulary
+    )
+    trials: list[tuple[Example, list[int]]] = [(example, example.ids) for example in examples]
+    for example in examples:
+        for at, token in enumerate(example.ids):
+            if at not in example.wild:
+                trials += [
+                    (example, [*example.ids[:at], other, *example.ids[at + 1 :]]) for other in nearest[token]
+                ]
+    tries: dict[int, Trie] = {}
+    for (example, ids), value in zip(trials, trial_values(setting, trials, "n2g substitution"), strict=True):
+        if ids is example.ids or value >= example.enough:
+            pattern = tuple(WILDCARD if at in example.wild else token for at, token in enumerate(ids))
+            tries.setdefault(example.slot, Trie()).add(pattern, value)
+    count = max((example.slot for example in examples), default=-1) + 1
+    return [tries.get(slot, Trie()) for slot in range(count)]
+
+
+def neighbours(setting: Setting, tokens: list[int], vocabulary: NDArray[np.int64]) -> dict[int, list[int]]:
+    """The `NEIGHBOURS` other tokens of `vocabulary` nearest to each token by cosine of the embeddings."""
+    model: Any = setting.subject.model
+    weight = model.get_input_embeddings().weight.detach().float()
+    table = torch.nn.functional.normalize(weight[torch.from_numpy(vocabulary).to(weight.device)], dim=1)
+    found: dict[int, list[int]] = {}
+    for token in tokens:
+        scores = table @ torch.nn.functional.normalize(weight[token], dim=0)
+        best = vocabulary[scores.topk(min(NEIGHBOURS + 1, len(vocabulary))).indices.cpu().numpy()]
+        found[token] = [int(other) for other in best if other != token][:NEIGHBOURS]
+    return found
+
+
+def learn(
+    setting: Setting, examples: list[Example], slots: int, tokens: NDArray[np.int64]
+) -> tuple[list[Trie], list[int]]:
+    """Tries of some latents.
+
+    Args:
+        setting: What they are latents of.
+        examples: Top activations of every latent.
+        slots: Number of latents; an example's `slot` is below it.
+        tokens: [W, T] training windows: the corpus of fills and substitutions.
+
+    Returns:
+        One trie a slot, empty where no example could be cut; and how many examples each was learnt from.
+    """
+    kept = truncate(setting, examples)
+    flat = tokens.reshape(-1)
+    find_wildcards(setting, kept, flat, np.random.default_rng(setting.spec.seed))
+    tries = substitute(setting, kept, np.unique(flat))
+    used = np.bincount([example.slot for example in kept], minlength=slots)
+    return tries + [Trie() for _ in range(slots - len(tries))], used.tolist()

@@ -1,0 +1,1 @@
+"""Family `probes`: one latent against a binary task."""

@@ -1,0 +1,390 @@
+"""`winnow index`: from a dataset and an SAE to a table of latents, in two steps that both resume.
+
+1. *Map*: each unit's stored rows are encoded and written as a block, by latent and by row (`blocks`).
+2. *Reduce*: for each part of the latents the pieces of all blocks are merged; with every activation of a
+   latent at hand its figures, best windows and draws are exact (`latents`). A part is one Parquet file.
+
+Stored rows are read instead of running the subject: they are checked, they are what the SAE was trained on,
+and reading them costs a small share of what computing them did. Units and parts are independent of each
+other, so any worker can make any of them (`crew`). Whatever is there already is kept, and the same command
+goes on after a kill. `index.json` is put last.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from winnow.explorer.index import latents as found
+from winnow.explorer.index.blocks import Block, block_folder, firing_counts, make_block, merge
+from winnow.explorer.index.directions import DirectLogits, nearest, token_texts, unit_rows
+from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.index.table import (
+    GROUP_LATENTS,
+    INDEX_KEY,
+    PART_LATENTS,
+    SCALARS,
+    SUMMARY_KEY,
+    SUMMARY_TOKENS,
+    VOCABULARY_KEY,
+    decode_table,
+    encode_table,
+    example_column,
+    figure_columns,
+    lists,
+    part_key,
+)
+from winnow.sae.model import Sae
+from winnow.schemas.base import Contract, Sha256
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError, MissingObject
+from winnow.schemas.features import FeatureIndex, IndexSpec
+from winnow.schemas.subject import SubjectSpec
+from winnow.schemas.window import WindowRule
+from winnow.store import ActivationStore
+from winnow.store.objects import ObjectStore, open_store
+
+SPEC_KEY = "making.json"
+"""In the scratch folder: what the blocks and parts there belong to."""
+
+Hands = Callable[[str, list[int], Callable[[], object]], None]
+"""Whoever makes steps: `hands("block" or "part", numbers, done)` makes each and calls `done()` after it."""
+
+
+class Making(Contract):
+    """What an unfinished index is made of: another one must not be mixed into it."""
+
+    spec: IndexSpec
+    sae_sha256: Sha256
+    plan_fingerprint: Sha256
+    dataset_sha256: Sha256 | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An index by its names alone, which any process can open; nothing of it is a secret."""
+
+    sae: str
+    root: str
+    out: str
+    scratch: str | None
+    spec: IndexSpec
+    subject: SubjectSpec | None = None
+    storage: StorageSpec = field(default_factory=StorageSpec)
+    part_latents: int = PART_LATENTS
+
+    def open(self) -> Indexer:
+        """Open dataset, SAE and index; the subject is loaded when it is needed.
+
+        Raises:
+            ConfigError: The dataset does not hold what the SAE reads, or no scratch folder can be told.
+            MissingObject, IntegrityError: No SAE there, or a damaged one.
+        """
+        dataset = ActivationStore.open(self.root, self.storage)
+        subject = LazySubject(self.subject, dataset.plan.subject)
+        sae = Sae.load(self.sae, device=subject.device, storage=self.storage)
+        store, scratch = open_index_store(self.out, self.scratch, self.storage)
+        return Indexer(dataset, self.root, sae, store, scratch, self.spec, subject, self.part_latents)
+
+
+@dataclass
+class Indexer:
+    """Makes one index.
+
+    Args:
+        dataset: The rows.
+        root: How the dataset was named; recorded.
+        sae: The SAE, on the device it shall run on.
+        out: Where the index goes.
+        scratch: A local folder for blocks, removed at the end.
+        spec: What to keep.
+        subject: For the texts of tokens and, unless `logits` is 0, its unembedding.
+        part_latents: Latents in a part.
+    """
+
+    dataset: ActivationStore
+    root: str
+    sae: Sae
+    out: ObjectStore
+    scratch: Path
+    spec: IndexSpec
+    subject: LazySubject
+    part_latents: int = PART_LATENTS
+
+    def __post_init__(self) -> None:
+        card, plan = self.sae.card, self.dataset.plan
+        if card is None:
+            raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
+        self.card = card
+        if card.hook not in plan.spec.hooks or plan.d_model(card.hook) != card.d_model:
+            raise ConfigError(
+                f"the dataset does not hold what the SAE reads ({card.hook}, D {card.d_model})",
+                got=", ".join(f"{site.name} (D {site.d_model})" for site in plan.sites),
+                fix="Name the dataset it was trained on",
+            )
+        self.units = min(self.spec.units or plan.units, plan.units)
+        self.parts = -(-card.latents // self.part_latents)
+        self.making = Making(
+            spec=self.spec,
+            sae_sha256=card.weights_sha256,
+            plan_fingerprint=plan.fingerprint,
+            dataset_sha256=self.dataset.dataset_sha256,
+        )
+
+    def finished(self) -> FeatureIndex | None:
+        """The index that is there already, if it is this one.
+
+        Raises:
+            ConfigError: Another one is there.
+        """
+        try:
+            meta = FeatureIndex.from_json(self.out.get(INDEX_KEY), origin=f"{self.out.uri}/{INDEX_KEY}")
+        except MissingObject:
+            return None
+        there = Making(**{name: getattr(meta, name) for name in Making.model_fields})
+        self._same(there, f"{self.out.uri} holds another index")
+        return meta
+
+    def run(
+        self, progress: Callable[[str, int, int], object] = lambda *_: None, hands: Hands | None = None
+    ) -> FeatureIndex:
+        """Make the index, or what is left of it.
+
+        Args:
+            progress: Called as `progress(step, done, total)` with `units` and then `latents`; the first call
+                of a step says what was there already.
+            hands: Who makes units and parts; None: this process, one after another.
+        """
+        meta = self.finished()
+        if meta is not None:
+            return meta
+        self._claim()
+        hands = hands or self._alone
+        missing = [unit for unit in range(self.units) if not block_folder(self.scratch, unit).exists()]
+        self._step(hands, "block", missing, lambda left: progress("units", self.units - left, self.units))
+        missing = [part for part in range(self.parts) if self.out.size(part_key(part)) is None]
+        total = self.card.latents
+        self._step(
+            hands,
+            "part",
+            missing,
+            lambda left: progress("latents", total - min(left * self.part_latents, total), total),
+        )
+        meta = self._finish()
+        self.__dict__.pop("_blocks", None)
+        self.__dict__.pop("_part", None)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        return meta
+
+    @staticmethod
+    def _step(hands: Hands, step: str, todo: list[int], show: Callable[[int], object]) -> None:
+        left = len(todo)
+
+        def done() -> None:
+            nonlocal left
+            left -= 1
+            show(left)
+
+        show(left)
+        hands(step, todo, done)
+
+    def _alone(self, step: str, todo: list[int], done: Callable[[], object]) -> None:
+        for number in todo:
+            self.make(step, number)
+            done()
+
+    def make(self, step: str, number: int) -> None:
+        """Make the `block` of a unit, or, once all blocks are there, a `part` of the latents."""
+        if step == "block":
+            make_block(self.dataset, self.sae, self.card.hook, number, self.scratch)
+        else:
+            self.out.put(part_key(number), self._part(number))
+
+    @cached_property
+    def _blocks(self) -> list[Block]:
+        return [Block.open(block_folder(self.scratch, unit)) for unit in range(self.units)]
+
+    @cached_property
+    def _part(self) -> Callable[[int], bytes]:
+        return self.part_maker(self._blocks)
+
+    def part_maker(self, blocks: list[Block]) -> Callable[[int], bytes]:
+        """What makes the Parquet bytes of a part from its number."""
+        counts = firing_counts(blocks)
+        windows = found.Windows([block.tokens for block in blocks], self.dataset.plan.spec.drop_leading)
+        W_dec = self.sae.W_dec.detach()
+        directions = unit_rows(W_dec.float()) if self.spec.neighbours else W_dec
+        logits = DirectLogits(self.subject.whole()) if self.spec.logits else None
+
+        def make(number: int) -> bytes:
+            first = number * self.part_latents
+            stop = min(first + self.part_latents, self.card.latents)
+            start, row, value = merge(blocks, first, stop)
+            columns = {"latent": pa.array(np.arange(first, stop), pa.uint32())}
+            columns |= self._activity(start, row, value, first, windows)
+            columns["enc_dec_cosine"] = pa.array(self._enc_dec_cosine(first, stop), pa.float32())
+            if logits is not None:
+                kept = logits.extremes(W_dec[first:stop], self.spec.logits)
+                for name, ids, scores in (
+                    ("promoted", kept.up_ids, kept.up),
+                    ("suppressed", kept.down_ids, kept.down),
+                ):
+                    columns[f"{name}_ids"] = lists(list(ids), pa.uint32())
+                    columns[f"{name}_logits"] = lists(list(scores), pa.float32())
+            if self.spec.neighbours:
+                near = nearest(directions, first, stop, self.spec.neighbours)
+                together = found.coactive(blocks, start, row, counts, first, self.spec)
+                for name, each in (("cosine", near), ("coactive", together)):
+                    columns[f"{name}_ids"] = lists(each.ids, pa.uint32())
+                    columns[f"{name}_scores"] = lists(
+                        [s[i >= 0] for s, i in zip(each.scores, each.ids, strict=True)], pa.float32()
+                    )
+            return encode_table(columns, GROUP_LATENTS)
+
+        return make
+
+    def _activity(
+        self,
+        start: NDArray[np.int64],
+        row: NDArray[np.int64],
+        value: NDArray[np.float32],
+        first: int,
+        windows: found.Windows,
+    ) -> dict[str, Any]:
+        figures: list[found.Figures] = []
+        examples: list[found.Examples] = []
+        for i in range(len(start) - 1):
+            mine = slice(start[i], start[i + 1])
+            window, at = np.divmod(row[mine], windows.rows)
+            tokens = windows.of(window, at + windows.drop)
+            figures.append(found.figures(value[mine], tokens, self.spec.bands))
+            choice = found.choose(row[mine], value[mine], self.spec, windows.rows, first + i)
+            examples.append(found.examples(row[mine], value[mine], choice, self.spec, windows))
+        return figure_columns(figures) | {"examples": example_column(examples)}
+
+    def _enc_dec_cosine(self, first: int, stop: int) -> NDArray[np.float32]:
+        rows = torch.nn.functional.cosine_similarity(self.sae.W_enc[first:stop], self.sae.W_dec[first:stop])
+        return rows.detach().float().cpu().numpy()
+
+    def require_claim(self) -> None:
+        """ConfigError where the scratch folder that the driver has marked is not seen from here."""
+        mark = self.scratch / SPEC_KEY
+        if not mark.exists() or mark.read_bytes() != self.making.canonical():
+            raise ConfigError(
+                f"scratch folder {self.scratch} on a worker",
+                expected="the one that the command has begun: workers leave their results in it",
+                got="another" if mark.exists() else "none",
+                fix="Name a folder that every node sees with --scratch, or keep to one node",
+            )
+
+    def _claim(self) -> None:
+        """Refuse a scratch folder or leftovers of another index; mark ours."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        mark = self.scratch / SPEC_KEY
+        if mark.exists():
+            there = Making.model_validate_json(mark.read_bytes())
+            self._same(there, f"{self.scratch} holds the beginnings of another index")
+            return
+        for key, _ in list(self.out.list("latents")):  # of an index whose scratch folder is gone
+            self.out.delete(key)
+        mark.write_bytes(self.making.canonical())
+
+    def _same(self, there: Making, what: str) -> None:
+        if there != self.making:
+            mine, other = self.making.model_dump(), there.model_dump()
+            differing = [name for name in mine if mine[name] != other[name]]
+            raise ConfigError(
+                what,
+                expected=str({name: mine[name] for name in differing}),
+                got=str({name: other[name] for name in differing}),
+                fix="Name another folder with --out, or delete this one",
+            )
+
+    def _finish(self) -> FeatureIndex:
+        plan = self.dataset.plan
+        self.out.put(SUMMARY_KEY, self._summary())
+        texts = token_texts(self.subject.tokenizer, plan.subject.vocabulary)
+        self.out.put(VOCABULARY_KEY, encode_table({"text": pa.array(texts, pa.string())}, len(texts)))
+        meta = FeatureIndex(
+            **self.making.model_dump(),
+            hook=self.card.hook,
+            d_model=self.card.d_model,
+            latents=self.card.latents,
+            part_latents=self.part_latents,
+            group_latents=GROUP_LATENTS,
+            root=self.root,
+            subject=plan.subject,
+            context_length=plan.spec.context_length,
+            drop_leading=plan.spec.drop_leading,
+            sink_multiple=plan.spec.sink_multiple,
+            window=WindowRule.of(plan),
+            windows=self.units * plan.spec.windows_per_unit,
+            rows=int(sum(int(block.read.sum()) for block in self._blocks)),
+            bin_count=found.BINS,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        self.out.put(INDEX_KEY, meta.to_json())
+        return meta
+
+    def _summary(self) -> bytes:
+        """Scalars and first tokens of all latents, gathered from the parts."""
+        tables: list[Any] = []
+        stored = [name for name in SCALARS if name not in ("token_share", "logit_peak")]
+        wanted = [*stored, "token_ids", "token_shares"]
+        wanted += ["promoted_ids", "promoted_logits"] if self.spec.logits else []
+        for number in range(self.parts):
+            key = part_key(number)
+            part = decode_table(self.out.get(key), key, wanted)
+            columns = {name: part.column(name) for name in stored}
+            columns["token_share"] = _firsts(part.column("token_shares"))
+            columns["logit_peak"] = _firsts(
+                part.column("promoted_logits") if self.spec.logits else None, part
+            )
+            columns["token_ids"] = _heads(part.column("token_ids"))
+            columns["promoted"] = _heads(part.column("promoted_ids") if self.spec.logits else None, part)
+            tables.append(pa.table(columns))
+        return encode_table(_columns(pa.concat_tables(tables)), self.card.latents)
+
+
+def _columns(table: Any) -> dict[str, Any]:
+    return {name: table.column(name).combine_chunks() for name in table.column_names}
+
+
+def _firsts(column: Any, like: Any = None) -> Any:
+    """First entry of each list, 0 where it is empty."""
+    if column is None:
+        assert like is not None
+        return pa.array(np.zeros(like.num_rows), pa.float32())
+    return pa.array([each[0] if each else 0.0 for each in column.to_pylist()], pa.float32())
+
+
+def _heads(column: Any, like: Any = None) -> Any:
+    """The first entries of each list."""
+    if column is None:
+        assert like is not None
+        return pa.array([[]] * like.num_rows, pa.list_(pa.uint32()))
+    return pa.array([each[:SUMMARY_TOKENS] for each in column.to_pylist()], pa.list_(pa.uint32()))
+
+
+def open_index_store(
+    out: str, scratch: str | None, storage: StorageSpec | None = None
+) -> tuple[ObjectStore, Path]:
+    """The index's store and a local scratch folder beside it, or the one that is named."""
+    store = open_store(out, storage)
+    if scratch is not None:
+        return store, Path(scratch)
+    if "://" in out and not out.startswith("file://"):
+        raise ConfigError(
+            "--scratch", expected="a local folder, since the index itself is not local", got="nothing"
+        )
+    return store, Path(out.removeprefix("file://")) / "scratch"

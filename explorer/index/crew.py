@@ -1,0 +1,134 @@
+"""An index made by several workers through Ray: units and parts are handed out, one at a time to each.
+
+Blocks lie in the scratch folder and parts in the index, whoever made them, so nothing is merged here, and the
+bytes are those of one worker with as many threads. Workers on other nodes must see the same scratch folder.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+from winnow.cli.console import say
+from winnow.cluster.crew import Crew, Named, cluster, first_line, gpus_per_actor, threads_per_actor
+from winnow.explorer.index.build import Hands, Recipe
+from winnow.schemas.config import Config
+from winnow.schemas.errors import WinnowError, WorkerError
+from winnow.schemas.harvest import HarvestSpec
+
+ATTEMPTS = 3
+"""Of one unit or part; what a dead node took along does not count."""
+POLL_SECONDS = 1.0
+NAMED = Named("index", "--workers", "--threads", "--gpus", "--ray-address")
+
+
+class IndexWorker:
+    """Makes blocks and parts of one index; the body of the Ray actor, usable without Ray.
+
+    Args:
+        recipe: The index.
+        threads: CPU threads.
+    """
+
+    def __init__(self, recipe: Recipe, threads: int) -> None:
+        self._recipe, self._threads = recipe, threads
+
+    def ready(self) -> None:
+        """Open dataset, SAE and index.
+
+        Raises:
+            ConfigError: The driver's scratch folder is not seen from here, or what `Recipe.open` raises.
+        """
+        torch.set_num_threads(self._threads)
+        self._indexer = self._recipe.open()
+        self._indexer.require_claim()
+
+    def run(self, step: str, number: int) -> None:
+        """Make a `block` or a `part`."""
+        self._indexer.make(step, number)
+
+
+@contextmanager
+def crew_of(
+    recipe: Recipe, workers: int, threads: int = 0, gpus: float | None = None, address: str | None = None
+) -> Generator[Hands]:
+    """Several workers in the place of this process, for the time of a `with`.
+
+    Args:
+        recipe: The index.
+        workers: At the most.
+        threads: CPU threads of each; 0 shares a machine's cores.
+        gpus: GPUs of each, or a share of one; None: one where there are any.
+        address: A running Ray cluster; None starts Ray on this machine.
+
+    Raises:
+        ConfigError: No such cluster, or no room for a worker on this machine.
+    """
+    spec = HarvestSpec(
+        actors=workers, threads_per_actor=threads, gpus_per_actor=gpus, ray_address=address
+    )  # what the harvest's rules for threads, GPUs and clusters read
+    config = Config(root=recipe.root, subject=recipe.subject, storage=recipe.storage, harvest=spec)
+    with cluster(config, NAMED):
+        threads, share = threads_per_actor(config, NAMED), gpus_per_actor(config)
+        actor_class: Any = ray.remote(IndexWorker)
+        remote = actor_class.options(num_cpus=threads, num_gpus=share)
+
+        crew: Crew | None = None
+
+        def hands(step: str, todo: list[int], done: Callable[[], object]) -> None:
+            nonlocal crew
+            if todo:
+                crew = crew or Crew(
+                    lambda: remote.remote(recipe, threads),
+                    workers,
+                    {"CPU": float(threads), "GPU": share},
+                    growing=address is not None,
+                    named=NAMED,
+                )
+                _hand_out(crew, step, todo, done)
+
+        yield hands
+
+
+def _hand_out(crew: Crew, step: str, todo: list[int], done: Callable[[], object]) -> None:
+    """Have every number of `todo` made."""
+    crew.await_first()
+    queue, flying, tries = deque(todo), dict[Any, tuple[int, int]](), Counter[int]()
+    while queue or flying:
+        busy = {worker for worker, _ in flying.values()}
+        for worker, actor in crew.members.items():
+            if queue and worker not in busy:
+                number = queue.popleft()
+                flying[actor.run.remote(step, number)] = worker, number
+        finished, _ = ray.wait([*flying, *crew.waiting], num_returns=1, timeout=POLL_SECONDS)
+        for ref in finished:
+            if ref not in flying:
+                crew.welcome(ref)
+                continue
+            worker, number = flying.pop(ref)
+            try:
+                ray.get(ref)
+            except RayActorError as error:
+                if not crew.lost(worker, error):
+                    _failed(tries, step, number, WorkerError(f"{step} {number}", got=first_line(error)))
+                queue.append(number)
+            except RayTaskError as error:
+                known = error.cause if isinstance(error.cause, WinnowError) else None
+                _failed(tries, step, number, known or WorkerError(f"{step} {number}", got=first_line(error)))
+                queue.append(number)
+            else:
+                done()
+
+
+def _failed(tries: Counter[int], step: str, number: int, error: WinnowError) -> None:
+    """Count a failure; `error` where it was the last attempt or where no attempt can help."""
+    tries[number] += 1
+    if tries[number] >= ATTEMPTS or error.exit_code == 2:
+        raise error
+    say(f"index: {step} {number} failed ({tries[number]}x), tried again: {error}")

@@ -1,0 +1,169 @@
+"""What latents' directions say by themselves: logits they promote, latents that point the same way.
+
+Letters: D d_model, N latents, P latents of a part, V vocabulary, M kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from winnow.explorer.index.latents import Near
+from winnow.schemas.errors import ConfigError
+from winnow.subject.load import Subject
+
+LOGIT_NUMBERS = 1 << 24
+"""Largest rows x V that is held at once."""
+COSINE_COLUMNS = 1 << 14
+"""Latents that a part is compared with at a time."""
+
+
+class Promoted(NamedTuple):
+    """The tokens a latent raises and lowers most, best first."""
+
+    up_ids: NDArray[np.uint32]
+    """[P, M]"""
+    up: NDArray[np.float32]
+    """[P, M] logits"""
+    down_ids: NDArray[np.uint32]
+    down: NDArray[np.float32]
+
+
+class DirectLogits:
+    """Logits of directions, with the layers after the hook left out.
+
+    Definition: the logits that the subject's final norm and unembedding give for the direction alone (as if
+    the last residual stream held nothing else), less those they give for the zero vector, less their mean
+    over the vocabulary. The norm divides a lone direction by its own size, so the figure does not depend on
+    the decoder row's length; to the logits of a real position it adds in proportion.
+
+    Args:
+        subject: The whole subject.
+
+    Raises:
+        ConfigError: The subject is truncated, or its final norm cannot be told.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        if subject.truncated:
+            raise ConfigError("direct logits", expected="the whole subject", fix="Load it without `until`")
+        self._norm = final_norm(subject)
+        self._head: Any = subject.model.get_output_embeddings()
+        self._device, self._dtype = subject.device, subject.dtype
+
+    @torch.no_grad()
+    def __call__(self, directions: Tensor) -> Tensor:
+        """float32 [P, V] of directions [P, D] in the raw space of the residual stream."""
+        rows = torch.cat([directions, torch.zeros_like(directions[:1])]).to(self._device, self._dtype)
+        logits = self._head(self._norm(rows)).float()
+        logits = logits[:-1] - logits[-1]
+        return logits - logits.mean(1, keepdim=True)
+
+    @torch.no_grad()
+    def extremes(self, directions: Tensor, count: int) -> Promoted:
+        """The `count` most promoted and most suppressed tokens of each direction [P, D]."""
+        width = self._head.weight.shape[0]
+        step = max(1, LOGIT_NUMBERS // width)
+        count = min(count, width)
+        kept: list[list[Tensor]] = [[], [], [], []]
+        for first in range(0, len(directions), step):
+            logits = self(directions[first : first + step])
+            high, low = logits.topk(count), logits.topk(count, largest=False)
+            for column, part in zip(kept, (high.indices, high.values, low.indices, low.values), strict=True):
+                column.append(part.cpu())
+        up_ids, up, down_ids, down = (torch.cat(column).numpy() for column in kept)
+        return Promoted(up_ids.astype(np.uint32), up, down_ids.astype(np.uint32), down)
+
+
+def final_norm(subject: Subject) -> nn.Module:
+    """The norm between the last block and the unembedding.
+
+    It is the one module beside the list of blocks whose class is called a norm and whose parameters are
+    vectors of the stream's width.
+    """
+    width = int(subject.model.config.get_text_config().hidden_size)
+    owner = subject.model.get_submodule(subject.layout.blocks.rpartition(".")[0])
+    found = {
+        name: child
+        for name, child in owner.named_children()
+        if "norm" in type(child).__name__.lower()
+        and all(tuple(parameter.shape) == (width,) for parameter in child.parameters())
+    }
+    if len(found) != 1:
+        raise ConfigError(
+            f"the final norm of this {subject.layout.architecture} subject cannot be told",
+            expected="one norm beside the list of blocks",
+            got=", ".join(found) or "none",
+            fix="Index with `--logits 0`",
+        )
+    return next(iter(found.values()))
+
+
+@torch.no_grad()
+def nearest(directions: Tensor, first: int, stop: int, count: int) -> Near:
+    """The latents whose directions have the highest cosine with those of latents `first` to `stop - 1`.
+
+    Blocked: at most P x 16,384 cosines are held at once.
+
+    Args:
+        directions: Unit rows [N, D].
+        first: First latent of the part.
+        stop: One past its last.
+        count: How many each; itself left out.
+    """
+    part = directions[first:stop]
+    count = min(count, len(directions) - 1)
+    scores = torch.empty(len(part), 0, device=part.device)
+    ids = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
+    for low in range(0, len(directions), COSINE_COLUMNS):
+        block = part @ directions[low : low + COSINE_COLUMNS].T
+        begin, end = max(first, low), min(stop, low + block.shape[1])
+        if begin < end:  # this block holds the part itself
+            here = torch.arange(begin, end, device=part.device)
+            block[here - first, here - low] = -2.0
+        best = block.topk(min(count, block.shape[1]))
+        scores, ids = torch.cat([scores, best.values], 1), torch.cat([ids, best.indices + low], 1)
+        top = scores.topk(min(count, scores.shape[1]))
+        scores, ids = top.values, ids.gather(1, top.indices)
+    return Near(ids.cpu().numpy(), scores.cpu().numpy())
+
+
+def unit_rows(W: Tensor) -> Tensor:
+    """Rows [N, D] scaled to length 1; zero rows stay."""
+    return W / W.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def token_texts(tokenizer: Any, vocabulary: int) -> list[str]:
+    """The text of every token id, as it stands in running text: leading spaces kept.
+
+    A token that is only part of a character is written as its bytes, `<E2><80>`.
+    """
+    pieces: Sequence[str | None] = tokenizer.convert_ids_to_tokens(list(range(vocabulary)))
+    return [_text(tokenizer, number, piece) for number, piece in enumerate(pieces)]
+
+
+def _text(tokenizer: Any, number: int, piece: str | None) -> str:
+    if piece is None:  # rows of the embedding that the tokenizer does not use
+        return f"<unused {number}>"
+    if "▁" in piece:
+        return piece.replace("▁", " ")
+    text = tokenizer.decode([number])
+    if "\ufffd" not in text:
+        return text
+    data = [_BYTES.get(letter) for letter in piece]
+    return piece if None in data else "".join(f"<{byte:02X}>" for byte in data)
+
+
+def _byte_letters() -> dict[str, int]:
+    """Byte-level BPE's letters: printable bytes stand for themselves, the others for 256 and up, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_letters()

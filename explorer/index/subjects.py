@@ -1,0 +1,65 @@
+"""The subject that a dataset was harvested from, loaded when it is first needed and checked."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.subject import SubjectIdentity, SubjectSpec
+from winnow.subject.load import Subject
+from winnow.subject.pretrained import load_tokenizer
+from winnow.subject.weights import locate
+
+
+class LazySubject:
+    """A subject whose weights are loaded once `whole` is called.
+
+    Args:
+        spec: How to load it; None as the plan says.
+        planned: What the dataset was harvested from.
+    """
+
+    def __init__(self, spec: SubjectSpec | None, planned: SubjectIdentity) -> None:
+        self.spec = planned.spec(spec)
+        self.planned = planned
+
+    @property
+    def device(self) -> torch.device:
+        """Where it will live."""
+        if self.spec.device == "auto":
+            return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.spec.device)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, which needs no weights."""
+        return load_tokenizer(locate(self.spec).folder, self.spec)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its weights are loaded."""
+        return "_loaded" in self.__dict__
+
+    def whole(self) -> Subject:
+        """The subject with all its layers.
+
+        Raises:
+            ConfigError: Other weights than the dataset was harvested from.
+        """
+        return self._loaded
+
+    @cached_property
+    def _loaded(self) -> Subject:
+        subject = Subject.load(self.spec)
+        found = subject.identity.weights_sha256
+        if found != self.planned.weights_sha256:
+            raise ConfigError(
+                f"the weights of subject {self.spec.model!r}",
+                expected=f"{self.planned.weights_sha256} (the dataset's)",
+                got=found,
+                fix="Name the right weights in the config's section `subject`",
+            )
+        return subject

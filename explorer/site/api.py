@@ -1,0 +1,381 @@
+"""The explorer's JSON API. Every input is bounded here; nothing from a request names a file.
+
+Models and the SAE are reached through one lane (`winnow.explorer.site.lane`); pages of latents are not
+queued.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path, Query
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.site.exhibit import AXES, Exhibit, matches, overview
+from winnow.explorer.site.lane import Lane
+from winnow.explorer.site.monitor import MAX_LATENTS, MAX_TOKENS, MonitorReport, monitor
+from winnow.explorer.site.reading import Ablation, ablate, read_tokens, tokenise
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.window import WindowRule
+from winnow.store import ActivationStore
+from winnow.subject.generate import Steer
+
+MAX_TEXT = 4000
+MAX_NEW_TOKENS = 200
+MAX_EDITS = 8
+CACHED_ABLATIONS = 256
+TOP_PER_TOKEN = 8
+
+SaeNumber = Annotated[int, Path(ge=0, le=63, description="Which SAE, as listed by /api/site")]
+Axis = Literal["density", "largest", "mean", "token_share", "logit_peak", "enc_dec_cosine"]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+LatentNumber = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextBody(_Body):
+    """A text to read."""
+
+    text: Text
+
+
+class MonitorBody(TextBody):
+    """A text, and the latents to watch on it."""
+
+    latents: Annotated[list[LatentNumber], Field(min_length=1, max_length=MAX_LATENTS)]
+
+
+class AblateBody(_Body):
+    """A latent, and the text or the dataset's window that it is taken out of."""
+
+    latent: LatentNumber
+    text: Text | None = None
+    window: Annotated[int | None, Field(ge=0, lt=1 << 32)] = None
+
+
+class Edit(_Body):
+    """One change of one latent."""
+
+    sae: Annotated[int, Field(ge=0, le=63)] = 0
+    latent: LatentNumber
+    op: Literal["clamp", "scale", "add", "ablate"] = "clamp"
+    strength: Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)] = 0.0
+
+
+class SteerBody(_Body):
+    """What to generate, clean and steered with the same random numbers."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+    edits: Annotated[list[Edit], Field(max_length=MAX_EDITS)]
+    tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 40
+    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 0.8
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+
+
+@dataclass
+class Desk:
+    """Everything requests share.
+
+    Attributes:
+        exhibits: The SAEs on show.
+        subject: The subject they belong to.
+        lane: The queue in front of it.
+        dataset: Opens the dataset; None where it is not at hand.
+        ablations: The newest ones, by what was asked.
+    """
+
+    exhibits: list[Exhibit]
+    subject: LazySubject
+    lane: Lane
+    dataset: Callable[[], ActivationStore] | None = None
+    ablations: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+
+    def exhibit(self, number: int) -> Exhibit:
+        """One SAE; ConfigError where there is none of that number."""
+        if not 0 <= number < len(self.exhibits):
+            raise ConfigError("sae", expected=f"0 to {len(self.exhibits) - 1}", got=number)
+        return self.exhibits[number]
+
+    def latent(self, exhibit: Exhibit, number: int) -> int:
+        """`number`, if the SAE has it."""
+        if not 0 <= number < exhibit.table.meta.latents:
+            raise ConfigError("latent", expected=f"0 to {exhibit.table.meta.latents - 1}", got=number)
+        return number
+
+
+def make_router(desk: Desk) -> APIRouter:
+    """All routes below `/api`."""
+    router = APIRouter(prefix="/api")
+
+    @router.get("/site", summary="What is on show")
+    def site() -> dict[str, Any]:
+        return {
+            "saes": [exhibit.facts() for exhibit in desk.exhibits],
+            "subject": {"model": desk.subject.planned.model.rsplit("/", 1)[-1], "ready": desk.subject.ready},
+            "axes": AXES,
+            "limits": {
+                "text": MAX_TEXT,
+                "tokens": MAX_TOKENS,
+                "new_tokens": MAX_NEW_TOKENS,
+                "latents": MAX_LATENTS,
+            },
+            "windows": desk.dataset is not None,
+        }
+
+    @router.get("/saes/{sae}/map", summary="Coordinates of latents")
+    def points(
+        sae: SaeNumber,
+        x: Axis = "density",
+        y: Axis = "token_share",
+        q: Annotated[str, Query(max_length=200)] = "",
+        low: Annotated[float, Query(ge=0, le=1)] = 0.0,
+        high: Annotated[float, Query(ge=0, le=1)] = 1.0,
+    ) -> dict[str, Any]:
+        exhibit = desk.exhibit(sae)
+        return exhibit.points(x, y, exhibit.find(q, low, high))
+
+    @router.get("/saes/{sae}/latents", summary="A list of latents")
+    def listing(
+        sae: SaeNumber,
+        q: Annotated[str, Query(max_length=200)] = "",
+        low: Annotated[float, Query(ge=0, le=1)] = 0.0,
+        high: Annotated[float, Query(ge=0, le=1)] = 1.0,
+        sort: Axis = "token_share",
+        descending: bool = True,
+        offset: Annotated[int, Query(ge=0, lt=1 << 31)] = 0,
+        limit: Annotated[int, Query(ge=1, le=100)] = 25,
+    ) -> dict[str, Any]:
+        exhibit = desk.exhibit(sae)
+        return exhibit.page(exhibit.find(q, low, high), sort, descending, offset, limit)
+
+    @router.get("/saes/{sae}/brief/{latent}", summary="A latent in a line")
+    def brief(sae: SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
+        exhibit = desk.exhibit(sae)
+        return exhibit.brief(desk.latent(exhibit, latent))
+
+    @router.get("/saes/{sae}/features/{latent}", summary="A latent's page")
+    def feature(sae: SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
+        return desk.exhibit(sae).feature(latent)
+
+    @router.get("/compare/{one}/{other}", summary="How nearly two SAEs' latents point the same way")
+    def compare(one: SaeNumber, other: SaeNumber) -> dict[str, Any]:
+        return overview(desk.exhibit(one), desk.exhibit(other))
+
+    @router.get("/compare/{one}/{other}/{latent}", summary="A latent's nearest in another SAE")
+    def nearest(
+        one: SaeNumber, other: SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]
+    ) -> dict[str, Any]:
+        left, right = desk.exhibit(one), desk.exhibit(other)
+        return {
+            "one": left.brief(desk.latent(left, latent)),
+            "matches": matches(left, right, latent, 8),
+        }
+
+    @router.post("/saes/{sae}/text", summary="Which latents fire on a text, token by token")
+    def text(sae: SaeNumber, body: TextBody) -> dict[str, Any]:
+        exhibit = desk.exhibit(sae)
+        with desk.lane.visit():
+            subject = desk.subject.whole()
+            ids = tokenise(subject, body.text, MAX_TOKENS, exhibit.window)
+            meta = exhibit.table.meta
+            reading = read_tokens(
+                subject,
+                exhibit.sae(subject.device),
+                ids,
+                drop_leading=meta.drop_leading,
+                sink_multiple=meta.sink_multiple,
+            )
+        return describe_reading(exhibit, reading)
+
+    @router.post("/saes/{sae}/monitor", summary="Chosen latents over a text")
+    def watch(sae: SaeNumber, body: MonitorBody) -> MonitorReport:
+        exhibit = desk.exhibit(sae)
+        with desk.lane.visit():
+            subject = desk.subject.whole()
+            meta = exhibit.table.meta
+            return monitor(
+                body.text,
+                exhibit.sae(subject.device),
+                body.latents,
+                subject,
+                rule=exhibit.window,
+                drop_leading=meta.drop_leading,
+                sink_multiple=meta.sink_multiple,
+                texts=exhibit.table.texts,
+            )
+
+    @router.post("/saes/{sae}/ablate", summary="What a text loses without a latent")
+    def effects(sae: SaeNumber, body: AblateBody) -> dict[str, Any]:
+        return ablation(desk, sae, body)
+
+    @router.post("/steer", summary="Generate clean and steered; a JSON object a line")
+    def steer(body: SteerBody) -> StreamingResponse:
+        return steering(desk, body)
+
+    return router
+
+
+def describe_reading(exhibit: Exhibit, reading: Any) -> dict[str, Any]:
+    """A reading for people: each token's strongest latents, and the text's."""
+    tokens: list[dict[str, Any]] = []
+    columns = (reading.ids, reading.values, reading.indices, reading.read.tolist())
+    for number, values, indices, read in zip(*columns, strict=True):
+        best = values.topk(min(TOP_PER_TOKEN, len(values)))
+        latents = indices[best.indices].tolist()
+        active = [[n, round(v, 5)] for n, v in zip(latents, best.values.tolist(), strict=True) if v > 0]
+        tokens.append({"token": exhibit.table.texts[number], "read": read, "latents": active})
+    totals: dict[int, float] = {}
+    flat = zip(reading.indices.flatten().tolist(), reading.values.flatten().tolist(), strict=True)
+    for latent, value in flat:
+        if value > 0:
+            totals[latent] = totals.get(latent, 0.0) + value
+    strongest = sorted(totals, key=lambda latent: (-totals[latent], latent))[:24]
+    shown = set(strongest) | {latent for token in tokens for latent, _ in token["latents"]}
+    return {
+        "tokens": tokens,
+        "latents": [
+            exhibit.brief(latent)
+            | {
+                "total": totals[latent],
+                "values": [round(value, 5) for value in reading.of(latent).tolist()],
+            }
+            for latent in strongest
+        ],
+        "briefs": {str(latent): exhibit.brief(latent) for latent in sorted(shown)},
+    }
+
+
+def ablation(desk: Desk, sae: int, body: AblateBody) -> dict[str, Any]:
+    """The effects of one latent on one text, computed or remembered."""
+    exhibit = desk.exhibit(sae)
+    desk.latent(exhibit, body.latent)
+    if (body.text is None) == (body.window is None):
+        raise ConfigError("text, window", expected="one of the two", got="both or neither")
+    key = (sae, body.latent, body.text, body.window)
+    if key in desk.ablations:
+        desk.ablations.move_to_end(key)
+        return desk.ablations[key]
+    with desk.lane.visit():
+        subject = desk.subject.whole()
+        if body.text is not None:
+            ids = tokenise(subject, body.text, MAX_TOKENS, exhibit.window)
+        else:
+            ids = _window(desk, body.window or 0)
+        meta, own = exhibit.table.meta, exhibit.sae(subject.device)
+        reading = read_tokens(
+            subject, own, ids, drop_leading=meta.drop_leading, sink_multiple=meta.sink_multiple
+        )
+        found = ablate(subject, own, reading, body.latent, drop_leading=meta.drop_leading)
+    reply = _described(exhibit, ids, found)
+    desk.ablations[key] = reply
+    while len(desk.ablations) > CACHED_ABLATIONS:
+        desk.ablations.popitem(last=False)
+    return reply
+
+
+def _window(desk: Desk, window: int) -> list[int]:
+    if desk.dataset is None:
+        raise ConfigError("window", expected="a text", got="a window, and the dataset is not at hand")
+    return [int(token) for token in desk.dataset().tokens(window)]
+
+
+def _described(exhibit: Exhibit, ids: list[int], found: Ablation) -> dict[str, Any]:
+    texts = exhibit.table.texts
+
+    def votes(pairs: list[tuple[int, float]]) -> list[dict[str, Any]]:
+        return [{"token": texts[number], "change": round(change, 6)} for number, change in pairs]
+
+    return {
+        "tokens": exhibit.words(ids),
+        "values": [round(value, 5) for value in found.activation],
+        "loss_change": [None if each is None else round(each, 6) for each in found.loss_change],
+        "kl": [round(each, 6) for each in found.kl],
+        "up": [votes(each) for each in found.up],
+        "down": [votes(each) for each in found.down],
+    }
+
+
+class _Seated(StreamingResponse):
+    """A stream that keeps its seat in the lane until it ends, however it ends."""
+
+    def __init__(self, content: Iterator[str], lane: Lane) -> None:
+        super().__init__(content, media_type="application/x-ndjson")
+        self._lane = lane
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._lane.leave()
+
+
+def steering(desk: Desk, body: SteerBody) -> StreamingResponse:
+    """Start both runs; everything that can be refused is refused before the first byte."""
+    edits = [(desk.exhibit(edit.sae), edit) for edit in body.edits]
+    for exhibit, edit in edits:
+        desk.latent(exhibit, edit.latent)
+    rule = _common_rule([exhibit for exhibit, _ in edits] or desk.exhibits[:1])
+    desk.lane.sit()
+    try:
+        with desk.lane.turn():
+            subject = desk.subject.whole()
+            prompt = tokenise(subject, body.prompt, MAX_TOKENS, rule)
+            steers: dict[str, list[Steer]] = {}
+            for exhibit, edit in edits:
+                steer = Steer(
+                    exhibit.sae(subject.device),
+                    edit.latent,
+                    edit.op,
+                    edit.strength,
+                    skip=exhibit.table.meta.drop_leading,
+                )
+                steers.setdefault(exhibit.table.meta.hook, []).append(steer)
+            kind: dict[str, Any] = {
+                "max_new_tokens": body.tokens,
+                "seed": body.seed,
+                "temperature": body.temperature,
+            }
+            runs = {
+                "clean": subject.generate(prompt, **kind),
+                "steered": subject.generate(prompt, steer=steers, **kind),
+            }
+        return _Seated(_lines(desk.lane, runs), desk.lane)
+    except BaseException:
+        desk.lane.leave()
+        raise
+
+
+def _common_rule(exhibits: list[Exhibit]) -> WindowRule:
+    """How a prompt begins for all of some SAEs; ConfigError where they were trained on different windows."""
+    rules = {exhibit.window.canonical(): exhibit.window for exhibit in exhibits}
+    if len(rules) > 1:
+        raise ConfigError(
+            "edits",
+            expected="SAEs of datasets whose windows begin alike",
+            got=", ".join(f"{exhibit.name}: {exhibit.window.words}" for exhibit in exhibits),
+            fix="Steer with one of them at a time",
+        )
+    return next(iter(rules.values()))
+
+
+def _lines(lane: Lane, runs: dict[str, Any]) -> Iterator[str]:
+    """Both runs' tokens in turn, a JSON object a line."""
+    going = dict(runs)
+    while going:
+        for name, run in list(going.items()):
+            with lane.turn():
+                token = next(run, None)
+            if token is None:
+                del going[name]
+                continue
+            yield json.dumps({"run": name, "text": token.text, "logprob": token.logprob}) + "\n"
+    yield json.dumps({"done": True}) + "\n"

@@ -1,0 +1,252 @@
+"""What the server shows: SAEs with their indices, described for people; nothing here needs the subject.
+
+Letters: N latents.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import torch
+from numpy.typing import NDArray
+
+from winnow.explorer.index.directions import unit_rows
+from winnow.explorer.index.table import FeatureTable
+from winnow.sae.model import Sae
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.window import WindowRule
+
+AXES = {
+    "density": "share of tokens it fires on",
+    "largest": "largest activation",
+    "mean": "mean activation where it fires",
+    "token_share": "share of its activation on its favourite token",
+    "logit_peak": "logit of its most promoted token",
+    "enc_dec_cosine": "cosine of encoder and decoder row",
+}
+"""What the map can show, and the words for it."""
+MAX_POINTS = 100_000
+"""Points sent to the map; beyond that a fixed random choice is."""
+LABEL_TOKENS = 3
+SAMPLED = 512
+"""Latents whose best match in another SAE is looked up for the overview of two."""
+
+
+@dataclass
+class Exhibit:
+    """One SAE on show.
+
+    Attributes:
+        name: The last part of its address.
+        uri: Its address; never sent to anybody.
+        table: Its index.
+        storage: How it is reached.
+        window: How a text begins that is read as one of the dataset's windows.
+    """
+
+    name: str
+    uri: str
+    table: FeatureTable
+    storage: StorageSpec = field(default_factory=StorageSpec)
+    window: WindowRule = field(default_factory=WindowRule)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _sae: Sae | None = None
+
+    def sae(self, device: torch.device | None = None) -> Sae:
+        """The SAE itself, loaded when it is first needed."""
+        with self._lock:
+            if self._sae is None:
+                sae = Sae.load(self.uri, storage=self.storage)
+                if sae.card is None or sae.card.weights_sha256 != self.table.meta.sae_sha256:
+                    raise ConfigError(f"{self.name} is not the SAE that was indexed", fix="Index it again")
+                self._sae = sae
+            return self._sae.to(device) if device is not None else self._sae
+
+    # ---- all latents -----------------------------------------------------------------------------
+
+    def axis(self, name: str) -> NDArray[np.float64]:
+        """[N] values of one of `AXES`."""
+        if name == "density":
+            return self.table.density()
+        return self.table.column(name).astype(np.float64)
+
+    @cached_property
+    def _haystack(self) -> Any:
+        """Everything a search looks through, one lower-case string a latent."""
+        texts = [text.lower() for text in self.table.texts]
+        explained = self.table.explanations
+        columns = [self.table.summary.column(name).to_pylist() for name in ("promoted", "token_ids")]
+        lines: list[str] = []
+        for number, lists in enumerate(zip(*columns, strict=True)):
+            words = [texts[token] for tokens in lists for token in tokens]
+            words += [each.text.lower() for each in explained.get(number, ())]
+            lines.append("\n".join(words))
+        return pa.array(lines)
+
+    def find(
+        self, query: str, low: float, high: float, latents: list[int] | None = None
+    ) -> NDArray[np.int64]:
+        """Latents of a density in [low, high] with `query` among their tokens or explanations."""
+        density = self.table.density()
+        keep = (density >= low) & (density <= high)
+        if query:
+            match: Any = pyarrow.compute.__dict__["match_substring"]  # made at import, so unknown to checkers
+            keep &= np.asarray(match(self._haystack, query.lower()))
+        found = np.flatnonzero(keep)
+        return found if latents is None else np.intersect1d(found, latents)
+
+    def points(self, x: str, y: str, found: NDArray[np.int64]) -> dict[str, Any]:
+        """The map: numbers and coordinates of latents, at most `MAX_POINTS`."""
+        shown = found
+        if len(found) > MAX_POINTS:
+            shown = np.sort(np.random.default_rng(0).choice(found, MAX_POINTS, replace=False))
+        return {
+            "total": len(found),
+            "latents": shown.tolist(),
+            "x": _short(self.axis(x)[shown]),
+            "y": _short(self.axis(y)[shown]),
+        }
+
+    def page(self, found: NDArray[np.int64], sort: str, descending: bool, offset: int, limit: int) -> Any:
+        """Some rows of the list of latents."""
+        keys = self.axis(sort)[found]
+        order = np.lexsort((found, -keys if descending else keys))[offset : offset + limit]
+        return {"total": len(found), "rows": [self.brief(int(number)) for number in found[order]]}
+
+    # ---- one latent ------------------------------------------------------------------------------
+
+    def brief(self, number: int) -> dict[str, Any]:
+        """A latent in a line."""
+        table = self.table
+        explained = table.explanations.get(number)
+        return {
+            "latent": number,
+            "density": float(table.column("fires")[number]) / max(table.meta.rows, 1),
+            "largest": float(table.column("largest")[number]),
+            "token_share": float(table.column("token_share")[number]),
+            "explanation": explained[0].text if explained else None,
+            "fires_on": self.words(table.summary.column("token_ids")[number].as_py()[:LABEL_TOKENS]),
+            "promotes": self.words(table.summary.column("promoted")[number].as_py()[:LABEL_TOKENS]),
+        }
+
+    def words(self, ids: list[int]) -> list[str]:
+        """Texts of token ids."""
+        return [self.table.texts[number] for number in ids]
+
+    def feature(self, number: int) -> dict[str, Any]:
+        """A latent's whole page."""
+        row = self.table.latent(number)
+        page: dict[str, Any] = {"latent": number, "sae": self.name, "brief": self.brief(number)}
+        page["figures"] = {
+            name: row[name] for name in ("fires", "largest", "mean", "mean_square", "enc_dec_cosine")
+        }
+        page["quantiles"], page["histogram"] = row["quantiles"], row["histogram"]
+        page["tokens"] = self._pairs(row["token_ids"], row["token_shares"])
+        for name in ("promoted", "suppressed"):
+            page[name] = self._pairs(row.get(f"{name}_ids", []), row.get(f"{name}_logits", []))
+        for name in ("cosine", "coactive"):
+            pairs = zip(row.get(f"{name}_ids", []), row.get(f"{name}_scores", []), strict=True)
+            page[name] = [self.brief(other) | {"score": score} for other, score in pairs]
+        page["explanations"] = [
+            each.model_dump(mode="json") for each in self.table.explanations.get(number, [])
+        ]
+        page["examples"] = [
+            each | {"tokens": self.words(each["tokens"]), "values": _short(np.asarray(each["values"]))}
+            for each in row["examples"]
+        ]
+        return page
+
+    def _pairs(self, ids: list[int], scores: list[float]) -> list[dict[str, Any]]:
+        return [
+            {"token": self.table.texts[number], "id": number, "score": score}
+            for number, score in zip(ids, scores, strict=True)
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """What the site says about this SAE."""
+        meta, density = self.table.meta, self.table.density()
+        alive = density > 0
+        counts, edges = np.histogram(np.log10(density[alive]), bins=40, range=(-7, 0))
+        return {
+            "name": self.name,
+            "hook": meta.hook,
+            "d_model": meta.d_model,
+            "latents": meta.latents,
+            "rows": meta.rows,
+            "windows": meta.windows,
+            "bos": self.window.bos,
+            "silent": int((~alive).sum()),
+            "l0": float(density.sum()),
+            "bands": meta.spec.bands,
+            "explained": len(self.table.explanations),
+            "density_histogram": {
+                "counts": counts.tolist(),
+                "low": float(edges[0]),
+                "high": float(edges[-1]),
+            },
+        }
+
+    # ---- two SAEs --------------------------------------------------------------------------------
+
+    @cached_property
+    def directions(self) -> torch.Tensor:
+        """Decoder rows of unit length [N, D]."""
+        return unit_rows(self.sae().W_dec.detach().float().cpu())
+
+
+def matches(one: Exhibit, other: Exhibit, latent: int, count: int) -> list[dict[str, Any]]:
+    """The latents of `other` whose decoder rows point most nearly where `latent` of `one` does."""
+    _comparable(one, other)
+    cosines = other.directions @ one.directions[latent]
+    best = cosines.topk(min(count, len(cosines)))
+    return [
+        other.brief(number) | {"score": score}
+        for number, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def overview(one: Exhibit, other: Exhibit) -> dict[str, Any]:
+    """Histogram of the best cosine in `other` of up to 512 random latents of `one`, and some of them."""
+    _comparable(one, other)
+    draw = np.random.default_rng(0).permutation(one.table.meta.latents)[:SAMPLED]
+    best = (one.directions[torch.from_numpy(draw)] @ other.directions.T).max(1)
+    counts, _ = np.histogram(best.values.numpy(), bins=40, range=(0, 1))
+    order = np.argsort(-best.values.numpy())
+    chosen = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(12, len(order)))]
+    return {
+        "sampled": len(draw),
+        "counts": counts.tolist(),
+        "low": 0.0,
+        "high": 1.0,
+        "median": float(best.values.median()),
+        "over_0.9": float((best.values > 0.9).float().mean()),
+        "pairs": [
+            {
+                "one": one.brief(int(draw[i])),
+                "other": other.brief(int(best.indices[i])),
+                "score": float(best.values[i]),
+            }
+            for i in chosen
+        ],
+    }
+
+
+def _comparable(one: Exhibit, other: Exhibit) -> None:
+    if one.table.meta.d_model != other.table.meta.d_model:
+        raise ConfigError(
+            "these SAEs cannot be compared by direction",
+            expected=f"the same width ({one.table.meta.d_model})",
+            got=other.table.meta.d_model,
+        )
+
+
+def _short(values: NDArray[Any]) -> list[float]:
+    """Four significant digits are enough for eyes."""
+    return [float(f"{value:.4g}") for value in values.tolist()]

@@ -1,0 +1,113 @@
+"""Watch chosen latents over a text.
+
+from winnow.explorer.site.monitor import monitor
+
+report = monitor("In the beginning was the Word", sae, [12, 407], subject)
+report.model_dump_json()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from winnow.explorer.index.directions import token_texts
+from winnow.explorer.site.reading import read_tokens, tokenise
+from winnow.sae.model import Sae
+from winnow.schemas.base import Artefact, Contract, HookName, Sha256
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.window import WindowRule
+from winnow.subject.load import Subject
+
+MAX_TOKENS = 512
+MAX_LATENTS = 32
+
+
+class Watched(Contract):
+    """One latent over the text."""
+
+    latent: int
+    values: tuple[float, ...]
+    """Activation at each token, in units of the SAE's normalised space."""
+    largest: float
+    fires: int
+    """Tokens on which it is active."""
+
+
+class MonitorReport(Artefact):
+    """What chosen latents did on a text; the JSON that the monitor page exports."""
+
+    kind: str = Field(default="winnow.monitor", pattern=r"^winnow\.monitor$")
+    sae_sha256: Sha256
+    hook: HookName
+    text: str
+    bos: bool = Field(default=False, exclude_if=lambda bos: not bos)
+    """Whether BOS was put before the text, as the SAE's windows begin."""
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    read: tuple[bool, ...]
+    """False at leading positions and sinks, where an SAE is not trained and nothing is reported."""
+    latents: tuple[Watched, ...]
+
+
+def monitor(
+    text: str,
+    sae: Sae,
+    latents: Sequence[int],
+    subject: Subject,
+    *,
+    rule: WindowRule | None = None,
+    drop_leading: int = 1,
+    sink_multiple: float = 10.0,
+    texts: Sequence[str] | None = None,
+) -> MonitorReport:
+    """Activations of chosen latents at every token of a text.
+
+    Args:
+        text: At most 512 tokens, BOS included.
+        sae: A published SAE.
+        latents: At most 32 of its latents.
+        subject: The subject it belongs to.
+        rule: How the dataset's windows begin; None takes what the SAE's card says of them.
+        drop_leading: The dataset's `plan.drop_leading`.
+        sink_multiple: The dataset's `plan.sink_multiple`.
+        texts: Text of every token id, where it is at hand (an index's `texts`).
+
+    Raises:
+        ConfigError: No text or one that is too long, or latents that the SAE lacks.
+    """
+    if sae.card is None:
+        raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
+    if not 0 < len(latents) <= MAX_LATENTS or not all(0 <= latent < sae.latents for latent in latents):
+        raise ConfigError(
+            "latents",
+            expected=f"1 to {MAX_LATENTS} numbers from 0 to {sae.latents - 1}",
+            got=list(latents)[:40],
+        )
+    rule = rule or sae.card.window or WindowRule()
+    ids = tokenise(subject, text, MAX_TOKENS, rule)
+    reading = read_tokens(subject, sae, ids, drop_leading=drop_leading, sink_multiple=sink_multiple)
+    if texts is None:
+        texts = token_texts(subject.tokenizer, subject.identity.vocabulary)
+    watched: list[Watched] = []
+    for latent in latents:
+        values = reading.of(latent)
+        watched.append(
+            Watched(
+                latent=latent,
+                values=tuple(values.tolist()),
+                largest=float(values.max()),
+                fires=int((values > 0).sum()),
+            )
+        )
+    return MonitorReport(
+        sae_sha256=sae.card.weights_sha256,
+        hook=sae.card.hook,
+        text=text,
+        bos=rule.bos,
+        token_ids=tuple(ids),
+        tokens=tuple(texts[number] for number in ids),
+        read=tuple(reading.read.tolist()),
+        latents=tuple(watched),
+    )

@@ -1,0 +1,112 @@
+"""The explorer's web server: the API, the page's files, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from winnow.explorer.site.api import Desk, make_router
+from winnow.explorer.site.gate import Gate
+from winnow.explorer.site.lane import Busy
+from winnow.schemas.errors import ConfigError, StoreError, WinnowError
+
+log = logging.getLogger(__name__)
+
+STATIC = Path(__file__).parent / "static"
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+RETRY_SECONDS = 3
+
+
+def make_app(desk: Desk, token: str | None = None) -> FastAPI:
+    """The whole site as an ASGI app.
+
+    Args:
+        desk: What it shows.
+        token: What visitors must know; None for loopback only.
+    """
+    app = FastAPI(
+        title="Winnow explorer",
+        description="Read what the latents of a sparse autoencoder mean, steer with them, watch them.",
+        version="1",
+        openapi_url="/api/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        responses={
+            400: {"description": "What was asked for does not exist or does not fit; `error` says why"},
+            503: {"description": "The model is busy; `Retry-After` says when to come back"},
+        },
+    )
+    app.include_router(make_router(desk))
+
+    @app.exception_handler(WinnowError)
+    def refused(_: Request, error: WinnowError) -> JSONResponse:
+        if isinstance(error, Busy):
+            return JSONResponse({"error": str(error)}, 503, {"Retry-After": str(RETRY_SECONDS)})
+        if isinstance(error, ConfigError):
+            return JSONResponse({"error": str(error)}, 400)
+        log.error("%s", error)
+        kind = "storage" if isinstance(error, StoreError) else "the index or the SAE"
+        return JSONResponse({"error": f"Reading {kind} failed; the server's log says more"}, 500)
+
+    files = load_files()
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/{name}", include_in_schema=False)
+    def page(name: str = "index.html") -> Response:
+        data, kind = files.get(name, (b"There is no such page.\n", None))
+        return Response(data, 200 if kind else 404, media_type=kind or "text/plain")
+
+    app.add_middleware(Gate, token=token)
+    return app
+
+
+def load_files() -> dict[str, tuple[bytes, str]]:
+    """Name -> bytes and media type of the page's files, read once: no request names a path."""
+    return {
+        path.name: (path.read_bytes(), KINDS[path.suffix])
+        for path in sorted(STATIC.iterdir())
+        if path.suffix in KINDS
+    }
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: The address is taken or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"address {host}:{port}",
+            expected="one that is free",
+            got=error.strerror,
+            fix="Name another with --port; 0 takes any that is free",
+        ) from error
+    return listener
+
+
+def server(app: FastAPI) -> uvicorn.Server:
+    """What serves the explorer; a request whose page is gone holds up its end for 3 s at the most."""
+    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
+    return uvicorn.Server(config)
+
+
+def serve(app: FastAPI, listener: socket.socket) -> None:
+    """Serve until interrupted."""
+    server(app).run(sockets=[listener])

@@ -1,0 +1,1 @@
+"""From corpus to plan: documents, tokens, windows."""

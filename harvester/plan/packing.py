@@ -1,0 +1,133 @@
+"""Documents to windows, what is held out, and in which order windows come. Pure: no I/O.
+
+Letters: T context length, W windows in a unit, n windows or documents at hand.
+
+The training stream is the documents that are not held out, in reading order except that a document
+which was held out for a while joins at the moment it is let go. Everything follows from the corpus and
+the seed; nothing depends on batch sizes, threads or the number of buckets.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from winnow.store.format.layout import philox_key
+
+Tokens = NDArray[np.generic]
+"""Token ids: uint16 where the vocabulary allows, else uint32."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX = ((30, np.uint64(0xBF58476D1CE4E5B9)), (27, np.uint64(0x94D049BB133111EB)))
+
+
+def order_key(seed: int) -> int:
+    """Key of the windows' order."""
+    return philox_key("winnow.windows.v1", seed)
+
+
+def holdout_key(seed: int) -> int:
+    """Key of the choice of held-out documents."""
+    return philox_key("winnow.holdout.v1", seed)
+
+
+def keyed_hash(ordinals: NDArray[np.integer], key: int) -> NDArray[np.uint64]:
+    """[n] 64-bit hashes of `ordinals` under a 128-bit `key`.
+
+    Two rounds of SplitMix64's finaliser (Steele, Lea and Flood 2014), half of the key before each. Every
+    step is a bijection of 64-bit words, so two ordinals never share a hash: an order by hash has no ties.
+    """
+    low, high = (np.uint64((key >> shift) & 0xFFFFFFFFFFFFFFFF) for shift in (0, 64))
+    mixed = np.asarray(ordinals).astype(np.uint64)
+    with np.errstate(over="ignore"):
+        mixed = _finalise(mixed * _GOLDEN + low)
+        return _finalise(mixed * _GOLDEN + high)
+
+
+def _finalise(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    for shift, factor in _MIX:
+        words = (words ^ (words >> np.uint64(shift))) * factor
+    return words ^ (words >> np.uint64(31))
+
+
+class Packer:
+    """Cuts a stream of tokens into windows of T; nothing is padded, nothing overlaps.
+
+    Args:
+        context_length: T.
+        bos: Token that starts every window, which then carries T - 1 of the stream; None for none.
+        dtype: Of the windows.
+    """
+
+    def __init__(self, context_length: int, bos: int | None, dtype: np.dtype[np.generic]) -> None:
+        self.context_length, self.bos = context_length, bos
+        self.payload = context_length - (bos is not None)
+        """Tokens of the stream in one window."""
+        self.tail: Tokens = np.empty(0, dtype)
+        """Tokens that fill no window yet."""
+
+    def push(self, tokens: Iterable[Tokens]) -> Tokens:
+        """Continue the stream with `tokens`; the windows [n, T] that are full now."""
+        stream = np.concatenate([self.tail, *tokens])
+        count = len(stream) // self.payload
+        body = stream[: count * self.payload].reshape(count, self.payload)
+        self.tail = stream[count * self.payload :].copy()
+        if self.bos is None:
+            return body
+        windows = np.empty((count, self.context_length), body.dtype)
+        windows[:, 0] = self.bos
+        windows[:, 1:] = body
+        return windows
+
+
+class Holdout:
+    """Sets aside the documents with the smallest hashes: just as many as hold `needed` tokens.
+
+    One pass, memory for `needed` tokens and a document: a document is let go, for good, as soon as the
+    ones with smaller hashes suffice. The outcome is the shortest run of documents, in ascending hash, with
+    `needed` tokens, whatever order they arrive in.
+    """
+
+    def __init__(self, needed: int) -> None:
+        self.needed, self.tokens = needed, 0
+        self._heap: list[tuple[int, int, Tokens]] = []  # (-hash, ordinal, tokens): the largest hash first
+
+    def push(self, ordinal: int, key_hash: int, tokens: Tokens) -> list[Tokens]:
+        """Offer a document; those let go now, possibly this one."""
+        if self.tokens >= self.needed and (not self._heap or key_hash > -self._heap[0][0]):
+            return [tokens]
+        heapq.heappush(self._heap, (-key_hash, ordinal, tokens.copy()))
+        self.tokens += len(tokens)
+        released: list[Tokens] = []
+        while self._heap and self.tokens - len(self._heap[0][2]) >= self.needed:
+            released.append(heapq.heappop(self._heap)[2])
+            self.tokens -= len(released[-1])
+        return released
+
+    def documents(self) -> list[Tokens]:
+        """The held-out documents, in reading order."""
+        return [tokens for _, _, tokens in sorted(self._heap, key=lambda entry: entry[1])]
+
+
+def in_keyed_order(windows: Tokens, key: int) -> Tokens:
+    """`windows` [n, T], numbered from 0, in ascending keyed hash."""
+    return windows[np.argsort(keyed_hash(np.arange(len(windows)), key), kind="stable")]
+
+
+def regroup(blocks: Iterable[Tokens], size: int, limit: int) -> Iterator[Tokens]:
+    """The first `limit` groups of `size` windows from `blocks` of any lengths: [size, T] each."""
+    parts: list[Tokens] = []
+    held = made = 0
+    for block in blocks:
+        while len(block) and made < limit:
+            part, block = block[: size - held], block[size - held :]
+            parts.append(part)
+            held += len(part)
+            if held == size:
+                yield np.concatenate(parts)
+                parts, held, made = [], 0, made + 1
+        if made == limit:
+            return

@@ -1,0 +1,359 @@
+"""`winnow plan`: corpus to token windows to `plan.json` and the token chunks.
+
+One pass over the text; memory does not grow with it. Three stages overlap: reading (a thread), tokenising
+(a thread that waits for the tokenizer's own), packing and spilling (the caller). The store is probed first;
+nothing else reaches it before the whole corpus has been read and found good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
+from importlib import metadata
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
+
+from winnow.cli.console import say
+from winnow.harvester.plan.sources import find_files
+from winnow.harvester.plan.tokenise import DocumentTokenizer
+from winnow.harvester.plan.windows import CorpusWindows, PlanProgress, ProgressCallback
+from winnow.schemas.config import Config
+from winnow.schemas.corpus import CorpusSpec
+from winnow.schemas.errors import ConfigError, PlanMismatch, StoreError
+from winnow.schemas.harvest import BEFORE, Execution, HarvestPlan, PlanSpec, check_shard_size
+from winnow.schemas.subject import HookSite, SubjectIdentity, SubjectSpec, parse_hook
+from winnow.store.format.layout import PLAN_KEY, TOKENS_ARRAY, tokens_key
+from winnow.store.objects import ObjectStore
+from winnow.store.read.reader import load_plan
+from winnow.store.write.writer import create_dataset, differing_fields, put_tokens
+
+if TYPE_CHECKING:
+    from winnow.subject.load import Subject
+
+PUT_THREADS = 8
+"""Token chunks on their way to the store together."""
+OTHER_TOKENIZER = (
+    "Its tokens were made by another tokenizer (what an earlier version rebuilt from a GGUF file cut text "
+    "otherwise): what is stored can be streamed and trained on, but no tokens can be made for it; plan at "
+    "another root"
+)
+
+
+class PlanSubject(Protocol):
+    """What the planner asks of a subject; for one that is not a `Subject`."""
+
+    identity: SubjectIdentity
+    tokenizer: Any
+    """Of transformers (fast), or of `tokenizers`."""
+
+    def sites(self, hooks: Sequence[str], /) -> tuple[HookSite, ...]:
+        """The hooks, resolved; ConfigError for an unknown one."""
+        ...
+
+
+def make_plan(
+    config: Config,
+    store: ObjectStore,
+    *,
+    subject: Subject | PlanSubject | None = None,
+    progress: ProgressCallback | None = None,
+) -> HarvestPlan:
+    """Read and tokenise the corpus, and store the plan and every token chunk.
+
+    On a root that holds the same plan it fills in the chunks that are missing.
+
+    Args:
+        config: `subject`, `corpus` and `plan` must be there.
+        store: The dataset's root.
+        subject: The subject model, where the caller has loaded it already.
+        progress: Called about once a second at most, from this thread.
+
+    Returns:
+        The plan as stored.
+
+    Raises:
+        ConfigError: Anything wrong with config or corpus; nothing has been written.
+        PlanMismatch: The root holds another plan; the differing fields are named.
+        StoreError: The disk is too small, or the store fails.
+        IntegrityError: A token chunk at the root differs from the plan's.
+    """
+    _, corpus, spec = _sections(config)
+    files = find_files(corpus, allow_http=config.storage.allow_http)
+    subject = subject or _outline(config)
+    identity, sites = subject.identity, tuple(subject.sites(spec.hooks))
+    _check_context(spec, identity)
+    _check_shards(spec, sites)
+    stored = _stored_plan(store)
+    if stored is not None:
+        refuse_other(stored, config, store, identity, sites)
+        identity = stored.subject  # the same but for the place of its files
+    tokenizer = DocumentTokenizer(subject.tokenizer, identity, spec, stored)
+    if spec.bos == "none" and tokenizer.added_bos is not None:
+        say(
+            f"plan: bos is none, though the tokenizer of {identity.model} puts a BOS before every text "
+            f"(token {tokenizer.added_bos}): the model may do far worse without; plan.bos: auto adds it"
+        )
+    spec = tokenizer.spec
+    store.probe(single_writer=config.storage.single_writer)  # before hours of reading, and before any put
+    folder = config.harvest.temp_dir or tempfile.gettempdir()
+    shown = PlanProgress(progress, files)
+    with CorpusWindows(corpus, spec, tokenizer, files, folder, shown) as run:
+        run.read()
+        digests = run.digests()
+        plan = HarvestPlan(
+            subject=identity,
+            corpus=corpus,
+            corpus_facts=run.facts(),
+            spec=spec,
+            sites=sites,
+            units=len(digests),
+            tokens_sha256=hashlib.sha256(digests.tobytes()).hexdigest(),
+            bos_token_id=None if tokenizer.bos == identity.bos_token_id else tokenizer.bos,
+            join_token_id=None if tokenizer.join == identity.eos_token_id else tokenizer.join,
+            execution=Execution(
+                batch_windows=config.harvest.batch_windows,
+                threads_per_actor=config.harvest.threads_per_actor,
+                code_version=_version(),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            ),
+        )
+        missing = missing_tokens(plan, store)
+        _check_room(plan, store, len(missing))
+        plan = create_dataset(store, plan, digests)
+        _put(run, store, plan, missing, shown)
+    return plan
+
+
+def read_corpus(config: Config, folder: str, plan: HarvestPlan) -> CorpusWindows:
+    """The config's corpus as `plan` has planned it, not read yet.
+
+    Raises:
+        PlanMismatch: The subject's tokenizer is not the one that made the plan's tokens.
+    """
+    _, corpus, spec = _sections(config)
+    files = find_files(corpus, allow_http=config.storage.allow_http)
+    subject = _outline(config)
+    if subject.identity.tokenizer_sha256 != plan.subject.tokenizer_sha256:
+        raise PlanMismatch(
+            "the plan's tokens cannot be made again",
+            expected=f"the tokenizer with sha256 {plan.subject.tokenizer_sha256}",
+            got=subject.identity.tokenizer_sha256,
+            fix=OTHER_TOKENIZER,
+        )
+    tokenizer = DocumentTokenizer(subject.tokenizer, subject.identity, spec, plan)
+    return CorpusWindows(corpus, tokenizer.spec, tokenizer, files, folder, PlanProgress(None, files))
+
+
+def find_plan(
+    config: Config, store: ObjectStore, *, subject: Subject | PlanSubject | None = None
+) -> HarvestPlan | None:
+    """The root's plan, if there is a whole one, checked against the config without reading the corpus.
+
+    Sections that the config leaves out are not compared. Without `subject`, what the config itself says of
+    the subject is compared (its files, and dtype, attention and commit where they are given outright).
+
+    Returns:
+        The plan; None where there is none, or token chunks are missing (`make_plan` fills them in).
+
+    Raises:
+        PlanMismatch: The plan at the root differs; the fields are named.
+    """
+    plan = _stored_plan(store)
+    if plan is None:
+        return None
+    identity = subject.identity if subject else None
+    same = config.plan is not None and config.plan.hooks == plan.spec.hooks
+    sites = tuple(subject.sites(plan.spec.hooks)) if subject and same else None
+    refuse_other(plan, config, store, identity, sites)
+    return None if missing_tokens(plan, store) else plan
+
+
+def missing_tokens(plan: HarvestPlan, store: ObjectStore) -> list[int]:
+    """Units whose token chunk is not in the store, ascending."""
+    have = {key for key, _ in store.list(TOKENS_ARRAY)}
+    return [unit for unit in range(plan.units) if tokens_key(unit) not in have]
+
+
+def plan_differences(
+    plan: HarvestPlan,
+    config: Config,
+    identity: SubjectIdentity | None = None,
+    sites: tuple[HookSite, ...] | None = None,
+) -> list[str]:
+    """Where `plan` is not what `config` would make: `field: stored X, asked for Y` for each.
+
+    The subject is known by the digests of its weights and tokenizer: where its files lie is provenance.
+    """
+    stored: dict[str, Any] = plan.model_dump(mode="json")
+    wanted = dict(stored)
+    if config.plan is not None:
+        # As the plan would say it: `auto` is whatever is stored.
+        spec = config.plan.settled(plan.spec.model_dump(include=set(BEFORE)))
+        wanted["spec"] = plan.model_copy(update={"spec": spec}).model_dump(mode="json")["spec"]
+    if config.corpus is not None:
+        wanted["corpus"] = config.corpus.model_dump(mode="json")
+    if identity is not None:
+        wanted["subject"] = {**identity.model_dump(mode="json"), **_moved(plan.subject, identity)}
+    elif config.subject is not None:
+        moved = _moved(plan.subject, config.subject)
+        wanted["subject"] = {**stored["subject"], **_stated(config.subject), **moved}
+    if sites is not None:
+        wanted["sites"] = [site.model_dump(mode="json") for site in sites]
+    return differing_fields(stored, wanted)
+
+
+def _moved(planned: SubjectIdentity, found: SubjectIdentity | SubjectSpec) -> dict[str, Any]:
+    """The planned place of the subject's files, where the same files lie elsewhere now; else nothing."""
+    if found.model == planned.model:
+        return {}
+    if isinstance(found, SubjectSpec):
+        # Here, not above: it brings transformers, which only a subject with another name needs.
+        from winnow.subject.weights import holds
+
+        same = holds(found, planned)
+    else:
+        digests = found.weights_sha256, found.tokenizer_sha256
+        same = digests == (planned.weights_sha256, planned.tokenizer_sha256)
+    return {"model": planned.model, "revision": planned.revision} if same else {}
+
+
+def _stated(spec: SubjectSpec) -> dict[str, Any]:
+    """The fields of an identity that the spec alone decides."""
+    stated: dict[str, Any] = {"model": spec.model}
+    if spec.attention != "auto":
+        stated["attention"] = spec.attention
+    if spec.dtype != "auto":
+        stated["dtype"] = spec.dtype
+    if spec.revision is not None and len(spec.revision) == 40:  # a commit, not a branch or tag
+        stated["revision"] = spec.revision
+    return stated
+
+
+def refuse_other(
+    plan: HarvestPlan,
+    config: Config,
+    store: ObjectStore,
+    identity: SubjectIdentity | None = None,
+    sites: tuple[HookSite, ...] | None = None,
+) -> None:
+    """PlanMismatch, with the differing fields, where `plan` is not what `config` asks for."""
+    lines = plan_differences(plan, config, identity, sites)
+    if lines:
+        retokenised = any(line.startswith("subject.tokenizer_sha256") for line in lines)
+        raise PlanMismatch(
+            f"{store.uri} already holds another plan",
+            got="; ".join(lines[:12]),
+            fix=OTHER_TOKENIZER
+            if retokenised
+            else "Name another root, or restore these fields in the config",
+        )
+    if config.subject is not None and config.subject.model != plan.subject.model:
+        say(
+            f"{config.subject.model} holds the weights and the tokenizer that were planned as "
+            f"{plan.subject.model}"
+        )
+
+
+def _stored_plan(store: ObjectStore) -> HarvestPlan | None:
+    return load_plan(store) if store.size(PLAN_KEY) is not None else None
+
+
+def _sections(config: Config) -> tuple[SubjectSpec, CorpusSpec, PlanSpec]:
+    for name in ("subject", "corpus", "plan"):
+        if getattr(config, name) is None:
+            raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix="Add it")
+    assert config.subject is not None
+    assert config.corpus is not None
+    assert config.plan is not None
+    return config.subject, config.corpus, config.plan
+
+
+def _outline(config: Config) -> Subject:
+    """The subject for planning, without its weights: it takes neither memory nor a GPU for them.
+
+    Only the width at a module path needs a forward pass, on the CPU where others have the GPUs.
+    """
+    # Here, not above: it brings torch, which an injected one spares.
+    from winnow.subject.load import Subject, device_of
+
+    spec, _, plan = _sections(config)
+    if config.harvest.ray_address is None:
+        gpu = device_of(spec).type == "cuda" and config.harvest.gpus_per_actor != 0
+    else:
+        gpus = config.harvest.gpus_per_actor
+        gpu = spec.device.startswith("cuda") or spec.device_map is not None or bool(gpus)
+    found = Subject.outline(spec, gpu=gpu)
+    if not all(parse_hook(hook) for hook in plan.hooks):
+        dtype = found.identity.dtype
+        elsewhere = {"device": "cpu", "device_map": None} if config.harvest.ray_address else {}
+        found = Subject.load(spec.model_copy(update={"dtype": dtype, **elsewhere}), until=plan.hooks)
+    if config.harvest.ray_address and spec.dtype == "auto":
+        say(f"plan: the subject runs in {found.identity.dtype}; subject.dtype fixes it")
+    return found
+
+
+def _check_context(spec: PlanSpec, identity: SubjectIdentity) -> None:
+    if identity.context_limit is not None and spec.context_length > identity.context_limit:
+        raise ConfigError(
+            "plan.context_length is longer than the subject allows",
+            expected=f"at most {identity.context_limit}",
+            got=spec.context_length,
+            fix="Lower plan.context_length",
+        )
+
+
+def _check_shards(spec: PlanSpec, sites: tuple[HookSite, ...]) -> None:
+    for site in sites:
+        try:
+            check_shard_size(spec, site)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
+def _check_room(plan: HarvestPlan, store: ObjectStore, units: int) -> None:
+    needed, free = units * plan.spec.windows_per_unit * plan.spec.context_length * 4, store.free_bytes()
+    if free is not None and needed > free:
+        raise StoreError(
+            f"disk too small for the tokens at {store.uri}",
+            expected=f"{needed / 1e9:.2f} GB free",
+            got=f"{free / 1e9:.2f} GB",
+            fix="Free some space, choose another root, or lower plan.train_units",
+        )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("winnow-sae")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def _put(
+    run: CorpusWindows, store: ObjectStore, plan: HarvestPlan, missing: list[int], progress: PlanProgress
+) -> None:
+    """Store the token chunks of `missing`, a few at a time in parallel."""
+    wanted, done = set(missing), 0
+    running: set[Future[None]] = set()
+    pool = ThreadPoolExecutor(PUT_THREADS, "winnow-put-tokens")
+    try:
+        for unit, tokens in enumerate(islice(run.units(), max(missing, default=-1) + 1)):
+            if unit not in wanted:
+                continue
+            running.add(pool.submit(put_tokens, store, plan, unit, tokens))
+            while len(running) >= 2 * PUT_THREADS:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                done += _settle(finished)
+                progress.put(run.tokens, done, len(missing))
+        done += _settle(wait(running).done)
+        progress.put(run.tokens, done, len(missing))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _settle(finished: set[Future[None]]) -> int:
+    for future in finished:
+        future.result()
+    return len(finished)

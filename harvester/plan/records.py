@@ -1,0 +1,275 @@
+"""The records of a jsonl or Parquet file, one by one: text, and the values it is grouped by."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import IO, Any
+
+from winnow.harvester.plan.sources import SourceFile, open_file
+from winnow.harvester.plan.tally import Tally
+from winnow.schemas.corpus import CorpusSpec
+from winnow.schemas.errors import ConfigError
+
+CHUNK_BYTES = 2**16
+"""Read at once. Small on purpose: blocks of a megabyte, freed between longer-lived documents, left holes in
+glibc's heap that grew by hundreds of MiB over a large text file."""
+MAX_RECORD_BYTES = 64 * 2**20
+"""Longest line of a jsonl file."""
+PARQUET_ROWS = 64
+"""Rows decoded together: few, since a row may hold a book."""
+_BOM = codecs.BOM_UTF8
+
+Record = tuple[str, tuple[Any, ...]]
+"""(text, values of `group_by`, which compare)."""
+
+
+class BadRecord(ConfigError):
+    """One record without readable text, in a file that can be read."""
+
+    place = ""
+    """Where in the file: `, line 3`."""
+    reason = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One file on its way to documents."""
+
+    file: SourceFile
+    spec: CorpusSpec
+    tally: Tally
+
+    def settle(self, error: BadRecord) -> None:
+        """Count the record out, or raise, as `corpus.bad_records` says."""
+        if self.spec.bad_records == "refuse":
+            raise error
+        self.tally.leave_out(PurePath(self.file.path).name + error.place, error.reason)
+
+
+def jsonl_records(reading: Reading) -> Iterator[Record]:
+    """Records of a jsonl file; blank lines are none."""
+    before = reading.tally.bytes_done
+    with open_file(reading.file) as (stream, raw):
+        for number, offset, line in _lines(stream, reading):
+            reading.tally.bytes_done = before + raw.tell()
+            if not line.strip():
+                continue
+            try:
+                record = _parse(line, reading.file, number, offset)
+            except BadRecord as error:
+                reading.settle(error)
+                continue
+            yield record
+
+
+def parquet_records(reading: Reading) -> Iterator[Record]:
+    """Rows of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    file, tally = reading.file, reading.tally
+    source, before = file.source, tally.bytes_done
+    with open_file(file) as (stream, _), _arrow_errors(file):
+        # buffer_size: else a whole column chunk, as large as its writer pleased, is read at once
+        parquet = pq.ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False)
+        columns = _text_and_groups(parquet.schema_arrow, file)
+        row, rows = 0, max(parquet.metadata.num_rows, 1)
+        for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
+            # Arrow's own values, which compare whatever their type; Python has no year 40,000 or nanoseconds
+            groups = [_plain_column(batch.column(name)) for name in source.group_by]
+            for index, value in enumerate(_texts(_plain_column(batch.column(source.column)))):
+                try:
+                    text = _text(value, file, f", row {row + index}")
+                except BadRecord as error:
+                    reading.settle(error)
+                    continue
+                yield text, tuple(group[index] for group in groups)
+            row += len(batch)
+            tally.bytes_done = before + (file.size or 0) * row // rows
+
+
+def not_utf8(
+    file: SourceFile, place: str, offset: int, error: UnicodeDecodeError, row: str = ""
+) -> BadRecord:
+    """The complaint about bytes that are no text: `offset` counts from the start of the file, or of `row`."""
+    return _bad(
+        file,
+        place,
+        "not UTF-8",
+        what=f"corpus file {file.name}{row} is not UTF-8 at byte {offset}",
+        expected="UTF-8",
+        got=f"0x{error.object[error.start]:02x} ({error.reason})",
+        fix="Convert it, for instance with iconv -f ENCODING -t utf-8",
+    )
+
+
+def _bad(file: SourceFile, place: str, reason: str, *, fix: str = "Correct it", **parts: Any) -> BadRecord:
+    what = parts.pop("what", f"corpus file {file.name}{place}")
+    error = BadRecord(what, fix=f"{fix}; or set corpus.bad_records to skip", **parts)
+    error.place, error.reason = place, reason
+    return error
+
+
+def _lines(stream: IO[bytes], reading: Reading) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, byte offset of the line, the line without its end)."""
+    number, offset, held, length, ahead = 1, 0, list[bytes](), 0, b""
+    while chunk := ahead or stream.read(CHUNK_BYTES):
+        ahead = b""
+        held.append(chunk)
+        length += len(chunk)
+        if b"\n" in chunk:
+            *lines, rest = b"".join(held).split(b"\n")
+            for line in lines:
+                if len(line) > MAX_RECORD_BYTES:
+                    reading.settle(_too_long(reading.file, number))
+                else:
+                    yield number, offset, line
+                number, offset = number + 1, offset + len(line) + 1
+            held, length = [rest], len(rest)
+        if length > MAX_RECORD_BYTES:
+            reading.settle(_too_long(reading.file, number))
+            while (chunk := stream.read(CHUNK_BYTES)) and b"\n" not in chunk:
+                length += len(chunk)
+            end, _, ahead = chunk.partition(b"\n")
+            number, offset = number + 1, offset + length + len(end) + 1
+            held, length = [], 0
+    yield number, offset, b"".join(held)
+
+
+def _too_long(file: SourceFile, number: int) -> BadRecord:
+    return _bad(
+        file,
+        f", line {number}",
+        "line too long",
+        what=f"corpus file {file.name}, line {number} is too long",
+        expected=f"at most {MAX_RECORD_BYTES} bytes a line",
+        got="more",
+        fix="Write one JSON value a line, or set the source's format",
+    )
+
+
+def _parse(line: bytes, file: SourceFile, number: int, offset: int) -> Record:
+    """One jsonl line; null is empty text."""
+    place, source = f", line {number}", file.source
+    skipped = 0
+    if number == 1 and line.startswith(_BOM):
+        line, skipped = line[len(_BOM) :], len(_BOM)
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise not_utf8(file, place, offset + skipped + error.start, error) from error
+    except (ValueError, RecursionError) as error:
+        raise _bad(file, place, "not JSON", expected="one JSON value a line", got=str(error)) from error
+    if isinstance(value, str) and not source.group_by:
+        return _text(value, file, place), ()
+    if not isinstance(value, dict):
+        expected = "a JSON object" if source.group_by else "a JSON object or string"
+        raise _bad(file, place, "no record", expected=expected, got=f"a JSON {type(value).__name__}")
+    if lacking := _lacking(value, file):
+        raise _bad(file, place, "no such column", **_no_column(lacking, value, file, place))
+    return _text(value[source.column], file, place), tuple(_plain(value[name]) for name in source.group_by)
+
+
+@contextmanager
+def _arrow_errors(file: SourceFile) -> Generator[None]:
+    """Arrow's complaints about the file as a `ConfigError`."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise ConfigError(
+            f"corpus file {file.name}",
+            expected="a Parquet file that Arrow reads",
+            got=" ".join(str(error).split()),
+        ) from error
+
+
+def _text_and_groups(schema: Any, file: SourceFile) -> list[str]:
+    """The columns that are read; ConfigError where one is absent, not single, or the text's is no text."""
+    source = file.source
+    if lacking := _lacking(schema.names, file):
+        parts = _no_column(lacking, schema.names, file, "")
+        raise ConfigError(parts.pop("what"), **parts)
+    columns = list(dict.fromkeys((source.column, *source.group_by)))
+    for name in columns:
+        if (count := schema.names.count(name)) > 1:
+            where = f"corpus file {file.name}, column {name!r}"
+            raise ConfigError(where, expected="one column of that name", got=count)
+    kind = schema.field(source.column).type
+    if not _is_text(kind):
+        where = f"corpus file {file.name}, column {source.column!r}"
+        raise ConfigError(where, expected="text", got=str(kind))
+    return columns
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type may hold text: also bytes, as older writers mark it."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return _is_text(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in tests)
+
+
+def _plain_column(column: Any) -> Any:
+    """`column` without the extension type or the dictionary around its values."""
+    import pyarrow as pa
+
+    if isinstance(column, pa.ExtensionArray):
+        return _plain_column(column.storage)
+    return column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+
+
+def _texts(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # as bytes, so that the row can be named
+        return [value.as_buffer().to_pybytes() if value.is_valid else None for value in column]
+
+
+def _lacking(names: Any, file: SourceFile) -> str | None:
+    """The first column of the source that `names` have not."""
+    wanted = (file.source.column, *file.source.group_by)
+    return next((name for name in wanted if name not in names), None)
+
+
+def _no_column(name: str, names: Any, file: SourceFile, place: str) -> dict[str, Any]:
+    field = "column" if name == file.source.column else "group_by"
+    return {
+        "what": f"corpus file {file.name}{place} has no column {name!r}",
+        "expected": f"one of {', '.join(map(str, names)) or '(it has none)'}",
+        "got": repr(name),
+        "fix": f"Set corpus.sources[].{field} to a column that is there",
+    }
+
+
+def _text(value: Any, file: SourceFile, place: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise not_utf8(file, place, error.start, error, row=place) from error
+    if not isinstance(value, str):
+        expected, got = "text in the column", type(value).__name__
+        raise _bad(file, place, "not text", expected=expected, got=got)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        got = f"a lone surrogate at character {error.start}"
+        raise _bad(file, place, "not Unicode", expected="valid Unicode", got=got) from error
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """`value` as something that compares by content (1 and True stay apart)."""
+    return type(value).__name__, value

@@ -1,0 +1,293 @@
+"""Where the corpus's bytes lie: patterns to files, files to streams, through fsspec.
+
+Credentials come from the usual environment of each protocol's client (for `s3://`: s3fs, which honours
+`AWS_ENDPOINT_URL`); a URI that carries one is refused, since URIs are written into the plan.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape, has_magic
+from pathlib import PurePosixPath
+from typing import IO, Any, Literal, cast
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+from winnow.common.packages import is_package_uri, resolve_package
+from winnow.schemas.corpus import CorpusSpec, SourceSpec
+from winnow.schemas.errors import ConfigError, DependencyMissing, StoreError, WinnowError
+from winnow.store.objects.s3 import s3_endpoint
+
+BLOCK_BYTES = 8 * 2**20
+"""Read-ahead of a remote file."""
+
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+FORMATS: dict[str, Literal["txt", "jsonl", "parquet"]] = {
+    ".txt": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_CLIENTS = ("botocore.", "aiobotocore.", "aiohttp.")
+"""Modules whose errors, of no common base, mean that remote storage failed."""
+_LEAVES = ("file", "s3", "s3a")
+"""Protocols with no other behind them, whose names may hold `::`."""
+_SIGNATURES = ("x-amz-signature", "x-amz-credential", "x-goog-signature", "sig=")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the corpus and how it is read."""
+
+    source: SourceSpec
+    filesystem: AbstractFileSystem
+    path: str
+    """As the file system names it."""
+    size: int | None
+    """Stored (compressed) bytes, where the file system tells them."""
+    format: Literal["txt", "jsonl", "parquet"]
+    compression: str | None
+
+    @property
+    def name(self) -> str:
+        """For messages: the path, with its protocol unless it is local."""
+        return self.path if _is_local(self.filesystem) else self.filesystem.unstrip_protocol(self.path)
+
+
+def find_files(corpus: CorpusSpec, *, allow_http: bool = False) -> list[SourceFile]:
+    """Every file of the corpus, in reading order: by source, then by path. Reads no data.
+
+    Args:
+        corpus: What is read.
+        allow_http: Permit an `http://` S3 endpoint beyond this machine's loopback, as `storage.allow_http`.
+
+    Raises:
+        ConfigError: A pattern without a match, a folder, a format that cannot be told, a URI that
+            carries credentials, or a plain `http://` S3 endpoint beyond loopback.
+        DependencyMissing: The protocol or the compression needs a package that is not installed.
+        StoreError: The storage cannot be reached or refuses.
+    """
+    if any(source.uri.startswith(("s3://", "s3a://")) for source in corpus.sources):
+        s3_endpoint(allow_http)
+    return [file for source in corpus.sources for file in _files_of(source)]
+
+
+@contextmanager
+def open_file(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """(decompressed stream, raw stream) of `file`; the raw one's `tell()` shows progress.
+
+    Raises:
+        ConfigError: The compressed stream is damaged or cut short.
+        StoreError: Reading fails.
+    """
+    try:
+        with file.filesystem.open(file.path, "rb", block_size=BLOCK_BYTES) as raw:
+            with _decompress(raw, file) as stream:
+                yield stream, cast(IO[bytes], raw)
+    except WinnowError:
+        raise
+    except _DAMAGED as error:
+        raise ConfigError(
+            f"corpus file {file.name} is damaged",
+            expected=f"a whole {file.compression} stream",
+            got=str(error) or type(error).__name__,
+            fix="Fetch or compress it again",
+        ) from error
+    except OSError as error:
+        raise StoreError(f"corpus file {file.name} cannot be read", got=str(error)) from error
+    except Exception as error:
+        if not type(error).__module__.startswith(_CLIENTS):
+            raise
+        got = f"{type(error).__name__}: {error}"
+        raise StoreError(f"corpus file {file.name} cannot be read", got=got) from error
+
+
+def _files_of(source: SourceSpec) -> list[SourceFile]:
+    _refuse_secrets(source.uri)
+    if is_package_uri(source.uri):
+        local = fsspec.filesystem("file")
+        found = [(local, str(path), path.stat().st_size) for path in resolve_package(source.uri)]
+    else:
+        found = _match(source.uri)
+    return [
+        SourceFile(source, filesystem, path, size, *_kind(source, path)) for filesystem, path, size in found
+    ]
+
+
+def _match(uri: str) -> list[tuple[AbstractFileSystem, str, int | None]]:
+    try:
+        filesystem, path = _filesystem(uri)
+        filesystem.invalidate_cache()
+        found = _listed(filesystem, path)
+        if not found and uri.startswith("file://"):
+            found = _listed(filesystem, unquote(path))
+    except ImportError as error:
+        protocol = uri.split("://", 1)[0]
+        raise DependencyMissing(
+            f"corpus source {uri!r} needs a package for {protocol}://", got=str(error), fix="Install it"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"corpus source {uri!r}", expected="a path or an fsspec URI", got=str(error)
+        ) from error
+    except Exception as error:  # each protocol's client has errors of its own (no credentials, refused)
+        raise StoreError(
+            f"corpus source {uri!r} cannot be listed",
+            got=f"{type(error).__name__}: {error}",
+            fix="Check the address and the credentials in the environment",
+        ) from error
+    if not found:
+        raise ConfigError(
+            f"corpus source {uri!r} matches nothing",
+            expected="at least one file",
+            got="none",
+            fix="Check corpus.sources"
+            + ("" if "://" in uri else ": relative paths start at the working directory"),
+        )
+    for name, info in found.items():
+        if info.get("type") == "directory":
+            raise ConfigError(
+                f"corpus source {uri!r}",
+                expected="files",
+                got=f"the folder {name}",
+                fix=f"Give a pattern, such as {uri.rstrip('/')}/*.txt",
+            )
+    return [(filesystem, name, found[name].get("size")) for name in sorted(found)]
+
+
+def _filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of `uri`, and what that calls it."""
+    scheme, found, _ = uri.partition("://")
+    if found and scheme not in _LEAVES:
+        return fsspec.url_to_fs(uri)
+    # Not url_to_fs: it takes a name such as `a::b.txt` for a chain of protocols.
+    kind: Any = fsspec.get_filesystem_class(scheme if found else "file")
+    return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
+
+
+def _listed(filesystem: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    """What stands at `path`, or the files that match it as a pattern; empty where nothing does.
+
+    A part of the path that exists as it is written is no pattern: `part[1].jsonl` names that file, and in
+    `run[1]/*.txt` only the star is a wildcard.
+    """
+    parts = path.split("/")
+    for at, part in enumerate(parts):
+        if has_magic(part):
+            if not filesystem.exists("/".join(parts[: at + 1])):
+                break
+            path = "/".join([*map(escape, parts[: at + 1]), *parts[at + 1 :]])
+    else:
+        try:
+            name = "/".join(parts)
+            return {name: filesystem.info(name)}
+        except FileNotFoundError:
+            return {}
+    matches: dict[str, dict[str, Any]] = filesystem.glob(path, detail=True)  # pyright: ignore
+    return {name: info for name, info in matches.items() if info.get("type") != "directory"}
+
+
+def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parquet"], str | None]:
+    name = PurePosixPath(path.replace("\\", "/"))
+    compression = COMPRESSIONS.get(name.suffix.lower())
+    if compression:
+        name = name.with_suffix("")
+    kind = FORMATS.get(name.suffix.lower()) if source.format == "auto" else source.format
+    if kind is None:
+        raise ConfigError(
+            f"corpus file {path}: its format cannot be told from its name",
+            expected=f"one of {', '.join(FORMATS)} (and {', '.join(COMPRESSIONS)})",
+            got=repr(name.suffix),
+            fix="Set the source's format to txt, jsonl or parquet",
+        )
+    if kind == "parquet" and compression:
+        raise ConfigError(
+            f"corpus file {path}",
+            expected="a plain Parquet file (it compresses inside)",
+            got=compression,
+            fix="Unpack it",
+        )
+    return kind, compression
+
+
+def _refuse_secrets(uri: str) -> None:
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return
+    query = parts.query.lower()
+    if (parts.scheme and "@" in parts.netloc) or any(sign in query for sign in _SIGNATURES):
+        raise ConfigError(
+            "corpus source: the URI carries credentials",
+            expected="a URI without them, since the plan records it",
+            got=f"{parts.scheme}:// with credentials",
+            fix="Give the credentials in the environment",
+        )
+
+
+def _is_local(filesystem: AbstractFileSystem) -> bool:
+    protocol = filesystem.protocol
+    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def _decompress(raw: Any, file: SourceFile) -> Any:
+    if file.compression is None:
+        return raw
+    if file.compression == "gzip":
+        return gzip.GzipFile(fileobj=raw)
+    if file.compression == "bz2":
+        return bz2.BZ2File(raw)
+    if file.compression == "xz":
+        return lzma.LZMAFile(raw)
+    return io.BufferedReader(_Zstd(raw, file), 2**17)
+
+
+class _Zstd(io.RawIOBase):
+    """Reads every frame of a zstd file, and raises where the last one is cut short.
+
+    fsspec's own opener stops silently after the first frame, and zstandard's reader at a cut.
+    """
+
+    def __init__(self, raw: IO[bytes], file: SourceFile) -> None:
+        try:
+            import zstandard  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise DependencyMissing(
+                f"corpus file {file.name} needs the package zstandard",
+                fix="Install it: pip install 'winnow-sae[zstd]'",
+            ) from error
+        self._raw, self._error = raw, zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self._frame: Any = None
+        self._pending = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._pending:
+            rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            data = rest or self._raw.read(2**16)
+            if not data:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the last zstd frame is cut short")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            try:
+                self._pending = self._frame.decompress(data)
+            except self._error as error:
+                raise EOFError(str(error)) from error
+        count = min(len(buffer), len(self._pending))
+        buffer[:count], self._pending = self._pending[:count], self._pending[count:]
+        return count

@@ -1,0 +1,187 @@
+"""Windows in keyed order, however many: an external sort through one file on local disk.
+
+The file has no name (or loses it at once), so that a killed planner leaves nothing behind. Windows are
+gathered in a buffer; when it is full they are grouped by the high bits of their hash and appended, and
+where each bucket's pieces lie stays in memory. Reading takes one bucket at a time and sorts it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from winnow.common.hashing import keyed_hash
+from winnow.harvester.plan.packing import Tokens
+from winnow.schemas.errors import StoreError
+
+BUCKET_BYTES = 16 * 2**20
+"""Aim for a bucket; sorting takes about twice that in memory."""
+MAX_BUCKETS = 4096
+BUCKETS_WHEN_UNKNOWN = 1024
+HASH_BYTES = 8
+PIECE_BYTES = 16 * 2**10
+"""Least a bucket gets of the buffer, so that it is not read back in crumbs."""
+
+
+def record_bytes(context_length: int, dtype: np.dtype[np.generic]) -> int:
+    """Disk taken by one window, in bytes."""
+    return HASH_BYTES + context_length * dtype.itemsize
+
+
+def bucket_count(spill_bytes: int | None) -> int:
+    """Buckets, a power of two, for a forecast of `spill_bytes` (None: unknown)."""
+    if spill_bytes is None:
+        return BUCKETS_WHEN_UNKNOWN
+    return 1 << min(max(spill_bytes // BUCKET_BYTES, 0).bit_length(), MAX_BUCKETS.bit_length() - 1)
+
+
+def check_space(folder: str, needed: int, what: str) -> None:
+    """StoreError where `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreError(
+            f"disk too small for {what} in {folder}",
+            expected=f"about {needed / 1e9:.2f} GB free",
+            got=f"{free / 1e9:.2f} GB",
+            fix="Free some space, or name a larger folder in harvest.temp_dir",
+        )
+
+
+class WindowSpill:
+    """Takes windows [n, T] in any number of calls, gives them back in keyed order, as often as asked.
+
+    Args:
+        context_length: T.
+        dtype: Of the tokens.
+        key: Of the order (`packing.order_key`).
+        folder: Local folder for the file.
+        buckets: A power of two; the order does not depend on it.
+        keep: Give back only the first this many windows in keyed order; what can no longer be among
+            them is not written. None keeps all.
+        buffer_bytes: Windows gathered in memory before they are written.
+    """
+
+    def __init__(
+        self,
+        context_length: int,
+        dtype: np.dtype[np.generic],
+        key: int,
+        *,
+        folder: str,
+        buckets: int = BUCKETS_WHEN_UNKNOWN,
+        keep: int | None = None,
+        buffer_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        if buckets < 1 or buckets & (buckets - 1):
+            raise ValueError(f"buckets must be a power of two, got {buckets}")
+        self._record = np.dtype([("hash", "<u8"), ("tokens", dtype.newbyteorder("<"), (context_length,))])
+        self._key, self._keep, self._folder = key, keep, folder
+        self._shift = 65 - buckets.bit_length()
+        self._pieces: list[list[tuple[int, int]]] = [[] for _ in range(buckets)]  # (offset, windows)
+        self._sizes = np.zeros(buckets, np.int64)
+        self._open = buckets
+        room = max(buffer_bytes, buckets * PIECE_BYTES) // self._record.itemsize
+        self._buffer = np.empty(max(room, 1), self._record)
+        self._filled = 0
+        self.windows = 0
+        """Windows taken, kept or not."""
+        self.bytes = 0
+        """Size of the file."""
+        self._file = tempfile.TemporaryFile(prefix="winnow-plan-", dir=folder)  # noqa: SIM115 (closed on exit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, windows: Tokens) -> None:
+        """Take windows [n, T]; their ordinals go on from the last call's.
+
+        Raises:
+            StoreError: The disk is full.
+        """
+        if not len(self._buffer):
+            raise ValueError("nothing can be added after ordered()")
+        hashes = keyed_hash(np.arange(self.windows, self.windows + len(windows)), self._key)
+        self.windows += len(windows)
+        if self._open < len(self._pieces):
+            chosen = self._bucket(hashes) < self._open
+            hashes, windows = hashes[chosen], windows[chosen]
+        while len(hashes):
+            count = min(len(hashes), len(self._buffer) - self._filled)
+            target = self._buffer[self._filled : self._filled + count]
+            target["hash"], target["tokens"] = hashes[:count], windows[:count]
+            hashes, windows = hashes[count:], windows[count:]
+            self._filled += count
+            if self._filled == len(self._buffer):
+                self._flush()
+
+    def ordered(self) -> Iterator[Tokens]:
+        """Blocks [n, T] of the kept windows, ascending in keyed hash over all blocks."""
+        self._flush()
+        self._buffer = self._buffer[:0].copy()
+        left = self.windows if self._keep is None else self._keep
+        for pieces, size in zip(self._pieces, self._sizes, strict=True):
+            if left <= 0:
+                return
+            records = np.empty(int(size), self._record)
+            at = 0
+            for offset, count in pieces:
+                self._read(records[at : at + count], offset)
+                at += count
+            order = np.argsort(records["hash"], kind="stable")[:left]
+            left -= len(order)
+            if len(order):
+                yield records["tokens"][order]
+
+    def _bucket(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        if self._shift == 64:
+            return np.zeros(len(hashes), np.int64)
+        return (hashes >> np.uint64(self._shift)).astype(np.int64)
+
+    def _flush(self) -> None:
+        records, self._filled = self._buffer[: self._filled], 0
+        if not len(records):
+            return
+        bucket = self._bucket(records["hash"])
+        counts = np.bincount(bucket, minlength=len(self._pieces))
+        counts[self._open :] = 0
+        total = int(counts.sum())
+        blob = records[np.argsort(bucket, kind="stable")[:total]]
+        try:
+            self._file.write(blob.view(np.uint8).data)
+            self._file.flush()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise StoreError("the planner's spill file cannot be written", got=str(error)) from error
+            check_space(self._folder, blob.nbytes * 2, "the planner's spill file")
+            raise StoreError(f"disk full in {self._folder}", got=str(error)) from error
+        starts = self.bytes + (np.cumsum(counts) - counts) * self._record.itemsize
+        for number in np.flatnonzero(counts):
+            self._pieces[number].append((int(starts[number]), int(counts[number])))
+        self.bytes += blob.nbytes
+        self._sizes += counts
+        if self._keep is not None:
+            enough = np.flatnonzero(np.cumsum(self._sizes) >= self._keep)
+            if len(enough):
+                self._open = min(self._open, int(enough[0]) + 1)
+
+    def _read(self, records: NDArray[np.void], offset: int) -> None:
+        view = memoryview(records.view(np.uint8).data).cast("B")
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            if count == 0:
+                raise StoreError("the planner's spill file is shorter than what was written to it")
+            done += count

@@ -1,0 +1,281 @@
+"""Documents to token ids, in parallel: reading, tokenising and packing overlap.
+
+Threads only: the tokenizer's own (Rust) do the work inside `encode_batch`, with the GIL released, and
+nothing forks, which would turn them off.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from winnow.harvester.plan.packing import Tokens
+from winnow.schemas.errors import ConfigError, IntegrityError
+from winnow.schemas.harvest import BEFORE, HarvestPlan, PlanSpec
+from winnow.schemas.subject import SubjectIdentity
+
+BATCH_CHARS = 2**21
+"""Characters tokenised together: enough for every core, little enough to keep memory flat (the
+tokenizer takes about 30 bytes for each while it works)."""
+BATCH_DOCUMENTS = 4096
+AHEAD = 2
+"""Batches waiting between two stages."""
+
+ControlTokens = Literal["text", "token"]
+"""What a special token's spelling inside a text is read as."""
+
+T = TypeVar("T")
+
+
+def read_ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
+    """`items`, made in a thread of their own, at most `depth` of them waiting.
+
+    An error in `items` is raised here; leaving early ends the thread.
+    """
+    waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    left = threading.Event()
+
+    def hand_over(item: T | None, error: BaseException | None) -> None:
+        while not left.is_set():
+            try:
+                waiting.put((item, error), timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        source = iter(items)
+        try:
+            for item in source:
+                hand_over(item, None)
+                if left.is_set():
+                    break
+            else:
+                hand_over(None, StopIteration())
+        except BaseException as error:  # carried to the reader's thread, whatever it is
+            hand_over(None, error)
+        finally:
+            if hasattr(source, "close"):
+                source.close()  # pyright: ignore
+
+    thread = threading.Thread(target=produce, name="winnow-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # pyright: ignore[reportReturnType]
+    finally:
+        left.set()
+        thread.join()
+
+
+def batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Consecutive documents, about `BATCH_CHARS` characters together."""
+    batch: list[str] = []
+    characters = 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class TextTokenizer:
+    """Text to token ids, for whoever reads text: nothing is added, cut or padded.
+
+    Tokens that a tokenizer adds without calling them special (runs of spaces, `<think>`) belong to its
+    ordinary text.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers, or one of `tokenizers` itself; it stays as it is.
+        control: What a special token's spelling inside a text is read as: `text`, split like any other, or
+            that `token`.
+        model: Whose tokenizer it is, for messages.
+
+    Raises:
+        ConfigError: A slow tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, *, control: ControlTokens = "text", model: str = "") -> None:
+        # A copy: its settings are not the subject's. `to_str` leaves `encode_special_tokens` out.
+        self._tokenizer: Tokenizer = Tokenizer.from_str(_backend(tokenizer, model).to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = control == "text"
+
+    @cached_property
+    def bos(self) -> int | None:
+        """The token that the tokenizer itself puts before a text (the first, if several), or None.
+
+        What its post-processor does decides, not `bos_token_id`: that of Qwen and of SmolLM2-Instruct begins
+        a chat's turn, and no text.
+        """
+        plain = self.encode("x")
+        ids = self._tokenizer.encode("x", add_special_tokens=True).ids
+        before = next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)
+        return ids[0] if before else None
+
+    @cached_property
+    def special(self) -> frozenset[str]:
+        """The spellings of the special tokens."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    def token(self, number: int) -> str | None:
+        """The spelling of a token in the vocabulary."""
+        return self._tokenizer.id_to_token(number)
+
+    def number(self, token: str) -> int | None:
+        """A token's number, where the vocabulary has it."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of one text [T]."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """The tokens of each text, made on all cores."""
+        return (made.ids for made in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
+
+
+def _backend(tokenizer: Any, model: str = "") -> Tokenizer:
+    backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ConfigError(
+            f"subject {model!r} has no fast tokenizer",
+            expected="a tokenizer.json or one that transformers can convert",
+            got=type(tokenizer).__name__,
+            fix="Save a fast tokenizer beside the weights",
+        )
+    return backend
+
+
+TURN_ENDS = frozenset(
+    {
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eot|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|return|>",
+        "<|end_of_turn|>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|role_end|>",
+    }
+)
+"""Tokens that end a turn of a chat, not a document."""
+DOCUMENT_ENDS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<EOS_TOKEN>",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+)
+"""Tokens that end a document, the surest first."""
+
+
+class DocumentTokenizer:
+    """A subject's tokenizer, set for whole documents: nothing is cut or padded, one token follows each.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers, or one of `tokenizers` itself.
+        identity: The subject's; its vocabulary bounds the ids.
+        spec: What joins documents, starts windows and becomes of control tokens' spellings.
+        plan: One that was made already, whose tokens are used again.
+
+    Attributes:
+        spec: As given, `auto` settled.
+        join: The token after each document.
+        bos: The token that windows start with, or None.
+        added_bos: The token that the tokenizer itself puts before a text, or None.
+
+    Raises:
+        ConfigError: A slow tokenizer, or one without the token asked for.
+    """
+
+    def __init__(
+        self, tokenizer: Any, identity: SubjectIdentity, spec: PlanSpec, plan: HarvestPlan | None = None
+    ) -> None:
+        self._identity = identity
+        if plan is not None:
+            spec = spec.settled(plan.spec.model_dump(include=set(BEFORE)))
+        spec = spec.settled({"control_tokens": "text"})
+        self._text = TextTokenizer(
+            tokenizer, control="token" if spec.control_tokens == "token" else "text", model=identity.model
+        )
+        self.added_bos = self._text.bos
+        spec = spec.settled({"bos": "none" if self.added_bos is None else "window"})
+        self.spec: PlanSpec = spec.settled({"join": self._trained_with()})
+        self.bos: int | None = None
+        if spec.bos == "window":
+            self.bos = plan.bos_token if plan else self._found("plan.bos", "bos")
+        join = plan.join_token if plan else None
+        self.join: int = self._found("plan.join", self.spec.join) if join is None else join
+        self.dtype: np.dtype[np.generic] = np.dtype(np.uint16 if identity.vocabulary <= 2**16 else np.uint32)
+        """The smallest that holds every id: what is spilled to disk."""
+
+    def _trained_with(self) -> str:
+        """What `plan.join: auto` is; `PlanSpec.join` has the rule."""
+        eos = self._identity.eos_token_id
+        if eos is not None and self._text.token(eos) not in TURN_ENDS:
+            return "eos"
+        special = self._text.special
+        return next((token for token in DOCUMENT_ENDS if token in special), "eos")
+
+    def _found(self, field: str, token: str) -> int:
+        """The number of `eos`, of `bos` or of a token's text."""
+        if token == "eos":
+            number = self._identity.eos_token_id
+        elif token == "bos":
+            number = self._identity.bos_token_id if self.added_bos is None else self.added_bos
+        else:
+            number = self._text.number(token)
+        if number is None:
+            named = {"eos": "an EOS token", "bos": "a BOS token"}.get(token, f"a token {token!r}")
+            raise ConfigError(
+                f"{field}: the tokenizer of subject {self._identity.model!r}",
+                expected=named,
+                got="none",
+                fix="Set plan.bos to none"
+                if field == "plan.bos"
+                else "Set plan.join to the text of the token that ends a document, or set eos_token in the "
+                "model's tokenizer_config.json",
+            )
+        return number
+
+    def __call__(self, texts: list[str]) -> list[Tokens]:
+        """The tokens of each document, the joining one at the end.
+
+        Raises:
+            IntegrityError: An id beyond the subject's embedding.
+        """
+        made: list[Tokens] = []
+        for ids in self._text.encode_batch(texts):
+            ids.append(self.join)
+            made.append(np.array(ids, np.uint32))
+        largest = max(int(tokens.max()) for tokens in made)
+        if largest >= self._identity.vocabulary:
+            raise IntegrityError(
+                f"the tokenizer of {self._identity.model!r} does not fit its model",
+                expected=f"token ids below {self._identity.vocabulary}, the embedding's rows",
+                got=largest,
+                fix="Use the tokenizer the model was trained with",
+            )
+        return [tokens.astype(self.dtype) for tokens in made]

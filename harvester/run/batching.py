@@ -1,0 +1,132 @@
+"""How many windows go through the LM at once: measured once, remembered beside the dataset.
+
+Letters: T context length.
+
+The rows' last bits depend on the batch shape, so a choice that is made by the clock must be made once:
+the first worker of a kind of device measures, `batches/<device>.json` is created, and every worker of
+that kind on this root takes what stands there, today or after a restart. Where memory runs out later the
+batch is halved, and `batches/<device>/<windows>.json` says so to the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+
+import torch
+
+from winnow.schemas.harvest import BatchRecord, HarvestPlan
+from winnow.store.format.layout import batch_key, batches_prefix
+from winnow.store.objects import ObjectStore
+from winnow.store.records.commit import settle
+from winnow.subject.load import Subject
+
+log = logging.getLogger(__name__)
+
+GAIN = 1.05
+"""A larger batch must be so much faster to be worth its memory."""
+PATIENCE = 2
+"""Sizes in a row without gain that end the search."""
+MOST_TOKENS = 1 << 20
+"""No batch holds more tokens, however fast."""
+MEASURE_SECONDS = 0.2
+"""Least time that one size is measured for."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory for a tensor, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def smallest_best(rate: Callable[[int], float], most: int) -> tuple[int, dict[int, float]]:
+    """The smallest of 1, 2, 4, ... that is as fast as any, within `GAIN`.
+
+    Args:
+        rate: Measures a size, in tokens/s; raises torch's error where memory runs out, which ends the
+            search below that size.
+        most: No size is larger.
+
+    Returns:
+        The size, and what was measured.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: From `rate`, where not even 1 fits.
+    """
+    rates: dict[int, float] = {}
+    size, idle = 1, 0
+    while size <= most and idle < PATIENCE:
+        try:
+            found = rate(size)
+        except RuntimeError as error:
+            if not rates or not out_of_memory(error):
+                raise
+            break
+        idle = 0 if found > GAIN * max(rates.values(), default=0.0) else idle + 1
+        rates[size] = found
+        size *= 2
+    best = max(rates.values())
+    return min(size for size, found in rates.items() if found * GAIN >= best), rates
+
+
+def measure(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, float]]:
+    """Windows in a pass that make this subject fastest here, and tokens/s by size."""
+    T = plan.spec.context_length
+    vocabulary, cuda = plan.subject.vocabulary, subject.device.type == "cuda"
+
+    def run(tokens: torch.Tensor) -> None:
+        subject.activations(tokens, plan.spec.hooks)
+        if cuda:
+            torch.cuda.synchronize(subject.device)
+
+    def rate(size: int) -> float:
+        tokens = (torch.arange(size * T) % vocabulary).view(size, T)
+        if cuda or size == 1:
+            run(tokens)  # the first pass of a shape pays for more than itself
+        passes, start = 0, time.perf_counter()
+        while not passes or time.perf_counter() - start < MEASURE_SECONDS:
+            run(tokens)
+            passes += 1
+        return passes * tokens.numel() / (time.perf_counter() - start)
+
+    most = max(1, min(plan.spec.windows_per_unit, MOST_TOKENS // T))
+    try:
+        return smallest_best(rate, most)
+    finally:
+        free(subject.device)
+
+
+def chosen(store: ObjectStore, plan: HarvestPlan, subject: Subject, threads: int) -> int:
+    """The batch of this root for workers of this kind, measured if nobody has; see the module."""
+    kind = kind_of(subject.device, threads)
+    if store.size(batch_key(kind)) is None:
+        size, rates = measure(subject, plan)
+        log.info("%d windows in a pass; tokens/s by size: %s", size, rates)
+        record = BatchRecord(plan_fingerprint=plan.fingerprint, batch_windows=size, tokens_per_s=rates)
+        settle(store, batch_key(kind), record.to_json())
+    key = batch_key(kind)
+    size = BatchRecord.from_json(store.get(key), origin=f"{store.uri}/{key}").batch_windows
+    names = (key.rpartition("/")[2].removesuffix(".json") for key, _ in store.list(batches_prefix(kind)))
+    return min([size, *(int(name) for name in names if name.isdecimal() and int(name) > 0)])
+
+
+def remember_less(store: ObjectStore, plan: HarvestPlan, device: torch.device, threads: int, to: int) -> None:
+    """Tell workers to come that memory ran out, and `to` windows are left."""
+    record = BatchRecord(plan_fingerprint=plan.fingerprint, batch_windows=to)
+    settle(store, batch_key(kind_of(device, threads), to), record.to_json())
+
+
+def kind_of(device: torch.device, threads: int) -> str:
+    """What decides the speed of a pass: `cpu-8`, `nvidia-h100-80gb-hbm3`."""
+    if device.type != "cuda":
+        return f"cpu-{threads}"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def free(device: torch.device) -> None:
+    """Give the memory that torch keeps for later back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

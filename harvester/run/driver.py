@@ -1,0 +1,223 @@
+"""The harvest's driver: work list, Ray actors, retries, progress, seal.
+
+The work list is the plan minus the receipts, so a re-run resumes and P3 (kill anything, run the
+same command again) needs nothing more. One driver, no leases.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from winnow.cli.console import Progress, human_bytes, say
+from winnow.cluster.crew import Crew, cluster, first_line, gpus_per_actor, threads_per_actor
+from winnow.common.config_file import section
+from winnow.harvester.run.brake import Brake
+from winnow.harvester.run.failures import Failures
+from winnow.harvester.run.ledger import RunLedger, settle_account
+from winnow.harvester.run.single import LocalRun, accept, check_single_writer
+from winnow.harvester.run.worker import UnitWorker
+from winnow.schemas.config import Config
+from winnow.schemas.errors import StoreError, WinnowError, WorkerError
+from winnow.schemas.follow import FollowLimits
+from winnow.schemas.harvest import HarvestManifest, HarvestPlan
+from winnow.store.objects import ObjectStore
+from winnow.store.read.reader import receipts_present
+from winnow.store.write.writer import seal
+
+UNITS_QUEUED = 2
+"""Units at an actor at once: one in the LM, one being committed. Bounds an actor's memory."""
+POLL_SECONDS = 1.0
+
+
+def forecast_bytes(plan: HarvestPlan, units: int) -> int:
+    """Bytes that `units` more units will take in the store."""
+    return units * sum(plan.shard_bytes(site.name) for site in plan.sites)
+
+
+def check_space(
+    plan: HarvestPlan, store: ObjectStore, units: int, follow: FollowLimits | None = None
+) -> None:
+    """StoreError where a local root's disk is too small for `units` more units, or for the ring."""
+    need, free = forecast_bytes(plan, units), store.free_bytes()
+    if follow is not None and follow.ring:
+        need = min(need, follow.high_water_bytes)
+    if free is not None and need > free:
+        raise StoreError(
+            f"disk of {store.uri} is too small for this harvest",
+            expected=f"{human_bytes(need)} free",
+            got=human_bytes(free),
+            fix="Free space, choose another root, or lower plan.train_units",
+        )
+
+
+def harvest(
+    config: Config, store: ObjectStore, plan: HarvestPlan, *, accept_quarantined: bool = False
+) -> HarvestManifest:
+    """Make every unit that has no receipt yet, then seal the dataset.
+
+    Args:
+        config: With `subject` and `harvest`.
+        store: The dataset's root.
+        plan: The plan found there.
+        accept_quarantined: Commit units that cannot be made as void, with the cause.
+
+    Raises:
+        WorkerError: Units are quarantined, or too many attempts failed in a row.
+        NonFiniteError: Nothing but NaN or infinity from the subject stands in the way.
+        StoreError: The store lies, refuses or is full.
+    """
+    check_single_writer(config)
+    have = receipts_present(store, plan)
+    todo = [unit for unit in range(plan.units) if unit not in have]
+    if todo:
+        store.probe(single_writer=config.storage.single_writer)
+        check_space(plan, store, len(todo), config.harvest.follow)
+        say(
+            f"harvest: {len(todo)} of {plan.units} units to do, "
+            f"{human_bytes(forecast_bytes(plan, len(todo)))} to write to {store.uri}"
+        )
+
+        def enough_space() -> None:
+            check_space(plan, store, plan.units - len(receipts_present(store, plan)))
+
+        failures = Failures(config.harvest, enough_space)
+        with RunLedger(store, plan, failures) as ledger:
+            if config.storage.single_writer:
+                LocalRun(config, store, plan, todo, failures, ledger).go()
+            else:
+                with cluster(config):
+                    _Run(config, store, plan, todo, failures, ledger).go()
+        if failures.quarantined:
+            if not accept_quarantined:
+                raise failures.refusal(plan.units)
+            accept(store, plan, config.harvest, failures)
+    manifest = seal(store, plan)
+    settle_account(store, plan, manifest)
+    return manifest
+
+
+class _Run:
+    """One run's bookkeeping: which unit is where, what failed how often."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: ObjectStore,
+        plan: HarvestPlan,
+        todo: list[int],
+        failures: Failures,
+        ledger: RunLedger,
+    ) -> None:
+        self._config, self._store, self._plan, self._ledger = config, store, plan, ledger
+        self._queue = deque(todo)
+        self._flying: dict[Any, tuple[int, int]] = {}  # result ref -> (actor's number, unit)
+        self._failures = failures
+        self._windows: dict[int, int] = {}  # actor's number -> windows it has run
+        self._committed = 0
+        self._total = len(todo)
+        have = set(range(plan.units)) - set(todo)
+        self._brake = Brake(config.harvest.follow, store, plan, have)
+
+    def go(self) -> None:
+        """Work until the queue is empty."""
+        spec = self._plan.spec
+        unit_tokens = spec.windows_per_unit * spec.context_length
+        self._crew = self._muster()
+        self._actors = self._crew.members
+        self._crew.await_first()
+        self._ledger.start()
+        done_before = self._plan.units - self._total
+        with Progress("harvest", self._plan.units * unit_tokens, "tokens", done_before * unit_tokens) as bar:
+            self._hand_out()
+            while self._flying or self._queue:
+                moments = [*self._flying, *self._crew.waiting]
+                if not moments:  # the brake is on
+                    time.sleep(POLL_SECONDS)
+                    self._hand_out()
+                    continue
+                finished, _ = ray.wait(moments, num_returns=1, timeout=POLL_SECONDS)
+                for ref in finished:
+                    if ref in self._flying:
+                        self._collect(ref)
+                    else:
+                        self._crew.welcome(ref)
+                self._hand_out()
+                units = done_before + self._committed
+                tokens = max(units * unit_tokens, done_before * unit_tokens + self._tokens_run())
+                bar.update(tokens, units=f"{units}/{self._plan.units}", failed=self._failures.total)
+
+    def _muster(self) -> Crew:
+        """Ask for the actors."""
+        spec = self._config.harvest
+        threads, gpus = threads_per_actor(self._config), gpus_per_actor(self._config)
+        actor_class: Any = ray.remote(UnitWorker)
+        remote = actor_class.options(num_cpus=threads, num_gpus=gpus, max_concurrency=UNITS_QUEUED + 1)
+
+        def make() -> Any:
+            return remote.remote(
+                self._plan.to_json(),
+                self._store.uri,
+                self._config.storage,
+                section(self._config.subject, "subject"),
+                threads,
+                spec.batch_windows,
+                gpus,
+            )
+
+        return Crew(
+            make,
+            min(spec.actors, self._total),
+            {"CPU": threads, "GPU": gpus},
+            growing=spec.ray_address is not None,
+        )
+
+    def _hand_out(self) -> None:
+        load: Counter[int] = Counter()
+        for number, unit in self._flying.values():
+            load[number] += UNITS_QUEUED if self._failures.alone(unit) else 1
+        for number, actor in self._actors.items():
+            while self._queue and load[number] < UNITS_QUEUED and self._brake.may_begin(self._queue[0]):
+                if self._failures.alone(self._queue[0]) and load[number]:
+                    break
+                unit = self._queue.popleft()
+                self._brake.begin(unit)
+                self._flying[actor.run.remote(unit)] = (number, unit)
+                load[number] += UNITS_QUEUED if self._failures.alone(unit) else 1
+
+    def _collect(self, ref: Any) -> None:
+        number, unit = self._flying.pop(ref)
+        try:
+            self._ledger.add(ray.get(ref))
+        except RayActorError as error:
+            if self._crew.lost(number, error):  # with its node: no fault of the unit
+                self._queue.appendleft(unit)
+                return
+            self._failed(unit, WorkerError(f"unit {unit}: its actor died", got=first_line(error)), died=True)
+        except RayTaskError as error:
+            known = error.cause if isinstance(error.cause, WinnowError) else None
+            starved = isinstance(error.cause, MemoryError)  # tried alone, as after a kill by the kernel
+            self._failed(unit, known or WorkerError(f"unit {unit}", got=first_line(error)), died=starved)
+        else:
+            self._committed += 1
+            self._failures.succeeded(unit)
+
+    def _failed(self, unit: int, error: WinnowError, *, died: bool = False) -> None:
+        if self._failures.failed(unit, error, died=died):
+            self._queue.append(unit)
+
+    def _tokens_run(self) -> int:
+        """Tokens the LM has run in this run; an actor that does not answer keeps its last count."""
+        asked = {actor.windows_done.remote(): number for number, actor in self._actors.items()}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_SECONDS)
+        for ref in answered:
+            try:
+                self._windows[asked[ref]] = ray.get(ref)
+            except (RayActorError, RayTaskError):
+                continue
+        most = self._total * self._plan.spec.windows_per_unit
+        return min(sum(self._windows.values()), most) * self._plan.spec.context_length

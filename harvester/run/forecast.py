@@ -1,0 +1,272 @@
+"""What a harvest will take before it starts: bytes, objects, requests, hours and money.
+
+Arithmetic on the plan (or on the config, before there is one) and one rate: that of the ledger's runs,
+or of the subject on this machine, measured over a few batches.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+
+from winnow.cli.console import human_bytes
+from winnow.common.config_file import section
+from winnow.harvester.run.ledger import WRITE_SECONDS, read_ledger
+from winnow.schemas.base import Contract
+from winnow.schemas.config import Config, PricesSpec
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.harvest import MOMENT_UNITS, SLICES, HarvestPlan, PlanSpec, row_bytes
+from winnow.schemas.subject import HookSite
+from winnow.store.objects import ObjectStore
+from winnow.store.objects.probe import probe_requests
+from winnow.store.read.reader import receipts_present
+from winnow.store.records.parts import PART_UNITS
+
+LIST_KEYS = 1000
+"""Keys of one page of a listing."""
+MEASURE_BATCHES, MEASURE_SECONDS = 3, 5.0
+"""The rate is measured over at least so many batches, and until so many seconds have passed."""
+RECEIPT_BYTES = 4096
+"""Of a receipt, a hook."""
+MOMENT_BYTES = 44
+"""Of two moments of one dimension, as JSON, in the first receipts."""
+FIXED_OBJECTS = 5
+"""plan.json, the root's zarr.json, token digests, manifest.json, ledger.json."""
+
+
+class Requests(Contract):
+    """Requests to the store."""
+
+    puts: int
+    gets: int
+    lists: int
+
+
+class Money(Contract):
+    """Amounts at the config's prices."""
+
+    currency: str
+    storage: float
+    """For `prices.months_kept` months."""
+    requests: float
+    actors: float | None
+    """None where no rate is known."""
+    total: float
+
+
+class Forecast(Contract):
+    """What is left to do on a root, and what it takes."""
+
+    units: int
+    """Of the whole dataset."""
+    units_to_do: int
+    tokens_to_do: int
+    """Tokens the LM runs."""
+    bytes: int
+    """The finished dataset: shards, tokens, receipts."""
+    bytes_to_do: int
+    """Shards to be written."""
+    free_bytes: int | None
+    """Room at a local root."""
+    objects: int
+    """The finished dataset's."""
+    requests: Requests
+    """Of what is to be done, planning included where there is no plan yet."""
+    tokens_per_second: float | None
+    rate_from: str | None
+    """`ledger`: this root's earlier runs; `measured`: the LM alone, on this machine, times the actors."""
+    hours: float | None
+    bytes_per_second: float | None
+    """What storage must take for the LM not to wait."""
+    money: Money | None
+    """None where the config has no `prices`."""
+
+
+def forecast(
+    config: Config,
+    store: ObjectStore,
+    plan: HarvestPlan | None,
+    *,
+    measure: Callable[[], tuple[tuple[HookSite, ...], float]] | None = None,
+) -> Forecast:
+    """Count what the harvest of `config` on `store` has left to do.
+
+    Args:
+        config: With `plan` and `harvest`; `prices` where money is wanted.
+        store: The root; nothing is written.
+        plan: The plan found there; without one, `plan.train_units` must be given.
+        measure: Gives the hooks' widths and tokens/s of one actor; asked only where the ledger knows no
+            rate or there is no plan. None leaves hours out.
+
+    Raises:
+        ConfigError: Neither a plan nor a number of units.
+    """
+    spec = plan.spec if plan else section(config.plan, "plan")
+    if plan is None and (spec.train_units is None or measure is None):
+        raise ConfigError(
+            "the forecast does not know how many units there will be",
+            expected="a plan at the root, or plan.train_units",
+            got="neither",
+            fix="Run `winnow plan` first (it reads the corpus once), or set plan.train_units",
+        )
+    units = plan.units if plan else spec.validation_units + (spec.train_units or 0)
+    done = len(receipts_present(store, plan)) if plan else 0
+    rate = read_ledger(store).tokens_per_second if plan else None
+    rate_from = "ledger" if rate else None
+    sites = plan.sites if plan else ()
+    if rate is None and measure is not None:
+        sites, alone = measure()
+        rate, rate_from = alone * config.harvest.actors, "measured"
+    shard = sum(_shard_bytes(spec, site) for site in sites)
+    unit_tokens = spec.windows_per_unit * spec.context_length
+    to_do = units - done
+    seconds = to_do * unit_tokens / rate if rate else None
+    probe = probe_requests(store)
+    requests = _requests(spec, units, to_do, probe, planned=plan is not None, seconds=seconds or 0.0)
+    whole = units * (shard + unit_tokens * 4 + 4 + RECEIPT_BYTES * len(sites))
+    whole += min(units, MOMENT_UNITS) * MOMENT_BYTES * sum(site.d_model for site in sites)
+    hours = seconds / 3600 if seconds is not None else None
+    return Forecast(
+        units=units,
+        units_to_do=to_do,
+        tokens_to_do=to_do * unit_tokens,
+        bytes=whole,
+        bytes_to_do=to_do * shard,
+        free_bytes=store.free_bytes(),
+        objects=_objects(spec, units),
+        requests=requests,
+        tokens_per_second=rate,
+        rate_from=rate_from,
+        hours=hours,
+        bytes_per_second=to_do * shard / seconds if seconds else None,
+        money=_money(config.prices, config.harvest.actors, whole, requests, hours),
+    )
+
+
+def measured(config: Config) -> tuple[tuple[HookSite, ...], float]:
+    """The hooks' widths and one actor's tokens/s: the truncated LM over batches of arbitrary tokens."""
+    import torch
+
+    from winnow.subject.load import Subject  # here, not above: it brings torch
+
+    spec, harvest = section(config.plan, "plan"), config.harvest
+    before = torch.get_num_threads()
+    torch.set_num_threads(harvest.threads_per_actor or max(1, (os.cpu_count() or 1) // harvest.actors))
+    try:
+        subject = Subject.load(section(config.subject, "subject"), until=spec.hooks)
+        sites = subject.sites(spec.hooks)
+        vocabulary = subject.identity.vocabulary
+        windows = 8 if harvest.batch_windows == "auto" else harvest.batch_windows
+        shape = (windows, spec.context_length)
+        tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+
+        def run() -> None:
+            for values in subject.activations(tokens, spec.hooks).values():
+                values[-1, -1, -1].item()  # waits for a GPU
+
+        run()
+        batches, start = 0, time.perf_counter()
+        while batches < MEASURE_BATCHES or time.perf_counter() - start < MEASURE_SECONDS:
+            run()
+            batches += 1
+        return sites, batches * tokens.numel() / (time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+
+
+def rows(found: Forecast) -> list[tuple[str, str]]:
+    """The forecast as lines of a table."""
+    requests = found.requests
+    lines = [
+        ("units to do", f"{found.units_to_do:,} of {found.units:,}"),
+        ("tokens to run", f"{found.tokens_to_do:,}"),
+        ("to write", human_bytes(found.bytes_to_do)),
+        ("dataset when finished", f"{human_bytes(found.bytes)} in {found.objects:,} objects"),
+        ("requests", f"{requests.puts:,} puts, {requests.gets:,} gets, {requests.lists:,} lists"),
+    ]
+    if found.free_bytes is not None:
+        lines.append(("free at the root", human_bytes(found.free_bytes)))
+    if found.tokens_per_second and found.hours is not None:
+        source = "earlier runs" if found.rate_from == "ledger" else "the LM here, alone, x actors"
+        lines += [
+            ("rate", f"{found.tokens_per_second:,.0f} tokens/s ({source})"),
+            ("time", human_hours(found.hours)),
+            ("storage must take", f"{human_bytes(found.bytes_per_second or 0)}/s"),
+        ]
+    if found.money:
+        money, unit = found.money, found.money.currency
+        lines += [
+            ("storage", f"{money.storage:,.2f} {unit}"),
+            ("requests cost", f"{money.requests:,.2f} {unit}"),
+        ]
+        if money.actors is not None:
+            lines.append(("actors", f"{money.actors:,.2f} {unit}"))
+        lines.append(("all together", f"{money.total:,.2f} {unit}"))
+    return lines
+
+
+def human_hours(hours: float) -> str:
+    """`2.5 days`, `3.2 h`, `4.0 min` or `12 s`."""
+    for size, unit in ((24.0, "days"), (1.0, "h"), (1 / 60, "min")):
+        if hours >= size:
+            return f"{hours / size:,.1f} {unit}"
+    return f"{hours * 3600:.0f} s"
+
+
+def line(found: Forecast) -> str:
+    """The forecast as one line, said before the work."""
+    parts = [
+        f"{human_bytes(found.bytes)} in {found.objects:,} objects when finished",
+        f"{found.requests.puts:,} puts and {found.requests.gets:,} gets to go",
+    ]
+    if found.hours is not None:
+        parts.append(f"{human_hours(found.hours)} at the rate so far")
+    if found.money:
+        parts.append(f"{found.money.total:,.2f} {found.money.currency}")
+    return "forecast: " + ", ".join(parts)
+
+
+def _shard_bytes(spec: PlanSpec, site: HookSite) -> int:
+    rows_ = spec.windows_per_unit * (spec.context_length - spec.drop_leading)
+    return rows_ * row_bytes(spec.dtype, site.d_model) + SLICES * 4 + SLICES * 16 + 4
+
+
+def _objects(spec: PlanSpec, units: int) -> int:
+    arrays = 3 + len(spec.hooks)  # a zarr.json each: tokens, token digests, activations, hooks
+    return FIXED_OBJECTS + arrays + math.ceil(units / PART_UNITS) + units * (len(spec.hooks) + 2)
+
+
+def _requests(
+    spec: PlanSpec, units: int, to_do: int, probe: tuple[int, int], *, planned: bool, seconds: float
+) -> Requests:
+    if to_do == 0:
+        return Requests(puts=0, gets=0, lists=0)
+    ledger = 2 + int(seconds / WRITE_SECONDS)  # each entry is read before it is written
+    puts = probe[0] + to_do * (len(spec.hooks) + 1) + math.ceil(units / PART_UNITS) + 1 + ledger
+    gets = probe[1] + 3 + 2 * to_do + units + ledger  # tokens and their digests, then every receipt
+    lists = 3 * math.ceil(units / LIST_KEYS)  # tokens, receipts, receipts again to seal
+    if not planned:
+        puts += 3 + 3 + len(spec.hooks) + units  # plan, root, digests; arrays; tokens
+        lists += 1
+    return Requests(puts=puts, gets=gets, lists=lists)
+
+
+def _money(
+    prices: PricesSpec | None, actors: int, whole: int, requests: Requests, hours: float | None
+) -> Money | None:
+    if prices is None:
+        return None
+    storage = whole / 2**30 * prices.gib_month * prices.months_kept
+    asked = (
+        requests.puts + requests.lists
+    ) / 1000 * prices.puts_1000 + requests.gets / 1000 * prices.gets_1000
+    work = hours * actors * prices.actor_hour if hours is not None else None
+    return Money(
+        currency=prices.currency,
+        storage=storage,
+        requests=asked,
+        actors=work,
+        total=storage + asked + (work or 0.0),
+    )

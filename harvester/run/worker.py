@@ -1,0 +1,288 @@
+"""One harvest worker: runs the truncated subject over a unit's windows and commits the unit.
+
+Letters: W windows in a unit, T context length, R rows in a unit, D d_model.
+
+The LM and the commit overlap: while one thread encodes and uploads a unit, another already runs
+the LM on the next. The LM itself belongs to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from winnow.harvester.run.batching import chosen, free, out_of_memory, remember_less
+from winnow.harvester.run.copyout import CopyOut
+from winnow.harvester.run.ledger import UnitFacts
+from winnow.harvester.run.waiting import StorageWait
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError, NonFiniteError, WorkerError
+from winnow.schemas.harvest import SCALE_BYTES, Attempt, HarvestPlan
+from winnow.schemas.subject import SubjectSpec
+from winnow.store.format.layout import STORED_DTYPES, row_permutation
+from winnow.store.objects import open_store
+from winnow.store.read.reader import read_tokens
+from winnow.store.write.writer import commit_unit
+from winnow.subject.load import Subject
+
+log = logging.getLogger(__name__)
+
+_TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.float32,  # before it is scaled
+}
+_EXPONENTS = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+
+
+def all_finite(values: torch.Tensor) -> torch.Tensor:
+    """Whether no value is NaN or infinity, as a bool [] on their device: `values.isfinite().all()`.
+
+    That takes 36 times as long as the exponents' bits for bfloat16 on a CPU. There a sum, which needs no
+    memory, tells first: it is finite only where all values are.
+    """
+    if values.device.type == "cpu" and bool((total := values.sum()).isfinite()):
+        return total.isfinite()
+    integer, exponent = _EXPONENTS[values.dtype]
+    return values.view(integer).bitwise_and(exponent).amax() < exponent
+
+
+def to_int8(rows: torch.Tensor) -> torch.Tensor:
+    """float32 [R, D] -> int8 [R, D + 4] on their device, bit for bit as `store.format.shards.to_stored`."""
+    scale = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.cat([(rows / scale).round().to(torch.int8), scale.view(torch.int8)], dim=1)
+
+
+def _as_items(rows: NDArray[np.generic]) -> NDArray[np.void]:
+    """[R, D] contiguous -> [R], each row one item: so NumPy puts rows in their places faster.
+
+    Between items of different sizes NumPy cuts and pads without a word: widths are checked before.
+    """
+    return rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]
+
+
+def _telling(stored: torch.Tensor) -> torch.Tensor:
+    """What tells whether stored rows are finite: of int8 their scales [R, 1], else the rows."""
+    if stored.dtype != torch.int8:
+        return stored
+    return stored[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+
+
+class UnitWorker:
+    """Makes units of one dataset; the body of the Ray actor, usable without Ray.
+
+    Args:
+        plan_json: The stored plan.
+        root: The dataset's URI; opened here, so that no client and no credential is ever pickled.
+        storage: How storage is reached.
+        subject: The subject model.
+        threads: CPU threads for the LM.
+        batch_windows: Windows in one forward pass; `auto`: see `winnow.harvester.run.batching`.
+        gpus: Share of a GPU that is this worker's, if less than one: it keeps to that share of the memory.
+    """
+
+    def __init__(
+        self,
+        plan_json: bytes,
+        root: str,
+        storage: StorageSpec,
+        subject: SubjectSpec,
+        threads: int,
+        batch_windows: int | Literal["auto"],
+        gpus: float = 0.0,
+    ) -> None:
+        self._plan = HarvestPlan.from_json(plan_json, origin="plan.json")
+        self._store = open_store(root, storage)
+        self._spec, self._threads, self._gpus = subject, threads, gpus
+        self._auto = batch_windows == "auto"
+        self._batch = 0 if batch_windows == "auto" else batch_windows  # 0: not chosen yet
+        self._lm = threading.Lock()
+        self._windows_done = 0
+        self._spare: list[dict[str, NDArray[np.generic]]] = []  # rows of committed units, to be written over
+        self._wait = StorageWait()
+
+    @cached_property
+    def _subject(self) -> Subject:
+        """The truncated LM; loaded by the first caller, who holds the lock."""
+        torch.set_num_threads(self._threads)
+        planned = self._plan.subject  # as planned, not `auto`
+        spec = self._spec.model_copy(update={"dtype": planned.dtype, "attention": planned.attention})
+        subject = Subject.load(spec, until=self._plan.spec.hooks)
+        if subject.device.type == "cuda" and 0 < self._gpus < 1:
+            torch.cuda.set_per_process_memory_fraction(self._gpus, subject.device)
+        found = subject.identity.weights_sha256
+        if found != planned.weights_sha256:
+            raise ConfigError("subject weights on this worker", expected=planned.weights_sha256, got=found)
+        for site in subject.sites(self._plan.spec.hooks):
+            self._check_width(site.name, site.d_model)
+        return subject
+
+    def _check_width(self, hook: str, width: int) -> None:
+        """ConfigError where activations at `hook` are not of the planned width; nothing is written then."""
+        if width != self._plan.d_model(hook):
+            raise ConfigError(
+                f"hook {hook!r}: the subject on this worker gives rows of another width",
+                expected=f"D = {self._plan.d_model(hook)}, as planned",
+                got=f"D = {width}",
+                fix="Use the subject and the transformers of the plan",
+            )
+
+    def ready(self) -> str:
+        """Load the subject and choose the batch, so that errors come before any unit; gives the device."""
+        with self._lm:
+            self._choose_batch()
+            return str(self._subject.device)
+
+    def _choose_batch(self) -> None:
+        if not self._batch:
+            self._batch = chosen(self._store, self._plan, self._subject, self._threads)
+
+    def windows_done(self) -> int:
+        """Windows run through the LM so far."""
+        return self._windows_done
+
+    def run(self, unit: int) -> UnitFacts:
+        """Make and commit one unit.
+
+        Returns:
+            What it took, once its receipt is in the store.
+
+        Raises:
+            ConfigError: An activation is not of the planned width; nothing was written.
+            NonFiniteError: NaN or infinity in an activation, with unit, hook and window.
+            IntegrityError, StoreError: From the store.
+        """
+        rows, attempt, tokens_sha256 = self.make(unit)
+        with self._wait.commit():
+            receipt = commit_unit(
+                self._store, self._plan, unit, rows, tokens_sha256=tokens_sha256, attempt=attempt
+            )
+        self._spare.append(rows)
+        stored = sum(shard.bytes for shard in receipt.shards.values())
+        return UnitFacts(unit, stored, *self._wait.take(), batch_windows=attempt.batch_windows)
+
+    def make(self, unit: int) -> tuple[dict[str, NDArray[np.generic]], Attempt, str]:
+        """Compute one unit and store nothing: hook -> rows [R, D], by whom, and its tokens' digest."""
+        with self._lm:
+            start = time.monotonic()
+            with self._wait.tokens():
+                tokens = read_tokens(self._store, self._plan, unit)
+            with self._wait.lm():
+                rows = self._rows(unit, tokens)
+            batch = self._batch
+        attempt = Attempt(
+            id=uuid.uuid4().hex,
+            seconds=time.monotonic() - start,
+            batch_windows=batch,
+            threads=self._threads,
+            device=str(self._subject.device),
+            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        return rows, attempt, hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest()
+
+    def _rows(self, unit: int, tokens: NDArray[np.uint32]) -> dict[str, NDArray[np.generic]]:
+        """Every hook's rows [R, D] of a unit, in stored order and dtype, all from passes of one shape."""
+        self._choose_batch()
+        while True:
+            before = self._windows_done
+            try:
+                return self._rows_once(unit, tokens)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error).strip().splitlines()[0][:200]
+            self._windows_done = before
+            self._halve(unit, reason)  # here the error's frames, and what they held, are gone
+
+    def _halve(self, unit: int, reason: str) -> None:
+        """Go on with half as many windows in a pass."""
+        if self._batch == 1:
+            T = self._plan.spec.context_length
+            raise WorkerError(
+                f"unit {unit}: memory ran out with a single window of {T} tokens",
+                got=reason,
+                fix="Give each actor more memory: fewer harvest.actors on a node, more "
+                "harvest.gpus_per_actor, or a larger device",
+            )
+        self._batch //= 2
+        free(self._subject.device)
+        log.warning("memory ran out: %d windows in a pass from here (%s)", self._batch, reason)
+        if self._auto:
+            remember_less(self._store, self._plan, self._subject.device, self._threads, self._batch)
+
+    def _rows_once(self, unit: int, tokens: NDArray[np.uint32]) -> dict[str, NDArray[np.generic]]:
+        plan, spec = self._plan, self._plan.spec
+        place = np.empty(plan.rows_per_unit, dtype=np.int64)  # planned row -> stored row
+        place[row_permutation(plan, unit)] = np.arange(plan.rows_per_unit)
+        rows = self._spare.pop() if self._spare else self._space()
+
+        def put(first: int, take: Callable[[], list[torch.Tensor]], found: dict[str, torch.Tensor]) -> None:
+            taken = take()
+            for (hook, values), stored, finite in zip(
+                found.items(), taken[: len(found)], taken[len(found) :], strict=True
+            ):
+                if not finite:
+                    raise self._not_finite(values, stored, unit, hook, first)
+                start = first * plan.rows_per_window
+                view = stored.view(torch.uint16) if spec.dtype == "bfloat16" else stored
+                _as_items(rows[hook])[place[start : start + len(stored)]] = _as_items(view.numpy())
+
+        copies, last = CopyOut(self._subject.device), None
+        for first in range(0, spec.windows_per_unit, self._batch):
+            batch = tokens[first : first + self._batch]
+            found = self._subject.activations(batch, spec.hooks)
+            for hook, values in found.items():
+                self._check_width(hook, values.shape[-1])
+            stored = [self._stored(values) for values in found.values()]
+            copy = copies.start([*stored, *(all_finite(_telling(rows)) for rows in stored)])
+            if last is not None:
+                put(*last)  # while the device is at the next batch
+            last = first, copy, found
+            self._windows_done += len(batch)
+        if last is not None:
+            put(*last)
+        return rows
+
+    def _space(self) -> dict[str, NDArray[np.generic]]:
+        plan, dtype = self._plan, STORED_DTYPES[self._plan.spec.dtype]
+        return {
+            hook: np.empty((plan.rows_per_unit, plan.stored_width(hook)), dtype) for hook in plan.spec.hooks
+        }
+
+    def _stored(self, values: torch.Tensor) -> torch.Tensor:
+        """[W, T, D] as read -> [rows, D] as stored (`store.format.shards.Stored`), on the device still."""
+        dtype = self._plan.spec.dtype
+        kept = values[:, self._plan.spec.drop_leading :].to(_TORCH_DTYPES[dtype])
+        kept = kept.reshape(-1, values.shape[-1]).contiguous()
+        return to_int8(kept) if dtype == "int8" else kept
+
+    def _not_finite(
+        self, values: torch.Tensor, stored: torch.Tensor, unit: int, hook: str, first: int
+    ) -> NonFiniteError:
+        """What to say of rows [rows, D] that are not all finite; `values` [W, T, D] is what was read."""
+        dtype, drop = self._plan.spec.dtype, self._plan.spec.drop_leading
+        row = int((~torch.isfinite(_telling(stored))).any(dim=1).nonzero()[0])
+        window, position = divmod(row, self._plan.rows_per_window)
+        overflow = bool(torch.isfinite(values[window, position + drop]).all())
+        return NonFiniteError(
+            f"unit {unit}, hook {hook}, window {first + window} of the unit, position {position + drop}",
+            expected=f"finite {dtype} values",
+            got=f"overflow of {dtype}" if overflow else "NaN or infinity from the subject",
+            fix="Store bfloat16 or float32" if overflow else "Run the subject in float32",
+        )

@@ -1,0 +1,138 @@
+"""What runs there are below a folder, and how far they are: for `winnow runs` and `winnow watch`."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from winnow.schemas.service import RunStatus
+from winnow.store.objects import ObjectStore
+from winnow.trainer.run.status import STATUS_KEY, STOP_KEY, read_status
+from winnow.trainer.run.telemetry import METRICS_KEY, Record
+
+SILENT_SECONDS = 60.0
+"""A run that trains and has shown no life for so long was killed, or its machine is gone."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run as somebody else sees it."""
+
+    name: str
+    """Its folder below the root; empty for the root itself."""
+    status: RunStatus
+    stopping: bool
+    """Whether it is asked to stop."""
+    now: float
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since its last sign of life, by the two machines' clocks."""
+        return max(0.0, self.now - self.status.beat)
+
+    @property
+    def state(self) -> str:
+        """`training`, `stopping`, `finished`, `stopped`, `failed`, or `lost`."""
+        if self.status.state != "training":
+            return self.status.state
+        if self.silent_seconds > SILENT_SECONDS:
+            return "lost"
+        return "stopping" if self.stopping else "training"
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON."""
+        fields = self.status.model_dump(exclude={"kind", "version", "state", "beat"})
+        return {
+            "run": self.name,
+            "state": self.state,
+            "silent_seconds": round(self.silent_seconds, 1),
+        } | fields
+
+    def row(self) -> list[str]:
+        """As a line of a table; see HEADER."""
+        s = self.status
+        eta = clock(s.eta_seconds) if self.state == "training" and s.eta_seconds is not None else ""
+        return [
+            self.name or ".",
+            self.state,
+            f"{s.step / s.steps:.0%}" if s.steps else "",
+            eta,
+            f"{s.latents:,} / {s.k}",
+            f"{s.fvu:.4f}" if s.fvu is not None and math.isfinite(s.fvu) else "",
+            f"{s.tokens_per_s:,.0f}",
+            f"{s.cost:,.2f} {s.currency}" if s.cost is not None else "",
+        ]
+
+
+HEADER = ("run", "state", "done", "ETA", "N / K", "FVU", "tokens/s", "cost")
+
+
+def find_runs(root: ObjectStore, now: float | None = None) -> list[Seen]:
+    """Every run in `root` or below it that has a status, by name."""
+    now = time.time() if now is None else now
+    keys = {key for key, _ in root.list()}
+    names = [key.removesuffix(STATUS_KEY).rstrip("/") for key in keys if key.split("/")[-1] == STATUS_KEY]
+    found: list[Seen] = []
+    for name in sorted(names):
+        status = read_status(root.child(name) if name else root)
+        if status is not None:
+            found.append(Seen(name, status, f"{name}/{STOP_KEY}".lstrip("/") in keys, now))
+    return found
+
+
+def last_records(out: ObjectStore, count: int = 400) -> list[Record]:
+    """The last telemetry lines of a run that can be read."""
+    if out.size(METRICS_KEY) is None:
+        return []
+    records: list[Record] = []
+    for line in out.get(METRICS_KEY).decode(errors="replace").splitlines()[-count:]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """Values as a line of blocks, lowest to highest, at most `width` of them."""
+    numbers = [value for value in values if math.isfinite(value)]
+    if not numbers:
+        return ""
+    picked = [numbers[i * len(numbers) // width] for i in range(width)] if len(numbers) > width else numbers
+    low, high = min(picked), max(picked)
+    span = (high - low) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span)] for value in picked)
+
+
+def picture(name: str, seen: Seen, records: list[Record]) -> list[list[str]]:
+    """What `winnow watch` shows of a run, row by row."""
+    s = seen.status
+    rows = [
+        ["state", seen.state + (f": {s.cause}" if s.cause else "")],
+        ["steps", f"{s.step:,} of {s.steps:,}" + (f" ({s.step / s.steps:.0%})" if s.steps else "")],
+        ["tokens", f"{s.tokens:,} at {s.tokens_per_s:,.0f}/s"],
+    ]
+    if s.eta_seconds is not None and seen.state == "training":
+        rows.append(["ETA", clock(s.eta_seconds)])
+    if s.cost is not None:
+        rows.append(["cost so far", f"{s.cost:,.2f} {s.currency}"])
+    if records:
+        last = records[-1]
+        for key, label in (("fvu", "FVU"), ("l0", "L0"), ("dead_share", "dead"), ("grad_norm", "grad norm")):
+            curve = sparkline([math.log(r[key]) if key == "fvu" and r[key] > 0 else r[key] for r in records])
+            rows.append([label, f"{last[key]:.4g}  {curve}"])
+        shares = {k.removeprefix("share_"): v for k, v in last.items() if k.startswith("share_")}
+        rows.append(["waiting for data", f"{s.waiting_share:.1%}"])
+        rows.append(["a step's time", ", ".join(f"{name} {value:.0%}" for name, value in shares.items())])
+    rows.append(["where", f"{s.device} on {s.host}, last sign of life {seen.silent_seconds:.0f} s ago"])
+    return [["run", name], *rows]

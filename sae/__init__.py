@@ -1,0 +1,1 @@
+"""The sparse autoencoder: model, codes, initialisation, metrics, and the files of other libraries."""

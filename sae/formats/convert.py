@@ -1,0 +1,167 @@
+"""Import and export by format name.
+
+::
+
+    import_sae("layers.9", "sparsify", "runs/theirs")    # an SAE that `Sae.load` and every command reads
+    export_sae("runs/quickstart", "saelens", "exported")
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from winnow.sae.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
+from winnow.sae.formats.files import refuse
+from winnow.sae.formats.identify import require_format
+from winnow.sae.formats.names import hooked_note
+from winnow.sae.formats.plain import Plain, from_sae, to_sae
+from winnow.sae.model import CARD_KEY, Sae
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.training import SaeCard
+from winnow.schemas.window import WindowRule
+from winnow.store.objects import open_store
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+READERS: Mapping[str, Callable[[Path], Plain]] = {
+    openai.NAME: openai.read,
+    saelens.NAME: saelens.read,
+    sparsify.NAME: sparsify.read,
+    dictionary_learning.NAME: dictionary_learning.read,
+    gemma_scope.NAME: gemma_scope.read,
+}
+WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
+    openai.NAME: openai.write,
+    saelens.NAME: saelens.write,
+    sparsify.NAME: sparsify.write,
+    dictionary_learning.NAME: dictionary_learning.write,
+    gemma_scope.NAME: gemma_scope.write,
+    "saebench": saelens.write_with_subject,
+    "neuronpedia": saelens.write_with_subject,
+}
+HOOK_MODULES = (sparsify.write, dictionary_learning.write)
+"""Their libraries read the outputs of modules, whatever is done with them afterwards."""
+UNKNOWN_HOOK = "unknown"
+"""The hook of an SAE whose files do not say where it reads."""
+
+
+def read_plain(
+    source: Path, format_name: str, *, transcoder: bool = False, centred: bool | None = None
+) -> Plain:
+    """What another library's files hold.
+
+    Args:
+        source: The file or folder that the library wrote.
+        format_name: One of `READERS`.
+        transcoder: It is one, where the files do not say (Gemma Scope).
+        centred: Whether the rows were centred, where the files do not say (SAELens).
+
+    Raises:
+        ConfigError, IntegrityError: As `import_sae`.
+    """
+    read = _choose(READERS, "--from", format_name)
+    require_format(source, next(name for name, reader in READERS.items() if reader is read))
+    if centred is not None and read is not saelens.read:
+        raise ConfigError("--centred", expected="--from saelens", got=f"--from {format_name}")
+    if read is saelens.read:
+        return saelens.read(source, centred=centred)
+    return gemma_scope.read(source, transcoder=transcoder) if read is gemma_scope.read else read(source)
+
+
+def import_sae(
+    source: Path,
+    format_name: str,
+    out: str,
+    *,
+    hook: str | None = None,
+    target_hook: str | None = None,
+    centred: bool | None = None,
+    storage: StorageSpec | None = None,
+) -> SaeCard:
+    """Write another library's SAE into `out` as one of Winnow's.
+
+    Args:
+        source: The file or folder that the library wrote.
+        format_name: One of `READERS`.
+        out: Folder or URI; must not hold an SAE yet.
+        hook: Where the SAE reads, where the files do not say or say it in other words.
+        target_hook: A transcoder's target.
+        centred: Whether TransformerLens had centred the rows, where the files do not say or say it otherwise.
+        storage: Of `out`.
+
+    What the files say and the SAE cannot hold is logged, a warning each, and kept in the card's `notes`.
+
+    Raises:
+        ConfigError: Unknown format, a part that Winnow does not have, files that want to run code, or an
+            SAE in `out`.
+        IntegrityError: Files that are damaged or whose shapes do not fit.
+    """
+    plain = read_plain(source, format_name, transcoder=target_hook is not None, centred=centred)
+    if target_hook is not None and not plain.transcoder:
+        raise ConfigError("--target-hook", expected="a transcoder", got=f"an autoencoder in {source}")
+    sae, store = to_sae(plain), open_store(out, storage)
+    if store.size(CARD_KEY) is not None:
+        raise ConfigError(f"{out} holds an SAE already", fix="Import into another folder")
+    for note in plain.notes:
+        log.warning("%s", note)
+    return sae.save(
+        store,
+        notes=plain.notes,
+        window=None if plain.bos is None else WindowRule(bos=plain.bos),
+        hook=hook or plain.hook or UNKNOWN_HOOK,
+        target_hook=(target_hook or plain.target_hook or UNKNOWN_HOOK) if plain.transcoder else None,
+    )
+
+
+def export_sae(
+    uri: str, format_name: str, out: Path, *, model: str | None = None, storage: StorageSpec | None = None
+) -> list[Path]:
+    """Write one of Winnow's SAEs into the folder `out` as another library's.
+
+    Args:
+        uri: The SAE.
+        format_name: One of `WRITERS`.
+        out: Folder; must be empty or absent.
+        model: The subject's name in that library's words; null takes the card's.
+        storage: Of the SAE.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: Unknown format, an SAE that it cannot hold (the message says why), or a folder in use.
+    """
+    write = _choose(WRITERS, "--to", format_name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is in use", expected="an empty folder, or none")
+    plain = from_sae(Sae.load(uri, storage=storage), model)
+    if plain.hook == UNKNOWN_HOOK:
+        plain = replace(plain, hook=None)
+    if plain.centred and write not in (saelens.write, saelens.write_with_subject):
+        raise refuse(
+            format_name,
+            "an SAE of centred rows: it reads raw ones and adds no mean to what comes back",
+            "Export to saelens, which loads the subject so that its rows are centred",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write(plain, out)
+    for note in hooked_note(plain.hook) if write in HOOK_MODULES else ():
+        log.warning("%s", note)
+    return sorted(out.iterdir())
+
+
+def _choose(table: Mapping[str, T], option: str, name: str) -> T:
+    """Names may be written with any hyphens, underscores and capitals."""
+    found = [value for known, value in table.items() if _bare(known) == _bare(name)]
+    if not found:
+        raise ConfigError(f"{option} {name!r}", expected=", ".join(table))
+    return found[0]
+
+
+def _bare(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")

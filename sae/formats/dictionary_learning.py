@@ -1,0 +1,199 @@
+"""dictionary_learning's `ae.pt` (a state dict) and `config.json` (`trainer`: class, sizes, layer, model).
+
+| class | `b_dec` (or `bias`) taken from the input | activation |
+|---|---|---|
+| AutoEncoderTopK | yes | `k` best |
+| BatchTopKSAE, MatryoshkaBatchTopKSAE | yes | above one `threshold` |
+| AutoEncoder | yes | ReLU |
+| AutoEncoderNew | no | ReLU |
+| JumpReluAutoEncoder | no | above each latent's `threshold` |
+
+All on raw rows. `nn.Linear` holds a decoder as [D, N]. What `submodule_name` stands for its author knows, but
+for the residual stream: it is the *own* output of a module (with `buffer.io: in` its input), which some
+families norm before they add it. Winnow's exports say the hook beside it, as `winnow_hook`.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.sae.formats.fields import refuse_tensors, require_size, unknown_fields, words
+from winnow.sae.formats.files import folder_of, read_json, read_pt, refuse, take, write_json
+from winnow.sae.formats.names import HOOK, added_note, layer_of, module_path
+from winnow.sae.formats.plain import Plain
+from winnow.schemas.errors import ConfigError, IntegrityError
+
+NAME = "dictionary_learning"
+WEIGHTS, CONFIG = "ae.pt", "config.json"
+LINEAR = {
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "batchtopk",
+    "AutoEncoder": "relu",
+    "AutoEncoderNew": "relu",
+}
+MATRICES = {"MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu"}
+WEIGHTS_OF = {
+    "AutoEncoderTopK": {"b_dec", "k", "threshold"},
+    "BatchTopKSAE": {"b_dec", "k", "threshold"},
+    "AutoEncoder": {"bias"},
+    "AutoEncoderNew": {"decoder.bias"},
+    "MatryoshkaBatchTopKSAE": {"k", "threshold", "group_sizes"},
+    "JumpReluAutoEncoder": {"threshold"},
+}
+OF_LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
+OF_MATRICES = {"W_enc", "b_enc", "W_dec", "b_dec"}
+USED = words("activation_dim dict_class dict_size k layer lm_name submodule_name winnow_hook")
+OF_TRAINING = words(
+    """
+    anneal_start auxk_alpha bandwidth decay_start device group_fractions group_sizes group_weights
+    l1_penalty lr n_sparsity_updates p_end p_start resample_steps seed sparsity_function sparsity_penalty
+    sparsity_queue_length sparsity_warmup_steps steps target_l0 threshold_beta threshold_start_step
+    top_k_aux trainer_class wandb_name warmup_steps
+    """
+)
+OF_BUFFER = words("ctx_len d_submodule device io layer n_ctxs out_batch_size refresh_batch_size")
+WRITTEN = {
+    "topk": ("AutoEncoderTopK", "TopKTrainer"),
+    "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer"),
+    "relu": ("AutoEncoder", "StandardTrainer"),
+    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
+}
+
+
+def read(path: Path) -> Plain:
+    """The folder that holds both files."""
+    path = folder_of(path)
+    config, origin = read_json(path / CONFIG), path / CONFIG
+    trainer, buffer = (config.get(name) or {} for name in ("trainer", "buffer"))
+    name, file = trainer.get("dict_class"), path / WEIGHTS
+    known = LINEAR | MATRICES
+    if name not in known:
+        raise ConfigError(f"{path / CONFIG}: dict_class", expected=", ".join(known), got=name)
+    state, activation = read_pt(file), known[name]
+    refuse_tensors(state, WEIGHTS_OF[name] | (OF_LINEAR if name in LINEAR else OF_MATRICES), file)
+    threshold = take(state, "threshold", file) if activation in ("batchtopk", "jumprelu") else None
+    if activation == "batchtopk" and threshold is not None and threshold < 0:
+        raise ConfigError(
+            f"{file}: no threshold was kept while it was trained",
+            fix="Train past its `threshold_start_step`: without one the library cannot encode either",
+        )
+    W_enc, b_enc, W_dec, b_dec = _linear(state, file) if name in LINEAR else _matrices(state, file)
+    for field, size in zip(("dict_size", "activation_dim"), W_enc.shape, strict=True):
+        require_size(origin, field, trainer.get(field), size)
+    taken = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+    k = trainer.get("k", state.get("k"))
+    k = int(k) if k is not None else None
+    if activation == "topk" and k is None:
+        raise IntegrityError(f"{path / CONFIG}: trainer.k", expected="a number")
+    if isinstance(state.get("group_sizes"), Tensor):
+        require_size(file, "the sum of group_sizes", int(state["group_sizes"].sum()), len(W_enc))
+    if k is not None and "k" in state:
+        require_size(origin, "trainer.k", k, int(state["k"]))
+    sizes, (hook, notes) = state.get("group_sizes"), _hook(trainer, buffer)
+    notes += unknown_fields(trainer, USED | OF_TRAINING, origin)
+    notes += unknown_fields(buffer, OF_BUFFER, origin)
+    notes += unknown_fields(config, {"trainer", "buffer"}, origin)
+    return Plain(
+        activation=activation,  # pyright: ignore[reportArgumentType]
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec,
+        b_in=b_dec if taken else torch.zeros_like(b_dec),
+        b_out=b_dec,
+        k=k,
+        threshold=threshold,
+        matryoshka=tuple(accumulate(sizes.tolist())) if isinstance(sizes, Tensor) else (),
+        hook=hook,
+        model=trainer.get("lm_name"),
+        notes=notes,
+    )
+
+
+def _linear(state: dict[str, Any], file: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias = next((name for name in ("b_dec", "bias", "decoder.bias") if name in state), "b_dec")
+    return (
+        take(state, "encoder.weight", file),
+        take(state, "encoder.bias", file),
+        take(state, "decoder.weight", file).T,
+        take(state, bias, file),
+    )
+
+
+def _matrices(state: dict[str, Any], file: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        take(state, "W_enc", file).T,
+        take(state, "b_enc", file),
+        take(state, "W_dec", file),
+        take(state, "b_dec", file),
+    )
+
+
+def _hook(trainer: dict[str, Any], buffer: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """The hook and what to know of it, from `submodule_name`, such as `resid_post_layer_8`."""
+    layer, name = trainer.get("layer"), str(trainer.get("submodule_name") or "")
+    told = trainer.get("winnow_hook")
+    if isinstance(told, str) and HOOK.fullmatch(told):
+        return told, ()
+    into = buffer.get("io") == "in"
+    site = name.removesuffix(f"_layer_{layer}") if isinstance(layer, int) else ""
+    if site in ("resid_pre", "resid_post") and not (into and site == "resid_pre"):
+        return f"resid_pre.{layer}" if into else f"{site}.{layer}", ()
+    path = module_path(name)
+    if path and not into:
+        return path, added_note(path)
+    if not name:
+        return None, ()
+    what = "what goes into" if into else "the own output of"
+    return None, (
+        f"it reads {what} the module that its author calls {name}: --hook says which that is, a module such "
+        f"as model.layers.{layer or 0}.mlp, or mlp_out.{layer or 0} on families that add it as it is",
+    )
+
+
+def write(plain: Plain, folder: Path) -> None:
+    """`ae.pt` and `config.json`, for `dictionary_learning.utils.load_dictionary`."""
+    if plain.transcoder:
+        raise refuse(NAME, "a transcoder", "Export to sparsify or saelens")
+    if plain.epsilon is not None:
+        raise refuse(
+            NAME,
+            "an SAE of layer-normed rows: it reads raw ones",
+            "Each row has its own mean and norm, which weights cannot hold. Export to openai or saelens",
+        )
+    dict_class, trainer_class = WRITTEN[plain.activation]
+    jump = plain.activation == "jumprelu"
+    plain = plain.taking(torch.zeros_like(plain.b_in) if jump else plain.b_out).single()
+    if jump:
+        state = {"W_enc": plain.W_enc.T.contiguous(), "b_enc": plain.b_enc, "W_dec": plain.W_dec}
+        state |= {"b_dec": plain.b_out, "threshold": plain.thresholds}
+    else:
+        state = {"encoder.weight": plain.W_enc, "encoder.bias": plain.b_enc}
+        state |= {"decoder.weight": plain.W_dec.T.contiguous()}
+        state["bias" if plain.activation == "relu" else "b_dec"] = plain.b_out
+        if plain.activation != "relu":
+            unset = torch.tensor(-1.0)
+            state |= {"k": torch.tensor(plain.k, dtype=torch.int)}
+            state |= {"threshold": unset if plain.threshold is None else plain.threshold}
+    latents, width = plain.W_enc.shape
+    layer = layer_of(plain.hook)
+    trainer = {
+        "trainer_class": trainer_class,
+        "dict_class": dict_class,
+        "activation_dim": width,
+        "dict_size": latents,
+        "k": plain.k,
+        "layer": layer,
+        "lm_name": plain.model,
+        "submodule_name": f"{plain.hook.partition('.')[0]}_layer_{layer}"
+        if plain.hook and layer is not None
+        else None,
+        "device": "cpu",
+        "winnow_hook": plain.hook,
+    }
+    torch.save(state, folder / WEIGHTS)
+    write_json(folder / CONFIG, {"trainer": trainer})

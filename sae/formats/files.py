@@ -1,0 +1,169 @@
+"""Reading and writing the files of other libraries, without ever running what is in them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from winnow.schemas.errors import ConfigError, IntegrityError
+
+
+class Kind(Enum):
+    """What a file is by its first bytes, in words."""
+
+    TORCH = "a torch file"
+    NPZ = "an npz"
+    NPY = "a single array (.npy)"
+    PICKLE = "a pickle"
+    SAFETENSORS = "a safetensors file"
+    GGUF = "a GGUF, a language model's weights"
+    LFS = "a pointer of Git LFS, not the file itself (`git lfs pull` fetches it)"
+    JSON = "JSON"
+    MARKUP = "a web page, not the file itself"
+    EMPTY = "empty"
+    OTHER = "of a kind that no importer reads"
+
+
+def kind_of_file(path: Path) -> Kind:
+    """By the first bytes, and the names in a zip; nothing is loaded."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile:
+            return Kind.OTHER
+        if any(name.endswith("data.pkl") for name in names):
+            return Kind.TORCH
+        return Kind.NPZ if names and all(name.endswith(".npy") for name in names) else Kind.OTHER
+    starts = {
+        b"\x80": Kind.PICKLE,
+        b"\x93NUMPY": Kind.NPY,
+        b"GGUF": Kind.GGUF,
+        b"version https://git-lfs": Kind.LFS,
+        b"{": Kind.JSON,
+        b"<": Kind.MARKUP,
+    }
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
+        return Kind.SAFETENSORS
+    kind = next((kind for start, kind in starts.items() if head.lstrip().startswith(start)), Kind.OTHER)
+    return kind if head else Kind.EMPTY
+
+
+def require(path: Path) -> Path:
+    """`path`, which must be a file."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there", fix="Give the file or folder that the other library wrote")
+    return path
+
+
+def folder_of(path: Path) -> Path:
+    """`path`, or the folder it lies in where it is one of an SAE's files."""
+    return path.parent if path.is_file() else path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    require(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise IntegrityError(f"{path} is not JSON", got=error) from error
+    if not isinstance(found, dict):
+        raise IntegrityError(f"{path}", expected="a JSON object", got=type(found).__name__)
+    return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON object, indented."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file."""
+    _require_kind(path, Kind.SAFETENSORS, Kind.OTHER)
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except SafetensorError as error:
+        raise IntegrityError(f"{path} is not safetensors", got=error) from error
+
+
+def read_pt(path: Path) -> dict[str, Any]:
+    """The state dict of a torch file, by torch's weights-only reader.
+
+    Raises:
+        ConfigError: It holds more than tensors and plain values: loading it would run its code.
+        IntegrityError: It is no torch file.
+    """
+    _require_kind(path, Kind.TORCH, Kind.PICKLE)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message goes on to say how to load it all the same
+        named = re.search(r"GLOBAL:? (\S+)", str(error))
+        raise ConfigError(
+            f"{path} wants to run code when it is loaded",
+            expected="a state dict of tensors and plain values",
+            got=named.group(1) if named else "a pickle that torch's weights-only reader refuses",
+            fix="Have its author save `state_dict()`; Winnow never loads a pickle",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"{path} is not a torch file", got=" ".join(str(error).split())[:200]) from error
+    if not isinstance(found, dict):
+        raise IntegrityError(f"{path}", expected="a state dict", got=type(found).__name__)
+    return found
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """Every array of an npz file.
+
+    Raises:
+        ConfigError: It holds Python objects: loading them would run their code.
+        IntegrityError: It is no npz file.
+    """
+    _require_kind(path, Kind.NPZ, Kind.PICKLE)
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return {name: torch.from_numpy(np.array(data[name])) for name in data.files}
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} wants to run code when it is loaded",
+            expected="an npz of arrays of numbers",
+            got=error,
+            fix="Winnow never loads a pickle",
+        ) from error
+    except (OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"{path} is not an npz of numbers", got=error) from error
+
+
+def _require_kind(path: Path, kind: Kind, suspect: Kind) -> None:
+    """IntegrityError where a file is of another kind; the reader itself says what is wrong with a suspect."""
+    found = kind_of_file(require(path))
+    if found not in (kind, suspect):
+        raise IntegrityError(f"{path}", expected=kind.value, got=found.value)
+
+
+def take(tensors: Mapping[str, Any], name: str, origin: Path) -> Tensor:
+    """A tensor that must be there, in single precision."""
+    tensor = tensors.get(name)
+    if not isinstance(tensor, Tensor):
+        raise IntegrityError(f"{origin} has no tensor {name!r}", got=", ".join(sorted(map(str, tensors))))
+    return tensor.detach().float()
+
+
+def refuse(format_name: str, what: str, fix: str) -> ConfigError:
+    """Why an SAE cannot be held by a format."""
+    return ConfigError(f"{format_name} cannot hold {what}", fix=fix)

@@ -1,0 +1,144 @@
+"""Every field that any version of SAELens has written to `cfg.json`, and what is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from winnow.sae.formats.fields import unknown_fields, words
+from winnow.sae.formats.names import LENS_ANY
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.training import Activation
+
+ACTIVATIONS: dict[str, Activation] = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "batchtopk": "batchtopk",
+    "matryoshka_batchtopk": "batchtopk",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+OF_EVERY_SAE = {"W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor"}
+THRESHOLDS = {"jumprelu": {"threshold", "log_threshold"}, "batchtopk": {"topk_threshold"}}
+
+USED = words("""
+    activation_fn activation_fn_kwargs activation_fn_str apply_b_dec_to_input architecture d_in d_out
+    d_sae exclude_special_tokens finetuning_scaling_factor hf_hook_name hf_hook_name_out hook_head_index
+    hook_head_index_out hook_layer hook_name hook_name_out hook_point hook_point_head_index
+    hook_point_layer k matryoshka_widths metadata model_class_name model_from_pretrained_kwargs
+    model_kwargs model_name normalize_activations prepend_bos rescale_acts_by_decoder_norm
+    reshape_activations sae_lens_training_version sae_lens_version seqpos_slice
+    training_architecture_details use_chat_formatting
+    """)
+OF_TRAINING = words("""
+    act_store_device activations_mixing_fraction adam_beta1 adam_beta2 autocast autocast_lm
+    aux_loss_coefficient b_dec_init_method cached_activations_path checkpoint_path compile_llm compile_sae
+    context_size data_dir dataset_path dataset_trust_remote_code dead_feature_threshold
+    dead_feature_window decoder_heuristic_init decoder_heuristic_init_norm decoder_init_norm
+    decoder_orthogonal_init device disable_concat_sequences dtype eval_batch_size_prompts
+    eval_every_n_wandb_logs expansion_factor feature_sampling_method feature_sampling_window
+    finetuning_method finetuning_tokens from_pretrained_path hook_eval hook_layer_out hook_point_eval
+    hook_point_layer_out init_encoder_as_decoder_transpose is_dataset_tokenized jumprelu_bandwidth
+    jumprelu_init_threshold jumprelu_sparsity_loss_mode jumprelu_ste_to_input jumprelu_tanh_scale
+    l0_coefficient l0_warm_up_steps l1_coefficient l1_warm_up_steps llm_compilation_mode llm_device
+    log_activations_store_to_wandb log_optimizer_state_to_wandb log_to_wandb log_weights_to_wandb logger
+    lp_norm lr lr_decay_steps lr_end lr_scheduler_name lr_warm_up_steps model_batch_size mse_loss_method
+    mse_loss_normalization n_batches_for_norm_estimate n_batches_in_buffer n_checkpoints n_eval_batches
+    n_restart_cycles neuronpedia_id new_cached_activations_path noise_scale normalize_sae_decoder
+    output_path pre_act_loss_coefficient prefetch_llm_batches resume resume_from_checkpoint run_name
+    sae_compilation_mode save_final_checkpoint scale_sparsity_penalty_by_decoder_norm seed
+    sequence_separator_token sparsity_penalty store_batch_size store_batch_size_prompts streaming
+    target_l0 tokens_per_buffer topk_threshold_lr total_training_steps total_training_tokens
+    train_batch_size train_batch_size_tokens training_architecture training_tokens use_cached_activations
+    use_ghost_grads use_matryoshka_aux_loss use_sparse_activations verbose wandb_entity wandb_id
+    wandb_log_frequency wandb_project
+    """)
+"""They say how it was trained, where its data came from or where it ran: nothing of what it computes."""
+ALL_POSITIONS = (None, [], [None], [None, None], [0, None], [None, None, None])
+NORMALISATIONS = {
+    "expected_average_only_in": "Its factor is not in the files: fold it with SAELens first",
+    "constant_norm_rescale": "It scales each row to one norm and does not centre it: Winnow has no such part",
+    "covariance_whitening": "Its matrices are not in the files: fold them with SAELens first",
+}
+
+
+def kind_of(config: Mapping[str, Any], origin: Path) -> tuple[str, Activation]:
+    """The architecture and what it is in Winnow.
+
+    Before version 6 TopK was a `standard` SAE with another activation function.
+
+    Raises:
+        ConfigError: One that Winnow does not have, or an activation function that it does not have.
+    """
+    function = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
+    architecture = str(config.get("architecture") or "standard")
+    if function == "topk" and architecture == "standard":
+        architecture = "topk"
+    if architecture not in ACTIVATIONS:
+        raise ConfigError(f"{origin}: architecture", expected=", ".join(ACTIVATIONS), got=architecture)
+    if function not in ({"relu", "topk"} if architecture == "topk" else {"relu"}):
+        raise ConfigError(
+            f"{origin}: the activation function of a {architecture} SAE",
+            expected="relu" + (" or topk" if architecture in ("topk", "standard") else ""),
+            got=function,
+            fix="Winnow has no such activation: its codes would be other numbers",
+        )
+    settings = {k: v for k, v in (config.get("activation_fn_kwargs") or {}).items() if k != "k" and v}
+    if settings:
+        raise ConfigError(f"{origin}: activation_fn_kwargs", expected="k alone", got=settings)
+    return architecture, ACTIVATIONS[architecture]
+
+
+def is_layer_normed(config: Mapping[str, Any], origin: Path) -> bool:
+    """Whether rows are layer-normed; ConfigError for what the files cannot tell or Winnow cannot do."""
+    mode = config.get("normalize_activations") or "none"
+    mode = "expected_average_only_in" if mode is True else mode  # as version 6 reads it
+    if mode not in ("none", "layer_norm"):
+        fix = NORMALISATIONS.get(mode, "Winnow does not know it")
+        raise ConfigError(
+            f"{origin}: normalize_activations", expected="none or layer_norm", got=mode, fix=fix
+        )
+    return mode == "layer_norm"
+
+
+def notes_on(config: Mapping[str, Any], about: Mapping[str, Any], origin: Path) -> tuple[str, ...]:
+    """What the fields say of an SAE's rows that an SAE cannot hold, and the fields nobody knows."""
+    notes: list[str] = []
+    if about.get("prepend_bos"):
+        notes.append("its contexts began with BOS (prepend_bos): harvest with `plan.bos: window`")
+    for name in ("hook_head_index", "hook_point_head_index", "hook_head_index_out"):
+        if about.get(name) is not None:
+            notes.append(
+                f"it reads one head alone ({name}: {about[name]}), which is no place that Winnow reads"
+            )
+    if (slice_ := about.get("seqpos_slice")) not in ALL_POSITIONS:
+        notes.append(f"its rows came from the positions {slice_} of each context alone (seqpos_slice)")
+    if tokens := about.get("exclude_special_tokens"):
+        which = "special tokens" if tokens is True else f"the tokens {tokens}"
+        notes.append(f"its rows left out {which} (exclude_special_tokens)")
+    if about.get("use_chat_formatting"):
+        notes.append("its texts were chats in their template (use_chat_formatting)")
+    if about.get("model_kwargs"):
+        notes.append(f"its subject ran with {about['model_kwargs']} (model_kwargs)")
+    hook, layer = _first(about, "hook_name", "hook_point"), _first(about, "hook_layer", "hook_point_layer")
+    match = LENS_ANY.fullmatch(str(hook)) and str(hook).split(".")[:2]
+    if layer is not None and match and match[0] == "blocks" and match[1] != str(layer):
+        notes.append(f"hook_layer {layer} is not that of {hook}, which is believed")
+    if about.get("rescale_acts_by_decoder_norm") and "topk" not in str(config.get("architecture")):
+        notes.append("rescale_acts_by_decoder_norm is left out, as SAELens does unless it is a TopK")
+    return (*notes, *unknown_fields(about, USED | OF_TRAINING, origin))
+
+
+def matryoshka_of(config: Mapping[str, Any], latents: int) -> tuple[int, ...]:
+    """The prefixes it was trained with; SAELens publishes it as JumpReLU and tells them in the metadata."""
+    details = (config.get("metadata") or {}).get("training_architecture_details") or {}
+    widths = tuple(config.get("matryoshka_widths") or details.get("matryoshka_widths") or ())
+    return widths if widths and widths[-1] == latents else ()
+
+
+def _first(about: Mapping[str, Any], *names: str) -> Any:
+    return next((about[name] for name in names if about.get(name) is not None), None)

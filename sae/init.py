@@ -1,0 +1,175 @@
+"""What is fixed before the first step, from a sample of training rows.
+
+Legend: B rows of the sample, D d_model, O width of the output, N latents.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from winnow.sae.metrics import mean_row, sum_squares, variance_per_row
+from winnow.sae.model import SMALLEST_NORM, Sae
+from winnow.schemas.errors import ConfigError, NonFiniteError
+
+CHUNK_ROWS = 4096
+"""Rows encoded at once when the encoder is scaled."""
+DRAWN_ROWS = 4096
+"""Random directions drawn at a time; a multiple of 16."""
+FIRST_THRESHOLD = 0.001
+"""Where JumpReLU's thresholds start, in the normalised space (Rajamanoharan et al. 2024)."""
+
+
+def geometric_median(x: Tensor, weights: Tensor, *, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point [D] with the least weighted sum of distances to rows x [B, D].
+
+    Weiszfeld's iteration from the mean, in float64, until a move is under `tolerance` of the mean
+    distance.
+    """
+    x, weights = x.double(), weights.double()
+    median = mean_row(x, weights)
+    for _ in range(iterations):
+        distance = (x - median).norm(dim=1)
+        typical = (weights @ distance / weights.sum()).item()
+        if typical == 0:
+            break
+        moved = mean_row(x, weights / distance.clamp_min(1e-9 * typical))
+        step = (moved - median).norm().item()
+        median = moved
+        if step < tolerance * typical:
+            break
+    return median
+
+
+@torch.no_grad()
+def initialise(
+    sae: Sae,
+    sample: Tensor,
+    weights: Tensor,
+    seed: int,
+    target: Tensor | None = None,
+    *,
+    encoder_norm: float | None = None,
+) -> float:
+    """Fill a new SAE and give the loss constant.
+
+    Dataset constants (where the normalisation has them) and `b_pre`, the geometric median, come from
+    the sample; decoder rows are random unit vectors; the encoder starts as the decoder times `encoder_norm`.
+
+    A transcoder's encoder starts at random directions of its own, its `b_dec` at the target's geometric
+    median, its skip path at 0, and the scale is that of the target. JumpReLU thresholds start at
+    FIRST_THRESHOLD.
+
+    Args:
+        sae: A new SAE on its device.
+        sample: Raw training rows [B, D].
+        weights: Their weights [B]; rows of weight 0 are left out.
+        seed: Of the decoder's directions. Drawn on the CPU, so that every device starts alike.
+        target: A transcoder's raw target rows [B, O].
+        encoder_norm: None scales the encoder so that the reconstruction's root mean square distance from
+            its bias is the input's (Gao et al., A.1).
+
+    Returns:
+        The error, a row, of predicting the mean of the normalised rows to be reconstructed.
+
+    Raises:
+        ConfigError: The sample holds fewer than two rows of weight above 0, or rows that do not vary.
+        NonFiniteError: The sample holds NaN or infinity.
+    """
+    sample, weights, target = counted_rows(sae, sample, weights, target)
+    if sae.normalize_mode == "dataset":
+        mean, scale = _constants(sample, weights, sae.parts.widths or (sae.d_model,))
+        sae.input_mean.copy_(mean)
+        sae.input_scale.copy_(scale.view_as(sae.input_scale))
+    y = x = sae.normalise(sample)[0]
+    if sae.b_dec is not None:
+        if target is None:
+            raise ValueError("a transcoder is initialised with rows of its target")
+        if sae.parts.target_normalize == "dataset":
+            mean, scale = _constants(target, weights, (sae.d_out,))
+            sae.target_mean.copy_(mean)
+            sae.target_scale.copy_(scale[0])
+        y = sae.normalise_target(target)
+        sae.b_dec.copy_(geometric_median(y, weights))
+    sae.b_pre.copy_(geometric_median(x, weights))
+    constant = loss_constant(y, weights)
+
+    generator = torch.Generator().manual_seed(seed)
+    part, of = getattr(sae, "part", None), getattr(sae, "of", sae.latents)
+    sae.W_dec.copy_(_directions(sae.d_out, of, generator, part, draw_all=sae.has_target))
+    sae.W_enc.copy_(_directions(sae.d_model, of, generator, part) if sae.has_target else sae.W_dec)
+    sae.b_enc.zero_()
+    sae.W_enc.mul_(_matching_scale(sae, x, y, weights) if encoder_norm is None else encoder_norm)
+    if sae.parts.activation == "jumprelu":
+        sae.threshold.fill_(FIRST_THRESHOLD)
+    return constant
+
+
+def counted_rows(
+    sae: Sae, sample: Tensor, weights: Tensor, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows of weight above 0 of a sample, their weights and targets, as the SAE's tensors are.
+
+    Raises:
+        ConfigError: Fewer than two such rows.
+        NonFiniteError: They hold NaN or infinity.
+    """
+    keep = weights > 0
+    sample, weights = sample.to(sae.W_enc)[keep], weights.to(sae.W_enc)[keep]
+    if len(sample) < 2:
+        raise ConfigError("the initial sample", expected="2 rows of weight above 0", got=len(sample))
+    _require_finite(sample)
+    if target is not None:
+        target = target.to(sae.W_enc)[keep]
+        _require_finite(target)
+    return sample, weights, target
+
+
+def loss_constant(y: Tensor, weights: Tensor) -> float:
+    """The error, a row, of predicting the mean of normalised rows y [B, O]; ConfigError where it is 0."""
+    constant = variance_per_row(y.double(), weights.double()).item()
+    if not constant > 0:
+        raise ConfigError("the initial sample", expected="rows that differ", got="equal rows")
+    return constant
+
+
+def _require_finite(sample: Tensor) -> None:
+    if not bool(sample.isfinite().all()):
+        raise NonFiniteError("the initial sample holds NaN or infinity", fix="Verify the dataset")
+
+
+def _constants(sample: Tensor, weights: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The mean [D] of rows [B, D], and for each hook's part the root mean squared distance from it."""
+    sample, weights = sample.double(), weights.double()
+    mean = mean_row(sample, weights)
+    parts = (sample - mean).split(list(widths), dim=1)
+    spreads = torch.stack([sum_squares(part, weights) / weights.sum() for part in parts])
+    return mean, spreads.sqrt().clamp_min(SMALLEST_NORM)
+
+
+def _directions(
+    width: int, latents: int, generator: torch.Generator, part: range | None = None, *, draw_all: bool = False
+) -> Tensor:
+    """Random unit rows [N, width], or those of a part of the latents: the same rows in any partition.
+
+    Drawn in blocks, so that a shard never holds them all. With `draw_all` what the generator draws next
+    does not depend on the part either.
+    """
+    part = part or range(latents)
+    kept: list[Tensor] = []
+    for first in range(0, latents if draw_all else part.stop, DRAWN_ROWS):
+        rows = torch.randn(min(DRAWN_ROWS, latents - first), width, generator=generator, dtype=torch.float32)
+        kept.append(rows[max(0, part.start - first) : max(0, part.stop - first)])
+    return F.normalize(torch.cat(kept), dim=1)
+
+
+def _matching_scale(sae: Sae, x: Tensor, y: Tensor, weights: Tensor) -> float:
+    """|y - bias| over |y_hat - bias|, both root mean squares; codes are linear in the encoder's scale."""
+    k = sae.k if sae.parts.activation in ("topk", "batchtopk") else None
+    bias = sae.b_pre if sae.b_dec is None else sae.b_dec
+    out = sum(
+        sum_squares(sae.reconstruct(*sae.select(rows, k), rows) - bias, w).item()
+        for rows, w in zip(x.split(CHUNK_ROWS), weights.split(CHUNK_ROWS), strict=True)
+    )
+    return (sum_squares(y - bias, weights).item() / out) ** 0.5 if out > 0 else 1.0

@@ -1,0 +1,1 @@
+"""What a dataset is, what is wrong with it, and its repair."""

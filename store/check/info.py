@@ -1,0 +1,154 @@
+"""What a dataset is and how far it has come, from its plan, listing and manifest; no data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from winnow.schemas.base import Contract
+from winnow.schemas.harvest import HarvestPlan
+from winnow.store.format.layout import TOKENS_ARRAY, tokens_key
+from winnow.store.objects import ObjectStore
+from winnow.store.read.reader import load_plan
+from winnow.store.records.commit import standing_receipts
+from winnow.store.records.manifest import find_manifest
+
+State = Literal["planning", "planned", "harvesting", "harvested", "sealed"]
+
+
+class DatasetInfo(Contract):
+    """The answer of `winnow info`."""
+
+    uri: str
+    """The root."""
+    state: State
+    """`planning`: token chunks are missing; `harvested`: every receipt is there, no manifest yet."""
+    subject: str
+    """The language model."""
+    subject_weights_sha256: str
+    corpus: tuple[str, ...]
+    """URIs of the sources."""
+    documents: int
+    corpus_tokens: int
+    """Tokens of the whole corpus."""
+    bad_records: dict[str, int]
+    """Records of the corpus left out, by reason."""
+    bad_first: tuple[str, ...]
+    """The first of them."""
+    hooks: dict[str, int]
+    """Hook -> width D."""
+    dtype: str
+    """How activations are stored."""
+    context_length: int
+    drop_leading: int
+    """Leading positions of a window that are not stored."""
+    bos_token: int | None
+    """The token that every window starts with; null where it starts with text."""
+    join: str
+    """What joins documents: `eos`, `bos` or a token's text."""
+    join_token: int | None
+    """Its number."""
+    control_tokens: str
+    """What special tokens' spellings in documents became: `text` or `token`."""
+    windows_per_unit: int
+    rows_per_unit: int
+    units: int
+    """Planned, validation included."""
+    validation_units: int
+    units_with_tokens: int
+    units_committed: int
+    """Units that have a receipt."""
+    void_units: int | None
+    """Units without data, known once sealed."""
+    rows: int
+    """Planned rows of every hook."""
+    planned_bytes: int
+    """All shards, once done."""
+    stored_bytes: int
+    """All objects under `activations/`."""
+    sinks: dict[str, int] | None
+    """Marked rows by hook, known once sealed."""
+    plan_fingerprint: str
+    dataset_sha256: str | None
+    """Known once sealed."""
+    revision: int | None
+    """Of the manifest: repairs so far."""
+
+
+def token_rows(plan: HarvestPlan | DatasetInfo) -> list[tuple[str, object]]:
+    """What a plan says of tokens that are not text, as rows of a table."""
+    spec = plan.spec if isinstance(plan, HarvestPlan) else plan
+    first = "text, no BOS" if plan.bos_token is None else f"BOS (token {plan.bos_token})"
+    rows: list[tuple[str, object]] = [
+        ("windows begin with", first),
+        ("documents joined by", f"{spec.join} (token {plan.join_token})"),
+    ]
+    if spec.control_tokens == "token":
+        rows.append(("control tokens in text", "taken as tokens"))
+    return rows
+
+
+def dataset_info(store: ObjectStore) -> DatasetInfo:
+    """Describe the dataset at a root.
+
+    Raises:
+        ConfigError: There is none.
+        IntegrityError, UnsupportedVersion: Plan or manifest cannot be read.
+        StoreError: Storage cannot be reached.
+    """
+    plan = load_plan(store)
+    manifest = find_manifest(store, plan)
+    committed = len(standing_receipts(store, plan))
+    token_keys = {key for key, _ in store.list(TOKENS_ARRAY)}
+    with_tokens = sum(tokens_key(unit) in token_keys for unit in range(min(plan.units, len(token_keys))))
+    return DatasetInfo(
+        uri=store.uri,
+        state="sealed" if manifest else _state(plan, with_tokens, committed),
+        subject=plan.subject.model,
+        subject_weights_sha256=plan.subject.weights_sha256,
+        corpus=tuple(source.uri for source in plan.corpus.sources),
+        documents=plan.corpus_facts.documents,
+        corpus_tokens=plan.corpus_facts.tokens,
+        bad_records=plan.corpus_facts.bad_records,
+        bad_first=plan.corpus_facts.bad_first,
+        hooks={site.name: site.d_model for site in plan.sites},
+        dtype=plan.spec.dtype,
+        context_length=plan.spec.context_length,
+        drop_leading=plan.spec.drop_leading,
+        bos_token=plan.bos_token,
+        join=plan.spec.join,
+        join_token=plan.join_token,
+        control_tokens=plan.spec.control_tokens,
+        windows_per_unit=plan.spec.windows_per_unit,
+        rows_per_unit=plan.rows_per_unit,
+        units=plan.units,
+        validation_units=plan.spec.validation_units,
+        units_with_tokens=with_tokens,
+        units_committed=committed,
+        void_units=len(manifest.void_units) if manifest else None,
+        rows=plan.rows,
+        planned_bytes=plan.units * sum(plan.shard_bytes(hook) for hook in plan.spec.hooks),
+        stored_bytes=sum(size for _, size in store.list("activations")),
+        sinks=manifest.sinks if manifest else None,
+        plan_fingerprint=plan.fingerprint,
+        dataset_sha256=manifest.dataset_sha256 if manifest else None,
+        revision=manifest.revision if manifest else None,
+    )
+
+
+def bad_records(counts: Mapping[str, int], first: Sequence[str]) -> list[tuple[str, str]]:
+    """Rows of a table that say which records of the corpus were left out; none where none was."""
+    if not counts:
+        return []
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+    more = sum(counts.values()) - len(first)
+    names = [*first, f"and {more:,} more"] if more else first
+    return [("records left out", reasons), *[("", name) for name in names]]
+
+
+def _state(plan: HarvestPlan, with_tokens: int, committed: int) -> State:
+    if committed == plan.units:
+        return "harvested"
+    if committed:
+        return "harvesting"
+    return "planned" if with_tokens == plan.units else "planning"

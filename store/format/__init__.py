@@ -1,0 +1,1 @@
+"""The stored format, pure: keys, grid, order of rows, shards, zarr metadata."""

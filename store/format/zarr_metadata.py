@@ -1,0 +1,111 @@
+"""The dataset as a zarr v3 group: metadata only, made by zarr-python itself.
+
+Any zarr v3 reader then opens the root; Winnow's own readers never need this metadata.
+"""
+
+# zarr's signatures name numcodecs, which has no type stubs.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from typing import Any, cast
+
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
+
+from winnow.schemas.harvest import HarvestPlan
+from winnow.store.format.layout import (
+    BFLOAT16_NAN,
+    INT8_NAN,
+    STORED_DTYPES,
+    TOKEN_DIGESTS_ARRAY,
+    TOKENS_ARRAY,
+    array_key,
+)
+from winnow.store.format.shards import ZSTD_LEVEL
+
+TOKEN_DIGESTS_KEY = f"{TOKEN_DIGESTS_ARRAY}/c/0/0"
+"""The one chunk of the token digests."""
+
+
+def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
+    """Key -> JSON of every `zarr.json` of the dataset; the root's holds them all (consolidated)."""
+    objects: dict[str, Buffer] = {}
+    memory = MemoryStore(objects)
+    about = {"plan": "plan.json", "plan_fingerprint": plan.fingerprint, "subject": plan.subject.model}
+    root = zarr.open_group(memory, mode="w-", zarr_format=3, attributes={"winnow": about})
+    common: dict[str, Any] = {"compressors": (Crc32cCodec(),), "filters": None}
+    little = BytesCodec(endian="little")
+    packing = (ZstdCodec(level=ZSTD_LEVEL),) if plan.spec.compress == "zstd" else ()
+    root.create_array(
+        TOKENS_ARRAY,
+        shape=(plan.windows, plan.spec.context_length),
+        chunks=(plan.spec.windows_per_unit, plan.spec.context_length),
+        dtype="uint32",
+        serializer=little,
+        fill_value=0,
+        dimension_names=("window", "position"),
+        attributes={"order": "planned"},
+        **common,
+    )
+    root.create_array(
+        TOKEN_DIGESTS_ARRAY,
+        shape=(plan.units, 32),
+        chunks=(plan.units, 32),
+        dtype="uint8",
+        fill_value=0,
+        dimension_names=("unit", "byte"),
+        attributes={"digest": "sha256 of each unit's tokens, uint32 little-endian"},
+        **common,
+    )
+    absent = {"bfloat16": BFLOAT16_NAN, "int8": INT8_NAN}.get(plan.spec.dtype, math.nan)
+    scales = {"scale": "float32, little-endian, in the last 4 bytes of each row"}
+    for site in plan.sites:
+        width = plan.stored_width(site.name)
+        root.create_array(
+            array_key(site.name),
+            shape=(plan.rows, width),
+            chunks=(plan.rows_per_slice, width),
+            shards=(plan.rows_per_unit, width),
+            compressors=packing + common["compressors"],
+            dtype=STORED_DTYPES[plan.spec.dtype],
+            serializer=little,
+            fill_value=absent,
+            # A name per hook: xarray refuses a group where one name has two lengths. Not the hook alone,
+            # which is the array's own name. Datasets of before have `dimension` for all.
+            dimension_names=("row", f"dimension.{site.name}"),
+            attributes={
+                "hook": site.name,
+                "logical_dtype": plan.spec.dtype,
+                "rows_per_unit": plan.rows_per_unit,
+                "sinks": "marked in receipts",
+                **(scales if plan.spec.dtype == "int8" else {}),
+            },
+            filters=None,
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(memory)
+    return {key: value.to_bytes() for key, value in objects.items()}
+
+
+def same_array(found: bytes, expected: bytes) -> bool:
+    """Whether two `zarr.json` describe the same bytes.
+
+    Another zarr release may word them otherwise, and earlier ones of ours gave dimensions other names.
+    """
+    try:
+        theirs: Any = json.loads(found)
+        ours: dict[str, Any] = json.loads(expected)
+    except ValueError:
+        return False
+    fields = ("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "codecs", "fill_value")
+    if not isinstance(theirs, dict):
+        return False
+    given = cast(dict[str, Any], theirs)
+    return all(given.get(name) == ours.get(name) for name in fields)

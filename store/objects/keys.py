@@ -1,0 +1,144 @@
+"""Where S3 is and what its requests are signed with: the environment, else AWS's own configuration.
+
+What `AWS_PROFILE` and the files in `~/.aws` say, web identities, containers and an instance's role are
+botocore's to read: as for a corpus in S3, which s3fs reads through it. Keys stay in this process's memory:
+they are neither stored nor pickled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from winnow.schemas.errors import StoreError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Credential
+
+RENEW = timedelta(minutes=5)
+"""Keys are asked for again after so long: botocore renews those that hold for less than ten minutes more."""
+_TRUE = ("1", "true", "yes", "on", "y", "t")
+
+
+class Keys:
+    """The keys of one client, renewed when their time is over. obstore calls it, `given` tells what it got.
+
+    Args:
+        ask: Gives (key, secret, token).
+    """
+
+    def __init__(self, ask: Callable[[], tuple[str, str, str | None]]) -> None:
+        self._ask, self._given = ask, None
+
+    _given: S3Credential | None
+
+    def __call__(self) -> S3Credential:
+        """The keys of this moment, for obstore."""
+        key, secret, token = self._ask()
+        self._given = {
+            "access_key_id": key,
+            "secret_access_key": secret,
+            "token": token,
+            "expires_at": datetime.now(UTC) + RENEW,
+        }
+        return self._given
+
+    def given(self) -> S3Credential | None:
+        """What the client signs with now; None before it asked."""
+        return self._given
+
+    def conceal(self, text: str) -> str:
+        """`text` without any of the keys."""
+        for name in ("secret_access_key", "token", "access_key_id") if self._given else ():
+            text = text.replace(self._given[name] or "\0", "***")  # pyright: ignore
+        return text
+
+    def __repr__(self) -> str:
+        return "<Keys>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("keys are never pickled")
+
+
+def find_keys() -> Keys | None:
+    """What requests are signed with; None where the environment says that they are not.
+
+    Raises:
+        StoreError: There is nothing to sign with, or it cannot be had; said within seconds.
+    """
+    env = os.environ
+    if env.get("AWS_SKIP_SIGNATURE", "").lower() in _TRUE:
+        return None
+    key, secret = env.get("AWS_ACCESS_KEY_ID"), env.get("AWS_SECRET_ACCESS_KEY")
+    if key and secret:
+        token = env.get("AWS_SESSION_TOKEN") or env.get("AWS_TOKEN")
+        keys = Keys(lambda: (key, secret, token))
+    elif key or secret:
+        raise _missing(f"no {'AWS_SECRET_ACCESS_KEY' if key else 'AWS_ACCESS_KEY_ID'}")
+    else:
+        keys = Keys(_configured())
+    keys()
+    return keys
+
+
+def _configured() -> Callable[[], tuple[str, str, str | None]]:
+    with _told():
+        found = aws_session().get_credentials()
+    if found is None:
+        raise _missing("no AWS_ACCESS_KEY_ID, no profile in ~/.aws and no instance role")
+
+    def ask() -> tuple[str, str, str | None]:
+        with _told():
+            now = found.get_frozen_credentials()
+        return now.access_key, now.secret_key, now.token
+
+    return ask
+
+
+def _missing(got: str) -> StoreError:
+    return StoreError(
+        "S3 credentials are missing",
+        expected="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, a profile that AWS_PROFILE "
+        "names, or an instance role",
+        got=got,
+        fix="Set them, then run the same command again",
+    )
+
+
+def aws_setting(name: str) -> str | None:
+    """`region` or `endpoint_url` of the profile in use, for S3; None where it says nothing."""
+    from botocore.configprovider import ConfiguredEndpointProvider  # pyright: ignore[reportMissingTypeStubs]
+
+    with _told():
+        session = aws_session()
+        if name == "region":
+            return session.get_config_variable("region")
+        if session.get_config_variable("ignore_configured_endpoint_urls"):
+            return None
+        told = session.get_scoped_config()
+        return ConfiguredEndpointProvider(session.full_config, told, "s3").provide()
+
+
+def aws_session() -> Any:
+    """Botocore's view of environment and files; imported only where it is needed."""
+    import botocore.session  # pyright: ignore[reportMissingTypeStubs]
+
+    return botocore.session.Session()
+
+
+@contextmanager
+def _told():
+    """Botocore's complaints (no such profile, a file that cannot be read, a sign-in that is over) as ours."""
+    from botocore.exceptions import BotoCoreError  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        yield
+    except BotoCoreError as error:
+        raise StoreError(
+            "S3 credentials cannot be had from AWS's configuration",
+            got=str(error).splitlines()[0],
+            fix="Check AWS_PROFILE and the files in ~/.aws, or sign in again",
+        ) from None

@@ -1,0 +1,305 @@
+"""Objects in a local folder: create-only by hard link, durable on return."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
+from winnow.store.objects.base import MAX_GET_BYTES, Data, Digest, ObjectStore, Pieces, Ready, check_key
+
+_TEMP = ".tmp"
+_STALE_SECONDS = 24 * 3600
+_WRITE_BYTES = 64 << 20
+
+
+def expand_user(path: str | Path) -> Path:
+    """`path` with a leading `~` or `~user` replaced; as it is where no such user is known."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for a folder called `~name`
+
+
+class LocalStore(ObjectStore):
+    """Objects as files under one folder, made when the first is written.
+
+    A put writes `<root>/.tmp/<random>`, syncs it, links it to its key (which fails where the key
+    exists), and syncs the folder. What a killed process leaves in `.tmp` is never listed; `probe`
+    removes it a day later.
+    """
+
+    remote = False
+    probe_races = 1
+    """A kernel's link is one step; a network's file system that takes two shows it in small files too."""
+    probe_race_bytes = 64
+
+    def __init__(self, root: str | Path, temp: Path | None = None) -> None:
+        self._root = expand_user(root).absolute()
+        self._temp = temp or self._root / _TEMP
+        self.uri = str(self._root)
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def put_new(
+        self, key: str, data: Data | Pieces, ready: Ready | None = None, digest: Digest | None = None
+    ) -> bool:
+        """See `ObjectStore.put_new`."""
+        del digest
+        path = self._path(key)
+        if path.exists():
+            return False
+        try:
+            _make_folder(path.parent)
+            temp = self._write_temp(data, ready)
+            try:
+                os.link(temp, path)
+            except FileExistsError:
+                return False
+            finally:
+                temp.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+        except OSError as error:
+            self._fail(error, key, "writing")
+        return True
+
+    def put(self, key: str, data: Data) -> None:
+        """See `ObjectStore.put`."""
+        path = self._path(key)
+        try:
+            _make_folder(path.parent)
+            temp = self._write_temp(data)
+            try:
+                temp.replace(path)
+            finally:
+                temp.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+        except OSError as error:
+            self._fail(error, key, "writing")
+
+    def _write_temp(self, data: Data | Pieces, ready: Ready | None = None) -> Path:
+        views = [memoryview(piece).cast("B") for piece in (data if isinstance(data, tuple) else (data,))]
+        temp, handle = self._open_temp()
+        try:
+            while views:
+                done = os.writev(handle, _some(views))
+                while views and done >= len(views[0]):
+                    done -= len(views.pop(0))
+                if views:
+                    views[0] = views[0][done:]
+            if ready is None:
+                os.fsync(handle)
+            else:
+                with ThreadPoolExecutor(1, thread_name_prefix="winnow-fsync") as beside:
+                    synced = beside.submit(os.fsync, handle)
+                    ready()
+                    synced.result()
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
+        return temp
+
+    def _open_temp(self) -> tuple[Path, int]:
+        """A new file in the folder for temporary ones, and its descriptor."""
+        temp = self._temp / secrets.token_hex(16)
+        for _ in range(2):
+            with suppress(FileNotFoundError):  # another process's probe took its empty folders in between
+                return self._create(temp)
+        return self._create(temp)
+
+    def _create(self, temp: Path) -> tuple[Path, int]:
+        _make_folder(self._temp)
+        return temp, os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:
+        """See `ObjectStore.get`."""
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > limit:
+                    raise IntegrityError(
+                        f"{self.uri}/{key} is too large",
+                        expected=f"at most {limit} bytes",
+                        got=f"{size} bytes",
+                    )
+                return self._read(file.fileno(), key, 0, size)
+        except OSError as error:
+            self._fail(error, key, "reading")
+
+    def get_range(self, key: str, start: int, end: int) -> bytes | memoryview:
+        """See `ObjectStore.get_range`."""
+        return self.get_ranges(key, [start], [end])[0]
+
+    def get_ranges(self, key: str, starts: Sequence[int], ends: Sequence[int]) -> list[bytes | memoryview]:
+        """See `ObjectStore.get_ranges`."""
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                pairs = zip(starts, ends, strict=True)
+                return [self._read(file.fileno(), key, start, end) for start, end in pairs]
+        except OSError as error:
+            self._fail(error, key, "reading")
+
+    def read_into(self, key: str, start: int, parts: Sequence[Sequence[NDArray[np.uint8]]]) -> Iterator[None]:
+        """See `ObjectStore.read_into`: from the page cache to the buffers without a copy between."""
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                handle = file.fileno()
+                for part in parts:
+                    end = start + sum(map(len, part))
+                    if os.preadv(handle, [buffer.data for buffer in part], start) != end - start:
+                        rest = np.frombuffer(self._read(handle, key, start, end), np.uint8)
+                        for buffer in part:
+                            buffer[:], rest = rest[: buffer.size], rest[buffer.size :]
+                    start = end
+                    yield
+        except OSError as error:
+            self._fail(error, key, "reading")
+
+    def get_suffix(self, key: str, length: int) -> bytes | memoryview:
+        """See `ObjectStore.get_suffix`."""
+        size = self.size(key)
+        return self.get_range(key, max(0, (size or 0) - length), max(size or 0, length))
+
+    def _read(self, handle: int, key: str, start: int, end: int) -> bytes:
+        """Exactly [start, end): one `pread` gives `bytes` without a copy; short reads are continued."""
+        data = os.pread(handle, end - start, start)
+        if len(data) == end - start:
+            return data
+        parts, done = [data], start + len(data)
+        while done < end and parts[-1]:
+            parts.append(os.pread(handle, end - done, done))
+            done += len(parts[-1])
+        if done < end:
+            raise IntegrityError(
+                f"{self.uri}/{key} is too short", expected=f"at least {end} bytes", got=f"{done} bytes"
+            )
+        return b"".join(parts)
+
+    def size(self, key: str) -> int | None:
+        """See `ObjectStore.size`."""
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            self._fail(error, key, "looking up")
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """See `ObjectStore.list`; names that start with a dot are not objects."""
+        top = self._path(prefix) if prefix else self._root
+        found: list[tuple[str, int]] = []
+
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        try:
+            for folder, folders, files in os.walk(top, onerror=refuse):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                place = Path(folder)
+                for name in files:
+                    if not name.startswith("."):
+                        path = place / name
+                        found.append((path.relative_to(self._root).as_posix(), path.stat().st_size))
+        except OSError as error:
+            self._fail(error, prefix, "listing")
+        found.sort()
+        return iter(found)
+
+    def delete(self, key: str) -> None:
+        """See `ObjectStore.delete`."""
+        path = self._path(key)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._fail(error, key, "deleting")
+        if path.parent != self._root:
+            with suppress(OSError):  # object storage has no empty folders; one in use stays
+                path.parent.rmdir()
+
+    def child(self, prefix: str) -> LocalStore:
+        """See `ObjectStore.child`."""
+        return LocalStore(self._path(prefix), self._temp)
+
+    def free_bytes(self) -> int | None:
+        """Bytes free on the root's file system."""
+        place = self._root
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+    def probe(self, single_writer: bool = False) -> None:
+        """See `ObjectStore.probe`; also removes day-old leftovers of killed processes.
+
+        A root that was not there before is not there after it either.
+        """
+        try:
+            leftovers = list(self._temp.iterdir()) if self._temp.is_dir() else []
+            for path in leftovers:
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            self._fail(error, "", "tidying")
+        new = [path for path in (self._temp, self._root, *self._root.parents) if not path.exists()]
+        try:
+            super().probe(single_writer)
+        finally:
+            with suppress(OSError):  # one that somebody has filled meanwhile stays
+                for path in new:
+                    path.rmdir()
+
+    def _fail(self, error: OSError, key: str, doing: str) -> NoReturn:
+        where = f"{self.uri}/{key}".rstrip("/")
+        if isinstance(error, StoreError):
+            raise error
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise MissingObject(f"{where} does not exist") from error
+        fixes = {
+            errno.ENOSPC: "Free some space or choose another root, then run the same command again",
+            errno.EDQUOT: "Free some quota or choose another root, then run the same command again",
+            errno.EACCES: "Choose a root this user may write to",
+            errno.EROFS: "Choose a root this user may write to",
+            errno.EPERM: "Choose a root on a file system with hard links",
+            errno.EOPNOTSUPP: "Choose a root on a file system with hard links",
+        }
+        reason = error.strerror or type(error).__name__
+        raise StoreError(f"{doing} {where} failed: {reason}", fix=fixes.get(error.errno or 0)) from error
+
+
+def _some(views: list[memoryview]) -> list[memoryview]:
+    """The first of `views`, as many as one write takes: `_WRITE_BYTES`, and far fewer than IOV_MAX."""
+    chosen, room = list[memoryview](), _WRITE_BYTES
+    for view in views[:256]:
+        if not room:
+            break
+        chosen.append(view[:room])
+        room -= len(chosen[-1])
+    return chosen
+
+
+def _make_folder(path: Path) -> None:
+    """Make `path` and its parents, each new one durable."""
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,118 @@
+"""Opening S3: the bucket, the endpoint, the credentials, and a client that waits and tries as configured."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import unicodedata
+from datetime import timedelta
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from obstore.store import S3Store as ObstoreS3
+
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError
+from winnow.store.objects.base import MAX_KEY
+from winnow.store.objects.direct import Direct
+from winnow.store.objects.keys import aws_setting, find_keys
+from winnow.store.objects.s3_store import S3Store
+
+MAX_PREFIX_BYTES = 1024 - MAX_KEY - 1
+"""Longest prefix of a root."""
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
+
+
+def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
+    """The objects of a bucket under a prefix; see `winnow.store.objects.open_store`."""
+    if not _BUCKET.fullmatch(bucket):
+        raise ConfigError(
+            "root does not name an S3 bucket",
+            expected="s3://bucket/prefix with a bucket of 3 to 63 letters, digits, '.', '-'",
+            got="credentials inside the URI" if "@" in bucket or ":" in bucket else repr(bucket[:80]),
+            fix="Credentials belong in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)",
+        )
+    check_prefix(prefix)
+    env = os.environ
+    endpoint, plain = s3_endpoint(storage.allow_http)
+    keys = find_keys()
+    wait = timedelta(seconds=storage.timeout_seconds)
+    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or aws_setting("region")
+    config: dict[str, Any] = {"region": region or "us-east-1"}
+    if endpoint:
+        config["endpoint"] = endpoint.rstrip("/")
+    client = ObstoreS3(
+        bucket,
+        config=cast(Any, config),
+        credential_provider=keys,
+        client_options={
+            "timeout": wait,
+            "read_timeout": wait,
+            "connect_timeout": min(wait, timedelta(seconds=10)),
+            "allow_http": plain,
+        },
+        retry_config={
+            "max_retries": 6,
+            "retry_timeout": min(3 * wait, timedelta(minutes=4)),
+            "backoff": {
+                "init_backoff": timedelta(milliseconds=100),
+                "max_backoff": timedelta(seconds=5),
+                "base": 2,
+            },
+        },
+    )
+    direct = Direct(client, keys, storage.timeout_seconds)
+    return S3Store(client, bucket, prefix, direct, storage.single_writer)
+
+
+def check_prefix(prefix: str) -> None:
+    """ConfigError where a root's prefix cannot begin the keys of its objects; S3 takes all others.
+
+    Empty, `.` and `..` are no names to the S3 client nor to a URL, control characters none to the client.
+    """
+    wrong = ""
+    if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
+        wrong = "a name that is empty, '.' or '..' between two slashes"
+    elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in prefix):
+        wrong = "a control character, or one that is no Unicode"
+    elif len(prefix.encode()) > MAX_PREFIX_BYTES:
+        wrong = f"{len(prefix.encode())} bytes"
+    if wrong:
+        raise ConfigError(
+            f"root has the prefix {prefix[:80]!r}",
+            expected=f"names between single slashes, at most {MAX_PREFIX_BYTES} bytes (a key has 1,024, of "
+            f"which the store's own names may take {MAX_KEY})",
+            got=wrong,
+        )
+
+
+def s3_endpoint(allow_http: bool) -> tuple[str | None, bool]:
+    """The S3 endpoint of environment or profile (None: AWS itself), checked; whether it is plain HTTP."""
+    env = os.environ
+    named = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
+    endpoint = named or aws_setting("endpoint_url")
+    return endpoint, check_endpoint(endpoint, allow_http) if endpoint else False
+
+
+def check_endpoint(endpoint: str, allow_http: bool) -> bool:
+    """Whether an endpoint speaks plain HTTP; ConfigError where it must not, or is no URL."""
+    parts = urlsplit(endpoint)
+    host = parts.hostname or ""
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None:
+        raise ConfigError(
+            "AWS_ENDPOINT_URL is not an endpoint", expected="https://host[:port], without user or password"
+        )
+    if parts.scheme == "https":
+        return False
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not (loopback or allow_http):
+        raise ConfigError(
+            f"AWS_ENDPOINT_URL is plain http:// to {host}",
+            expected="https://, or http:// to this machine's loopback",
+            fix="Use https, or set storage.allow_http: true where the network is trusted",
+        )
+    return True

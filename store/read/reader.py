@@ -1,0 +1,468 @@
+"""Reading a dataset: its plan, receipts, tokens and rows, every byte checked. NumPy only.
+
+Letters: D d_model, T context length, W windows in a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from winnow.schemas.base import MAX_JSON_BYTES, sha256_hex
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
+from winnow.schemas.harvest import MOMENT_UNITS, SLICES, HarvestManifest, HarvestPlan, UnitReceipt
+from winnow.store.format import layout
+from winnow.store.format.order import LaneOrder
+from winnow.store.format.shards import decode_chunk, to_float32
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.read.cache import SliceCache
+from winnow.store.read.fetch import fetch_slices
+from winnow.store.read.follow import Arrivals, wait_for_plan
+from winnow.store.records.commit import load_receipt, standing_receipts
+from winnow.store.records.index import ReceiptIndex
+from winnow.store.records.manifest import find_manifest, load_index, load_manifest
+
+if TYPE_CHECKING:
+    from winnow.store.read.torch_stream import Stream
+
+MAX_TOKEN_CHUNK_BYTES = 1 << 30
+"""Largest chunk of tokens or token digests that is read, in bytes."""
+
+
+def load_plan(store: ObjectStore) -> HarvestPlan:
+    """The plan of the dataset at this root.
+
+    Raises:
+        ConfigError: There is none.
+        IntegrityError, UnsupportedVersion: It cannot be read.
+    """
+    try:
+        data = store.get(layout.PLAN_KEY, limit=MAX_JSON_BYTES)
+    except MissingObject as error:
+        raise ConfigError(
+            f"{store.uri} holds no dataset",
+            expected=layout.PLAN_KEY,
+            got="nothing there",
+            fix="Check the root, or run `winnow plan` and `winnow harvest` first",
+        ) from error
+    return HarvestPlan.from_json(data, origin=f"{store.uri}/{layout.PLAN_KEY}")
+
+
+# Tokens
+
+
+def load_token_digests(store: ObjectStore, plan: HarvestPlan) -> NDArray[np.uint8]:
+    """uint8 [units, 32]: SHA-256 of every unit's token chunk, checked against the plan.
+
+    Raises:
+        MissingObject: Not there: planning has not finished.
+        IntegrityError: Not what the plan says.
+    """
+    key = f"{layout.TOKEN_DIGESTS_ARRAY}/c/0/0"
+    try:
+        data = store.get(key, limit=MAX_TOKEN_CHUNK_BYTES)
+    except MissingObject as error:
+        raise MissingObject(
+            f"{store.uri} lacks its token digests", expected=key, fix="Run `winnow plan` again"
+        ) from error
+    digests = decode_chunk(data, "u1", (plan.units, 32), what="token digests")
+    found = sha256_hex(digests.tobytes())
+    if found != plan.tokens_sha256:
+        raise IntegrityError("token digests", expected=f"sha256 {plan.tokens_sha256}", got=found)
+    return digests
+
+
+def read_tokens(
+    store: ObjectStore, plan: HarvestPlan, unit: int, digests: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint32]:
+    """uint32 [W, T]: a unit's tokens, checked against the plan.
+
+    Args:
+        store: The dataset's root.
+        plan: Its plan.
+        unit: Which unit.
+        digests: What `load_token_digests` gave, to read many units without loading it each time.
+
+    Raises:
+        MissingObject: The chunk is not there.
+        IntegrityError: Not the tokens that were planned.
+    """
+    if digests is None:
+        digests = load_token_digests(store, plan)
+    key, what = layout.tokens_key(unit), f"tokens of unit {unit}"
+    try:
+        data = store.get(key, limit=MAX_TOKEN_CHUNK_BYTES)
+    except MissingObject as error:
+        raise MissingObject(f"{what} are missing", expected=key, fix="Run `winnow plan` again") from error
+    shape = (plan.spec.windows_per_unit, plan.spec.context_length)
+    tokens: NDArray[np.uint32] = decode_chunk(data, "<u4", shape, what=what)
+    expected, found = digests[unit].tobytes().hex(), sha256_hex(tokens.tobytes())
+    if found != expected:
+        raise IntegrityError(what, expected=f"sha256 {expected}", got=found)
+    return tokens
+
+
+# Receipts
+
+
+def receipts_present(store: ObjectStore, plan: HarvestPlan) -> dict[int, int]:
+    """Unit -> highest revision of its receipt, from one listing; no receipt is read."""
+    return standing_receipts(store, plan)
+
+
+def read_receipt(store: ObjectStore, plan: HarvestPlan, unit: int, revision: int = 0) -> UnitReceipt:
+    """A unit's receipt, checked against the plan.
+
+    Raises:
+        MissingObject: The unit has no such receipt.
+        IntegrityError, UnsupportedVersion: It cannot be read or does not fit the plan.
+    """
+    return load_receipt(store, plan, unit, revision)
+
+
+class ActivationStore:
+    """A sealed dataset, for reading. Safe to use from threads.
+
+    Open one with `ActivationStore.open(uri)`; every error it raises is a `WinnowError`.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        plan: HarvestPlan,
+        manifest: HarvestManifest | None,
+        index: ReceiptIndex,
+        arrivals: Arrivals | None = None,
+        cache: SliceCache | None = None,
+    ) -> None:
+        self.store = store
+        """The root."""
+        self.plan = plan
+        """What the dataset is."""
+        self.index = index
+        """Its receipts, in columns; of a dataset that is followed, those that were asked for."""
+        self.arrivals = arrivals
+        """Awaits receipts while the dataset is harvested; None: it is sealed."""
+        self.cache = cache
+        """Keeps slices on a local disk; None: every one comes from storage."""
+        self._manifest = manifest
+        self._digests: NDArray[np.uint8] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        storage: StorageSpec | None = None,
+        *,
+        follow: bool = False,
+        timeout_seconds: float = 600.0,
+    ) -> ActivationStore:
+        """Open the dataset at `uri`: verify manifest, receipts and plan against each other.
+
+        No activation is read.
+
+        Args:
+            uri: A local path, `file://` or `s3://bucket/prefix`.
+            storage: Time-outs, permissions, and a cache folder for what is remote.
+            follow: Take a dataset that is not sealed, or not even planned yet. Whatever is read then waits
+                for its units' receipts; streams yield the very batches they would yield later.
+            timeout_seconds: Longest wait, for the plan or while no unit is committed.
+
+        Raises:
+            ConfigError: No dataset there, or one that is not sealed (following: none after the time-out).
+            IntegrityError, UnsupportedVersion: Its artefacts cannot be read or disagree.
+            StoreError: The storage cannot be reached.
+        """
+        store = open_store(uri, storage)
+        opened = cls.over(store, follow=follow, timeout_seconds=timeout_seconds)
+        if storage is not None and storage.cache_folder and store.remote:
+            opened.cache = SliceCache(storage.cache_folder, storage.cache_bytes, opened.plan)
+        return opened
+
+    @classmethod
+    def over(
+        cls, store: ObjectStore, *, follow: bool = False, timeout_seconds: float = 600.0
+    ) -> ActivationStore:
+        """As `open`, over an object store that is open already."""
+        if follow:
+            wait_for_plan(store, timeout_seconds)
+        plan = load_plan(store)
+        if follow and find_manifest(store, plan) is None:
+            index = ReceiptIndex(plan)
+            return cls(store, plan, None, index, Arrivals(store, plan, index, timeout_seconds))
+        manifest = load_manifest(store, plan)
+        opened = cls(store, plan, manifest, load_index(store, plan, manifest))
+        opened._check_tokens()
+        return opened
+
+    def _check_tokens(self) -> None:
+        """Refuse receipts of other tokens than were planned."""
+        self._digests = load_token_digests(self.store, self.plan)
+        other = np.flatnonzero(np.any(self.index.token_sha256 != self._digests, axis=1))
+        if other.size:
+            raise IntegrityError(
+                f"{self.store.uri}: the receipt of unit {int(other[0])} is for other tokens "
+                "than were planned",
+                expected=f"sha256 {self._digests[other[0]].tobytes().hex()}",
+                got=self.index.token_sha256[other[0]].tobytes().hex(),
+            )
+
+    @property
+    def manifest(self) -> HarvestManifest:
+        """That the dataset is whole, and what it holds; ConfigError where it is not sealed yet."""
+        if self._manifest is None:
+            self._manifest = load_manifest(self.store, self.plan)
+        return self._manifest
+
+    @property
+    def dataset_sha256(self) -> str | None:
+        """The manifest's digest; None while the dataset is not sealed."""
+        if self._manifest is None:
+            self._manifest = find_manifest(self.store, self.plan)
+        return self._manifest.dataset_sha256 if self._manifest else None
+
+    def _await(self, units: Iterable[int]) -> None:
+        """Following: wait for the receipts of some units."""
+        if self.arrivals is not None:
+            for unit in units:
+                self.arrivals.wait(unit)
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Names of the hooks that were harvested."""
+        return self.plan.spec.hooks
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole dataset, validation units first."""
+        return self.plan.rows
+
+    def d_model(self, hook: str) -> int:
+        """Width D at `hook`."""
+        return self.plan.d_model(hook)
+
+    def read_rows(self, hook: str, start: int, stop: int) -> NDArray[np.float32]:
+        """float32 [stop - start, D]: dataset rows in stored order, checked.
+
+        Rows of a void unit are zeros; `weights` says so.
+
+        Raises:
+            ConfigError: Unknown hook, or rows outside the dataset.
+            MissingObject, IntegrityError: Storage no longer holds what was committed.
+        """
+        width = self._check(hook, start, stop)
+        out = np.empty((stop - start, width), dtype=np.float32)
+        unit_rows, slice_rows = self.plan.rows_per_unit, self.plan.rows_per_slice
+        for unit in range(start // unit_rows, -(-stop // unit_rows)):
+            self._await((unit,))
+            low, high = max(start, unit * unit_rows), min(stop, (unit + 1) * unit_rows)
+            target = out[low - start : high - start]
+            if self.index.void[unit]:
+                target[:] = 0
+                continue
+            low, high = low - unit * unit_rows, high - unit * unit_rows
+            first, last = low // slice_rows, -(-high // slice_rows)
+            shape = (last - first, slice_rows, self.plan.stored_width(hook))
+            stored = np.empty(shape, dtype=layout.STORED_DTYPES[self.plan.spec.dtype])
+            places = list(stored.view(np.uint8).reshape(last - first, -1))
+            fetch_slices(self.store, self.plan, self.index, hook, unit, first, places, self.cache)
+            chosen = stored.reshape(-1, shape[2])[low - first * slice_rows : high - first * slice_rows]
+            to_float32(chosen, self.plan.spec.dtype, out=target)
+        return out
+
+    def locate(self, rows: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(window, position in the window) of each dataset row; see `winnow.store.format.layout.locate`."""
+        return layout.locate(self.plan, np.asarray(rows, dtype=np.int64))
+
+    def tokens(self, window: int) -> NDArray[np.uint32]:
+        """uint32 [T]: the token ids of a window of the dataset, checked."""
+        if not 0 <= window < self.plan.windows:
+            raise ConfigError("window", expected=f"0 to {self.plan.windows - 1}", got=window)
+        unit, number = divmod(int(window), self.plan.spec.windows_per_unit)
+        return self.unit_tokens(unit)[number]
+
+    def unit_tokens(self, unit: int) -> NDArray[np.uint32]:
+        """uint32 [W, T]: the token ids of a unit's windows, checked."""
+        if self._digests is None:
+            self._digests = load_token_digests(self.store, self.plan)
+        return read_tokens(self.store, self.plan, unit, self._digests)
+
+    def weights(self, hooks: Sequence[str], start: int, stop: int) -> NDArray[np.float32]:
+        """float32 [stop - start]: 0 at sinks of any of `hooks` and in void units, else 1."""
+        hooks = self._hooks(hooks)
+        self._check(hooks[0], start, stop)
+        unit_rows = self.plan.rows_per_unit
+        units = range(start // unit_rows, -(-stop // unit_rows))
+        self._await(units)
+        parts = [self.index.weights(hooks, unit) for unit in units]
+        whole = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+        offset = units.start * unit_rows
+        return whole[start - offset : stop - offset]
+
+    def window_weights(self, hooks: Sequence[str], windows: Sequence[int]) -> NDArray[np.float32]:
+        """float32 [len(windows), T]: the weight of every position of some windows.
+
+        0 at the leading positions that are not stored, at sinks of any of `hooks` and in void units,
+        else 1: where a splice replaces the activation.
+        """
+        hooks = self._hooks(hooks)
+        plan, asked = self.plan, np.asarray(windows, dtype=np.int64)
+        if asked.size and not 0 <= asked.min() <= asked.max() < plan.windows:
+            raise ConfigError("windows", expected=f"0 to {plan.windows - 1}", got=windows)
+        out = np.zeros((asked.size, plan.spec.context_length), dtype=np.float32)
+        units, numbers = np.divmod(asked, plan.spec.windows_per_unit)
+        self._await(np.unique(units).tolist())
+        for unit in np.unique(units):
+            planned = np.empty(plan.rows_per_unit, dtype=np.float32)
+            planned[layout.row_permutation(plan, int(unit))] = self.index.weights(hooks, int(unit))
+            chosen = units == unit
+            by_window = planned.reshape(plan.spec.windows_per_unit, plan.rows_per_window)
+            out[chosen, plan.spec.drop_leading :] = by_window[numbers[chosen]]
+        return out
+
+    def moments(self, hook: str) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+        """Sums over the training rows of weight 1 that the first units' receipts describe.
+
+        A sample without bias, since windows are shuffled corpus-wide.
+
+        Returns:
+            (rows, sums float64 [D], sums of squares float64 [D]), raw units.
+
+        Raises:
+            ConfigError: Unknown hook, or no training unit among those described.
+        """
+        self._await(range(min(MOMENT_UNITS, self.plan.units)))
+        width, held = self.plan.d_model(hook), self.index.hooks[hook].moments
+        chosen = [held[unit] for unit in sorted(held) if unit in self.plan.split_units("train")]
+        rows = sum(moments.rows for moments in chosen)
+        if not rows:
+            raise ConfigError(
+                f"hook {hook!r} has no moments of training rows",
+                expected="a training unit among the first units",
+                got=f"{self.plan.spec.validation_units} validation units before them",
+                fix="Plan fewer validation units",
+            )
+        sums, squares = np.zeros(width), np.zeros(width)
+        for moments in chosen:
+            sums += moments.sums
+            squares += moments.squares
+        return rows, sums, squares
+
+    def mean(self, hook: str) -> NDArray[np.float64]:
+        """float64 [D]: mean of the training rows of weight 1 (see `moments`), in raw units."""
+        rows, sums, _ = self.moments(hook)
+        return sums / rows
+
+    def variance(self, hook: str) -> NDArray[np.float64]:
+        """float64 [D]: variance of the training rows of weight 1 (see `moments`), in raw units."""
+        rows, sums, squares = self.moments(hook)
+        return np.maximum(squares / rows - np.square(sums / rows), 0)
+
+    def order(
+        self,
+        *,
+        batch_rows: int,
+        seed: int,
+        split: str = "train",
+        lanes: int = SLICES,
+        group_units: int = 16,
+    ) -> LaneOrder:
+        """The order a stream with these arguments has; see `winnow.store.format.order.LaneOrder`."""
+        return LaneOrder.for_plan(
+            self.plan, split=split, batch_rows=batch_rows, seed=seed, lanes=lanes, group_units=group_units
+        )
+
+    def stream(
+        self,
+        hooks: Sequence[str] | str,
+        *,
+        split: str = "train",
+        batch_rows: int,
+        seed: int,
+        lanes: int = SLICES,
+        group_units: int = 16,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        epochs: int | None = None,
+        steps: int | None = None,
+        prefetch: int = 8,
+        dtype: Literal["float32", "stored"] = "float32",
+    ) -> Stream:
+        """Batches in lane order, read ahead in the background.
+
+        The global batch of a step is the ranks' batches one after another, the same for every `world`
+        that divides `lanes`. Two groups are in memory (one, when the split is one group).
+
+        Args:
+            hooks: Read together: row i is the same token for each, and their weights multiply.
+            split: `train`, `validation` or `all`.
+            batch_rows: Rows B of a global batch, a multiple of `lanes`.
+            seed: Key of the order.
+            lanes: Lanes G, a divisor of 64. Part of the order.
+            group_units: Units U shuffled together. Part of the order.
+            rank: This process's place, 0 to world - 1.
+            world: Processes that share the batch; it must divide `lanes`.
+            start_step: The first step, counted over all epochs: resumes in O(1).
+            epochs: Stop after this many epochs counted from step 0; None never stops.
+            steps: Stop before this step, counted from step 0; None never stops.
+            prefetch: Range requests in flight; of a local root no more than there are cores.
+            dtype: Of the batches' rows: `float32`, or `stored`, as the plan keeps them (bfloat16 mostly),
+                which is half the bytes to carry to a GPU that widens them there; of int8 it is float32 too.
+
+        Returns:
+            An iterator of `winnow.store.read.torch_stream.Batch` that is also a context manager.
+
+        Raises:
+            ConfigError: Arguments that cannot be, before any data is read.
+            MissingObject, IntegrityError: While iterating, what storage no longer holds, by unit, hook
+                and slice.
+        """
+        from winnow.store.read.stream import RowStream
+        from winnow.store.read.torch_stream import Stream, widen
+
+        order = self.order(
+            batch_rows=batch_rows, seed=seed, split=split, lanes=lanes, group_units=group_units
+        )
+        if epochs is not None:
+            if steps is not None:
+                raise ConfigError("epochs and steps", expected="one of them", got="both")
+            steps = epochs * order.steps_per_epoch
+        return Stream(
+            RowStream(
+                self.store,
+                self.plan,
+                self.index,
+                order,
+                hooks,
+                split=split,
+                rank=rank,
+                world=world,
+                start_step=start_step,
+                stop_step=steps,
+                requests=prefetch,
+                dtype=dtype,
+                widen=widen,
+                arrivals=self.arrivals,
+                cache=self.cache,
+            )
+        )
+
+    def _check(self, hook: str, start: int, stop: int) -> int:
+        if not 0 <= start <= stop <= self.rows:
+            raise ConfigError(
+                "rows", expected=f"0 <= start <= stop <= {self.rows}", got=f"start {start}, stop {stop}"
+            )
+        return self.plan.d_model(hook)
+
+    def _hooks(self, hooks: Sequence[str] | str) -> tuple[str, ...]:
+        named = (hooks,) if isinstance(hooks, str) else tuple(hooks)
+        for hook in named:
+            self.plan.d_model(hook)
+        if not named:
+            raise ConfigError("hooks", expected="one or more", got="none")
+        return named

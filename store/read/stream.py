@@ -1,0 +1,269 @@
+"""The prefetching reader: checked byte ranges in the background, batches in lane order. NumPy only.
+
+Letters: B rows in a batch, D d_model, G lanes, L lanes of this rank, U units in a group, S rows that a
+lane owns of one unit.
+
+A rank's lanes own neighbouring slices of every unit, so a rank reads one run of bytes a unit and hook,
+and no byte that another rank reads. Slices go from storage into the group's buffers with one copy and are
+checked there; a batch gathers its rows from all over the group and widens them to float32, ahead of the
+consumer. While one group is consumed, the next is read into a second set of buffers. A split that is a
+single group is read once and shuffled anew each epoch.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import NamedTuple, Self
+
+from winnow.common.closing import Closing
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.harvest import HarvestPlan, row_bytes
+from winnow.schemas.training import StreamState
+from winnow.store.format.order import LaneOrder
+from winnow.store.objects import ObjectStore
+from winnow.store.read.assemble import RUNS_AHEAD, Assembler, RowBatch, Widen, widen_stored
+from winnow.store.read.cache import SliceCache
+from winnow.store.read.follow import Arrivals
+from winnow.store.read.groups import Buffers, GroupReader, Turns
+from winnow.store.records.index import ReceiptIndex
+
+
+def memory_bytes(plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], world: int = 1) -> int:
+    """Memory that a rank's stream holds in buffers, in bytes.
+
+    Rows and weights of two groups (one, when the split is one group) and two groups' turns, over the
+    world size.
+    """
+    row = sum(row_bytes(plan.spec.dtype, plan.d_model(hook)) for hook in hooks) + 4
+    held = 1 if order.groups == 1 else 2
+    return order.group_units * plan.rows_per_unit * (row * held + 2 * 8) // world
+
+
+class RowStream(Closing):
+    """An iterator of `RowBatch`; see `ActivationStore.stream` for the arguments.
+
+    Reading starts when it is made. It holds no thread of its own: a small pool reads, and is gone after
+    `close()`, after the last batch, or with the stream.
+
+    Raises (on construction, before any data is read):
+        ConfigError: A hook, rank, world or step that cannot be.
+        MissingObject: A unit of the first group without a receipt.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        plan: HarvestPlan,
+        index: ReceiptIndex,
+        order: LaneOrder,
+        hooks: Sequence[str],
+        *,
+        split: str = "train",
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        requests: int = 8,
+        dtype: str = "float32",
+        widen: Widen | None = None,
+        arrivals: Arrivals | None = None,
+        cache: SliceCache | None = None,
+    ) -> None:
+        hooks = (hooks,) if isinstance(hooks, str) else tuple(hooks)
+        if not hooks or len(set(hooks)) != len(hooks):
+            raise ConfigError("hooks", expected="one or more, each once", got=hooks)
+        for hook in hooks:
+            plan.d_model(hook)
+        if requests < 1:
+            raise ConfigError("prefetch", expected="1 or more requests", got=requests)
+        if dtype not in ("float32", "stored"):
+            raise ConfigError("dtype", expected="float32 or stored", got=repr(dtype))
+        lanes = order.lanes_of(rank, world)
+        self.plan, self.order, self.hooks, self.split = plan, order, hooks, split
+        self.rank, self.world = rank, world
+        self.stop_step = stop_step
+        self.next_step = start_step
+        place = order.locate(start_step)
+        self.seconds_waiting = 0.0
+        """Seconds the consumer has waited for data."""
+        self._failed: BaseException | None = None
+        self._reader = GroupReader(store, plan, index, order, hooks, lanes, requests, arrivals, cache)
+        self._waiter = ThreadPoolExecutor(1, "winnow-stream-follow") if arrivals else None
+        widen = widen or partial(widen_stored, dtype=plan.spec.dtype)
+        wide = dtype == "float32" or plan.spec.dtype == "int8"
+        row = sum(
+            plan.d_model(hook) * 4 if wide else row_bytes(plan.spec.dtype, plan.d_model(hook))
+            for hook in hooks
+        )
+        pool = None if store.remote else self._reader.pool
+        size = row * order.batch_rows // world
+        self._assembler = Assembler(pool, widen if wide else None, size, len(hooks))
+        if pool:
+            self._reader.before = self._assembler.work
+        self._current: Buffers | None = None
+        self._turns: Turns | None = None
+        self._first = self._last = self._asked = start_step
+        """The current group's first step, one past its last, and the next one whose batch is to be begun."""
+        self._ready: deque[Future[list[RowBatch]]] = deque()
+        self._run: deque[RowBatch] = deque()
+        self._coming: _Coming | None = None
+        self._closed = False
+        weakref.finalize(self, self._reader.closing.set)
+        for pool in self._pools():
+            weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
+        if not self._finished(start_step):
+            self._begin(place.epoch, place.group, self._reader.buffers())
+
+    # Iterator
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> RowBatch:
+        if not self._run:
+            self._take()
+        batch = self._run.popleft()
+        self.next_step += 1
+        return batch
+
+    def _take(self) -> None:
+        """Wait for the next run of batches."""
+        if self._failed is not None:
+            raise self._failed
+        if self._closed:
+            raise ConfigError("the stream is closed", fix="Open another one from its state")
+        if self._finished(self.next_step):
+            self._release()
+            raise StopIteration
+        started = time.perf_counter()
+        try:
+            if self.next_step >= self._last:
+                self._advance()
+            self._ask()
+            self._run.extend(self._ready.popleft().result())
+            self._ask()
+        except BaseException as error:
+            self._failed = error
+            self._release()
+            raise
+        finally:
+            self.seconds_waiting += time.perf_counter() - started
+
+    def _ask(self) -> None:
+        """Have the group's next batches assembled."""
+        assert self._current is not None
+        assert self._turns is not None
+        while len(self._ready) < RUNS_AHEAD and self._asked < self._last:
+            count = min(self._assembler.run, self._last - self._asked)
+            place = self._asked - self._first
+            self._ready.append(self._assembler.start(self._current, self._turns, place, self._asked, count))
+            self._asked += count
+
+    def ready(self, seconds: float) -> bool:
+        """Whether all units of the next batch are committed, after waiting so long at most.
+
+        Where the dataset is not followed they are, or the next batch tells.
+        """
+        coming = self._coming
+        if self.next_step < self._last or coming is None or not isinstance(coming.reads, Future):
+            return True
+        return bool(wait([coming.reads], seconds).done)
+
+    def state(self) -> StreamState:
+        """Where the stream stands: before its next step. Integers only."""
+        return self.order.state(self.plan.fingerprint, self.split, self.hooks, self.next_step)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from storage so far, refetches included."""
+        return self._reader.bytes_read
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of this rank's buffers, in bytes."""
+        return memory_bytes(self.plan, self.order, self.hooks, self.world)
+
+    def close(self) -> None:
+        """Stop reading: requests not begun are dropped, those in flight are waited for."""
+        self._closed = True
+        self._release()
+
+    def _pools(self) -> list[ThreadPoolExecutor]:
+        """All of its threads; who submits work to others comes first."""
+        return [*([self._waiter] if self._waiter else []), self._reader.pool, self._assembler.pool]
+
+    def _release(self) -> None:
+        self._reader.closing.set()
+        self._assembler.cancel()
+        for pool in self._pools():
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._current = self._turns = self._coming = None
+        self._ready.clear()
+        self._run.clear()
+
+    # Groups
+
+    def _finished(self, step: int) -> bool:
+        return self.stop_step is not None and step >= self.stop_step
+
+    def _begin(self, epoch: int, group: int, buffers: Buffers, *, held: bool = False) -> None:
+        """Start reading a group into `buffers`, unless its rows are held there already."""
+        turns = self._reader.turns(epoch, group)
+        units = self.order.units_of(epoch, group)
+        if held:
+            reads: list[Future[None]] | Future[list[Future[None]]] = []
+        elif self._waiter:  # receipts may take hours to come, while batches of this group are wanted
+            reads = self._waiter.submit(self._reader.read, buffers, turns, units)
+        else:
+            reads = self._reader.read(buffers, turns, units)
+        self._coming = _Coming(buffers, turns, reads)
+
+    def _advance(self) -> None:
+        """Make the group that is coming the current one, once it is there; have the one after it read.
+
+        All batches of the group before are assembled, so its buffers are free, and the threads that read need
+        not wait for the last of them to be done.
+        """
+        assert self._coming is not None
+        coming, self._coming = self._coming, None
+        spare, self._current, self._turns = self._current, None, None
+        place = self.order.locate(self.next_step)
+        epoch, group = place.epoch, place.group + 1
+        if group == self.order.groups:
+            epoch, group = epoch + 1, 0
+        if not self._finished(self.order.first_step(epoch, group)):
+            if self._reader.holds:
+                self._begin(epoch, group, coming.buffers, held=True)
+            else:
+                self._begin(epoch, group, spare or self._reader.buffers())
+        coming.result()
+        self._current, self._turns = coming.buffers, coming.turns
+        self._first = self.order.first_step(place.epoch, place.group)
+        self._asked, self._last = self.next_step, self._first + self.order.steps_in(place.group)
+        if self.stop_step is not None:
+            self._last = min(self._last, self.stop_step)
+
+
+class _Coming(NamedTuple):
+    """A group being read."""
+
+    buffers: Buffers
+    turns: Turns
+    reads: list[Future[None]] | Future[list[Future[None]]]
+    """Or, of a dataset that is followed, the future that begins them."""
+
+    def result(self) -> None:
+        """Wait until everything is read and shuffled; or raise the first error of any of its threads."""
+        reads = self.reads.result() if isinstance(self.reads, Future) else self.reads
+        reads = [*self.turns.shuffles, *reads]
+        done, _ = wait(reads, return_when=FIRST_EXCEPTION)
+        for future in reads:
+            if future in done and future.exception() is not None:
+                future.result()
+        for future in reads:
+            future.result()

@@ -1,0 +1,1 @@
+"""What says that data is there: receipts, manifest and its parts."""

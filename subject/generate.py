@@ -1,0 +1,224 @@
+"""Generate text from a subject while latents of SAEs are turned up, down or off.
+
+Letters: P rows (positions of the windows in a pass), T positions of a window, D width at the hook,
+N latents, V vocabulary.
+
+A steered activation is `x + delta`: the SAE's own error stays where it is, and
+`delta = (new code - code) * W_dec[latent]` in the raw scale of the row. Rows whose code does not change
+are passed through bit for bit, so that a steer that changes nothing changes no logit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, get_args
+
+import torch
+import transformers
+from torch import Tensor
+
+from winnow.schemas.errors import ConfigError
+from winnow.subject.hooks import Tap
+from winnow.subject.splice import Replacement, replaced
+from winnow.subject.steps import Kept, Steps
+
+Op = Literal["clamp", "scale", "add", "ablate"]
+Positions = Literal["all", "generated"]
+
+
+class Dictionary(Protocol):
+    """What steering needs of an SAE; `winnow.sae.model.Sae` is one."""
+
+    @property
+    def W_dec(self) -> Tensor:
+        """[N, D]: row n is latent n's direction."""
+        ...
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw rows [P, D] to codes: values and latent ids, [P, S] each; a value of 0 is an empty slot."""
+        ...
+
+    def decode(self, values: Tensor, indices: Tensor, like: Tensor) -> Tensor:
+        """Codes [P, S] to rows [P, D] in the raw scale of the rows `like`; affine in the values."""
+        ...
+
+
+@dataclass(frozen=True)
+class Steer:
+    """One change of one latent. Codes are in the SAE's own units, those `encode` gives.
+
+    Attributes:
+        sae: The SAE, trained at the hook this is used at.
+        latent: Which of its latents.
+        op: `clamp` sets the code to `strength`, `scale` multiplies it by it, `add` adds it, `ablate`
+            sets the code to 0 (and takes no strength).
+        strength: A finite number.
+        positions: `all`, or only tokens that were `generated` (the prompt stays clean).
+        skip: Leading positions of a window that stay clean: an SAE is not trained on those its dataset
+            dropped (`plan.drop_leading`), and position 0 is an attention sink.
+    """
+
+    sae: Dictionary
+    latent: int
+    op: Op
+    strength: float = 0.0
+    positions: Positions = "all"
+    skip: int = 1
+
+    def __post_init__(self) -> None:
+        latents = self.sae.W_dec.shape[0]
+        if not 0 <= self.latent < latents:
+            raise ConfigError("steer.latent", expected=f"0 to {latents - 1}", got=self.latent)
+        if self.op not in get_args(Op):
+            raise ConfigError("steer.op", expected=" or ".join(get_args(Op)), got=self.op)
+        if self.positions not in get_args(Positions):
+            raise ConfigError("steer.positions", expected="all or generated", got=self.positions)
+        if not math.isfinite(self.strength):
+            raise ConfigError("steer.strength", expected="a finite number", got=self.strength)
+        if self.skip < 0:
+            raise ConfigError("steer.skip", expected="0 or more positions", got=self.skip)
+
+    def change(self, code: Tensor) -> Tensor:
+        """New code minus `code` [P], as `op` says."""
+        if self.op == "add":
+            return torch.full_like(code, self.strength)
+        if self.op == "scale":
+            return code * (self.strength - 1.0)
+        return (0.0 if self.op == "ablate" else self.strength) - code
+
+
+class GeneratedToken(NamedTuple):
+    """A token as it comes."""
+
+    id: int
+    text: str
+    """What it adds to the text; empty until a character's last byte is there, and for EOS."""
+    logprob: float
+    """Natural logarithm of its probability at temperature 1."""
+    logits: Tensor
+    """[V] it was chosen from, in the LM's dtype on its device."""
+
+
+def steered(
+    steers: Sequence[Steer], length: int, *, start: int = 0, generated_from: int | None = None
+) -> Replacement:
+    """What to put in place of an activation, for `Subject.logits(..., replace={hook: ...})`.
+
+    Every steer reads the code of the row as it came, and the changes add up.
+
+    Args:
+        steers: Changes at one hook.
+        length: T of the pass, in positions; its rows are [W*T, D].
+        start: Position of each window's first row (not 0 where a cache holds the earlier ones).
+        generated_from: The first generated position; None: the windows hold none.
+    """
+
+    def replace(rows: Tensor) -> Tensor:
+        new, codes = rows, _Codes(rows)
+        position = start + torch.arange(len(rows), device=rows.device) % length
+        for steer in steers:
+            change = steer.change(codes.of(steer))
+            end = generated_from if steer.positions == "generated" else 0
+            first = max(steer.skip, math.inf if end is None else end)
+            change = torch.where((position < first).to(change.device), 0.0, change)[:, None]
+            latent = torch.full_like(change, steer.latent, dtype=torch.int64)
+            like = codes.rows(steer.sae)
+            delta = steer.sae.decode(change, latent, like) - steer.sae.decode(
+                torch.zeros_like(change), latent, like
+            )
+            moved = new.float() + delta.to(new.device, torch.float32)
+            new = torch.where((change != 0).to(new.device), moved.to(rows.dtype), new)
+        return new
+
+    return replace
+
+
+class _Codes:
+    """Codes of the rows [P, D] of a pass: each SAE encodes them once."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, sae: Dictionary) -> Tensor:
+        return self._rows.to(sae.W_dec.device, sae.W_dec.dtype)
+
+    def of(self, steer: Steer) -> Tensor:
+        """Code [P] of the steer's latent, 0 where it is not active; `add` does without it."""
+        sae = steer.sae
+        if steer.op == "add":
+            return sae.W_dec.new_zeros(len(self._rows))
+        if id(sae) not in self._known:
+            self._known[id(sae)] = sae.encode(self.rows(sae))
+        values, indices = self._known[id(sae)]
+        return torch.where(indices == steer.latent, values, 0.0).sum(dim=1)
+
+
+def generate(
+    model: transformers.PreTrainedModel,
+    steps: Steps,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompt: Tensor,
+    steer: Mapping[Tap, Sequence[Steer]],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float,
+) -> Iterator[GeneratedToken]:
+    """The loop behind `Subject.generate`: one pass over the prompt, then one token a pass where it is cached.
+
+    The model's hooks are set during a pass only, so several of these may be taken turn by turn.
+
+    Args:
+        model: A whole causal LM.
+        steps: Of the same model.
+        tokenizer: Its tokenizer.
+        prompt: int64 [1, T] on the model's device.
+        steer: Where and what to change.
+        max_new_tokens: The most tokens to give.
+        seed: Of the draw; the same seed gives clean and steered runs the same random numbers.
+        temperature: 0 takes the likeliest token.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    text = _Text(tokenizer, prompt[0].tolist())
+    ids = prompt
+    kept: Kept | None = None
+    for _ in range(max_new_tokens):
+        end = ids.shape[1]
+        new = ids if kept is None else ids[:, -1:]
+        T = new.shape[1]
+        replace = {
+            tap: steered(steers, T, start=end - T, generated_from=prompt.shape[1])
+            for tap, steers in steer.items()
+        }
+        with torch.no_grad(), replaced(model, replace, (1, T)):
+            logits, kept = steps.run(new, end, kept)
+        scores = logits.float().cpu()
+        if temperature == 0:
+            token = int(scores.argmax())
+        else:
+            token = int(torch.multinomial((scores / temperature).softmax(0), 1, generator=draw))
+        yield GeneratedToken(token, text.add(token), float(scores.log_softmax(0)[token]), logits)
+        if token == tokenizer.eos_token_id:
+            return
+        ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+
+
+class _Text:
+    """The text that each token adds; decoded with the prompt, since some tokenizers strip a first space."""
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, prompt: list[int]) -> None:
+        self._tokenizer, self._ids = tokenizer, prompt
+        self._shown = len(self._whole())
+
+    def _whole(self) -> str:
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).rstrip("\ufffd")  # a character whose last bytes are still to come
+
+    def add(self, token: int) -> str:
+        self._ids.append(token)
+        whole = self._whole()
+        piece, self._shown = whole[self._shown :], max(self._shown, len(whole))
+        return piece

@@ -1,0 +1,513 @@
+"""The subject model: load it, read activations at hooks, run it with activations replaced.
+
+Shapes: W windows, T positions, D width of the activation at a hook, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from winnow.schemas.base import validate
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.subject import HookSite, SubjectIdentity, SubjectSpec
+from winnow.schemas.window import WindowRule
+from winnow.subject.causal import check_causal
+from winnow.subject.generate import GeneratedToken, Steer, generate
+from winnow.subject.hooks import Layout, Tap, find_layout, resolve_hook
+from winnow.subject.pretrained import (
+    attention_of,
+    load_model,
+    load_tokenizer,
+    outline_model,
+    tokenizer_digest,
+)
+from winnow.subject.splice import Replacement, next_token_loss, read, replaced
+from winnow.subject.steps import Steps
+from winnow.subject.tokenizer import ControlTokens, TextTokenizer
+from winnow.subject.weights import Located, digest_files, locate
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Subject:
+    """A causal language model whose activations are read. Make one with `Subject.load`.
+
+    Not for use by several threads at once. The same windows in the same batch shape, with the same
+    number of threads on the same device, give the same bits.
+
+    Attributes:
+        spec: What was asked for.
+        model: The transformers model, in eval mode, without gradients.
+        device: Where it lives.
+        dtype: Of its weights and activations.
+        layout: Its blocks.
+        attention: The attention implementation that was taken.
+        truncated: Whether later layers and the LM head were dropped at loading.
+    """
+
+    def __init__(
+        self,
+        spec: SubjectSpec,
+        located: Located,
+        model: transformers.PreTrainedModel,
+        layout: Layout,
+        modules: frozenset[str],
+        kept_layers: int | None,
+        device: torch.device,
+    ) -> None:
+        self.spec = spec
+        self.model = model
+        self.layout = layout
+        self.device = device
+        self.dtype = cast(torch.dtype, model.dtype)
+        self.attention: Literal["sdpa", "eager"] = attention_of(model, spec)
+        self._located = located
+        self._modules = modules
+        self.truncated = kept_layers is not None
+        self._kept_layers = layout.layers if kept_layers is None else kept_layers
+        self._taps: dict[str, tuple[Tap, int]] = {}
+        self._texts: dict[ControlTokens, TextTokenizer] = {}
+
+    @classmethod
+    def load(
+        cls, spec: SubjectSpec | Mapping[str, Any] | str | Path, until: Sequence[str] | None = None
+    ) -> Subject:
+        """Load a subject.
+
+        Args:
+            spec: A SubjectSpec, a mapping of its fields, a hub id, a folder or a `.gguf` file.
+            until: Hooks. The model is truncated after the deepest of them: the weights of later layers
+                and of the LM head are dropped, and only hooks up to there can be read. Where one of them
+                lies outside the blocks (embeddings, final norm, LM head) the whole model is kept. None
+                keeps the whole model.
+
+        Raises:
+            ConfigError: Nothing loadable is there, a device that is absent, a hook that is unknown, or a
+                model that is not causal (two short passes tell).
+            DependencyMissing: `package://` names a distribution that is not installed.
+        """
+        if isinstance(spec, (str, Path)):
+            spec = {"model": str(spec)}
+        spec = validate(SubjectSpec, spec, origin="subject")
+        device = device_of(spec)
+        located = locate(spec)
+        model = load_model(located.folder, spec, dtype_of(spec, device))
+        config = model.config.get_text_config()
+        layout = find_layout(model, config)
+        modules = frozenset(name for name, _ in model.named_modules() if name)
+        kept = None
+        if until is not None:
+            layers = [resolve_hook(hook, layout, modules).layer for hook in until]
+            if not layers:
+                raise ConfigError("until", expected="at least one hook", got="none")
+            inside = [layer for layer in layers if layer is not None]
+            if len(inside) == len(layers):
+                kept = max(inside) + 1
+                _truncate(model, layout, kept)
+        if not spec.device_map:
+            model.to(device)  # pyright: ignore[reportArgumentType]  (its stub wants a self)
+        subject = cls(spec, located, model, layout, modules, kept, device)
+        subject._check_causal()
+        log.info(
+            "subject %s: %s, %d of %d layers, %s on %s, %s attention",
+            spec.model,
+            layout.architecture,
+            layout.layers if kept is None else kept,
+            layout.layers,
+            str(model.dtype).removeprefix("torch."),
+            device,
+            subject.attention,
+        )
+        return subject
+
+    @classmethod
+    def outline(cls, spec: SubjectSpec, *, gpu: bool) -> Subject:
+        """A subject without its weights: tokenizer, identity and the named hooks; nothing can be run.
+
+        For planning, on machines that the subject itself would be too large for.
+
+        Args:
+            spec: The subject.
+            gpu: Whether it will run on a GPU; decides what a dtype of `auto` means.
+
+        Raises:
+            ConfigError: Nothing loadable is there.
+        """
+        located = locate(spec)
+        model = outline_model(located.folder, spec, dtype_of(spec, torch.device("cuda" if gpu else "cpu")))
+        layout = find_layout(model, model.config.get_text_config())
+        modules = frozenset(name for name, _ in model.named_modules() if name)
+        return cls(spec, located, model, layout, modules, None, torch.device("meta"))
+
+    @cached_property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """The subject's fast tokenizer."""
+        return load_tokenizer(self._located.folder, self.spec)
+
+    def encode(self, text: str, rule: WindowRule | None = None) -> list[int]:
+        """Token ids [T] of a text, as a window that holds it.
+
+        Args:
+            text: Any text.
+            rule: How a window begins: `WindowRule.of(plan)`, or the `window` of an SAE's card. None begins
+                as the tokenizer itself does, by its post-processor: with BOS for most Llamas and Gemmas.
+
+        Raises:
+            ConfigError: The rule begins with BOS, and the tokenizer has none.
+        """
+        if rule is None:
+            rule = WindowRule(bos=self._text_tokenizer("text").bos is not None)
+        ids = self._text_tokenizer(rule.control_tokens).encode(text)
+        if not rule.bos:
+            return ids
+        return [self._bos if rule.bos_token is None else rule.bos_token, *ids]
+
+    def _text_tokenizer(self, control: ControlTokens) -> TextTokenizer:
+        if control not in self._texts:  # a copy of the tokenizer takes seconds where it is large
+            self._texts[control] = TextTokenizer(self.tokenizer, control=control, model=self.spec.model)
+        return self._texts[control]
+
+    @property
+    def _bos(self) -> int:
+        """What the tokenizer puts before a text, else what it names as BOS."""
+        own = self._text_tokenizer("text").bos
+        token = _token_id(self.tokenizer.bos_token_id) if own is None else own
+        if token is None:
+            raise ConfigError(
+                f"the tokenizer of subject {self.spec.model!r}",
+                expected="a BOS token, since windows begin with it",
+                got="none",
+                fix="Use the tokenizer that the dataset was harvested with",
+            )
+        return token
+
+    @cached_property
+    def identity(self) -> SubjectIdentity:
+        """What the activations depend on; the same for a truncated and a whole subject.
+
+        For a GGUF, `weights_sha256` is the digest of the GGUF file itself.
+        """
+        return SubjectIdentity(
+            model=self.spec.model,
+            revision=self._located.revision,
+            architecture=self.layout.architecture,
+            weights_sha256=digest_files(self._located.weights),
+            tokenizer_sha256=tokenizer_digest(self.tokenizer),
+            dtype=cast(Any, str(self.dtype).removeprefix("torch.")),
+            attention=self.attention,
+            layers=self.layout.layers,
+            vocabulary=self._vocabulary,
+            context_limit=self._context_limit,
+            bos_token_id=_token_id(self.tokenizer.bos_token_id),
+            eos_token_id=_token_id(self.tokenizer.eos_token_id),
+        )
+
+    def sites(self, hooks: Sequence[str]) -> tuple[HookSite, ...]:
+        """Resolve hooks and their widths D. New ones cost one forward pass of two tokens.
+
+        Raises:
+            ConfigError: A hook is unknown, out of range, past the truncation, gives no one tensor
+                [W, T, D] in a forward pass, or is a site whose D is not the config's `hidden_size`.
+        """
+        taps = self._resolve(hooks)
+        return tuple(HookSite(name=tap.hook, d_model=self._taps[tap.hook][1]) for tap in taps)
+
+    def activations(self, token_ids: Any, hooks: Sequence[str]) -> dict[str, Tensor]:
+        """Read activations; nothing after the last hook to be reached is computed.
+
+        Args:
+            token_ids: Integers [W, T], an array or a tensor. One forward pass: mind the memory.
+            hooks: Where to read; all in the same pass.
+
+        Returns:
+            hook -> [W, T, D], in the LM's dtype on its device.
+
+        Raises:
+            ConfigError: As for `sites`, or token ids of a wrong shape, type or range.
+        """
+        taps = self._resolve(hooks)
+        ids = self._ids(token_ids)
+        with torch.no_grad():
+            found = read(self.model, taps, lambda: self._forward(ids), _shape(ids))
+        for hook, values in found.items():
+            if values.shape[-1] != self._taps[hook][1]:
+                raise ConfigError(
+                    f"hook {hook!r}: its width depends on the window",
+                    expected=f"D = {self._taps[hook][1]}, as in a short one",
+                    got=f"D = {values.shape[-1]}",
+                )
+        return found
+
+    def logits(
+        self, token_ids: Any, replace: Mapping[str, Replacement] | None = None, *, grad: bool = False
+    ) -> Tensor:
+        """Run the whole LM, with activations replaced if asked.
+
+        Args:
+            token_ids: Integers [W, T]. The result takes W*T*V numbers: pass few windows.
+            replace: hook -> fn; fn gets the activation as rows [W*T, D] (window by window, in the LM's
+                dtype) and returns rows of the same shape, which take its place. At `attn_out` and
+                `mlp_out` that is what is added to the residual stream.
+            grad: Keep the graph, so that the logits have gradients with respect to what `replace` brings in;
+                the LM's own weights have none.
+
+        Returns:
+            [W, T, V] in the LM's dtype.
+
+        Raises:
+            ConfigError: As for `activations`, or the subject is truncated.
+            ValueError: fn returned another shape.
+        """
+        self._require_whole()
+        ids = self._ids(token_ids)
+        chosen = dict(replace or {})
+        taps = self._resolve(list(chosen)) if chosen else []
+        fns = {tap: chosen[tap.hook] for tap in taps}
+        with torch.set_grad_enabled(grad), replaced(self.model, fns, _shape(ids)):
+            return self._forward(ids).logits
+
+    def loss(self, token_ids: Any, replace: Mapping[str, Replacement] | None = None) -> Tensor:
+        """Cross-entropy of each next token, in nats; see `logits` for the arguments.
+
+        Returns:
+            float32 [W, T-1] on the LM's device; entry t is the loss of predicting token t+1.
+        """
+        ids = self._ids(token_ids)
+        logits = self.logits(ids, replace)
+        with torch.no_grad():
+            return next_token_loss(logits, ids.to(logits.device))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        bos: bool | None = None,
+        max_new_tokens: int = 64,
+        steer: Mapping[str, Sequence[Steer]] | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+    ) -> Iterator[GeneratedToken]:
+        """Continue a prompt, token by token, with latents steered if asked.
+
+        A steer that changes no code (`add` of 0, `scale` by 1) leaves every logit bit-identical.
+
+        Args:
+            prompt: Text, or token ids [T], which are taken as they are.
+            bos: Whether BOS goes before a text. None does what the tokenizer itself does, by its
+                post-processor; an SAE's `card.window.bos` says what the SAE was trained on.
+            max_new_tokens: The most tokens to give; it ends earlier after EOS.
+            steer: hook -> changes there; see `winnow.subject.generate.Steer`.
+            seed: Of the draw. The same seed gives a clean and a steered run the same random numbers.
+            temperature: Divides the logits; 0 takes the likeliest token and draws nothing.
+
+        Returns:
+            The tokens, each computed when it is asked for.
+
+        Raises:
+            ConfigError: The subject is truncated, the prompt is empty or with `max_new_tokens` too long
+                for it, a hook is unknown, an SAE's width is not the hook's, or a number is out of range.
+        """
+        self._require_whole()
+        if isinstance(prompt, str):
+            prompt = self.encode(prompt, None if bos is None else WindowRule(bos=bos))
+        if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
+            raise ConfigError(
+                "generate",
+                expected="max_new_tokens of 1 or more and a finite temperature of 0 or more",
+                got=f"{max_new_tokens} and {temperature}",
+            )
+        if not len(prompt):
+            raise ConfigError("prompt", expected="at least one token", got="none")
+        ids = self._ids(torch.as_tensor(prompt)[None])
+        if self._context_limit is not None and len(prompt) + max_new_tokens > self._context_limit:
+            raise ConfigError(
+                "generate: prompt and new tokens are too many for the subject",
+                expected=f"at most {self._context_limit} tokens",
+                got=f"{len(prompt)} + {max_new_tokens}",
+            )
+        chosen = {hook: tuple(steers) for hook, steers in (steer or {}).items() if steers}
+        sites = self.sites(list(chosen)) if chosen else ()
+        for site in sites:
+            for one in chosen[site.name]:
+                if one.sae.W_dec.shape[1] != site.d_model:
+                    raise ConfigError(
+                        f"steer at {site.name}: the SAE is of another width",
+                        expected=f"D = {site.d_model}",
+                        got=one.sae.W_dec.shape[1],
+                    )
+        return generate(
+            self.model,
+            self._steps,
+            self.tokenizer,
+            ids,
+            {self._taps[hook][0]: steers for hook, steers in chosen.items()},
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            temperature=temperature,
+        )
+
+    @cached_property
+    def _steps(self) -> Steps:
+        return Steps(self.model)
+
+    def _require_whole(self) -> None:
+        if self.truncated:
+            raise ConfigError(
+                f"subject {self.spec.model!r} was truncated after layer {self._kept_layers - 1}",
+                expected="the whole model",
+                fix="Load it without `until`",
+            )
+
+    def _forward(self, ids: Tensor) -> Any:
+        return self.model(input_ids=ids, use_cache=False)
+
+    def _resolve(self, hooks: Sequence[str]) -> list[Tap]:
+        if isinstance(hooks, str) or not hooks or len(set(hooks)) != len(hooks):
+            raise ConfigError("hooks", expected="a list of different hook names", got=repr(hooks))
+        new = [resolve_hook(hook, self.layout, self._modules) for hook in hooks if hook not in self._taps]
+        for tap in new:
+            if self.truncated and (tap.layer is None or tap.layer >= self._kept_layers):
+                raise ConfigError(
+                    f"hook {tap.hook!r}: the subject was truncated after layer {self._kept_layers - 1}",
+                    fix="Name this hook in `until`, or load the whole model",
+                )
+        if new:
+            self._taps.update({tap.hook: (tap, width) for tap, width in self._widths(new).items()})
+        return [self._taps[hook][0] for hook in hooks]
+
+    def _widths(self, taps: list[Tap]) -> dict[Tap, int]:
+        """D at each tap, from a forward pass; without weights the named sites' alone, from the config."""
+        width = int(self.model.config.get_text_config().hidden_size)
+        named = all(tap.named for tap in taps)
+        if self.device.type == "meta" and named:
+            return dict.fromkeys(taps, width)
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            found = read(self.model, taps, lambda: self._body(ids), (1, 2), stop=named)
+        widths = {tap: found[tap.hook].shape[-1] for tap in taps}
+        for tap, got in widths.items():
+            if tap.named and got != width:
+                raise ConfigError(
+                    f"hook {tap.hook!r}: {tap.path} gives rows of another width than the residual stream of "
+                    f"{self.layout.architecture!r} has",
+                    expected=f"D = {width}",
+                    got=f"D = {got}",
+                    fix="Name the path of a module that gives what you want to read",
+                )
+        return widths
+
+    def _body(self, ids: Tensor) -> object:
+        """A pass of the blocks that are there; a truncated model has no head to run."""
+        whole = self.model.base_model if self.truncated else self.model
+        return whole(input_ids=ids, use_cache=False)
+
+    def _check_causal(self) -> None:
+        blocks = [f"{self.layout.blocks}.{layer}" for layer in range(self._kept_layers)]
+
+        def run(ids: Tensor) -> object:
+            return self._body(ids.to(self.device))
+
+        check_causal(self.model, blocks, run, self._vocabulary, self.spec.model)
+
+    def _ids(self, token_ids: Any) -> Tensor:
+        if isinstance(token_ids, np.ndarray) and token_ids.dtype.kind == "u":
+            token_ids = token_ids.astype(np.int64)  # torch has few operations on unsigned integers
+        ids = torch.as_tensor(token_ids)
+        if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ConfigError(
+                "token_ids", expected="integers [windows, T]", got=f"{ids.dtype} {list(ids.shape)}"
+            )
+        ids = ids.to(self.device, torch.int64)
+        low, high = (int(edge) for edge in torch.aminmax(ids))
+        if low < 0 or high >= self._vocabulary:
+            raise ConfigError(
+                "token_ids", expected=f"0 to {self._vocabulary - 1} (the vocabulary)", got=f"{low} to {high}"
+            )
+        if self._context_limit is not None and ids.shape[1] > self._context_limit:
+            raise ConfigError(
+                "token_ids: windows are too long for the subject",
+                expected=f"at most {self._context_limit} tokens",
+                got=ids.shape[1],
+            )
+        return ids
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings)
+
+    @property
+    def _context_limit(self) -> int | None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if limit and limit > 0 else None  # XLNet says -1 for none
+
+
+def _truncate(model: transformers.PreTrainedModel, layout: Layout, layers: int) -> None:
+    """Drop the blocks after the first `layers`, and the LM head (a tied weight stays, as the embedding)."""
+    parent, _, name = layout.blocks.rpartition(".")
+    blocks = cast(nn.ModuleList, model.get_submodule(layout.blocks))
+    setattr(model.get_submodule(parent), name, blocks[:layers])
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if module is head:
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, None)
+
+
+def device_of(spec: SubjectSpec) -> torch.device:
+    """Where a subject runs in this process, or begins to, with `device_map`.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    name, count = spec.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if spec.device_map is not None:
+        if not count or name != "auto":
+            raise ConfigError(
+                f"subject.device_map {spec.device_map!r} lays the subject over several GPUs",
+                expected="GPUs that this process sees, and subject.device: auto",
+                got=f"{count} GPUs, subject.device: {name}",
+                fix="Leave device_map out, or set harvest.gpus_per_actor and use a machine with GPUs",
+            )
+        return torch.device("cuda:0")
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("subject.device", expected="auto, cpu, cuda or cuda:N", got=name) from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda" or (device.index or 0) >= count:
+        raise ConfigError(
+            "subject.device",
+            expected=f"a device of this machine (cpu{''.join(f', cuda:{i}' for i in range(count))})",
+            got=name,
+            fix="Set device to auto or cpu, or install a torch that sees the GPU",
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def dtype_of(spec: SubjectSpec, device: torch.device) -> torch.dtype:
+    """The dtype a subject has on a device."""
+    if spec.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[spec.dtype]
+
+
+def _shape(ids: Tensor) -> tuple[int, int]:
+    return ids.shape[0], ids.shape[1]
+
+
+def _token_id(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,182 @@
+"""Run a subject's forward pass with activations read or replaced at some modules.
+
+Shapes: W windows, T positions, D width of the activation there, V vocabulary.
+PyTorch's module hooks do the work; they are set for one call and removed after it, so a model must not
+be shared by threads that run it at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from winnow.schemas.errors import ConfigError
+from winnow.subject.hooks import Tap
+
+Replacement = Callable[[Tensor], Tensor]
+"""[W*T, D] -> [W*T, D]: rows of all windows, window by window, positions in order."""
+
+
+class _AllRead(Exception):
+    """Every tap has been read: unwinds the forward pass, so that nothing later is computed."""
+
+
+def read(
+    model: nn.Module,
+    taps: Sequence[Tap],
+    run: Callable[[], object],
+    shape: tuple[int, int],
+    *,
+    stop: bool = True,
+) -> dict[str, Tensor]:
+    """Run a forward pass and return what passes the taps.
+
+    Args:
+        model: The model that holds the taps' modules.
+        taps: Where to read.
+        run: Runs the forward pass.
+        shape: (W, T) of the pass.
+        stop: End the pass as soon as the last tap was read; no later module runs.
+
+    Returns:
+        hook -> [W, T, D], copies (the model cannot change them later), in the taps' order.
+
+    Raises:
+        ConfigError: A tap's module did not run, ran twice, or gave no [W, T, ...] tensor.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(tap: Tap, value: Tensor) -> None:
+        if tap.hook in found:
+            raise ConfigError(f"hook {tap.hook!r}: {tap.path} runs more than once in a forward pass")
+        found[tap.hook] = _rows(tap, value, shape).clone().view(*shape, -1)
+        if stop and len(found) == len(taps):
+            raise _AllRead
+
+    with ExitStack() as stack:
+        for tap in taps:
+            stack.enter_context(_attached(model, tap, keep))
+        with suppress(_AllRead):
+            run()
+    for tap in taps:
+        if tap.hook not in found:
+            raise _not_run(tap)
+    return {tap.hook: found[tap.hook] for tap in taps}
+
+
+@contextmanager
+def replaced(model: nn.Module, replace: Mapping[Tap, Replacement], shape: tuple[int, int]) -> Iterator[None]:
+    """While open, a forward pass of shape (W, T) goes on with `fn`'s output at each tap.
+
+    `fn` gets the activation in the model's dtype; what it returns is cast back to it. The identity
+    leaves the pass bit-identical.
+
+    Raises:
+        ConfigError: A tap's module did not run, ran twice, or gave no [W, T, ...] tensor.
+        ValueError: `fn` returned another shape.
+    """
+    ran: set[str] = set()
+
+    def swap(tap: Tap, value: Tensor) -> Tensor:
+        if tap.hook in ran:
+            raise ConfigError(f"hook {tap.hook!r}: {tap.path} runs more than once in a forward pass")
+        ran.add(tap.hook)
+        rows = _rows(tap, value, shape)
+        new = replace[tap](rows)
+        if new.shape != rows.shape:
+            raise ValueError(
+                f"the replacement at {tap.hook} must return {tuple(rows.shape)}, got {tuple(new.shape)}"
+            )
+        return new.to(device=value.device, dtype=value.dtype).reshape(value.shape)
+
+    with ExitStack() as stack:
+        for tap in replace:
+            stack.enter_context(_attached(model, tap, swap))
+        yield
+    for tap in replace:
+        if tap.hook not in ran:
+            raise _not_run(tap)
+
+
+def rebuilt(output: Any, parts: Sequence[Any]) -> Any:
+    """A list, tuple or named tuple as `output` is, of other parts."""
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+
+
+def next_token_loss(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Cross-entropy of each next token, in nats.
+
+    The float32 log-softmax exists for one window at a time, [T, V].
+
+    Args:
+        logits: [W, T, V], any float dtype.
+        token_ids: int64 [W, T].
+
+    Returns:
+        float32 [W, T-1]; entry t is the loss of predicting token t+1.
+    """
+    windows, length = token_ids.shape
+    loss = torch.empty(windows, length - 1, dtype=torch.float32, device=logits.device)
+    for window in range(windows):
+        loss[window] = nn.functional.cross_entropy(
+            logits[window, :-1].float(), token_ids[window, 1:], reduction="none"
+        )
+    return loss
+
+
+@contextmanager
+def _attached(model: nn.Module, tap: Tap, use: Callable[[Tap, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `use` with the tensor at `tap` in every pass; a tensor it returns takes the place of it."""
+    module = model.get_submodule(tap.path)
+
+    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and isinstance(args[0], Tensor):
+            new = use(tap, args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        if isinstance(kwargs.get("hidden_states"), Tensor):
+            new = use(tap, kwargs["hidden_states"])
+            return None if new is None else (args, {**kwargs, "hidden_states": new})
+        raise ConfigError(f"hook {tap.hook!r}: {tap.path} takes no tensor as its first argument")
+
+    def on_output(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return use(tap, output)
+        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+            new = use(tap, output[0])
+            return None if new is None else rebuilt(output, [new, *output[1:]])
+        raise ConfigError(f"hook {tap.hook!r}: {tap.path} returns {type(output).__name__}, not a tensor")
+
+    if tap.reads_input:
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(on_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _rows(tap: Tap, value: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[W, T, ...] -> [W*T, D]; at a module path, axes after the second (attention heads) join into D."""
+    if value.ndim < 3 or tuple(value.shape[:2]) != shape or not value.is_floating_point():
+        raise ConfigError(
+            f"hook {tap.hook!r}: {tap.path} gives no activation for each token",
+            expected=f"a float tensor [{shape[0]}, {shape[1]}, D] (windows, positions, width)",
+            got=f"{value.dtype} {list(value.shape)}",
+        )
+    if tap.named and value.ndim > 3:
+        raise ConfigError(
+            f"hook {tap.hook!r}: {tap.path} gives more than one row for each token",
+            expected=f"one residual stream [{shape[0]}, {shape[1]}, D]",
+            got=f"{list(value.shape)}",
+            fix="Name a module inside the block that gives one",
+        )
+    return value.reshape(shape[0] * shape[1], -1)
+
+
+def _not_run(tap: Tap) -> ConfigError:
+    return ConfigError(f"hook {tap.hook!r}: {tap.path} does not run in a forward pass of this subject")

@@ -1,0 +1,145 @@
+"""The estimate: its memory against torch's own account of a real run, its refusals, the paper's large run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from winnow.sae.init import initialise
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.training import MeshSpec, TrainSpec
+from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, rows_of
+from winnow.trainer.plan.memory import fleet_memory, sae_memory
+from winnow.trainer.step.step import Recipe, Run, train_step
+
+
+def spec_of(**fields) -> TrainSpec:
+    return TrainSpec(**{"out": "x", "hook": "h.1", "latents": 2048, "k": 16, "batch_rows": 1024} | fields)
+
+
+def run_of(spec: TrainSpec, d_model: int) -> Run:
+    sae = Sae(d_model, spec.latents, spec.k)
+    rows = torch.randn(256, d_model, generator=torch.Generator().manual_seed(0))
+    constant = initialise(sae, rows, torch.ones(256), seed=0)
+    return Run(sae, Recipe.resolve(spec, d_model, 100), constant)
+
+
+def standing_bytes(run: Run) -> dict[str, int]:
+    """What is held between steps, by what it is."""
+    parameters = list(run.sae.parameters())
+    moments = [t for p in parameters for name, t in run.adam.state[p].items() if name != "step"]
+    found = {
+        "weights": parameters,
+        "gradients": [p.grad for p in parameters],
+        "moments": moments,
+        "average": list(run.ema.sums.values()) if run.ema else [],
+        "counts": [run.dead.since],
+    }
+    return {name: sum(t.nbytes for t in tensors) for name, tensors in found.items()}
+
+
+def peak_of_a_step(run: Run, rows: torch.Tensor) -> int:
+    """Most bytes that a step allocates at a time beside what was there, by torch's own account."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        train_step(run, rows, torch.ones(len(rows)))
+    events = [e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak + rows.nbytes // run.recipe.spec.accumulate  # others wait on the host
+
+
+@pytest.mark.parametrize(
+    ("d_model", "fields"),
+    [
+        (256, {"latents": 4096, "k": 16, "batch_rows": 1024}),
+        (128, {"latents": 8192, "k": 32, "batch_rows": 2048, "ema": False}),
+        (512, {"latents": 1024, "k": 8, "batch_rows": 4096}),
+        (64, {"latents": 1024, "k": 64, "batch_rows": 4096}),
+        (256, {"latents": 2048, "k": 16, "batch_rows": 8192, "accumulate": 4}),
+        (256, {"latents": 4096, "moments": "bfloat16", "batch_rows": 512, "compute_dtype": "bfloat16"}),
+        (256, {"latents": 4096, "moments": "int8", "batch_rows": 512}),
+    ],
+)
+def test_memory_is_what_torch_allocates(d_model, fields):
+    spec = spec_of(**fields)
+    run = run_of(spec, d_model)
+    rows = torch.randn(spec.batch_rows, d_model, generator=torch.Generator().manual_seed(1))
+    train_step(run, rows, torch.ones(len(rows)))  # makes gradients and moments
+    said, held = sae_memory(spec, d_model), standing_bytes(run)
+    for name, size in held.items():
+        assert getattr(said, name) == size, name
+    step = peak_of_a_step(run, rows)
+    assert said.total == pytest.approx(said.standing + step, rel=0.10), (said.step / 2**20, step / 2**20)
+
+
+def test_a_fleet_holds_all_and_steps_one_at_a_time():
+    one, two = spec_of(), spec_of(latents=4096)
+    a, b = sae_memory(one, 64), sae_memory(two, 64)
+    assert fleet_memory([(one, 64), (two, 64)]) == a.standing + b.standing + max(a.step, b.step)
+
+
+def test_the_papers_large_run_needs_a_mesh_and_is_told_which():
+    large = spec_of(latents=2**24, k=256, batch_rows=131_072)
+    with pytest.raises(
+        ConfigError, match=r"does not fit 1 x h100.*What fits: (\d+) such GPUs with mesh.latent"
+    ):
+        estimate(large, 768, tokens=40e9, gpu="h100", count=1)
+    meshed = large.model_copy(update={"mesh": MeshSpec(latent=16)})
+    found = estimate(meshed, 768, tokens=40e9, gpu="h100", count=16, price=2.5)
+    assert found.memory.total < found.available < 80e9
+    assert found.steps == 305_176
+    assert found.money == pytest.approx(found.hours * 16 * 2.5)
+    assert found.seconds["encoder product"] > 0.5 * found.step_seconds
+    assert data_volume(40e9, 768)["bytes"] == pytest.approx(61.44e12)
+    told = as_json(found, data_volume(40e9, 768))
+    assert json.loads(json.dumps(told))["step_seconds"] == pytest.approx(found.step_seconds)
+    assert any("assumed" in row[1] for row in rows_of(found, data_volume(40e9, 768)))
+
+
+def test_packed_moments_fit_where_float32_does_not():
+    spec = spec_of(latents=2**21, k=256, batch_rows=16_384)
+    with pytest.raises(ConfigError, match="moments: bfloat16"):
+        estimate(spec, 1024, tokens=1e9, gpu="h100", count=1)
+    found = [
+        estimate(spec.model_copy(update={"moments": kind}), 1024, tokens=1e9, gpu="h100", count=1)
+        for kind in ("bfloat16", "int8")
+    ]
+    assert found[0].memory.moments == pytest.approx(2 * found[1].memory.moments, rel=0.01)
+    assert found[1].step_seconds < found[0].step_seconds
+
+
+def test_bfloat16_products_are_faster_and_take_a_copy():
+    spec = spec_of(latents=131_072, k=32, batch_rows=65_536)
+    half = spec.model_copy(update={"compute_dtype": "bfloat16"})
+    one, two = (estimate(s, 768, tokens=1e9, gpu="h100", count=1) for s in (spec, half))
+    assert two.step_seconds < one.step_seconds / 4
+    assert two.memory.step > one.memory.step + 2 * 131_072 * 768 * 2
+
+
+def test_twice_the_cards_is_no_slower_and_a_faster_card_is_faster():
+    spec = spec_of(latents=131_072, k=32, batch_rows=65_536)
+    two = spec.model_copy(update={"mesh": MeshSpec(latent=2)})
+    one = estimate(spec, 768, tokens=1e9, gpu="h100", count=1)
+    assert estimate(two, 768, tokens=1e9, gpu="h100", count=2).step_seconds < one.step_seconds
+    assert estimate(spec, 768, tokens=1e9, gpu="a100-80gb", count=1).step_seconds > one.step_seconds
+    assert all("data sheet" in card.source for card in GPUS.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments", "words"),
+    [
+        ({}, {"gpu": "h1000"}, "a100-80gb"),
+        ({"mesh": MeshSpec(latent=3)}, {"count": 4}, "data x latent = 4"),
+        ({"mesh": MeshSpec(latent=3)}, {"count": 3}, "divide latents"),
+        ({"latents": 2**22, "batch_rows": 4096}, {"gpu": "l4"}, "latents: "),
+    ],
+)
+def test_what_cannot_be_is_refused(fields, arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        estimate(spec_of(**fields), 768, **{"tokens": 1e6, "gpu": "h100", "count": 1} | arguments)

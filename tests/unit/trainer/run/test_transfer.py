@@ -1,0 +1,64 @@
+"""A step's rows reach the device in order, one batch ahead where that is wanted, and fail in their turn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from winnow.schemas.errors import IntegrityError
+from winnow.schemas.training import TrainSpec
+from winnow.store.read.torch_stream import Batch
+from winnow.trainer.run.transfer import Transfer
+
+CPU = torch.device("cpu")
+
+
+def spec(**fields):
+    base = {"out": "x", "hook": "h.1", "latents": 32, "k": 4, "batch_rows": 64, "epochs": 1}
+    return TrainSpec.model_validate(base | fields)
+
+
+class Source:
+    """Batches whose every number is their step; the one of step `bad` cannot be read."""
+
+    def __init__(self, hooks=("h.1",), bad=None):
+        self.hooks, self.bad, self.taken = hooks, bad, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        step, self.taken = self.taken, self.taken + 1
+        if step == self.bad:
+            raise IntegrityError("a shard", expected="its digest", got="another")
+        rows = {hook: torch.full((6, 3 + n), float(step)) for n, hook in enumerate(self.hooks)}
+        return Batch(rows, torch.arange(6.0) + step, step)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_batches_come_in_order_and_no_more_are_taken_than_wanted(ahead):
+    source = Source()
+    with Transfer(source, 5, spec(), CPU, ahead=ahead) as batches:
+        for step, (rows, weights, target) in enumerate(batches):
+            assert source.taken == min(5, step + 1 + ahead)
+            assert torch.equal(rows, torch.full((6, 3), float(step)))
+            assert torch.equal(weights, torch.arange(6.0) + step)
+            assert target is None
+    assert source.taken == 5
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_cannot_be_read_fails_in_its_turn(ahead):
+    with Transfer(Source(bad=2), 5, spec(), CPU, ahead=ahead) as batches:
+        assert [float(next(batches).rows[0, 0]) for _ in range(2)] == [0, 1]
+        with pytest.raises(IntegrityError, match="its digest"):
+            next(batches)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_hooks_become_rows_and_a_target(whole):
+    wanted = spec(target_hook="h.2")
+    with Transfer(Source(("h.1", "h.2")), 1, wanted, CPU, whole=whole, ahead=True) as batches:
+        rows, _, target = next(batches)
+    assert target is not None
+    assert (rows.shape, target.shape) == ((6, 3), (6, 4))

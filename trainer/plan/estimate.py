@@ -1,0 +1,294 @@
+"""What a run will take on a given GPU before anybody rents it: memory, step time, tokens/s, hours, money.
+
+Memory is arithmetic (`winnow.trainer.plan.memory`), held against torch's own account in tests. Time is a
+roofline: the encoder's product at the card's rate, everything sparse and the update at its memory bandwidth,
+and what crosses between GPUs at theirs, none of it overlapped. EFFICIENCY says which share of the sheet is
+reckoned with.
+
+Legend: B rows, D d_model, N latents, K active latents a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from winnow.cli.console import human_bytes
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.training import TrainSpec
+from winnow.trainer.plan.memory import FLOAT, HALF, Memory, parameters, sae_memory
+from winnow.trainer.step.moments import BYTES
+
+GIB = 2**30
+
+
+class Gpu(NamedTuple):
+    """A card's constants. Rates are the data sheet's, dense, without sparsity."""
+
+    memory: float
+    """Bytes."""
+    flops: float
+    """Of a float32 product without tensor cores, a second: what the trainer computes in by default."""
+    half_flops: float
+    """The same of bfloat16 operands on tensor cores, summed in float32."""
+    bandwidth: float
+    """Bytes a second of its memory."""
+    link: float
+    """Bytes a second to another card of the machine, one direction."""
+    source: str
+
+
+GPUS = {
+    "a100-40gb": Gpu(40e9, 19.5e12, 312e12, 1.555e12, 300e9, "data sheet: NVIDIA A100 SXM"),
+    "a100-80gb": Gpu(80e9, 19.5e12, 312e12, 2.039e12, 300e9, "data sheet: NVIDIA A100 SXM"),
+    "h100": Gpu(80e9, 67e12, 989e12, 3.35e12, 450e9, "data sheet: NVIDIA H100 SXM"),
+    "h200": Gpu(141e9, 67e12, 989e12, 4.8e12, 450e9, "data sheet: NVIDIA H200 SXM"),
+    "l4": Gpu(24e9, 30.3e12, 121e12, 0.3e12, 32e9, "data sheet: NVIDIA L4"),
+    "l40s": Gpu(48e9, 91.6e12, 362e12, 0.864e12, 32e9, "data sheet: NVIDIA L40S"),
+    "rtx-4090": Gpu(24e9, 82.6e12, 165e12, 1.008e12, 32e9, "data sheet: GeForce RTX 4090"),
+}
+EFFICIENCY = {
+    "product": (0.75, "assumed: a large product's share of the float32 rate; not measured"),
+    "bandwidth": (0.7, "assumed: gathers and the update's share of the memory's bandwidth; not measured"),
+    "link": (0.7, "assumed: a ring's share of the link; not measured"),
+    "memory": (0.92, "assumed: what driver, context and the allocator leave of the card; not measured"),
+}
+"""Constant -> its value and where it comes from. No GPU has been measured yet; docs/estimate.md says how."""
+GATHERS = 5
+"""Passes over K rows of D numbers for each row of the batch: decoding, the gradients of the values, and the
+sums for W_dec and W_enc, one of which reads and writes."""
+UPDATE_PASSES = 14
+"""Times that a weight's worth of numbers is read or written: gradient written, projected (2), clipped (1);
+Adam reads four and writes three; renormalisation 1; the moving average 2."""
+
+MOMENT_PASSES = 4
+"""Of these, those of Adam's moments: fewer bytes where they are packed."""
+
+
+class Estimate(NamedTuple):
+    """What a run takes."""
+
+    gpu: str
+    gpus: int
+    data: int
+    latent: int
+    memory: Memory
+    """Of one GPU."""
+    available: int
+    """Bytes of one GPU that a run may take."""
+    stream_bytes: int
+    """Host memory of the stream's buffers, over all processes."""
+    seconds: dict[str, float]
+    """Of a step, by part."""
+    rows: int
+    """B."""
+    steps: int
+    currency: str
+    price: float | None
+    """For one GPU for an hour."""
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one step."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rows a second, over all GPUs."""
+        return self.rows / self.step_seconds
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        return self.steps * self.step_seconds / 3600
+
+    @property
+    def money(self) -> float | None:
+        """For all GPUs and hours; None without a price."""
+        return None if self.price is None else self.hours * self.gpus * self.price
+
+
+def estimate(
+    spec: TrainSpec,
+    d_model: int,
+    *,
+    tokens: float,
+    gpu: str,
+    count: int,
+    price: float | None = None,
+    currency: str = "USD",
+) -> Estimate:
+    """Reckon a run through.
+
+    Args:
+        spec: What is trained; its mesh says how `count` GPUs are used, where it does not fit them
+            `latent` is taken as given and `data` follows.
+        d_model: D.
+        tokens: Rows of the whole run.
+        gpu: A name of GPUS.
+        count: GPUs.
+        price: For one GPU for an hour.
+        currency: Of the price.
+
+    Raises:
+        ConfigError: No such GPU, a mesh that does not fill them, or a run that does not fit; the last says
+            what would.
+    """
+    card = GPUS.get(gpu)
+    if card is None:
+        raise ConfigError("--gpu", expected=" or ".join(sorted(GPUS)), got=repr(gpu))
+    latent = spec.mesh.latent
+    data = spec.mesh.data or max(1, count // latent)
+    if data * latent != count:
+        raise ConfigError(
+            "train.mesh",
+            expected=f"data x latent = {count} GPUs",
+            got=f"{data} x {latent} = {data * latent}",
+            fix="Set train.mesh.latent to a divisor of --count",
+        )  # fmt: skip
+    if spec.latents % latent or spec.lanes % data:
+        raise ConfigError(
+            "train.mesh", expected="latent to divide latents, and data to divide lanes",
+            got=f"latents {spec.latents} over {latent}, lanes {spec.lanes} over {data}",
+        )  # fmt: skip
+    memory = one_gpu(spec, d_model, data, latent)
+    available = int(card.memory * EFFICIENCY["memory"][0])
+    if memory.total > available:
+        raise ConfigError(
+            f"the run does not fit {count} x {gpu}: each GPU",
+            expected=f"at most {human_bytes(available)}",
+            got=f"{human_bytes(memory.total)} ({human_bytes(memory.standing)} for weights, gradients, Adam "
+            f"and average, {human_bytes(memory.step)} for a step)",
+            fix=what_would_fit(spec, d_model, available, count),
+        )
+    return Estimate(
+        gpu=gpu,
+        gpus=count,
+        data=data,
+        latent=latent,
+        memory=memory,
+        available=available,
+        stream_bytes=2 * spec.group_bytes,
+        seconds=step_seconds(spec, d_model, card, data, latent),
+        rows=spec.batch_rows,
+        steps=math.ceil(tokens / spec.batch_rows),
+        currency=currency,
+        price=price,
+    )
+
+
+def one_gpu(spec: TrainSpec, d_model: int, data: int, latent: int) -> Memory:
+    """Memory of one GPU of a mesh."""
+    rows, latents = -(-spec.batch_rows // data), spec.latents // latent
+    return sae_memory(spec, d_model, rows=rows, latents=latents, device="cuda")
+
+
+def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: int) -> dict[str, float]:
+    """Seconds of a step by part; see the module for what is reckoned."""
+    rows, latents = spec.batch_rows / data, spec.latents / latent
+    bandwidth = card.bandwidth * EFFICIENCY["bandwidth"][0]
+    active = spec.k * (5 if spec.multi_topk else 1) / latent
+    size = parameters(d_model, spec.latents // latent) * FLOAT
+    passes = UPDATE_PASSES if spec.ema else UPDATE_PASSES - 2
+    passes -= MOMENT_PASSES * (1 - BYTES[spec.moments] / FLOAT)
+    half = spec.compute_dtype == "bfloat16"
+    operand, flops = (HALF, card.half_flops) if half else (FLOAT, card.flops)
+    sent = 0.0
+    if latent > 1:  # the reconstruction is reduced over the shards, and its gradient is known to all
+        sent += 2 * (latent - 1) / latent * rows * d_model * FLOAT
+        sent += (min(spec.k, math.ceil(2 * spec.k / latent) + 4)) * rows * FLOAT * (latent - 1)
+    if data > 1:  # gradients, or rows and codes where those are fewer
+        dense = 2 * (data - 1) / data * size
+        codes = (data - 1) * rows * (d_model * FLOAT + active * 12)
+        sent += dense if spec.accumulate > 1 else min(dense, codes)
+    return {
+        "encoder product": 2 * rows * d_model * latents / (flops * EFFICIENCY["product"][0]),
+        "top-k": rows * latents * FLOAT * 2 / bandwidth,
+        "sparse gathers and sums": GATHERS * rows * active * d_model * operand / bandwidth,
+        "update": passes * size / bandwidth,
+        "between GPUs": sent / (card.link * EFFICIENCY["link"][0]),
+    }
+
+
+def what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) -> str:
+    """A sentence that names the least change that fits."""
+    ways: list[str] = []
+    latent = spec.mesh.latent
+    while latent <= 4096:
+        latent *= 2
+        if spec.latents % latent == 0 and one_gpu(spec, d_model, 1, latent).total <= available:
+            ways.append(f"{latent} such GPUs with mesh.latent: {latent}")
+            break
+    rows = spec.batch_rows
+    while rows > spec.lanes and rows % (2 * spec.lanes) == 0:
+        rows //= 2
+        if one_gpu(spec.model_copy(update={"batch_rows": rows}), d_model, max(1, count // spec.mesh.latent),
+                   spec.mesh.latent).total <= available:  # fmt: skip
+            ways.append(f"batch_rows: {rows}")
+            break
+    if spec.ema and one_gpu(
+        spec.model_copy(update={"ema": False}), d_model, max(1, count // spec.mesh.latent), spec.mesh.latent
+    ).total <= available:  # fmt: skip
+        ways.append("ema: false")
+    mesh = max(1, count // spec.mesh.latent), spec.mesh.latent
+    for moments in ("bfloat16", "int8"):
+        smaller = spec.model_copy(update={"moments": moments})
+        if BYTES[moments] < BYTES[spec.moments] and one_gpu(smaller, d_model, *mesh).total <= available:
+            ways.append(f"moments: {moments}")
+            break
+    latents = spec.latents
+    while latents > spec.k:
+        latents //= 2
+        smaller = spec.model_copy(update={"latents": latents})
+        if one_gpu(smaller, d_model, max(1, count // spec.mesh.latent), spec.mesh.latent).total <= available:
+            ways.append(f"latents: {latents}")
+            break
+    return "What fits: " + "; or ".join(ways) if ways else "Take a GPU with more memory"
+
+
+def data_volume(
+    tokens: float, d_model: int, bytes_a_number: int = 2, shard_bytes: int = 256 * 2**20
+) -> dict[str, float]:
+    """`bytes` and `shards` of the activations of one hook."""
+    size = tokens * d_model * bytes_a_number
+    return {"bytes": size, "shards": math.ceil(size / shard_bytes)}
+
+
+def rows_of(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
+    """The table for people."""
+    memory = found.memory
+    parts = ", ".join(f"{name} {seconds * 1000:,.1f}" for name, seconds in found.seconds.items() if seconds)
+    return [
+        ["GPUs", f"{found.gpus} x {found.gpu} (data {found.data} x latent {found.latent})"],
+        ["memory, each GPU", f"{human_bytes(memory.total)} of {human_bytes(found.available)}"],
+        ["  weights and gradients", human_bytes(memory.weights + memory.gradients)],
+        ["  Adam, average, counts", human_bytes(memory.moments + memory.average + memory.counts)],
+        ["  a step", human_bytes(memory.step)],
+        ["host memory of the stream", f"up to {human_bytes(found.stream_bytes)}"],
+        ["a step", f"{found.step_seconds * 1000:,.1f} ms"],
+        ["  of it, ms", parts],
+        ["tokens/s", f"{found.tokens_per_second:,.0f}"],
+        ["steps", f"{found.steps:,} of {found.rows:,} rows"],
+        ["data", f"{human_bytes(volume['bytes'])}, {volume['shards']:,.0f} shards of 256 MiB"],
+        ["read", f"{human_bytes(volume['bytes'] / max(found.hours * 3600, 1e-9))}/s"],
+        ["hours", f"{found.hours:,.1f}"],
+        ["money", "no price" if found.money is None else f"{found.money:,.0f} {found.currency}"],
+        ["constants", f"{GPUS[found.gpu].source}; shares of it assumed, not measured (docs/estimate.md)"],
+    ]
+
+
+def as_json(found: Estimate, volume: dict[str, float]) -> dict[str, object]:
+    """Everything, for a program."""
+    return {
+        **{key: value for key, value in found._asdict().items() if key != "memory"},
+        "memory": {**found.memory._asdict(), "standing": found.memory.standing, "total": found.memory.total},
+        "step_seconds": found.step_seconds,
+        "tokens_per_s": found.tokens_per_second,
+        "hours": found.hours,
+        "money": found.money,
+        "data": volume,
+        "constants": {
+            name: {"value": value, "source": source} for name, (value, source) in EFFICIENCY.items()
+        }
+        | {"gpu": GPUS[found.gpu]._asdict()},
+    }

@@ -1,0 +1,76 @@
+"""A grid of SAEs: its specs, their folders' names, and whether they fit. Pure but for `require_room`."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+from winnow.cli.console import human_bytes
+from winnow.common.config_file import section
+from winnow.common.device import resolve_device
+from winnow.schemas.base import validate
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.training import TrainSpec
+from winnow.store import ActivationStore
+from winnow.trainer.plan.memory import fleet_memory, free_memory
+
+ROOM = 0.9
+"""Share of the free memory that a grid may take."""
+
+
+def grid_specs(config: Config) -> list[TrainSpec]:
+    """The specs of the config's sweep, in the order of the grid, each with its own `out`.
+
+    Raises:
+        ConfigError: A field that `train` does not have or that names the folder itself, a value that does
+            not fit it, two combinations of one name, or nothing left.
+    """
+    base, sweep = section(config.train, "train"), section(config.sweep, "sweep")
+    for field, values in sweep.grid.items():
+        if field not in TrainSpec.model_fields or field == "out":
+            known = ", ".join(name for name in TrainSpec.model_fields if name != "out")
+            raise ConfigError("sweep.grid", expected=f"fields of train ({known})", got=repr(field))
+        if not values or len(set(map(repr, values))) < len(values):
+            raise ConfigError(f"sweep.grid.{field}", expected="one or more values, each once", got=values)
+    fixed: dict[str, Any] = {"order_seed": base.stream_seed} if "seed" in sweep.grid else {}
+    specs: dict[str, TrainSpec] = {}
+    for values in itertools.product(*sweep.grid.values()):
+        chosen = {**fixed, **dict(zip(sweep.grid, values, strict=True))}
+        fields = {**base.model_dump(), **chosen}
+        k, latents = fields["k"], fields["latents"]
+        if isinstance(k, int) and isinstance(latents, int) and k > latents:
+            continue
+        name = folder_name(dict(zip(sweep.grid, values, strict=True)))
+        fields["out"] = f"{sweep.out.rstrip('/')}/{name}"
+        if name in specs:
+            raise ConfigError("sweep.grid", expected="combinations of different names", got=name)
+        specs[name] = validate(TrainSpec, fields, origin=f"sweep.grid at {name}")
+    if not specs:
+        raise ConfigError("sweep.grid", expected="a combination with k at most latents", got="none")
+    return list(specs.values())
+
+
+def folder_name(values: dict[str, Any]) -> str:
+    """`latents-512_k-8`: fields and values, in characters that every storage takes."""
+    return "_".join(
+        f"{field}-{re.sub('[^A-Za-z0-9._-]+', '-', str(value))}" for field, value in values.items()
+    )
+
+
+def require_room(specs: list[TrainSpec], dataset: ActivationStore) -> int:
+    """Bytes that training all specs in this process takes; ConfigError where they are not there."""
+    device = resolve_device(specs[0].device)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    need = fleet_memory([(spec, dataset.d_model(spec.hook)) for spec in specs], kind)
+    free = free_memory(device)
+    if need > ROOM * free:
+        parts = -(-need // max(1, int(ROOM * free)))
+        raise ConfigError(
+            f"{len(specs)} SAEs at once do not fit on {device}",
+            expected=f"at most {ROOM:.0%} of the {human_bytes(free)} that are free",
+            got=f"{human_bytes(need)} for weights, gradients, Adam and averages of all, and one step",
+            fix=f"Split the grid into {parts} or more sweeps, or set ema to false",
+        )
+    return need

@@ -1,0 +1,105 @@
+"""What a checkpoint holds: the state of a run as named tensors, and back; which runs may go on from it.
+
+Storage is in `winnow.trainer.run.checkpoint_files`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+import torch
+from torch import Tensor
+
+from winnow.schemas.errors import ConfigError, IntegrityError
+from winnow.schemas.training import SaeIdentity, TrainSpec
+from winnow.trainer.step.step import Counts, Run
+
+FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
+FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb", "accumulate"}
+"""Spec fields that may change between a run and its resume; `device`, `threads` and `accumulate` move float
+noise."""
+WITH_LATENTS = {"W_enc", "b_enc", "W_dec", "threshold", "since"}
+"""Tensors that have one row for each latent, and Adam's and the average's of these."""
+
+
+def differing_fields(before: TrainSpec, now: TrainSpec) -> list[str]:
+    """`field: was -> is` for each field that decides a run's result and differs."""
+    old, new = before.model_dump(), now.model_dump()
+    return [
+        f"{key}: {old[key]!r} -> {new[key]!r}"
+        for key in old
+        if key not in FREE_FIELDS and old[key] != new[key]
+    ]
+
+
+def require_same_run(spec: TrainSpec, identity: SaeIdentity, now: TrainSpec, dataset: SaeIdentity) -> None:
+    """Refuse to go on with another spec or dataset than `out` holds: ConfigError with the differences."""
+    differing = differing_fields(spec, now)
+    old, new = identity.model_dump(), dataset.model_dump()
+    differing += [
+        f"{key}: {old[key]} -> {new[key]}"
+        for key in old
+        if old[key] != new[key] and None not in (old[key], new[key])
+    ]
+    if differing:
+        raise ConfigError(
+            f"{now.out} holds a run of another spec or dataset",
+            expected="the same fields",
+            got="; ".join(differing),
+            fix="Restore these fields, or train into another `out`",
+        )
+
+
+# ---- state to tensors and back -------------------------------------------------------------------
+
+
+def pack(run: Run) -> dict[str, Tensor]:
+    """A copy of every tensor and number of a run by name, on the CPU; on a mesh, of this rank's shard."""
+    tensors = {f"sae.{name}": tensor for name, tensor in run.sae.tensors().items()}
+    for name in run.sae.parameter_names:
+        state = run.adam.state.get(getattr(run.sae, name))
+        for key, tensor in (state or {}).items():
+            tensors[f"adam.{name}.{key}"] = tensor
+    if run.ema is not None:
+        tensors |= {f"ema.{name}": tensor for name, tensor in run.ema.sums.items()}
+        tensors["ema.steps"] = torch.tensor(run.ema.steps)
+    tensors["dead.since"] = run.dead.since
+    tensors["loss_constant"] = torch.tensor(run.loss_constant, dtype=torch.float64)
+    for name, number in asdict(run.counts).items():
+        kind = torch.float64 if isinstance(number, float) else torch.int64
+        tensors[f"count.{name}"] = torch.tensor(number, dtype=kind)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def has_latents(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of `pack` has one row for each latent of the shard."""
+    return tensor.ndim > 0 and not WITH_LATENTS.isdisjoint(name.split("."))
+
+
+@torch.no_grad()
+def unpack(run: Run, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors of `pack` back into a new run of the same recipe.
+
+    Raises:
+        IntegrityError: Names or shapes that do not belong to this run.
+    """
+    try:
+        run.sae.fill(_below("sae.", tensors))
+        for name in run.sae.parameter_names:
+            if state := _below(f"adam.{name}.", tensors):  # none before the first step
+                parameter = getattr(run.sae, name)
+                run.adam.state[parameter] = {key: tensor.to(run.device) for key, tensor in state.items()}
+        if run.ema is not None:
+            for name, total in run.ema.sums.items():
+                total.copy_(tensors[f"ema.{name}"])
+            run.ema.steps = int(tensors["ema.steps"])
+        run.dead.since.copy_(tensors["dead.since"])
+        run.loss_constant = float(tensors["loss_constant"])
+        numbers = {field.name: tensors[f"count.{field.name}"].item() for field in fields(Counts)}
+        run.counts = Counts(**numbers)  # pyright: ignore[reportArgumentType]
+    except (KeyError, RuntimeError) as error:
+        raise IntegrityError("the checkpoint does not fit this run", got=error) from error
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,111 @@
+"""The trainer's own figures on the held-out windows, and which weights they choose.
+
+Legend: B rows at a time, D width of the input, O width of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from winnow.cli.console import say
+from winnow.sae.metrics import L0, Fvu
+from winnow.sae.model import Sae
+from winnow.schemas.errors import IntegrityError
+from winnow.schemas.training import TrainSpec
+from winnow.store import ActivationStore
+from winnow.store.read.follow import deleted_units
+from winnow.trainer.mesh.shard import Shard
+from winnow.trainer.mesh.world import World
+from winnow.trainer.step.step import Run
+
+CHUNK_ROWS = 8192
+"""Rows read and reconstructed at a time."""
+CALIBRATION_ROWS = 65_536
+"""Training rows that BatchTopK's threshold is taken from, rounded up to whole units."""
+
+
+def heldout_rows(
+    dataset: ActivationStore, *hooks: str, target: str | None = None, units: range | None = None
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """All rows of the validation units in stored order.
+
+    Args:
+        dataset: The dataset.
+        *hooks: Where the input is read; the rows of several are joined.
+        target: A transcoder's target.
+        units: Other units than the validation ones.
+
+    Yields:
+        Raw input rows [B, D], raw target rows [B, O] or null, weights [B].
+    """
+    units = dataset.plan.split_units("validation") if units is None else units
+    size = dataset.plan.rows_per_unit
+    together = [*hooks, *([target] if target else [])]
+    for first in range(units.start * size, units.stop * size, CHUNK_ROWS):
+        stop = min(first + CHUNK_ROWS, units.stop * size)
+        read = {hook: torch.from_numpy(dataset.read_rows(hook, first, stop)) for hook in together}
+        parts = [read[hook] for hook in hooks]
+        rows = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        weights = torch.from_numpy(dataset.weights(together, first, stop))
+        yield rows, read[target] if target else None, weights
+
+
+@torch.no_grad()
+def heldout_figures(
+    sae: Sae, dataset: ActivationStore, *hooks: str, target: str | None = None
+) -> dict[str, float]:
+    """`fvu_normalised`, `fvu_raw` and `l0` on the held-out rows of weight above 0.
+
+    Arguments as for `heldout_rows`. Of a transcoder, both FVUs are those of its target.
+
+    Raises:
+        IntegrityError: There is no such row, or a stored one is damaged.
+    """
+    device = sae.W_enc.device
+    normalised, raw, l0 = Fvu(sae.d_out, device), Fvu(sae.d_out, device), L0()
+    world = sae.world if isinstance(sae, Shard) else World()
+    for rows, wanted, weights in world.each(heldout_rows(dataset, *hooks, target=target)):
+        rows, weights = rows.to(device), weights.to(device)
+        x, scale = sae.normalise(rows)
+        y = x if wanted is None else sae.normalise_target(wanted.to(device))
+        values, indices = sae.select(x)
+        y_hat = sae.reconstruct(values, indices, x)
+        normalised.add(y, y_hat, weights)
+        raw.add(rows if wanted is None else wanted.to(device), sae.restore(y_hat, scale), weights)
+        l0.add(values, weights)
+    if not normalised.rows:
+        raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
+    active = l0.over(world.latent.sum).value * world.latent.size  # every shard counted the rows
+    return {"fvu_normalised": normalised.value, "fvu_raw": raw.value, "l0": active}
+
+
+def calibration_rows(dataset: ActivationStore, spec: TrainSpec) -> list[tuple[Tensor, Tensor]]:
+    """Training rows and their weights for BatchTopK's threshold, about CALIBRATION_ROWS of them.
+
+    Every unit is an unbiased sample. Where a ring has deleted every training unit, the held-out rows
+    take their place, and that is said.
+    """
+    gone = deleted_units(dataset.store, dataset.plan)
+    train = [unit for unit in reversed(dataset.plan.split_units("train")) if unit not in gone]
+    if not train:
+        say("the training rows are deleted: the threshold is taken from the held-out rows")
+        train = list(dataset.plan.split_units("validation"))
+    wanted = -(-CALIBRATION_ROWS // dataset.plan.rows_per_unit)
+    found: list[tuple[Tensor, Tensor]] = []
+    for unit in train[:wanted]:
+        for rows, _, weights in heldout_rows(dataset, *spec.input_hooks, units=range(unit, unit + 1)):
+            found.append((rows, weights))
+    return found
+
+
+def candidates(run: Run) -> dict[str, Sae]:
+    """The finished run's SAEs: `raw` (the weights as they are) and, where it is kept, `ema`."""
+    found = {"raw": run.sae}
+    if run.ema is not None:
+        sae = run.sae.twin()
+        sae.fill(run.sae.tensors() | run.ema.weights())
+        found["ema"] = sae
+    return found

@@ -1,0 +1,143 @@
+"""TensorBoard and Weights & Biases: telemetry lines sent on, where a spec asks for it.
+
+`metrics.jsonl` stays the record; these are copies for the eye, so one that breaks is left out with a
+warning and the run goes on. Both libraries are extras: `pip install 'winnow[tensorboard]'`, `[wandb]`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import PurePath
+from typing import Any, Protocol
+
+from winnow.schemas.errors import DependencyMissing
+from winnow.schemas.training import TrainSpec
+from winnow.store.objects import ObjectStore
+
+WANDB_KEY = "wandb.json"
+"""Holds the run's id, so that a resumed run goes on in the same curves."""
+SELF_DESCRIBING = {"step", "time"}
+
+
+class Logger(Protocol):
+    """Takes telemetry lines."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take a line; its `step` is above that of the last."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left."""
+        ...
+
+
+class TensorBoard:
+    """Scalars in a folder of event files, one below `folder` for each run.
+
+    Args:
+        folder: `train.tensorboard`.
+        name: The run's.
+        step: Steps finished; what an interrupted run wrote past them is hidden.
+    """
+
+    def __init__(self, folder: str, name: str, step: int) -> None:
+        _require("tensorboard", "train.tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(PurePath(folder) / name), purge_step=step + 1)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Write a line's figures."""
+        for key, value in record.items():
+            if key not in SELF_DESCRIBING:
+                self._writer.add_scalar(f"train/{key}", value, record["step"], record["time"])
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases. Its own environment variables hold: WANDB_MODE=offline, WANDB_ENTITY, ...
+
+    Args:
+        project: `train.wandb`.
+        name: The run's.
+        spec: Shown as the run's config.
+        out: The run's folder, which remembers the id.
+    """
+
+    def __init__(self, project: str, name: str, spec: TrainSpec, out: ObjectStore) -> None:
+        wandb = _require("wandb", "train.wandb")
+        if out.size(WANDB_KEY) is None:
+            out.put(WANDB_KEY, json.dumps({"id": secrets.token_hex(8)}).encode())
+        known = json.loads(out.get(WANDB_KEY))["id"]
+        config = spec.model_dump(mode="json")
+        # steps that it already has are ignored by it: an interrupted run's are the same after a resume
+        self._run = wandb.init(project=project, name=name, id=known, resume="allow", config=config)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Send a line's figures."""
+        figures = {key: value for key, value in record.items() if key not in SELF_DESCRIBING}
+        self._run.log(figures, step=record["step"])
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
+class Loggers:
+    """Those that a spec asks for, none of which can stop the run.
+
+    Args:
+        spec: Which.
+        out: The run's folder.
+        step: Steps finished.
+        warn: Says what was left out.
+
+    Raises:
+        DependencyMissing: The library that the spec asks for is not installed.
+    """
+
+    def __init__(self, spec: TrainSpec, out: ObjectStore, step: int, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._open: dict[str, Logger] = {}
+        name = out.uri.rstrip("/").rpartition("/")[2] or "run"
+        if spec.tensorboard is not None:
+            folder = spec.tensorboard
+            self._try("tensorboard", lambda: self._open.update(tensorboard=TensorBoard(folder, name, step)))
+        if spec.wandb is not None:
+            project = spec.wandb
+            self._try("wandb", lambda: self._open.update(wandb=WandB(project, name, spec, out)))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Give a line to each."""
+        for name, logger in list(self._open.items()):
+            self._try(name, lambda logger=logger: logger.log(record))
+
+    def close(self) -> None:
+        """End each."""
+        for name, logger in list(self._open.items()):
+            self._try(name, logger.close)
+        self._open.clear()
+
+    def _try(self, name: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except DependencyMissing:
+            raise
+        except Exception as error:  # whatever a service or its library may raise
+            self._open.pop(name, None)
+            self._warn(f"warning: {name} is left out from here on: {error}")
+
+
+def _require(package: str, field: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise DependencyMissing(
+            f"{field} needs the package {package}", fix=f"pip install 'winnow[{package}]', or leave it out"
+        ) from error

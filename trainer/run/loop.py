@@ -1,0 +1,376 @@
+"""Training, top to bottom: one SAE, or a fleet of them fed by one pass over the stream.
+
+SAEs whose stream is the same (hook, batch, lanes, groups and order seed) take their steps together: each
+batch is read once and given to all. Every SAE keeps its own folder, checkpoints, telemetry and end, and its
+weights have the bits that the same spec gives alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+
+from winnow.cli.console import Progress, human_bytes, say
+from winnow.common.config_file import section
+from winnow.common.device import cpu_threads, resolve_device, stop_on_signals, torch_settings
+from winnow.sae.model import Sae
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError, NonFiniteError, WorkerError
+from winnow.schemas.training import TrainSpec
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
+from winnow.trainer.mesh.rows import SharedRows
+from winnow.trainer.mesh.world import Launch, World, check_mesh, open_world
+from winnow.trainer.run.member import Member
+from winnow.trainer.run.publish import Summary, finished_summary, put_summary
+from winnow.trainer.run.start import begin, identity_of, plan_order, resolve_recipe
+from winnow.trainer.run.status import asked_to_stop
+from winnow.trainer.run.telemetry import Record
+from winnow.trainer.run.transfer import Transfer
+from winnow.trainer.step.spans import sampling
+from winnow.trainer.step.step import StepReport, train_step
+
+AfterTrain = Callable[[Config, Sae, ActivationStore, str], dict[str, float]]
+"""`after_train(config, sae, dataset, hook)` gives more figures for the summary."""
+
+
+def train(
+    config: Config,
+    *,
+    after_train: AfterTrain | None = None,
+    extend: bool = False,
+    launch: Launch | None = None,
+) -> Summary:
+    """Train one SAE, or go on from its newest checkpoint, and publish it in `train.out`.
+
+    Args:
+        config: `root`, `storage`, `prices` and the section `train` are read.
+        after_train: Measures what needs the subject model. Without it the summary names in `left_out`
+            what is missing, and a later call that has it adds just that.
+        extend: `train.epochs` may be more than the run in `out` has been trained or planned for.
+        launch: This process's place among those that train together; alone where not given.
+
+    Returns:
+        What `summary.json` holds. A run that is finished is not trained again.
+
+    Raises:
+        ConfigError: A spec that does not fit the dataset, or another run in `out`; nothing is written.
+        NonFiniteError: Loss or gradient is NaN or infinite; the last checkpoint is kept.
+        IntegrityError: Stored bytes are not what was promised.
+        KeyboardInterrupt: SIGINT, SIGTERM or `winnow stop` came; a checkpoint was made.
+    """
+    specs = [section(config.train, "train")]
+    return train_fleet(config, specs, after_train=after_train, extend=extend, launch=launch)[0]
+
+
+def train_fleet(
+    config: Config,
+    specs: Sequence[TrainSpec],
+    *,
+    after_train: AfterTrain | None = None,
+    extend: bool = False,
+    lost: Callable[[], bool] | None = None,
+    launch: Launch | None = None,
+) -> list[Summary]:
+    """Train several SAEs from one dataset in this process; see `train`.
+
+    Those that are finished are skipped. One whose loss is not finite stops alone; the others go on.
+
+    Args:
+        config: `root`, `storage` and `prices` are read.
+        specs: One or more, each with its own `out`; device and threads are the same for all.
+        after_train: See `train`.
+        extend: See `train`.
+        lost: Asked every few seconds: whether somebody else has taken the work over. Given by a service,
+            whose work heeds `winnow stop`; a command of a person takes that mark away.
+        launch: See `train`.
+
+    Returns:
+        The summaries, in the order of `specs`.
+
+    Raises:
+        NonFiniteError: After the last step of the others, naming every SAE that failed.
+        WorkerError: `lost`; nothing was written since.
+        Others: See `train`.
+    """
+    first, alone, launch = specs[0], len(specs) == 1, launch or Launch()
+    _require_one_process(specs)
+    dataset = ActivationStore.open(
+        config.root, config.storage, follow=first.follow, timeout_seconds=first.follow_seconds
+    )
+    for spec in specs:
+        check_mesh(spec, launch.size)
+    device = resolve_device(first.device, launch.local_rank if launch.size > 1 else None)
+    identity = identity_of(dataset)
+    found: dict[str, Summary] = {}
+    members: list[Member] = []
+    with torch_settings(device, cpu_threads(first)), ExitStack() as cleanup:
+        todo = []
+        for spec in specs:  # all are checked before any is begun
+            order = plan_order(spec, dataset)
+            recipe = resolve_recipe(spec, dataset, order)
+            out = open_store(spec.out, config.storage)
+            summary = finished_summary(out, spec, identity, extend=extend)
+            if summary is None:
+                todo.append((recipe, order, out))
+            else:
+                found[spec.out] = summary
+                say(f"{spec.out} is finished: nothing to train")
+        world = cleanup.enter_context(open_world(first, device, launch)) if todo else World()
+        for recipe, order, out in todo:
+            members.append(Member(config, recipe, dataset, order, out, device, world=world, extend=extend))
+        try:
+            for member in members:
+                member.begin(cleanup, stopped_before=lost is not None)
+            for summary, member in _run(members, dataset, alone, lost):
+                found[member.spec.out] = summary
+        except WorkerError:
+            raise
+        except BaseException as error:
+            for member in members:
+                if member.spec.out not in found and member.failure is None:
+                    member.leave(error)
+            raise
+    _require_all(members, alone)
+    for spec in specs:
+        summary = found[spec.out]
+        if after_train is not None and summary["left_out"] and launch.rank == 0:
+            sae = Sae.load(spec.out, device=device, storage=config.storage)
+            summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
+            put_summary(open_store(spec.out, config.storage), summary)
+    return [found[spec.out] for spec in specs]
+
+
+def _require_one_process(specs: Sequence[TrainSpec]) -> None:
+    for field in ("device", "threads", "mesh", "follow", "follow_seconds"):
+        values = {str(getattr(spec, field)) for spec in specs}
+        if len(values) > 1:
+            raise ConfigError(f"{field} of SAEs trained together", expected="one value", got=sorted(values))
+    outs = [spec.out for spec in specs]
+    if len(set(outs)) < len(outs):
+        raise ConfigError("out of SAEs trained together", expected="a folder each", got=sorted(outs))
+
+
+def _require_all(members: Sequence[Member], alone: bool) -> None:
+    failed = [member for member in members if member.failure is not None]
+    if not failed:
+        return
+    if alone and failed[0].failure is not None:
+        raise failed[0].failure
+    raise NonFiniteError(
+        f"{len(failed)} of {len(members)} SAEs failed, the others are published",
+        got="; ".join(f"{member.spec.out}: {member.failure}" for member in failed),
+    )
+
+
+def _run(
+    members: Sequence[Member], dataset: ActivationStore, alone: bool, lost: Callable[[], bool] | None
+) -> Iterator[tuple[Summary, Member]]:
+    """Take all steps that are left, pass by pass; yields a summary as each SAE is done."""
+    left = list(members)
+    while left:
+        together, until = next_pass(left)
+        if together[0].step < until:
+            take_steps(together, dataset, until, alone, lost)
+        for member in together:
+            if member.failure is None and member.step == member.recipe.steps:
+                yield member.publish(), member
+        left = [m for m in left if m.failure is None and m.step < m.recipe.steps]
+
+
+def next_pass(members: Sequence[Member]) -> tuple[list[Member], int]:
+    """Who takes the next steps together, and up to which step.
+
+    Those of one stream that are furthest behind go until the first of them ends, or until they stand where
+    another of their stream stands and it joins.
+    """
+    last = min(members, key=lambda member: member.step)
+    stream = [member for member in members if member.shares == last.shares]
+    together = [member for member in stream if member.step == last.step]
+    ends = [member.recipe.steps for member in together]
+    return together, min(ends + [member.step for member in stream if member.step > last.step])
+
+
+def take_steps(
+    members: list[Member],
+    dataset: ActivationStore,
+    until: int,
+    alone: bool = True,
+    lost: Callable[[], bool] | None = None,
+) -> None:
+    """Take the steps up to `until`, with checkpoints on the way and one at the end.
+
+    Args:
+        members: Of one stream and one step.
+        dataset: What they are trained on.
+        until: The step to stop before.
+        alone: Whether the process has but one SAE, whose name need not be said.
+        lost: See `train_fleet`.
+    """
+    first, order = members[0], members[0].order
+    spec, device, steps = first.spec, first.run.device, max(m.recipe.steps for m in members)
+    world = first.run.world
+    running = list(members)
+    stopping = threading.Event()
+
+    def stop_early() -> None:
+        for member in running:
+            if not member.is_new:
+                member.checkpoint()
+                member.saver.wait()
+                name = "" if alone else f"{member.spec.out}: "
+                say(f"{name}stopped after step {member.step} of {member.recipe.steps}; a checkpoint is kept")
+        raise KeyboardInterrupt
+
+    def agree(must_stop: bool, gone: bool, is_due: bool = False) -> tuple[bool, bool]:
+        """Whether all of them stop, and whether a checkpoint is due."""
+        stop, gone, due = world.any(must_stop, gone, is_due)
+        if gone:
+            raise WorkerError("another service has taken this work over")
+        return stop, due
+
+    def while_waiting() -> None:
+        if agree(*_must_stop(running, stopping.is_set(), lost))[0]:
+            stop_early()
+
+    stream = SharedRows(
+        lambda: dataset.stream(
+            spec.read_hooks,
+            split="train",
+            batch_rows=spec.batch_rows,
+            seed=spec.stream_seed,
+            lanes=spec.lanes,
+            group_units=order.group_units,
+            rank=world.data.rank,
+            world=world.data.size,
+            start_step=first.step,
+            steps=until,
+        ),
+        {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks},
+        spec.batch_rows // world.data.size,
+        first.step,
+        device,
+        world,
+        while_waiting if spec.follow else None,
+    )
+    bar = Progress("train", steps * spec.batch_rows, "rows", done=first.step * spec.batch_rows)
+    with closing(stream), stop_on_signals(stopping), bar, ExitStack() as stack:
+        say(
+            ("" if alone else f"{len(members)} SAEs from one stream: ")
+            + f"{steps} steps of {spec.batch_rows} rows on {device}; {order.group_units} units are "
+            f"shuffled together, {human_bytes(stream.memory_bytes)} of memory"
+        )
+        if first.is_new:
+            begin([m.run for m in members], stream)
+        for member in members:
+            member.is_new = False
+        whole = any(member.spec.accumulate == 1 for member in members)  # else its rows move part by part
+        ahead = False if spec.follow else None  # a step shall not wait for what is not harvested yet
+        batches = stack.enter_context(
+            Transfer(stream, until - first.step, spec, device, whole=whole, ahead=ahead)
+        )
+        opened = mark = last_checkpoint = time.monotonic()
+        step = first.step
+        while step < until and running:
+            asked = time.monotonic()
+            rows, weights, target = next(batches)
+            waited = time.monotonic() - asked
+            step += 1
+            own: dict[Member, float] = {}
+            reports: dict[Member, tuple[StepReport, dict[str, float]]] = {}
+            wanted = () if target is None else (target,)
+            for member in running:
+                started = time.monotonic()
+                logged = step == member.recipe.steps or step % member.spec.log_every_steps == 0
+                report = None
+                with sampling(device, logged) as spans:
+                    try:
+                        report = train_step(member.run, rows, weights, *wanted)
+                    except NonFiniteError as error:
+                        member.fail(error)
+                if report is not None and spans is not None:
+                    reports[member] = report, spans.shares()
+                own[member] = time.monotonic() - started
+            now = time.monotonic()
+            shared, mark = now - mark - sum(own.values()), now
+            for member, seconds in own.items():
+                counts = member.run.counts
+                counts.seconds += seconds + shared / len(own)
+                counts.seconds_waiting += waited / len(own)
+            for member in [member for member in running if member.failure is not None]:
+                running.remove(member)
+                if not alone:
+                    say(f"{member.spec.out}: {member.failure} The others go on.")
+            rate = stream.bytes_read / (now - opened)
+            for member, (report, shares) in reports.items():
+                member.log(make_record(member, report) | shares | {"bytes_read_per_s": rate})
+            if reports:
+                _show(bar, step, steps, spec.batch_rows, {m: r for m, (r, _) in reports.items()})
+
+            last = step == until
+            edge = first.follower is not None and order.locate(step).step_in_group == 0
+            is_time = now - last_checkpoint >= spec.checkpoint_seconds
+            must_stop, gone = _must_stop(running, stopping.is_set(), lost)
+            stop, due = agree(must_stop, gone, world.leads and (edge or is_time))  # all of them, or none
+            if stop and step < steps:
+                stop_early()
+            if running and (due or last):
+                for member in running:
+                    member.checkpoint()
+                last_checkpoint = time.monotonic()
+
+
+def _must_stop(
+    running: Sequence[Member], signalled: bool, lost: Callable[[], bool] | None
+) -> tuple[bool, bool]:
+    """Whether this rank is told to stop, and whether its work is lost; shows signs of life on the way."""
+    due = [member for member in running if member.status.due]
+    if due and lost is not None and lost():
+        return False, True
+    for member in due:
+        member.status.write("training")
+    return bool(running) and (signalled or any(asked_to_stop(member.out) for member in due)), False
+
+
+def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member, StepReport]) -> None:
+    """The figures of a lone SAE, or the range of a fleet's FVU."""
+    records = [member.telemetry.records[-1] for member in reports]
+    if len(records) == 1:
+        shown = {key: f"{records[0][key]:.3f}" for key in ("loss", "fvu", "l0", "dead_share")}
+    else:
+        fvus = [record["fvu"] for record in records]
+        shown = {"SAEs": len(records), "fvu": f"{min(fvus):.3f} to {max(fvus):.3f}"}
+    bar.update(step * rows, step=f"{step}/{steps}", **shown)
+
+
+def make_record(member: Member, report: StepReport) -> Record:
+    """One line of telemetry."""
+    run, counts = member.run, member.run.counts
+    return {
+        "step": counts.step,
+        "time": round(time.time(), 3),
+        "epoch": round(counts.step / run.recipe.steps_per_epoch, 4),
+        "tokens": counts.tokens,
+        "loss": report.loss,
+        "fvu": report.fvu,
+        "l0": report.l0,
+        "dead_share": report.dead / run.recipe.spec.latents,
+        "auxk": report.auxk,
+        "auxk_steps": counts.auxk_steps,
+        "auxk_nonfinite_steps": counts.auxk_nonfinite,
+        "grad_norm": report.grad_norm,
+        "lr": report.lr,
+        "tokens_per_s": counts.tokens / counts.seconds if counts.seconds else 0.0,
+        "seconds": counts.seconds,
+        "seconds_waiting_for_data": counts.seconds_waiting,
+    } | ({} if not run.world.meshed else _of_the_mesh(run.world, report))
+
+
+def _of_the_mesh(world: World, report: StepReport) -> Record:
+    """Second rounds a row of this step, and bytes that this rank has sent so far."""
+    return {
+        "second_rounds": report.second_rounds / report.rows,
+        "bytes_sent": world.data.bytes_sent + world.latent.bytes_sent,
+    }

@@ -1,0 +1,177 @@
+"""Before the first step: is the spec right for the dataset, and where does the run stand?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from winnow.cli.console import say
+from winnow.common.device import cpu_threads
+from winnow.sae.init import initialise
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.training import SaeIdentity, StreamState, TrainSpec
+from winnow.store import ActivationStore
+from winnow.store.format.order import LaneOrder, group_units_for
+from winnow.store.objects import ObjectStore
+from winnow.store.read.torch_stream import Batch
+from winnow.trainer.mesh.rows import SharedRows
+from winnow.trainer.mesh.shard import Shard
+from winnow.trainer.mesh.world import World
+from winnow.trainer.run.checkpoint import require_same_run, unpack
+from winnow.trainer.run.checkpoint_files import newest_checkpoint
+from winnow.trainer.run.telemetry import Telemetry
+from winnow.trainer.run.warm_start import warm_start
+from winnow.trainer.step.optim import Ema
+from winnow.trainer.step.step import Recipe, Run
+
+
+def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
+    """Which row comes when; ConfigError where hook, batch, lanes or groups do not fit the dataset."""
+    plan = dataset.plan
+    for hook in spec.read_hooks:
+        plan.d_model(hook)
+    unit_bytes = sum(plan.shard_bytes(hook) for hook in spec.read_hooks)
+    units = spec.group_units or group_units_for(
+        spec.group_bytes, unit_bytes=unit_bytes, units=len(plan.split_units("train"))
+    )
+    return LaneOrder.for_plan(
+        plan, batch_rows=spec.batch_rows, seed=spec.stream_seed, lanes=spec.lanes, group_units=units
+    )
+
+
+def resolve_recipe(spec: TrainSpec, dataset: ActivationStore, order: LaneOrder) -> Recipe:
+    """The spec with its open fields filled; ConfigError where it and the dataset disagree."""
+    d_model = sum(dataset.plan.d_model(hook) for hook in spec.input_hooks)
+    recipe = Recipe.resolve(spec, d_model, order.steps_per_epoch)
+    if recipe.steps < 1:
+        least = f"at least {1 / order.steps_per_epoch:.3g}, which is one step"
+        raise ConfigError("epochs", expected=least, got=spec.epochs)
+    if spec.auxk_k is not None and spec.auxk_k > spec.latents:
+        raise ConfigError("auxk_k", expected=f"at most latents ({spec.latents})", got=spec.auxk_k)
+    return recipe
+
+
+def identity_of(dataset: ActivationStore) -> SaeIdentity:
+    """What the SAE's weights will belong to."""
+    return SaeIdentity(
+        plan_fingerprint=dataset.plan.fingerprint,
+        dataset_sha256=dataset.dataset_sha256,
+        subject_model=dataset.plan.subject.model,
+        subject_weights_sha256=dataset.plan.subject.weights_sha256,
+    )
+
+
+def stream_state(
+    dataset: ActivationStore, order: LaneOrder, hooks: tuple[str, ...], step: int
+) -> StreamState:
+    """Where the stream stands before a step."""
+    return order.state(dataset.plan.fingerprint, "train", hooks, step)
+
+
+def rows_of(batch: Batch, spec: TrainSpec) -> tuple[Tensor, Tensor | None]:
+    """A batch's raw input rows [B, D], those of several hooks joined, and a transcoder's target rows."""
+    inputs = [batch.rows[hook] for hook in spec.input_hooks]
+    rows = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
+    return rows, batch.rows[spec.target_hook] if spec.target_hook else None
+
+
+def stand(
+    recipe: Recipe,
+    dataset: ActivationStore,
+    order: LaneOrder,
+    identity: SaeIdentity,
+    out: ObjectStore,
+    device: torch.device,
+    *,
+    world: World,
+    extend: bool = False,
+) -> tuple[Run, Telemetry, bool]:
+    """The state to go on from: the newest checkpoint's, or a new one that `begin` must fill.
+
+    Returns:
+        The run, its telemetry, and whether it is new.
+
+    Raises:
+        ConfigError: `out` holds a run of another spec, dataset or order.
+        IntegrityError: Every checkpoint is damaged.
+    """
+    spec = recipe.spec
+    widths = {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks}
+    d_model = sum(widths[hook] for hook in spec.input_hooks)
+    parts = spec.parts(widths)
+    if world.meshed:
+        sae = Shard(d_model, spec.latents, spec.k, spec.normalize, parts, world, device=device)
+    else:
+        sae = Sae(d_model, spec.latents, spec.k, spec.normalize, parts, device=device)
+    run = Run(sae, recipe, loss_constant=1.0, world=world)
+    found = newest_checkpoint(out, say, world)
+    if found is None:
+        return run, Telemetry(out), True
+    index, tensors = found
+    require_same_run(planned_as(index.spec, spec, extend), index.identity, spec, identity)
+    now = stream_state(dataset, order, spec.read_hooks, index.step)
+    if index.stream != now:
+        raise ConfigError("the order of the rows has changed", expected=index.stream, got=now)
+    unpack(run, tensors)
+    if spec.epochs > index.spec.epochs and run.ema is not None:
+        run.ema = Ema(run.sae, run.ema.beta)  # its beta follows from the number of steps
+    threads = cpu_threads(spec)
+    if (index.threads, index.device) != (threads, str(run.device)):
+        say(
+            f"warning: this run had {index.threads} threads on {index.device} and now has {threads} on "
+            f"{run.device}: the result is as good, but not bit-identical"
+        )
+    say(f"going on from the checkpoint at step {index.step} of {recipe.steps}")
+    return run, Telemetry.resume(out, index.step, warn=say), False
+
+
+def planned_as(before: TrainSpec, now: TrainSpec, extend: bool) -> TrainSpec:
+    """The spec that a run had, to be compared with the one it shall have.
+
+    Extending, fewer epochs are no difference: the run goes on as if it had been planned with the new
+    number. Learning rate, dead_after and the moving average's beta are those of the new number of steps,
+    so a run that had begun to decay goes back up to its peak rate, and the average starts anew.
+
+    Raises:
+        ConfigError: More epochs, without `extend`.
+    """
+    if now.epochs <= before.epochs:
+        return before
+    if not extend:
+        raise ConfigError(
+            f"{now.out} holds a run of fewer epochs",
+            expected=before.epochs,
+            got=now.epochs,
+            fix="Add --extend to train it on: its learning rate goes back up to the new schedule's",
+        )
+    return before.model_copy(update={"epochs": now.epochs})
+
+
+def begin(runs: Sequence[Run], batches: SharedRows) -> None:
+    """Initialise new runs, each from the first `sample_rows` rows of their stream, trained on later."""
+    specs = [run.recipe.spec for run in runs]
+    needs = [
+        min(-(-spec.sample_rows // spec.batch_rows), run.recipe.steps)
+        for run, spec in zip(runs, specs, strict=True)
+    ]
+    drawn = batches.peek(max(needs))
+    for run, spec, need in zip(runs, specs, needs, strict=True):
+        rows, targets = zip(*(rows_of(batch, spec) for batch in drawn[:need]), strict=True)
+        weights = [batch.weights for batch in drawn[:need]]
+
+        def sample(parts: Sequence[Tensor], run: Run = run, size: int = spec.sample_rows) -> Tensor:
+            whole = [run.world.data.gather(part).flatten(0, 1) for part in parts]  # of the whole batch
+            return torch.cat(whole)[:size].to(run.device)
+
+        x, w = sample(rows), sample(weights)
+        target = sample(targets) if spec.target_hook else None
+        if run.source is None:
+            run.loss_constant = initialise(
+                run.sae, x, w, spec.seed, target, encoder_norm=spec.first_encoder_norm
+            )
+        else:
+            run.loss_constant = warm_start(run.sae, run.source, x, w, target)
+            run.source = None

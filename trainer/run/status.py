@@ -1,0 +1,101 @@
+"""A run's `status.json`, and the mark that asks it to stop."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+from winnow.schemas.config import PricesSpec
+from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
+from winnow.schemas.service import RunState, RunStatus
+from winnow.store.objects import ObjectStore
+from winnow.trainer.step.step import Run
+
+STATUS_KEY = "status.json"
+STOP_KEY = "stop.json"
+"""Its presence asks the run to make a checkpoint and end; `winnow resume` takes it away."""
+BEAT_SECONDS = 5.0
+"""Between two signs of life, which is also how long a stop may go unseen."""
+
+
+class StatusWriter:
+    """Writes a run's status; the first write marks where this process began.
+
+    Args:
+        out: The run's folder.
+        run: What it tells about.
+        prices: For `cost`.
+    """
+
+    def __init__(self, out: ObjectStore, run: Run, prices: PricesSpec | None = None) -> None:
+        self._out, self._run = out, run
+        self._prices = prices if prices and prices.trainer_hour else None
+        self._start, self._start_step = time.monotonic(), run.counts.step
+        self._written = 0.0
+        self.fvu: float | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether `BEAT_SECONDS` have passed since the last writing."""
+        return time.monotonic() - self._written >= BEAT_SECONDS
+
+    def write(self, state: RunState, cause: str = "") -> RunStatus:
+        """Put the status as it is now."""
+        self._written = time.monotonic()
+        counts, recipe = self._run.counts, self._run.recipe
+        taken, passed = counts.step - self._start_step, self._written - self._start
+        left = passed / taken * (recipe.steps - counts.step) if taken else None
+        seconds = counts.seconds
+        status = RunStatus(
+            state=state,
+            step=counts.step,
+            steps=recipe.steps,
+            tokens=counts.tokens,
+            latents=recipe.spec.latents,
+            k=recipe.spec.k,
+            hook=recipe.spec.hook,
+            fvu=self.fvu,
+            tokens_per_s=counts.tokens / seconds if seconds else 0.0,
+            seconds=seconds,
+            waiting_share=counts.seconds_waiting / seconds if seconds else 0.0,
+            eta_seconds=left if state == "training" else None,
+            cost=self._prices.trainer_hour * seconds / 3600 if self._prices else None,
+            currency=self._prices.currency if self._prices else "",
+            device=str(self._run.device),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            beat=time.time(),
+            cause=cause,
+        )
+        self._out.put(STATUS_KEY, status.to_json())
+        return status
+
+
+def read_status(out: ObjectStore) -> RunStatus | None:
+    """A run's status; None where there is none, or none that can be read."""
+    try:
+        return RunStatus.from_json(out.get(STATUS_KEY), origin=f"{out.uri}/{STATUS_KEY}")
+    except (MissingObject, IntegrityError):
+        return None
+
+
+def ask_to_stop(out: ObjectStore) -> None:
+    """Ask the run that trains into `out`, now or later, to make a checkpoint and end."""
+    out.put(STOP_KEY, b'{"kind": "winnow.stop"}\n')
+
+
+def allow_again(out: ObjectStore) -> bool:
+    """Take the mark of `ask_to_stop` away; whether there was one."""
+    there = out.size(STOP_KEY) is not None
+    if there:
+        out.delete(STOP_KEY)
+    return there
+
+
+def asked_to_stop(out: ObjectStore) -> bool:
+    """Whether the run is asked to stop; no answer is no."""
+    try:
+        return out.size(STOP_KEY) is not None
+    except StoreError:
+        return False

@@ -1,0 +1,55 @@
+"""BatchTopK's threshold for use outside training: one number, so that K latents a row are active on average.
+
+Legend: B rows, D d_model, N latents, K active latents a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from winnow.sae.model import Sae
+from winnow.schemas.errors import ConfigError
+from winnow.trainer.mesh.batchtopk import nth_best
+from winnow.trainer.mesh.shard import Shard
+from winnow.trainer.mesh.world import Axis
+
+CANDIDATES = 4
+"""First guess at how many times K the fullest row has above the threshold."""
+
+
+@torch.no_grad()
+def calibrate(sae: Sae, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Set `sae.threshold` so that rows have K latents above it on average, exactly where no values tie.
+
+    Args:
+        sae: With `activation: batchtopk`; of a shard, a collective over the latent axis.
+        batches: Raw training rows [B, D] and their weights [B]; rows of weight 0 are left out. Held in
+            normalised form all together.
+
+    Returns:
+        The threshold, at least 0: half-way between the last value that is to be active and the next, or 0.
+
+    Raises:
+        ConfigError: No row of weight above 0.
+    """
+    device, latent = sae.W_enc.device, sae.world.latent if isinstance(sae, Shard) else Axis()
+    kept = [sae.normalise(rows[weights > 0].to(device))[0] for rows, weights in batches]
+    kept = [x for x in kept if len(x)]
+    if not kept:
+        raise ConfigError("the rows for the threshold", expected="some of weight above 0", got="none")
+    latents = sae.of if isinstance(sae, Shard) else sae.latents
+    quota, width = sae.k * sum(map(len, kept)), CANDIDATES * sae.k
+    while True:
+        width = min(width, sae.latents)
+        values = torch.cat([Sae.select(sae, x, width)[0] for x in kept])  # of a shard: its own
+        threshold = torch.stack([nth_best(values, rank, latent) for rank in (quota, quota + 1)]).mean()
+        threshold = threshold if sae.k < latents else torch.zeros_like(threshold)
+        short = width < sae.latents and not bool((values[:, -1] <= threshold).all())
+        if not latent.largest(torch.tensor(short, dtype=torch.uint8)):
+            break
+        width *= 4  # a row may hold more than was looked at
+    sae.threshold.copy_(threshold)
+    return threshold.item()

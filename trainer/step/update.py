@@ -1,0 +1,84 @@
+"""One pass over the parameters after the gradients are known: clipping, Adam, renormalisation, average.
+
+The same numbers as the parts of `winnow.trainer.step.optim` one after the other. Each of those reads and
+writes whole [N, D] tensors; here a block of latents goes through all of them while it is in cache.
+
+Legend: D d_model, N latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.adam import adam as functional_adam
+
+from winnow.sae.model import Sae
+from winnow.schemas.training import MomentsDtype
+from winnow.trainer.kernels.segment_grad import BLOCK_BYTES, GPU_BLOCK_BYTES, latent_blocks
+from winnow.trainer.step.moments import PACKED, new_state, pack_moments, unpack_moments
+from winnow.trainer.step.optim import Ema, renormalise_decoder
+
+
+@torch.no_grad()
+def fused_update(
+    sae: Sae,
+    adam: torch.optim.Adam,
+    ema: Ema | None,
+    *,
+    lr: float,
+    grad_norm: float,
+    largest: float | None,
+    moments: MomentsDtype = "float32",
+    step: int = 0,
+) -> None:
+    """Update weights, Adam's state and the moving average from the gradients in `.grad`.
+
+    Args:
+        sae: The model, with projected gradients.
+        adam: Holds the state, in torch's own form, so that checkpoints do not tell who wrote it.
+        ema: The moving average, where one is kept.
+        lr: Learning rate of this step.
+        grad_norm: Joint norm of all gradients.
+        largest: Norm to clip to; null never clips.
+        moments: How Adam's are kept; see `winnow.trainer.step.moments`.
+        step: Its number, for the draws of packed moments.
+    """
+    group = adam.param_groups[0]
+    group["lr"] = lr
+    shrink = largest / grad_norm if largest is not None and grad_norm > largest else None
+    if ema is not None:
+        ema.steps += 1
+    draws = torch.Generator(sae.W_enc.device).manual_seed(step)
+    size = BLOCK_BYTES if sae.W_enc.device.type == "cpu" else GPU_BLOCK_BYTES
+    blocks = latent_blocks(sae.latents, sae.W_enc, size)
+    for name in sae.parameter_names:
+        parameter = getattr(sae, name)
+        state = adam.state[parameter]
+        if not state:
+            state |= new_state(parameter.detach(), moments if name in PACKED else "float32")
+        for block in blocks if name in ("W_enc", "W_dec") else [slice(None)]:
+            weights, grad = parameter.detach()[block], parameter.grad[block]
+            if shrink is not None:
+                grad.mul_(shrink)
+            unpacked = unpack_moments(state, block, weights)
+            functional_adam(
+                [weights],
+                [grad],
+                [unpacked.first],
+                [unpacked.second],
+                [],
+                [state["step"].clone()],  # every block takes the same step
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=lr,
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+            pack_moments(state, block, unpacked, draws)
+            if name == "W_dec":
+                renormalise_decoder(weights)
+            if ema is not None:
+                ema.sums[name][block].lerp_(weights, 1 - ema.beta)
+        state["step"] += 1
