@@ -2,26 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-# `-m` puts the working directory first, where a `store.py` of the user's would be taken for ours.
-_HOME = Path(__file__).resolve().parent
-if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]).resolve() != _HOME:
-    del sys.path[0]
-
-_found = find_spec("schemas")
-if _found is not None and Path(_found.origin or "").resolve().parent != _HOME / "schemas":
-    sys.exit(
-        f"error: {_found.origin} would be imported as Winnow's own package 'schemas'. Rename it, or "
-        "take that folder off PYTHONPATH."
-    )
-try:
-    import winnow.schemas  # noqa: F401 - looks whether the other names are ours
-except ValueError as error:
-    sys.exit(f"error: {error}")
-
 import typer
 
 from winnow.cli.attribute import register as register_attribution

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +15,9 @@ from winnow.cli import runs as runs_cli
 from winnow.cli import service as service_cli
 from winnow.cli.console import emit, guard, human_bytes, print_table, say, stderr
 from winnow.common.config_file import load_config
-from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
-from winnow.trainer.mesh.world import Launch
+from winnow.trainer.mesh.world import Launch, launch_of
 from winnow.trainer.plan.sweep import grid_specs, require_room
 from winnow.trainer.run.loop import AfterTrain, train, train_fleet
 from winnow.trainer.run.publish import Summary
@@ -96,24 +95,6 @@ def only_the_first_tells(launch: Launch) -> Iterator[None]:
         yield
     finally:
         stderr.quiet = before
-
-
-def launch_of(environment: Mapping[str, str]) -> Launch:
-    """This process's place among those that torchrun, or the trainer service, has started; else alone.
-
-    Raises:
-        ConfigError: Variables that are no such place.
-    """
-    try:
-        rank, size, local = (
-            int(environment.get(name, default))
-            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-        )
-    except ValueError as error:
-        raise ConfigError("RANK, WORLD_SIZE, LOCAL_RANK", expected="numbers", got=error) from error
-    if not 0 <= rank < size:
-        raise ConfigError("RANK", expected=f"0 to WORLD_SIZE - 1 = {size - 1}", got=rank)
-    return Launch(rank, size, local)
 
 
 def register_sweep(app: typer.Typer, after_train: AfterTrain | None = None) -> None:

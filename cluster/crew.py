@@ -9,17 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
-from ray.job_config import JobConfig
 
 from winnow.cli.console import say
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
-from winnow.schemas.names import hidden_by
 
 WAIT_NOTE_SECONDS = 30.0
 """Between messages while no node has room for a single actor."""
@@ -45,16 +42,6 @@ class Named(NamedTuple):
 HARVEST = Named()
 
 
-class _OwnPackages(JobConfig):
-    """Keeps the working directory out of the workers' sys.path, where Ray puts it first.
-
-    It stays their working directory: a path in the config means what it meant.
-    """
-
-    def _runtime_env_has_working_dir(self) -> bool:  # what Ray asks before it adds the directory
-        return True
-
-
 @contextmanager
 def cluster(config: Config, named: Named = HARVEST) -> Generator[None]:
     """Ray: the cluster that the config names, or one on this machine for the time of the run.
@@ -74,8 +61,6 @@ def _session(config: Config, named: Named) -> Generator[None]:
     local: dict[str, Any] = (
         {} if address else {"include_dashboard": False, "object_store_memory": LOCAL_OBJECTS_BYTES}
     )
-    if hidden_by(Path.cwd()):
-        local["job_config"] = _OwnPackages()
     try:
         ray.init(
             address=address or "local",

@@ -75,8 +75,8 @@ def page(
     lines = [
         "# Explanations of latents, and what the latents fire on",
         "",
-        f"Written by `python -m winnow.evaluator.explanations` from the evaluation of an SAE of `{evaluation.hook}` "
-        f"of {evaluation.subject_model} (N = {evaluation.latents:,}, K = {evaluation.k}, weights "
+        "Written by `python -m winnow.evaluator.explanations` from the evaluation of an SAE of "
+        f"`{evaluation.hook}` of {evaluation.subject_model} (N = {evaluation.latents:,}, K = {evaluation.k}, weights "
         f"`{evaluation.sae_sha256[:12]}`). The latents are the first {len(shown)} of a random sample; none "
         "was picked. Definitions: [evaluation.md](../evaluation.md).",
         "",

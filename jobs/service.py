@@ -31,7 +31,6 @@ from winnow.cli.console import say
 from winnow.jobs.queue import Job, Queue, awaits_harvest, is_stopped
 from winnow.jobs.worker import PERMANENT, STOPPED
 from winnow.schemas.errors import StoreError
-from winnow.schemas.names import hidden_by
 from winnow.schemas.service import JobBeat, JobClaim
 from winnow.store.objects import ObjectStore
 
@@ -226,7 +225,6 @@ class Service:
 
     def _start(self, job: Job, number: int) -> None:
         slots, world = self.free[: job.world], job.world
-        safe = ["-P"] if hidden_by(Path.cwd()) else []  # else `-m` runs a `trainer.py` that stands there
         log = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the attempt
         group: dict[str, str] = {}
         if world > 1:  # as torchrun would
@@ -245,7 +243,6 @@ class Service:
                 subprocess.Popen(
                     [
                         sys.executable,
-                        *safe,
                         "-m",
                         "winnow.jobs.worker",
                         self.store.uri,

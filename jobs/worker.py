@@ -11,12 +11,6 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
-
-# `-m` puts the working directory first, where a `store.py` of the user's would be taken for ours.
-_HOME = Path(__file__).resolve().parents[1]
-if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]).resolve() != _HOME:
-    del sys.path[0]
 
 from winnow.cli.console import say
 from winnow.common.config_file import section

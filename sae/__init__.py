@@ -1,1 +1,22 @@
 """The sparse autoencoder: model, codes, initialisation, metrics, and the files of other libraries."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from winnow.sae.model import Sae as Sae
+
+_PLACES = {"Sae": "winnow.sae.model"}
+__all__ = ["Sae"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:  # importing the package alone must not load torch
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

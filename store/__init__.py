@@ -1,17 +1,22 @@
 """The data plane: manifests, zarr and object storage. `ActivationStore` is the way in."""
 
+from __future__ import annotations
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from winnow.store.read.reader import ActivationStore
+    from winnow.store.read.reader import ActivationStore as ActivationStore
 
-__all__ = ["ActivationStore"]
+_PLACES = {"ActivationStore": "winnow.store.read.reader"}
+__all__ = ["ActivationStore"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
-    """`ActivationStore`, loaded when asked for: a machine that only computes need not have zarr."""
-    if name != "ActivationStore":
-        raise AttributeError(f"module 'store' has no attribute {name!r}")
-    from winnow.store.read.reader import ActivationStore
+def __getattr__(name: str) -> Any:  # importing the package alone must not load torch
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
 
-    return ActivationStore
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,1 +1,22 @@
 """The subject model: loaded, read at hooks, run with activations replaced, made to generate."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from winnow.subject.load import Subject as Subject
+
+_PLACES = {"Subject": "winnow.subject.load"}
+__all__ = ["Subject"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:  # importing the package alone must not load torch
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""Snippets of text for `evaluator.judge.family`: cut out of windows, with the tokens a latent is active on marked.
+"""Snippets of text for the judge: cut out of windows, with the tokens a latent is active on marked.
 
 Letters: W windows, T context length.
 """

@@ -99,7 +99,7 @@ def page_of(records: Sequence[Record], remarks: str = "") -> str:
         "# Recovery of known directions",
         "",
         "Written by `winnow recovery` (and `python -m benchmarks.recovery_peers`, where it was run). "
-        f"D = 64, 256 directions, {rows:,} rows, each seen once; see `evaluator/recovery/task.py` for the task. "
+        f"D = 64, 256 directions, {rows:,} rows, each seen once; the task: `evaluator/recovery/task.py`. "
         "Mean over the seeds with its 95 % interval (Student's t). The learning rate is the best on the "
         "first seed, for everybody, searched in steps of about 1.8 until it lies between two others; ~ marks "
         "where that is still to do. AuxK: share of the steps on which it was active, where a trainer tells.",

@@ -1,7 +1,4 @@
-"""The one seam to object storage: a small interface, and `open_store`.
-
-Local folders are in `winnow.store.objects.local`, S3 is in `winnow.store.objects.s3_store`.
-"""
+"""The one seam to object storage: a small interface that local folders and S3 implement."""
 
 from __future__ import annotations
 
@@ -9,13 +6,11 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
-from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from winnow.schemas.config import StorageSpec
-from winnow.schemas.errors import ConfigError, StoreError
+from winnow.schemas.errors import StoreError
 from winnow.store.objects.probe import Probe
 
 Data = bytes | bytearray | memoryview
@@ -208,34 +203,3 @@ class ObjectStore(ABC):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{type(self).__name__} is never pickled (it may hold credentials): pass its uri")
-
-
-def open_store(uri: str, storage: StorageSpec | None = None) -> ObjectStore:
-    """The object store at `uri`.
-
-    Args:
-        uri: A local path, `file:///...`, or `s3://bucket/prefix`.
-        storage: Time-outs and permissions.
-
-    Raises:
-        ConfigError: Another scheme, no bucket, or a plain `http://` endpoint beyond loopback.
-        StoreError: S3 credentials are missing.
-    """
-    from winnow.store.objects.local import LocalStore
-    from winnow.store.objects.s3 import open_s3
-
-    storage = storage or StorageSpec()
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
-    if scheme is None:
-        return LocalStore(uri)
-    if scheme[1].lower() == "file":
-        machine, slash, path = uri[len("file://") :].partition("/")
-        if machine not in ("", "localhost") or not slash:
-            raise ConfigError(f"root {uri!r} names another machine", expected="file:///absolute/path")
-        return LocalStore(unquote(f"/{path}"))  # all of it: `#` and `?` are letters of a path like others
-    if scheme[1].lower() == "s3":
-        bucket, _, prefix = uri[len("s3://") :].partition("/")
-        return open_s3(bucket, prefix.strip("/"), storage)
-    raise ConfigError(
-        f"root has the scheme {scheme[1]!r}", expected="a local path, file:// or s3://", got=f"{scheme[1]}://"
-    )

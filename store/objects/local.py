@@ -16,17 +16,13 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from winnow.common.paths import expand_user
 from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
 from winnow.store.objects.base import MAX_GET_BYTES, Data, Digest, ObjectStore, Pieces, Ready, check_key
 
 _TEMP = ".tmp"
 _STALE_SECONDS = 24 * 3600
 _WRITE_BYTES = 64 << 20
-
-
-def expand_user(path: str | Path) -> Path:
-    """`path` with a leading `~` or `~user` replaced; as it is where no such user is known."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for a folder called `~name`
 
 
 class LocalStore(ObjectStore):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from functools import cache
 from itertools import pairwise
 from queue import SimpleQueue
@@ -17,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from winnow.common.clock import now
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.errors import (
     ConfigError,
@@ -458,8 +458,3 @@ def brief(units: list[int]) -> str:
     """Unit numbers for a message: the first ten, and how many more."""
     more = f" and {len(units) - 10} more" if len(units) > 10 else ""
     return ", ".join(str(unit) for unit in units[:10]) + more
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601 to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import get_state_machine_test
 
-import winnow.store.check.repair
-import winnow.store.check.verify
-import winnow.store.read.fetch
-import winnow.store.records.commit
-import winnow.store.write.writer
 from tests.support.machine import Harvest, OneThread, same_metadata
 from winnow.schemas.errors import MissingObject, StoreError, WinnowError
+from winnow.store import testing
+from winnow.store.check import repair, verify
+from winnow.store.read import fetch
+from winnow.store.records import commit
 from winnow.store.testing import make_attempt
+from winnow.store.write import writer
 
 MACHINE = settings(
     max_examples=20, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck)
@@ -25,9 +25,9 @@ MACHINE = settings(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for module in (store.repair, store.verify, store.writer):
+    for module in (repair, verify, writer):
         monkeypatch.setattr(module, "zarr_objects", same_metadata)
-    for module in (store.verify, store.writer):
+    for module in (verify, writer):
         monkeypatch.setattr(module, "ThreadPoolExecutor", OneThread)
 
 
@@ -45,19 +45,19 @@ def settle_as(outcome):
             reply = error
         return outcome(root, key, reply)
 
-    return {(store.commit, "settle"): settle, (store.writer, "settle"): settle}
+    return {(commit, "settle"): settle, (writer, "settle"): settle}
 
 
 def an_unreadable_outcome_is_ours():
-    real = store.commit.settle
+    real = commit.settle
 
     def settle(root, key, body):
         try:
             return real(root, key, body)
-        except store.commit.CommitUnknown:
+        except commit.CommitUnknown:
             return None
 
-    return {(store.commit, "settle"): settle, (store.writer, "settle"): settle}
+    return {(commit, "settle"): settle, (writer, "settle"): settle}
 
 
 def an_error_means_stored():
@@ -73,99 +73,99 @@ def what_exists_is_ours():
 
 
 def receipts_are_overwritten():
-    return {(store.commit, "settle"): lambda root, key, body: root.put(key, body)}
+    return {(commit, "settle"): lambda root, key, body: root.put(key, body)}
 
 
 def the_receipt_comes_before_the_shards():
-    real, make = store.writer._store_shard, store.writer.make_shard
+    real, make = writer._store_shard, writer.make_shard
 
     def early(root, plan, unit, hook, rows):
         if hook == plan.spec.hooks[0]:
-            receipt = store.writer.UnitReceipt(
+            receipt = writer.UnitReceipt(
                 plan_fingerprint=plan.fingerprint,
                 unit=unit,
-                tokens_sha256=store.writer.tokens_digest(store.testing.synthetic_tokens(plan, unit)),
+                tokens_sha256=writer.tokens_digest(testing.synthetic_tokens(plan, unit)),
                 shards={name: make(plan, unit, name, everything[name])[1] for name in plan.spec.hooks},
                 attempt=make_attempt(),
             )
-            store.writer.commit_receipt(root, plan, receipt)
+            writer.commit_receipt(root, plan, receipt)
         return real(root, plan, unit, hook, rows)
 
     everything = {}
-    commit = store.writer.commit_unit
+    commit = writer.commit_unit
 
     def commit_unit(root, plan, unit, rows, **facts):
         everything.update(rows)
         return commit(root, plan, unit, rows, **facts)
 
-    return {(store.writer, "_store_shard"): early, (store.testing, "commit_unit"): commit_unit}
+    return {(writer, "_store_shard"): early, (testing, "commit_unit"): commit_unit}
 
 
 def an_adopted_shard_is_described_by_our_rows():
-    make = store.writer.make_shard
-    return {(store.writer, "_adopt"): lambda _, plan, unit, hook, rows: make(plan, unit, hook, rows)[1]}
+    make = writer.make_shard
+    return {(writer, "_adopt"): lambda _, plan, unit, hook, rows: make(plan, unit, hook, rows)[1]}
 
 
 def a_seal_skips_a_unit():
-    real = store.writer.encode_part
-    return {(store.writer, "encode_part"): lambda receipts: real(receipts[:-1])}
+    real = writer.encode_part
+    return {(writer, "encode_part"): lambda receipts: real(receipts[:-1])}
 
 
 def a_seal_does_not_wait():
-    real = store.writer.load_receipt
+    real = writer.load_receipt
 
     def load(root, plan, unit, revision):
         try:
             return real(root, plan, unit, revision)
         except MissingObject:
-            return store.writer.UnitReceipt(
+            return writer.UnitReceipt(
                 plan_fingerprint=plan.fingerprint,
                 unit=unit,
-                tokens_sha256=store.writer.tokens_digest(store.testing.synthetic_tokens(plan, unit)),
+                tokens_sha256=writer.tokens_digest(testing.synthetic_tokens(plan, unit)),
                 shards={},
                 void="not there yet",
                 attempt=make_attempt(),
             )
 
-    standing = store.writer.standing_receipts
+    standing = writer.standing_receipts
     return {
-        (store.writer, "load_receipt"): load,
-        (store.writer, "standing_receipts"): lambda root, plan: (
+        (writer, "load_receipt"): load,
+        (writer, "standing_receipts"): lambda root, plan: (
             dict.fromkeys(range(plan.units), 0) | standing(root, plan)
         ),
     }
 
 
 def a_repair_overwrites_sound_shards():
-    return {(store.repair._Repair, "sound"): lambda *_: False}
+    return {(repair._Repair, "sound"): lambda *_: False}
 
 
 def a_repair_removes_sound_orphans():
     def torn(*_):
         raise MissingObject("torn")
 
-    return {(store.repair, "read_orphan"): torn}
+    return {(repair, "read_orphan"): torn}
 
 
 def a_repair_forgets_the_manifest():
-    return {(store.repair._Repair, "manifests"): lambda _: None}
+    return {(repair._Repair, "manifests"): lambda _: None}
 
 
 def a_repair_puts_the_receipt_over_the_old_one():
     def commit(root, plan, revised):
         first = revised.model_copy(update={"revision": 0})
-        root.put(store.repair.receipt_key(first.unit), first.to_json())
+        root.put(repair.receipt_key(first.unit), first.to_json())
         return revised
 
-    return {(store.repair, "commit_receipt"): commit}
+    return {(repair, "commit_receipt"): commit}
 
 
 def any_checksum_will_do():
-    return {(store.fetch, "check_slice"): lambda *_, **__: None}
+    return {(fetch, "check_slice"): lambda *_, **__: None}
 
 
 def verify_looks_at_no_byte():
-    return {(store.verify._Check, "shard"): lambda *_: iter(())}
+    return {(verify._Check, "shard"): lambda *_: iter(())}
 
 
 MUTANTS = [

@@ -68,10 +68,10 @@ def test_under_a_real_limit(whole: tuple[Path, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        (harvester.planner, "put_tokens"),
+        (winnow.harvester.plan.planner, "put_tokens"),
         (UnitWorker, "_rows"),
-        (harvester.driver, "seal"),
-        (harvester.driver, "settle_account"),
+        (winnow.harvester.run.driver, "seal"),
+        (winnow.harvester.run.driver, "settle_account"),
     ],
 )
 def test_wherever_it_happens(

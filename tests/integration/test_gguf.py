@@ -149,7 +149,9 @@ def test_what_a_killed_conversion_left_is_never_used(tmp_path: Path, cache: Path
 def test_two_processes_may_convert_at_once(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, q4_1=True)
-    code = f"from pathlib import Path; from winnow.subject.weights import *; print(convert_gguf(Path({str(path)!r})))"
+    code = f"""from pathlib import Path
+from winnow.subject.weights import *
+print(convert_gguf(Path({str(path)!r})))"""
     root = Path(__file__).parents[2]
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)

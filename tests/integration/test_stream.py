@@ -251,7 +251,7 @@ def test_a_stream_let_go_leaves_no_thread(store):
 
 
 def test_the_store_imports_no_torch():
-    code = "import sys, store, winnow.store.read.stream; sys.exit('torch' in sys.modules)"
+    code = "import sys, winnow.store, winnow.store.read.stream; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -15,12 +15,20 @@ from torch import Tensor
 from winnow.sae.model import Sae
 from winnow.schemas.training import Normalize, SaeCard, SaeParts
 from winnow.store.objects import Data, Digest, ObjectStore, Pieces, Ready
-from winnow.trainer.mesh.shard import has_latents
 from winnow.trainer.mesh.topk import count_kept, keep
 from winnow.trainer.mesh.world import World
 
 SENT_BYTES = 64 << 20
 """Rows sent at a time when a whole SAE is put together."""
+
+
+WITH_LATENTS = {"W_enc", "b_enc", "W_dec", "threshold", "since"}
+"""Tensors that have one row for each latent, and Adam's and the average's of these."""
+
+
+def has_latents(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of `pack` has one row for each latent of the shard."""
+    return tensor.ndim > 0 and not WITH_LATENTS.isdisjoint(name.split("."))
 
 
 class Shard(Sae):

@@ -9,7 +9,7 @@ neighbours. A process alone is the mesh 1 x 1, whose collectives do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -42,6 +42,24 @@ class Launch(NamedTuple):
     """Processes in all."""
     local_rank: int = 0
     """Of the processes on this machine: which GPU is ours."""
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch:
+    """This process's place among those that torchrun, or the trainer service, has started; else alone.
+
+    Raises:
+        ConfigError: Variables that are no such place.
+    """
+    try:
+        rank, size, local = (
+            int(environment.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
+    except ValueError as error:
+        raise ConfigError("RANK, WORLD_SIZE, LOCAL_RANK", expected="numbers", got=error) from error
+    if not 0 <= rank < size:
+        raise ConfigError("RANK", expected=f"0 to WORLD_SIZE - 1 = {size - 1}", got=rank)
+    return Launch(rank, size, local)
 
 
 @contextmanager

@@ -18,8 +18,6 @@ FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_ke
 FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb", "accumulate"}
 """Spec fields that may change between a run and its resume; `device`, `threads` and `accumulate` move float
 noise."""
-WITH_LATENTS = {"W_enc", "b_enc", "W_dec", "threshold", "since"}
-"""Tensors that have one row for each latent, and Adam's and the average's of these."""
 
 
 def differing_fields(before: TrainSpec, now: TrainSpec) -> list[str]:
@@ -69,11 +67,6 @@ def pack(run: Run) -> dict[str, Tensor]:
         kind = torch.float64 if isinstance(number, float) else torch.int64
         tensors[f"count.{name}"] = torch.tensor(number, dtype=kind)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def has_latents(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor of `pack` has one row for each latent of the shard."""
-    return tensor.ndim > 0 and not WITH_LATENTS.isdisjoint(name.split("."))
 
 
 @torch.no_grad()

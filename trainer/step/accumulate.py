@@ -1,4 +1,4 @@
-"""One optimiser step from several micro-batches: the gradients of `trainer.step.fused.fused_pass`, in less memory.
+"""One optimiser step from several micro-batches: the gradients of `fused_pass`, in less memory.
 
 The sums of a step divide by the weight of the whole batch, which is known before the first micro-batch. The
 AuxK term divides by the spread of the whole batch's error, which is known after the last one, so its

@@ -8,128 +8,14 @@ Every function takes row weights [B]. Rows of weight 0 must not reach a sum even
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from winnow.sae.codes import encode_batchtopk, jump_relu, step_above
+from winnow.sae.metrics import mean_row, sum_squares
 from winnow.sae.model import Sae
-
-
-def present(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of `x` [B, D] whose weight is not 0, and their weights."""
-    keep = weights > 0
-    return (x, weights) if bool(keep.all()) else (x[keep], weights[keep])
-
-
-# ---- definitions ---------------------------------------------------------------------------------
-
-
-class Fvu:
-    """Fraction of variance unexplained, streaming, in float64.
-
-    ``sum_b w_b |x_b - x_hat_b|^2 / sum_b w_b |x_b - mean|^2`` with the weighted mean of all rows added.
-    The space is the caller's: feed normalised rows for `fvu`, raw rows for `fvu_raw`.
-
-    Args:
-        d_model: Width D.
-        device: Where the sums are kept.
-    """
-
-    def __init__(self, d_model: int, device: torch.device | str = "cpu") -> None:
-        self._error = torch.zeros((), dtype=torch.float64, device=device)
-        self._weight = torch.zeros_like(self._error)
-        self._sum = torch.zeros(d_model, dtype=torch.float64, device=device)
-        self._squares = torch.zeros_like(self._error)
-        self._shift: Tensor | None = None
-
-    def add(self, x: Tensor, x_hat: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows [B, D], their reconstruction [B, D] and their weights [B] (1 where not given)."""
-        w = torch.ones(len(x), device=x.device) if weights is None else weights
-        keep = w > 0
-        x, x_hat, w = x[keep].double(), x_hat[keep].double(), w[keep].double()
-        if not len(x):
-            return
-        if self._shift is None:  # moments about a row near the mean: nothing cancels
-            self._shift = (w @ x) / w.sum()
-        centred = x - self._shift
-        self._error += w @ (x - x_hat).square().sum(1)
-        self._weight += w.sum()
-        self._sum += w @ centred
-        self._squares += w @ centred.square().sum(1)
-
-    def over(self, add: Callable[[Tensor], Tensor]) -> Self:
-        """Take in the other ranks' rows; `add` sums a tensor over the ranks, all of which call this."""
-        shift = torch.zeros_like(self._sum) if self._shift is None else self._shift
-        common = add(shift * self._weight) / add(self._weight.clone())
-        move = shift - common  # the moments, about the common point
-        self._squares += 2 * (move @ self._sum) + self._weight * move.square().sum()
-        self._sum += self._weight * move
-        self._shift = common
-        for total in (self._error, self._weight, self._sum, self._squares):
-            add(total)
-        return self
-
-    @property
-    def rows(self) -> float:
-        """Sum of the weights so far."""
-        return self._weight.item()
-
-    @property
-    def variance(self) -> float:
-        """``sum_b w_b |x_b - mean|^2`` so far."""
-        return (self._squares - self._sum.square().sum() / self._weight).item()
-
-    @property
-    def value(self) -> float:
-        """The FVU so far; NaN without rows, or where they do not vary."""
-        variance = self.variance
-        return self._error.item() / variance if variance > 0 else float("nan")
-
-
-class L0:
-    """Mean number of active latents (value > 0) a row, streaming."""
-
-    def __init__(self) -> None:
-        self._active, self._weight = 0.0, 0.0
-
-    def add(self, values: Tensor, weights: Tensor | None = None) -> None:
-        """Add the values [B, K] of codes and the rows' weights [B] (1 where not given)."""
-        active = (values > 0).sum(1).double()
-        w = torch.ones_like(active) if weights is None else weights.double()
-        self._active += (w @ active).item()
-        self._weight += w.sum().item()
-
-    def over(self, add: Callable[[Tensor], Tensor]) -> Self:
-        """Take in the other ranks' rows; `add` sums a tensor over the ranks, all of which call this."""
-        sums = torch.tensor([self._active, self._weight], dtype=torch.float64)
-        self._active, self._weight = add(sums).tolist()
-        return self
-
-    @property
-    def value(self) -> float:
-        """Active latents a row; NaN without rows."""
-        return self._active / self._weight if self._weight else float("nan")
-
-
-# ---- training terms ------------------------------------------------------------------------------
-
-
-def mean_row(x: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean [D] of rows [B, D]."""
-    return (weights @ x) / weights.sum()
-
-
-def sum_squares(x: Tensor, weights: Tensor) -> Tensor:
-    """``sum_b w_b |x_b|^2`` of rows [B, D], a scalar."""
-    return weights @ x.square().sum(1)
-
-
-def variance_per_row(x: Tensor, weights: Tensor) -> Tensor:
-    """Mean squared error of predicting the mean row: what the loss is divided by, a scalar."""
-    return sum_squares(x - mean_row(x, weights), weights) / weights.sum()
 
 
 def reconstruction_loss(x: Tensor, x_hat: Tensor, weights: Tensor, constant: float) -> Tensor:

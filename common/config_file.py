@@ -1,0 +1,106 @@
+"""The YAML file that a run is started from, with `--set` applied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from winnow.common.yaml_text import parse_value, parse_yaml
+from winnow.schemas.base import validate
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_config(path: Path, sets: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply `--set dotted.key=value` overrides.
+
+    Args:
+        path: The file.
+        sets: Overrides; each value is YAML (`null`, `8`, `[a, b]`, `text`), the last one wins.
+
+    Raises:
+        ConfigError: No such file, not YAML, a key that stands twice, or fields that do not fit.
+    """
+    where = f"config {path}"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            where, expected="a readable YAML file", got=error.strerror, fix="Give its path"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(where, expected="YAML in UTF-8", got=str(error)) from error
+    raw, lines = parse_yaml(text, where)
+    if not isinstance(raw, dict):
+        raise ConfigError(where, expected="a mapping of sections", got=type(raw).__name__)
+    tree = cast("dict[str, Any]", raw)
+    for item in sets:
+        changed = _override(tree, item)
+        lines = {place: line for place, line in lines.items() if place[: len(changed)] != changed}
+    config = validate(Config, tree, origin=where, lines=lines)
+    _refuse_flags(tree, config, (), where)
+    return config
+
+
+def _override(tree: dict[str, Any], item: str) -> tuple[str | int, ...]:
+    """Set what `item` says; where that is."""
+    dotted, equals, text = item.partition("=")
+    if not equals or not dotted:
+        raise ConfigError("--set", expected="dotted.key=value", got=repr(item))
+    value = parse_value(text, f"--set {dotted}")
+    *parents, leaf = dotted.split(".")
+    node: Any = tree
+    changed: list[str | int] = []
+    for part in parents:
+        inner: Any = _child(node, part)
+        if not isinstance(inner, (dict, list)):
+            raise ConfigError(f"--set {dotted}", expected=f"{part} to be a section", got=repr(inner))
+        changed.append(int(part) if isinstance(node, list) else part)
+        node = cast("Any", inner)
+    if isinstance(node, list):
+        items = cast("list[Any]", node)
+        items[_index(items, leaf)] = value
+        return (*changed, int(leaf))
+    node[leaf] = value
+    return (*changed, leaf)
+
+
+def _refuse_flags(given: Any, taken: Any, path: tuple[str | int, ...], where: str) -> None:
+    """ConfigError where `true` or `false` was taken for the number 1 or 0."""
+    if isinstance(given, bool) and type(taken) in (int, float):
+        name = ".".join(map(str, path))
+        raise ConfigError(f"{where}: {name}", expected="a number", got=str(given).lower(), fix="Correct it")
+    if isinstance(given, dict):
+        for key, value in cast("dict[str, Any]", given).items():
+            inner: Any = taken.get(key) if isinstance(taken, dict) else getattr(taken, key, None)  # pyright: ignore
+            _refuse_flags(value, inner, (*path, key), where)
+    elif isinstance(given, list) and isinstance(taken, tuple):
+        pairs = zip(cast("list[Any]", given), cast("tuple[Any, ...]", taken), strict=False)
+        for index, (value, inner) in enumerate(pairs):
+            _refuse_flags(value, inner, (*path, index), where)
+
+
+def _child(node: Any, part: str) -> Any:
+    """What lies below `node`; a section that is absent is opened."""
+    if isinstance(node, list):
+        items = cast("list[Any]", node)
+        return items[_index(items, part)]
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _index(items: list[Any], part: str) -> int:
+    if not part.isdecimal() or int(part) >= len(items):
+        raise ConfigError(f"--set ...{part}", expected=f"a list index below {len(items)}", got=repr(part))
+    return int(part)
+
+
+def section(value: T | None, name: str) -> T:
+    """A section the command needs; ConfigError where the config leaves it out."""
+    if value is None:
+        raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix="Add it")
+    return value

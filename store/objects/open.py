@@ -1,0 +1,40 @@
+"""From the address of a root to its object store."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote
+
+from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError
+from winnow.store.objects.base import ObjectStore
+from winnow.store.objects.local import LocalStore
+from winnow.store.objects.s3 import open_s3
+
+
+def open_store(uri: str, storage: StorageSpec | None = None) -> ObjectStore:
+    """The object store at `uri`.
+
+    Args:
+        uri: A local path, `file:///...`, or `s3://bucket/prefix`.
+        storage: Time-outs and permissions.
+
+    Raises:
+        ConfigError: Another scheme, no bucket, or a plain `http://` endpoint beyond loopback.
+        StoreError: S3 credentials are missing.
+    """
+    storage = storage or StorageSpec()
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    if scheme is None:
+        return LocalStore(uri)
+    if scheme[1].lower() == "file":
+        machine, slash, path = uri[len("file://") :].partition("/")
+        if machine not in ("", "localhost") or not slash:
+            raise ConfigError(f"root {uri!r} names another machine", expected="file:///absolute/path")
+        return LocalStore(unquote(f"/{path}"))  # all of it: `#` and `?` are letters of a path like others
+    if scheme[1].lower() == "s3":
+        bucket, _, prefix = uri[len("s3://") :].partition("/")
+        return open_s3(bucket, prefix.strip("/"), storage)
+    raise ConfigError(
+        f"root has the scheme {scheme[1]!r}", expected="a local path, file:// or s3://", got=f"{scheme[1]}://"
+    )

@@ -1,0 +1,84 @@
+"""Text to token ids, and nothing besides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from winnow.schemas.errors import ConfigError
+
+ControlTokens = Literal["text", "token"]
+"""What a special token's spelling inside a text is read as."""
+
+
+class TextTokenizer:
+    """Text to token ids, for whoever reads text: nothing is added, cut or padded.
+
+    Tokens that a tokenizer adds without calling them special (runs of spaces, `<think>`) belong to its
+    ordinary text.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers, or one of `tokenizers` itself; it stays as it is.
+        control: What a special token's spelling inside a text is read as: `text`, split like any other, or
+            that `token`.
+        model: Whose tokenizer it is, for messages.
+
+    Raises:
+        ConfigError: A slow tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, *, control: ControlTokens = "text", model: str = "") -> None:
+        # A copy: its settings are not the subject's. `to_str` leaves `encode_special_tokens` out.
+        self._tokenizer: Tokenizer = Tokenizer.from_str(_backend(tokenizer, model).to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = control == "text"
+
+    @cached_property
+    def bos(self) -> int | None:
+        """The token that the tokenizer itself puts before a text (the first, if several), or None.
+
+        What its post-processor does decides, not `bos_token_id`: that of Qwen and of SmolLM2-Instruct begins
+        a chat's turn, and no text.
+        """
+        plain = self.encode("x")
+        ids = self._tokenizer.encode("x", add_special_tokens=True).ids
+        before = next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)
+        return ids[0] if before else None
+
+    @cached_property
+    def special(self) -> frozenset[str]:
+        """The spellings of the special tokens."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    def token(self, number: int) -> str | None:
+        """The spelling of a token in the vocabulary."""
+        return self._tokenizer.id_to_token(number)
+
+    def number(self, token: str) -> int | None:
+        """A token's number, where the vocabulary has it."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of one text [T]."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """The tokens of each text, made on all cores."""
+        return (made.ids for made in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
+
+
+def _backend(tokenizer: Any, model: str = "") -> Tokenizer:
+    backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ConfigError(
+            f"subject {model!r} has no fast tokenizer",
+            expected="a tokenizer.json or one that transformers can convert",
+            got=type(tokenizer).__name__,
+            fix="Save a fast tokenizer beside the weights",
+        )
+    return backend
