@@ -1,4 +1,4 @@
-"""`winnow train`, and `python -m trainer`."""
+"""`winnow train`, and `python -m winnow.trainer`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Reads the config's `root` (the dataset) and its section `train`; writes into `tr
 Stop it whenever you like: the same command goes on from the newest checkpoint and ends with the very
 same weights. A finished run is only shown again.
 
-On several GPUs or machines: `torchrun --nproc-per-node 8 -m trainer CONFIG --set train.mesh.latent=4` splits
-the latents over 4 ranks and the batch over 2. Another mesh may go on where this one stopped.
+On several GPUs or machines: `torchrun --nproc-per-node 8 -m winnow.trainer CONFIG --set train.mesh.latent=4`
+splits the latents over 4 ranks and the batch over 2. Another mesh may go on where this one stopped.
 """
 EPILOG = "Example: `winnow train configs/quickstart.yaml --set train.k=64 --set train.out=runs/k64`"
 

@@ -1,4 +1,4 @@
-"""`python -m evaluator.explanations`: a page that shows N2G explanations beside what their latents fire on.
+"""`python -m winnow.evaluator.explanations`: N2G explanations beside what their latents fire on, as a page.
 
 It takes the first latents of an `evaluation.json` (drawn at random when they were explained, so none is
 picked), the windows from the dataset, and remarks that a reader has written down, one a latent.
@@ -76,8 +76,8 @@ def page(
         "# Explanations of latents, and what the latents fire on",
         "",
         "Written by `python -m winnow.evaluator.explanations` from the evaluation of an SAE of "
-        f"`{evaluation.hook}` of {evaluation.subject_model} (N = {evaluation.latents:,}, K = {evaluation.k}, weights "
-        f"`{evaluation.sae_sha256[:12]}`). The latents are the first {len(shown)} of a random sample; none "
+        f"`{evaluation.hook}` of {evaluation.subject_model} (N = {evaluation.latents:,}, K = {evaluation.k}, "
+        f"weights `{evaluation.sae_sha256[:12]}`). The latents are the first {len(shown)} of a random sample; none "
         "was picked. Definitions: [evaluation.md](../evaluation.md).",
         "",
         f"The whole sample: precision {_told(evaluation, 'n2g_precision')}, recall "

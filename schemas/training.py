@@ -180,7 +180,7 @@ class TrainSpec(Contract):
     follow_seconds: float = Field(default=600.0, gt=0)
     """A follower gives up after this long without the plan, or without any unit being committed."""
     mesh: MeshSpec = MeshSpec()
-    """Processes of the run, started by `torchrun -m trainer`; data x latent of them. May change on resume."""
+    """Processes of the run (`torchrun -m winnow.trainer`): data x latent of them. May change on resume."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
     threads: int = Field(default=0, ge=0)

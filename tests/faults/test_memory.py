@@ -15,7 +15,7 @@ import winnow.harvester.plan.planner
 import winnow.harvester.run.driver
 from tests.faults.test_follow import make_alone
 from tests.support.pipeline import pipeline_config
-from winnow import app
+from winnow.cli.main import app
 from winnow.common.config_file import load_config
 from winnow.harvester.run.worker import UnitWorker
 from winnow.store.check.verify import verify

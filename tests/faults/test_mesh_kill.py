@@ -35,7 +35,7 @@ def start(config, out, mesh: dict[str, int], folder) -> list[subprocess.Popen]:
     size = mesh.get("data", 1) * mesh.get("latent", 1)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     sets = [f"train.mesh.{axis}={ranks}" for axis, ranks in mesh.items()] + [f"train.out={out}"]
-    command = [sys.executable, "-m", "trainer", str(config), "--json"]
+    command = [sys.executable, "-m", "winnow.trainer", str(config), "--json"]
     command += [word for item in sets for word in ("--set", item)]
     ranks = []
     for rank in range(size):
@@ -70,7 +70,7 @@ def test_a_rank_killed_in_mid_step_stops_the_other_and_another_mesh_goes_on(conf
     assert not (out / "summary.json").exists()
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command += ["-m", "trainer", str(config), "--json"]
+    command += ["-m", "winnow.trainer", str(config), "--json"]
     command += ["--set", "train.mesh.latent=3", "--set", f"train.out={out}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.pipeline import pipeline_config
-from winnow import app
+from winnow.cli.main import app
 from winnow.harvester.run import worker
 from winnow.schemas.errors import NonFiniteError
 from winnow.store import ActivationStore

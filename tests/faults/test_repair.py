@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.pipeline import pipeline_config
-from winnow import app
+from winnow.cli.main import app
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.errors import IntegrityError, MissingObject, StoreError, WinnowError
 from winnow.schemas.harvest import HarvestPlan

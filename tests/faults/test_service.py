@@ -17,7 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.support.planted import OTHER_HOOK, planted_config, planted_rows
-from winnow import app
+from winnow.cli.main import app
 from winnow.cli.service import slots
 from winnow.common.config_file import load_config
 from winnow.jobs import service as service_module

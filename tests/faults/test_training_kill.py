@@ -17,7 +17,7 @@ EPOCHS = 8
 
 
 def command(config, out) -> list[str]:
-    return [sys.executable, "-m", "trainer", str(config), "--json", "--set", f"train.out={out}"]
+    return [sys.executable, "-m", "winnow.trainer", str(config), "--json", "--set", f"train.out={out}"]
 
 
 def finish(config, out) -> dict:

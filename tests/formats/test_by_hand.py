@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests.support.making import LARGEST_ERROR, D, K, N, dense, error, make_sae, rows, save
-from winnow import app
+from winnow.cli.main import app
 from winnow.sae import Sae
 from winnow.sae.formats.convert import READERS, WRITERS, export_sae, import_sae
 from winnow.schemas.errors import ConfigError, IntegrityError, NonFiniteError

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.formats.test_foreign_fields import lens_files
 from tests.support.making import LARGEST_ERROR, D, K, N, error, make_sae, rows, save
 from tests.support.tiny import make_subject
-from winnow import app
+from winnow.cli.main import app
 from winnow.sae import Sae
 from winnow.sae.formats.convert import READERS, export_sae, import_sae
 from winnow.schemas.errors import ConfigError, IntegrityError

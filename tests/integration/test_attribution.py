@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config
-from winnow import app
+from winnow.cli.main import app
 from winnow.evaluator.attribution import attribute, logit_difference, spliced, without
 from winnow.evaluator.families.ablation import without_latents
 from winnow.evaluator.setting import Setting

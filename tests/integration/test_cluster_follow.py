@@ -69,7 +69,7 @@ def small_cluster() -> Iterator[Cluster]:
 def looking_on(config: Path) -> Iterator[subprocess.Popen[str]]:
     """A trainer beside the harvest, from before its first unit; it waits for the plan by itself."""
     trainer = subprocess.Popen(
-        [sys.executable, "-m", "trainer", str(config), "--json", "--set", "train.follow=true"],
+        [sys.executable, "-m", "winnow.trainer", str(config), "--json", "--set", "train.follow=true"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.support.evaluated import HOOK, identity_sae, permuted, random_sae, save_sae, toy_config, zero_sae
-from winnow import app
+from winnow.cli.main import app
 from winnow.evaluator.bootstrap import figure, mean_figure
 from winnow.evaluator.families import compute, downstream, reconstruction, stability
 from winnow.evaluator.report import evaluate, notes

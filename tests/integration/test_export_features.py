@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typer.testing import CliRunner
 
 from tests.support.explorer_site import LATENTS, Site, make_site
-from winnow import app
+from winnow.cli.main import app
 from winnow.explorer.index.table import FeatureTable
 from winnow.explorer.site.exhibit import Exhibit
 from winnow.explorer.site.export import export, html_page, openai_bins, openai_feature, parse_latents

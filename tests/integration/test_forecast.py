@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.pipeline import pipeline_config
-from winnow import app
 from winnow.cli.harvest import ensure_plan
+from winnow.cli.main import app
 from winnow.common.config_file import load_config
 from winnow.harvester.run import forecast as forecasts
 from winnow.harvester.run import ledger as ledgers

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from tests.support.dying_indexer import MARK, DyingWorker
 from tests.support.explorer_site import HOOK, LATENTS, SPEC, Site, make_site
-from winnow import app
 from winnow.cli.explore import Place
+from winnow.cli.main import app
 from winnow.explorer.index import build as index_module
 from winnow.explorer.index import crew
 from winnow.explorer.index.build import Indexer, Recipe, open_index_store

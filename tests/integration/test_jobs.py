@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import winnow_jobs
 import yaml
 
 from tests.support.pipeline import pipeline_config
 from tests.support.ray_head import Head, ray_head
+from winnow.jobs import ray_job
 from winnow.schemas.errors import ConfigError, WinnowError
 
 REPO = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     for name in ("schemas", "store", "harvester", "trainer", "evaluator", "explorer"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("winnow.py", "winnow_jobs.py"):
+    for name in ("winnow.py", "ray_job.py"):
         shutil.copy(REPO / name, folder)
     path = pipeline_config(folder, units=2, train={"epochs": 1, "out": str(folder / "elsewhere" / "run")})
     config = yaml.safe_load(path.read_text())
@@ -75,14 +75,14 @@ def test_make_harvest_and_make_train_as_jobs(head, project):
 @pytest.fixture
 def client(head: Head, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    return winnow_jobs.connect(head.url, head.token)
+    return ray_job.connect(head.url, head.token)
 
 
 @pytest.mark.parametrize(("line", "code"), [("echo out; exit 7", 7), ("kill -9 $$", 137)])
 def test_the_exit_code_is_the_commands(client, tmp_path, line, code):
     written: list[str] = []
-    job = winnow_jobs.Job(f"sh -c {shlex.quote(line)}", tmp_path, id=f"winnow-exit-{code}")
-    assert winnow_jobs.run(client, job, write=written.append) == code
+    job = ray_job.Job(f"sh -c {shlex.quote(line)}", tmp_path, id=f"winnow-exit-{code}")
+    assert ray_job.run(client, job, write=written.append) == code
     assert ("out" in "".join(written)) == (code == 7)
 
 
@@ -96,17 +96,17 @@ def ctrl_c_works():
 
 @pytest.mark.usefixtures("ctrl_c_works")
 def test_ctrl_c_stops_the_job_and_a_detached_one_runs_on(client, tmp_path, capsys):
-    job = winnow_jobs.Job("sh -c 'echo up; sleep 600'", tmp_path, id="winnow-stopped")
+    job = ray_job.Job("sh -c 'echo up; sleep 600'", tmp_path, id="winnow-stopped")
 
     def interrupt(text: str) -> None:
         if "up" in text:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        winnow_jobs.run(client, job, write=interrupt)
+        ray_job.run(client, job, write=interrupt)
     assert client.get_job_status(job.id) == "STOPPED"
-    detached = winnow_jobs.Job("sh -c 'sleep 600'", tmp_path, id="winnow-detached")
-    assert winnow_jobs.run(client, detached, detach=True) == 0
+    detached = ray_job.Job("sh -c 'sleep 600'", tmp_path, id="winnow-detached")
+    assert ray_job.run(client, detached, detach=True) == 0
     assert capsys.readouterr().out == "winnow-detached\n"
     assert not client.get_job_status(detached.id).is_terminal()
     client.stop_job(detached.id)
@@ -115,7 +115,7 @@ def test_ctrl_c_stops_the_job_and_a_detached_one_runs_on(client, tmp_path, capsy
 @pytest.mark.parametrize(("token", "code"), [("", "401"), ("0" * 64, "403")])
 def test_a_missing_or_wrong_token_is_said_in_words(head, token, code):
     with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN") as caught:
-        winnow_jobs.connect(head.url, token or None)
+        ray_job.connect(head.url, token or None)
     assert code in str(caught.value)
 
 
@@ -136,11 +136,11 @@ def test_what_would_fail_there_is_refused_here(project, tmp_path, command, words
     outside.write_text("root: s3://bucket/x")
     places = {"{outside}": str(outside), "{config}": str(project / "config.yaml")}
     with pytest.raises(WinnowError, match=words):
-        winnow_jobs.entrypoint([places.get(word, word) for word in command], project, "python")
+        ray_job.entrypoint([places.get(word, word) for word in command], project, "python")
 
 
 def test_the_command_that_runs_there(project):
-    line = winnow_jobs.entrypoint(
+    line = ray_job.entrypoint(
         ["train", str(project / "config.yaml"), "--set", "train.k=8", "--json"], project, "python3.11"
     )
     assert (
@@ -150,27 +150,27 @@ def test_the_command_that_runs_there(project):
 
 def test_secrets_are_not_handed_on_and_addresses_are_checked():
     there = {"AWS_REGION": "x", "AWS_SECRET_ACCESS_KEY": CANARY, "HF_TOKEN": CANARY}
-    assert winnow_jobs.handed_on(["AWS_REGION"], there) == {"AWS_REGION": "x"}
+    assert ray_job.handed_on(["AWS_REGION"], there) == {"AWS_REGION": "x"}
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "NOWHERE"):
         with pytest.raises(ConfigError) as caught:
-            winnow_jobs.handed_on([name], there)
+            ray_job.handed_on([name], there)
         assert CANARY not in str(caught.value)
     for address in ("", "auto", "head:6379", "ray://head:10001", "http://user:secret@head:8265"):
         with pytest.raises(ConfigError, match="8265"):
-            winnow_jobs.connect(address, None)
+            ray_job.connect(address, None)
 
 
 def test_the_token_is_found_where_ray_finds_it(tmp_path):
-    assert winnow_jobs.auth_token({"HOME": str(tmp_path)}) is None
+    assert ray_job.auth_token({"HOME": str(tmp_path)}) is None
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("from-home\n")
-    assert winnow_jobs.auth_token({"HOME": str(tmp_path)}) == "from-home"
+    assert ray_job.auth_token({"HOME": str(tmp_path)}) == "from-home"
     named = tmp_path / "token"
     named.write_text("named\n")
-    assert winnow_jobs.auth_token({"RAY_AUTH_TOKEN_PATH": str(named)}) == "named"
-    assert winnow_jobs.auth_token({"RAY_AUTH_TOKEN": "given", "RAY_AUTH_TOKEN_PATH": str(named)}) == "given"
+    assert ray_job.auth_token({"RAY_AUTH_TOKEN_PATH": str(named)}) == "named"
+    assert ray_job.auth_token({"RAY_AUTH_TOKEN": "given", "RAY_AUTH_TOKEN_PATH": str(named)}) == "given"
     with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN_PATH"):
-        winnow_jobs.auth_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "gone")})
+        ray_job.auth_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "gone")})
 
 
 class Flaky:
@@ -203,8 +203,8 @@ def test_a_broken_log_stream_is_taken_up_where_it_broke(monkeypatch):
     async def at_once(seconds):
         return None
 
-    monkeypatch.setattr(winnow_jobs.asyncio, "sleep", at_once)
+    monkeypatch.setattr(ray_job.asyncio, "sleep", at_once)
     written: list[str] = []
-    asyncio.run(winnow_jobs._follow(Flaky(), "job", written.append))
+    asyncio.run(ray_job._follow(Flaky(), "job", written.append))
     assert "".join(written) == "one\ntwo\nthree\n"
     assert json.dumps(written).count("one") == 1

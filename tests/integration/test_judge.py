@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config
-from winnow import app
+from winnow.cli.main import app
 from winnow.evaluator.judge.endpoint import Endpoint
 from winnow.evaluator.judge.family import balanced_accuracy, read_answers, read_explanations
 from winnow.evaluator.judge.snippets import Snippet, wrong_marks

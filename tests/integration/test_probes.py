@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config
-from winnow import app
+from winnow.cli.main import app
 from winnow.evaluator.probes.family import measure, pooled
 from winnow.evaluator.sequences import prefix_tokens
 from winnow.evaluator.setting import Setting

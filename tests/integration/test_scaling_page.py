@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from winnow import app
+from winnow.cli.main import app
 from winnow.evaluator.scaling.laws import JOINT
 from winnow.schemas.training import SaeCard, SaeIdentity, TrainSpec
 from winnow.store.objects import open_store

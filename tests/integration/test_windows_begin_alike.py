@@ -14,9 +14,9 @@ from tests.support.bos_subject import BOS, bos_config
 from tests.support.evaluated import HOOK, random_sae, toy_config
 from tests.support.explorer_site import SPEC
 from tests.support.pipeline import pipeline_config
-from winnow import app
 from winnow.cli.attribute import told
 from winnow.cli.explore import Place, build_index, open_desk
+from winnow.cli.main import app
 from winnow.evaluator import sequences
 from winnow.evaluator.judge import family as judge
 from winnow.evaluator.n2g import family as n2g

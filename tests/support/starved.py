@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import psutil
 
-import winnow
+from winnow.cli.main import main as command
 from winnow.harvester.run.ledger import RunLedger, UnitFacts
 
 SPARE_BYTES = 512 * 2**20
@@ -33,7 +33,7 @@ def main() -> None:
             np.empty(2 * SPARE_BYTES, np.uint8)
 
     RunLedger.add = starve
-    winnow.main()
+    command()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from winnow.cli.console import say
+from winnow.sae import metrics
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError, NonFiniteError
 from winnow.schemas.training import SaeParts, TrainSpec
@@ -203,8 +204,8 @@ class Tally:
 
     def __init__(self, run: Run) -> None:
         self._dead = run.dead
-        self.fvu = losses.Fvu(run.sae.d_out, run.device)
-        self.l0 = losses.L0()
+        self.fvu = metrics.Fvu(run.sae.d_out, run.device)
+        self.l0 = metrics.L0()
         self.active = torch.zeros_like(run.dead.since, dtype=torch.uint8)
         """uint8 [N]: 1 where a latent was active."""
 
@@ -249,7 +250,7 @@ class StepReport:
         if self.tally is not None:
             sums = self.tally.fvu
         else:
-            sums = losses.Fvu(self.x.shape[1], self.x.device)
+            sums = metrics.Fvu(self.x.shape[1], self.x.device)
             sums.add(self.x, self.x_hat, self.weights)
         return (sums.over(self.world.data.sum) if self.world.meshed else sums).value
 
@@ -259,7 +260,7 @@ class StepReport:
         if self.tally is not None:
             count = self.tally.l0
         else:
-            count = losses.L0()
+            count = metrics.L0()
             count.add(self.values, self.weights)
         if self.world.meshed:  # every shard counted the rows
             return count.over(self.world.whole.sum).value * self.world.latent.size

@@ -8,12 +8,12 @@ from pathlib import Path
 from winnow.evaluator.report import DEPENDS, MEASURES
 from winnow.schemas.evaluation import FAMILIES, EvaluateSpec
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 SOURCES = "\n".join(
     path.read_text(encoding="utf-8")
-    for path in (ROOT / "evaluator").glob("*.py")
-    if not path.name.startswith("synthetic")
+    for path in (ROOT / "evaluator").rglob("*.py")
+    if path.parent.name != "recovery"
 )
 
 

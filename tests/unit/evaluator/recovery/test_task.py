@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from winnow import app
+from winnow.cli.main import app
 from winnow.evaluator.recovery.page import best_lr, draw_curves, next_lr, page_of
 from winnow.evaluator.recovery.task import BLOCK_ROWS, Task, recovery
 from winnow.evaluator.recovery.train import VARIANTS, fields_of, measure, spec_of, train_on, train_variant

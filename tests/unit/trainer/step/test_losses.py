@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from winnow.sae import metrics
 from winnow.sae.model import PARAMETERS, Sae
 from winnow.trainer.step import losses
 
@@ -41,7 +42,7 @@ def test_fvu_is_the_formula_however_the_rows_are_cut():
     x, x_hat = 3 * rows(1) + 100, 3 * rows(1) + 100 + 0.1 * rows(2)
     expected = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
     for cut in (B, 7, 1):
-        fvu = losses.Fvu(D)
+        fvu = metrics.Fvu(D)
         for a, b in zip(x.split(cut), x_hat.split(cut), strict=True):
             fvu.add(a, b)
         assert fvu.value == pytest.approx(expected.item(), rel=1e-12)
@@ -50,10 +51,10 @@ def test_fvu_is_the_formula_however_the_rows_are_cut():
 
 def test_predicting_the_mean_has_fvu_1_and_loss_1():
     x, w = rows(), torch.ones(B, dtype=torch.float64)
-    fvu = losses.Fvu(D)
+    fvu = metrics.Fvu(D)
     fvu.add(x, x.mean(0).expand_as(x))
     assert fvu.value == pytest.approx(1)
-    constant = losses.variance_per_row(x, w).item()
+    constant = metrics.variance_per_row(x, w).item()
     assert losses.reconstruction_loss(x, x.mean(0), w, constant).item() == pytest.approx(1)
 
 
@@ -61,7 +62,7 @@ def test_fractional_weights_count_as_that_many_rows():
     x, x_hat = rows(1), rows(2)
     weights = torch.arange(B, dtype=torch.float64) % 3
     repeated = torch.repeat_interleave(torch.arange(B), weights.long())
-    weighted, plain = losses.Fvu(D), losses.Fvu(D)
+    weighted, plain = metrics.Fvu(D), metrics.Fvu(D)
     weighted.add(x, x_hat, weights)
     plain.add(x[repeated], x_hat[repeated])
     assert weighted.value == pytest.approx(plain.value, rel=1e-12)
@@ -72,7 +73,7 @@ def test_rows_of_weight_0_do_not_reach_the_figures(garbage):
     x, x_hat, values = rows(1), rows(2), rows(3).relu()
     weights = torch.ones(B)
     weights[::4] = 0
-    clean, dirty, l0, l0_dirty = losses.Fvu(D), losses.Fvu(D), losses.L0(), losses.L0()
+    clean, dirty, l0, l0_dirty = metrics.Fvu(D), metrics.Fvu(D), metrics.L0(), metrics.L0()
     clean.add(x[weights > 0], x_hat[weights > 0])
     l0.add(values[weights > 0])
     for tensor in (x, x_hat, values):
@@ -84,14 +85,14 @@ def test_rows_of_weight_0_do_not_reach_the_figures(garbage):
 
 
 def test_figures_without_rows_are_nan():
-    fvu = losses.Fvu(D)
+    fvu = metrics.Fvu(D)
     fvu.add(rows(), rows(), torch.zeros(B))
     assert math.isnan(fvu.value)
-    assert math.isnan(losses.L0().value)
+    assert math.isnan(metrics.L0().value)
 
 
 def test_l0_counts_positive_values():
-    l0 = losses.L0()
+    l0 = metrics.L0()
     l0.add(torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0]]))
     l0.add(torch.tensor([[1.0, 1.0, 1.0]]))
     assert l0.value == pytest.approx(5 / 3)

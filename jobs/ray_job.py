@@ -1,0 +1,290 @@
+"""A command of Winnow as a job of a Ray cluster: sent, followed, and ended as it ended there."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from winnow.cli.console import say
+from winnow.common.config_file import load_config
+from winnow.schemas.config import Config
+from winnow.schemas.errors import ConfigError, StoreError, WorkerError
+
+COMMANDS = ("plan", "harvest", "train", "sweep", "verify", "info")
+EXCLUDES = (
+    ".git", ".venv", "/data", "/runs", "/build", "/dist", "__pycache__", "*.egg-info",
+    ".pytest_cache", ".ruff_cache", ".hypothesis", ".import_linter_cache", ".env",
+)  # fmt: skip
+"""Never uploaded with the working folder (patterns as in .gitignore)."""
+STOP_SECONDS = 30
+"""A stopped job has so long to end by itself: a trainer makes a checkpoint."""
+AGENT_SECONDS = 60
+"""A cluster that is just starting has so long to take the job."""
+RECONNECTS = 5
+"""Times in a row that a broken log stream is taken up again."""
+_SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job before it is submitted."""
+
+    entrypoint: str
+    working_dir: Path
+    env_vars: dict[str, str] = field(default_factory=dict)
+    cpus: float = 0
+    gpus: float = 0
+    id: str = ""
+
+
+def entrypoint(command: Sequence[str], working_dir: Path, python: str) -> str:
+    """The shell command of the job, checked here, before anything is uploaded.
+
+    Raises:
+        ConfigError: Not a command of Winnow, a config that is wrong or outside `working_dir`, or results
+            that would be lost with the job's own folder.
+    """
+    name, *rest = command
+    if name not in COMMANDS:
+        raise ConfigError("the command to submit", expected=" or ".join(COMMANDS), got=repr(name))
+    if name in ("verify", "info"):
+        return shlex.join([python, "-m", "winnow", name, *rest])
+    if not rest or rest[0].startswith("-"):
+        raise ConfigError(f"`winnow {name}`", expected="the config right after it", got=shlex.join(rest))
+    config, folder = Path(rest[0]).resolve(), working_dir.resolve()
+    if not config.is_relative_to(folder):
+        raise ConfigError(
+            f"config {config} is not in the folder that is sent along",
+            expected=f"a file below {folder}",
+            fix="Move it there, or name another --working-dir",
+        )
+    _require_shared(load_config(config, sets_of(rest[1:])), name)
+    there = [python, "-m", "winnow", name, config.relative_to(folder).as_posix(), *rest[1:]]
+    return shlex.join([*there, "--set", "harvest.ray_address=auto"])
+
+
+def sets_of(arguments: Sequence[str]) -> list[str]:
+    """The values of `--set` among a command's arguments."""
+    found = [value.removeprefix("--set=") for value in arguments if value.startswith("--set=")]
+    pairs = itertools.pairwise(arguments)
+    return found + [value for option, value in pairs if option == "--set"]
+
+
+def _require_shared(config: Config, command: str) -> None:
+    places = {"root": config.root}
+    if command == "train" and config.train is not None:
+        places["train.out"] = config.train.out
+    if command == "sweep" and config.sweep is not None:
+        places["sweep.out"] = config.sweep.out
+    for name, place in places.items():
+        if "://" not in place and not Path(place).is_absolute():
+            raise ConfigError(
+                f"{name} is a folder beside the code, which ends with the job",
+                expected="s3://bucket/prefix, or the absolute path of a disk that every node mounts",
+                got=place,
+                fix=f"--set {name}=s3://BUCKET/PREFIX",
+            )
+
+
+def handed_on(names: Sequence[str], environment: Any) -> dict[str, str]:
+    """The variables named, as the job shall see them; a job's variables are shown on the dashboard.
+
+    Raises:
+        ConfigError: One is not set, or looks like a secret.
+    """
+    for name in names:
+        if _SECRET.search(name):
+            raise ConfigError(
+                f"--env {name} looks like a secret, and Ray shows a job's variables to whoever may look",
+                fix="Give the nodes their own credentials: an instance role, or the environment of "
+                "`ray start`",
+            )
+        if name not in environment:
+            raise ConfigError(f"--env {name}", expected="a variable of this shell", got="nothing")
+    return {name: environment[name] for name in names}
+
+
+# The cluster
+
+
+def auth_token(environment: Any) -> str | None:
+    """The cluster's token as Ray would find it; None where there is none.
+
+    Raises:
+        ConfigError: RAY_AUTH_TOKEN_PATH names no readable file.
+    """
+    if environment.get("RAY_AUTH_TOKEN"):
+        return environment["RAY_AUTH_TOKEN"].strip()
+    named = environment.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path(environment.get("HOME") or Path.home()) / ".ray" / "auth_token"
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except OSError as error:
+        if named:
+            raise ConfigError(
+                "RAY_AUTH_TOKEN_PATH", expected="a readable file", got=error.strerror
+            ) from error
+        return None
+
+
+def connect(address: str, token: str | None) -> Any:
+    """A client of the cluster's job server.
+
+    Raises:
+        ConfigError: No such address, or the token is missing or wrong.
+        StoreError: The cluster does not answer.
+    """
+    if not re.match(r"https?://[^/@]+/?$", address):
+        raise ConfigError(
+            "RAY_ADDRESS", expected="the dashboard of a cluster, http://HEAD:8265", got=address or "nothing"
+        )
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # a line for every .gitignore it meets
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would take them over the argument
+        os.environ.pop(name, None)
+    try:
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        return JobSubmissionClient(address.rstrip("/"), headers=headers)
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"the cluster at {address} refuses " + ("this token" if token else "jobs without a token"),
+            got="403" if token else "401",
+            fix="Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token the cluster was started with "
+            "(`ray get-auth-token` on its head)",
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise StoreError(
+            f"the Ray cluster at {address} does not answer",
+            got=" ".join(str(error).split())[:200],
+            fix="Check the address and the dashboard's port (8265 unless it was set), and a tunnel to it",
+        ) from error
+
+
+def run(client: Any, job: Job, *, detach: bool = False, write: Callable[[str], object] | None = None) -> int:
+    """Submit, follow, and give the exit code.
+
+    Args:
+        client: From `connect`.
+        job: What to run.
+        detach: Leave it running once it is submitted.
+        write: Takes the log; stdout unless given.
+
+    Returns:
+        The command's own code; 128 + n where signal n ended it; 143 where somebody stopped the job.
+
+    Raises:
+        ConfigError: The folder is too large for Ray, or the cluster refused the job.
+        KeyboardInterrupt: Ctrl-C; the job was stopped, or was left as the message says.
+    """
+    try:
+        _submit(client, job)
+        say(f"job {job.id}: {job.entrypoint}")
+        if detach:
+            sys.stdout.write(job.id + "\n")
+            return 0
+        asyncio.run(_follow(client, job.id, write or _print))
+    except KeyboardInterrupt:
+        _stop(client, job.id)
+        raise
+    details = client.get_job_info(job.id)
+    code = details.driver_exit_code
+    if details.status == "STOPPED":
+        say(f"job {job.id} was stopped; the same command goes on where it stopped")
+        return 143
+    if details.status == "SUCCEEDED":
+        return 0
+    if code is None:  # it never ran: no such Python, no room, a node lost
+        raise WorkerError(f"job {job.id} failed", got=_brief(details.message or "no message"))
+    return 128 - code if code < 0 else code
+
+
+def _submit(client: Any, job: Job) -> None:
+    end = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=job.entrypoint,
+                submission_id=job.id,
+                runtime_env={
+                    "working_dir": str(job.working_dir.resolve()),
+                    "excludes": list(EXCLUDES),
+                    "env_vars": job.env_vars,
+                },
+                entrypoint_num_cpus=job.cpus or None,
+                entrypoint_num_gpus=job.gpus or None,
+            )
+            return
+        except (OSError, RuntimeError, ValueError) as error:
+            starting = "No available agent" in str(error)  # a head that is not whole yet
+            if not starting or time.monotonic() > end:
+                raise ConfigError(
+                    "the cluster did not take the job",
+                    got=_brief(str(error)),
+                    fix="If the folder is too large, name a smaller --working-dir",
+                ) from error
+        time.sleep(1)
+
+
+async def _follow(client: Any, job_id: str, write: Callable[[str], object]) -> None:
+    """Hand on the log until the job has ended; a broken stream is taken up where it broke."""
+    import aiohttp
+
+    seen = broken = 0
+    while True:
+        at = 0
+        try:
+            async for text in client.tail_job_logs(job_id):
+                new = text[max(0, seen - at) :]
+                at += len(text)
+                if new:
+                    write(new)
+                    seen, broken = at, 0
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            if (broken := broken + 1) > RECONNECTS:
+                raise StoreError(
+                    f"the log of job {job_id} broke off {broken} times", got=_brief(str(error)),
+                    fix="The job may still run: see the dashboard",
+                ) from error  # fmt: skip
+        try:
+            if client.get_job_status(job_id).is_terminal():
+                return
+        except (RuntimeError, OSError):
+            pass  # the next round counts it
+        await asyncio.sleep(1)
+
+
+def _stop(client: Any, job_id: str) -> None:
+    """Stop the job and wait for its end; a second Ctrl-C leaves it."""
+    try:
+        say(f"stopping job {job_id} (Ctrl-C again leaves it to itself)")
+        client.stop_job(job_id)
+        end = time.monotonic() + 2 * STOP_SECONDS
+        while not client.get_job_status(job_id).is_terminal() and time.monotonic() < end:
+            time.sleep(0.5)
+        say(f"job {job_id} is {client.get_job_status(job_id).value.lower()}")
+    except KeyboardInterrupt:
+        say(f"job {job_id} may still be running")
+    except (RuntimeError, OSError) as error:
+        say(f"job {job_id} could not be stopped and may still be running: {_brief(str(error))}")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _brief(text: str) -> str:
+    return " ".join(text.split())[:400]
