@@ -104,7 +104,7 @@ def main(folder: Path) -> None:
             expected = json.dumps(facts(Path()), indent=1, sort_keys=True, ensure_ascii=False)
             Path("expected.json").write_text(expected + "\n", encoding="utf-8")
             refuse_traces(Path(), [f'"{host}"', scratch, tempfile.gettempdir(), str(Path.home())])
-        shutil.copytree(scratch, folder, ignore=shutil.ignore_patterns("subject", "corpus.jsonl"))
+        shutil.copytree(scratch, folder, ignore=shutil.ignore_patterns("subject", "corpus.jsonl", ".tmp"))
 
 
 def command(*arguments: str, code: int = 0) -> None:
