@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from winnow.schemas.errors import DISTRIBUTION
+
 
 def write_report(name: str, figures: dict[str, Any], path: Path | None) -> dict[str, Any]:
     """Add provenance to a benchmark's figures and write them to `path` where one is given."""
@@ -38,7 +40,7 @@ def write_report(name: str, figures: dict[str, Any], path: Path | None) -> dict[
 
 def _winnow() -> str:
     try:
-        return version("winnow-sae")
+        return version(DISTRIBUTION)
     except PackageNotFoundError:
         return "a copy of the source"
 

@@ -21,7 +21,12 @@ A message names the field or object, what was expected, what was found and what 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+DISTRIBUTION = "winnow-sae"
+"""Winnow's name on the package index, where `winnow` is another project."""
+Extra = Literal["tensorboard", "wandb", "zstd"]
+"""Extras of `DISTRIBUTION` that a user may be told to install."""
 
 
 class WinnowError(Exception):
@@ -89,6 +94,11 @@ class DependencyMissing(WinnowError, ImportError):
     """An optional dependency is asked for and not installed."""
 
     exit_code = 2
+
+
+def install_command(extra: Extra) -> str:
+    """The command that installs one of Winnow's extras, for the `fix` of a `DependencyMissing`."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
 class StoreError(WinnowError, OSError):

@@ -22,7 +22,7 @@ from winnow.harvester.plan.tokenise import DocumentTokenizer
 from winnow.harvester.plan.windows import CorpusWindows, PlanProgress, ProgressCallback
 from winnow.schemas.config import Config
 from winnow.schemas.corpus import CorpusSpec
-from winnow.schemas.errors import ConfigError, PlanMismatch, StoreError
+from winnow.schemas.errors import DISTRIBUTION, ConfigError, PlanMismatch, StoreError
 from winnow.schemas.harvest import BEFORE, Execution, HarvestPlan, PlanSpec, check_shard_size
 from winnow.schemas.subject import HookSite, SubjectIdentity, SubjectSpec, parse_hook
 from winnow.store.format.layout import PLAN_KEY, TOKENS_ARRAY, tokens_key
@@ -326,7 +326,7 @@ def _check_room(plan: HarvestPlan, store: ObjectStore, units: int) -> None:
 
 def _version() -> str:
     try:
-        return metadata.version("winnow-sae")
+        return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return "unknown"
 

@@ -24,7 +24,7 @@ from fsspec import AbstractFileSystem
 
 from winnow.common.packages import is_package_uri, resolve_package
 from winnow.schemas.corpus import CorpusSpec, SourceSpec
-from winnow.schemas.errors import ConfigError, DependencyMissing, StoreError, WinnowError
+from winnow.schemas.errors import ConfigError, DependencyMissing, StoreError, WinnowError, install_command
 from winnow.store.objects.s3 import s3_endpoint
 
 BLOCK_BYTES = 8 * 2**20
@@ -264,7 +264,7 @@ class _Zstd(io.RawIOBase):
         except ImportError as error:
             raise DependencyMissing(
                 f"corpus file {file.name} needs the package zstandard",
-                fix="Install it: pip install 'winnow-sae[zstd]'",
+                fix=f"Install it: {install_command('zstd')}",
             ) from error
         self._raw, self._error = raw, zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)

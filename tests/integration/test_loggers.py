@@ -100,5 +100,5 @@ def test_a_package_that_is_not_there_is_named_before_the_work(config, tmp_path, 
     args = [str(tmp_path / "config.yaml"), "--set", f"train.{other}=null"]
     result = CliRunner().invoke(make_app(), args)
     assert result.exit_code == 2, result.output
-    assert f"winnow[{package}]" in result.output
+    assert f"pip install 'winnow-sae[{package}]'" in result.output
     assert not list(tmp_path.glob("run/checkpoints/*/index.json"))

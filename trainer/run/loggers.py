@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases: telemetry lines sent on, where a spec asks for it.
 
 `metrics.jsonl` stays the record; these are copies for the eye, so one that breaks is left out with a
-warning and the run goes on. Both libraries are extras: `pip install 'winnow[tensorboard]'`, `[wandb]`.
+warning and the run goes on. Both libraries are extras, `tensorboard` and `wandb`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import Any, Protocol
 
-from winnow.schemas.errors import DependencyMissing
+from winnow.schemas.errors import DependencyMissing, Extra, install_command
 from winnow.schemas.training import TrainSpec
 from winnow.store.objects import ObjectStore
 
@@ -134,10 +134,10 @@ class Loggers:
             self._warn(f"warning: {name} is left out from here on: {error}")
 
 
-def _require(package: str, field: str) -> Any:
+def _require(package: Extra, field: str) -> Any:
     try:
         return import_module(package)
     except ImportError as error:
         raise DependencyMissing(
-            f"{field} needs the package {package}", fix=f"pip install 'winnow[{package}]', or leave it out"
+            f"{field} needs the package {package}", fix=f"{install_command(package)}, or leave it out"
         ) from error
