@@ -14,6 +14,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
 from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, rows_of
+from winnow.trainer.run.start import plan_order, resolve_recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -75,5 +76,6 @@ def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tup
     if tokens and d_model:
         return tokens, d_model
     dataset = ActivationStore.open(settings.root, settings.storage)
-    rows = dataset.plan.rows_per_unit * len(dataset.plan.split_units("train")) * spec.epochs
-    return tokens or rows, d_model or dataset.d_model(spec.hook)
+    if not tokens:
+        tokens = resolve_recipe(spec, dataset, plan_order(spec, dataset)).steps * spec.batch_rows
+    return tokens, d_model or dataset.d_model(spec.hook)

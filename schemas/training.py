@@ -216,6 +216,8 @@ class TrainSpec(Contract):
             raise ValueError(
                 f"k_start must be from k to latents: {self.k_start}, k={self.k}, latents={self.latents}"
             )
+        if self.auxk_k is not None and self.auxk_k > self.latents:
+            raise ValueError(f"auxk_k must be at most latents: auxk_k={self.auxk_k}, latents={self.latents}")
         if 64 % self.lanes:
             raise ValueError(f"lanes must divide 64, got {self.lanes}")
         if self.batch_rows % self.lanes:

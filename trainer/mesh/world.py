@@ -272,8 +272,8 @@ def check_mesh(spec: TrainSpec, world_size: int) -> tuple[int, int]:
             f"train.mesh of {data} x {latent} (data x latent)",
             expected=f"{data * latent} processes",
             got=world_size,
-            fix=f"Start `torchrun --nproc-per-node {data * latent} -m winnow.trainer CONFIG`, or set "
-            "train.mesh",
+            fix=f"Start `torchrun --nproc-per-node {data * latent} -m winnow.trainer CONFIG` "
+            f"(`winnow estimate --count {data * latent}`), or set train.mesh",
         )
     if spec.lanes % data:
         raise ConfigError("train.mesh.data", expected=f"a divisor of lanes ({spec.lanes})", got=data)

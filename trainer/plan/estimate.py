@@ -11,13 +11,19 @@ Legend: B rows, D d_model, N latents, K active latents a row.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
 
 from winnow.cli.console import human_bytes
-from winnow.schemas.errors import ConfigError
-from winnow.schemas.training import TrainSpec
+from winnow.schemas.errors import ConfigError, DependencyMissing
+from winnow.schemas.training import SaeParts, TrainSpec
+from winnow.trainer.mesh.world import check_mesh
 from winnow.trainer.plan.memory import FLOAT, HALF, Memory, parameters, sae_memory
 from winnow.trainer.step.moments import BYTES
+from winnow.trainer.step.step import choose_kernels
 
 GIB = 2**30
 
@@ -121,8 +127,7 @@ def estimate(
     """Reckon a run through.
 
     Args:
-        spec: What is trained; its mesh says how `count` GPUs are used, where it does not fit them
-            `latent` is taken as given and `data` follows.
+        spec: What is trained; its mesh says how `count` GPUs share the work, as for a run.
         d_model: D.
         tokens: Rows of the whole run.
         gpu: A name of GPUS.
@@ -131,26 +136,15 @@ def estimate(
         currency: Of the price.
 
     Raises:
-        ConfigError: No such GPU, a mesh that does not fill them, or a run that does not fit; the last says
-            what would.
+        ConfigError: No such GPU, what training would refuse on them, or a run that does not fit; the last
+            says what would.
     """
     card = GPUS.get(gpu)
     if card is None:
         raise ConfigError("--gpu", expected=" or ".join(sorted(GPUS)), got=repr(gpu))
-    latent = spec.mesh.latent
-    data = spec.mesh.data or max(1, count // latent)
-    if data * latent != count:
-        raise ConfigError(
-            "train.mesh",
-            expected=f"data x latent = {count} GPUs",
-            got=f"{data} x {latent} = {data * latent}",
-            fix="Set train.mesh.latent to a divisor of --count",
-        )  # fmt: skip
-    if spec.latents % latent or spec.lanes % data:
-        raise ConfigError(
-            "train.mesh", expected="latent to divide latents, and data to divide lanes",
-            got=f"latents {spec.latents} over {latent}, lanes {spec.lanes} over {data}",
-        )  # fmt: skip
+    data, latent = check_mesh(spec, count)
+    with suppress(DependencyMissing):  # the machine that estimates need not be the one that trains
+        choose_kernels(spec, SaeParts(activation=spec.activation), torch.device("cuda"))
     memory = one_gpu(spec, d_model, data, latent)
     available = int(card.memory * EFFICIENCY["memory"][0])
     if memory.total > available:
@@ -178,17 +172,22 @@ def estimate(
 
 
 def one_gpu(spec: TrainSpec, d_model: int, data: int, latent: int) -> Memory:
-    """Memory of one GPU of a mesh."""
-    rows, latents = -(-spec.batch_rows // data), spec.latents // latent
-    return sae_memory(spec, d_model, rows=rows, latents=latents, device="cuda")
+    """Memory of the GPU of a mesh that holds the largest shard."""
+    shard = largest_shard(spec.latents, latent)
+    return sae_memory(spec, d_model, rows=spec.batch_rows // data, latents=shard, device="cuda")
+
+
+def largest_shard(latents: int, shards: int) -> int:
+    """Latents of the largest of the shards, which differ by one where they cannot be equal."""
+    return -(-latents // shards)
 
 
 def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: int) -> dict[str, float]:
     """Seconds of a step by part; see the module for what is reckoned."""
-    rows, latents = spec.batch_rows / data, spec.latents / latent
+    rows, latents = spec.batch_rows / data, largest_shard(spec.latents, latent)
     bandwidth = card.bandwidth * EFFICIENCY["bandwidth"][0]
     active = spec.k * (5 if spec.multi_topk else 1) / latent
-    size = parameters(d_model, spec.latents // latent) * FLOAT
+    size = parameters(d_model, latents) * FLOAT
     passes = UPDATE_PASSES if spec.ema else UPDATE_PASSES - 2
     passes -= MOMENT_PASSES * (1 - BYTES[spec.moments] / FLOAT)
     half = spec.compute_dtype == "bfloat16"
@@ -211,39 +210,40 @@ def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: in
 
 
 def what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) -> str:
-    """A sentence that names the least change that fits."""
-    ways: list[str] = []
-    latent = spec.mesh.latent
-    while latent <= 4096:
-        latent *= 2
-        if spec.latents % latent == 0 and one_gpu(spec, d_model, 1, latent).total <= available:
-            ways.append(f"{latent} such GPUs with mesh.latent: {latent}")
-            break
-    rows = spec.batch_rows
-    while rows > spec.lanes and rows % (2 * spec.lanes) == 0:
-        rows //= 2
-        if one_gpu(spec.model_copy(update={"batch_rows": rows}), d_model, max(1, count // spec.mesh.latent),
-                   spec.mesh.latent).total <= available:  # fmt: skip
-            ways.append(f"batch_rows: {rows}")
-            break
-    if spec.ema and one_gpu(
-        spec.model_copy(update={"ema": False}), d_model, max(1, count // spec.mesh.latent), spec.mesh.latent
-    ).total <= available:  # fmt: skip
-        ways.append("ema: false")
-    mesh = max(1, count // spec.mesh.latent), spec.mesh.latent
-    for moments in ("bfloat16", "int8"):
-        smaller = spec.model_copy(update={"moments": moments})
-        if BYTES[moments] < BYTES[spec.moments] and one_gpu(smaller, d_model, *mesh).total <= available:
-            ways.append(f"moments: {moments}")
-            break
-    latents = spec.latents
-    while latents > spec.k:
-        latents //= 2
-        smaller = spec.model_copy(update={"latents": latents})
-        if one_gpu(smaller, d_model, max(1, count // spec.mesh.latent), spec.mesh.latent).total <= available:
-            ways.append(f"latents: {latents}")
-            break
-    return "What fits: " + "; or ".join(ways) if ways else "Take a GPU with more memory"
+    """A sentence that names the least changes that fit, each of them one that training accepts."""
+
+    def fits(gpus: int, change: dict[str, Any]) -> bool:
+        try:
+            changed = TrainSpec.model_validate(spec.model_dump() | change)
+            return one_gpu(changed, d_model, *check_mesh(changed, gpus)).total <= available
+        except (ConfigError, ValidationError):
+            return False
+
+    data, latent = spec.mesh.data, spec.mesh.latent
+    shards = [latent << times for times in range(1, 13)]
+    moments = [kind for kind in ("bfloat16", "int8") if BYTES[kind] < BYTES[spec.moments]]
+    ways = [
+        [(shard * (data or 1), {"mesh": {"data": data, "latent": shard}}) for shard in shards],
+        [(count, {"batch_rows": rows}) for rows in _halved(spec.batch_rows)],
+        [(count, {"ema": False})] if spec.ema else [],
+        [(count, {"moments": kind}) for kind in moments],
+        [(count, {"latents": latents}) for latents in _halved(spec.latents)],
+    ]
+    found = [next((way for way in each if fits(*way)), None) for each in ways]
+    said = [_say(*way) for way in found if way is not None]
+    return "What fits: " + "; or ".join(said) if said else "Take a GPU with more memory"
+
+
+def _halved(size: int) -> list[int]:
+    """Half of it, a quarter and so on down to 1."""
+    return [size >> times for times in range(1, size.bit_length())]
+
+
+def _say(gpus: int, change: dict[str, Any]) -> str:
+    ((field, value),) = change.items()
+    if field == "mesh":
+        return f"{gpus} such GPUs with mesh.latent: {value['latent']}"
+    return f"{field}: {str(value).lower()}"
 
 
 def data_volume(

@@ -106,9 +106,9 @@ def sae_memory(
     AuxK's tensors are left out: how many latents are dead is not known before. They are at most
     B x 12 k_aux numbers of a micro-batch, and with `accumulate` two rows of D for each dead latent.
     """
-    rows, latents = (rows or spec.batch_rows) // spec.accumulate, latents or spec.latents
+    rows, latents = -(-(rows or spec.batch_rows) // spec.accumulate), latents or spec.latents
     size = parameters(d_model, latents) * FLOAT
-    k = spec.k_start or spec.k  # of the widest step
+    k = min(spec.k_start or spec.k, latents)  # of the widest step; a shard may have fewer latents than K
     wide = min(4 * k, latents) if spec.multi_topk else 0
     kept, one = k + wide, rows * d_model * FLOAT
     if device == "cuda":

@@ -49,8 +49,6 @@ def resolve_recipe(spec: TrainSpec, dataset: ActivationStore, order: LaneOrder) 
     if recipe.steps < 1:
         least = f"at least {1 / order.steps_per_epoch:.3g}, which is one step"
         raise ConfigError("epochs", expected=least, got=spec.epochs)
-    if spec.auxk_k is not None and spec.auxk_k > spec.latents:
-        raise ConfigError("auxk_k", expected=f"at most latents ({spec.latents})", got=spec.auxk_k)
     return recipe
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -12,7 +13,8 @@ from winnow.sae.init import initialise
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import MeshSpec, TrainSpec
-from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, rows_of
+from winnow.trainer.mesh.world import Axis, World, check_mesh
+from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, largest_shard, rows_of
 from winnow.trainer.plan.memory import fleet_memory, sae_memory
 from winnow.trainer.step.step import Recipe, Run, train_step
 
@@ -135,11 +137,57 @@ def test_twice_the_cards_is_no_slower_and_a_faster_card_is_faster():
     ("fields", "arguments", "words"),
     [
         ({}, {"gpu": "h1000"}, "a100-80gb"),
-        ({"mesh": MeshSpec(latent=3)}, {"count": 4}, "data x latent = 4"),
-        ({"mesh": MeshSpec(latent=3)}, {"count": 3}, "divide latents"),
+        ({"mesh": MeshSpec(latent=3)}, {"count": 4}, r"1 x 3 \(data x latent\).*3 processes.*--count 3"),
+        ({"mesh": MeshSpec(data=3)}, {"count": 3}, r"mesh\.data.*divisor of lanes \(64\)"),
+        ({"activation": "batchtopk", "accumulate": 8}, {"count": 2}, "multiple of data x accumulate"),
+        ({"kernels": "eager"}, {"count": 2}, "kernels: eager"),
+        ({"kernels": "cpu"}, {}, "kernels: cpu.*tensors on the CPU"),
         ({"latents": 2**22, "batch_rows": 4096}, {"gpu": "l4"}, "latents: "),
     ],
 )
 def test_what_cannot_be_is_refused(fields, arguments, words):
     with pytest.raises(ConfigError, match=words):
         estimate(spec_of(**fields), 768, **{"tokens": 1e6, "gpu": "h100", "count": 1} | arguments)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu"])
+@pytest.mark.parametrize("latents", [2048, 4097, 18])
+def test_every_mesh_that_training_takes_is_estimated_and_no_other(activation, latents):
+    """18 latents over 3 shards: K = 16 is more than a shard holds."""
+    taken = 0
+    for data, latent, lanes, accumulate in itertools.product((None, 2, 3), (1, 2, 3, 32), (16, 64), (1, 2)):
+        if activation == "relu" and accumulate > 1:
+            continue  # no spec
+        mesh = MeshSpec(data=data, latent=latent)
+        spec = spec_of(latents=latents, mesh=mesh, lanes=lanes, accumulate=accumulate, activation=activation)
+        try:
+            expected, refusal = check_mesh(spec, mesh.size), ""
+        except ConfigError as refused:
+            expected, refusal = None, str(refused)
+        if expected is None:
+            with pytest.raises(ConfigError) as also:
+                estimate(spec, 64, tokens=1e6, gpu="h100", count=mesh.size)
+            assert str(also.value) == refusal
+        else:
+            found = estimate(spec, 64, tokens=1e6, gpu="h100", count=mesh.size)
+            assert (found.data, found.latent) == expected
+            taken += 1
+    assert taken >= 10
+
+
+def test_what_is_reckoned_with_is_the_largest_shard():
+    spec, shards = spec_of(latents=4097, mesh=MeshSpec(latent=2)), World(latent=Axis(None, 0, 2)).parts(4097)
+    largest = max(len(part) for part in shards)
+    found = estimate(spec, 768, tokens=1e6, gpu="h100", count=2)
+    assert largest == largest_shard(4097, 2) == 2049
+    assert found.memory == sae_memory(spec, 768, latents=largest, device="cuda")
+    assert found.memory.counts == 8 * largest
+
+
+def test_what_would_fit_is_something_that_training_takes():
+    """Half of 3 x 2^19 latents, and so on, are below the prefix of 2^20 long before they fit."""
+    fields = {"latents": 3 << 19, "matryoshka": (1 << 20,), "kernels": "eager", "batch_rows": 1 << 18}
+    with pytest.raises(ConfigError, match=r"does not fit 1 x l4") as refused:
+        estimate(spec_of(**fields), 4096, tokens=1e9, gpu="l4", count=1)
+    fix = str(refused.value).partition("What fits")[2]
+    assert not any(word in fix for word in ("latents:", "mesh.latent", "moments")), fix

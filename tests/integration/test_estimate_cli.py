@@ -1,0 +1,42 @@
+"""`winnow estimate` on a dataset: the steps that training would take, and its refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tests.support.planted import planted_config
+from winnow.cli import estimate as estimate_cli
+from winnow.common.config_file import load_config, section
+from winnow.store import ActivationStore
+from winnow.trainer.run.start import plan_order, resolve_recipe
+
+
+@pytest.fixture(scope="module")
+def app() -> typer.Typer:
+    made = typer.Typer()
+    estimate_cli.register(made)
+    return made
+
+
+def test_steps_are_those_that_training_would_take(tmp_path, app):
+    path = planted_config(tmp_path, epochs=1.7)
+    config = load_config(path)
+    spec, dataset = section(config.train, "train"), ActivationStore.open(config.root)
+    result = CliRunner().invoke(app, [str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    recipe = resolve_recipe(spec, dataset, plan_order(spec, dataset))
+    assert json.loads(result.stdout)["steps"] == recipe.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("epochs=0.01", "one step"), ("auxk_k=65", "auxk_k"), ("batch_rows=8192", "batch_rows=8192")],
+)
+def test_what_training_refuses_on_this_dataset_is_refused(tmp_path, app, change, words):
+    result = CliRunner().invoke(app, [str(planted_config(tmp_path)), "--set", f"train.{change}"])
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
