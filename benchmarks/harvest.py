@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.ceiling import measure_ceiling
 from benchmarks.report import write_report
 from winnow.cli.harvest import ensure_plan
 from winnow.common.config_file import load_config, section
+from winnow.common.cores import cores_each
 from winnow.harvester.run import batching
 from winnow.harvester.run.driver import harvest
 from winnow.harvester.run.ledger import read_ledger
@@ -56,7 +56,7 @@ def bare_forward_seconds(config: Config, store: ObjectStore, units: range) -> fl
 
 def measure(config: Config) -> dict[str, Any]:
     """Run the floor, the harvest, the floor again."""
-    threads = config.harvest.threads_per_actor or max(1, (os.cpu_count() or 1) // config.harvest.actors)
+    threads = config.harvest.threads_per_actor or cores_each(config.harvest.actors)
     torch.set_num_threads(threads)
     store = open_store(config.root, config.storage)
     plan = ensure_plan(config, store)

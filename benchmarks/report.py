@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from winnow.common.cores import usable_cores
 from winnow.schemas.errors import DISTRIBUTION
 
 
@@ -23,6 +24,7 @@ def write_report(name: str, figures: dict[str, Any], path: Path | None) -> dict[
         "machine": {
             "cpu": _cpu(),
             "cores": os.cpu_count(),
+            "usable_cores": usable_cores(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": {

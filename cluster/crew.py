@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -15,6 +14,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from winnow.cli.console import say
+from winnow.common.cores import cores_each, usable_cores
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
 
@@ -58,9 +58,13 @@ def _session(config: Config, named: Named) -> Generator[None]:
         yield
         return
     address = config.harvest.ray_address
-    local: dict[str, Any] = (
-        {} if address else {"include_dashboard": False, "object_store_memory": LOCAL_OBJECTS_BYTES}
-    )
+    local: dict[str, Any] = {}
+    if not address:  # Ray would count the machine's cores, whatever this process may use of them
+        local = {
+            "include_dashboard": False,
+            "object_store_memory": LOCAL_OBJECTS_BYTES,
+            "num_cpus": usable_cores(),
+        }
     try:
         ray.init(
             address=address or "local",
@@ -84,16 +88,16 @@ def _session(config: Config, named: Named) -> Generator[None]:
 
 
 def threads_per_actor(config: Config, named: Named = HARVEST) -> int:
-    """CPU threads of an actor: as configured, or a machine's cores shared by its actors.
+    """CPU threads of an actor: as configured, or this process's cores shared by its actors.
 
-    On a cluster that machine is the smallest node with CPUs, which is said aloud: the number of threads
-    decides the last bits of the rows.
+    On a cluster the cores are those of the smallest node with CPUs, which is said aloud: the number of
+    threads decides the last bits of the rows.
     """
     spec = config.harvest
     if spec.threads_per_actor:
         return spec.threads_per_actor
     if not spec.ray_address and not _joined():
-        return max(1, (os.cpu_count() or 1) // spec.actors)
+        return cores_each(spec.actors)
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     cores = [count for count in cores if count]
     threads = max(1, min(cores, default=1) // math.ceil(spec.actors / max(len(cores), 1)))

@@ -115,7 +115,7 @@ class HarvestSpec(Contract):
     actors: int = Field(default=1, gt=0)
     """Ray actors, one copy of the truncated LM each."""
     threads_per_actor: int = Field(default=0, ge=0)
-    """CPU threads of an actor; 0 divides the machine's cores by `actors`."""
+    """CPU threads of an actor; 0 divides the cores that this process may use by `actors`."""
     gpus_per_actor: float | None = Field(default=None, ge=0)
     """GPUs (or a share of one) that Ray reserves for an actor, which sees no others. Null: one where
     there are any and `subject.device` is not `cpu`, else none."""

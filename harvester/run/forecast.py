@@ -7,12 +7,12 @@ or of the subject on this machine, measured over a few batches.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 
 from winnow.cli.console import human_bytes
 from winnow.common.config_file import section
+from winnow.common.cores import cores_each
 from winnow.harvester.run.ledger import WRITE_SECONDS, read_ledger
 from winnow.schemas.base import Contract
 from winnow.schemas.config import Config, PricesSpec
@@ -153,7 +153,7 @@ def measured(config: Config) -> tuple[tuple[HookSite, ...], float]:
 
     spec, harvest = section(config.plan, "plan"), config.harvest
     before = torch.get_num_threads()
-    torch.set_num_threads(harvest.threads_per_actor or max(1, (os.cpu_count() or 1) // harvest.actors))
+    torch.set_num_threads(harvest.threads_per_actor or cores_each(harvest.actors))
     try:
         subject = Subject.load(section(config.subject, "subject"), until=spec.hooks)
         sites = subject.sites(spec.hooks)

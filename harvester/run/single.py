@@ -8,7 +8,6 @@ driver makes the units itself, one after another.
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from winnow.cli.console import Progress, say
 from winnow.common.clock import now
 from winnow.common.config_file import section
+from winnow.common.cores import usable_cores
 from winnow.harvester.run.failures import Failures
 from winnow.harvester.run.ledger import RunLedger, UnitFacts
 from winnow.harvester.run.worker import UnitWorker
@@ -56,7 +56,7 @@ def local_worker(config: Config, store: ObjectStore, plan: HarvestPlan) -> UnitW
         store.uri,
         config.storage,
         section(config.subject, "subject"),
-        spec.threads_per_actor or os.cpu_count() or 1,
+        spec.threads_per_actor or usable_cores(),
         spec.batch_windows,
     )
 

@@ -1,0 +1,42 @@
+"""Ray on this machine: it and its actors get the cores that this process may use, not all there are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from winnow.cluster.crew import cluster, threads_per_actor
+from winnow.common.cores import usable_cores
+from winnow.schemas.config import Config
+from winnow.schemas.harvest import HarvestSpec
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def config(**harvest: int) -> Config:
+    return Config(root="unused", harvest=HarvestSpec(**harvest))
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="one core")
+@pytest.mark.usefixtures("one_core")
+def test_a_process_kept_to_one_core_gives_ray_and_an_actor_one():
+    with cluster(config()):
+        assert ray.cluster_resources()["CPU"] == 1
+        assert threads_per_actor(config()) == 1
+
+
+def test_actors_share_the_cores_and_what_is_configured_stands():
+    assert threads_per_actor(config()) == usable_cores()
+    assert threads_per_actor(config(actors=2)) == max(1, usable_cores() // 2)
+    assert threads_per_actor(config(threads_per_actor=5)) == 5
