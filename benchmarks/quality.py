@@ -41,10 +41,11 @@ from benchmarks.report import write_report
 from winnow.cli.console import say
 from winnow.common.config_file import load_config
 from winnow.evaluator.families.downstream import AtHook, Variant, splice_losses
-from winnow.evaluator.setting import check_subject, subject_spec_of
+from winnow.evaluator.setting import subject_spec_of
 from winnow.sae.formats.convert import import_sae
 from winnow.sae.model import CARD_KEY, Sae
 from winnow.schemas.config import Config
+from winnow.schemas.fit import check_subject
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
 from winnow.subject.load import Subject
@@ -238,7 +239,7 @@ def measure_in_subject(bench: Bench, cells: list[Cell], windows: int) -> None:
     if not missing:
         return
     subject = Subject.load(subject_spec_of(plan, bench.config.subject))
-    check_subject(subject, plan)
+    check_subject(subject.identity, plan.subject)
 
     def variant(sae: Sae) -> Variant:
         return lambda x, _: sae(x)

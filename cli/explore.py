@@ -15,7 +15,6 @@ import typer
 from winnow.cli.console import Progress, emit, guard, print_table, say
 from winnow.common.config_file import load_config
 from winnow.evaluator.report import load_evaluation
-from winnow.evaluator.setting import say_other_windows
 from winnow.explorer.index.build import Recipe
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import FeatureTable
@@ -24,6 +23,7 @@ from winnow.schemas.base import validate
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, StoreError
 from winnow.schemas.features import FeatureIndex, IndexSpec
+from winnow.schemas.fit import check_one_subject, mismatch, other_windows
 from winnow.schemas.subject import SubjectSpec
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
@@ -157,7 +157,8 @@ def build_index(
         raise ConfigError("the dataset", expected="--root ROOT or --config FILE", got="neither")
     recipe = Recipe(sae_uri, place.root, out, scratch, spec, place.subject, place.storage)
     indexer = recipe.open()
-    say_other_windows(sae_uri, indexer.card, indexer.dataset.plan)
+    if (warning := other_windows(sae_uri, indexer.card, indexer.dataset.plan)) is not None:
+        say(warning)
     with ExitStack() as crew, ExitStack() as stack:
         bars: dict[str, Progress] = {}
 
@@ -239,7 +240,8 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
     """What a server of these SAEs shows.
 
     Raises:
-        ConfigError: An SAE is not indexed, or they belong to different subjects.
+        ConfigError: An SAE is not indexed.
+        SaeMismatch: They belong to different subjects.
     """
     from winnow.explorer.site.api import Desk
     from winnow.explorer.site.exhibit import Exhibit
@@ -251,9 +253,9 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
         table = FeatureTable.open(folder, place.storage)
         add_explanations(table, sae, place.storage)
         exhibits.append(Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage))
-    subjects = {exhibit.table.meta.subject.weights_sha256 for exhibit in exhibits}
-    if len(subjects) > 1:
-        raise ConfigError("the SAEs", expected="of one subject model", got=f"{len(subjects)} subjects")
+    check_one_subject(
+        [exhibit.uri for exhibit in exhibits], [exhibit.table.meta.subject for exhibit in exhibits]
+    )
     meta = exhibits[0].table.meta
     root = place.root or meta.root
 
@@ -261,8 +263,13 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
     def dataset() -> ActivationStore:
         found = ActivationStore.open(root, place.storage)
         if found.plan.fingerprint != meta.plan_fingerprint:
-            raise ConfigError(
-                f"the dataset at {root}", expected=meta.plan_fingerprint, got=found.plan.fingerprint
+            raise mismatch(
+                "plan",
+                f"the dataset at {root}",
+                expected=meta.plan_fingerprint,
+                of="the index",
+                got=found.plan.fingerprint,
+                fix="Give the dataset that was indexed as --root",
             )
         return found
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.fit import check_autoencoder, mismatch
 from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement
 
@@ -59,9 +60,9 @@ def spliced(sae: Sae, edit: Edit) -> Replacement:
         edit: From the codes of rows [P, D] to new values [P, S] of the same slots.
 
     Raises:
-        ConfigError: The SAE does not give back what it is given.
+        SaeMismatch: The SAE does not give back what it is given.
     """
-    require_autoencoder(sae)
+    check_autoencoder("the SAE", sae.parts)
 
     def replace(rows: Tensor) -> Tensor:
         with torch.no_grad():
@@ -89,17 +90,15 @@ def attribute(
         metric: Logits [W, T, V] -> a scalar, such as `logit_difference`.
 
     Raises:
-        ConfigError: An SAE is no autoencoder or of another width than its hook, or there is none.
+        SaeMismatch: An SAE is no autoencoder, or of another width than its hook.
+        ConfigError: There is no SAE, or the metric is no scalar.
     """
     if not saes:
         raise ConfigError("saes", expected="one or more", got="none")
     for site in subject.sites(list(saes)):
-        if saes[site.name].d_model != site.d_model:
-            raise ConfigError(
-                f"the SAE at {site.name}",
-                expected=f"D = {site.d_model}",
-                got=f"D = {saes[site.name].d_model}",
-            )
+        width, name = saes[site.name].d_model, f"the SAE at {site.name}"
+        if width != site.d_model:
+            raise mismatch("width D", name, expected=site.d_model, of="the subject", got=width)
     sources = {hook: _Source(sae) for hook, sae in saes.items()}
     replace = {hook: source.replace for hook, source in sources.items()}
     total = metric(subject.logits(token_ids, replace, grad=True))
@@ -115,7 +114,7 @@ class _Source:
     """One hook's leaves: a zero is added to every code and to every row; their gradients are asked for."""
 
     def __init__(self, sae: Sae) -> None:
-        require_autoencoder(sae)
+        check_autoencoder("the SAE", sae.parts)
         self.sae = sae
 
     def replace(self, rows: Tensor) -> Tensor:
@@ -190,9 +189,3 @@ def logit_difference(answer: int, against: int | None = None) -> Callable[[Tenso
         return (last[:, answer] - last[:, against]).mean()
 
     return metric
-
-
-def require_autoencoder(sae: Sae) -> None:
-    """ConfigError for a transcoder or a crosscoder: its output does not take the place of its input."""
-    if sae.has_target or sae.parts.widths:
-        raise ConfigError("the SAE", expected="an autoencoder of one hook", got="a transcoder or crosscoder")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from winnow.cli.console import say
 from winnow.evaluator.families.downstream import Reached, figures_of, runs_of, sae_variants, splice_losses
-from winnow.evaluator.setting import check_subject, subject_spec_of
+from winnow.evaluator.setting import subject_spec_of
 from winnow.harvester.run.ledger import read_ledger
 from winnow.sae.model import Sae
 from winnow.schemas.config import Config
+from winnow.schemas.fit import check_subject
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
 from winnow.subject.load import Subject
@@ -27,7 +28,7 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
         SaeMismatch: The subject found is not the one the dataset was harvested from.
     """
     subject = Subject.load(subject_spec_of(store.plan, config.subject))
-    check_subject(subject, store.plan)
+    check_subject(subject.identity, store.plan.subject)
     held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
     windows, sae = range(min(held_out, config.evaluate.windows)), sae.to(subject.device)
     written = sae.card.output_hooks if sae.card is not None else (hook,)

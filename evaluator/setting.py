@@ -19,8 +19,8 @@ from winnow.cli.console import say
 from winnow.common.device import resolve_device
 from winnow.sae.model import Sae
 from winnow.schemas.config import StorageSpec
-from winnow.schemas.errors import SaeMismatch
 from winnow.schemas.evaluation import EvaluateSpec, Figure
+from winnow.schemas.fit import check_autoencoder, check_dataset, check_subject, other_windows
 from winnow.schemas.harvest import HarvestPlan
 from winnow.schemas.subject import SubjectSpec
 from winnow.schemas.training import SaeCard
@@ -107,8 +107,10 @@ class Setting:
         device = resolve_device(chosen.device)
         sae = Sae.load(uri, device=device, storage=storage)
         assert sae.card is not None
-        check_match(uri, sae.card, dataset.plan)
-        say_other_windows(uri, sae.card, dataset.plan)
+        check_autoencoder(uri, sae.card.parts)
+        check_dataset(uri, sae.card, dataset.plan)
+        if (warning := other_windows(uri, sae.card, dataset.plan)) is not None:
+            say(warning)
         spec = spec or EvaluateSpec()
         return cls(uri, sae, sae.card, dataset, spec, chosen, device, storage, judge_key=judge_key)
 
@@ -130,7 +132,7 @@ class Setting:
             SaeMismatch: Its weights are not those the dataset was harvested from.
         """
         subject = Subject.load(self.subject_spec)
-        check_subject(subject, self.dataset.plan)
+        check_subject(subject.identity, self.dataset.plan.subject)
         return subject
 
     @cached_property
@@ -206,57 +208,3 @@ class Setting:
 def subject_spec_of(plan: HarvestPlan, stated: SubjectSpec | None = None) -> SubjectSpec:
     """The subject a dataset's plan names, or the one `stated`, with the plan's attention for `auto`."""
     return plan.subject.spec(stated)
-
-
-def check_match(uri: str, card: SaeCard, plan: HarvestPlan) -> None:
-    """SaeMismatch where an SAE is of another subject, hook or width than a dataset, or of several hooks."""
-    fix = "Give the dataset the SAE was trained on, or one of the same subject and hook"
-    if card.output_hooks != (card.hook,):
-        raise SaeMismatch(
-            f"the hooks of {uri}",
-            expected="an autoencoder of one hook",
-            got=f"{', '.join(card.input_hooks)} read, {', '.join(card.output_hooks)} reconstructed",
-            fix="`winnow train` measures the held-out figures of transcoders and crosscoders",
-        )
-    if card.hook not in plan.spec.hooks:
-        raise SaeMismatch(
-            f"the hook of {uri}",
-            expected=f"one of the dataset's ({', '.join(plan.spec.hooks)})",
-            got=card.hook,
-        )
-    if card.d_model != plan.d_model(card.hook):
-        raise SaeMismatch(
-            f"the width D of {uri}",
-            expected=f"{plan.d_model(card.hook)} (the dataset's)",
-            got=card.d_model,
-            fix=fix,
-        )
-    if card.identity and card.identity.subject_weights_sha256 != plan.subject.weights_sha256:
-        raise SaeMismatch(
-            f"the subject of {uri}",
-            expected=f"{plan.subject.model} with weights {plan.subject.weights_sha256} (the dataset's)",
-            got=f"{card.identity.subject_model} with weights {card.identity.subject_weights_sha256}",
-            fix=fix,
-        )
-
-
-def say_other_windows(uri: str, card: SaeCard, plan: HarvestPlan) -> None:
-    """Warn where an SAE was trained on windows that begin otherwise than a dataset's."""
-    here = WindowRule.of(plan)
-    if card.window is not None and card.window.bos != here.bos:
-        say(
-            f"warning: {uri} was trained where {card.window.words}; in this dataset {here.words}: its "
-            "activations differ"
-        )
-
-
-def check_subject(subject: Subject, plan: HarvestPlan) -> None:
-    """SaeMismatch where the subject found is not the one a dataset was harvested from."""
-    found = subject.identity.weights_sha256
-    if found != plan.subject.weights_sha256:
-        raise SaeMismatch(
-            "subject weights",
-            expected=f"{plan.subject.weights_sha256} (the dataset's)",
-            got=f"{found} ({subject.spec.model})",
-            fix="Set subject.model and subject.revision to what the dataset was harvested from",
-        )

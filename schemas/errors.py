@@ -5,7 +5,7 @@
     WinnowError
     ├── ConfigError (ValueError)           the user's input is wrong                      exit 2
     │   ├── PlanMismatch                   the root holds a different plan                exit 2
-    │   └── SaeMismatch                    the SAE is not of this dataset's subject       exit 2
+    │   └── SaeMismatch                    the SAE does not fit what it is used with      exit 2
     ├── UnsupportedVersion (ValueError)    an artefact of a version this code can't read  exit 2
     ├── DependencyMissing (ImportError)    an optional package is asked for and absent    exit 2
     ├── StoreError (OSError)               storage unreachable, refusing or full          exit 2
@@ -81,7 +81,7 @@ class PlanMismatch(ConfigError):
 
 
 class SaeMismatch(ConfigError):
-    """The SAE belongs to another subject, hook or width than the dataset."""
+    """The SAE does not fit the dataset, SAE or subject that it is used with; raised by `schemas.fit`."""
 
 
 class UnsupportedVersion(WinnowError, ValueError):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from winnow.schemas.base import validate
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.fit import mismatch
 from winnow.schemas.subject import HookSite, SubjectIdentity, SubjectSpec
 from winnow.schemas.window import WindowRule
 from winnow.subject.causal import check_causal
@@ -341,9 +342,11 @@ class Subject:
         for site in sites:
             for one in chosen[site.name]:
                 if one.sae.W_dec.shape[1] != site.d_model:
-                    raise ConfigError(
-                        f"steer at {site.name}: the SAE is of another width",
-                        expected=f"D = {site.d_model}",
+                    raise mismatch(
+                        "width D",
+                        f"the SAE at {site.name}",
+                        expected=site.d_model,
+                        of="the subject",
                         got=one.sae.W_dec.shape[1],
                     )
         return generate(

@@ -15,7 +15,8 @@ from winnow.cli.console import Progress, human_bytes
 from winnow.evaluator.bootstrap import mean_figure
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.model import Sae
-from winnow.schemas.errors import ConfigError, SaeMismatch
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.fit import check_same_place
 
 MAX_BYTES = 4 << 30
 """Largest matrix of cosines (float32 N x M, and scipy's float64 copy) that is made."""
@@ -68,7 +69,8 @@ def measure(setting: Setting) -> Measured:
     with Progress("stability", len(others), "SAEs") as bar:
         for uri in others:
             other = Sae.load(uri, storage=setting.storage)
-            check_comparable(setting, uri, other)
+            assert other.card is not None
+            check_same_place(uri, other.card, setting.uri, setting.card)
             pairs.append(matched_cosines(mine, other.W_dec))
             best.append(cosines(mine, other.W_dec).max(1).values.double().numpy())
             details[uri] = {"matched": float(pairs[-1].mean()), "best": float(best[-1].mean())}
@@ -81,20 +83,3 @@ def measure(setting: Setting) -> Measured:
         mean_figure("stability_best_cosine", nearest, **options),
     ]
     return Measured(figures, {"against": details})
-
-
-def check_comparable(setting: Setting, uri: str, other: Sae) -> None:
-    """SaeMismatch where two SAEs do not read the same place of the same subject."""
-    card, mine = other.card, setting.card
-    assert card is not None
-    for what, expected, got in (
-        ("hook", mine.hook, card.hook),
-        ("width D", mine.d_model, card.d_model),
-        (
-            "subject",
-            mine.identity and mine.identity.subject_weights_sha256,
-            card.identity and card.identity.subject_weights_sha256,
-        ),
-    ):
-        if expected != got and None not in (expected, got):
-            raise SaeMismatch(f"the {what} of {uri}", expected=f"{expected} ({setting.uri}'s)", got=got)

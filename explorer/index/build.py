@@ -49,6 +49,7 @@ from winnow.schemas.base import Contract, Sha256
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, MissingObject
 from winnow.schemas.features import FeatureIndex, IndexSpec
+from winnow.schemas.fit import check_dataset
 from winnow.schemas.subject import SubjectSpec
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
@@ -87,7 +88,8 @@ class Recipe:
         """Open dataset, SAE and index; the subject is loaded when it is needed.
 
         Raises:
-            ConfigError: The dataset does not hold what the SAE reads, or no scratch folder can be told.
+            SaeMismatch: The dataset does not hold what the SAE reads.
+            ConfigError: No scratch folder can be told.
             MissingObject, IntegrityError: No SAE there, or a damaged one.
         """
         dataset = ActivationStore.open(self.root, self.storage)
@@ -126,12 +128,7 @@ class Indexer:
         if card is None:
             raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
         self.card = card
-        if card.hook not in plan.spec.hooks or plan.d_model(card.hook) != card.d_model:
-            raise ConfigError(
-                f"the dataset does not hold what the SAE reads ({card.hook}, D {card.d_model})",
-                got=", ".join(f"{site.name} (D {site.d_model})" for site in plan.sites),
-                fix="Name the dataset it was trained on",
-            )
+        check_dataset("the SAE", card, plan)
         self.units = min(self.spec.units or plan.units, plan.units)
         self.parts = -(-card.latents // self.part_latents)
         self.making = Making(

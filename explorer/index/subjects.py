@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.fit import check_subject
 from winnow.schemas.subject import SubjectIdentity, SubjectSpec
 from winnow.subject.load import Subject
 from winnow.subject.pretrained import load_tokenizer
@@ -47,19 +47,12 @@ class LazySubject:
         """The subject with all its layers.
 
         Raises:
-            ConfigError: Other weights than the dataset was harvested from.
+            SaeMismatch: Other weights than the dataset was harvested from.
         """
         return self._loaded
 
     @cached_property
     def _loaded(self) -> Subject:
         subject = Subject.load(self.spec)
-        found = subject.identity.weights_sha256
-        if found != self.planned.weights_sha256:
-            raise ConfigError(
-                f"the weights of subject {self.spec.model!r}",
-                expected=f"{self.planned.weights_sha256} (the dataset's)",
-                got=found,
-                fix="Name the right weights in the config's section `subject`",
-            )
+        check_subject(subject.identity, self.planned)
         return subject

@@ -21,6 +21,7 @@ from winnow.explorer.index.table import FeatureTable
 from winnow.sae.model import Sae
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.fit import mismatch
 from winnow.schemas.window import WindowRule
 
 AXES = {
@@ -60,12 +61,18 @@ class Exhibit:
     _sae: Sae | None = None
 
     def sae(self, device: torch.device | None = None) -> Sae:
-        """The SAE itself, loaded when it is first needed."""
+        """The SAE itself, loaded when it is first needed.
+
+        Raises:
+            SaeMismatch: It is not the one that was indexed.
+        """
         with self._lock:
             if self._sae is None:
-                sae = Sae.load(self.uri, storage=self.storage)
-                if sae.card is None or sae.card.weights_sha256 != self.table.meta.sae_sha256:
-                    raise ConfigError(f"{self.name} is not the SAE that was indexed", fix="Index it again")
+                sae, indexed = Sae.load(self.uri, storage=self.storage), self.table.meta.sae_sha256
+                found = sae.card.weights_sha256 if sae.card else "none"
+                if found != indexed:
+                    fix = "Index it again"
+                    raise mismatch("weights", self.name, expected=indexed, of="the index", got=found, fix=fix)
                 self._sae = sae
             return self._sae.to(device) if device is not None else self._sae
 

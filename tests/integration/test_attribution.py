@@ -14,7 +14,7 @@ from winnow.evaluator.attribution import attribute, logit_difference, spliced, w
 from winnow.evaluator.families.ablation import without_latents
 from winnow.evaluator.setting import Setting
 from winnow.sae import Sae
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import ConfigError, SaeMismatch
 from winnow.schemas.training import SaeParts
 
 LOWER = "resid_post.0"
@@ -116,14 +116,14 @@ def test_what_is_lost_without_a_latent_is_found_by_running_without_it(toy, token
 
 def test_what_is_no_autoencoder_of_the_hook_is_refused(toy, tokens):
     subject, metric = toy[0].subject, logit_difference(5)
-    with pytest.raises(ConfigError, match="transcoder"):
+    with pytest.raises(SaeMismatch, match="transcoder"):
         attribute(
             subject,
             {HOOK: Sae(16, 32, 4, "none", SaeParts(d_out=16, target_normalize="dataset"))},
             tokens[None],
             metric,
         )
-    with pytest.raises(ConfigError, match="D = 16"):
+    with pytest.raises(SaeMismatch, match=r"width D .*expected 16"):
         attribute(subject, {HOOK: Sae(8, 32, 4, "none")}, tokens[None], metric)
     with pytest.raises(ConfigError, match="scalar"):
         attribute(subject, {HOOK: toy[0].sae}, tokens[None], lambda logits: logits[:, -1])

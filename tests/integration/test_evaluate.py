@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -338,3 +339,16 @@ def test_an_sae_of_another_subject_hook_or_width_is_refused(toy, tmp_path):
         code, _, err = winnow("evaluate", uri, "--root", toy.root)
         assert code == 2
         assert word in err
+
+
+def test_stability_refuses_an_sae_of_another_place(setting_of, toy, tmp_path):
+    cases = {
+        "subject": save_sae(toy, tmp_path / "a", random_sae(), seed_of="0" * 64),
+        "hook": save_sae(toy, tmp_path / "b", random_sae(), hook="resid_post.0"),
+        "width D": save_sae(toy, tmp_path / "c", Sae(8, 16, 2, "none")),
+    }
+    setting = setting_of(random_sae())
+    for word, uri in cases.items():
+        spec = setting.spec.model_copy(update={"against": (uri,)})
+        with pytest.raises(SaeMismatch, match=rf"the {word} of {uri}: .* \({setting.uri}'s\), got"):
+            stability.measure(replace(setting, spec=spec))

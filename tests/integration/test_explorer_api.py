@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 
 import numpy as np
@@ -13,14 +14,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from starlette.testclient import TestClient
 
-from tests.support.explorer_site import HOOK, LATENTS, Site, make_site
+from tests.support.explorer_site import HOOK, LATENTS, Site, make_dataset, make_site
 from winnow.cli.explore import Place, add_explanations, open_desk
-from winnow.explorer.index.table import FeatureTable
+from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.index.table import INDEX_KEY, FeatureTable
 from winnow.explorer.site.api import MAX_TEXT, Desk, SteerBody, steering
+from winnow.explorer.site.exhibit import Exhibit
 from winnow.explorer.site.lane import Busy, Lane
 from winnow.explorer.site.serve import make_app
 from winnow.sae.model import Sae
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import ConfigError, SaeMismatch
 from winnow.schemas.evaluation import Evaluation
 from winnow.schemas.features import Explanation
 from winnow.store import ActivationStore
@@ -350,6 +353,36 @@ def test_every_reply_carries_the_policy(client):
 def test_what_is_not_indexed_is_refused(site):
     with pytest.raises(ConfigError, match="no finished index"):
         open_desk([site.root], None, Place.of(site.config_path, None), 1)
+
+
+def test_an_sae_that_is_not_the_one_that_was_indexed_is_refused(site):
+    table = FeatureTable.open(f"{site.saes[0]}/features")
+    exhibit = Exhibit("sae-1", site.saes[1], table)
+    with pytest.raises(SaeMismatch, match=r"the weights of sae-1: .* \(the index's\).*Index it again"):
+        exhibit.sae()
+
+
+def test_a_dataset_that_was_not_indexed_is_not_shown(site, tmp_path, capsys):
+    _, other = make_dataset(tmp_path, units=4)
+    desk = open_desk(list(site.saes), None, Place.of(site.config_path, other.root), seats=1)
+    assert desk.dataset is None
+    words = " ".join(capsys.readouterr().err.split())
+    assert f"the plan of the dataset at {other.root}: expected" in words
+    assert "(the index's)" in words
+
+
+def test_a_subject_of_other_weights_and_saes_of_two_subjects_are_refused(site, desk, tmp_path):
+    meta = desk.exhibits[0].table.meta
+    planned = meta.subject.model_copy(update={"weights_sha256": "0" * 64})
+    with pytest.raises(SaeMismatch, match=r"the weights of subject .* \(the dataset's\), got"):
+        LazySubject(site.config.subject, planned).whole()
+    copy = shutil.copytree(f"{site.saes[1]}/features", tmp_path / "features")
+    other = FeatureTable.open(str(copy)).meta.model_copy(update={"subject": planned})
+    (copy / INDEX_KEY).write_bytes(other.to_json())
+    with pytest.raises(SaeMismatch, match=rf"the subject of {site.saes[1]}: .* \({site.saes[0]}'s\), got"):
+        open_desk(
+            list(site.saes), [f"{site.saes[0]}/features", str(copy)], Place.of(site.config_path, None), 1
+        )
 
 
 # ---- fuzz ----------------------------------------------------------------------------------------

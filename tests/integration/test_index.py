@@ -20,7 +20,8 @@ from winnow.explorer.index.latents import TOP_BAND
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import FeatureTable, part_key
 from winnow.sae.model import Sae
-from winnow.schemas.errors import ConfigError, IntegrityError
+from winnow.schemas.errors import ConfigError, IntegrityError, SaeMismatch
+from winnow.schemas.training import SaeIdentity, SaeParts
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
 from winnow.subject.load import Subject
@@ -219,6 +220,29 @@ def test_another_index_is_not_mixed_in(site, tmp_path):
     unfinished._claim()
     with pytest.raises(ConfigError, match="beginnings of another index"):
         indexer_of(site, tmp_path / "b", top=5).run()
+
+
+@pytest.mark.parametrize("what", ["hook", "width D", "subject", "hooks"])
+def test_an_sae_that_the_dataset_does_not_fit_is_refused(site, tmp_path, what):
+    width, identity, hooks = ActivationStore.open(site.root).d_model(HOOK), None, {"hook": HOOK}
+    parts = SaeParts(widths=(width, width)) if what == "hooks" else SaeParts()
+    if what == "hook":
+        hooks["hook"] = "resid_post.0"
+    elif what == "hooks":
+        hooks["with_hooks"] = ("resid_post.0",)
+    elif what == "subject":
+        identity = SaeIdentity(
+            plan_fingerprint="0" * 64,
+            dataset_sha256=None,
+            subject_model="another/model",
+            subject_weights_sha256="0" * 64,
+        )
+    size = {"hooks": 2 * width, "width D": width + 1}.get(what, width)
+    Sae(size, LATENTS, 2, "none", parts).save(open_store(str(tmp_path / "sae")), identity=identity, **hooks)
+    recipe = Recipe(str(tmp_path / "sae"), site.root, str(tmp_path / "index"), None, SPEC)
+    with pytest.raises(SaeMismatch, match=f"the {what} of the SAE: expected"):
+        recipe.open()
+    assert not list((tmp_path).glob("index/*"))
 
 
 def test_damage_is_noticed(site, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from tests.support.evaluated import D_MODEL, HOOK, random_sae, toy_config
 from winnow.sae import Sae
 from winnow.schemas.config import StorageSpec
-from winnow.schemas.errors import ConfigError, MissingObject
+from winnow.schemas.errors import MissingObject, SaeMismatch
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
 from winnow.trainer.run.loop import train
@@ -93,11 +93,11 @@ def test_a_source_that_does_not_fit_is_named(tmp_path):
     store = open_store(str(tmp_path / "sae"))
     random_sae(latents=8, k=2).save(store, hook=HOOK)
     uri = str(tmp_path / "sae")
-    with pytest.raises(ConfigError, match="16 latents or more"):
+    with pytest.raises(SaeMismatch, match=r"the latents of .*16 or more \(the new SAE's\), got 8"):
         load_source(uri, Sae(D_MODEL, 16, 2, "layer"), StorageSpec())
-    with pytest.raises(ConfigError, match="normalize dataset"):
+    with pytest.raises(SaeMismatch, match="normalize dataset"):
         load_source(uri, Sae(D_MODEL, 8, 2, "dataset"), StorageSpec())
-    with pytest.raises(ConfigError, match="d_model 8"):
+    with pytest.raises(SaeMismatch, match="d_model 8"):
         load_source(uri, Sae(8, 8, 2, "layer"), StorageSpec())
     with pytest.raises(MissingObject):
         load_source(str(tmp_path / "none"), Sae(D_MODEL, 8, 2, "layer"), StorageSpec())

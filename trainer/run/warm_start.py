@@ -11,7 +11,7 @@ from torch import Tensor
 from winnow.sae.init import CHUNK_ROWS, counted_rows, loss_constant
 from winnow.sae.model import Sae
 from winnow.schemas.config import StorageSpec
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.fit import mismatch
 from winnow.trainer.mesh.shard import has_latents
 
 
@@ -19,21 +19,26 @@ def load_source(uri: str, sae: Sae, storage: StorageSpec) -> Sae:
     """The SAE that another shall begin from, whole, on its device.
 
     Raises:
-        ConfigError: It has fewer latents, or is made of other parts.
+        SaeMismatch: It has fewer latents, or is made of other parts.
         MissingObject, IntegrityError: None is there, or a damaged one.
     """
     source = Sae.load(uri, device=sae.W_enc.device, storage=storage)
     wanted, found = _facts(sae), _facts(source)
     differing = [name for name in wanted if wanted[name] != found[name]]
     latents = getattr(sae, "of", sae.latents)
+    fix = "Set train.init_from to an SAE that fits, or the fields of train to those of this one"
     if differing:
-        raise ConfigError(
-            f"init_from: {uri} is made otherwise",
+        raise mismatch(
+            "parts",
+            uri,
             expected=", ".join(f"{name} {wanted[name]}" for name in differing),
+            of="the new SAE",
             got=", ".join(f"{name} {found[name]}" for name in differing),
+            fix=fix,
         )
     if source.latents < latents:
-        raise ConfigError(f"init_from: {uri}", expected=f"{latents} latents or more", got=source.latents)
+        more = f"{latents} or more"
+        raise mismatch("latents", uri, expected=more, of="the new SAE", got=source.latents, fix=fix)
     return source
 
 

@@ -1,0 +1,144 @@
+"""Whether an SAE fits what it is used with: a dataset, another SAE, a subject. One error, in one wording."""
+
+from __future__ import annotations
+
+from winnow.schemas.errors import SaeMismatch
+from winnow.schemas.harvest import HarvestPlan
+from winnow.schemas.subject import SubjectIdentity
+from winnow.schemas.training import SaeCard, SaeIdentity, SaeParts
+from winnow.schemas.window import WindowRule
+
+TRAINED_ON = "Give the dataset that it was trained on, or one of the same subject and hook"
+
+
+def mismatch(
+    what: str, name: object, *, expected: object, of: str, got: object, fix: str | None = None
+) -> SaeMismatch:
+    """The error `the WHAT of NAME: expected EXPECTED (OF's), got GOT. FIX.`.
+
+    Args:
+        what: What does not fit.
+        name: The SAE, as the user knows it.
+        expected: What would fit.
+        of: What it was to fit: `the dataset`, or another SAE's name.
+        got: What it is.
+        fix: What the reader can do about it.
+    """
+    return SaeMismatch(f"the {what} of {name}", expected=f"{expected} ({of}'s)", got=got, fix=fix)
+
+
+def check_dataset(name: str, card: SaeCard, plan: HarvestPlan) -> None:
+    """Check that a dataset holds the rows that an SAE of one hook reads.
+
+    Args:
+        name: The SAE, as the user knows it.
+        card: Its card.
+        plan: The dataset's.
+
+    Raises:
+        SaeMismatch: It reads several hooks, or one that the dataset lacks, of another width or subject.
+    """
+    if card.with_hooks:
+        raise SaeMismatch(
+            f"the hooks of {name}", expected="one hook that it reads", got=", ".join(card.input_hooks)
+        )
+    if card.hook not in plan.spec.hooks:
+        held = f"one of {', '.join(plan.spec.hooks)}"
+        raise mismatch("hook", name, expected=held, of="the dataset", got=card.hook, fix=TRAINED_ON)
+    width = plan.d_model(card.hook)
+    if card.d_model != width:
+        raise mismatch("width D", name, expected=width, of="the dataset", got=card.d_model, fix=TRAINED_ON)
+    planned = plan.subject
+    if card.identity and card.identity.subject_weights_sha256 != planned.weights_sha256:
+        raise mismatch(
+            "subject",
+            name,
+            expected=_subject(planned.model, planned.weights_sha256),
+            of="the dataset",
+            got=_subject_of(card.identity),
+            fix=TRAINED_ON,
+        )
+
+
+def other_windows(name: str, card: SaeCard, plan: HarvestPlan) -> str | None:
+    """The warning where an SAE was trained on windows that begin otherwise than a dataset's; else None."""
+    here = WindowRule.of(plan)
+    if card.window is None or card.window.bos == here.bos:
+        return None
+    return (
+        f"warning: {name} was trained where {card.window.words}; in this dataset {here.words}: its "
+        "activations differ"
+    )
+
+
+def check_autoencoder(name: str, parts: SaeParts) -> None:
+    """Check that an SAE gives back what it is given.
+
+    Raises:
+        SaeMismatch: It is a transcoder or a crosscoder.
+    """
+    if parts.d_out is not None or parts.widths:
+        raise SaeMismatch(
+            f"the hooks of {name}",
+            expected="an autoencoder of one hook",
+            got="a transcoder" if parts.d_out is not None else f"a crosscoder of {len(parts.widths)} hooks",
+            fix="Take an autoencoder; of other SAEs `winnow train` measures the held-out figures",
+        )
+
+
+def check_same_place(name: str, card: SaeCard, other: str, reference: SaeCard) -> None:
+    """Check that two SAEs read the same hook of the same subject; where a card is silent, nothing is said.
+
+    Raises:
+        SaeMismatch: Another hook, width or subject than those of `other`, whose card is `reference`.
+    """
+    if card.hook != reference.hook:
+        raise mismatch("hook", name, expected=reference.hook, of=other, got=card.hook)
+    if card.d_model != reference.d_model:
+        raise mismatch("width D", name, expected=reference.d_model, of=other, got=card.d_model)
+    mine, theirs = card.identity, reference.identity
+    if mine and theirs and mine.subject_weights_sha256 != theirs.subject_weights_sha256:
+        raise mismatch("subject", name, expected=_subject_of(theirs), of=other, got=_subject_of(mine))
+
+
+def check_subject(found: SubjectIdentity, planned: SubjectIdentity) -> None:
+    """Check that a subject that was loaded is the one that a dataset was harvested from.
+
+    Raises:
+        SaeMismatch: Its weights are others.
+    """
+    if found.weights_sha256 != planned.weights_sha256:
+        raise mismatch(
+            "weights",
+            f"subject {found.model!r}",
+            expected=planned.weights_sha256,
+            of="the dataset",
+            got=found.weights_sha256,
+            fix="Set subject.model and subject.revision to what the dataset was harvested from",
+        )
+
+
+def check_one_subject(names: list[str], subjects: list[SubjectIdentity]) -> None:
+    """Check that several SAEs are of the subject of the first.
+
+    Raises:
+        SaeMismatch: One is not.
+    """
+    for name, subject in zip(names, subjects, strict=True):
+        if subject.weights_sha256 != subjects[0].weights_sha256:
+            raise mismatch(
+                "subject",
+                name,
+                expected=_subject(subjects[0].model, subjects[0].weights_sha256),
+                of=names[0],
+                got=_subject(subject.model, subject.weights_sha256),
+                fix="Take SAEs of one subject at a time",
+            )
+
+
+def _subject(model: str, weights_sha256: str) -> str:
+    return f"{model} with weights {weights_sha256}"
+
+
+def _subject_of(identity: SaeIdentity) -> str:
+    return _subject(identity.subject_model, identity.subject_weights_sha256)

@@ -1,0 +1,118 @@
+"""Whether an SAE fits: every kind of misfit is refused in the same form of words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from winnow.schemas.base import sha256_hex
+from winnow.schemas.errors import SaeMismatch
+from winnow.schemas.fit import (
+    check_autoencoder,
+    check_dataset,
+    check_one_subject,
+    check_same_place,
+    check_subject,
+    other_windows,
+)
+from winnow.schemas.training import SaeCard, SaeIdentity, SaeParts
+from winnow.schemas.window import WindowRule
+from winnow.store.testing import make_plan
+
+PLAN = make_plan(2, hooks={"resid_post.1": 8, "mlp_out.0": 4})
+OTHER = sha256_hex(b"another subject")
+FORM = r"^the {what} of {name}: expected .*{expected} \({of}'s\), got .*{got}.*\."
+
+
+def card(**fields: Any) -> SaeCard:
+    base = {"d_model": 8, "latents": 16, "k": 2, "hook": "resid_post.1", "normalize": "none"}
+    base |= {"weights": "raw", "weights_sha256": sha256_hex(b"an sae"), "identity": identity()}
+    return SaeCard.model_validate(base | fields)
+
+
+def identity(weights_sha256: str = PLAN.subject.weights_sha256) -> SaeIdentity:
+    return SaeIdentity(
+        plan_fingerprint=PLAN.fingerprint,
+        dataset_sha256=None,
+        subject_model="a/model",
+        subject_weights_sha256=weights_sha256,
+    )
+
+
+MISFITS = [
+    ({"hook": "resid_post.0"}, "hook", "resid_post.1, mlp_out.0", "resid_post.0"),
+    ({"hook": "unknown"}, "hook", "resid_post.1, mlp_out.0", "unknown"),
+    ({"d_model": 4}, "width D", "8", "4"),
+    ({"identity": identity(OTHER)}, "subject", PLAN.subject.weights_sha256, OTHER),
+]
+
+
+@pytest.mark.parametrize(("fields", "what", "expected", "got"), MISFITS, ids=lambda value: str(value)[:20])
+def test_a_dataset_that_does_not_fit(fields, what, expected, got):
+    form = FORM.format(what=what, name="runs/a", of="the dataset", expected=expected, got=got)
+    with pytest.raises(SaeMismatch, match=form):
+        check_dataset("runs/a", card(**fields), PLAN)
+
+
+@pytest.mark.parametrize("fields", [{}, {"identity": None}, {"hook": "mlp_out.0", "d_model": 4}])
+def test_a_dataset_that_fits(fields):
+    check_dataset("runs/a", card(**fields), PLAN)
+
+
+def test_several_hooks_fit_no_dataset_row():
+    joined = card(with_hooks=("mlp_out.0",), d_model=12, parts=SaeParts(widths=(8, 4)))
+    with pytest.raises(SaeMismatch, match=r"the hooks of runs/a: expected one hook .*resid_post.1, mlp_o"):
+        check_dataset("runs/a", joined, PLAN)
+
+
+def test_a_transcoder_reads_a_dataset_and_is_no_autoencoder():
+    parts = SaeParts(d_out=4, target_normalize="none")
+    check_dataset("runs/a", card(target_hook="mlp_out.0", parts=parts), PLAN)
+    with pytest.raises(
+        SaeMismatch, match=r"the hooks of runs/a: .*autoencoder of one hook, got a transcoder"
+    ):
+        check_autoencoder("runs/a", parts)
+    with pytest.raises(SaeMismatch, match=r"got a crosscoder of 2 hooks"):
+        check_autoencoder("runs/a", SaeParts(widths=(8, 4)))
+    check_autoencoder("runs/a", SaeParts())
+
+
+@pytest.mark.parametrize(
+    ("fields", "what", "expected", "got"),
+    [
+        ({"hook": "resid_post.0"}, "hook", "resid_post.1", "resid_post.0"),
+        ({"d_model": 4}, "width D", "8", "4"),
+        ({"identity": identity(OTHER)}, "subject", PLAN.subject.weights_sha256, OTHER),
+    ],
+    ids=["hook", "width", "subject"],
+)
+def test_two_saes_that_do_not_read_the_same_place(fields, what, expected, got):
+    form = FORM.format(what=what, name="runs/b", of="runs/a", expected=expected, got=got)
+    with pytest.raises(SaeMismatch, match=form):
+        check_same_place("runs/b", card(**fields), "runs/a", card())
+    check_same_place("runs/b", card(identity=None), "runs/a", card())
+
+
+def test_another_subject_than_the_datasets_and_saes_of_two_subjects():
+    planned = PLAN.subject
+    found = planned.model_copy(update={"weights_sha256": OTHER})
+    names = {"expected": planned.weights_sha256, "got": OTHER}
+    form = FORM.format(what="weights", name=f"subject '{planned.model}'", of="the dataset", **names)
+    with pytest.raises(SaeMismatch, match=form):
+        check_subject(found, planned)
+    form = FORM.format(what="subject", name="runs/b", of="runs/a", **names)
+    with pytest.raises(SaeMismatch, match=form):
+        check_one_subject(["runs/a", "runs/b"], [planned, found])
+    check_subject(planned, planned)
+    check_one_subject(["runs/a", "runs/b"], [planned, planned])
+
+
+def test_windows_that_begin_otherwise_are_a_warning():
+    here = WindowRule.of(PLAN)
+    other = WindowRule(bos=not here.bos)
+    assert other_windows("runs/a", card(), PLAN) is None
+    assert other_windows("runs/a", card(window=here), PLAN) is None
+    warning = other_windows("runs/a", card(window=other), PLAN)
+    assert warning is not None
+    assert f"runs/a was trained where {other.words}; in this dataset {here.words}" in warning
