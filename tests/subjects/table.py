@@ -27,23 +27,23 @@ INTRODUCTION = f"""\
 # Subjects: every causal language model of transformers {transformers.__version__}
 
 A tiny random model of each of the {len(CLASSES)} architectures that `AutoModelForCausalLM` knows, and of some
-of their forms, was loaded with `subject.attention: auto` and tried; what Winnow gives is held to the bare
-transformers model. `make test-subjects` does it again and fails where this page says otherwise;
-`python -m tests.subjects.table --write` writes it anew.
+of their forms, was loaded with `subject.attention: auto` and compared with the bare transformers model.
+`make test-subjects` repeats this and fails if the result differs from this page;
+`python -m tests.subjects.table --write` rewrites the page.
 
-- **attention**: what `auto` takes.
-- **sites**: where activations can be read and replaced, on every layer unless some are named. Replaced by
-  themselves, they leave every logit bit-identical; replaced by zeros, the next block gets zeros; and
-  `resid_post = resid_pre + attn_out + mlp_out` where all are there. A site that is not named is refused.
+- **attention**: what `auto` selects.
+- **sites**: where activations can be read and replaced, on every layer unless some are named. If a site is
+  replaced by itself, every logit is bit-identical; if it is replaced by zeros, the next block receives zeros;
+  and `resid_post = resid_pre + attn_out + mlp_out` if all are present. A site that is not named is refused.
   Module paths can be read on every subject that loads.
-- **truncation**: loaded only as far as a hook, the subject gives the bits that the whole one gives.
+- **truncation**: a subject loaded only up to a hook gives the same bits as the whole subject.
 - **generation**: `cached`, or a whole pass for each token. The logits of every step are those of a whole pass
   over the same tokens, and a steer of strength 0 changes no bit.
 - **tail**: the passes of evaluation and attribution that begin at a hook: `patched` (whole windows) and
   `continued` (positions after one changed row, with a cache); `right` is both.
 
-Everywhere: logits and losses are the bare model's, a window alone gives what it gives in a batch of 8, and no
-logit depends on a later token.
+For every subject, logits and losses are those of the bare model, a window alone gives the same result as in a
+batch of 8, and no logit depends on a later token.
 
 | subject | class | attention | sites | truncation | generation | tail | why |
 |---|---|---|---|---|---|---|---|
