@@ -322,8 +322,8 @@ def page(rows: dict[str, Any], bench: Bench, command: str, remarks: str = "", pl
     steps = bench.steps(bench.spec(Cell(OURS, 1e-3, 0)))
     intro = (
         f"N = {bench.latents:,}, K = {bench.k}, {steps} steps of {bench.batch_rows:,} rows of `{bench.hook}`"
-        f" of {plan.subject.model.rpartition('/')[2]}, the same rows in the same order for everybody. Held"
-        " out, raw space, rows of weight 1. Mean and range over the seeds."
+        f" of {plan.subject.model.rpartition('/')[2]}, the same rows in the same order for every"
+        " trainer. Held-out rows, raw space, rows of weight 1. Mean and range over the seeds."
     )
     windows = " or ".join(str(count) for count in sorted({row["windows"] for row in rows.values()}))
     notes = NOTES.format(units=SILENCE_UNITS, windows=windows)
@@ -331,11 +331,11 @@ def page(rows: dict[str, Any], bench: Bench, command: str, remarks: str = "", pl
 
 
 NOTES = """Each trainer has its own normalisation, initialisation, optimiser and AuxK coefficient; warm-up
-over 5 % of the steps; decay over the last 20 % (sparsify's Adam: linear from the warm-up on; its default
-optimiser, signum: neither, it averages). A latent is dead to AuxK after a fortieth of the run, Winnow's
-default, and to the peers' after a tenth: their own defaults are longer than this run. Winnow publishes
+over 5 % of the steps; decay over the last 20 % (sparsify's Adam: linear after the warm-up; its default
+optimiser, signum: neither, it averages). AuxK treats a latent as dead after a fortieth of the run in Winnow
+(its default), and after a tenth in the peers, whose own defaults are longer than this run. Winnow publishes
 the better of its weights and their moving average, by held-out FVU in its normalised space. `dead`: latents
-that no row of {units} training units activates. Delta CE is taken on {windows} held-out windows."""
+that no row of {units} training units activates. Delta CE is measured on {windows} held-out windows."""
 
 
 def main() -> None:

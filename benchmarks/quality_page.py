@@ -1,4 +1,4 @@
-"""What `benchmarks.quality` writes for people: the table as Markdown, and a picture of every search."""
+"""The page of `benchmarks.quality`: the table as Markdown, and a plot of every search."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def page_of(rows: Mapping[str, Row], intro: str, notes: str, remarks: str, comma
     Args:
         rows: By trainer.
         intro: What was trained on what.
-        notes: What is particular to each trainer.
-        remarks: What a person has to say about the figures; may be empty.
+        notes: What differs between trainers.
+        remarks: Comments on the figures; may be empty.
         command: What made the page.
         plot: The picture's place.
     """
@@ -36,7 +36,7 @@ def page_of(rows: Mapping[str, Row], intro: str, notes: str, remarks: str, comma
         lines.append(f"| {name} | {row['lr']:g} | {' | '.join(cells)} |")
     lines += [
         "",
-        "FVU by learning rate, first seed (each search goes on until the best is between two others):",
+        "FVU by learning rate, first seed (each search continues until the best lies between two others):",
         "",
     ]
     lines += [

@@ -158,9 +158,9 @@ def page(report: dict[str, Any]) -> str:
         return " ".join(f"`{json.dumps(token, ensure_ascii=False)[1:-1]}`" for token in tokens)
 
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    return f"""# Steering: a latent says what it promotes
+    return f"""# Steering: clamping a latent raises the tokens it promotes
 
-Written by `python -m benchmarks.steering`; its docstring says how the latent is chosen and what is measured.
+Written by `python -m benchmarks.steering`; its docstring describes the choice of the latent and the measure.
 
 Latent {report["latent"]} of `{report["sae"]}` at `{report["hook"]}` was taken from the
 {report["candidates"]} latents whose most promoted token has the highest logit,

@@ -77,13 +77,13 @@ def page(
         "",
         "Written by `python -m winnow.evaluator.explanations` from the evaluation of an SAE of "
         f"`{evaluation.hook}` of {evaluation.subject_model} (N = {evaluation.latents:,}, K = {evaluation.k}, "
-        f"weights `{evaluation.sae_sha256[:12]}`). The latents are the first {len(shown)} of a random sample; none "
-        "was picked. Definitions: [evaluation.md](../evaluation.md).",
+        f"weights `{evaluation.sae_sha256[:12]}`). The latents are the first {len(shown)} of a random sample; "
+        "none was selected by hand. Definitions: [evaluation.md](../evaluation.md).",
         "",
         f"The whole sample: precision {_told(evaluation, 'n2g_precision')}, recall "
         f"{_told(evaluation, 'n2g_recall')}; {family.notes[0]}.",
         "",
-        "An n-gram's `▢` is any token; `·` is a space. In a window the token the latent fires on stands in "
+        "In n-grams `▢` is any token and `·` a space. In a window the token on which the latent fires is in "
         "**bold**.",
         "",
     ]
@@ -107,7 +107,7 @@ def section(fact: dict[str, Any], dataset: ActivationStore, tokenizer: Any, rema
         text = window_text(dataset.tokens(place["window"]).tolist(), place["position"], tokenizer)
         lines.append(f"- {place['value']:.3f}, window {place['window']}: {text}")
     if remark:
-        lines += ["", f"*Read by a person:* {remark}"]
+        lines += ["", f"*Remark:* {remark}"]
     return lines
 
 

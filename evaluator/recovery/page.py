@@ -92,17 +92,18 @@ def page_of(records: Sequence[Record], remarks: str = "") -> str:
 
     Args:
         records: All runs.
-        remarks: What a person has to say about them, in Markdown; stands at the end.
+        remarks: Comments on them, in Markdown; appended at the end.
     """
     rows = max(record["rows"] for record in records)
     lines = [
         "# Recovery of known directions",
         "",
-        "Written by `winnow recovery` (and `python -m benchmarks.recovery_peers`, where it was run). "
+        "Written by `winnow recovery` (and `python -m benchmarks.recovery_peers`, if it was run). "
         f"D = 64, 256 directions, {rows:,} rows, each seen once; the task: `evaluator/recovery/task.py`. "
         "Mean over the seeds with its 95 % interval (Student's t). The learning rate is the best on the "
-        "first seed, for everybody, searched in steps of about 1.8 until it lies between two others; ~ marks "
-        "where that is still to do. AuxK: share of the steps on which it was active, where a trainer tells.",
+        "first seed, for every variant, searched in steps of about 1.8 until it lies between two others; "
+        "~ marks unfinished searches. AuxK: share of the steps on which it was active, if the trainer "
+        "reports it.",
         "",
         "- matched cosine: mean over the true directions of the cosine with their latent, matched one to one",
         f"- found: share of the directions matched above {FOUND}; mean max cosine: not one to one",

@@ -224,7 +224,7 @@ def page(sweep: Sweep, laws: Laws, command: str, picture: str) -> str:
     names = {"joint": "the law", "plain": "a plain power law", "nearest": "the nearest SAE"}
     return f"""# Scaling laws on {facts["subject"].rsplit("/", 1)[-1]}, {facts["hook"]}
 
-Written by `{command}`; the numbers stand in `{picture}.json` beside this page.
+Written by `{command}`; the numbers are in `{picture}.json` beside this page.
 
 {len(sweep.cells)} SAEs, N from {ns[0]:,} to {ns[-1]:,}, K from {ks[0]} to {ks[-1]}, D = {facts["d_model"]},
 {facts["epochs"]:g} epochs of one dataset each, batches of {
@@ -236,10 +236,8 @@ normalised space.
 {table(["N", *(f"K = {k}" for k in ks)], [[f"{n:,}", *(shown(by.get((n, k))) for k in ks)] for n in ns])}
 
 \\* not converged: by the slope of its training loss over the later half of the steps at constant learning
-rate, twice the tokens would lower it by 2 % or more. {converged} of {
-        len(sweep.cells)
-    } have converged. Where a cell has
-not, L mixes what N and K allow with what the tokens allowed, and the law below describes this budget, not the
+rate, twice the tokens would lower it by 2 % or more. {converged} of {len(sweep.cells)} have converged. In the
+others L reflects the number of tokens as well as N and K, and the law below describes this budget, not the
 limit of long training.
 
 ## L(N, K)
@@ -254,8 +252,8 @@ limit of long training.
 
 ## Is it predictable?
 
-The SAEs of N = {
-        told["held_out"]["latents"]:,}, predicted from all smaller ones; predicted over true loss, minus 1:
+The SAEs with N = {
+        told["held_out"]["latents"]:,}, predicted from all smaller ones, as predicted over true loss, minus 1:
 
 {
         table(
@@ -276,13 +274,13 @@ The SAEs of N = {
         )
     }
 
-The least error is that of {names[better]}.
+The smallest error is that of {names[better]}.
 
 ## L(C)
 
-For each K the least training loss that any N has reached at a compute C = 6 N D tokens, while the learning
-rate was constant, fitted by `exp(a + b log C) + exp(z)`. Neighbouring points of a curve are not independent,
-so these intervals are too narrow.
+For each K the smallest training loss that any N has reached at a compute C = 6 N D tokens, while the
+learning rate was constant, fitted by `exp(a + b log C) + exp(z)`. Neighbouring points of a curve are not
+independent, so these intervals are too narrow.
 
 {table(["K", "b", "irreducible loss exp(z)", "rms error"], compute)}
 
@@ -290,7 +288,7 @@ so these intervals are too narrow.
 
 {
         table(
-            ["N", "K", "L", "the law says", "twice the tokens", "held out / training"],
+            ["N", "K", "L", "law over L, minus 1", "twice the tokens", "held out / training"],
             [
                 [
                     f"{c.latents:,}",
