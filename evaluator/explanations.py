@@ -76,8 +76,8 @@ def page(
         "# Explanations of latents, and what the latents fire on",
         "",
         "Written by `python -m winnow.evaluator.explanations` from the evaluation of an SAE of "
-        f"`{evaluation.hook}` of {evaluation.subject_model} (N = {evaluation.latents:,}, K = {evaluation.k}, "
-        f"weights `{evaluation.sae_sha256[:12]}`). The latents are the first {len(shown)} of a random sample; "
+        f"`{evaluation.hook}` of {evaluation.subject_model} (N = {evaluation.latents:,}, "
+        f"K = {evaluation.k}, weights `{evaluation.sae_sha256[:12]}`). The latents are the first {len(shown)} of a random sample; "
         "none was selected by hand. Definitions: [evaluation.md](../evaluation.md).",
         "",
         f"The whole sample: precision {_told(evaluation, 'n2g_precision')}, recall "
