@@ -77,8 +77,9 @@ def page(
         "",
         "Written by `python -m winnow.evaluator.explanations` from the evaluation of an SAE of "
         f"`{evaluation.hook}` of {evaluation.subject_model} (N = {evaluation.latents:,}, "
-        f"K = {evaluation.k}, weights `{evaluation.sae_sha256[:12]}`). The latents are the first {len(shown)} of a random sample; "
-        "none was selected by hand. Definitions: [evaluation.md](../evaluation.md).",
+        f"K = {evaluation.k}, weights `{evaluation.sae_sha256[:12]}`). "
+        f"The latents are the first {len(shown)} of a random sample; none was selected by hand. "
+        "Definitions: [evaluation.md](../evaluation.md).",
         "",
         f"The whole sample: precision {_told(evaluation, 'n2g_precision')}, recall "
         f"{_told(evaluation, 'n2g_recall')}; {family.notes[0]}.",

@@ -11,7 +11,7 @@ import pytest
 
 from winnow.schemas.errors import DISTRIBUTION, Extra, install_command
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRA = re.compile(r"\b(winnow(?:[-_]\w+)?)\\?\[([a-z, ]+|\{\w+\})\\?\]")
 """A distribution with extras, as pip is given it, or as a program fills them in; patterns escape brackets."""
