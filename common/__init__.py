@@ -1,1 +1,1 @@
-"""Small helpers that every room may use: files, cores, devices, hashing, reports."""
+"""Helpers that every room may use; they need the standard library only."""

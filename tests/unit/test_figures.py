@@ -1,0 +1,16 @@
+import pytest
+
+from winnow.common.figures import human_bytes, human_rate
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(10, "10 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**51, "2048.0 TiB")],
+)
+def test_bytes_have_the_largest_fitting_unit(count, text):
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(("rate", "text"), [(0.345, "0.34"), (9.96, "10"), (1204.4, "1,204")])
+def test_a_small_rate_keeps_two_digits(rate, text):
+    assert human_rate(rate) == text
