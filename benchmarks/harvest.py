@@ -24,12 +24,13 @@ import torch
 from benchmarks.ceiling import measure_ceiling
 from benchmarks.report import write_report
 from winnow.cli.harvest import ensure_plan
-from winnow.common.config_file import load_config, section
+from winnow.common.config_file import load_config
 from winnow.common.cores import cores_each
+from winnow.common.reporter import reporting
 from winnow.harvester.run import batching
 from winnow.harvester.run.driver import harvest
 from winnow.harvester.run.ledger import read_ledger
-from winnow.schemas.config import Config
+from winnow.schemas.config import Config, section
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.reader import load_plan, read_tokens
 from winnow.subject.load import Subject
@@ -112,4 +113,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

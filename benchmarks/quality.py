@@ -38,8 +38,8 @@ from benchmarks.peer_trainers import PEERS, Job
 from benchmarks.peers import environment, installed
 from benchmarks.quality_page import draw, page_of
 from benchmarks.report import write_report
-from winnow.cli.console import say
 from winnow.common.config_file import load_config
+from winnow.common.reporter import reporting, say
 from winnow.evaluator.families.downstream import AtHook, Variant, splice_losses
 from winnow.evaluator.setting import subject_spec_of
 from winnow.sae.formats.convert import import_sae
@@ -385,4 +385,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

@@ -25,8 +25,8 @@ import torch
 
 from benchmarks.peer_trainers import BATCH_PEERS, PEERS, Job
 from benchmarks.peers import environment, installed
-from winnow.cli.console import say
 from winnow.cli.recovery import Place, fill_cell, read_records
+from winnow.common.reporter import reporting, say
 from winnow.evaluator.recovery.page import page_of
 from winnow.evaluator.recovery.task import Task
 from winnow.evaluator.recovery.train import DEAD_AFTER, Figures, figures_of
@@ -109,4 +109,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

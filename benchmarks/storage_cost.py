@@ -40,6 +40,7 @@ import torch
 
 from benchmarks.report import write_report
 from winnow.common.config_file import load_config
+from winnow.common.reporter import reporting
 from winnow.evaluator.heldout import measure_in_subject
 from winnow.schemas.config import Config
 from winnow.schemas.harvest import Compress, Dtype, HarvestPlan, row_bytes
@@ -226,4 +227,5 @@ def _trained(config: Config, name: str, after: Callable[..., dict[str, float]] |
 
 
 if __name__ == "__main__":
-    main()
+    with reporting():
+        main()

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say
+from winnow.cli.console import emit, guard, print_table
 from winnow.common.config_file import load_config
+from winnow.common.reporter import say
 from winnow.evaluator.attribution import attribute, logit_difference, without
 from winnow.evaluator.setting import Setting
 from winnow.schemas.config import Config

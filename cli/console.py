@@ -1,4 +1,4 @@
-"""What every command shares: the config file, errors as exit codes, progress, tables.
+"""What every command shares: the config file, errors as exit codes, what it reports, tables.
 
 Results go to stdout, everything else to stderr, so that `--json` leaves one object for a program.
 """
@@ -6,11 +6,11 @@ Results go to stdout, everything else to stderr, so that `--json` leaves one obj
 from __future__ import annotations
 
 import json
+import logging
 import sys
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -24,22 +24,100 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from winnow.common.figures import human_rate
+from winnow.common.reporter import Display, Lines, Progress, reporting
 from winnow.schemas.errors import WinnowError
 
 stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
 stdout = Console(highlight=False, markup=False, emoji=False)
 
-PLAIN_SECONDS = 10.0
-"""Between progress lines where stderr is no terminal."""
 
-T = TypeVar("T")
+class Bar:
+    """A live bar on a terminal's stderr, below the lines that are printed meanwhile."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}", style="dim"),
+            console=stderr,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(
+            progress.label, total=progress.total, completed=int(progress.done), rate="", facts=""
+        )
+
+    def update(self) -> None:
+        """See `common.reporter.Display`."""
+        progress = self._progress
+        self._bar.update(
+            self._task,
+            completed=int(progress.done),
+            rate=f"{human_rate(progress.rate)} {progress.unit}/s",
+            facts=progress.facts,
+        )
+
+    def close(self, finished: bool) -> None:
+        """Leave the bar as it is, whether or not the work is finished."""
+        del finished
+        self._bar.stop()
+
+
+class ConsoleReporter(Lines):
+    """What commands report through: a live bar on a terminal, plain lines elsewhere."""
+
+    def say(self, message: str) -> None:
+        """Print the line on stderr, above a live bar."""
+        stderr.print(message, markup=False, soft_wrap=True)
+
+    def begin(self, progress: Progress) -> Display:
+        """See `common.reporter.Reporter`."""
+        return Bar(progress) if stderr.is_terminal else super().begin(progress)
+
+
+class _Records(logging.Handler):
+    """Prints a log record as a line, such as `warning: ...`; the console puts it above a live bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = f"{record.levelname.lower()}: {self.format(record)}"
+            stderr.print(message, markup=False, soft_wrap=True)
+        except Exception:  # as every handler of the standard library
+            self.handleError(record)
+
+
+_RECORDS = _Records(logging.WARNING)
+_LOGGER = logging.getLogger("winnow")
+
+
+@contextmanager
+def reporting_to_console() -> Generator[None]:
+    """Show on stderr what library code tells, warnings too, until the block ends."""
+    outermost = _RECORDS not in _LOGGER.handlers
+    _LOGGER.addHandler(_RECORDS)
+    try:
+        with reporting(ConsoleReporter()):
+            yield
+    finally:
+        if outermost:
+            _LOGGER.removeHandler(_RECORDS)
 
 
 @contextmanager
 def guard() -> Generator[None]:
-    """A `WinnowError` becomes a sentence on stderr and its exit code; no memory 1, Ctrl-C 130."""
+    """A command's work is reported on stderr, and what it raises becomes an exit code.
+
+    A `WinnowError` becomes a sentence on stderr and its exit code; no memory 1, Ctrl-C 130.
+    """
     try:
-        yield
+        with reporting_to_console():
+            yield
     except WinnowError as error:
         stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
@@ -56,11 +134,6 @@ def guard() -> Generator[None]:
     except KeyboardInterrupt as error:
         stderr.print("interrupted: run the same command again to go on", style="yellow")
         raise typer.Exit(130) from error
-
-
-def say(message: str) -> None:
-    """One line for people, on stderr."""
-    stderr.print(message, markup=False, soft_wrap=True)
 
 
 def emit(value: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -81,99 +154,3 @@ def print_table(title: str, rows: Sequence[Sequence[object]], header: Sequence[s
     for row in rows:
         table.add_row(*[str(cell) for cell in row])
     stdout.print(table)
-
-
-class Progress:
-    """Progress with rate and ETA: a live bar on a terminal, plain lines elsewhere.
-
-    Args:
-        label: What is going on.
-        total: Work in `unit`s; None where it is not known.
-        unit: The rate's unit, such as `tokens`.
-        done: Work finished by an earlier run: shown, but not counted into the rate.
-    """
-
-    def __init__(self, label: str, total: float | None, unit: str, done: float = 0) -> None:
-        self.label, self.total, self.unit, self.done = label, total, unit, done
-        self._start_done, self._start, self._last = done, time.monotonic(), 0.0
-        self._facts, self._shown = "", -1.0
-        self._bar: RichProgress | None = None
-
-    @property
-    def rate(self) -> float:
-        """Units a second in this run."""
-        return (self.done - self._start_done) / max(time.monotonic() - self._start, 1e-9)
-
-    @property
-    def eta_seconds(self) -> float | None:
-        """Seconds left at this run's rate, where it can be told."""
-        if self.total is None or self.rate <= 0:
-            return None
-        return max(self.total - self.done, 0) / self.rate
-
-    def __enter__(self) -> Progress:
-        self._start = time.monotonic()
-        if stderr.is_terminal:
-            self._bar = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[facts]}", style="dim"),
-                console=stderr,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(
-                self.label, total=self.total, completed=int(self.done), rate="", facts=""
-            )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif error[0] is None and self.done != self._shown:
-            self._line()
-
-    def advance(self, amount: float, **facts: object) -> None:
-        """Report `amount` more units done; `facts` are shown beside (`fvu="0.21"`)."""
-        self.update(self.done + amount, **facts)
-
-    def update(self, done: float, **facts: object) -> None:
-        """Report `done` units in all."""
-        self.done = done
-        if facts:
-            self._facts = " ".join(f"{key} {value}" for key, value in facts.items())
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=int(done),
-                rate=f"{human_rate(self.rate)} {self.unit}/s",
-                facts=self._facts,
-            )
-        elif time.monotonic() - self._last >= PLAIN_SECONDS:
-            self._line()
-
-    def _line(self) -> None:
-        self._last, self._shown = time.monotonic(), self.done
-        share = f"/{self.total:,.0f} ({self.done / self.total:.0%})" if self.total else ""
-        eta = self.eta_seconds
-        left = f", ETA {int(eta // 60)}:{int(eta % 60):02d}" if eta is not None else ""
-        facts = f"  {self._facts}" if self._facts else ""
-        say(f"{self.label}: {self.done:,.0f}{share} {self.unit}, {human_rate(self.rate)}/s{left}{facts}")
-
-
-def human_rate(rate: float) -> str:
-    """`1,204`, or `0.35` where the figure is small."""
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-
-
-def human_bytes(count: float) -> str:
-    """`1.5 GiB`."""
-    for suffix in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or suffix == "TiB":
-            return f"{count:.0f} {suffix}" if suffix == "B" else f"{count:.1f} {suffix}"
-        count /= 1024
-    raise AssertionError("unreachable")

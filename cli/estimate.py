@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from winnow.cli.console import emit, guard, print_table
-from winnow.common.config_file import load_config, section
-from winnow.schemas.config import Config
+from winnow.common.config_file import load_config
+from winnow.schemas.config import Config, section
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say
+from winnow.cli.console import emit, guard, print_table
 from winnow.common.config_file import load_config
+from winnow.common.reporter import say
 from winnow.evaluator.frontier import draw_frontiers
 from winnow.evaluator.report import (
     EVALUATION_KEY,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from winnow.cli.console import Progress, emit, guard, print_table, say
+from winnow.cli.console import emit, guard, print_table
 from winnow.common.config_file import load_config
+from winnow.common.reporter import Progress, say
 from winnow.evaluator.report import load_evaluation
 from winnow.explorer.index.build import Recipe
 from winnow.explorer.index.subjects import LazySubject
@@ -32,6 +34,8 @@ from winnow.store.objects import open_store
 if TYPE_CHECKING:
     from winnow.explorer.site.api import Desk
     from winnow.explorer.site.exhibit import Exhibit
+
+log = logging.getLogger("winnow.explorer")
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN_VARIABLE = "WINNOW_EXPLORER_TOKEN"
@@ -158,7 +162,7 @@ def build_index(
     recipe = Recipe(sae_uri, place.root, out, scratch, spec, place.subject, place.storage)
     indexer = recipe.open()
     if (warning := other_windows(sae_uri, indexer.card, indexer.dataset.plan)) is not None:
-        say(warning)
+        log.warning(warning)
     with ExitStack() as crew, ExitStack() as stack:
         bars: dict[str, Progress] = {}
 
@@ -277,7 +281,7 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
     try:
         dataset()
     except (StoreError, ConfigError) as error:
-        say(f"explorer: the dataset is not at hand, so ablations take pasted text only ({error})")
+        log.warning("explorer: the dataset is not at hand, so ablations take pasted text only (%s)", error)
         at_hand = None
     for exhibit in exhibits:
         exhibit.window = window_rule(exhibit, at_hand)
@@ -295,9 +299,10 @@ def window_rule(exhibit: Exhibit, dataset: Callable[[], ActivationStore] | None)
     if dataset is not None and dataset().plan.fingerprint == meta.plan_fingerprint:
         return WindowRule.of(dataset().plan)
     if meta.subject.bos_token_id is not None:
-        say(
-            f"explorer: the index of {exhibit.name} does not say whether windows begin with BOS: texts are "
-            "read without it; `--root` with its dataset, or indexing anew, tells"
+        log.warning(
+            "explorer: the index of %s does not say whether windows begin with BOS: texts are read without "
+            "it; `--root` with its dataset, or indexing anew, tells",
+            exhibit.name,
         )
     return WindowRule()
 

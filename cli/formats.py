@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from winnow.cli.console import emit, guard, say
+from winnow.cli.console import emit, guard
+from winnow.common.reporter import say
 from winnow.sae.formats.convert import READERS, UNKNOWN_HOOK, WRITERS, export_sae, import_sae
+
+log = logging.getLogger("winnow.trainer")
 
 IMPORT_HELP = """Turn another library's sparse autoencoder into one of Winnow's.
 
@@ -53,7 +57,7 @@ def register(app: typer.Typer) -> None:
         with guard():
             card = import_sae(source, format_name, out, hook=hook, target_hook=target_hook, centred=centred)
             if card.hook == UNKNOWN_HOOK:
-                say("warning: the files do not say where this SAE reads; --hook would")
+                log.warning("the files do not say where this SAE reads; --hook would")
             kind = "transcoder" if card.parts.d_out else "SAE"
             sizes = f"{card.parts.activation} {kind}, D = {card.d_model:,}, N = {card.latents:,}"
             emit(card.model_dump(mode="json"), as_json, lambda: say(f"{sizes}, {card.hook} → {out}"))

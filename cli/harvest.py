@@ -8,14 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from winnow.cli.console import Progress, emit, guard, human_bytes, print_table, say
-from winnow.common.config_file import load_config, section
+from winnow.cli.console import emit, guard, print_table
+from winnow.common.config_file import load_config
+from winnow.common.figures import human_bytes
+from winnow.common.reporter import Progress, say
 from winnow.harvester.plan.planner import find_plan, make_plan, refuse_other
 from winnow.harvester.run import forecast as forecasts
 from winnow.harvester.run.driver import check_space, harvest
 from winnow.harvester.run.ledger import account, read_ledger
 from winnow.harvester.run.mend import mend
-from winnow.schemas.config import Config
+from winnow.schemas.config import Config, section
 from winnow.schemas.harvest import HarvestManifest, HarvestPlan
 from winnow.store.check.info import bad_records, token_rows
 from winnow.store.objects import ObjectStore, open_store

@@ -8,7 +8,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from winnow.cli.console import Progress, emit, guard, print_table, say
+from winnow.cli.console import emit, guard, print_table
+from winnow.common.reporter import Progress, say
 from winnow.evaluator.recovery import page
 from winnow.evaluator.recovery.task import Task
 from winnow.evaluator.recovery.train import FIRST_LR, VARIANTS, Figures, measure, train_variant

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say, stdout
+from winnow.cli.console import emit, guard, print_table, stdout
+from winnow.common.reporter import say
 from winnow.jobs.runs import HEADER, Seen, find_runs, last_records, picture
 from winnow.schemas.errors import ConfigError
 from winnow.store.objects import ObjectStore, open_store

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say
+from winnow.cli.console import emit, guard, print_table
+from winnow.common.reporter import say
 from winnow.evaluator.scaling.laws import mean_error
 from winnow.evaluator.scaling.report import Laws, Sweep, as_json, fit_laws, page, read_sweep
 from winnow.store.objects import open_store

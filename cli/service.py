@@ -9,8 +9,9 @@ from typing import Annotated
 import torch
 import typer
 
-from winnow.cli.console import emit, guard, say
+from winnow.cli.console import emit, guard
 from winnow.common.config_file import load_config
+from winnow.common.reporter import say
 from winnow.jobs.queue import Queue
 from winnow.schemas.errors import ConfigError
 from winnow.store.objects import open_store

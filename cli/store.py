@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from winnow.cli.console import Progress, emit, guard, human_bytes, print_table, say, stdout
+from winnow.cli.console import emit, guard, print_table, stdout
+from winnow.common.figures import human_bytes
+from winnow.common.reporter import Progress, say
 from winnow.schemas.config import StorageSpec
 from winnow.store.check.info import DatasetInfo, bad_records, dataset_info, token_rows
 from winnow.store.check.repair import repair

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +12,13 @@ import typer
 from winnow.cli import estimate as estimate_cli
 from winnow.cli import runs as runs_cli
 from winnow.cli import service as service_cli
-from winnow.cli.console import emit, guard, human_bytes, print_table, say, stderr
+from winnow.cli.console import emit, guard, print_table
 from winnow.common.config_file import load_config
+from winnow.common.figures import human_bytes
+from winnow.common.reporter import say
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
-from winnow.trainer.mesh.world import Launch, launch_of
+from winnow.trainer.mesh.world import launch_of, only_the_first_tells
 from winnow.trainer.plan.sweep import grid_specs, require_room
 from winnow.trainer.run.loop import AfterTrain, train, train_fleet
 from winnow.trainer.run.publish import Summary
@@ -85,16 +86,6 @@ def register(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
                 summary = train(settings, after_train=after_train, extend=extend, launch=launch)
             if launch.rank == 0:
                 emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
-
-
-@contextmanager
-def only_the_first_tells(launch: Launch) -> Iterator[None]:
-    """Progress and notices come from one rank; errors from each."""
-    before, stderr.quiet = stderr.quiet, stderr.quiet or launch.rank > 0
-    try:
-        yield
-    finally:
-        stderr.quiet = before
 
 
 def register_sweep(app: typer.Typer, after_train: AfterTrain | None = None) -> None:

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
-from winnow.cli.console import say
 from winnow.common.cores import cores_each, usable_cores
+from winnow.common.reporter import say
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
+
+log = logging.getLogger("winnow.harvester")
 
 WAIT_NOTE_SECONDS = 30.0
 """Between messages while no node has room for a single actor."""
@@ -223,7 +225,12 @@ class Crew:
         self._spawn()
         if gone:
             self.nodes_lost += 1
-            say(f"{self._named.who}: a node is gone, {len(self.members)} actors go on: {first_line(verdict)}")
+            log.warning(
+                "%s: a node is gone, %d actors go on: %s",
+                self._named.who,
+                len(self.members),
+                first_line(verdict),
+            )
         return gone
 
     def _spawn(self) -> None:

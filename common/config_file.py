@@ -97,10 +97,3 @@ def _index(items: list[Any], part: str) -> int:
     if not part.isdecimal() or int(part) >= len(items):
         raise ConfigError(f"--set ...{part}", expected=f"a list index below {len(items)}", got=repr(part))
     return int(part)
-
-
-def section(value: T | None, name: str) -> T:
-    """A section the command needs; ConfigError where the config leaves it out."""
-    if value is None:
-        raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix="Add it")
-    return value

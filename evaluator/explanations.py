@@ -11,7 +11,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from winnow.cli.console import guard, say
+from winnow.cli.console import guard
+from winnow.common.reporter import say
 from winnow.common.yaml_text import parse_yaml
 from winnow.evaluator.report import EVALUATION_KEY, load_evaluation, require_one
 from winnow.evaluator.setting import subject_spec_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from winnow.cli.console import say
+from winnow.common.reporter import say
 from winnow.evaluator.families.downstream import Reached, figures_of, runs_of, sae_variants, splice_losses
 from winnow.evaluator.setting import subject_spec_of
 from winnow.harvester.run.ledger import read_ledger

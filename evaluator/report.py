@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from winnow.cli.console import say
+from winnow.common.reporter import say
 from winnow.evaluator.families import ablation, compute, downstream, reconstruction, stability
 from winnow.evaluator.judge import family as judge
 from winnow.evaluator.n2g import family as n2g

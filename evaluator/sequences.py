@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from winnow.cli.console import Progress
+from winnow.common.reporter import Progress
 from winnow.evaluator.setting import Setting
 from winnow.schemas.errors import ConfigError
 

@@ -5,6 +5,7 @@ Letters: B rows, K slots of the codes, D d_model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from winnow.cli.console import say
 from winnow.common.device import resolve_device
 from winnow.sae.model import Sae
 from winnow.schemas.config import StorageSpec
@@ -28,6 +28,8 @@ from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.subject.load import Subject
 from winnow.subject.tail import Tail
+
+log = logging.getLogger("winnow.evaluator")
 
 CHUNK_ROWS = 4096
 """Stored rows read and encoded at a time."""
@@ -110,7 +112,7 @@ class Setting:
         check_autoencoder(uri, sae.card.parts)
         check_dataset(uri, sae.card, dataset.plan)
         if (warning := other_windows(uri, sae.card, dataset.plan)) is not None:
-            say(warning)
+            log.warning(warning)
         spec = spec or EvaluateSpec()
         return cls(uri, sae, sae.card, dataset, spec, chosen, device, storage, judge_key=judge_key)
 

@@ -24,8 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from winnow.common.config_file import section
-from winnow.schemas.config import Config
+from winnow.schemas.config import Config, section
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError
 from winnow.schemas.service import JOBS, JobBeat, JobClaim, JobEnd, TrainJob
 from winnow.store.format.layout import PLAN_KEY

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from winnow.cli.console import say
 from winnow.common.config_file import load_config
+from winnow.common.reporter import say
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, StoreError, WorkerError
 

@@ -12,6 +12,7 @@ root: that is the pool.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
 import signal
@@ -27,12 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from winnow.cli.console import say
+from winnow.common.reporter import say
 from winnow.jobs.queue import Job, Queue, awaits_harvest, is_stopped
-from winnow.jobs.worker import PERMANENT, STOPPED
 from winnow.schemas.errors import StoreError
-from winnow.schemas.service import JobBeat, JobClaim
+from winnow.schemas.service import PERMANENT, STOPPED, JobBeat, JobClaim
 from winnow.store.objects import ObjectStore
+
+log = logging.getLogger("winnow.trainer")
 
 BEAT_SECONDS = 5.0
 """Between two renewals of a lease."""
@@ -139,7 +141,7 @@ class Service:
                 try:
                     left = self.turn()
                 except StoreError as error:  # storage may come back; workers find out by themselves
-                    say(f"warning: the queue cannot be reached: {error}")
+                    log.warning("the queue cannot be reached: %s", error)
                     left = True
                 if until_empty and not left:
                     return
@@ -205,7 +207,7 @@ class Service:
         gone = claim.service == self.name or self._is_dead(claim, beat)
         if not gone and time.monotonic() - seen.since < LEASE_SECONDS:
             return False
-        say(f"job {job.name}: its service {claim.service} is gone; it goes on from its checkpoint")
+        log.warning("job %s: its service %s is gone; it goes on from its checkpoint", job.name, claim.service)
         self.queue.end(job.name, number, "released", f"the service {claim.service} showed no life")
         job.ends.add(number)
         return True
@@ -267,7 +269,9 @@ class Service:
                 self._beat(attempt)
         except StoreError:
             if time.monotonic() - self._heard > LEASE_SECONDS / 2:
-                say("storage is out of reach for half a lease: the runs end before others take them over")
+                log.warning(
+                    "storage is out of reach for half a lease: the runs end before others take them over"
+                )
                 self._ask_to_end(self.attempts)
             raise
         self._beaten = self._heard = time.monotonic()
@@ -314,7 +318,9 @@ class Service:
         elif stopped:
             say(f"job {job.name} is stopped; a checkpoint is kept")
         else:
-            say(f"job {job.name}: attempt {number} failed, it will be tried again from its checkpoint")
+            log.warning(
+                "job %s: attempt %d failed, it will be tried again from its checkpoint", job.name, number
+            )
 
     # ---- the end ---------------------------------------------------------------------------------
 

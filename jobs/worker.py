@@ -12,9 +12,7 @@ import signal
 import sys
 import threading
 
-from winnow.cli.console import say
-from winnow.common.config_file import section
-from winnow.schemas.config import Config
+from winnow.schemas.config import Config, section
 from winnow.schemas.errors import (
     ConfigError,
     DependencyMissing,
@@ -22,20 +20,18 @@ from winnow.schemas.errors import (
     UnsupportedVersion,
     WinnowError,
 )
+from winnow.schemas.service import PERMANENT, STOPPED
 from winnow.store.objects import open_store
-
-STOPPED, PERMANENT = 75, 65
-"""Exit codes, after sysexits.h: try again later; the data is wrong."""
 
 
 def main(arguments: list[str]) -> int:
-    """Train a job's config; gives the exit code."""
+    """Train a job's config, reporting on stderr; gives the exit code."""
     root, name, attempt = arguments[0], arguments[1], int(arguments[2])
     try:
         threading.Thread(target=_go_with_the_service, daemon=True).start()
-        from winnow.cli.train import only_the_first_tells
+        from winnow.cli.console import reporting_to_console
         from winnow.jobs.queue import Queue
-        from winnow.trainer.mesh.world import launch_of
+        from winnow.trainer.mesh.world import launch_of, only_the_first_tells
         from winnow.trainer.plan.sweep import grid_specs
         from winnow.trainer.run.loop import train_fleet
 
@@ -46,16 +42,16 @@ def main(arguments: list[str]) -> int:
         config = on_this_device(job.job.config)
         specs = grid_specs(config) if config.sweep is not None else [section(config.train, "train")]
         launch = launch_of(os.environ)
-        with only_the_first_tells(launch):
+        with reporting_to_console(), only_the_first_tells(launch):
             train_fleet(config, specs, lost=lambda: queue.was_ended(name, attempt), launch=launch)
         return 0
     except KeyboardInterrupt:
         return STOPPED
     except (ConfigError, NonFiniteError, UnsupportedVersion, DependencyMissing) as error:
-        say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return PERMANENT
     except WinnowError as error:
-        say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 1
 
 

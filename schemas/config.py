@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
 from winnow.schemas.base import Contract
 from winnow.schemas.corpus import CorpusSpec
+from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import EvaluateSpec
 from winnow.schemas.harvest import HarvestSpec, PlanSpec
 from winnow.schemas.subject import SubjectSpec
 from winnow.schemas.training import TrainSpec
+
+T = TypeVar("T")
 
 
 class StorageSpec(Contract):
@@ -82,3 +85,10 @@ class Config(Contract):
     """sweep: the grid."""
     evaluate: EvaluateSpec = EvaluateSpec()
     """evaluate: sample sizes and what optional families need."""
+
+
+def section(value: T | None, name: str) -> T:
+    """A section the caller needs; ConfigError if the config leaves it out."""
+    if value is None:
+        raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix="Add it")
+    return value

@@ -66,8 +66,7 @@ def other_windows(name: str, card: SaeCard, plan: HarvestPlan) -> str | None:
     if card.window is None or card.window.bos == here.bos:
         return None
     return (
-        f"warning: {name} was trained where {card.window.words}; in this dataset {here.words}: its "
-        "activations differ"
+        f"{name} was trained where {card.window.words}; in this dataset {here.words}: its activations differ"
     )
 
 

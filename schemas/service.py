@@ -14,6 +14,9 @@ JOBS = "jobs"
 JobName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 """The first 16 digits of a config's digest: the same config is the same job."""
 
+STOPPED, PERMANENT = 75, 65
+"""Exit codes of an attempt at a job, after sysexits.h: try again later; the data is wrong."""
+
 RunState = Literal["training", "finished", "stopped", "failed"]
 
 

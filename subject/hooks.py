@@ -31,7 +31,7 @@ from torch import nn
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import HOOK_SITES, parse_hook
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.harvester")
 
 
 class BlockPaths(NamedTuple):

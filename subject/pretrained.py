@@ -20,7 +20,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import SubjectSpec
 from winnow.subject.gguf_tokenizer import gguf_tokenizer
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.harvester")
 
 _LOAD_ERRORS = (
     OSError,

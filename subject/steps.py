@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.harvester")
 
 Kept = dict[str, Any]
 """What a model returned of its cache, by the argument that takes it back."""

@@ -33,7 +33,7 @@ from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement, read, rebuilt, replaced
 from winnow.subject.steps import same_logits, trial_ids, turning_points
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.harvester")
 
 _TRIAL = 12
 """Positions of the windows on which it is tried what may be spared."""

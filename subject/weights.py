@@ -29,7 +29,7 @@ from winnow.schemas.errors import ConfigError, StoreError
 from winnow.schemas.subject import SubjectIdentity, SubjectSpec
 from winnow.subject.pretrained import convert, first_line, load_tokenizer, tokenizer_digest
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.harvester")
 
 CONVERSION = "v2"
 """Raised when what a conversion writes changes; part of the cache key."""

@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from winnow.common.reporter import Lines, reporting
+
 BUCKET_PREFIX = "winnow-test-"
 START_SECONDS = 30.0
 
@@ -100,6 +102,25 @@ def pytest_unconfigure() -> None:
 
 _sessions: list[pytest.Session] = []
 _used: list[S3Server] = []
+
+
+class Listener(Lines):
+    """Keeps what is said, of progress the plain lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """The lines that library code tells people in this test."""
+    listener = Listener()
+    with reporting(listener):
+        yield listener.lines
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from winnow.cli.console import Progress
+from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import figure, mean_figure
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.model import Sae

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from winnow.cli.console import Progress
+from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import figure
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.metrics import L0, Fvu

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from winnow.cli.console import Progress, human_bytes
+from winnow.common.figures import human_bytes
+from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import mean_figure
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.model import Sae

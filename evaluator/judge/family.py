@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from winnow.cli.console import Progress
+from winnow.common.reporter import Progress
 from winnow.evaluator.activations import Activations, gather
 from winnow.evaluator.bootstrap import mean_figure
 from winnow.evaluator.judge.endpoint import Endpoint

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from winnow.cli.console import Progress
+from winnow.common.reporter import Progress
 from winnow.evaluator.activations import Activations, active, gather
 from winnow.evaluator.bootstrap import figure, mean_figure
 from winnow.evaluator.families.downstream import AtHook, Reached, Variant, splice_losses

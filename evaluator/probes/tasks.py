@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from winnow.cli.console import say
 from winnow.common.packages import resolve_package
+from winnow.common.reporter import say
 from winnow.evaluator.probes.texts import BIBLE, PLAYS, SUITE, Example
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.errors import ConfigError, IntegrityError

@@ -6,6 +6,7 @@ bytes are those of one worker with as many threads. Workers on other nodes must 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -15,12 +16,13 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from winnow.cli.console import say
 from winnow.cluster.crew import Crew, Named, cluster, first_line, gpus_per_actor, threads_per_actor
 from winnow.explorer.index.build import Hands, Recipe
 from winnow.schemas.config import Config
 from winnow.schemas.errors import WinnowError, WorkerError
 from winnow.schemas.harvest import HarvestSpec
+
+log = logging.getLogger("winnow.explorer")
 
 ATTEMPTS = 3
 """Of one unit or part; what a dead node took along does not count."""
@@ -131,4 +133,4 @@ def _failed(tries: Counter[int], step: str, number: int, error: WinnowError) -> 
     tries[number] += 1
     if tries[number] >= ATTEMPTS or error.exit_code == 2:
         raise error
-    say(f"index: {step} {number} failed ({tries[number]}x), tried again: {error}")
+    log.warning("index: %s %d failed (%dx), tried again: %s", step, number, tries[number], error)

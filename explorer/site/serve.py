@@ -15,7 +15,7 @@ from winnow.explorer.site.gate import Gate
 from winnow.explorer.site.lane import Busy
 from winnow.schemas.errors import ConfigError, StoreError, WinnowError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.explorer")
 
 STATIC = Path(__file__).parent / "static"
 KINDS = {

@@ -8,6 +8,7 @@ nothing else reaches it before the whole corpus has been read and found good.
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,7 +17,7 @@ from importlib import metadata
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
-from winnow.cli.console import say
+from winnow.common.reporter import say
 from winnow.harvester.plan.sources import find_files
 from winnow.harvester.plan.tokenise import DocumentTokenizer
 from winnow.harvester.plan.windows import CorpusWindows, PlanProgress, ProgressCallback
@@ -32,6 +33,8 @@ from winnow.store.write.writer import create_dataset, differing_fields, put_toke
 
 if TYPE_CHECKING:
     from winnow.subject.load import Subject
+
+log = logging.getLogger("winnow.harvester")
 
 PUT_THREADS = 8
 """Token chunks on their way to the store together."""
@@ -92,9 +95,11 @@ def make_plan(
         identity = stored.subject  # the same but for the place of its files
     tokenizer = DocumentTokenizer(subject.tokenizer, identity, spec, stored)
     if spec.bos == "none" and tokenizer.added_bos is not None:
-        say(
-            f"plan: bos is none, though the tokenizer of {identity.model} puts a BOS before every text "
-            f"(token {tokenizer.added_bos}): the model may do far worse without; plan.bos: auto adds it"
+        log.warning(
+            "plan: bos is none, though the tokenizer of %s puts a BOS before every text (token %d): the "
+            "model may do far worse without; plan.bos: auto adds it",
+            identity.model,
+            tokenizer.added_bos,
         )
     spec = tokenizer.spec
     store.probe(single_writer=config.storage.single_writer)  # before hours of reading, and before any put

@@ -23,7 +23,7 @@ from winnow.store.objects import ObjectStore
 from winnow.store.records.commit import settle
 from winnow.subject.load import Subject
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.harvester")
 
 GAIN = 1.05
 """A larger batch must be so much faster to be worth its memory."""

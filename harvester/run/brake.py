@@ -7,15 +7,19 @@ command goes on.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 
-from winnow.cli.console import human_bytes, say
+from winnow.common.figures import human_bytes
+from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError, WorkerError
 from winnow.schemas.follow import FollowerPosition, FollowLimits
 from winnow.schemas.harvest import HarvestPlan
 from winnow.store.objects import ObjectStore
 from winnow.store.read.follow import delete_unit, deleted_units, read_followers
+
+log = logging.getLogger("winnow.harvester")
 
 LOOK_SECONDS = 1.0
 """Between two looks at the followers."""
@@ -84,9 +88,10 @@ class Brake:
         need = max((f.units_ahead for f in self._followers if not f.finished), default=0) * self._unit_bytes
         if need > limits.high_water_bytes and not self._warned:
             self._warned = True
-            say(
-                f"warning: harvest.follow.high_water_bytes is raised to {human_bytes(need)}: a follower "
-                "shuffles that much together; lower its group_units to keep less"
+            log.warning(
+                "harvest.follow.high_water_bytes is raised to %s: a follower shuffles that much together; "
+                "lower its group_units to keep less",
+                human_bytes(need),
             )
         return max(need, limits.high_water_bytes)
 

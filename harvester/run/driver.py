@@ -13,15 +13,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from winnow.cli.console import Progress, human_bytes, say
 from winnow.cluster.crew import Crew, cluster, first_line, gpus_per_actor, threads_per_actor
-from winnow.common.config_file import section
+from winnow.common.figures import human_bytes
+from winnow.common.reporter import Progress, say
 from winnow.harvester.run.brake import Brake
 from winnow.harvester.run.failures import Failures
 from winnow.harvester.run.ledger import RunLedger, settle_account
 from winnow.harvester.run.single import LocalRun, accept, check_single_writer
 from winnow.harvester.run.worker import UnitWorker
-from winnow.schemas.config import Config
+from winnow.schemas.config import Config, section
 from winnow.schemas.errors import StoreError, WinnowError, WorkerError
 from winnow.schemas.follow import FollowLimits
 from winnow.schemas.harvest import HarvestManifest, HarvestPlan

@@ -11,10 +11,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 
-from winnow.cli.console import say
 from winnow.schemas.errors import (
     CommitUnknown,
     ConfigError,
@@ -26,6 +26,8 @@ from winnow.schemas.errors import (
 )
 from winnow.schemas.harvest import HarvestSpec
 from winnow.store.write.writer import brief
+
+log = logging.getLogger("winnow.harvester")
 
 CAUSE_CHARS = 500
 """Longest cause that a void receipt carries."""
@@ -81,7 +83,7 @@ class Failures:
             self._suspects.add(unit)
         storage = isinstance(error, StoreError) and not isinstance(error, (MissingObject, CommitUnknown))
         if storage:
-            say(f"unit {unit}: storage failed, tried again later: {error}")
+            log.warning("unit %d: storage failed, tried again later: %s", unit, error)
             if self._check_storage:
                 self._check_storage()
         else:
@@ -90,7 +92,7 @@ class Failures:
             if given_up:
                 self.quarantined[unit] = error
             done = "quarantined" if given_up else "tried again"
-            say(f"unit {unit} failed ({self._tries[unit]}x), {done}: {error}")
+            log.warning("unit %d failed (%dx), %s: %s", unit, self._tries[unit], done, error)
         if self._in_row >= self._spec.abort_after_failures:
             raise self._abort(error)
         return unit not in self.quarantined

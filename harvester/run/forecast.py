@@ -10,12 +10,11 @@ import math
 import time
 from collections.abc import Callable
 
-from winnow.cli.console import human_bytes
-from winnow.common.config_file import section
 from winnow.common.cores import cores_each
+from winnow.common.figures import human_bytes
 from winnow.harvester.run.ledger import WRITE_SECONDS, read_ledger
 from winnow.schemas.base import Contract
-from winnow.schemas.config import Config, PricesSpec
+from winnow.schemas.config import Config, PricesSpec, section
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.harvest import MOMENT_UNITS, SLICES, HarvestPlan, PlanSpec, row_bytes
 from winnow.schemas.subject import HookSite

@@ -8,7 +8,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 
-from winnow.cli.console import say
+from winnow.common.reporter import say
 from winnow.harvester.run.failures import Failures
 from winnow.schemas.errors import MissingObject, WinnowError
 from winnow.schemas.harvest import HarvestLedger, HarvestManifest, HarvestPlan, LedgerRun, TokenAccount

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 
-from winnow.cli.console import say
+from winnow.common.reporter import say
 from winnow.harvester.plan.planner import read_corpus
 from winnow.harvester.run.single import local_worker
 from winnow.schemas.base import sha256_hex

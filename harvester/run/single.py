@@ -8,23 +8,25 @@ driver makes the units itself, one after another.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from winnow.cli.console import Progress, say
 from winnow.common.clock import now
-from winnow.common.config_file import section
 from winnow.common.cores import usable_cores
+from winnow.common.reporter import Progress, say
 from winnow.harvester.run.failures import Failures
 from winnow.harvester.run.ledger import RunLedger, UnitFacts
 from winnow.harvester.run.worker import UnitWorker
-from winnow.schemas.config import Config
+from winnow.schemas.config import Config, section
 from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
 from winnow.schemas.harvest import Attempt, HarvestPlan, HarvestSpec
 from winnow.store.objects import ObjectStore
 from winnow.store.read.reader import load_token_digests
 from winnow.store.write.writer import commit_void
+
+log = logging.getLogger("winnow.harvester")
 
 UNITS_HELD = 2
 """Units in this process at once: one in the LM, one being committed."""
@@ -128,4 +130,4 @@ def accept(store: ObjectStore, plan: HarvestPlan, spec: HarvestSpec, failures: F
         )
         tokens = digests[unit].tobytes().hex()
         commit_void(store, plan, unit, cause, tokens_sha256=tokens, attempt=attempt)
-        say(f"unit {unit} is void: {cause}")
+        log.warning("unit %d is void: %s", unit, cause)

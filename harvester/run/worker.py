@@ -36,7 +36,7 @@ from winnow.store.read.reader import read_tokens
 from winnow.store.write.writer import commit_unit
 from winnow.subject.load import Subject
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.harvester")
 
 _TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,

@@ -71,7 +71,7 @@ MAX_REPLY = 1 << 16
 """Bytes of a reply to a put, or of a refusal, that are read."""
 
 Method = Literal["GET", "PUT"]
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.store")
 
 
 class _Unsuitable(Exception):

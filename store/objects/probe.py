@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RACERS = 8
 """Threads that create one key at the same time."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.store")
 
 
 def race(store: ObjectStore, key: str, bodies: list[bytes]) -> list[bool]:

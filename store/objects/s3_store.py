@@ -48,7 +48,7 @@ SINGLE_PUT_BYTES = 4 << 30
 """Longest object that `S3Store.put` sends in one part; S3 takes 5 GiB."""
 MULTIPART_BYTES = 128 << 20
 """A part of a longer one; S3 takes 10,000 of them."""
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.store")
 
 
 @dataclass

@@ -25,7 +25,7 @@ from winnow.schemas.base import sha256_hex
 from winnow.schemas.harvest import HarvestPlan
 from winnow.store.format.layout import shard_key
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("winnow.store")
 RECOUNT_BYTES = 1 << 30
 """Other processes use the folder too: after writing so much, what is there is counted again."""
 STALE_SECONDS = 3600.0

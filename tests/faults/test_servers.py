@@ -255,7 +255,7 @@ def read(store: S3Store) -> bytes:
 def test_refused_urls_are_not_asked_for_ever(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     server, store = serve("no_urls")
     store.put_new("x", BODY)
-    with caplog.at_level(logging.INFO, "store"):
+    with caplog.at_level(logging.INFO, "winnow.store"):
         for _ in range(10):
             assert read(store) == BODY[10:1010]
     assert server.asked["GET url"] == REFUSALS

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from tests.support.planted import planted_config
 from winnow.cli import estimate as estimate_cli
-from winnow.common.config_file import load_config, section
+from winnow.common.config_file import load_config
+from winnow.schemas.config import section
 from winnow.store import ActivationStore
 from winnow.trainer.run.start import plan_order, resolve_recipe
 

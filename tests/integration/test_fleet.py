@@ -106,7 +106,7 @@ def test_members_that_were_killed_at_different_steps_catch_up_and_join(config, a
     assert (4, 9, 24) in begun
 
 
-def test_one_that_is_not_finite_stops_alone_and_is_named(config, alone, tmp_path, monkeypatch, capsys):
+def test_one_that_is_not_finite_stops_alone_and_is_named(config, alone, tmp_path, monkeypatch, caplog):
     original = loop.train_step
 
     def step(run, rows, weights):
@@ -120,7 +120,7 @@ def test_one_that_is_not_finite_stops_alone_and_is_named(config, alone, tmp_path
     assert (tmp_path / "wide" / WEIGHTS).read_bytes() == alone["wide"]
     status = json.loads((tmp_path / "seed" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 12)
-    assert "The others go on" in capsys.readouterr().err
+    assert "The others go on" in caplog.text
 
 
 @pytest.mark.parametrize("fields", [{"threads": 2}, {"out": "same"}])

@@ -35,7 +35,7 @@ def toy(tmp_path_factory):
     return toy_config(tmp_path_factory.mktemp("toy"), units=1)
 
 
-def test_a_splice_that_no_prediction_follows_is_not_measurable(last_only, tmp_path, capsys):
+def test_a_splice_that_no_prediction_follows_is_not_measurable(last_only, tmp_path, told):
     uri = save_sae(last_only, tmp_path / "sae", random_sae())
     found = evaluate(Setting.open(uri, last_only.root, SPEC))
     hollow = {"ce_clean", "ce_patched", "delta_ce", "kl", "loss_recovered_zero", "loss_recovered_mean"}
@@ -51,7 +51,7 @@ def test_a_splice_that_no_prediction_follows_is_not_measurable(last_only, tmp_pa
     assert "delta_ce, kl" in line
     summary = measure_in_subject(last_only, Sae.load(uri), Setting.open(uri, last_only.root).dataset, HOOK)
     assert "delta_ce" not in summary
-    assert NO_PREDICTION in capsys.readouterr().err
+    assert f"delta CE: {NO_PREDICTION}" in told
 
 
 def test_windows_that_a_splice_does_not_reach_are_no_samples():

@@ -185,7 +185,7 @@ def test_a_killed_index_goes_on_and_ends_with_the_same_bytes(site, tmp_path, mon
     assert made == []  # a finished index is only shown
 
 
-def test_two_workers_one_of_which_dies_make_the_same_bytes(site, tmp_path, monkeypatch, capfd):
+def test_two_workers_one_of_which_dies_make_the_same_bytes(site, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(crew, "IndexWorker", DyingWorker)
     monkeypatch.setenv(MARK, str(tmp_path / "died"))
     alone, shared = (
@@ -199,7 +199,7 @@ def test_two_workers_one_of_which_dies_make_the_same_bytes(site, tmp_path, monke
     with crew.crew_of(shared, 2, threads=1) as hands:
         meta = shared.open().run(lambda *step: steps.append(step), hands)
     assert (tmp_path / "died").exists()
-    assert "tried again" in capfd.readouterr().err
+    assert "tried again" in caplog.text
     assert files_of(tmp_path / "shared") == files_of(tmp_path / "alone")
     assert not (tmp_path / "shared" / "scratch").exists()
     assert [done for step, done, _ in steps if step == "units"] == list(range(meta.windows // 64 + 1))

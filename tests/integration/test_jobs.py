@@ -34,7 +34,7 @@ def head() -> Iterator[Head]:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a user has it: the code, a config, a subject, a corpus; and what must not travel."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("schemas", "store", "harvester", "trainer", "evaluator", "explorer"):
+    for name in ("common", "schemas", "store", "harvester", "trainer", "evaluator", "explorer"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("winnow.py", "ray_job.py"):
         shutil.copy(REPO / name, folder)

@@ -65,11 +65,11 @@ def test_a_checkpoint_in_parts_is_read_by_another_mesh(store, monkeypatch):
     write(store, run, 1, 1)
     (latents,) = [key for key, _ in store.list("checkpoints") if "latents" in key]
     assert parts(store, latents) > 1
-    found = newest_checkpoint(store, print)
+    found = newest_checkpoint(store)
     assert found is not None
     expected = pack(run)
     assert found[1].keys() == expected.keys()
     assert all(torch.equal(found[1][name], tensor) for name, tensor in expected.items())
     index = f"checkpoints/{8:012d}/index.json"
     assert not store.put_new(index, b"a second commit")
-    assert newest_checkpoint(store, print) is not None
+    assert newest_checkpoint(store) is not None

@@ -70,7 +70,7 @@ def test_a_token_that_is_not_there_is_refused(tmp_path, join, subject, said):
         planned(make_config(tmp_path, plan={"join": join}), subject=subject)
 
 
-def test_windows_begin_with_the_bos_that_the_tokenizer_adds(tmp_path, capfd):
+def test_windows_begin_with_the_bos_that_the_tokenizer_adds(tmp_path, caplog):
     write_corpus(tmp_path)
     subject = adding(BOS, "<bos>")
     subject.tokenizer.add_special_tokens(["<cls>"])
@@ -79,11 +79,11 @@ def test_windows_begin_with_the_bos_that_the_tokenizer_adds(tmp_path, capfd):
     assert (plan.spec.bos, plan.bos_token) == ("window", BOS)
     assert (tokens[..., 0] == BOS).all()
     assert dataset_info(store).bos_token == BOS
-    assert capfd.readouterr().err == ""
+    assert caplog.messages == []
     plain = make_config(tmp_path, plan={"bos": "none"}).model_copy(update={"root": str(tmp_path / "none")})
     plan, store, _ = planned(plain, subject=subject)
     assert (plan.spec.bos, plan.bos_token) == ("none", None)
-    (line,) = capfd.readouterr().err.splitlines()
+    (line,) = caplog.messages
     assert "plan: bos is none, though the tokenizer of testing/tokenizer-only puts a BOS" in line
 
 

@@ -306,7 +306,7 @@ def test_another_plan_is_refused_with_the_fields_before_reading(tmp_path, monkey
     assert tree(tmp_path / "root") == before
 
 
-def test_a_subject_that_moved_is_the_same_by_its_digests(tmp_path, capsys):
+def test_a_subject_that_moved_is_the_same_by_its_digests(tmp_path, told):
     """Of a name that is no folder here nothing can be digested, so the identity is handed in."""
     write_corpus(tmp_path)
     config = make_config(tmp_path)
@@ -323,7 +323,7 @@ def test_a_subject_that_moved_is_the_same_by_its_digests(tmp_path, capsys):
     with pytest.raises(PlanMismatch, match=r"subject\.revision"):  # the same name, another commit
         find_plan(config, store, subject=byte_subject(revision="a" * 40))
     assert make_plan(renamed, store, subject=moved) == plan
-    assert "elsewhere holds the weights and the tokenizer that were planned as" in capsys.readouterr().err
+    assert "elsewhere holds the weights and the tokenizer that were planned as" in told[-1]
     assert find_plan(renamed, store, subject=moved) == plan
 
 

@@ -192,7 +192,9 @@ def damage(path, how):
 
 @pytest.mark.parametrize("file", ["state.safetensors", "index.json"])
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
-def test_a_damaged_checkpoint_is_stepped_over(whole, config_of, tmp_path, monkeypatch, capsys, file, how):
+def test_a_damaged_checkpoint_is_stepped_over(
+    whole, config_of, tmp_path, monkeypatch, told, caplog, file, how
+):
     config = config_of(checkpoint_seconds=0)
     with monkeypatch.context() as patch:
         stop_after(patch, 20)
@@ -201,10 +203,9 @@ def test_a_damaged_checkpoint_is_stepped_over(whole, config_of, tmp_path, monkey
     assert checkpoints(tmp_path / "run") == [19, 20]
     damage(tmp_path / "run" / "checkpoints" / f"{20:012d}" / file, how)
     train(config)
-    said = " ".join(capsys.readouterr().err.split())
-    assert "step 19 of 48" in said
+    assert "going on from the checkpoint at step 19 of 48" in told
     if (file, how) != ("index.json", "missing"):  # without an index it is no checkpoint at all
-        assert "checkpoint 20 is damaged" in said
+        assert "checkpoint 20 is damaged" in caplog.text
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == whole
     assert checkpoints(tmp_path / "run") == [47, 48]
 
@@ -221,13 +222,13 @@ def test_when_every_checkpoint_is_damaged_nothing_is_guessed(config_of, tmp_path
         train(config)
 
 
-def test_a_finished_run_is_shown_and_not_trained_again(config_of, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_shown_and_not_trained_again(config_of, tmp_path, monkeypatch, told):
     config = config_of()
     first = train(config)
     stop_after(monkeypatch, 0)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert train(config) == first
-    assert "finished" in capsys.readouterr().err
+    assert told[-1] == f"{tmp_path / 'run'} is finished: nothing to train"
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
@@ -262,7 +263,7 @@ def test_another_spec_or_dataset_in_the_same_out_is_refused(config_of, tmp_path,
         train(config_of(k=5))
 
 
-def test_sigterm_makes_a_checkpoint_and_says_how_to_go_on(whole, config_of, tmp_path, monkeypatch, capsys):
+def test_sigterm_makes_a_checkpoint_and_says_how_to_go_on(whole, config_of, tmp_path, monkeypatch, told):
     assert threading.current_thread() is threading.main_thread()
     original, handler = loop.train_step, signal.getsignal(signal.SIGTERM)
 
@@ -275,7 +276,7 @@ def test_sigterm_makes_a_checkpoint_and_says_how_to_go_on(whole, config_of, tmp_
         patch.setattr(loop, "train_step", step)
         with pytest.raises(KeyboardInterrupt):
             train(config_of())
-    assert "step 10 of 48" in capsys.readouterr().err
+    assert "stopped after step 10 of 48; a checkpoint is kept" in told
     assert signal.getsignal(signal.SIGTERM) is handler
     found = tmp_path / "run" / "checkpoints" / "000000000010" / "index.json"
     index = CheckpointIndex.from_json(found.read_bytes(), origin="test")

@@ -9,6 +9,7 @@ neighbours. A process alone is the mesh 1 x 1, whose collectives do nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from winnow.common.reporter import reporting
 from winnow.schemas.errors import ConfigError, WorkerError
 from winnow.schemas.training import TrainSpec
 
@@ -60,6 +62,25 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
     if not 0 <= rank < size:
         raise ConfigError("RANK", expected=f"0 to WORLD_SIZE - 1 = {size - 1}", got=rank)
     return Launch(rank, size, local)
+
+
+@contextmanager
+def only_the_first_tells(launch: Launch) -> Iterator[None]:
+    """Progress and the trainer's warnings come from one rank, since each has the same; errors from each.
+
+    The store's warnings come from each, too: a cache that is full is that machine's own.
+    """
+    if launch.rank == 0:
+        yield
+        return
+    log = logging.getLogger("winnow.trainer")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with reporting(None):
+            yield
+    finally:
+        log.setLevel(before)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from winnow.cli.console import human_bytes
+from winnow.common.figures import human_bytes
 from winnow.schemas.errors import ConfigError, DependencyMissing
 from winnow.schemas.training import SaeParts, TrainSpec
 from winnow.trainer.mesh.world import check_mesh

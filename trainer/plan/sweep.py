@@ -6,11 +6,10 @@ import itertools
 import re
 from typing import Any
 
-from winnow.cli.console import human_bytes
-from winnow.common.config_file import section
 from winnow.common.device import resolve_device
+from winnow.common.figures import human_bytes
 from winnow.schemas.base import validate
-from winnow.schemas.config import Config
+from winnow.schemas.config import Config, section
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore

@@ -18,6 +18,7 @@ a warning.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -37,6 +38,8 @@ from winnow.trainer.mesh.shard import has_latents
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.checkpoint import pack
 from winnow.trainer.step.step import Run
+
+log = logging.getLogger("winnow.trainer")
 
 STATE = "state.safetensors"
 LARGEST_FILE_BYTES = 4 << 30
@@ -189,14 +192,13 @@ def _list(out: ObjectStore) -> dict[int, list[str]]:
     return places
 
 
-def newest_checkpoint(
-    out: ObjectStore, warn: Callable[[str], None], world: World | None = None
-) -> tuple[CheckpointIndex, Tensors] | None:
-    """The newest checkpoint that is whole on every rank; None where the run has none yet.
+def newest_checkpoint(out: ObjectStore, world: World | None = None) -> tuple[CheckpointIndex, Tensors] | None:
+    """The newest checkpoint that is whole on every rank; None if the run has none yet.
+
+    A damaged one is stepped over, with a warning.
 
     Args:
         out: The run's folder.
-        warn: Told of every damaged checkpoint that is stepped over.
         world: The mesh; alone where not given.
 
     Returns:
@@ -219,7 +221,7 @@ def newest_checkpoint(
         if not world.any(problem is not None)[0]:
             return state
         cause = problem or "on another rank"
-        warn(f"warning: checkpoint {step} is damaged and is stepped over: {cause}")
+        log.warning("checkpoint %d is damaged and is stepped over: %s", step, cause)
     if steps:
         raise IntegrityError(
             f"every checkpoint below {out.uri} is damaged",

@@ -5,12 +5,12 @@ Legend: B rows at a time, D width of the input, O width of the output.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from winnow.cli.console import say
 from winnow.sae.metrics import L0, Fvu
 from winnow.sae.model import Sae
 from winnow.schemas.errors import IntegrityError
@@ -20,6 +20,8 @@ from winnow.store.read.follow import deleted_units
 from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.mesh.world import World
 from winnow.trainer.step.step import Run
+
+log = logging.getLogger("winnow.trainer")
 
 CHUNK_ROWS = 8192
 """Rows read and reconstructed at a time."""
@@ -91,7 +93,7 @@ def calibration_rows(dataset: ActivationStore, spec: TrainSpec) -> list[tuple[Te
     gone = deleted_units(dataset.store, dataset.plan)
     train = [unit for unit in reversed(dataset.plan.split_units("train")) if unit not in gone]
     if not train:
-        say("the training rows are deleted: the threshold is taken from the held-out rows")
+        log.warning("the training rows are deleted: the threshold is taken from the held-out rows")
         train = list(dataset.plan.split_units("validation"))
     wanted = -(-CALIBRATION_ROWS // dataset.plan.rows_per_unit)
     found: list[tuple[Tensor, Tensor]] = []

@@ -7,6 +7,7 @@ warning and the run goes on. Both libraries are extras, `tensorboard` and `wandb
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -16,6 +17,8 @@ from typing import Any, Protocol
 from winnow.schemas.errors import DependencyMissing, Extra, install_command
 from winnow.schemas.training import TrainSpec
 from winnow.store.objects import ObjectStore
+
+log = logging.getLogger("winnow.trainer")
 
 WANDB_KEY = "wandb.json"
 """Holds the run's id, so that a resumed run goes on in the same curves."""
@@ -96,14 +99,12 @@ class Loggers:
         spec: Which.
         out: The run's folder.
         step: Steps finished.
-        warn: Says what was left out.
 
     Raises:
         DependencyMissing: The library that the spec asks for is not installed.
     """
 
-    def __init__(self, spec: TrainSpec, out: ObjectStore, step: int, warn: Callable[[str], None]) -> None:
-        self._warn = warn
+    def __init__(self, spec: TrainSpec, out: ObjectStore, step: int) -> None:
         self._open: dict[str, Logger] = {}
         name = out.uri.rstrip("/").rpartition("/")[2] or "run"
         if spec.tensorboard is not None:
@@ -131,7 +132,7 @@ class Loggers:
             raise
         except Exception as error:  # whatever a service or its library may raise
             self._open.pop(name, None)
-            self._warn(f"warning: {name} is left out from here on: {error}")
+            log.warning("%s is left out from here on: %s", name, error)
 
 
 def _require(package: Extra, field: str) -> Any:

@@ -7,16 +7,17 @@ weights have the bits that the same spec gives alone.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 
-from winnow.cli.console import Progress, human_bytes, say
-from winnow.common.config_file import section
 from winnow.common.device import cpu_threads, resolve_device, stop_on_signals, torch_settings
+from winnow.common.figures import human_bytes
+from winnow.common.reporter import Progress, say
 from winnow.sae.model import Sae
-from winnow.schemas.config import Config
+from winnow.schemas.config import Config, section
 from winnow.schemas.errors import ConfigError, NonFiniteError, WorkerError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
@@ -31,6 +32,8 @@ from winnow.trainer.run.telemetry import Record
 from winnow.trainer.run.transfer import Transfer
 from winnow.trainer.step.spans import sampling
 from winnow.trainer.step.step import StepReport, train_step
+
+log = logging.getLogger("winnow.trainer")
 
 AfterTrain = Callable[[Config, Sae, ActivationStore, str], dict[str, float]]
 """`after_train(config, sae, dataset, hook)` gives more figures for the summary."""
@@ -302,7 +305,7 @@ def take_steps(
             for member in [member for member in running if member.failure is not None]:
                 running.remove(member)
                 if not alone:
-                    say(f"{member.spec.out}: {member.failure} The others go on.")
+                    log.warning("%s: %s The others go on.", member.spec.out, member.failure)
             rate = stream.bytes_read / (now - opened)
             for member, (report, shares) in reports.items():
                 member.log(make_record(member, report) | shares | {"bytes_read_per_s": rate})

@@ -9,7 +9,6 @@ from contextlib import ExitStack, suppress
 
 import torch
 
-from winnow.cli.console import say
 from winnow.common.device import cpu_threads
 from winnow.schemas.config import Config
 from winnow.schemas.errors import NonFiniteError, StoreError
@@ -90,7 +89,7 @@ class Member:
             self._files.probe(single_writer=True)  # can we write there? asked before hours of work
             if world.leads:
                 allow_again(self.out)
-                self._loggers = Loggers(self.spec, self.out, self.step, warn=say)
+                self._loggers = Loggers(self.spec, self.out, self.step)
                 cleanup.callback(self._loggers.close)
             self.status.write("training")
         if self._dataset.arrivals is not None and world.leads:

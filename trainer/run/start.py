@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from winnow.cli.console import say
 from winnow.common.device import cpu_threads
+from winnow.common.reporter import say
 from winnow.sae.init import initialise
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
@@ -26,6 +27,8 @@ from winnow.trainer.run.telemetry import Telemetry
 from winnow.trainer.run.warm_start import warm_start
 from winnow.trainer.step.optim import Ema
 from winnow.trainer.step.step import Recipe, Run
+
+log = logging.getLogger("winnow.trainer")
 
 
 def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
@@ -105,7 +108,7 @@ def stand(
     else:
         sae = Sae(d_model, spec.latents, spec.k, spec.normalize, parts, device=device)
     run = Run(sae, recipe, loss_constant=1.0, world=world)
-    found = newest_checkpoint(out, say, world)
+    found = newest_checkpoint(out, world)
     if found is None:
         return run, Telemetry(out), True
     index, tensors = found
@@ -118,12 +121,16 @@ def stand(
         run.ema = Ema(run.sae, run.ema.beta)  # its beta follows from the number of steps
     threads = cpu_threads(spec)
     if (index.threads, index.device) != (threads, str(run.device)):
-        say(
-            f"warning: this run had {index.threads} threads on {index.device} and now has {threads} on "
-            f"{run.device}: the result is as good, but not bit-identical"
+        log.warning(
+            "this run had %d threads on %s and now has %d on %s: the result is as good, but not "
+            "bit-identical",
+            index.threads,
+            index.device,
+            threads,
+            run.device,
         )
     say(f"going on from the checkpoint at step {index.step} of {recipe.steps}")
-    return run, Telemetry.resume(out, index.step, warn=say), False
+    return run, Telemetry.resume(out, index.step), False
 
 
 def planned_as(before: TrainSpec, now: TrainSpec, extend: bool) -> TrainSpec:

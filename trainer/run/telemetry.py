@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from winnow.store.objects import ObjectStore
+
+log = logging.getLogger("winnow.trainer")
 
 METRICS_KEY = "metrics.jsonl"
 PLOT_KEY = "loss.png"
@@ -35,7 +38,7 @@ class Telemetry:
         self._flushed, self._stored = time.monotonic(), len(self.records)
 
     @classmethod
-    def resume(cls, out: ObjectStore, step: int, warn: Callable[[str], None]) -> Telemetry:
+    def resume(cls, out: ObjectStore, step: int) -> Telemetry:
         """Take the stored lines up to `step` steps finished; later ones will be written anew."""
         if out.size(METRICS_KEY) is None:
             return cls(out)
@@ -46,7 +49,7 @@ class Telemetry:
                 if record["step"] <= step:
                     records.append(record)
             except (ValueError, KeyError, TypeError):
-                warn(f"warning: line {number} of {METRICS_KEY} is unreadable and is left out")
+                log.warning("line %d of %s is unreadable and is left out", number, METRICS_KEY)
         return cls(out, records)
 
     def log(self, record: Record) -> None:

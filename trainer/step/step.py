@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from winnow.cli.console import say
+from winnow.common.reporter import say
 from winnow.sae import metrics
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError, NonFiniteError

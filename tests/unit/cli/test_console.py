@@ -1,11 +1,15 @@
+import io
 import json
+import logging
 
 import pytest
 import typer
+from rich.console import Console
 
 from winnow.cli import console
-from winnow.cli.console import Progress, guard, print_table, say
+from winnow.cli.console import guard, print_table
 from winnow.common.config_file import load_config
+from winnow.common.reporter import Progress, say
 from winnow.schemas.base import validate
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, NonFiniteError, StoreError
@@ -170,26 +174,52 @@ def test_emit_writes_one_json_object(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": 2.5, "b": 1}
 
 
-def test_progress_counts_only_this_run_into_the_rate(capsys, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    with Progress("work", 100, "rows", done=40) as bar:
-        now[0] = 110.0
-        bar.advance(20, fvu="0.5")
-        assert bar.rate == pytest.approx(2.0)
-        assert bar.eta_seconds == pytest.approx(20.0)
-    shown = capsys.readouterr().err
-    assert "60/100 (60%) rows, 2/s, ETA 0:20  fvu 0.5" in shown
+def test_a_command_shows_lines_progress_and_warnings_on_stderr_and_only_inside_guard(capsys):
+    log = logging.getLogger("winnow.store")
+    with guard():
+        say("one fact")
+        with Progress("work", 4, "rows") as bar:
+            bar.advance(4, fvu="0.5")
+        log.warning("the cache at %s is full", "/x")
+        log.info("a detail")
+    say("after")
+    log.warning("after")
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert (out, lines[0], lines[-1]) == ("", "one fact", "warning: the cache at /x is full")
+    assert [line.split(",")[0] for line in lines[1:-1]] == ["work: 4/4 (100%) rows"]
 
 
-def test_human_bytes():
-    assert console.human_bytes(10) == "10 B"
-    assert console.human_bytes(3 * 2**30) == "3.0 GiB"
+def test_a_guard_inside_another_shows_a_warning_once_and_leaves_the_outer_as_it_was(capsys):
+    with guard():
+        with guard():
+            logging.getLogger("winnow.trainer").warning("inner")
+        logging.getLogger("winnow.trainer").warning("outer")
+    assert capsys.readouterr().err.splitlines() == ["warning: inner", "warning: outer"]
+
+
+def test_on_a_terminal_lines_stand_above_a_live_bar(monkeypatch):
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=120, markup=False, highlight=False)
+    monkeypatch.setattr(console, "stderr", terminal)
+    with guard(), Progress("work", 4, "rows", done=1) as bar:
+        bar.advance(1, fvu="0.5")
+        say("a fact")
+        logging.getLogger("winnow.harvester").warning("unit 3 failed")
+        bar.advance(2, fvu="0.25")
+    text = shown.getvalue()
+    assert "a fact" in text
+    assert "warning: unit 3 failed" in text
+    last = text.rsplit("work", 1)[1]
+    assert "4/4" in last
+    assert "rows/s" in last
+    assert "fvu 0.25" in last
 
 
 def test_names_are_printed_as_they_are(capsys):
     name = "runs/[red]a[/] :bug: [link=x]"
     print_table(name, [(name, "1")], header=(name, name))
     assert capsys.readouterr().out.count(name) == 4
-    say(name)
+    with guard():
+        say(name)
     assert capsys.readouterr().err == name + "\n"
