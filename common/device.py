@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -76,7 +76,7 @@ def keep_memory() -> bool:
 
 
 @contextmanager
-def torch_settings(device: torch.device, threads: int) -> Iterator[None]:
+def torch_settings(device: torch.device, threads: int) -> Generator[None]:
     """Threads, and on a GPU deterministic kernels, for the length of a run; on a CPU `keep_memory`.
 
     Every CPU operation the trainer uses is deterministic at a fixed number of threads.
@@ -100,7 +100,7 @@ def torch_settings(device: torch.device, threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signals(stopping: threading.Event) -> Iterator[None]:
+def stop_on_signals(stopping: threading.Event) -> Generator[None]:
     """The first SIGINT or SIGTERM sets an event; a second one acts as usual.
 
     Outside the main thread signals are not ours, and the event stays unset.
