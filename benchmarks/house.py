@@ -109,9 +109,8 @@ def main() -> None:
             f"{room.lines / lines:4.0%} of the lines, {100 * room.comments / room.lines:.1f} comments per 100"
         )
         print(f"{room.name:10} {room.files:4} files {room.lines:6} lines, {share}")
-    print(
-        f"all        {sum(r.files for r in rooms):4} files {lines:6} lines, {100 * comments / lines:.1f} comments per 100"
-    )
+    files, per_100 = sum(room.files for room in rooms), 100 * comments / lines
+    print(f"{'all':10} {files:4} files {lines:6} lines, {per_100:.1f} comments per 100")
     held, found = floors(), circles()
     print("floors:", ", ".join(f"{name} {count}" for name, count in held.items()))
     print("circles:", found or "none")
