@@ -14,31 +14,34 @@ from winnow.schemas.errors import StoreError
 from winnow.store.objects.probe import Probe
 
 Data = bytes | bytearray | memoryview
-"""What a store takes; ranges come back as `bytes` or a read-only `memoryview` without a copy."""
+"""Bytes that a store takes; ranges come back as `bytes` or a read-only `memoryview` without a copy."""
 Pieces = tuple[Data, ...]
-"""One object's bytes, in order, so that nobody has to copy them together first."""
+"""One object's bytes, in order, in several buffers: joining them would copy a whole shard."""
 
 Ready = Callable[[], object]
-"""Raises where an object must not come to be after all."""
+"""Raises to veto the object's creation."""
 Digest = Callable[[], str]
-"""Gives an object's SHA-256 in hex, once it is known."""
+"""Returns an object's SHA-256 in hex; may wait until it is computed."""
 
 MAX_GET_BYTES = 1 << 31
 """Largest object that `get` reads whole unless told otherwise, in bytes."""
 
+# S3 allows 1,024 bytes for prefix and key together; the rest is left to the root's prefix.
 MAX_KEY = 512
 """Longest key below a root, in characters, all of them ASCII."""
 
+# No name begins with a dot: that rules out `..`, and leaves `.tmp` to `LocalStore`.
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
 
 def joined(data: Data | Pieces) -> Data:
-    """An object's bytes in one buffer; a copy only where they lie in pieces."""
+    """Return an object's bytes in one buffer, copied only if they are in pieces."""
     return b"".join(data) if isinstance(data, tuple) else data
 
 
 def check_key(key: str) -> str:
-    """`key`, or a StoreError where it could leave the root (see `winnow.schemas.base.RelativeKey`)."""
+    """Return `key`; StoreError if it could leave the root (see `winnow.schemas.base.RelativeKey`)."""
+    # `fullmatch`, since `$` would also match before a final newline.
     if len(key) > MAX_KEY or not _KEY.fullmatch(key):
         raise StoreError(f"object key {key[:80]!r} is not allowed", expected="relative, without '..'")
     return key
@@ -47,13 +50,13 @@ def check_key(key: str) -> str:
 class ObjectStore(ABC):
     """Objects under one root. Safe to use from threads; never pickled, so that no secret travels.
 
-    Every method raises StoreError where storage is unreachable, refuses, or is full.
+    Every method raises StoreError if storage is unreachable, refuses, or is full.
     """
 
     uri: str
     """The root, without credentials."""
     remote = True
-    """Whether reading costs a network's time, so that a local copy may pay."""
+    """Whether reads cross a network, so that a local copy may pay."""
 
     @abstractmethod
     def put_new(
@@ -62,24 +65,24 @@ class ObjectStore(ABC):
         """Create an object, in one part, durable on return.
 
         Args:
-            key: The object.
-            data: What it holds.
-            ready: Called before the object can be seen, and as late as the storage allows; where it raises,
-                nothing is created. For checks that can be made while the bytes get durable.
-            digest: For large objects whose digest is taken anyway: storage that wants it need not take it
-                again, and refuses bytes that do not have it.
+            key: The object's key.
+            data: The object's bytes.
+            ready: Called before the object becomes visible, as late as the storage allows; if it raises,
+                nothing is created. For checks that can run while the bytes become durable.
+            digest: SHA-256 of `data`, for large objects whose digest is computed anyway: storage that needs
+                it does not compute it again, and refuses bytes that do not match.
 
         Returns:
-            True: this call created it. False: something is there already, perhaps from this very
-            call, whose reply was lost on the first try.
+            True if this call created the object. False if one exists already, perhaps created by this very
+            call, whose first reply was lost.
         """
 
     @abstractmethod
     def put(self, key: str, data: Data) -> None:
-        """Create or overwrite. For run outputs and repair only, never for a dataset's hot path."""
+        """Create or overwrite an object. For run outputs and repair only, never on a dataset's hot path."""
 
     def version(self, key: str) -> str | None:
-        """A mark that changes with the object (an ETag); None where there is no object or no mark."""
+        """Return a mark that changes with the object (an ETag); None without an object or a mark."""
         del key
         return None
 
@@ -87,10 +90,10 @@ class ObjectStore(ABC):
         """Overwrite an object that is damaged. For repair only.
 
         Args:
-            key: The object.
-            data: What it shall hold.
-            version: What `version` gave before the damage was looked at. Where the storage can, it refuses
-                if the object has changed since.
+            key: The object's key.
+            data: The object's new bytes.
+            version: Result of `version` from before the damage was examined. Storage that can refuses if the
+                object has changed since.
 
         Raises:
             StoreError: Somebody else wrote the object meanwhile.
@@ -100,41 +103,41 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:
-        """The whole object.
+        """Read a whole object.
 
         Raises:
-            MissingObject: Nothing is there.
+            MissingObject: It does not exist.
             IntegrityError: It is longer than `limit` bytes; it was not read.
         """
 
     @abstractmethod
     def get_range(self, key: str, start: int, end: int) -> bytes | memoryview:
-        """Bytes [start, end), exactly.
+        """Read bytes [start, end), exactly.
 
         Raises:
-            MissingObject: Nothing is there.
+            MissingObject: The object does not exist.
             IntegrityError: The object ends before `end`.
         """
 
     @abstractmethod
     def get_ranges(self, key: str, starts: Sequence[int], ends: Sequence[int]) -> list[bytes | memoryview]:
-        """Several ranges of one object, near ones in one request; errors as in `get_range`."""
+        """Read several ranges of one object, near ones in one request; errors as in `get_range`."""
 
     @abstractmethod
     def get_suffix(self, key: str, length: int) -> bytes | memoryview:
-        """The last `length` bytes in one request; errors as in `get_range`."""
+        """Read the last `length` bytes in one request; errors as in `get_range`."""
 
     def read_into(self, key: str, start: int, parts: Sequence[Sequence[NDArray[np.uint8]]]) -> Iterator[None]:
         """Fill buffers with the run of bytes that begins at `start`; errors as in `get_range`.
 
         Args:
-            key: The object.
-            start: Where the first part begins.
-            parts: Buffers [bytes], writable, that lie one after another in the object. A buffer may be in
-                several parts, to be looked at in between.
+            key: The object's key.
+            start: Offset of the first part's first byte.
+            parts: Writable buffers [bytes] for consecutive bytes of the object. A buffer may be in several
+                parts, if the caller uses its content in between.
 
         Yields:
-            Once after each part is filled, so that it can be looked at while it is in the cache.
+            Once after each part is filled, so that the caller checks it while it is in the CPU's cache.
         """
         data = np.frombuffer(
             self.get_range(key, start, start + sum(buffer.size for part in parts for buffer in part)),
@@ -149,52 +152,55 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def size(self, key: str) -> int | None:
-        """Length in bytes, or None where nothing is there."""
+        """Return an object's length in bytes, or None if it does not exist."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """(key, bytes) of every object in the folder `prefix` and below, sorted by key."""
+        """List (key, bytes) of every object in the folder `prefix` and below, sorted by key."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object; nothing happens where there is none."""
+        """Remove an object if it exists."""
 
     @abstractmethod
     def child(self, prefix: str) -> ObjectStore:
-        """The same storage, rooted at the folder `prefix`."""
+        """Return the same storage, rooted at the folder `prefix`."""
 
     def free_bytes(self) -> int | None:
-        """Bytes free for new objects, or None where the storage does not say."""
+        """Return the bytes free for new objects, or None if the storage does not say."""
         return None
 
+    # A server that looks first and writes later escapes one race in twenty: all four, once in 160,000 probes.
     probe_races = 4
-    """Races of the probe: a server that looks first and writes later escapes each one time in twenty."""
+    """Races of the probe."""
+    # Bodies that take the server a while widen the gap between its look and its write.
     probe_race_bytes = 1 << 20
     """Bytes of each body in such a race."""
 
     def probe(self, single_writer: bool = False) -> None:
-        """Check, with objects of its own, that the storage keeps what the commit relies on.
+        """Check, with temporary objects, that the storage guarantees what the commit relies on.
 
-        What passed is remembered: this object does not ask again.
+        A passed probe is remembered and not repeated by this object.
 
         Args:
             single_writer: Accept a store that ignores if-none-match.
 
         Raises:
-            StoreError: What the store got wrong.
+            StoreError: The store fails; the message names the request.
         """
         if single_writer not in self._passed:
             Probe(self, single_writer).run()
-            self._passed |= {single_writer, True}  # what several writers may use, one may
+            # A store that is safe for several writers is safe for one.
+            self._passed |= {single_writer, True}
 
     _passed = frozenset[bool]()
-    """The `single_writer` of the probes that this store would pass."""
+    """Values of `single_writer` with which this store would pass the probe."""
 
     def examine(self, key: Callable[[], str]) -> None:
-        """Find out what else is good to know of the storage; for what has no bearing on other stores.
+        """Test what matters to this kind of storage only; called at the end of the probe.
 
         Args:
-            key: Gives a key to write to, which the caller removes.
+            key: Returns a new key to write to; the probe removes the object.
         """
         del key
 

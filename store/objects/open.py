@@ -1,4 +1,4 @@
-"""From the address of a root to its object store."""
+"""Opening a root by its address."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from winnow.store.objects.s3 import open_s3
 
 
 def open_store(uri: str, storage: StorageSpec | None = None) -> ObjectStore:
-    """The object store at `uri`.
+    """Open the object store at `uri`.
 
     Args:
         uri: A local path, `file:///...`, or `s3://bucket/prefix`.
@@ -31,7 +31,8 @@ def open_store(uri: str, storage: StorageSpec | None = None) -> ObjectStore:
         machine, slash, path = uri[len("file://") :].partition("/")
         if machine not in ("", "localhost") or not slash:
             raise ConfigError(f"root {uri!r} names another machine", expected="file:///absolute/path")
-        return LocalStore(unquote(f"/{path}"))  # all of it: `#` and `?` are letters of a path like others
+        # Not by `urlsplit`: `#` and `?` are ordinary letters of a path, and it would cut the path there.
+        return LocalStore(unquote(f"/{path}"))
     if scheme[1].lower() == "s3":
         bucket, _, prefix = uri[len("s3://") :].partition("/")
         return open_s3(bucket, prefix.strip("/"), storage)

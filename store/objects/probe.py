@@ -1,8 +1,4 @@
-"""The probe: whether storage keeps what the commit relies on, tried before anything else is written.
-
-Two puts in turn cannot show a server that looks whether the object is there and writes it later. So the probe
-also races: threads at a barrier create one key, with bodies that take the server a while.
-"""
+"""The probe: whether storage guarantees what the commit relies on, tested before anything else is written."""
 
 from __future__ import annotations
 
@@ -24,9 +20,11 @@ log = logging.getLogger("winnow.store")
 
 
 def race(store: ObjectStore, key: str, bodies: list[bytes]) -> list[bool]:
-    """Create `key` from as many threads as there are bodies, at the same moment; who was told "created".
+    """Create `key` from as many threads as there are bodies, at the same moment.
 
-    An error counts as "not created": it may have taken effect all the same.
+    Returns:
+        Per body, whether its put was answered "created". An error counts as not created, although the put may
+        have taken effect.
     """
     start = threading.Barrier(len(bodies))
 
@@ -42,30 +40,38 @@ def race(store: ObjectStore, key: str, bodies: list[bytes]) -> list[bool]:
 
 
 def probe_requests(store: ObjectStore) -> tuple[int, int]:
-    """Puts and gets of one probe; a delete counts as a put."""
+    """Count the puts and gets of one probe; a delete counts as a put."""
     races = store.probe_races
+    # Puts: two creates and a delete; per race its creates and a delete; on S3 `examine`'s put and delete.
     return 3 + races * (RACERS + 1) + store.remote * 2, 8 + races
 
 
 class Probe:
-    """One look at a store. `run` may be called once.
+    """One test of a store. `run` may be called once.
 
     Args:
-        store: What is looked at.
+        store: The store under test.
         single_writer: Accept a store that ignores if-none-match.
     """
 
     def __init__(self, store: ObjectStore, single_writer: bool) -> None:
         self._store, self._single_writer = store, single_writer
+        # Random, so that probes of several harvests on one root do not meet.
         self._place = f"probe-{secrets.token_hex(16)}"
         self._used = list[str]()
         self._answered = False
-        """Whether any put was answered: before that there is nothing to tidy up that anybody could find."""
+        """Whether any put was answered; before that, a failed delete needs no warning."""
 
     def run(self) -> None:
-        """StoreError with what the store got wrong; the probe's objects are removed where that is allowed."""
+        """Test the store; its objects are removed afterwards if the store allows it.
+
+        Raises:
+            StoreError: The store fails; the message names the request.
+        """
         try:
             self._alone()
+            # Puts in sequence cannot expose a server that looks whether the object exists and writes it later
+            # (s3s-fs 0.14.1, moto 5.2.5): threads that create one key at the same moment do.
             if not self._single_writer:
                 for _ in range(self._store.probe_races):
                     self._race()
@@ -74,22 +80,25 @@ class Probe:
             self._tidy()
 
     def _key(self) -> str:
-        """A key that nobody else uses, to be removed in the end."""
+        """Return a new key, which `_tidy` removes in the end."""
         self._used.append(f"{self._place}/{len(self._used)}")
         return self._used[-1]
 
     def _alone(self) -> None:
-        """What one small object can show."""
+        """Test create-only puts, read-after-write and ranges with one small object."""
         store, key, body = self._store, self._key(), secrets.token_bytes(64)
         created = store.put_new(key, body)
         self._answered = True
-        if not created and store.get(key) != body:  # else a lost reply: it is ours
+        # "Exists" for a random key with our bytes in it is our own put, whose first reply was lost.
+        if not created and store.get(key) != body:
             self._lies("create-only put", "a new object to be created", "'already exists' for a random key")
         if not self._single_writer:
             try:
                 second = store.put_new(key, bytes(64))
-            except StoreError:  # a connection that broke says nothing of the store
+            except StoreError:
+                # A broken connection says nothing about the store: what is stored decides, or a second try.
                 second = store.get(key) != body or store.put_new(key, bytes(64))
+            # A server may answer "exists" and replace the object all the same.
             if second or store.get(key) != body:
                 got = "success" if second else "'already exists', but the object was replaced"
                 self._lies("create-only put (if-none-match)", "a second put to be refused", got, _ONE_WRITER)
@@ -107,7 +116,7 @@ class Probe:
             self._lies("suffix range read", "the last 16 bytes", "other bytes")
 
     def _race(self) -> None:
-        """Of several who create one key at the same time, one at the most may be told that he did."""
+        """Create one key from several threads: at most one may be told that it created the object."""
         key = self._key()
         bodies = [secrets.token_bytes(64) * (self._store.probe_race_bytes // 64) for _ in range(RACERS)]
         won = race(self._store, key, bodies)
@@ -118,6 +127,7 @@ class Probe:
                 f"'created' for {sum(won)} of them",
                 _ONE_WRITER,
             )
+        # Without a winner (all replies late or lost) any one body may be stored, but whole.
         if self._store.get(key) not in ([bodies[won.index(True)]] if any(won) else bodies):
             self._lies(
                 "create-only put (if-none-match) under a race",
@@ -127,15 +137,16 @@ class Probe:
             )
 
     def _tidy(self) -> None:
-        """Remove the probe's objects; what cannot be removed is named, and hides no verdict."""
+        """Remove the probe's objects; those that cannot be removed are named in a warning."""
         for key in self._used:
             try:
                 self._store.delete(key)
             except StoreError as error:
+                # Logged and not raised: an error in `finally` would hide the probe's verdict.
                 if self._answered:
                     left = f"{self._store.uri}/{self._place}/"
                     log.warning("what the store probe wrote to %s could not be removed: %s", left, error)
-                return  # nor could the others
+                return  # the others would fail likewise
 
     def _lies(self, what: str, expected: str, got: str, fix: str | None = None) -> NoReturn:
         raise StoreError(
