@@ -1,12 +1,7 @@
-"""Bytes of S3 objects between the socket and the caller's memory, with nothing in between.
+"""Direct transfers between a socket and the caller's memory, for large S3 objects.
 
-Reads: a reply of obstore comes in memory of its own: its pages are new, and every byte is copied into it and
-out again. Here obstore signs a URL, which is asked for over a plain connection, and the socket fills the
-buffers. Puts: obstore takes the SHA-256 of what it sends, to sign it; a shard's is known already, for its
-receipt, and taking it again costs most of what a put costs.
-
-Both are a first try and nothing else: whatever does not go exactly as it should, as fast as the time-out
-allows, is left to obstore, the one owner of retries and of errors.
+obstore signs a URL, and a plain HTTP connection requests it. This is a first try only: whatever does not go
+exactly as it should within the time-out is left to obstore, the single owner of retries and errors.
 """
 
 from __future__ import annotations
@@ -43,12 +38,13 @@ from winnow.store.objects.base import Data
 from winnow.store.objects.keys import Keys
 from winnow.store.objects.signing import OTHER_HEADERS, put_headers
 
+# A URL is used at once, but the server's clock may differ by as much as S3 allows, which is 15 minutes.
 URL_LIFE = timedelta(minutes=15)
-"""A signed URL is used at once; clocks may be apart by as much as S3 allows."""
+"""Validity of a signed URL."""
 IDLE_CONNECTIONS = 32
 """Connections kept open between requests."""
 REFUSED = (400, 401, 403, 405, 411, 501)
-"""Replies of a server that does not want a request, or not in this form."""
+"""Statuses of a server that refuses a request, or its form."""
 MOMENTARY = frozenset(
     {
         "BadDigest",
@@ -62,34 +58,36 @@ MOMENTARY = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
-"""S3's codes that speak of one request, not of its form."""
+"""S3's error codes that concern one request (a broken body, a clock, a load), not its form."""
+# One refusal may be chance; without a limit every read would pay for a request that always fails.
 REFUSALS = 3
-"""First tries refused in a row, each of which the client then got through, before they are given up."""
+"""Refused first tries in a row, each of which obstore then got through, before first tries are abandoned."""
 PIECES_TOGETHER = 1024
 """Pieces sent in one call (Linux's IOV_MAX)."""
+# A body from a hostile server must not fill the memory; S3's error documents are far shorter.
 MAX_REPLY = 1 << 16
-"""Bytes of a reply to a put, or of a refusal, that are read."""
+"""Most bytes that are read of a reply to a put, or of a refusal."""
 
 Method = Literal["GET", "PUT"]
 log = logging.getLogger("winnow.store")
 
 
 class _Unsuitable(Exception):
-    """A first try would fail every time: nothing to sign with, a proxy, other certificates."""
+    """First tries would fail every time: nothing to sign with, a proxy, other certificates."""
 
 
 @dataclass(frozen=True)
 class FirstPut:
-    """How the first try of a put went."""
+    """Outcome of the first try of a put."""
 
     created: bool | None = None
-    """True: it is there. False: something was there already. None: anything else; it may be there too."""
+    """True: created. False: an object existed already. None: unknown; it may have been created too."""
     etag: str | None = None
-    """Of what was created."""
+    """ETag of the created object."""
     refused: str | None = None
-    """Why the server did not want it in this form."""
+    """Reason of a server that refuses the form of the request."""
     code: str | None = None
-    """S3's code of a reply that is an error."""
+    """S3's code of an error reply."""
 
 
 class Direct:
@@ -97,7 +95,7 @@ class Direct:
 
     Args:
         client: Signs the URLs.
-        keys: What it signs with; None where it does not sign.
+        keys: The client's keys; None if it does not sign.
         seconds: Longest wait for a connection, for the next bytes, and for a whole reply.
     """
 
@@ -105,9 +103,10 @@ class Direct:
         self._client, self._keys, self._seconds = client, keys, seconds
         self._idle: deque[HTTPConnection] = deque()
         self.off: dict[Method, str] = {}
-        """What is not tried any more, since it would fail every time, and why."""
+        """Methods whose first tries are abandoned, with the reason."""
         self._refusals: Counter[Method] = Counter()
         self._lock = threading.Lock()
+        # Such headers concern puts; a read sends a range and nothing else.
         for name in filter(OTHER_HEADERS.fullmatch, os.environ) if keys else ():
             self.off["PUT"] = f"{name} asks for other headers"
         if keys is None:
@@ -117,15 +116,18 @@ class Direct:
     def read(
         self, path: str, start: int, left: deque[Sequence[NDArray[np.uint8]]]
     ) -> Generator[None, None, str | None]:
-        """As `ObjectStore.read_into`, but ends early, without an error, where anything is out of order.
+        """Read like `ObjectStore.read_into`, but end early and without an error if anything goes wrong.
+
+        A reply of obstore is new memory, whose pages are touched for the first time and whose every byte is
+        copied once more; here the socket fills the caller's buffers.
 
         Args:
-            path: The object's, in the client's bucket.
-            start: Where the first part begins.
-            left: The parts; each is taken away once it is filled.
+            path: The object's path in the client's bucket.
+            start: Offset of the first part's first byte.
+            left: The parts; each is removed once it is filled.
 
         Returns:
-            Why the server refused, where it did; for `outdone`.
+            The server's reason if it refused, for `outdone`; otherwise None.
         """
         refused: str | None = None
         if "GET" in self.off:
@@ -138,6 +140,7 @@ class Direct:
             headers = {"Range": f"bytes={start}-{end - 1}"}
             connection.request("GET", f"{url.path}?{url.query}", headers=headers)
             reply = connection.getresponse()
+            # Before any byte reaches the buffers: a proxy may answer 200 with a page of its own.
             if not _is_range(reply, start, end):
                 refused, _ = _refusal(reply)
                 return refused
@@ -146,6 +149,7 @@ class Direct:
                 body.fill([buffer.data for buffer in left[0]])
                 left.popleft()
                 yield
+            # Only after the whole body: a connection with unread bytes would give them to the next request.
             self._keep(connection, reply, opened)
             self._refusals["GET"] = 0
         return refused
@@ -153,10 +157,13 @@ class Direct:
     def put(self, path: str, pieces: Sequence[Data], sha256: str) -> FirstPut:
         """Create an object, with If-None-Match: *.
 
+        obstore computes the SHA-256 of what it sends, to sign it. A shard's is known, from its receipt, and
+        computing it again is most of the cost of a put.
+
         Args:
-            path: The object's, in the client's bucket.
-            pieces: What it holds, in order.
-            sha256: The digest of that, in hex. S3 refuses other bytes.
+            path: The object's path in the client's bucket.
+            pieces: The object's bytes, in order.
+            sha256: Their digest in hex. S3 refuses other bytes.
         """
         if "PUT" in self.off:
             return FirstPut()
@@ -167,6 +174,7 @@ class Direct:
             if headers is None:
                 return FirstPut()
             connection = opened.enter_context(closing(self._connection(url)))
+            # http.client must not add a header: all that are sent are signed.
             connection.putrequest("PUT", url.path, skip_host=True, skip_accept_encoding=True)
             for name, value in headers.items():
                 connection.putheader(name, value)
@@ -175,18 +183,16 @@ class Direct:
             _send(connection, pieces, deadline)
             reply = connection.getresponse()
             refused, code = _refusal(reply)
-            if reply.isclosed():
+            if reply.isclosed():  # its body, up to MAX_REPLY, was read to the end
                 self._keep(connection, reply, opened)
+            # 412 is a clear answer too: the form was accepted, the object exists.
             if reply.status in (200, 412):
                 self._refusals["PUT"] = 0
             return FirstPut({200: True, 412: False}.get(reply.status), reply.getheader("ETag"), refused, code)
         return FirstPut()
 
     def outdone(self, method: Method, refused: str | None) -> None:
-        """The client got through with what a first try was refused: a statement about its form.
-
-        Once may be chance; where it comes again and again, first tries are given up, with the reason.
-        """
+        """Note that obstore succeeded where a first try was refused; give first tries up after `REFUSALS`."""
         if refused is None or method in self.off:
             return
         with self._lock:
@@ -195,7 +201,7 @@ class Direct:
                 self._give_up(method, refused)
 
     def conceal(self, text: str) -> str:
-        """`text` without the keys that requests are signed with."""
+        """Return `text` without the keys that requests are signed with."""
         return self._keys.conceal(text) if self._keys else text
 
     def _give_up(self, method: Method, why: str) -> None:
@@ -206,7 +212,7 @@ class Direct:
 
     @contextmanager
     def _first_try(self, method: Method) -> Generator[ExitStack]:
-        """Whatever goes wrong ends the block without an error; what was opened is closed after it."""
+        """End the block without an error whatever goes wrong, and close what it opened."""
         with suppress(OSError, HTTPException, ValueError), ExitStack() as opened:
             try:
                 yield opened
@@ -217,22 +223,23 @@ class Direct:
         try:
             return urlsplit(obstore.sign(self._client, method, path, URL_LIFE))
         except BaseError:
-            raise _Unsuitable("nothing to sign with") from None  # the cause may quote what is secret
+            raise _Unsuitable("nothing to sign with") from None  # the cause may quote a secret
 
     def _keep(self, connection: HTTPConnection, reply: HTTPResponse, opened: ExitStack) -> None:
-        """Keep a connection for the next request, where there is use for it, instead of closing it."""
+        """Keep a connection for the next request instead of closing it, unless there are enough."""
         if not reply.will_close and len(self._idle) < IDLE_CONNECTIONS:
             reply.close()
             opened.pop_all()
             self._idle.append(connection)
 
     def _connection(self, url: SplitResult) -> HTTPConnection:
-        """An open connection that the server has not given up, or a new one."""
+        """Return an idle connection that the server has not closed, or a new one."""
         while self._idle:
             try:
                 connection = self._idle.pop()
-            except IndexError:
+            except IndexError:  # another thread took the last one in between
                 break
+            # An idle connection with something to read has been closed, or answers nobody's question.
             if connection.sock is not None and not _readable(connection.sock.fileno()):
                 return connection
             connection.close()
@@ -244,8 +251,11 @@ class Direct:
         try:
             connection.connect()
         except ssl.SSLError:
+            # obstore may trust a certificate that Python does not.
             raise _Unsuitable("the server's certificate is not among those that Python trusts") from None
-        if _plain(connection):  # the kernel keeps the time, so that one call may wait for many packets
+        # A time-out of Python's makes the socket non-blocking, and MSG_WAITALL would wait for nothing; the
+        # kernel's lets one call wait for many packets.
+        if _plain(connection):
             wait = struct.pack("ll", int(self._seconds), int(self._seconds % 1 * 1e6))
             connection.sock.settimeout(None)
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
@@ -254,14 +264,15 @@ class Direct:
 
 
 def _is_range(reply: HTTPResponse, start: int, end: int) -> bool:
-    """Whether a reply brings bytes [start, end) as they are stored."""
+    """Return whether a reply consists of the stored bytes [start, end)."""
+    # A Content-Encoding would mean other bytes on the wire than in the object.
     found = (reply.getheader("Content-Range") or "").partition("/")[0]
     plain = reply.getheader("Content-Encoding") is None
     return plain and (reply.status, reply.length, found) == (206, end - start, f"bytes {start}-{end - 1}")
 
 
 def _refusal(reply: HTTPResponse) -> tuple[str | None, str | None]:
-    """Why a server does not want a request in this form, where that is what it says; and S3's code."""
+    """Return the reason if a server refuses the form of a request, else None; and S3's code."""
     said = reply.read(MAX_REPLY)
     found = re.search(rb"<Code>(\w{1,64})</Code>", said)
     code = found[1].decode() if found else None
@@ -271,12 +282,12 @@ def _refusal(reply: HTTPResponse) -> tuple[str | None, str | None]:
 
 
 def _plain(connection: HTTPConnection) -> bool:
-    """Whether a connection is a plain socket of a system that can fill several buffers in one call."""
+    """Return whether one call can fill several buffers: a plain socket (no TLS) on Linux."""
     return sys.platform == "linux" and type(connection.sock) is socket.socket
 
 
 def _send(connection: HTTPConnection, pieces: Sequence[Data], deadline: float) -> None:
-    """Send pieces as they lie; an OSError where they are not taken in time."""
+    """Send pieces from where they are; OSError if the server does not take them in time."""
     left = [memoryview(piece).cast("B") for piece in pieces]
     while left:
         if _plain(connection):
@@ -288,32 +299,30 @@ def _send(connection: HTTPConnection, pieces: Sequence[Data], deadline: float) -
             sent -= len(left.pop(0))
         if sent:
             left[0] = left[0][sent:]
+        # The socket's time-out covers one call only: a server that drips would never reach it.
         if time.monotonic() > deadline:
             raise TimeoutError
 
 
 class _Body:
-    """A reply's bytes, in order.
-
-    What came along with the headers is in the reply's own buffer. Of what follows, a plain socket fills all
-    buffers in one call, asleep in the kernel meanwhile: a thread that woke for every piece of it would need
-    the interpreter's lock each time.
-    """
+    """A reply's bytes, in order."""
 
     def __init__(self, reply: HTTPResponse, connection: HTTPConnection, deadline: float) -> None:
         self._reply, self._deadline = reply, deadline
         self._socket = connection.sock if _plain(connection) else None
         self._ahead = True
-        """Whether the reply's own buffer may hold some."""
+        """Whether the reply's own buffer may contain bytes: those that came along with the headers."""
 
     def fill(self, buffers: list[memoryview]) -> None:
-        """The next bytes into some buffers; an OSError where they do not come in time."""
+        """Read the next bytes into some buffers; OSError if they do not come in time."""
         while buffers:
             if self._socket is None or self._ahead:
                 got = self._reply.fp.readinto1(buffers[0])
-                # Asked for more than its buffer holds, it gives all of that and keeps nothing.
+                # Asked for more than its buffer holds, `readinto1` returns all of that and keeps nothing.
                 self._ahead = self._ahead and len(buffers[0]) <= DEFAULT_BUFFER_SIZE
             else:
+                # Asleep in the kernel until all buffers are full: a thread that woke for every packet would
+                # need the interpreter's lock each time.
                 got = self._socket.recvmsg_into(buffers, 0, socket.MSG_WAITALL)[0]
             if not got or time.monotonic() > self._deadline:
                 raise TimeoutError
@@ -324,7 +333,7 @@ class _Body:
 
 
 def _readable(handle: int) -> bool:
-    """Whether an idle connection has something to say: that it is closed, as a rule."""
+    """Return whether an idle connection has something to read, as a rule that it was closed."""
     waiting = poll()
     waiting.register(handle, POLLIN)
     return bool(waiting.poll(0))

@@ -1,8 +1,7 @@
-"""Where S3 is and what its requests are signed with: the environment, else AWS's own configuration.
+"""S3's region, endpoint and keys: from the environment, otherwise from AWS's own configuration.
 
-What `AWS_PROFILE` and the files in `~/.aws` say, web identities, containers and an instance's role are
-botocore's to read: as for a corpus in S3, which s3fs reads through it. Keys stay in this process's memory:
-they are neither stored nor pickled.
+botocore reads `AWS_PROFILE`, the files in `~/.aws`, web identities, and the roles of containers and
+instances. Keys stay in this process's memory: they are neither stored nor pickled.
 """
 
 from __future__ import annotations
@@ -18,16 +17,18 @@ from winnow.schemas.errors import StoreError
 if TYPE_CHECKING:
     from obstore.store import S3Credential
 
+# botocore renews keys that are valid for less than ten minutes more: asked every five, it never returns keys
+# that expire before it is asked again.
 RENEW = timedelta(minutes=5)
-"""Keys are asked for again after so long: botocore renews those that hold for less than ten minutes more."""
+"""Time after which keys are asked for again."""
 _TRUE = ("1", "true", "yes", "on", "y", "t")
 
 
 class Keys:
-    """The keys of one client, renewed when their time is over. obstore calls it, `given` tells what it got.
+    """The keys of one client, renewed in time. obstore calls it; `given` returns what it got last.
 
     Args:
-        ask: Gives (key, secret, token).
+        ask: Returns (key, secret, token).
     """
 
     def __init__(self, ask: Callable[[], tuple[str, str, str | None]]) -> None:
@@ -36,7 +37,7 @@ class Keys:
     _given: S3Credential | None
 
     def __call__(self) -> S3Credential:
-        """The keys of this moment, for obstore."""
+        """Ask for the current keys, for obstore."""
         key, secret, token = self._ask()
         self._given = {
             "access_key_id": key,
@@ -47,11 +48,12 @@ class Keys:
         return self._given
 
     def given(self) -> S3Credential | None:
-        """What the client signs with now; None before it asked."""
+        """Return the keys that the client signs with now; None before it asked."""
         return self._given
 
     def conceal(self, text: str) -> str:
-        """`text` without any of the keys."""
+        """Return `text` with every key replaced."""
+        # "\0" stands for an absent token: replacing an empty string would put stars between all letters.
         for name in ("secret_access_key", "token", "access_key_id") if self._given else ():
             text = text.replace(self._given[name] or "\0", "***")  # pyright: ignore
         return text
@@ -64,22 +66,23 @@ class Keys:
 
 
 def find_keys() -> Keys | None:
-    """What requests are signed with; None where the environment says that they are not.
+    """Find the keys to sign requests with; None if the environment says that they are not signed.
 
     Raises:
-        StoreError: There is nothing to sign with, or it cannot be had; said within seconds.
+        StoreError: There are no keys, or they cannot be read; raised within seconds.
     """
     env = os.environ
     if env.get("AWS_SKIP_SIGNATURE", "").lower() in _TRUE:
         return None
     key, secret = env.get("AWS_ACCESS_KEY_ID"), env.get("AWS_SECRET_ACCESS_KEY")
     if key and secret:
-        token = env.get("AWS_SESSION_TOKEN") or env.get("AWS_TOKEN")
+        token = env.get("AWS_SESSION_TOKEN") or env.get("AWS_TOKEN")  # obstore takes either name
         keys = Keys(lambda: (key, secret, token))
     elif key or secret:
         raise _missing(f"no {'AWS_SECRET_ACCESS_KEY' if key else 'AWS_ACCESS_KEY_ID'}")
     else:
         keys = Keys(_configured())
+    # Asked once now, so that missing or expired keys are an error within seconds, not of a first request.
     keys()
     return keys
 
@@ -109,7 +112,7 @@ def _missing(got: str) -> StoreError:
 
 
 def aws_setting(name: str) -> str | None:
-    """`region` or `endpoint_url` of the profile in use, for S3; None where it says nothing."""
+    """Look up `region` or `endpoint_url` of the profile in use, for S3; None if it does not set it."""
     from botocore.configprovider import ConfiguredEndpointProvider  # pyright: ignore[reportMissingTypeStubs]
 
     with _told():
@@ -118,12 +121,14 @@ def aws_setting(name: str) -> str | None:
             return session.get_config_variable("region")
         if session.get_config_variable("ignore_configured_endpoint_urls"):
             return None
+        # As botocore does for its own clients: also a `[services]` section and AWS_ENDPOINT_URL_S3.
         told = session.get_scoped_config()
         return ConfiguredEndpointProvider(session.full_config, told, "s3").provide()
 
 
 def aws_session() -> Any:
-    """Botocore's view of environment and files; imported only where it is needed."""
+    """Return botocore's view of environment and files."""
+    # Imported late: with keys in the environment nothing needs botocore.
     import botocore.session  # pyright: ignore[reportMissingTypeStubs]
 
     return botocore.session.Session()
@@ -131,12 +136,13 @@ def aws_session() -> Any:
 
 @contextmanager
 def _told():
-    """Botocore's complaints (no such profile, a file that cannot be read, a sign-in that is over) as ours."""
+    """Raise botocore's errors (no such profile, an unreadable file, an expired sign-in) as StoreError."""
     from botocore.exceptions import BotoCoreError  # pyright: ignore[reportMissingTypeStubs]
 
     try:
         yield
     except BotoCoreError as error:
+        # Its first line only, and no cause: the rest may quote what the files contain.
         raise StoreError(
             "S3 credentials cannot be had from AWS's configuration",
             got=str(error).splitlines()[0],

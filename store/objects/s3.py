@@ -1,4 +1,4 @@
-"""Opening S3: the bucket, the endpoint, the credentials, and a client that waits and tries as configured."""
+"""Opening S3: bucket, endpoint, credentials, and a client with the configured time-outs and retries."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 
 
 def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
-    """The objects of a bucket under a prefix; see `winnow.store.objects.open_store`."""
+    """Open a bucket's objects under a prefix; see `winnow.store.objects.open_store`."""
     if not _BUCKET.fullmatch(bucket):
         raise ConfigError(
             "root does not name an S3 bucket",
             expected="s3://bucket/prefix with a bucket of 3 to 63 letters, digits, '.', '-'",
+            # A URI with a password in it is not quoted: messages end up in logs.
             got="credentials inside the URI" if "@" in bucket or ":" in bucket else repr(bucket[:80]),
             fix="Credentials belong in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)",
         )
@@ -39,6 +40,7 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
     keys = find_keys()
     wait = timedelta(seconds=storage.timeout_seconds)
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or aws_setting("region")
+    # A request is signed for some region; servers other than AWS take any.
     config: dict[str, Any] = {"region": region or "us-east-1"}
     if endpoint:
         config["endpoint"] = endpoint.rstrip("/")
@@ -49,11 +51,14 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
         client_options={
             "timeout": wait,
             "read_timeout": wait,
+            # A server that does not accept within seconds is down; long waits are for slow replies.
             "connect_timeout": min(wait, timedelta(seconds=10)),
             "allow_http": plain,
         },
         retry_config={
             "max_retries": 6,
+            # obstore retries with the credentials of the first try: its documentation asks for less than five
+            # minutes, so that they do not expire meanwhile.
             "retry_timeout": min(3 * wait, timedelta(minutes=4)),
             "backoff": {
                 "init_backoff": timedelta(milliseconds=100),
@@ -67,11 +72,9 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
 
 
 def check_prefix(prefix: str) -> None:
-    """ConfigError where a root's prefix cannot begin the keys of its objects; S3 takes all others.
-
-    Empty, `.` and `..` are no names to the S3 client nor to a URL, control characters none to the client.
-    """
+    """Raise ConfigError if a root's prefix cannot begin the keys of its objects; S3 takes all others."""
     wrong = ""
+    # The S3 client and URLs normalise empty names, `.` and `..` away; the client refuses control characters.
     if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
         wrong = "a name that is empty, '.' or '..' between two slashes"
     elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in prefix):
@@ -88,7 +91,7 @@ def check_prefix(prefix: str) -> None:
 
 
 def s3_endpoint(allow_http: bool) -> tuple[str | None, bool]:
-    """The S3 endpoint of environment or profile (None: AWS itself), checked; whether it is plain HTTP."""
+    """Find the S3 endpoint of environment or profile (None: AWS itself), and whether it is plain HTTP."""
     env = os.environ
     named = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
     endpoint = named or aws_setting("endpoint_url")
@@ -96,10 +99,11 @@ def s3_endpoint(allow_http: bool) -> tuple[str | None, bool]:
 
 
 def check_endpoint(endpoint: str, allow_http: bool) -> bool:
-    """Whether an endpoint speaks plain HTTP; ConfigError where it must not, or is no URL."""
+    """Return whether an endpoint is plain HTTP; ConfigError if it must not be, or is no URL."""
     parts = urlsplit(endpoint)
     host = parts.hostname or ""
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
+        # Not quoted, since it may contain a password.
         raise ConfigError(
             "AWS_ENDPOINT_URL is not an endpoint", expected="https://host[:port], without user or password"
         )
@@ -107,7 +111,7 @@ def check_endpoint(endpoint: str, allow_http: bool) -> bool:
         return False
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
+    except ValueError:  # a name and not an address: it may resolve to anything
         loopback = False
     if not (loopback or allow_http):
         raise ConfigError(

@@ -44,23 +44,26 @@ from winnow.store.objects.base import (
 )
 from winnow.store.objects.direct import Direct, FirstPut
 
+# S3 takes 5 GiB in one part. A create-only put is one request, so this is also the limit of `put_new`.
 SINGLE_PUT_BYTES = 4 << 30
-"""Longest object that `S3Store.put` sends in one part; S3 takes 5 GiB."""
+"""Longest object that is sent in one part."""
+# S3 takes 10,000 parts: 1.2 TiB.
 MULTIPART_BYTES = 128 << 20
-"""A part of a longer one; S3 takes 10,000 of them."""
+"""Length of a part of a longer object."""
 log = logging.getLogger("winnow.store")
 
 
 @dataclass
 class Known:
-    """What was learnt about a server, once, by all stores of one client."""
+    """Facts about a server, learnt once and shared by all stores of one client."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     looked: bool = False
+    """Whether the two facts below are known."""
     unchecked: bool = False
-    """It takes bytes that do not have the SHA-256 their put is signed with."""
+    """Whether the server accepts bytes that do not match the SHA-256 their put is signed with."""
     etag_is_md5: bool = False
-    """Of an object that was put in one part."""
+    """Whether the ETag of an object put in one part is its MD5."""
 
 
 class S3Store(ObjectStore):
@@ -81,6 +84,7 @@ class S3Store(ObjectStore):
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def _path(self, key: str) -> str:
+        # obstore's I/O threads exist only in the process that made the client: a child must open its own.
         if os.getpid() != self._process:
             raise StoreError(
                 f"{self.uri} was opened before this process was forked", fix="Open it again in the child"
@@ -90,7 +94,7 @@ class S3Store(ObjectStore):
     def put_new(
         self, key: str, data: Data | Pieces, ready: Ready | None = None, digest: Digest | None = None
     ) -> bool:
-        """See `ObjectStore.put_new`: If-None-Match: *, one part; a single writer looks first instead."""
+        """See `ObjectStore.put_new`: If-None-Match: *, one part; a single writer checks first instead."""
         pieces = data if isinstance(data, tuple) else (data,)
         size = sum(memoryview(piece).nbytes for piece in pieces)
         if size > SINGLE_PUT_BYTES:
@@ -100,9 +104,11 @@ class S3Store(ObjectStore):
                 got=f"{size:,} bytes",
                 fix="Make units smaller: plan.windows_per_unit",
             )
+        # Before the first byte is sent: once S3 has them all, the object is visible and cannot be taken back.
         if ready is not None:
             ready()
         if self._single_writer:
+            # Safe only because nobody else writes; see docs/reliability.md, "One writer".
             if self.size(key) is not None:
                 return False
             self.put(key, joined(data))
@@ -113,15 +119,18 @@ class S3Store(ObjectStore):
             first = self._direct.put(self._path(key), pieces, digest())
             if first.created:
                 self._confirm(key, pieces, first.etag)
+            # None is anything but a clear answer. The object may exist by now; then obstore's put answers
+            # "exists", and the caller reads back what is stored.
             if first.created is not None:
                 return first.created
-        try:  # obstore sends pieces as they lie, without a copy
+        try:  # obstore sends the pieces from where they are, without a copy
             made = obstore.put(self._client, self._path(key), pieces, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False
         except _FAILURES as error:
             self._fail(error, key, "writing")
         self._direct.outdone("PUT", first.refused)
+        # Before anything relies on the object: the receipt is put after this returns.
         self._confirm(key, pieces, made["e_tag"])
         return True
 
@@ -133,16 +142,18 @@ class S3Store(ObjectStore):
             made = obstore.put(self._client, path, data, use_multipart=large, chunk_size=MULTIPART_BYTES)
         except _FAILURES as error:
             self._fail(error, key, "writing")
+        # The ETag of a multipart upload is no MD5 of the object.
         self._confirm(key, (data,), None if large else made["e_tag"])
 
-    # What arrives
+    # Bytes that break on their way
 
     def examine(self, key: Callable[[], str]) -> None:
-        """See `ObjectStore.examine`: whether the server refuses bytes that do not have the signed digest."""
+        """See `ObjectStore.examine`: test whether the server refuses bytes without the signed digest."""
         known = self._known
         with known.lock:
             if known.looked:
                 return
+            # A put signed with another digest than its body's: S3 and MinIO refuse it, moto 5.2.5 creates it.
             known.looked, place, body = True, key(), secrets.token_bytes(64)
             first = self._direct.put(self._path(place), [body], sha256_hex(body[::-1]))
             if not first.created:
@@ -157,21 +168,23 @@ class S3Store(ObjectStore):
             )
 
     def _look_once(self) -> None:
-        """`examine`, in a process that has not probed."""
+        """Call `examine` in a process that has not probed, such as an actor."""
         if not self._known.looked:
             key = f"probe-{secrets.token_hex(16)}/0"
             self.examine(lambda: key)
             if self._known.unchecked:
-                with suppress(StoreError):  # a store that refuses it says so at its probe
+                # A store that refuses deletes has said so at the driver's probe.
+                with suppress(StoreError):
                     self.delete(key)
 
     def _confirm(self, key: str, pieces: Pieces, etag: str | None) -> None:
-        """Raise where other bytes arrived than were sent, on a server that does not look itself."""
+        """Raise IntegrityError if other bytes arrived than were sent, on a server that does not check."""
         if not self._known.unchecked:
             return
         if self._known.etag_is_md5 and etag:
             whole = etag.strip('"') == _md5(pieces)
         else:
+            # Read back in parts, so that a shard is not held twice.
             sent, stored = hashlib.sha256(), hashlib.sha256()
             for piece in pieces:
                 sent.update(piece)
@@ -198,15 +211,17 @@ class S3Store(ObjectStore):
             self._fail(error, key, "looking up")
 
     def replace(self, key: str, data: Data, version: str | None) -> None:
-        """See `ObjectStore.replace`: If-Match, where the store knows it."""
+        """See `ObjectStore.replace`: If-Match, if the server supports it."""
         if version is None:
             return self.put(key, data)
-        # Ceph's gateway 16.2 knows an ETag without its quotes only, and answers 412 to the standard's form.
+        # Ceph's gateway 16.2.15 knows an ETag only without its quotes and answers 412 to the standard's form:
+        # a repair there never ended (`findings/ceph_if_match.sh`).
         for etag in dict.fromkeys((version, version.strip('"'))):
             mode: Any = {"e_tag": etag}
             try:
                 made = obstore.put(self._client, self._path(key), data, mode=mode, use_multipart=False)
             except PreconditionError:
+                # The same ETag as before: the server refused its form, not the object's state.
                 if self.version(key) != version:
                     break
             except (NotImplementedError, NotSupportedError):
@@ -215,7 +230,8 @@ class S3Store(ObjectStore):
                 self._fail(error, key, "writing")
             else:
                 return self._confirm(key, (data,), made["e_tag"])
-        if self._stands(key, data):  # an earlier try's, whose reply was lost
+        # An earlier try may have replaced the object and lost its reply: then its retry fails the condition.
+        if self._stands(key, data):
             return None
         raise StoreError(
             f"{self.uri}/{key} changed while it was repaired",
@@ -223,7 +239,8 @@ class S3Store(ObjectStore):
         )
 
     def _stands(self, key: str, data: Data) -> bool:
-        """Whether an object holds these bytes."""
+        """Return whether an object has exactly these bytes."""
+        # The length first: an object of another length need not be read.
         try:
             return self.size(key) == memoryview(data).nbytes and self.get(key) == data
         except MissingObject:
@@ -234,6 +251,7 @@ class S3Store(ObjectStore):
         try:
             reply = obstore.get(self._client, self._path(key))
             size = reply.meta["size"]
+            # The headers have the length: an object that is too large is refused before its body is read.
             if size <= limit:
                 return bytes(reply.bytes())
         except _FAILURES as error:
@@ -252,16 +270,18 @@ class S3Store(ObjectStore):
             found = obstore.get_ranges(self._client, self._path(key), starts=starts, ends=ends)
         except _FAILURES as error:
             self._short(key, max(ends), error)
+        # Servers answer a range past the end with fewer bytes, and rclone some ranges with the whole object.
         views: list[bytes | memoryview] = [memoryview(part) for part in found]
         if any(len(view) != end - start for view, start, end in zip(views, starts, ends, strict=True)):
             self._short(key, max(ends))
         return views
 
     def read_into(self, key: str, start: int, parts: Sequence[Sequence[NDArray[np.uint8]]]) -> Iterator[None]:
-        """See `ObjectStore.read_into`: from the socket into the buffers; what that leaves, as usual."""
+        """See `ObjectStore.read_into`: from the socket into the buffers; obstore reads what that leaves."""
         left = deque(parts)
         end = start + sum(buffer.size for part in parts for buffer in part)
         refused = yield from self._direct.read(self._path(key), start, left)
+        # A part that was filled only halfway is still in `left` and is read again from its beginning.
         if left:
             yield from super().read_into(
                 key, end - sum(buffer.size for part in left for buffer in part), left
@@ -274,12 +294,13 @@ class S3Store(ObjectStore):
             found = obstore.get(self._client, self._path(key), options={"range": {"suffix": length}}).bytes()
         except _FAILURES as error:
             self._short(key, length, error)
-        if len(found) != length:
+        if len(found) != length:  # of a shorter object, S3 answers a suffix with all of it
             self._short(key, length)
         return memoryview(found)
 
     def _short(self, key: str, needed: int, error: Exception | None = None) -> NoReturn:
-        """A range failed: say whether the object is too short, and otherwise what went wrong."""
+        """Raise what a failed range means: the object is too short, or the request failed."""
+        # Servers differ in how they answer a range past the end; only the object's length tells.
         if not isinstance(error, FileNotFoundError):
             size = self.size(key)
             if size is not None and size < needed:
@@ -309,7 +330,7 @@ class S3Store(ObjectStore):
                 found.extend((item["path"][cut:], item["size"]) for item in chunk)
         except _FAILURES as error:
             self._fail(error, prefix, "listing")
-        found.sort()
+        found.sort()  # promised by the interface, whatever order the server has
         return iter(found)
 
     def delete(self, key: str) -> None:
@@ -327,7 +348,8 @@ class S3Store(ObjectStore):
         return S3Store(self._client, self._bucket, place, self._direct, self._single_writer, self._known)
 
     def _fail(self, error: Exception, key: str, doing: str) -> NoReturn:
-        """Raise what `error` means. The cause is cut off: S3 replies can quote signed headers."""
+        """Raise what `error` means, as a StoreError."""
+        # Always `from None`: S3's replies can quote signed headers, and a traceback would print them.
         reason = self._direct.conceal(describe_failure(error))
         where = f"{self.uri}/{key}".rstrip("/")
         if "NoSuchBucket" in reason:
@@ -338,7 +360,7 @@ class S3Store(ObjectStore):
         if isinstance(error, FileNotFoundError):
             raise MissingObject(f"{where} does not exist") from None
         refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
-        if refused or _REFUSED.search(reason):  # a refused listing comes as a generic error
+        if refused or _REFUSED.search(reason):
             raise StoreError(
                 f"{doing} {where} was refused: {reason}",
                 fix="Check the credentials, their rights on this bucket, and AWS_REGION",
@@ -349,12 +371,13 @@ class S3Store(ObjectStore):
         ) from None
 
 
+# A refused listing comes as obstore's generic error, which only its text tells from others.
 _REFUSED = re.compile(r"AccessDenied|SignatureDoesNotMatch|InvalidAccessKeyId|ExpiredToken|\b40[13]\b")
 _FAILURES = (obstore.exceptions.BaseError, OSError, ValueError)
 
 
 def _md5(pieces: Pieces) -> str:
-    """MD5 in hex: what most servers give as an ETag. Against accidents, not against malice."""
+    """Return the MD5 in hex, which most servers use as ETag: it detects accidents, not malice."""
     digest = hashlib.md5(usedforsecurity=False)
     for piece in pieces:
         digest.update(piece)
@@ -362,7 +385,8 @@ def _md5(pieces: Pieces) -> str:
 
 
 def describe_failure(error: Exception) -> str:
-    """One line of an obstore error, with the S3 code where it has one, and no credential."""
+    """Describe an obstore error in one line, with the S3 code if it has one, and no credential."""
+    # After "Debug source" obstore repeats the error in full, which can quote signed headers.
     text = str(error)
     code, message = re.search(r"<Code>(.*?)</Code>", text), re.search(r"<Message>(.*?)</Message>", text)
     if code:

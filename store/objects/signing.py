@@ -1,4 +1,4 @@
-"""The headers of a put whose SHA-256 is known, signed with the client's keys.
+"""Headers of a put whose SHA-256 is known, signed with the client's keys.
 
 Source: "Signature Calculations for the Authorization Header: Transferring Payload in a Single Chunk (AWS
 Signature Version 4)" in the S3 API reference.
@@ -19,24 +19,25 @@ OTHER_HEADERS = re.compile(
     r"CONDITIONAL_PUT)",
     re.IGNORECASE,
 )
-"""Settings of the environment that ask for other headers than these."""
+"""Environment variables with which obstore would send more headers than these."""
 
 
 def put_headers(url: SplitResult, sha256: str, keys: Keys | None) -> dict[str, str] | None:
-    """Headers of a put that creates an object (If-None-Match: *), the Content-Length left out.
+    """Sign a put that creates an object (If-None-Match: *).
 
     Args:
-        url: Where it goes, signed for a put by the client whose signature this one stands for: it tells when,
-            for which region and with whose key.
+        url: A URL that the client signed for this put: time, region and key are taken from it.
         sha256: The payload's digest in hex.
-        keys: What the client signs with.
+        keys: The client's keys.
 
     Returns:
-        None where the URL was signed with other keys, which were renewed meanwhile, or with none.
+        All headers but Content-Length; None if the URL is unsigned or its keys were renewed meanwhile.
     """
+    # The signed URL itself will not do: it leaves the payload unsigned, so S3 would not check its digest.
     query = {name: values[0] for name, values in parse_qs(url.query).items()}
     key, _, scope = query.get("X-Amz-Credential", "").partition("/")
     token, known = query.get("X-Amz-Security-Token", ""), keys.given() if keys else None
+    # `given` may be newer than the URL: mixing two sets of keys would be a signature that nobody accepts.
     if known is None or (key, token) != (known["access_key_id"], known.get("token") or ""):
         return None
     headers = {
@@ -46,8 +47,9 @@ def put_headers(url: SplitResult, sha256: str, keys: Keys | None) -> dict[str, s
         "x-amz-date": query["X-Amz-Date"],
         **({"x-amz-security-token": token} if token else {}),
     }
-    names = ";".join(headers)  # in order, as they must be
+    names = ";".join(headers)  # Signature Version 4 wants them sorted: the literal above is
     lines = (f"{name}:{value}" for name, value in headers.items())
+    # The empty line is the query string: nothing of the signed URL's is sent.
     request = "\n".join(["PUT", url.path, "", *lines, "", names, sha256])
     text = "\n".join(["AWS4-HMAC-SHA256", headers["x-amz-date"], scope, sha256_hex(request.encode())])
     signing_key = reduce(_hmac, scope.split("/"), f"AWS4{known['secret_access_key']}".encode())
