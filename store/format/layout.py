@@ -1,4 +1,4 @@
-"""Where everything lies: keys, grid, and which token each stored row is. Pure, no I/O.
+"""Keys of objects, the grid of shards, and which token each stored row is. Pure, no I/O.
 
 Letters: W windows in a unit, T context length, R rows in a unit, D d_model.
 A row's life: (window, position) -> planned row in its unit -> stored row (permuted) -> slice.
@@ -23,10 +23,12 @@ BATCHES_DIR = "batches"
 TOKENS_ARRAY = "tokens"
 TOKEN_DIGESTS_ARRAY = "token_digests"
 ACTIVATIONS_GROUP = "activations"
+# Fill values are NaN, so that a missing shard shows in any zarr reader, which takes it for no error.
 BFLOAT16_NAN = 0x7FC0
 """fill_value of bfloat16 arrays, which are stored as uint16."""
+# Four bytes of -1 as a row's float32 scale are NaN, and so is every value of the row.
 INT8_NAN = -1
-"""fill_value of int8 arrays: four such bytes for a row's scale are NaN."""
+"""fill_value of int8 arrays."""
 
 STORED_DTYPES: dict[str, np.dtype[np.generic]] = {
     "bfloat16": np.dtype("<u2"),
@@ -38,12 +40,13 @@ STORED_DTYPES: dict[str, np.dtype[np.generic]] = {
 
 
 def manifest_key(revision: int = 0) -> str:
-    """`manifest.json`, or `manifest.r1.json` after a repair."""
+    """Key of the manifest: `manifest.json`, or `manifest.r1.json` after a repair."""
     return f"manifest.r{revision}.json" if revision else "manifest.json"
 
 
 def receipt_key(unit: int, revision: int = 0) -> str:
     """Key of a unit's receipt: the unit's number in eight digits, with `.rN` after a repair."""
+    # Eight digits, so that listings, which are sorted as text, come in unit order.
     return f"{RECEIPTS_DIR}/{unit:08d}{f'.r{revision}' if revision else ''}.json"
 
 
@@ -53,12 +56,12 @@ def ring_key(unit: int) -> str:
 
 
 def batch_key(kind: str, windows: int | None = None) -> str:
-    """Key of the batch that a kind of device harvests with, or of the record that it is down to `windows`."""
+    """Key of the batch size of a kind of device, or of the record that memory left it only `windows`."""
     return f"{BATCHES_DIR}/{kind}.json" if windows is None else f"{batches_prefix(kind)}/{windows}.json"
 
 
 def batches_prefix(kind: str) -> str:
-    """What the keys begin with that say a kind of device ran out of memory."""
+    """Prefix of the records that a kind of device ran out of memory."""
     return f"{BATCHES_DIR}/{kind}"
 
 
@@ -78,17 +81,15 @@ def tokens_key(unit: int) -> str:
 
 
 def philox_key(*parts: object) -> int:
-    """A 128-bit Philox key: hashed from its parts, so that no two uses share or neighbour a stream."""
+    """Hash a 128-bit Philox key from its parts."""
+    # Hashed and never added: sums such as seed + epoch let two uses share a stream. The separator keeps
+    # ("a", "bc") and ("ab", "c") apart.
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
 
 
 def keyed_permutation(length: int, *key: object) -> NDArray[np.int64]:
-    """A permutation of `range(length)` fixed by `key`, from Philox's raw stream.
-
-    The raw stream is fixed by Philox's definition (unlike NumPy's distributions, which may change);
-    golden vectors in the tests pin it.
-    """
+    """Permute `range(length)` by `key`, with Philox's raw stream; golden vectors in the tests pin it."""
     return keyed_permutations(length, [key])[0]
 
 
@@ -96,14 +97,16 @@ def keyed_permutations(length: int, keys: Sequence[tuple[object, ...]]) -> NDArr
     """[keys, length] `keyed_permutation` of each key."""
     raw = np.empty((len(keys), length), np.uint64)
     bits = np.random.Philox(key=0)
-    start = bits.state  # set for every key: a new generator would ask the system for entropy first
+    # One generator, set for each key: a new one asks the system for entropy first, which takes 35 us.
+    start = bits.state
     for row, key in zip(raw, keys, strict=True):
         number = philox_key(*key)
         start["state"]["key"][:] = number & 2**64 - 1, number >> 64
         bits.state = start
+        # The raw stream is part of Philox's definition; NumPy's shuffles and distributions may change.
         row[:] = bits.random_raw(length)
-    # Sorting numbers is several times faster than argsort, so each carries its place in its low bits,
-    # which matter only where the high ones are equal: then, about never, the plain way decides.
+    # Sorting numbers is several times faster than argsort, so each number carries its index in its low bits.
+    # They matter only if the high bits of two are equal: then, which is very rare, argsort decides.
     low = np.uint64((1 << max(length - 1, 1).bit_length()) - 1)
     packed = raw & ~low
     packed |= np.arange(length, dtype=np.uint64)
@@ -120,7 +123,7 @@ def row_permutation(plan: HarvestPlan, unit: int) -> NDArray[np.int64]:
 
 
 def locate(plan: HarvestPlan, rows: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which token each stored row is.
+    """Find which token each stored row is.
 
     Args:
         plan: The dataset's plan.
@@ -136,6 +139,7 @@ def locate(plan: HarvestPlan, rows: NDArray[np.integer]) -> tuple[NDArray[np.int
     if rows.size and (rows.min() < 0 or rows.max() >= plan.rows):
         raise IndexError(f"rows must lie in [0, {plan.rows}), got {rows.min()} to {rows.max()}")
     units, stored = np.divmod(rows, plan.rows_per_unit)
+    # A permutation is made once per unit, however many of the rows are in it.
     planned = np.empty_like(stored)
     for unit in np.unique(units):
         chosen = units == unit
@@ -150,13 +154,14 @@ def slice_bytes(plan: HarvestPlan, hook: str) -> int:
 
 
 def slice_starts(plan: HarvestPlan, hook: str, lengths: Sequence[int] = ()) -> NDArray[np.int64]:
-    """[65] where each slice of a shard begins, and where the last one ends, in bytes.
+    """[65] offset of each slice of a shard, and the last one's end, in bytes.
 
     Args:
         plan: The dataset's plan.
         hook: Which hook.
-        lengths: The receipt's `slice_lengths`: of compressed slices, without their crc32c.
+        lengths: The receipt's `slice_lengths`: bytes of compressed slices, without their crc32c.
     """
+    # `len`, since an array has no truth value.
     if not len(lengths):
         return np.arange(SLICES + 1, dtype=np.int64) * slice_bytes(plan, hook)
     starts = np.zeros(SLICES + 1, np.int64)

@@ -29,29 +29,31 @@ Stored = NDArray[np.generic]
 each row's D values and then its scale, float32 little-endian: a value is `int8 * scale`."""
 INDEX_BYTES = SLICES * 16 + 4
 """Length of a shard's index with its crc32c."""
+# 256 KiB as float32: what is converted stays in the cache.
 _CHUNK_VALUES = 1 << 16
-"""Values converted at a time: 256 KiB as float32, inside the cache."""
+"""Values converted at a time."""
+# Never to be changed: another number moves the last bits of moments, and so the digests of receipts.
 _BLOCK_VALUES = 1 << 17
-"""Values squared and summed at a time: 512 KiB. Another number would move the last bits of moments, and so
-receipts' digests."""
+"""Values squared and summed at a time: 512 KiB."""
 _TINY = np.finfo(np.float32).tiny
+# Higher levels gain next to nothing on activations.
 ZSTD_LEVEL = 1
-"""Of compressed slices; higher levels gain next to nothing on activations."""
+"""Level of compressed slices."""
 
 
 # Values
 
 
 def to_stored(rows: NDArray[np.float32], dtype: str) -> Stored:
-    """float32 values as they are stored: round-to-nearest-even, NaN stays NaN, overflow is infinity.
+    """Convert float32 values to the stored dtype: round-to-nearest-even, NaN stays NaN, overflow is infinity.
 
     Args:
-        rows: float32, any shape; [..., D] where rows have scales.
+        rows: float32, any shape; [..., D] for int8, which has a scale per row.
         dtype: `bfloat16`, `float16`, `float32` or `int8`.
 
     Returns:
-        A new array in the dtype on disk, see `Stored`. An int8 value is off by half its row's scale at the
-        most; NaN or infinity makes the scale so.
+        A new array in the dtype on disk, see `Stored`. The error of an int8 value is at most half of its
+        row's scale; NaN or infinity in a row makes its scale so.
     """
     source = np.ascontiguousarray(rows, dtype=np.float32)
     if dtype == "int8":
@@ -63,11 +65,13 @@ def to_stored(rows: NDArray[np.float32], dtype: str) -> Stored:
     bits, flat = source.reshape(-1).view(np.uint32), stored.reshape(-1)
     for start in range(0, bits.size, _CHUNK_VALUES):
         part = bits[start : start + _CHUNK_VALUES]
+        # To nearest even: 0x7FFF and the lowest kept bit carry above a tie, and at a tie if that bit is 1.
         rounded = part >> np.uint32(16)
         rounded &= np.uint32(1)
         rounded += np.uint32(0x7FFF)
         rounded += part
         rounded >>= np.uint32(16)
+        # That sum makes another number of a NaN, or wraps: 0x40 keeps it one, its low payload being cut off.
         nan = (part & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
         if nan.any():
             rounded[nan] = (part[nan] >> np.uint32(16)) | np.uint32(0x40)
@@ -82,7 +86,7 @@ def _to_int8(rows: NDArray[np.float32]) -> Stored:
     with np.errstate(invalid="ignore"):
         for start in range(0, len(source), step):
             part = source[start : start + step]
-            # Never 0, so that a row of zeros divides; NaN stays NaN.
+            # Never 0, so that a row of zeros can be divided; NaN stays NaN, and is refused later.
             scale = np.maximum(np.abs(part).max(axis=1, keepdims=True) / np.float32(127), _TINY)
             scaled = part / scale
             flat[start : start + step, :-SCALE_BYTES] = np.rint(scaled, out=scaled)
@@ -91,18 +95,18 @@ def _to_int8(rows: NDArray[np.float32]) -> Stored:
 
 
 def to_float32(stored: Stored, dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """Stored values as float32, exactly.
+    """Convert stored values to float32, exactly.
 
     Args:
         stored: Values in the dtype on disk, see `Stored`.
         dtype: The plan's logical dtype.
-        out: Where to write, of the rows' shape; a new array where None.
+        out: Array of the rows' shape to write to; None makes a new one.
     """
     if out is None:
         out = np.empty((*stored.shape[:-1], _width(stored, dtype)), np.float32)
     if dtype == "int8":
         scale = np.ascontiguousarray(stored[..., -SCALE_BYTES:]).view("<f4")
-        with np.errstate(invalid="ignore"):  # a scale that is infinite, or NaN where a shard is missing
+        with np.errstate(invalid="ignore"):  # the scale may be infinite, or NaN from a missing shard
             return np.multiply(cast(Any, stored)[..., :-SCALE_BYTES], scale, out=out)
     if dtype != "bfloat16":
         np.copyto(out, stored, casting="unsafe")
@@ -113,7 +117,7 @@ def to_float32(stored: Stored, dtype: str, out: NDArray[np.float32] | None = Non
         np.left_shift(bits, 16, out=bits)
         return out
     flat, source = bits.reshape(-1), stored.reshape(-1)
-    for start in range(0, flat.size, _CHUNK_VALUES):  # shifted while it is in the cache
+    for start in range(0, flat.size, _CHUNK_VALUES):  # a chunk is shifted while it is in the cache
         part = flat[start : start + _CHUNK_VALUES]
         np.copyto(part, source[start : start + _CHUNK_VALUES], casting="unsafe")
         np.left_shift(part, 16, out=part)
@@ -126,7 +130,7 @@ def _width(rows: Stored, dtype: str) -> int:
 
 
 def _pieces(rows: Stored, dtype: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """`rows` [R, D] as float32 blocks of whole rows with their first row; the block is reused."""
+    """Yield `rows` [R, D] as float32 blocks of whole rows with their first row; the block is reused."""
     width = _width(rows, dtype)
     step = max(1, _BLOCK_VALUES // width)
     space = np.empty((step, width), np.float32)
@@ -140,7 +144,7 @@ def _pieces(rows: Stored, dtype: str) -> Iterator[tuple[int, NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a `ShardRecord` says about its rows; fields as there."""
+    """A `ShardRecord`'s facts about its rows; fields as there."""
 
     sum_squares: float
     largest_norm: float
@@ -152,12 +156,13 @@ class Statistics:
 def square_norms(rows: Stored, dtype: str, *, unit: int, hook: str) -> NDArray[np.float64]:
     """[R] squared norm of each row of [R, D].
 
-    Squares and their pairwise sums over a row are float32 (relative error about 1e-7), float64 where
-    that overflows: NumPy's summation order is fixed, so equal bytes give equal numbers.
+    Squares and their pairwise sums over a row are float32 (relative error about 1e-7), or float64 if that
+    overflows.
 
     Raises:
         NonFiniteError: A NaN or infinity; names unit, hook and the first bad row.
     """
+    # NumPy's summation order is fixed, so equal bytes give equal numbers: receipts' digests depend on it.
     squares = np.empty(rows.shape[0], np.float64)
     step = max(1, _BLOCK_VALUES // rows.shape[1])
     space = np.empty((min(step, len(rows)), _width(rows, dtype)), np.float32)
@@ -167,8 +172,10 @@ def square_norms(rows: Stored, dtype: str, *, unit: int, hook: str) -> NDArray[n
             values = to_float32(block, dtype, space[: len(block)])
             part = squares[start : start + len(block)]
             part[:] = np.add.reduce(np.multiply(values, values, out=values), axis=1)
+            # The sum is the look for NaN as well: a pass of its own over the values took 80 ms of CPU per GB.
             bad = np.flatnonzero(~np.isfinite(part))
             if bad.size:
+                # Finite values above 1.8e19 have squares beyond float32.
                 part[bad] = np.add.reduce(np.square(to_float32(block[bad], dtype).astype(np.float64)), axis=1)
                 bad = bad[~np.isfinite(part[bad])]
             if bad.size:
@@ -190,7 +197,7 @@ def describe_rows(
     unit: int,
     hook: str,
 ) -> Statistics:
-    """Norms, sinks and (asked for) moments of one shard's rows [R, D].
+    """Compute norms, sinks and, if asked for, moments of one shard's rows [R, D].
 
     Raises:
         NonFiniteError: A NaN or infinity; names unit, hook and the first bad row.
@@ -212,6 +219,7 @@ def _moments(rows: Stored, dtype: str, kept: NDArray[np.bool_]) -> Moments:
     sums, squares = np.zeros((2, _width(rows, dtype)))
     for start, piece in _pieces(rows, dtype):
         part = kept[start : start + piece.shape[0]]
+        # Most blocks have no sink: those are not copied.
         chosen = (piece if part.all() else piece[part]).astype(np.float64)
         sums += chosen.sum(axis=0)
         squares += np.square(chosen, out=chosen).sum(axis=0)
@@ -219,10 +227,7 @@ def _moments(rows: Stored, dtype: str, kept: NDArray[np.bool_]) -> Moments:
 
 
 def relative_difference(found: Stored, ours: Stored, dtype: str, *, unit: int, hook: str) -> float:
-    """||found - ours|| / ||ours|| in Frobenius norm; the worse of all rows and the rows without sinks.
-
-    A few sink rows hold most of the norm; on their own they would hide that all others differ.
-    """
+    """||found - ours|| / ||ours|| in Frobenius norm: the larger of all rows' and that without sinks."""
     base = square_norms(ours, dtype, unit=unit, hook=hook)
     apart = np.empty_like(base)
     step = max(1, _CHUNK_VALUES // ours.shape[1])
@@ -230,6 +235,8 @@ def relative_difference(found: Stored, ours: Stored, dtype: str, *, unit: int, h
         theirs = to_float32(found[start : start + step], dtype).astype(np.float64)
         theirs -= to_float32(ours[start : start + step], dtype)
         apart[start : start + step] = np.square(theirs).sum(axis=1)
+    # A few sinks have most of the norm (position 0 of SmolLM2's layer 15: 99.7 % of the variance) and would
+    # hide that all other rows differ. Ten times the median norm, as `sink_multiple`, squared.
     usual = base <= 100 * np.median(base)
     shares = [(apart.sum(), base.sum()), (apart[usual].sum(), base[usual].sum())]
     return max(float(np.sqrt(a / b)) if b else float("inf") if a else 0.0 for a, b in shares)
@@ -243,11 +250,11 @@ class EncodedShard:
     """A shard ready to be put."""
 
     pieces: Pieces
-    """The object's bytes in order: views of the rows, or their compressed slices, and what goes between."""
+    """The object's bytes in order: views of the rows (or compressed slices), checksums and the index."""
     slice_crc32c: tuple[int, ...]
     """crc32c of each slice's payload."""
     slice_lengths: tuple[int, ...]
-    """Bytes of each slice's payload where it is compressed; else empty."""
+    """Bytes of each slice's payload if it is compressed; otherwise empty."""
 
     @property
     def size(self) -> int:
@@ -267,12 +274,12 @@ class EncodedShard:
 def encode_shard(
     rows: Stored, compress: Compress = "none", took: Callable[[Data], object] | None = None
 ) -> EncodedShard:
-    """Encode a unit's rows; not copied unless compressed, so leave them alone while the shard is used.
+    """Encode a unit's rows, without a copy unless they are compressed: they must not change while it is used.
 
     Args:
         rows: [R, D] (see `Stored`) in stored order; R a multiple of 64.
         compress: The plan's codec.
-        took: Called with each piece as soon as it is known, in order.
+        took: Called with each piece as soon as it is known, in order, so that a digest can begin at once.
     """
     source = np.ascontiguousarray(rows)
     if source.ndim != 2 or source.shape[0] % SLICES or not source.size:
@@ -295,7 +302,7 @@ def encode_shard(
 
 
 def digest_of(pieces: Iterable[Data]) -> str:
-    """SHA-256 of pieces, in hex."""
+    """Compute the SHA-256 of pieces, in hex."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)
@@ -303,30 +310,32 @@ def digest_of(pieces: Iterable[Data]) -> str:
 
 
 def pack(payload: NDArray[np.uint8]) -> bytes:
-    """A slice's values as one zstd frame."""
+    """Compress a slice's values to one zstd frame."""
     return cast(bytes, zstd.compress(payload, ZSTD_LEVEL))  # pyright: ignore[reportUnknownMemberType]
 
 
 def packed_bound(size: int) -> int:
-    """Most bytes that zstd makes of `size` (`ZSTD_compressBound`, and a little more)."""
+    """Bound the bytes that zstd makes of `size` (`ZSTD_compressBound`, and a little more)."""
+    # Lengths in receipts and indices are checked against it before anything of that length is allocated.
     return size + (size >> 8) + (1 << 7)
 
 
 def unpack(frame: NDArray[np.uint8], out: NDArray[np.uint8], *, unit: int, hook: str, number: int) -> None:
-    """A slice's values from its zstd frame, whose crc32c was checked before.
+    """Decompress a slice's zstd frame, whose crc32c was checked before.
 
     Args:
         frame: [bytes] The payload as stored.
-        out: [bytes] Where the values go, of exactly their length.
+        out: [bytes] Receives the values, of exactly their length.
         unit: For messages.
         hook: For messages.
         number: The slice, for messages.
 
     Raises:
-        IntegrityError: No frame of that many bytes.
+        IntegrityError: Not a frame of that many bytes.
     """
     try:
-        if _frame_content(frame[:18].tobytes()) != out.size:  # zstd would leave the rest of `out` as it is
+        # A frame of fewer bytes with a true checksum would leave the rest of `out` as it was: wrong rows.
+        if _frame_content(frame[:18].tobytes()) != out.size:
             raise ValueError("a frame of other bytes")
         zstd.decompress(frame, out)  # pyright: ignore[reportUnknownMemberType]
     except (RuntimeError, ValueError) as error:
@@ -339,7 +348,7 @@ def unpack(frame: NDArray[np.uint8], out: NDArray[np.uint8], *, unit: int, hook:
 
 
 def _frame_content(header: bytes) -> int | None:
-    """Bytes that a zstd frame says it holds (RFC 8878, 3.1.1.1); None where it says nothing."""
+    """Read the content size of a zstd frame's header (RFC 8878, 3.1.1.1); None if it has none."""
     if len(header) < 6 or header[:4] != b"\x28\xb5\x2f\xfd":
         return None
     descriptor = header[4]
@@ -347,11 +356,12 @@ def _frame_content(header: bytes) -> int | None:
     length = (single, 2, 4, 8)[descriptor >> 6]
     start = 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
     value = int.from_bytes(header[start : start + length], "little")
+    # Two bytes hold the size less 256, since smaller sizes fit in one.
     return None if not length else value + 256 if length == 2 else value
 
 
 def shard_index(starts: NDArray[np.int64]) -> bytes:
-    """The index of a shard, crc32c included; `starts` as from `layout.slice_starts`."""
+    """Make the index of a shard, with its crc32c; `starts` as from `layout.slice_starts`."""
     index = np.empty((SLICES, 2), "<u8")
     index[:, 0] = starts[:-1]
     index[:, 1] = np.diff(starts)
@@ -360,10 +370,10 @@ def shard_index(starts: NDArray[np.int64]) -> bytes:
 
 
 def read_shard_index(footer: Data, plan: HarvestPlan, hook: str, unit: int) -> NDArray[np.int64]:
-    """[65] `slice_starts` by a shard's last `INDEX_BYTES` bytes, where no receipt tells them.
+    """[65] Read `slice_starts` from a shard's last `INDEX_BYTES` bytes, if no receipt has them.
 
     Raises:
-        IntegrityError: Damaged, or slices that do not follow one another or cannot be so long.
+        IntegrityError: The index is damaged, has gaps, or slices of an impossible length.
     """
     index = np.frombuffer(footer, "<u8", SLICES * 2) if len(footer) == INDEX_BYTES else np.zeros(0, "<u8")
     index = index.reshape(-1, 2)
@@ -371,6 +381,7 @@ def read_shard_index(footer: Data, plan: HarvestPlan, hook: str, unit: int) -> N
     if index.size and index[:, 1].min() > 4 and index[:, 1].max() <= most:
         starts = np.zeros(SLICES + 1, np.int64)
         np.cumsum(index[:, 1], out=starts[1:])
+        # Offsets and checksum are compared by making the one index that these lengths allow.
         if bytes(footer) == shard_index(starts):
             return starts
     raise IntegrityError(
@@ -390,6 +401,7 @@ def check_index(footer: Data, plan: HarvestPlan, hook: str, unit: int, lengths: 
         unit: Which unit.
         lengths: The receipt's `slice_lengths`.
     """
+    # Compared whole: plan and receipt determine every byte of it. What follows only words the message.
     if bytes(footer) != shard_index(slice_starts(plan, hook, lengths)):
         whole = len(footer) == INDEX_BYTES
         sound = whole and crc32c(bytes(footer[:-4])) == int.from_bytes(footer[-4:], "little")
@@ -413,7 +425,7 @@ def decode_slices(
     crc: Sequence[int],
     lengths: Sequence[int] = (),
 ) -> NDArray[Any]:
-    """Check slices `first` to `stop - 1` and give their rows.
+    """Check slices `first` to `stop - 1` and return their rows.
 
     Args:
         data: The shard's bytes from slice `first` on, up to the end of slice `stop - 1` or further.
@@ -426,8 +438,8 @@ def decode_slices(
         lengths: The receipt's `slice_lengths`.
 
     Returns:
-        [stop - first, P, D] (see `Stored`). Of a plan without compression a read-only view of
-        `data`, no copy: slices are 4 bytes apart; `.reshape(-1, D)` gives rows with one copy.
+        [stop - first, P, D] (see `Stored`). Without compression it is a read-only view of `data`, whose
+        slices are 4 bytes apart; `.reshape(-1, D)` makes rows with one copy.
 
     Raises:
         IntegrityError: Too few bytes or a wrong crc32c; names unit, hook and slice.
@@ -437,6 +449,7 @@ def decode_slices(
     starts = starts - starts[0]
     raw = np.frombuffer(data, np.uint8)
     if raw.size < starts[-1]:
+        # The first slice that is not whole, for the message.
         cut = first + int(np.searchsorted(starts, raw.size, side="right")) - 1
         raise IntegrityError(
             f"unit {unit}, hook {hook!r}, slice {cut}: the shard ends too early",
@@ -454,6 +467,7 @@ def decode_slices(
             unpack(payload, unpacked[place], unit=unit, hook=hook, number=number)
     if unpacked is not None:
         return unpacked.view(dtype).reshape(shape)
+    # Strides of `size` skip the crc32c between slices, so that nothing is copied.
     strides = (size, width * dtype.itemsize, dtype.itemsize)
     rows: NDArray[Any] = np.ndarray(shape, dtype, buffer=cast(Any, raw), strides=strides)
     rows.flags.writeable = False
@@ -464,6 +478,8 @@ def check_slice(
     payload: NDArray[np.uint8], stored: int, crc: int, *, unit: int, hook: str, number: int
 ) -> None:
     """Check a slice's bytes against the crc32c beside it and the receipt's; IntegrityError names it."""
+    # Both: the receipt's alone would pass a shard that other zarr readers refuse, the stored one alone a
+    # slice of another unit.
     found = crc32c(payload)
     if found != crc or found != stored:
         raise IntegrityError(
@@ -481,19 +497,19 @@ _REPAIR = "Run `winnow verify ROOT --level full` to see everything that is damag
 
 
 def encode_chunk(values: NDArray[Any]) -> bytes:
-    """A zarr chunk with codecs bytes (little) and crc32c."""
+    """Encode values as a zarr chunk with the codecs bytes (little-endian) and crc32c."""
     body = np.ascontiguousarray(values).tobytes()
     return body + crc32c(body).to_bytes(4, "little")
 
 
 def decode_chunk(data: Data, dtype: str, shape: tuple[int, ...], *, what: str) -> NDArray[Any]:
-    """The inverse of `encode_chunk`.
+    """Check and decode a chunk made by `encode_chunk`.
 
     Args:
         data: The chunk object's bytes.
         dtype: NumPy dtype on disk, such as `<u4`.
         shape: The chunk's shape.
-        what: Named in errors, such as `tokens of unit 3`.
+        what: Name for messages, such as `tokens of unit 3`.
 
     Returns:
         A read-only array of `shape`, a view of `data`.

@@ -1,7 +1,4 @@
-"""The dataset as a zarr v3 group: metadata only, made by zarr-python itself.
-
-Any zarr v3 reader then opens the root; Winnow's own readers never need this metadata.
-"""
+"""The dataset as a zarr v3 group: metadata only, for other readers; Winnow's own never need it."""
 
 # zarr's signatures name numcodecs, which has no type stubs.
 # pyright: reportUnknownMemberType=false
@@ -34,11 +31,13 @@ TOKEN_DIGESTS_KEY = f"{TOKEN_DIGESTS_ARRAY}/c/0/0"
 
 
 def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
-    """Key -> JSON of every `zarr.json` of the dataset; the root's holds them all (consolidated)."""
+    """Make every `zarr.json` of the dataset, key -> JSON; the root's contains them all (consolidated)."""
+    # By zarr-python itself, in memory, so that the metadata are what zarr readers expect.
     objects: dict[str, Buffer] = {}
     memory = MemoryStore(objects)
     about = {"plan": "plan.json", "plan_fingerprint": plan.fingerprint, "subject": plan.subject.model}
     root = zarr.open_group(memory, mode="w-", zarr_format=3, attributes={"winnow": about})
+    # The crc32c is of each inner chunk: without it, zarr reads a flipped bit as data (seen with zarr 3.1).
     common: dict[str, Any] = {"compressors": (Crc32cCodec(),), "filters": None}
     little = BytesCodec(endian="little")
     packing = (ZstdCodec(level=ZSTD_LEVEL),) if plan.spec.compress == "zstd" else ()
@@ -76,8 +75,8 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
             dtype=STORED_DTYPES[plan.spec.dtype],
             serializer=little,
             fill_value=absent,
-            # A name per hook: xarray refuses a group where one name has two lengths. Not the hook alone,
-            # which is the array's own name. Datasets of before have `dimension` for all.
+            # A name per hook: xarray refuses a group in which one dimension has two lengths. Not the hook
+            # alone, which is the array's own name. Datasets of 0.1 have `dimension` for all.
             dimension_names=("row", f"dimension.{site.name}"),
             attributes={
                 "hook": site.name,
@@ -88,6 +87,7 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
             },
             filters=None,
         )
+    # With consolidated metadata a reader needs no listing. zarr warns that version 3 does not specify it yet.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(memory)
@@ -95,10 +95,9 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
 
 
 def same_array(found: bytes, expected: bytes) -> bool:
-    """Whether two `zarr.json` describe the same bytes.
-
-    Another zarr release may word them otherwise, and earlier ones of ours gave dimensions other names.
-    """
+    """Return whether two `zarr.json` describe the same stored bytes."""
+    # By these fields and not byte for byte: zarr releases word the rest differently, and dimensions had other
+    # names in 0.1.
     try:
         theirs: Any = json.loads(found)
         ours: dict[str, Any] = json.loads(expected)
