@@ -1,10 +1,6 @@
-"""Slices of a remote dataset kept on a local disk: checked like those from storage, and never needed.
+"""A cache on a local disk for slices of remote datasets: checked like storage, and never needed.
 
-One file a slice, its bytes as stored with their crc32c, in a folder for each dataset; named by a digest of
-what the receipt says of it, so that a slice that a repair changed is another file. Whatever the disk gives is
-checked as if it came from storage. Once the cap is reached, slices of other datasets make room, the longest
-unread first; those of this dataset stay, and what does not fit is read from storage every time: epochs come
-round in ever new orders, and a cache that drops the oldest would drop each slice just before its next use.
+A folder per dataset, a file per slice: its bytes as stored, with their crc32c.
 """
 
 from __future__ import annotations
@@ -26,19 +22,21 @@ from winnow.schemas.harvest import HarvestPlan
 from winnow.store.format.layout import shard_key
 
 log = logging.getLogger("winnow.store")
+# Other processes fill the folder too, so a process's own sum goes wrong; listing the folder is slow.
 RECOUNT_BYTES = 1 << 30
-"""Other processes use the folder too: after writing so much, what is there is counted again."""
+"""Bytes written until the folder's content is counted again."""
+# Writing one slice takes no hour: an older unfinished file is a killed process's.
 STALE_SECONDS = 3600.0
-"""After this long an unfinished file is nobody's."""
+"""Age at which an unfinished file is removed."""
 
 
 class SliceCache:
     """Slices of one dataset under a folder that other datasets and processes may share. Safe from threads.
 
     Args:
-        folder: Made if it is not there.
-        max_bytes: Most bytes the folder may hold. Processes that fill it together may pass it by
-            `RECOUNT_BYTES` each.
+        folder: Created if it does not exist.
+        max_bytes: Most bytes in the folder. Processes that fill it together may exceed it by `RECOUNT_BYTES`
+            each.
         plan: The dataset's plan.
     """
 
@@ -48,21 +46,22 @@ class SliceCache:
         self._max, self._lock = max_bytes, threading.Lock()
         self._held = self._written = 0
         self.off = False
-        """Set by the first failed write: from then on slices are looked for and not kept."""
+        """Set by the first failed write: from then on slices are read from the folder but not written."""
         self.hits = self.poisoned = 0
-        """Slices that came from the disk; files that were there and wrong."""
+        """Slices that came from the disk; files that were wrong."""
         self._count()
 
     @staticmethod
     def name(hook: str, unit: int, number: int, crc: int, length: int) -> str:
-        """The file of a slice: a digest of where it belongs and of what the receipt says of it."""
+        """Name a slice's file by a digest of its place and of what the receipt says about it."""
+        # With the receipt's crc32c, so that a slice that a repair has changed is another file.
         return sha256_hex(f"{shard_key(hook, unit)}\n{number}\n{crc:08x}\n{length}".encode())
 
     def read(self, name: str, payload: NDArray[np.uint8], beside: NDArray[np.uint8]) -> bool:
         """Fill a slice's buffers (bytes, and the crc32c stored with them) from the disk, unchecked.
 
         Returns:
-            False: the slice is not there, or the disk does not give it.
+            False if the slice is not there or cannot be read.
         """
         try:
             with (self._place / name).open("rb", buffering=0) as file:
@@ -71,6 +70,7 @@ class SliceCache:
                     self.drop(name)
                     return False
                 whole = os.preadv(file.fileno(), [payload.data, beside.data], 0) == size
+                # Eviction goes by the last read, and most file systems are mounted not to record that.
                 os.utime(file.fileno())
         except OSError:
             return False
@@ -79,7 +79,7 @@ class SliceCache:
         return whole
 
     def drop(self, name: str) -> None:
-        """Remove a file that is not the slice it is named for."""
+        """Remove a file that is not the slice that its name says."""
         size = 0
         with suppress(OSError):
             size = (self._place / name).stat().st_size
@@ -89,17 +89,19 @@ class SliceCache:
             self._held -= size
 
     def keep(self, name: str, payload: NDArray[np.uint8], beside: NDArray[np.uint8]) -> None:
-        """Write a checked slice, if there is room; a disk that refuses is left alone from then on."""
+        """Write a checked slice, if there is room; after a failure nothing more is written."""
         size = payload.size + beside.size
         if self.off or not self._room(size):
             return
         temp = self._place / f".{secrets.token_hex(8)}"
         try:
+            # Renamed when complete, so that no other process reads half of it. No fsync: what a power cut
+            # spoils fails its check and is read from storage again.
             self._place.mkdir(parents=True, exist_ok=True)
             with temp.open("xb", buffering=0) as file:
                 done = os.writev(file.fileno(), [payload.data, beside.data])
                 if done != size:
-                    raise OSError(28, f"only {done} of {size} bytes were written")
+                    raise OSError(28, f"only {done} of {size} bytes were written")  # 28: ENOSPC
             temp.replace(self._place / name)
         except OSError as error:
             with suppress(OSError):
@@ -107,16 +109,17 @@ class SliceCache:
             with self._lock:
                 first, self.off = not self.off, True
                 self._held -= size
+            # Once, and not for each slice of an epoch.
             if first:
                 reason = error.strerror or type(error).__name__
                 log.warning(
-                    "the cache at %s takes no more slices (%s): reading goes on from storage",
+                    "the cache at %s takes no more slices (%s): they are read from storage",
                     self._top,
                     reason,
                 )
 
     def _room(self, size: int) -> bool:
-        """Whether `size` bytes more fit; they then count as held."""
+        """Reserve room for `size` bytes; False if there is none."""
         with self._lock:
             if self._written >= RECOUNT_BYTES:
                 self._count()
@@ -129,7 +132,7 @@ class SliceCache:
             return True
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """(last use, bytes, path) of every file in the folder."""
+        """List (last use, bytes, path) of every file in the folder."""
         found: list[tuple[float, int, Path]] = []
         for path in self._top.glob("*/*") if self._top.is_dir() else ():
             with suppress(OSError):
@@ -144,7 +147,9 @@ class SliceCache:
         self._held, self._written = sum(size for _, size, _ in self._files()), 0
 
     def _evict(self, size: int) -> None:
-        """Make room for `size` bytes from what other datasets have there, the longest unread first."""
+        """Make room for `size` bytes by removing other datasets' slices, least recently read first."""
+        # This dataset's own stay: epochs come in ever new orders, and evicting the oldest would drop each
+        # slice just before its next use. What does not fit is read from storage every time: more hits.
         for _, length, path in sorted(self._files()):
             if self._held + size <= self._max:
                 return

@@ -1,4 +1,4 @@
-"""Checked byte ranges: the one place where stored slices are fetched, and fetched again if they are bad.
+"""Checked byte ranges: the only place where stored slices are fetched, and fetched again if they are bad.
 
 Letters: D d_model, P rows in a slice.
 """
@@ -20,11 +20,13 @@ from winnow.store.objects import ObjectStore
 from winnow.store.read.cache import SliceCache
 from winnow.store.records.index import ReceiptIndex
 
+# A bit flipped on the way is gone at the next try; one in storage is not.
 REFETCHES = 2
-"""A slice that fails its check is fetched this many times more before it counts as rotten."""
+"""Times that a slice which fails its check is fetched again before it counts as damaged."""
+# Less would ask for the interpreter's lock more often; much more would have left the CPU's cache when it is
+# checked.
 PART_BYTES = 2 * 2**20
-"""Slices are received about so many bytes at a time, at least one: each time asks for the interpreter's lock,
-and much more would not be in the cache any longer when it is checked."""
+"""Bytes of slices that are received at a time, about; at least one slice."""
 
 
 def fetch_slices(
@@ -42,84 +44,116 @@ def fetch_slices(
     Args:
         store: The dataset's root.
         plan: The dataset's plan.
-        index: Holds the unit's receipt; a void unit has no slices to fetch.
-        hook: Which shard.
-        unit: Which shard.
-        first: The first slice.
-        places: [bytes] Where the rows of each slice from the first on go, in the dtype on disk.
-        cache: Looked into first, and given what storage gave.
+        index: Contains the unit's receipt; a void unit has no slices to fetch.
+        hook: The shard's hook.
+        unit: The shard's unit.
+        first: Number of the first slice.
+        places: [bytes] per slice: receives its rows, in the dtype on disk.
+        cache: Read first, and given what came from storage.
 
     Returns:
         Bytes read from storage.
 
     Raises:
-        MissingObject: The shard is not there.
-        IntegrityError: A slice differs from the receipt, thrice; or the shard's length does. What is
-            in place then is worthless.
+        MissingObject: The shard does not exist.
+        IntegrityError: A slice still differs from the receipt after `REFETCHES`, or the shard's length does.
+            The content of `places` is then undefined.
     """
-    crcs: list[int] = index.hooks[hook].crc32c[unit].tolist()
-    starts: list[int] = index.starts(hook, unit).tolist()
-    stop = first + len(places)
-    beside = np.empty((len(places), 4), np.uint8)
-    packed = plan.spec.compress != "none"
-    payloads, together = places, max(1, PART_BYTES // places[0].size)
-    if packed:  # a slice is checked and unpacked before the next one takes its place
-        sizes = [starts[number + 1] - starts[number] - 4 for number in range(first, stop)]
-        space = np.empty(max(sizes), np.uint8)
-        payloads, together = [space[:size] for size in sizes], 1
-
-    def buffers(number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        return payloads[number - first], beside[number - first]
-
-    def settle(number: int) -> None:
-        payload, stored = buffers(number)
-        promised = int.from_bytes(stored.tobytes(), "little")
-        check_slice(payload, promised, crcs[number], unit=unit, hook=hook, number=number)
-        if packed:
-            unpack(payload, places[number - first], unit=unit, hook=hook, number=number)
-
-    def settle_in_the_end(number: int) -> int:
-        """Settle a slice, which is fetched again while it is bad; bytes read for that."""
-        size = starts[number + 1] - starts[number]
-        for fetched in range(REFETCHES):
-            with suppress(IntegrityError):
-                settle(number)
-                return fetched * size
-            for _ in _read(store, hook, unit, number, number + 1, starts, [buffers(number)]):
-                pass
-        settle(number)
-        return REFETCHES * size
-
-    def name(number: int) -> str:
-        return SliceCache.name(hook, unit, number, crcs[number], payloads[number - first].size)
-
-    def cached(number: int) -> bool:
-        if not cache or not cache.read(name(number), *buffers(number)):
-            return False
-        try:
-            settle(number)
-        except IntegrityError:
-            cache.drop(name(number))
-            return False
-        return True
-
-    received = 0
-    wanted = [number for number in range(first, stop) if not cached(number)] if cache else range(first, stop)
-    for begin, end in _runs(wanted):
-        parts = [range(number, min(number + together, end)) for number in range(begin, end, together)]
-        received += starts[end] - starts[begin]
-        filled = [[buffer for number in part for buffer in buffers(number)] for part in parts]
-        reads = _read(store, hook, unit, begin, end, starts, filled)
-        for part, _ in zip(parts, reads, strict=True):
+    slices = _Slices(store, plan, index, hook, unit, first, places, cache)
+    received, wanted, step = 0, range(first, first + len(places)), slices.together
+    for begin, end in _runs([number for number in wanted if not slices.cached(number)] if cache else wanted):
+        parts = [range(number, min(number + step, end)) for number in range(begin, end, step)]
+        received += slices.starts[end] - slices.starts[begin]
+        for part, _ in zip(parts, slices.read(begin, end, parts), strict=True):
             for number in part:
-                received += settle_in_the_end(number)
+                received += slices.settle_in_the_end(number)
+                # After its check: what is wrong must not reach the cache.
                 if cache is not None:
-                    cache.keep(name(number), *buffers(number))
+                    cache.keep(slices.name(number), *slices.buffers(number))
     return received
 
 
+class _Slices:
+    """Neighbouring slices of one shard on their way into place; arguments as in `fetch_slices`."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        plan: HarvestPlan,
+        index: ReceiptIndex,
+        hook: str,
+        unit: int,
+        first: int,
+        places: Sequence[NDArray[np.uint8]],
+        cache: SliceCache | None,
+    ) -> None:
+        self._store, self._hook, self._unit, self._cache = store, hook, unit, cache
+        self._first, self._places = first, places
+        # As lists: single elements of an array are slow to take in Python.
+        self._crcs: list[int] = index.hooks[hook].crc32c[unit].tolist()
+        self.starts: list[int] = index.starts(hook, unit).tolist()
+        """Offset of each slice of the shard, and the last one's end."""
+        self._beside = np.empty((len(places), 4), np.uint8)
+        self._packed = plan.spec.compress != "none"
+        self._payloads, self.together = places, max(1, PART_BYTES // places[0].size)
+        # Compressed slices share one buffer: each is checked and unpacked before the next one is received.
+        if self._packed:
+            stop = first + len(places)
+            sizes = [self.starts[number + 1] - self.starts[number] - 4 for number in range(first, stop)]
+            space = np.empty(max(sizes), np.uint8)
+            self._payloads, self.together = [space[:size] for size in sizes], 1
+
+    def buffers(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Buffers of a slice's payload and of the crc32c stored beside it."""
+        return self._payloads[number - self._first], self._beside[number - self._first]
+
+    def name(self, number: int) -> str:
+        """A slice's file in the cache."""
+        size = self._payloads[number - self._first].size
+        return SliceCache.name(self._hook, self._unit, number, self._crcs[number], size)
+
+    def read(self, first: int, stop: int, parts: Sequence[range]) -> Iterator[None]:
+        """Receive slices [first, stop), and yield after each part of them."""
+        filled = [[buffer for number in part for buffer in self.buffers(number)] for part in parts]
+        return _read(self._store, self._hook, self._unit, first, stop, self.starts, filled)
+
+    def cached(self, number: int) -> bool:
+        """Settle a slice from the cache, if it has it."""
+        if not self._cache or not self._cache.read(self.name(number), *self.buffers(number)):
+            return False
+        # A disk is trusted no more than storage. A file that is wrong would be wrong for ever: it goes.
+        try:
+            self._settle(number)
+        except IntegrityError:
+            self._cache.drop(self.name(number))
+            return False
+        return True
+
+    def settle_in_the_end(self, number: int) -> int:
+        """Settle a slice, fetching it again while it is bad; return the bytes read for that."""
+        size = self.starts[number + 1] - self.starts[number]
+        for fetched in range(REFETCHES):
+            with suppress(IntegrityError):
+                self._settle(number)
+                return fetched * size
+            for _ in self.read(number, number + 1, [range(number, number + 1)]):
+                pass
+        self._settle(number)
+        return REFETCHES * size
+
+    def _settle(self, number: int) -> None:
+        """Check a received slice and unpack it; IntegrityError if it is wrong."""
+        payload, stored = self.buffers(number)
+        promised = int.from_bytes(stored.tobytes(), "little")
+        unit, hook = self._unit, self._hook
+        check_slice(payload, promised, self._crcs[number], unit=unit, hook=hook, number=number)
+        # Only what has passed its check: a decompressor is no place for bytes that nobody vouches for.
+        if self._packed:
+            unpack(payload, self._places[number - self._first], unit=unit, hook=hook, number=number)
+
+
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending numbers as runs [first, stop) of neighbours."""
+    """Yield ascending numbers as runs [first, stop) of neighbours."""
     if isinstance(numbers, range):
         yield numbers.start, numbers.stop
         return
@@ -129,7 +163,7 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def describe(hook: str, unit: int, first: int, stop: int) -> str:
-    """`unit 3, hook 'resid_post.9', slice 7` (or `slices 0-63`), for messages."""
+    """Name slices for messages: `unit 3, hook 'resid_post.9', slice 7` (or `slices 0-63`)."""
     slices = f"slice {first}" if stop == first + 1 else f"slices {first}-{stop - 1}"
     return f"unit {unit}, hook {hook!r}, {slices}"
 
@@ -143,12 +177,13 @@ def _read(
     starts: Sequence[int],
     parts: Sequence[Sequence[NDArray[np.uint8]]],
 ) -> Iterator[None]:
-    """Slices [first, stop) into `parts`, or an error that says what is wrong with their shard."""
+    """Read slices [first, stop) into `parts`; an error says what is wrong with their shard."""
     key = shard_key(hook, unit)
     where = describe(hook, unit, first, stop)
     try:
         yield from store.read_into(key, starts[first], parts)
     except MissingObject as error:
+        # Only after the read has failed: the hot path has no request to spare.
         if store.size(ring_key(unit)) is not None:
             raise MissingObject(
                 f"{where}: the harvest's ring has deleted the shard behind its followers",

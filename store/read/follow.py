@@ -1,4 +1,4 @@
-"""Following a harvest: receipts as they come, a trainer's position, and units that a ring has deleted."""
+"""Following a harvest: receipts as they come, trainers' positions, and units that a ring has deleted."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from winnow.store.records.commit import load_receipt, settle, standing_receipts
 from winnow.store.records.index import ReceiptIndex
 
 POLL_SECONDS = 1.0
-"""Between two looks for an object that is awaited."""
+"""Interval at which an awaited object is looked for."""
+# Far below `harvest.follow.silence_seconds`: a beat or two may be lost without the harvest being parked.
 BEAT_SECONDS = 10.0
-"""Between a follower's signs of life."""
+"""Interval of a follower's signs of life."""
 
 
 def wait_for_plan(store: ObjectStore, timeout_seconds: float) -> None:
-    """Return once the root has a plan; ConfigError after the time-out."""
+    """Wait until the root has a plan; ConfigError after the time-out."""
     deadline = time.monotonic() + timeout_seconds
     while store.size(PLAN_KEY) is None:
         if time.monotonic() > deadline:
@@ -39,12 +40,12 @@ def wait_for_plan(store: ObjectStore, timeout_seconds: float) -> None:
 
 
 class Arrivals:
-    """Takes receipts into an index while a harvest commits them. Safe to use from threads.
+    """Adds receipts to an index while a harvest commits them. Safe to use from threads.
 
     Args:
         store: The dataset's root.
         plan: Its plan.
-        index: Filled as units are asked for.
+        index: Receives the receipts that are waited for.
         timeout_seconds: Longest wait in which no unit at all is committed.
     """
 
@@ -56,20 +57,22 @@ class Arrivals:
         self._lock = threading.Lock()
 
     def wait(self, unit: int, stop: threading.Event | None = None) -> None:
-        """Return once a unit's receipt is in the index.
+        """Wait until a unit's receipt is in the index.
 
         Args:
-            unit: Which unit.
+            unit: The unit's number.
             stop: Ends the wait early, with a StoreError.
 
         Raises:
-            MissingObject: The harvest commits nothing any more; the same command goes on later.
+            MissingObject: The harvest no longer commits anything; the same command resumes later.
             IntegrityError: The receipt does not fit the plan.
         """
         stop = stop or threading.Event()
         deadline = time.monotonic() + self._timeout
         seen = -1
         while not self._index.present[unit] and not self._take(unit):
+            # Any commit since is a sign of life: one slow unit, or one late in the harvest's order, is no
+            # reason to give up. The first time there is no count to compare with, hence another round.
             if time.monotonic() > deadline:
                 committed = len(standing_receipts(self._store, self._plan))
                 if committed == seen or (seen < 0 and self._timeout <= POLL_SECONDS):
@@ -83,6 +86,7 @@ class Arrivals:
             receipt = load_receipt(self._store, self._plan, unit)
         except MissingObject:
             return False
+        # Looked up one by one: a listing of all receipts per unit would be a page per thousand of them.
         while self._store.size(receipt_key(unit, receipt.revision + 1)) is not None:
             receipt = load_receipt(self._store, self._plan, unit, receipt.revision + 1)
         with self._lock:
@@ -94,7 +98,7 @@ class Arrivals:
             f"unit {unit} is awaited, and the harvest has committed nothing for {self._timeout:g} s",
             expected=receipt_key(unit),
             got=f"{committed} of {self._plan.units} units committed",
-            fix="Start the harvest again, then this command: it goes on from its last checkpoint",
+            fix="Start the harvest again, then this command: it resumes from its last checkpoint",
         )
 
 
@@ -107,7 +111,8 @@ def follower_key(name: str) -> str:
 
 
 def units_passed(plan: HarvestPlan, order: LaneOrder, step: int) -> int:
-    """Units, in plan order, whose rows all lie behind `step`; every one once an epoch is over."""
+    """Count the units, in plan order, whose rows all come before `step`; all of them after an epoch."""
+    # Whole groups only: within a group rows of any unit may still come.
     place = order.locate(step)
     if place.epoch:
         return plan.units
@@ -115,7 +120,7 @@ def units_passed(plan: HarvestPlan, order: LaneOrder, step: int) -> int:
 
 
 def read_followers(store: ObjectStore, plan: HarvestPlan) -> list[FollowerPosition]:
-    """Every follower's position.
+    """Read every follower's position.
 
     Raises:
         IntegrityError: One is damaged or follows another plan.
@@ -134,16 +139,16 @@ def read_followers(store: ObjectStore, plan: HarvestPlan) -> list[FollowerPositi
 
 
 class Follower(Closing):
-    """A trainer's position under the root, with a thread that shows that it lives.
+    """A trainer's position under the root, with a thread that writes signs of life.
 
     Args:
         store: The dataset's root.
         plan: Its plan.
         order: The trainer's order.
-        out: Where the run lies; names the follower, so that a resumed run is the same one.
+        out: The run's folder; it names the follower, so that a resumed run is the same follower.
         epochs: Passes over the training split.
-        sample_steps: First steps that are drawn together.
-        step: Of the checkpoint it starts from.
+        sample_steps: First steps that are read together before training.
+        step: Step of the checkpoint it starts from.
     """
 
     def __init__(
@@ -158,6 +163,8 @@ class Follower(Closing):
         step: int,
     ) -> None:
         self._store, self._plan, self._order = store, plan, order
+        # The groups of the sample, and the one that is read ahead: a harvest that paused before those are
+        # committed would wait for a trainer that waits for it.
         groups = order.locate(min(sample_steps, order.steps_per_epoch - 1)).group + 2
         self._position = FollowerPosition(
             name=sha256_hex(out.encode())[:16],
@@ -166,6 +173,7 @@ class Follower(Closing):
             units_passed=units_passed(plan, order, step),
             units_ahead=groups * order.group_units,
             epochs=epochs,
+            # A random start, so that a resumed follower's first beat differs from its last one.
             beat=secrets.randbelow(2**40),
         )
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -174,17 +182,18 @@ class Follower(Closing):
         self._thread.start()
 
     def at(self, step: int, *, finished: bool = False) -> None:
-        """Say that a checkpoint of `step` is durable."""
+        """Record that a checkpoint of `step` is durable."""
         passed = self._plan.units if finished else units_passed(self._plan, self._order, step)
         self._write(step=step, units_passed=passed, finished=finished)
 
     def close(self) -> None:
-        """Show no more signs of life."""
+        """Stop the signs of life."""
         self._stop.set()
         self._thread.join()
 
     def _write(self, **facts: object) -> None:
         with self._lock:
+            # A counter and not a time: the harvest sees whether it changes, whatever the clocks say.
             facts["beat"] = self._position.beat + 1
             self._position = self._position.model_copy(update=facts)
             self._store.put(follower_key(self._position.name), self._position.to_json())
@@ -194,14 +203,15 @@ class Follower(Closing):
             try:
                 self._write()
             except StoreError:
-                continue  # the next one may get through; the harvest is patient for longer than that
+                continue  # the next one may get through; the harvest waits for longer than one beat
 
 
 # The ring
 
 
 def delete_unit(store: ObjectStore, plan: HarvestPlan, unit: int) -> None:
-    """Record that a unit's shards go, then delete them; safe to repeat. For the harvest's driver alone."""
+    """Record that a unit's shards are deleted, then delete them; safe to repeat. For the driver only."""
+    # The record first: a reader that misses the shard, or `verify`, must never take it for a loss.
     keys = tuple(shard_key(hook, unit) for hook in plan.spec.hooks)
     record = RingRecord(plan_fingerprint=plan.fingerprint, unit=unit, keys=keys, deleted=now())
     settle(store, ring_key(unit), record.to_json())
@@ -210,7 +220,7 @@ def delete_unit(store: ObjectStore, plan: HarvestPlan, unit: int) -> None:
 
 
 def deleted_units(store: ObjectStore, plan: HarvestPlan) -> set[int]:
-    """Units whose shards a ring has deleted, or was about to."""
+    """List the units whose shards a ring has deleted, or was about to."""
     names = (key.removeprefix(f"{RING_DIR}/").removesuffix(".json") for key, _ in store.list(RING_DIR))
     units = {int(name) for name in names if name.isdecimal()}
     return {unit for unit in units if unit < plan.units}

@@ -1,4 +1,4 @@
-"""Reading a group of units: its slices into buffers, checked, and where each step finds its rows in them.
+"""Reading a group of units: slices into buffers, checked, and the rows of each step in them.
 
 Letters: G lanes, L lanes of this rank, U units in a group, S rows that a lane owns of one unit.
 """
@@ -23,16 +23,18 @@ from winnow.store.read.fetch import fetch_slices
 from winnow.store.read.follow import Arrivals
 from winnow.store.records.index import ReceiptIndex
 
+# Large, so that there are few requests to sign, answer and parse; a group still has several to be in flight.
 REQUEST_BYTES = 16 * 2**20
-"""A run of slices is asked for in ranges of about this many bytes: few to sign and to answer."""
+"""Bytes of one range request for slices, about."""
 SHUFFLED_TOGETHER = 16
 """Lanes that one task shuffles."""
 
 
 class Buffers:
-    """One group's rows of this rank, lane after lane: filled by the reading threads, then only read."""
+    """One group's rows of this rank, lane after lane: written by the reading threads, then only read."""
 
     def __init__(self, plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], lanes: int) -> None:
+        # For the largest group: two such sets serve all groups in turn, and their pages are touched once.
         most = lanes * min(order.group_units, len(order.units)) * order.lane_unit_rows
         dtype = STORED_DTYPES[plan.spec.dtype]
         self.rows = {hook: np.empty((most, plan.stored_width(hook)), dtype=dtype) for hook in hooks}
@@ -45,14 +47,12 @@ class Buffers:
 
 
 class Turns:
-    """Where in a group's buffers each step finds its rows; the lanes shuffle in the background.
-
-    A split that is one group stays in its buffers, unit by unit in the split's order; the units of a
-    later epoch, which the order counts otherwise, are found through `slots`.
-    """
+    """The rows of each step in a group's buffers; the lanes are shuffled in the background."""
 
     def __init__(self, order: LaneOrder, lanes: range, epoch: int, group: int, pool: Executor) -> None:
         self._order, self._units, self._most_units = order, order.units_in(group), order.units_in(0)
+        # A split that is one group stays in its buffers, with its units in the split's order. Later epochs
+        # number the units in another order and find them through the slots.
         self._slots: NDArray[np.int64] | None = None
         if order.groups == 1 and epoch:
             slots = {unit: number for number, unit in enumerate(order.units)}
@@ -66,14 +66,14 @@ class Turns:
         some = self._order.lane_permutations(epoch, group, lanes[first : first + SHUFFLED_TOGETHER])
         for number, rows in enumerate(some, first):
             taken = self._rows[:, number]
-            rows = rows[: taken.size]
+            rows = rows[: taken.size]  # the rest is the group's tail, which is dropped
             if self._slots is not None:
                 unit, row = np.divmod(rows, size)
                 rows = self._slots[unit] * size + row
             np.add(rows.reshape(taken.shape), number * self._units * size, out=taken)
 
     def of_unit(self, held: NDArray[Any], position: int) -> NDArray[Any]:
-        """A view [L, S, ...] of buffers [rows, ...]: where a unit's rows lie, by the unit's position.
+        """View a unit's rows, by its position in the group: [L, S, ...] of buffers [rows, ...].
 
         Of buffers [slices, ...] likewise: [L, slices of a lane, ...].
         """
@@ -84,7 +84,7 @@ class Turns:
         return whole.reshape(lanes, self._units, per_unit, *held.shape[1:])[:, slot]
 
     def rows(self, step_in_group: int, steps: int) -> NDArray[np.int64]:
-        """[steps * B/world] rows of the buffers that some steps take, in batch order."""
+        """[steps * B/world] rows of the buffers in some steps, in batch order."""
         return self._rows[step_in_group : step_in_group + steps].reshape(-1)
 
 
@@ -98,8 +98,8 @@ class GroupReader:
         order: Which row comes when.
         hooks: Read together, aligned by row.
         lanes: The lanes of this rank.
-        requests: Range requests in flight at the most; of a local root no more than there are cores.
-        arrivals: Awaits the units' receipts, where the dataset is still being harvested.
+        requests: Most range requests in flight; for a local root at most one per core.
+        arrivals: Waits for the units' receipts, if the dataset is still being harvested.
         cache: Keeps slices on a local disk.
     """
 
@@ -121,16 +121,17 @@ class GroupReader:
         self.order, self.hooks, self.lanes = order, hooks, lanes
         self.holds = order.groups == 1
         self.before: Callable[[], object] = lambda: None
-        """What a local root's threads do before each piece of reading."""
-        # of a local root, more threads than there are cores get in each other's way
+        """Called by a local root's threads before each run of slices."""
+        # Reads of a local root are CPU work. By perf, a fifth of it went into switching between ten threads
+        # that wanted the interpreter's lock.
         threads = requests if store.remote else min(requests, usable_cores())
         self.pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="winnow-stream")
         self.bytes_read = 0
-        """Bytes read from storage so far, refetches included; what a cache gave does not count."""
+        """Bytes read from storage so far, including refetches; bytes from a cache do not count."""
         self._counting = threading.Lock()
 
     def buffers(self) -> Buffers:
-        """New, unfilled buffers for one group."""
+        """Make buffers for one group, unfilled."""
         return Buffers(self.plan, self.order, self.hooks, len(self.lanes))
 
     def turns(self, epoch: int, group: int) -> Turns:
@@ -139,6 +140,7 @@ class GroupReader:
 
     def read(self, buffers: Buffers, turns: Turns, units: tuple[int, ...]) -> list[Future[None]]:
         """Start filling `buffers`."""
+        # Before any byte is read: a unit without a receipt must not be found in the middle of a group.
         if self.arrivals is None:
             self.index.require(units)
         futures: list[Future[None]] = []
@@ -148,6 +150,7 @@ class GroupReader:
             futures.append(self.pool.submit(self._weights, turns.of_unit(buffers.weights, position), unit))
             for hook in self.hooks:
                 slices = turns.of_unit(buffers.slices[hook], position)
+                # Zeros of weight 0: a void unit keeps its place, so the order needs no exceptions.
                 if self.index.void[unit]:
                     futures.append(self.pool.submit(slices.fill, 0))
                     continue
@@ -156,19 +159,21 @@ class GroupReader:
         return futures
 
     def _runs(self, hook: str) -> Iterator[tuple[int, int]]:
-        """This rank's slices as runs [first, stop) of about `REQUEST_BYTES`."""
+        """Yield this rank's slices as runs [first, stop) of about `REQUEST_BYTES`."""
+        # Its lanes are neighbours, so they are one range of each unit, and no other rank reads a byte of it.
         first, last = self.lanes.start * self.order.lane_slices, self.lanes.stop * self.order.lane_slices
         step = max(1, REQUEST_BYTES // slice_bytes(self.plan, hook))
         for start in range(first, last, step):
             yield start, min(start + step, last)
 
     def _weights(self, places: NDArray[np.float32], unit: int) -> None:
-        """A unit's weights into [L, S]."""
+        """Write a unit's weights into [L, S]."""
         share = self.index.weights(self.hooks, unit).reshape(self.order.lanes, -1)
         places[:] = share[self.lanes.start : self.lanes.stop]
 
     def _fetch(self, slices: NDArray[np.uint8], hook: str, unit: int, first: int, stop: int) -> None:
-        """A run of slices into [L, slices of a lane, bytes]."""
+        """Read a run of slices into [L, slices of a lane, bytes]."""
+        # Batches first: the consumer waits for them, and for the next group only later.
         self.before()
         size, begin = self.order.lane_slices, self.lanes.start
         places = [slices[number // size - begin, number % size] for number in range(first, stop)]

@@ -29,15 +29,16 @@ from winnow.store.records.manifest import find_manifest, load_index, load_manife
 if TYPE_CHECKING:
     from winnow.store.read.torch_stream import Stream
 
+# A plan from elsewhere may claim any size: nothing larger is allocated for it.
 MAX_TOKEN_CHUNK_BYTES = 1 << 30
 """Largest chunk of tokens or token digests that is read, in bytes."""
 
 
 def load_plan(store: ObjectStore) -> HarvestPlan:
-    """The plan of the dataset at this root.
+    """Read the plan of the dataset at this root.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no dataset.
         IntegrityError, UnsupportedVersion: It cannot be read.
     """
     try:
@@ -59,8 +60,8 @@ def load_token_digests(store: ObjectStore, plan: HarvestPlan) -> NDArray[np.uint
     """uint8 [units, 32]: SHA-256 of every unit's token chunk, checked against the plan.
 
     Raises:
-        MissingObject: Not there: planning has not finished.
-        IntegrityError: Not what the plan says.
+        MissingObject: They do not exist: planning has not finished.
+        IntegrityError: They differ from the plan's digest.
     """
     key = f"{layout.TOKEN_DIGESTS_ARRAY}/c/0/0"
     try:
@@ -84,12 +85,12 @@ def read_tokens(
     Args:
         store: The dataset's root.
         plan: Its plan.
-        unit: Which unit.
-        digests: What `load_token_digests` gave, to read many units without loading it each time.
+        unit: The unit's number.
+        digests: Result of `load_token_digests`, to load it once for many units.
 
     Raises:
-        MissingObject: The chunk is not there.
-        IntegrityError: Not the tokens that were planned.
+        MissingObject: The chunk does not exist.
+        IntegrityError: The tokens differ from those that were planned.
     """
     if digests is None:
         digests = load_token_digests(store, plan)
@@ -100,6 +101,7 @@ def read_tokens(
         raise MissingObject(f"{what} are missing", expected=key, fix="Run `winnow plan` again") from error
     shape = (plan.spec.windows_per_unit, plan.spec.context_length)
     tokens: NDArray[np.uint32] = decode_chunk(data, "<u4", shape, what=what)
+    # The chunk's crc32c guards against accidents only; the digest ties the tokens to the plan.
     expected, found = digests[unit].tobytes().hex(), sha256_hex(tokens.tobytes())
     if found != expected:
         raise IntegrityError(what, expected=f"sha256 {expected}", got=found)
@@ -110,12 +112,12 @@ def read_tokens(
 
 
 def receipts_present(store: ObjectStore, plan: HarvestPlan) -> dict[int, int]:
-    """Unit -> highest revision of its receipt, from one listing; no receipt is read."""
+    """Find unit -> highest revision of its receipt, by one listing; no receipt is read."""
     return standing_receipts(store, plan)
 
 
 def read_receipt(store: ObjectStore, plan: HarvestPlan, unit: int, revision: int = 0) -> UnitReceipt:
-    """A unit's receipt, checked against the plan.
+    """Read a unit's receipt, checked against the plan.
 
     Raises:
         MissingObject: The unit has no such receipt.
@@ -142,13 +144,13 @@ class ActivationStore:
         self.store = store
         """The root."""
         self.plan = plan
-        """What the dataset is."""
+        """The dataset's plan."""
         self.index = index
-        """Its receipts, in columns; of a dataset that is followed, those that were asked for."""
+        """Its receipts, in columns; of a followed dataset, only those that were needed so far."""
         self.arrivals = arrivals
-        """Awaits receipts while the dataset is harvested; None: it is sealed."""
+        """Waits for receipts while the dataset is harvested; None if it is sealed."""
         self.cache = cache
-        """Keeps slices on a local disk; None: every one comes from storage."""
+        """Keeps slices on a local disk; None if all come from storage."""
         self._manifest = manifest
         self._digests: NDArray[np.uint8] | None = None
 
@@ -167,13 +169,13 @@ class ActivationStore:
 
         Args:
             uri: A local path, `file://` or `s3://bucket/prefix`.
-            storage: Time-outs, permissions, and a cache folder for what is remote.
-            follow: Take a dataset that is not sealed, or not even planned yet. Whatever is read then waits
-                for its units' receipts; streams yield the very batches they would yield later.
+            storage: Time-outs, permissions, and a cache folder for remote data.
+            follow: Open a dataset that is not sealed, or not even planned yet. Reads then wait for their
+                units' receipts; streams yield exactly the batches that they would yield later.
             timeout_seconds: Longest wait, for the plan or while no unit is committed.
 
         Raises:
-            ConfigError: No dataset there, or one that is not sealed (following: none after the time-out).
+            ConfigError: There is no dataset, or it is not sealed (with `follow`: no plan by the time-out).
             IntegrityError, UnsupportedVersion: Its artefacts cannot be read or disagree.
             StoreError: The storage cannot be reached.
         """
@@ -187,10 +189,11 @@ class ActivationStore:
     def over(
         cls, store: ObjectStore, *, follow: bool = False, timeout_seconds: float = 600.0
     ) -> ActivationStore:
-        """As `open`, over an object store that is open already."""
+        """Open the dataset of an object store that is open already; otherwise like `open`."""
         if follow:
             wait_for_plan(store, timeout_seconds)
         plan = load_plan(store)
+        # Sealed by now: opened like any other, with all receipts from the manifest's parts.
         if follow and find_manifest(store, plan) is None:
             index = ReceiptIndex(plan)
             return cls(store, plan, None, index, Arrivals(store, plan, index, timeout_seconds))
@@ -200,7 +203,8 @@ class ActivationStore:
         return opened
 
     def _check_tokens(self) -> None:
-        """Refuse receipts of other tokens than were planned."""
+        """Raise IntegrityError if a receipt is for other tokens than were planned."""
+        # A plan fingerprint alone does not show it: rows of other tokens would be sound and meaningless.
         self._digests = load_token_digests(self.store, self.plan)
         other = np.flatnonzero(np.any(self.index.token_sha256 != self._digests, axis=1))
         if other.size:
@@ -213,20 +217,21 @@ class ActivationStore:
 
     @property
     def manifest(self) -> HarvestManifest:
-        """That the dataset is whole, and what it holds; ConfigError where it is not sealed yet."""
+        """The dataset's manifest; ConfigError if it is not sealed yet."""
+        # Looked for again while there is none: a followed dataset is sealed in the end.
         if self._manifest is None:
             self._manifest = load_manifest(self.store, self.plan)
         return self._manifest
 
     @property
     def dataset_sha256(self) -> str | None:
-        """The manifest's digest; None while the dataset is not sealed."""
+        """The dataset's digest; None while it is not sealed."""
         if self._manifest is None:
             self._manifest = find_manifest(self.store, self.plan)
         return self._manifest.dataset_sha256 if self._manifest else None
 
     def _await(self, units: Iterable[int]) -> None:
-        """Following: wait for the receipts of some units."""
+        """Wait for the receipts of some units, if the dataset is followed."""
         if self.arrivals is not None:
             for unit in units:
                 self.arrivals.wait(unit)
@@ -246,13 +251,14 @@ class ActivationStore:
         return self.plan.d_model(hook)
 
     def read_rows(self, hook: str, start: int, stop: int) -> NDArray[np.float32]:
-        """float32 [stop - start, D]: dataset rows in stored order, checked.
+        """Read dataset rows in stored order, checked.
 
-        Rows of a void unit are zeros; `weights` says so.
+        Returns:
+            float32 [stop - start, D]; zeros for rows of a void unit, whose `weights` are 0.
 
         Raises:
             ConfigError: Unknown hook, or rows outside the dataset.
-            MissingObject, IntegrityError: Storage no longer holds what was committed.
+            MissingObject, IntegrityError: Storage no longer has what was committed.
         """
         width = self._check(hook, start, stop)
         out = np.empty((stop - start, width), dtype=np.float32)
@@ -265,6 +271,7 @@ class ActivationStore:
                 target[:] = 0
                 continue
             low, high = low - unit * unit_rows, high - unit * unit_rows
+            # Whole slices are read even for one row: a crc32c covers a slice, and less cannot be checked.
             first, last = low // slice_rows, -(-high // slice_rows)
             shape = (last - first, slice_rows, self.plan.stored_width(hook))
             stored = np.empty(shape, dtype=layout.STORED_DTYPES[self.plan.spec.dtype])
@@ -275,24 +282,24 @@ class ActivationStore:
         return out
 
     def locate(self, rows: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(window, position in the window) of each dataset row; see `winnow.store.format.layout.locate`."""
+        """Find (window, position in it) of each dataset row; see `winnow.store.format.layout.locate`."""
         return layout.locate(self.plan, np.asarray(rows, dtype=np.int64))
 
     def tokens(self, window: int) -> NDArray[np.uint32]:
-        """uint32 [T]: the token ids of a window of the dataset, checked."""
+        """Read the token ids of a window of the dataset, uint32 [T], checked."""
         if not 0 <= window < self.plan.windows:
             raise ConfigError("window", expected=f"0 to {self.plan.windows - 1}", got=window)
         unit, number = divmod(int(window), self.plan.spec.windows_per_unit)
         return self.unit_tokens(unit)[number]
 
     def unit_tokens(self, unit: int) -> NDArray[np.uint32]:
-        """uint32 [W, T]: the token ids of a unit's windows, checked."""
+        """Read the token ids of a unit's windows, uint32 [W, T], checked."""
         if self._digests is None:
             self._digests = load_token_digests(self.store, self.plan)
         return read_tokens(self.store, self.plan, unit, self._digests)
 
     def weights(self, hooks: Sequence[str], start: int, stop: int) -> NDArray[np.float32]:
-        """float32 [stop - start]: 0 at sinks of any of `hooks` and in void units, else 1."""
+        """float32 [stop - start]: 0 at sinks of any of `hooks` and in void units, otherwise 1."""
         hooks = self._hooks(hooks)
         self._check(hooks[0], start, stop)
         unit_rows = self.plan.rows_per_unit
@@ -307,7 +314,7 @@ class ActivationStore:
         """float32 [len(windows), T]: the weight of every position of some windows.
 
         0 at the leading positions that are not stored, at sinks of any of `hooks` and in void units,
-        else 1: where a splice replaces the activation.
+        otherwise 1: a splice replaces the activation there.
         """
         hooks = self._hooks(hooks)
         plan, asked = self.plan, np.asarray(windows, dtype=np.int64)
@@ -317,6 +324,7 @@ class ActivationStore:
         units, numbers = np.divmod(asked, plan.spec.windows_per_unit)
         self._await(np.unique(units).tolist())
         for unit in np.unique(units):
+            # Weights are by stored row; a window's rows are neighbours in planned order only.
             planned = np.empty(plan.rows_per_unit, dtype=np.float32)
             planned[layout.row_permutation(plan, int(unit))] = self.index.weights(hooks, int(unit))
             chosen = units == unit
@@ -325,9 +333,7 @@ class ActivationStore:
         return out
 
     def moments(self, hook: str) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-        """Sums over the training rows of weight 1 that the first units' receipts describe.
-
-        A sample without bias, since windows are shuffled corpus-wide.
+        """Sum over the training rows of weight 1 that the first units' receipts describe.
 
         Returns:
             (rows, sums float64 [D], sums of squares float64 [D]), raw units.
@@ -335,6 +341,7 @@ class ActivationStore:
         Raises:
             ConfigError: Unknown hook, or no training unit among those described.
         """
+        # Of the first units only, which is an unbiased sample: windows are shuffled over the whole corpus.
         self._await(range(min(MOMENT_UNITS, self.plan.units)))
         width, held = self.plan.d_model(hook), self.index.hooks[hook].moments
         chosen = [held[unit] for unit in sorted(held) if unit in self.plan.split_units("train")]
@@ -360,6 +367,7 @@ class ActivationStore:
     def variance(self, hook: str) -> NDArray[np.float64]:
         """float64 [D]: variance of the training rows of weight 1 (see `moments`), in raw units."""
         rows, sums, squares = self.moments(hook)
+        # The difference of two rounded numbers can be just below 0 for a constant dimension.
         return np.maximum(squares / rows - np.square(sums / rows), 0)
 
     def order(
@@ -371,7 +379,7 @@ class ActivationStore:
         lanes: int = SLICES,
         group_units: int = 16,
     ) -> LaneOrder:
-        """The order a stream with these arguments has; see `winnow.store.format.order.LaneOrder`."""
+        """Make the order of a stream with these arguments; see `winnow.store.format.order.LaneOrder`."""
         return LaneOrder.for_plan(
             self.plan, split=split, batch_rows=batch_rows, seed=seed, lanes=lanes, group_units=group_units
         )
@@ -393,35 +401,36 @@ class ActivationStore:
         prefetch: int = 8,
         dtype: Literal["float32", "stored"] = "float32",
     ) -> Stream:
-        """Batches in lane order, read ahead in the background.
+        """Stream batches in lane order, read ahead in the background.
 
-        The global batch of a step is the ranks' batches one after another, the same for every `world`
-        that divides `lanes`. Two groups are in memory (one, when the split is one group).
+        The global batch of a step is the ranks' batches one after another, the same for every `world` that
+        divides `lanes`. Two groups are in memory (one, if the split is one group).
 
         Args:
-            hooks: Read together: row i is the same token for each, and their weights multiply.
+            hooks: Hooks to read together: row i is the same token for each, and their weights multiply.
             split: `train`, `validation` or `all`.
             batch_rows: Rows B of a global batch, a multiple of `lanes`.
             seed: Key of the order.
             lanes: Lanes G, a divisor of 64. Part of the order.
             group_units: Units U shuffled together. Part of the order.
-            rank: This process's place, 0 to world - 1.
+            rank: This process's rank, 0 to world - 1.
             world: Processes that share the batch; it must divide `lanes`.
             start_step: The first step, counted over all epochs: resumes in O(1).
             epochs: Stop after this many epochs counted from step 0; None never stops.
             steps: Stop before this step, counted from step 0; None never stops.
-            prefetch: Range requests in flight; of a local root no more than there are cores.
-            dtype: Of the batches' rows: `float32`, or `stored`, as the plan keeps them (bfloat16 mostly),
-                which is half the bytes to carry to a GPU that widens them there; of int8 it is float32 too.
+            prefetch: Range requests in flight; for a local root at most one per core.
+            dtype: Dtype of the batches' rows: `float32`, or `stored`, the plan's (mostly bfloat16): half the
+                bytes to copy to a GPU, which widens them there. int8 is always widened.
 
         Returns:
             An iterator of `winnow.store.read.torch_stream.Batch` that is also a context manager.
 
         Raises:
-            ConfigError: Arguments that cannot be, before any data is read.
-            MissingObject, IntegrityError: While iterating, what storage no longer holds, by unit, hook
-                and slice.
+            ConfigError: Impossible arguments; raised before any data is read.
+            MissingObject, IntegrityError: While iterating, storage no longer has what was committed; names
+                unit, hook and slice.
         """
+        # Imported here, since only streams need torch, which takes seconds to import.
         from winnow.store.read.stream import RowStream
         from winnow.store.read.torch_stream import Stream, widen
 

@@ -3,11 +3,11 @@
 Letters: B rows in a batch, D d_model, G lanes, L lanes of this rank, U units in a group, S rows that a
 lane owns of one unit.
 
-A rank's lanes own neighbouring slices of every unit, so a rank reads one run of bytes a unit and hook,
-and no byte that another rank reads. Slices go from storage into the group's buffers with one copy and are
-checked there; a batch gathers its rows from all over the group and widens them to float32, ahead of the
-consumer. While one group is consumed, the next is read into a second set of buffers. A split that is a
-single group is read once and shuffled anew each epoch.
+A rank's lanes own neighbouring slices of every unit, so a rank reads one run of bytes per unit and hook, and
+no byte that another rank reads. Slices go from storage into the group's buffers with one copy and are checked
+there; a batch gathers its rows from the whole group and widens them to float32, ahead of the consumer. While
+one group is consumed, the next is read into a second set of buffers. A split that is a single group is read
+once and shuffled anew in each epoch.
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ from winnow.store.records.index import ReceiptIndex
 
 
 def memory_bytes(plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], world: int = 1) -> int:
-    """Memory that a rank's stream holds in buffers, in bytes.
-
-    Rows and weights of two groups (one, when the split is one group) and two groups' turns, over the
-    world size.
-    """
+    """Memory of a rank's stream, in bytes: its buffers and orders of rows."""
+    # Rows and weights (4 bytes) of two groups, or of one if the split is one group; and for two groups an
+    # int64 per row, since the next group is shuffled while this one is consumed.
     row = sum(row_bytes(plan.spec.dtype, plan.d_model(hook)) for hook in hooks) + 4
     held = 1 if order.groups == 1 else 2
     return order.group_units * plan.rows_per_unit * (row * held + 2 * 8) // world
@@ -47,12 +45,12 @@ def memory_bytes(plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], worl
 class RowStream(Closing):
     """An iterator of `RowBatch`; see `ActivationStore.stream` for the arguments.
 
-    Reading starts when it is made. It holds no thread of its own: a small pool reads, and is gone after
-    `close()`, after the last batch, or with the stream.
+    Reading starts on construction, in small thread pools, which end with `close()`, after the last batch, or
+    with the stream.
 
     Raises (on construction, before any data is read):
-        ConfigError: A hook, rank, world or step that cannot be.
-        MissingObject: A unit of the first group without a receipt.
+        ConfigError: An impossible hook, rank, world or step.
+        MissingObject: A unit of the first group has no receipt.
     """
 
     def __init__(
@@ -74,15 +72,7 @@ class RowStream(Closing):
         arrivals: Arrivals | None = None,
         cache: SliceCache | None = None,
     ) -> None:
-        hooks = (hooks,) if isinstance(hooks, str) else tuple(hooks)
-        if not hooks or len(set(hooks)) != len(hooks):
-            raise ConfigError("hooks", expected="one or more, each once", got=hooks)
-        for hook in hooks:
-            plan.d_model(hook)
-        if requests < 1:
-            raise ConfigError("prefetch", expected="1 or more requests", got=requests)
-        if dtype not in ("float32", "stored"):
-            raise ConfigError("dtype", expected="float32 or stored", got=repr(dtype))
+        hooks = _checked(plan, hooks, requests, dtype)
         lanes = order.lanes_of(rank, world)
         self.plan, self.order, self.hooks, self.split = plan, order, hooks, split
         self.rank, self.world = rank, world
@@ -100,6 +90,7 @@ class RowStream(Closing):
             plan.d_model(hook) * 4 if wide else row_bytes(plan.spec.dtype, plan.d_model(hook))
             for hook in hooks
         )
+        # A local root's reading threads assemble too, see `Assembler`.
         pool = None if store.remote else self._reader.pool
         size = row * order.batch_rows // world
         self._assembler = Assembler(pool, widen if wide else None, size, len(hooks))
@@ -108,11 +99,13 @@ class RowStream(Closing):
         self._current: Buffers | None = None
         self._turns: Turns | None = None
         self._first = self._last = self._asked = start_step
-        """The current group's first step, one past its last, and the next one whose batch is to be begun."""
+        """The current group's first step, one past its last, and the next step to be assembled."""
         self._ready: deque[Future[list[RowBatch]]] = deque()
         self._run: deque[RowBatch] = deque()
         self._coming: _Coming | None = None
         self._closed = False
+        # The threads of a stream that is dropped without `close()` end too. The finalizers must not refer to
+        # the stream itself, which would then never be collected.
         weakref.finalize(self, self._reader.closing.set)
         for pool in self._pools():
             weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
@@ -133,6 +126,7 @@ class RowStream(Closing):
 
     def _take(self) -> None:
         """Wait for the next run of batches."""
+        # An error is final: the buffers are released after it, so a retry must not seem to continue.
         if self._failed is not None:
             raise self._failed
         if self._closed:
@@ -146,6 +140,7 @@ class RowStream(Closing):
                 self._advance()
             self._ask()
             self._run.extend(self._ready.popleft().result())
+            # Once more, so that the next run is assembled while the consumer works on this one.
             self._ask()
         except BaseException as error:
             self._failed = error
@@ -155,7 +150,7 @@ class RowStream(Closing):
             self.seconds_waiting += time.perf_counter() - started
 
     def _ask(self) -> None:
-        """Have the group's next batches assembled."""
+        """Start assembling the group's next batches, `RUNS_AHEAD` runs at most."""
         assert self._current is not None
         assert self._turns is not None
         while len(self._ready) < RUNS_AHEAD and self._asked < self._last:
@@ -165,9 +160,9 @@ class RowStream(Closing):
             self._asked += count
 
     def ready(self, seconds: float) -> bool:
-        """Whether all units of the next batch are committed, after waiting so long at most.
+        """Return whether all units of the next batch are committed, after waiting at most so long.
 
-        Where the dataset is not followed they are, or the next batch tells.
+        True if the dataset is not followed: if a unit is missing after all, the next batch raises.
         """
         coming = self._coming
         if self.next_step < self._last or coming is None or not isinstance(coming.reads, Future):
@@ -175,12 +170,12 @@ class RowStream(Closing):
         return bool(wait([coming.reads], seconds).done)
 
     def state(self) -> StreamState:
-        """Where the stream stands: before its next step. Integers only."""
+        """Return the stream's position, before its next step. Integers only."""
         return self.order.state(self.plan.fingerprint, self.split, self.hooks, self.next_step)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from storage so far, refetches included."""
+        """Bytes read from storage so far, including refetches."""
         return self._reader.bytes_read
 
     @property
@@ -189,12 +184,12 @@ class RowStream(Closing):
         return memory_bytes(self.plan, self.order, self.hooks, self.world)
 
     def close(self) -> None:
-        """Stop reading: requests not begun are dropped, those in flight are waited for."""
+        """Stop reading: pending requests are dropped, those in flight are waited for."""
         self._closed = True
         self._release()
 
     def _pools(self) -> list[ThreadPoolExecutor]:
-        """All of its threads; who submits work to others comes first."""
+        """List all pools; one that submits work to another comes first, so that it is shut down first."""
         return [*([self._waiter] if self._waiter else []), self._reader.pool, self._assembler.pool]
 
     def _release(self) -> None:
@@ -212,25 +207,24 @@ class RowStream(Closing):
         return self.stop_step is not None and step >= self.stop_step
 
     def _begin(self, epoch: int, group: int, buffers: Buffers, *, held: bool = False) -> None:
-        """Start reading a group into `buffers`, unless its rows are held there already."""
+        """Start reading a group into `buffers`, unless it is `held` there already."""
         turns = self._reader.turns(epoch, group)
         units = self.order.units_of(epoch, group)
         if held:
             reads: list[Future[None]] | Future[list[Future[None]]] = []
-        elif self._waiter:  # receipts may take hours to come, while batches of this group are wanted
+        # Receipts may take hours to come, while the consumer wants this group's batches.
+        elif self._waiter:
             reads = self._waiter.submit(self._reader.read, buffers, turns, units)
         else:
             reads = self._reader.read(buffers, turns, units)
         self._coming = _Coming(buffers, turns, reads)
 
     def _advance(self) -> None:
-        """Make the group that is coming the current one, once it is there; have the one after it read.
-
-        All batches of the group before are assembled, so its buffers are free, and the threads that read need
-        not wait for the last of them to be done.
-        """
+        """Start reading the group after the coming one, then wait for the coming one and make it current."""
         assert self._coming is not None
         coming, self._coming = self._coming, None
+        # All batches of the previous group are assembled, so its buffers are free for the next one. That read
+        # starts before the coming group is complete: the pool has work while its last slices arrive.
         spare, self._current, self._turns = self._current, None, None
         place = self.order.locate(self.next_step)
         epoch, group = place.epoch, place.group + 1
@@ -249,18 +243,33 @@ class RowStream(Closing):
             self._last = min(self._last, self.stop_step)
 
 
+def _checked(plan: HarvestPlan, hooks: Sequence[str], requests: int, dtype: str) -> tuple[str, ...]:
+    """Return the hooks as a tuple; ConfigError if an argument of a stream is impossible."""
+    hooks = (hooks,) if isinstance(hooks, str) else tuple(hooks)
+    if not hooks or len(set(hooks)) != len(hooks):
+        raise ConfigError("hooks", expected="one or more, each once", got=hooks)
+    for hook in hooks:
+        plan.d_model(hook)
+    if requests < 1:
+        raise ConfigError("prefetch", expected="1 or more requests", got=requests)
+    if dtype not in ("float32", "stored"):
+        raise ConfigError("dtype", expected="float32 or stored", got=repr(dtype))
+    return hooks
+
+
 class _Coming(NamedTuple):
     """A group being read."""
 
     buffers: Buffers
     turns: Turns
     reads: list[Future[None]] | Future[list[Future[None]]]
-    """Or, of a dataset that is followed, the future that begins them."""
+    """The reads; of a followed dataset, the future that begins them."""
 
     def result(self) -> None:
-        """Wait until everything is read and shuffled; or raise the first error of any of its threads."""
+        """Wait until everything is read and shuffled; raise the first error of any thread."""
         reads = self.reads.result() if isinstance(self.reads, Future) else self.reads
         reads = [*self.turns.shuffles, *reads]
+        # A failed read ends the wait at once, however long the others may take.
         done, _ = wait(reads, return_when=FIRST_EXCEPTION)
         for future in reads:
             if future in done and future.exception() is not None:

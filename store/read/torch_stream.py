@@ -1,4 +1,4 @@
-"""The stream as torch tensors: the only file of the store that imports torch.
+"""The stream as torch tensors: the only module of the store that imports torch.
 
 Letters: B rows in a batch, D d_model.
 """
@@ -19,22 +19,24 @@ from winnow.store.read.stream import RowStream
 
 
 class Batch(NamedTuple):
-    """A rank's share of one step, in memory of the host."""
+    """A rank's share of one step, in host memory."""
 
     rows: dict[str, torch.Tensor]
     """Hook -> [B/world, D], raw activations, float32 unless the stored dtype was asked for; row i is the
     same token for every hook."""
     weights: torch.Tensor
-    """float32 [B/world]: 0 at marked rows (sinks) and in void units, else 1."""
+    """float32 [B/world]: 0 at marked rows (sinks) and in void units, otherwise 1."""
     step: int
     """Counted from 0 over all epochs."""
 
 
 def widen(stored: NDArray[Any], out: NDArray[np.float32]) -> None:
-    """Stored rows as float32 into `out`, as `shards.to_float32`: uint16 is bfloat16's bits."""
+    """Convert stored rows to float32, into `out`, like `shards.to_float32`: uint16 is bfloat16's bits."""
+    # By torch, in one pass over the memory: NumPy has no bfloat16, and `to_float32` takes two.
     source: torch.Tensor = torch.from_numpy(stored)  # pyright: ignore[reportUnknownMemberType]
     target: torch.Tensor = torch.from_numpy(out)  # pyright: ignore[reportUnknownMemberType]
     if stored.dtype == np.int8:
+        # The scales are four bytes at the end of each row: only a copy of them can be viewed as float32.
         values = source[:, :-SCALE_BYTES]
         scale = source[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
         torch.mul(values, scale.view(torch.float32), out=target)
@@ -70,7 +72,7 @@ class Stream(Closing):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from storage so far, read-ahead and refetches included; grows while iterating."""
+        """Bytes read from storage so far, including read-ahead and refetches; grows while iterating."""
         return self._rows.bytes_read
 
     @property
@@ -79,19 +81,19 @@ class Stream(Closing):
         return self._rows.memory_bytes
 
     def ready(self, seconds: float) -> bool:
-        """Whether the units of the next batch are committed, after waiting so long at most."""
+        """Return whether the units of the next batch are committed, after waiting at most so long."""
         return self._rows.ready(seconds)
 
     def state(self) -> StreamState:
-        """Where the stream stands: before its next step. Integers only."""
+        """Return the stream's position, before its next step. Integers only."""
         return self._rows.state()
 
     def close(self) -> None:
-        """Stop reading and let the buffers go."""
+        """Stop reading and release the buffers."""
         self._rows.close()
 
 
 def _tensor(values: NDArray[Any]) -> torch.Tensor:
-    """The same memory as a tensor, which keeps the array alive; uint16 is bfloat16's bits."""
+    """View an array's memory as a tensor, which keeps the array alive; uint16 is bfloat16's bits."""
     tensor: torch.Tensor = torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]
     return tensor.view(torch.bfloat16) if values.dtype == np.uint16 else tensor

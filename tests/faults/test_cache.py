@@ -118,7 +118,7 @@ def test_a_full_disk_is_said_once_and_bypassed(root, tmp_path, monkeypatch, capl
         check(opened)
     assert len(files(tmp_path)) == 5
     assert len(caplog.records) == 1
-    assert "takes no more slices (No space left on device): reading goes on" in caplog.text
+    assert "takes no more slices (No space left on device): they are read" in caplog.text
     assert opened.cache is not None
     assert opened.cache.hits == 5
 
