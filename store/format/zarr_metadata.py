@@ -75,8 +75,7 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
             dtype=STORED_DTYPES[plan.spec.dtype],
             serializer=little,
             fill_value=absent,
-            # A name per hook: xarray refuses a group in which one dimension has two lengths. Not the hook
-            # alone, which is the array's own name. Datasets of 0.1 have `dimension` for all.
+            # A name per hook: xarray refuses a group in which one dimension has two lengths.
             dimension_names=("row", f"dimension.{site.name}"),
             attributes={
                 "hook": site.name,
@@ -87,7 +86,7 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
             },
             filters=None,
         )
-    # With consolidated metadata a reader needs no listing. zarr warns that version 3 does not specify it yet.
+    # With consolidated metadata a reader lists nothing; zarr warns that version 3 does not specify it yet.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(memory)

@@ -1,6 +1,6 @@
-"""The commit: create-only puts whose outcome is settled by reading back what stands there.
+"""The commit: create-only puts whose outcome is settled by reading back what is stored.
 
-A put of key K with body X ends in one of these; the same table serves plan, receipts and manifest::
+The same table serves plan, receipts and manifest::
 
     put says      read back    outcome
     created       -            ours
@@ -21,23 +21,23 @@ from winnow.store.format.layout import RECEIPTS_DIR, receipt_key
 from winnow.store.objects import Data, ObjectStore
 from winnow.store.records.index import check_receipt
 
+# Not a retry of requests, which the object store's client owns: a second look at an outcome that was unclear.
 PUT_TRIES = 3
-"""Puts of one object before an absent one is given up."""
+"""Puts of one object before the error is raised."""
 
 RECEIPT_KEY = re.compile(rf"{RECEIPTS_DIR}/(\d{{8,}})(?:\.r([1-9]\d*))?\.json")
 """Keys of receipts: unit, and revision if it is not 0."""
 
 
 def settle(store: ObjectStore, key: str, body: Data) -> bytes | None:
-    """Put create-only and find out what stands at `key`.
+    """Put create-only and find out what is stored at `key`.
 
     Returns:
-        None where this call certainly created it; otherwise the bytes that stand there, which may be
-        `body` itself.
+        None if this call certainly created the object; otherwise the stored bytes, perhaps `body` itself.
 
     Raises:
-        CommitUnknown: It could be neither confirmed nor denied.
-        StoreError: Every put was refused and nothing stands there.
+        CommitUnknown: The outcome could be neither confirmed nor denied.
+        StoreError: Every put was refused and nothing is stored.
     """
     failure: StoreError | None = None
     for _ in range(PUT_TRIES):
@@ -47,10 +47,12 @@ def settle(store: ObjectStore, key: str, body: Data) -> bytes | None:
             failure = None
         except StoreError as error:
             failure = error
+        # After "exists" as well as after an error: either may be our own success, whose reply was lost.
         try:
             return store.get(key)
         except MissingObject:
             continue
+        # Neither put again nor deleted: by now another process may rely on what we cannot see.
         except StoreError as error:
             raise CommitUnknown(
                 f"whether {store.uri}/{key} was written is unknown",
@@ -68,12 +70,13 @@ def commit_receipt(store: ObjectStore, plan: HarvestPlan, receipt: UnitReceipt) 
     """Put a receipt; the unit is part of the dataset once this returns.
 
     Returns:
-        The receipt that stands: `receipt`, or an earlier valid one for the same plan and unit.
+        The stored receipt: `receipt`, or an earlier valid one for the same plan and unit.
 
     Raises:
         CommitUnknown: The outcome could not be read.
-        IntegrityError: What stands there is no receipt of this plan and unit.
+        IntegrityError: The stored object is no receipt of this plan and unit.
     """
+    # Before the put: a receipt that does not fit could be neither overwritten nor deleted.
     check_receipt(plan, receipt)
     key = receipt_key(receipt.unit, receipt.revision)
     found = settle(store, key, receipt.to_json())
@@ -83,7 +86,8 @@ def commit_receipt(store: ObjectStore, plan: HarvestPlan, receipt: UnitReceipt) 
 
 
 def parse_receipt(data: bytes, plan: HarvestPlan, unit: int, revision: int, *, origin: str) -> UnitReceipt:
-    """Stored bytes as the receipt of this plan, unit and revision; IntegrityError otherwise."""
+    """Parse stored bytes as the receipt of this plan, unit and revision; IntegrityError otherwise."""
+    # A receipt that was copied to another unit's key fits the plan all the same.
     receipt = UnitReceipt.from_json(data, origin=origin)
     if (receipt.unit, receipt.revision) != (unit, revision):
         raise IntegrityError(
@@ -108,7 +112,8 @@ def load_receipt(store: ObjectStore, plan: HarvestPlan, unit: int, revision: int
 
 
 def standing_receipts(store: ObjectStore, plan: HarvestPlan) -> dict[int, int]:
-    """Unit -> highest revision of its receipt, for every unit that has one; by listing, unread."""
+    """Find unit -> highest revision of its receipt, for every unit that has one, by listing only."""
+    # Keys that are not exactly as we write them (other digits, a unit beyond the plan) are strays.
     found: dict[int, int] = {}
     for key, _ in store.list(RECEIPTS_DIR):
         match = RECEIPT_KEY.fullmatch(key)

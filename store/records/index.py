@@ -1,4 +1,4 @@
-"""What the receipts say, in columns: small enough to hold for 100,000 units, checked against the plan.
+"""The receipts in columns: small enough for 100,000 units in memory, checked against the plan.
 
 Letters: D d_model, R rows in a unit.
 """
@@ -25,7 +25,7 @@ class HookColumns:
     crc32c: NDArray[np.uint32]
     """[units, 64] checksum of each slice's payload as stored."""
     lengths: NDArray[np.uint32] | None = None
-    """[units, 64] bytes of each slice's payload as stored; None where the plan does not compress."""
+    """[units, 64] bytes of each slice's payload as stored; None if the plan does not compress."""
     sinks: dict[int, NDArray[np.int64]] = field(default_factory=dict[int, "NDArray[np.int64]"])
     """Unit -> stored rows of weight 0, ascending; units without any are absent."""
     sum_squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
@@ -37,7 +37,7 @@ class HookColumns:
 class UnitColumns(NamedTuple):
     """Facts of consecutive units in columns; hooks are sorted by name.
 
-    Letters: n units, h of them that hold data, H hooks.
+    Letters: n units, h of them with data, H hooks.
     """
 
     units: NDArray[np.int64]
@@ -53,17 +53,17 @@ class UnitColumns(NamedTuple):
     crc32c: NDArray[np.uint32]
     """[h, H, 64]"""
     lengths: NDArray[np.uint32] | None
-    """[h, H, 64]; None where the plan does not compress."""
+    """[h, H, 64]; None if the plan does not compress."""
     sum_squares: NDArray[np.float64]
     """[h, H]"""
     sinks: list[NDArray[np.int64]] | None
-    """[h * H] marked rows; None where no unit has any."""
+    """[h * H] marked rows; None if no unit has any."""
 
 
 class ReceiptIndex:
     """The receipts of a dataset in columns.
 
-    A unit is *present* once its receipt was added, *void* when the receipt says that it holds no data.
+    A unit is *present* once its receipt was added, and *void* if the receipt says that it has no data.
 
     Args:
         plan: The dataset's plan; every receipt is checked against it.
@@ -87,14 +87,14 @@ class ReceiptIndex:
 
     @classmethod
     def of(cls, plan: HarvestPlan, receipts: Iterable[UnitReceipt]) -> ReceiptIndex:
-        """The index of these receipts."""
+        """Make the index of these receipts."""
         index = cls(plan)
         for receipt in receipts:
             index.add(receipt)
         return index
 
     def add(self, receipt: UnitReceipt) -> None:
-        """Check a receipt against the plan and take it in.
+        """Check a receipt against the plan and add it.
 
         Raises:
             IntegrityError: The receipt is of another plan, or its facts don't fit the plan.
@@ -111,15 +111,17 @@ class ReceiptIndex:
             if columns.lengths is not None:
                 columns.lengths[unit] = shard.slice_lengths
             columns.sum_squares[unit] = shard.sum_squares
+            # A revision after a repair may mark no rows, where the one before it did.
             columns.sinks.pop(unit, None)
             if shard.sinks:
                 columns.sinks[unit] = np.asarray(shard.sinks, dtype=np.int64)
             if shard.moments is not None:
                 columns.moments[unit] = shard.moments
-        self.present[unit] = True  # last: readers of a dataset that is followed go by it
+        # Last: until it is set, no reader of a followed dataset looks at the unit's other columns.
+        self.present[unit] = True
 
     def add_columns(self, columns: UnitColumns) -> None:
-        """Take in many units at once, all but their moments; they have been checked against the plan."""
+        """Add many units at once, without their moments; they were checked against the plan before."""
         units = columns.units[columns.held]
         self.present[columns.units] = True
         self.void[columns.units] = ~columns.held
@@ -148,7 +150,7 @@ class ReceiptIndex:
             )
 
     def starts(self, hook: str, unit: int) -> NDArray[np.int64]:
-        """[65] where each slice of a unit's shard begins, and where the last one ends."""
+        """[65] offset of each slice of a unit's shard, and the last one's end."""
         lengths = self.hooks[hook].lengths
         return slice_starts(self.plan, hook, () if lengths is None else lengths[unit].tolist())
 
@@ -157,7 +159,7 @@ class ReceiptIndex:
         return self.hooks[hook].sinks.get(unit, _NONE)
 
     def weights(self, hooks: Sequence[str], unit: int) -> NDArray[np.float32]:
-        """[R] weight of each stored row: 0 at sinks of any of the hooks and in void units, else 1."""
+        """[R] weight of each stored row: 0 at sinks of any of the hooks and in void units, otherwise 1."""
         rows = self.plan.rows_per_unit
         if self.void[unit]:
             return np.zeros(rows, dtype=np.float32)
@@ -178,6 +180,7 @@ def check_receipt(plan: HarvestPlan, receipt: UnitReceipt) -> None:
     """
     unit = receipt.unit
     name = f"receipt of unit {unit}"
+    # The fingerprint first: of another plan's receipt, every later message would mislead.
     _same(f"{name}: plan_fingerprint", plan.fingerprint, receipt.plan_fingerprint)
     if unit >= plan.units:
         raise IntegrityError(name, expected=f"a unit below {plan.units}", got=unit)
@@ -187,11 +190,13 @@ def check_receipt(plan: HarvestPlan, receipt: UnitReceipt) -> None:
     _same(f"{name}: hooks", sorted(plan.spec.hooks), sorted(receipt.shards))
     for hook, shard in receipt.shards.items():
         where = f"{name}, hook {hook}"
+        # Receipts from elsewhere are hostile input: a key of their own could name any object of the root.
         _same(f"{where}: key", shard_key(hook, unit), shard.key)
         if plan.spec.compress == "none":
             _same(f"{where}: slice_lengths", (), shard.slice_lengths)
         else:
             _same(f"{where}: slice_lengths", SLICES, len(shard.slice_lengths))
+            # Before a buffer of that length is allocated.
             most = packed_bound(slice_bytes(plan, hook) - 4)
             if max(shard.slice_lengths) > most:
                 raise IntegrityError(

@@ -1,4 +1,4 @@
-"""From `manifest.json` to checked receipts: what opening a dataset reads."""
+"""Opening a dataset: from `manifest.json` to checked receipts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from winnow.store.records.parts import DatasetDigest, read_index
 
 
 def find_manifest(store: ObjectStore, plan: HarvestPlan) -> HarvestManifest | None:
-    """The manifest of highest revision, checked against the plan and its parents; None: not sealed.
+    """Find the manifest of highest revision, checked against the plan and its parents; None: not sealed.
 
     Raises:
         IntegrityError, UnsupportedVersion: A manifest cannot be read or does not fit.
     """
+    # From revision 0 on, each naming its parent's digest: a revision whose chain is broken is not believed.
     manifest: HarvestManifest | None = None
     parent: str | None = None
     revision = 0
@@ -32,28 +33,29 @@ def find_manifest(store: ObjectStore, plan: HarvestPlan) -> HarvestManifest | No
 
 
 def load_manifest(store: ObjectStore, plan: HarvestPlan) -> HarvestManifest:
-    """As `find_manifest`; ConfigError where the dataset is not sealed."""
+    """Find the manifest as `find_manifest` does; ConfigError if the dataset is not sealed."""
     manifest = find_manifest(store, plan)
     if manifest is None:
         raise ConfigError(
             f"{store.uri} is not sealed: its harvest has not finished",
             expected=manifest_key(),
             got="nothing there",
-            fix="Run `winnow harvest` with its config again: it goes on where it stopped",
+            fix="Run `winnow harvest` with its config again: it resumes where it stopped",
         )
     return manifest
 
 
 def load_index(store: ObjectStore, plan: HarvestPlan, manifest: HarvestManifest) -> ReceiptIndex:
-    """Every receipt of a sealed dataset, checked against plan and manifest, in columns.
+    """Read every receipt of a sealed dataset, checked against plan and manifest, in columns.
 
     Raises:
-        MissingObject: A part is not there.
-        IntegrityError: Bytes, receipts or the dataset's digest are not what the manifest promises.
+        MissingObject: A part does not exist.
+        IntegrityError: Bytes, receipts or the dataset's digest differ from the manifest's.
     """
     index, digest = ReceiptIndex(plan), DatasetDigest(plan)
     for part in manifest.parts:
         read_index(store, plan, part, index, digest)
+    # Each part has its own digest; this one also covers their order and completeness.
     facts = (
         ("dataset_sha256", manifest.dataset_sha256, digest.hexdigest()),
         ("void_units", manifest.void_units, tuple(index.void.nonzero()[0].tolist())),
