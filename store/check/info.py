@@ -1,4 +1,4 @@
-"""What a dataset is and how far it has come, from its plan, listing and manifest; no data is read."""
+"""Description and progress of a dataset, from its plan, listing and manifest; no data is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DatasetInfo(Contract):
     uri: str
     """The root."""
     state: State
-    """`planning`: token chunks are missing; `harvested`: every receipt is there, no manifest yet."""
+    """`planning`: token chunks are missing; `harvested`: every receipt exists, but no manifest yet."""
     subject: str
     """The language model."""
     subject_weights_sha256: str
@@ -32,7 +32,7 @@ class DatasetInfo(Contract):
     corpus_tokens: int
     """Tokens of the whole corpus."""
     bad_records: dict[str, int]
-    """Records of the corpus left out, by reason."""
+    """Records of the corpus that were omitted, by reason."""
     bad_first: tuple[str, ...]
     """The first of them."""
     hooks: dict[str, int]
@@ -43,40 +43,40 @@ class DatasetInfo(Contract):
     drop_leading: int
     """Leading positions of a window that are not stored."""
     bos_token: int | None
-    """The token that every window starts with; null where it starts with text."""
+    """Id of the token that every window starts with; null if windows start with text."""
     join: str
-    """What joins documents: `eos`, `bos` or a token's text."""
+    """The token between documents: `eos`, `bos` or a token's text."""
     join_token: int | None
-    """Its number."""
+    """Its id."""
     control_tokens: str
-    """What special tokens' spellings in documents became: `text` or `token`."""
+    """How special tokens' spellings in documents were read: `text` or `token`."""
     windows_per_unit: int
     rows_per_unit: int
     units: int
-    """Planned, validation included."""
+    """Planned units, including validation."""
     validation_units: int
     units_with_tokens: int
     units_committed: int
     """Units that have a receipt."""
     void_units: int | None
-    """Units without data, known once sealed."""
+    """Units without data; null until the dataset is sealed."""
     rows: int
     """Planned rows of every hook."""
     planned_bytes: int
-    """All shards, once done."""
+    """Bytes of all shards once the harvest is finished, uncompressed."""
     stored_bytes: int
-    """All objects under `activations/`."""
+    """Bytes of all objects under `activations/`."""
     sinks: dict[str, int] | None
-    """Marked rows by hook, known once sealed."""
+    """Marked rows by hook; null until the dataset is sealed."""
     plan_fingerprint: str
     dataset_sha256: str | None
-    """Known once sealed."""
+    """Null until the dataset is sealed."""
     revision: int | None
-    """Of the manifest: repairs so far."""
+    """The manifest's revision: repairs so far."""
 
 
 def token_rows(plan: HarvestPlan | DatasetInfo) -> list[tuple[str, object]]:
-    """What a plan says of tokens that are not text, as rows of a table."""
+    """Describe a plan's tokens that are not text, as rows of a table."""
     spec = plan.spec if isinstance(plan, HarvestPlan) else plan
     first = "text, no BOS" if plan.bos_token is None else f"BOS (token {plan.bos_token})"
     rows: list[tuple[str, object]] = [
@@ -92,7 +92,7 @@ def dataset_info(store: ObjectStore) -> DatasetInfo:
     """Describe the dataset at a root.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no dataset.
         IntegrityError, UnsupportedVersion: Plan or manifest cannot be read.
         StoreError: Storage cannot be reached.
     """
@@ -100,6 +100,7 @@ def dataset_info(store: ObjectStore) -> DatasetInfo:
     manifest = find_manifest(store, plan)
     committed = len(standing_receipts(store, plan))
     token_keys = {key for key, _ in store.list(TOKENS_ARRAY)}
+    # A plan from elsewhere may claim any number of units; there cannot be more with tokens than keys.
     with_tokens = sum(tokens_key(unit) in token_keys for unit in range(min(plan.units, len(token_keys))))
     return DatasetInfo(
         uri=store.uri,
@@ -137,7 +138,7 @@ def dataset_info(store: ObjectStore) -> DatasetInfo:
 
 
 def bad_records(counts: Mapping[str, int], first: Sequence[str]) -> list[tuple[str, str]]:
-    """Rows of a table that say which records of the corpus were left out; none where none was."""
+    """Describe the records of the corpus that were omitted, as rows of a table; none if there are none."""
     if not counts:
         return []
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
@@ -147,6 +148,7 @@ def bad_records(counts: Mapping[str, int], first: Sequence[str]) -> list[tuple[s
 
 
 def _state(plan: HarvestPlan, with_tokens: int, committed: int) -> State:
+    # Receipts before tokens: what they say is later in a harvest's life, and tokens may be missing by damage.
     if committed == plan.units:
         return "harvested"
     if committed:

@@ -2,7 +2,7 @@
 
 ::
 
-    damaged                                   made again from
+    damaged                                   restored from
     zarr.json                                 the plan
     token_digests                             the token chunks, checked against the plan
     a receipt                                 the manifest's copy of it
@@ -11,11 +11,6 @@
     a token chunk                             the corpus  (`winnow harvest CONFIG --repair`)
     a part of the manifest, the manifest      the receipts
     plan.json                                 nothing: it is the identity
-
-An object that comes out byte for byte as promised is put back under its key, and its receipt is true
-again. A shard whose rows come out with other float noise gets its unit a receipt of the next revision, and
-the dataset a manifest of the next revision that names its parent. Readers in between still check every
-slice against the receipts they have: they are refused, never misled.
 """
 
 from __future__ import annotations
@@ -56,7 +51,7 @@ from winnow.store.records.parts import read_part
 from winnow.store.write.writer import gather, make_shard, read_orphan, tokens_digest
 
 Remake = Callable[[int], tuple[Mapping[str, Stored], Attempt]]
-"""Unit -> hook -> its rows [R, D] as stored, computed anew; and who did it."""
+"""Unit -> (hook -> its rows [R, D] as stored, computed anew; the attempt that did it)."""
 
 MANIFEST_KEY = re.compile(r"manifest(?:\.r([1-9]\d*))?\.json")
 _WRONG = (IntegrityError, MissingObject, UnsupportedVersion, NonFiniteError)
@@ -64,20 +59,20 @@ _WRONG = (IntegrityError, MissingObject, UnsupportedVersion, NonFiniteError)
 
 @dataclass
 class RepairReport:
-    """What a repair did."""
+    """Result of a repair."""
 
     restored: list[str] = field(default_factory=list[str])
     """Objects that were overwritten."""
     revised: list[int] = field(default_factory=list[int])
     """Units with a receipt of a new revision."""
     removed: list[str] = field(default_factory=list[str])
-    """Damaged objects that no receipt vouches for; the harvest makes them again."""
+    """Damaged objects that no receipt vouches for; the harvest computes them again."""
     manifest: HarvestManifest | None = None
-    """The new manifest, where one was needed."""
+    """The new manifest, if one was needed."""
 
 
 def repair(store: ObjectStore, remake: Remake | None = None) -> RepairReport:
-    """Put right what can be; `verify` tells afterwards what is left.
+    """Restore what can be restored; `verify` then names what is left.
 
     Nobody else may write to the root meanwhile.
 
@@ -86,16 +81,19 @@ def repair(store: ObjectStore, remake: Remake | None = None) -> RepairReport:
         remake: Computes a unit's rows again; without it, units whose payload is damaged stay so.
 
     Raises:
-        ConfigError, IntegrityError: No dataset there, or its plan cannot be read.
-        IntegrityError: Rows made again differ from what is left of the damaged shard.
+        ConfigError, IntegrityError: There is no dataset, or its plan cannot be read.
+        IntegrityError: Recomputed rows differ from the intact part of the damaged shard.
         StoreError: Storage fails, or somebody else writes.
     """
     plan = load_plan(store)
     work = _Repair(store, plan, remake)
+    # In the order of dependence: digests before units, whose check needs them; the manifest, made from the
+    # receipts, last.
     work.metadata()
     work.token_digests()
     for unit in sorted({p.unit for p in damage(verify(store, "full")) if p.unit is not None}):
         work.unit(unit)
+    # Only if the harvest follows: without it, a damaged shard that is removed would not be replaced.
     if remake is not None:
         work.orphans()
     work.manifests()
@@ -110,7 +108,7 @@ class _Repair:
         self.copies = dict(self._copies())
 
     def _copies(self) -> Iterable[tuple[int, UnitReceipt]]:
-        """The receipts that a readable manifest's readable parts hold."""
+        """Yield the receipts in the readable parts of a readable manifest."""
         try:
             manifest = find_manifest(self.store, self.plan)
         except _WRONG:
@@ -123,7 +121,7 @@ class _Repair:
                 continue
 
     def put_back(self, key: str, body: bytes | memoryview, version: str | None) -> None:
-        """Overwrite a damaged object with what was promised."""
+        """Overwrite a damaged object with its promised bytes."""
         self.store.replace(key, body, version)
         self.report.restored.append(key)
 
@@ -131,6 +129,7 @@ class _Repair:
 
     def metadata(self) -> None:
         for key, body in zarr_objects(self.plan).items():
+            # Before the damage is examined, here and below: a change by another writer is then refused.
             version = self.store.version(key)
             try:
                 found = self.store.get(key, MAX_JSON_BYTES)
@@ -155,6 +154,7 @@ class _Repair:
                 digests.append(bytes.fromhex(tokens_digest(tokens)))
         except _WRONG:
             return
+        # Only as a whole: the plan has one digest of all digests, and a damaged chunk would change it.
         array = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
         if sha256_hex(array.tobytes()) == self.plan.tokens_sha256:
             self.put_back(TOKEN_DIGESTS_KEY, encode_chunk(array), version)
@@ -162,10 +162,11 @@ class _Repair:
     # Units
 
     def unit(self, unit: int) -> None:
-        """Make one unit's receipt readable and its shards what the receipt says."""
+        """Restore one unit's receipt, and its shards to what the receipt says."""
         truth = self.receipt(unit)
         if truth is None or truth.void is not None:
             return
+        # Hooks that are intact keep their bytes; only the others are replaced by recomputed rows.
         bad = [hook for hook, record in truth.shards.items() if not self.sound(hook, record)]
         if not bad or self.remake is None:
             return
@@ -176,8 +177,10 @@ class _Repair:
             version = self.store.version(shards[hook].key)
             data, shards[hook] = make_shard(self.plan, unit, hook, rows[hook])
             self.put_back(shards[hook].key, data, version)
+        # Byte for byte as promised: the receipt is true again and needs no revision.
         if shards == truth.shards:
             return
+        # Other float noise: a new revision. Readers with the old receipt fail their checks and are not misled.
         facts = {"shards": shards, "revision": truth.revision + 1, "attempt": attempt}
         revised = truth.model_copy(update=facts)
         if commit_receipt(self.store, self.plan, revised).content() != revised.content():
@@ -188,9 +191,10 @@ class _Repair:
         self.report.revised.append(unit)
 
     def receipt(self, unit: int) -> UnitReceipt | None:
-        """The unit's receipt of highest revision, put back from the manifest's copy where it is damaged."""
+        """Find the unit's receipt of highest revision, restored from the manifest's copy if it is damaged."""
         revision = standing_receipts(self.store, self.plan).get(unit)
         copy = self.copies.get(unit)
+        # An older copy is no help: the receipt's newer revision describes other bytes.
         if copy is not None and copy.revision >= (revision or 0):
             key = receipt_key(unit, copy.revision)
             version = self.store.version(key)
@@ -208,13 +212,13 @@ class _Repair:
         except _WRONG:
             if self.remake is None:
                 return None
-        # Nothing says what the unit holds now. Without this receipt an earlier one counts again, or the
-        # harvest takes the unit up and adopts its shards if they are sound.
+        # Nothing says what the unit contains now. Without this receipt an earlier one counts again, or the
+        # harvest computes the unit and adopts its shards if they are sound.
         self.remove(receipt_key(unit, revision))
         return self.receipt(unit)
 
     def sound(self, hook: str, record: ShardRecord) -> bool:
-        """Whether a shard is as promised, or could be made so from its own payload."""
+        """Return whether a shard is as promised, or was restored from its own payload."""
         version = self.store.version(record.key)
         try:
             data = self.store.get(record.key)
@@ -224,6 +228,8 @@ class _Repair:
             return True
         if len(data) != record.bytes:
             return False
+        # Stored checksums and index follow from receipt and payload. If the whole then has the receipt's
+        # digest, the payload was intact.
         starts = slice_starts(self.plan, hook, record.slice_lengths)
         body = bytearray(data)
         for crc, end in zip(record.slice_crc32c, starts[1:].tolist(), strict=True):
@@ -235,7 +241,8 @@ class _Repair:
         return True
 
     def agrees(self, unit: int, hook: str, record: ShardRecord, rows: Stored) -> None:
-        """Compare rows made again with the slices that are still sound: another subject must not slip in."""
+        """Compare recomputed rows with the slices that are intact; IntegrityError if they differ."""
+        # Without it, a repair with another subject would mix two models' rows in one dataset.
         try:
             data = self.store.get(record.key)
         except _WRONG:
@@ -248,7 +255,7 @@ class _Repair:
                 continue
             try:
                 kept = decode_slices(
-                    payload + crc.to_bytes(4, "little"),  # the payload alone counts here
+                    payload + crc.to_bytes(4, "little"),  # whatever checksum is stored beside it
                     number,
                     number + 1,
                     plan=self.plan,
@@ -257,7 +264,7 @@ class _Repair:
                     crc=record.slice_crc32c,
                     lengths=record.slice_lengths,
                 )[0]
-            except IntegrityError:  # too short
+            except IntegrityError:  # the shard ends inside this slice
                 continue
             apart = relative_difference(kept, made[number], self.plan.spec.dtype, unit=unit, hook=hook)
             if apart > self.plan.spec.adopt_tolerance:
@@ -270,7 +277,7 @@ class _Repair:
                 )
 
     def orphans(self) -> None:
-        """Remove damaged shards of units that have no receipt, so that the harvest can make them again."""
+        """Remove damaged shards of units that have no receipt, so that the harvest can compute them again."""
         standing = standing_receipts(self.store, self.plan)
         stored = {key for key, _ in self.store.list("activations")}
         for unit in range(self.plan.units):
@@ -288,28 +295,30 @@ class _Repair:
     # Manifests
 
     def manifests(self) -> None:
-        """Seal anew where the manifest no longer says what the receipts say."""
+        """Seal again if the manifest no longer agrees with the receipts."""
         present = [MANIFEST_KEY.fullmatch(key) for key, _ in self.store.list()]
         revisions = sorted(int(match[1] or 0) for match in present if match)
         if not revisions:
-            return  # not sealed: the harvest's part
+            return  # not sealed: that is for the harvest
         try:
             fresh = gather(self.store, self.plan, repair=True)
         except WinnowError as error:
             if isinstance(error, StoreError) and not isinstance(error, MissingObject):
-                raise  # a manifest that is out of date must not pass for repaired
+                raise  # storage failed: an outdated manifest must not pass for repaired
             return  # receipts are missing or damaged: `verify` names them
         try:
             standing = find_manifest(self.store, self.plan)
             if standing is not None:
                 load_index(self.store, self.plan, standing)
+                # These three are the manifest's own; all else follows from the receipts.
                 told = {"revision": standing.revision, "parent": standing.parent, "created": standing.created}
                 if standing == fresh.model_copy(update=told):
                     return
                 if standing.parts == fresh.parts:
-                    standing = None  # it says something else about the same receipts: it is damaged itself
+                    standing = None  # it contradicts its own receipts, so it is damaged itself
         except _WRONG:
             standing = None
+        # Sound but outdated, as receipts were revised: a new revision, and nothing is overwritten.
         if standing is not None:
             data = self.store.get(manifest_key(standing.revision), MAX_JSON_BYTES)
             facts = {"revision": standing.revision + 1, "parent": sha256_hex(data)}
@@ -319,7 +328,8 @@ class _Repair:
                 raise IntegrityError(f"{self.store.uri}/{key} appeared during the repair")
             return
         parent: str | None = None
-        for revision in range(revisions[-1] + 1):  # the chain is broken: every link is written anew
+        # The chain is broken, and each link contains the digest of the one before: all are written again.
+        for revision in range(revisions[-1] + 1):
             manifest = fresh.model_copy(update={"revision": revision, "parent": parent})
             key, body = manifest_key(revision), manifest.to_json()
             self.put_back(key, body, self.store.version(key))

@@ -1,7 +1,7 @@
-"""What is missing, torn or rotten in a dataset, at four levels of depth.
+"""Verification: what is missing, incomplete or corrupted in a dataset, at four levels of depth.
 
 ======= ==================================================================================
-list    every object is there; manifest, receipts, plan and token digests agree; strays
+list    every object exists; manifest, receipts, plan and token digests agree; strays
 size    and has the length that receipts promise
 index   and every shard's index and all zarr metadata are sound
 full    and every byte is what was committed: sha256, crc32c of each slice, tokens, finite
@@ -56,7 +56,7 @@ from winnow.store.records.parts import DatasetDigest, check_columns, read_part
 
 Level = Literal["list", "size", "index", "full"]
 LEVELS: tuple[Level, ...] = get_args(Level)
-"""From the quickest to the deepest; each includes those before it."""
+"""Levels from the quickest to the deepest; each includes those before it."""
 
 LEDGER_KEY = "ledger.json"
 """What harvests cost, kept beside the manifest by the harvester; no part of the data."""
@@ -64,10 +64,11 @@ READ_BYTES = 16 << 20
 """Bytes of a shard that one thread holds at a time."""
 
 _BESIDE = (f"{MANIFEST_DIR}/", "manifest.", f"{FOLLOWERS_DIR}/", f"{RING_DIR}/", f"{BATCHES_DIR}/")
-"""What may lie there beside the data."""
+"""Prefixes of objects that may be there beside the data."""
 
+# A problem has fields for unit, hook and slice, which its own words need not repeat.
 _PLACE = re.compile(r"^unit \d+, hook '[^']*'(, slices? \d+(-\d+)?)?[:,] ")
-"""How errors about a shard begin; a problem says it once, in words of its own."""
+"""Beginning of errors about a shard."""
 
 T = TypeVar("T")
 _WRONG = (IntegrityError, MissingObject, UnsupportedVersion, NonFiniteError)
@@ -87,9 +88,9 @@ class Problem:
     hook: str | None = None
     slice: int | None = None
     stray: bool = False
-    """An object that belongs to no dataset: worth a look, but nothing is damaged."""
+    """Whether it is an object that no dataset accounts for: worth a look, but no damage."""
     lost: bool = False
-    """Rows or tokens are gone: nothing else in the dataset tells them."""
+    """Whether rows or tokens are lost: nothing else in the dataset determines them."""
 
     def __str__(self) -> str:
         place = [
@@ -115,10 +116,10 @@ def verify(
         threads: Shards read at a time; each thread holds some `READ_BYTES`.
 
     Returns:
-        Every problem found, in unit order; none where all is well.
+        Every problem found, in unit order; empty if all is well.
 
     Raises:
-        ConfigError: No dataset there, or another level.
+        ConfigError: There is no dataset, or no such level.
         StoreError: Storage cannot be reached.
     """
     if level not in LEVELS:
@@ -131,7 +132,7 @@ def verify(
 
 
 class _Check:
-    """One verification: `problems` grows while its steps run."""
+    """One verification; its steps append to `problems`."""
 
     def __init__(
         self,
@@ -148,7 +149,7 @@ class _Check:
         self.deleted = deleted_units(store, plan)
         self.metadata = zarr_objects(plan)
         self.digests: NDArray[np.uint8] | None = None
-        # A plan from elsewhere may claim any number of units: believe what the digests' length backs.
+        # A plan from elsewhere may claim any number of units: believe no more than the digests' length backs.
         backed = self.sizes.get(TOKEN_DIGESTS_KEY) == plan.units * 32 + 4
         self.units = range(plan.units if backed else min(plan.units, len(self.sizes)))
 
@@ -181,6 +182,7 @@ class _Check:
             if self.depth >= 3:
                 for found in pool.map(self.tokens, self.units):
                     self.problems += found
+        # Threads end in any order; reports of two runs should be alike. Strays last: they are no damage.
         order = {name: number for number, name in enumerate(self.plan.spec.hooks)}
         self.problems.sort(
             key=lambda p: (
@@ -193,7 +195,7 @@ class _Check:
         return self.problems
 
     def guarded(self, key: str, act: Callable[[], T], unit: int | None = None) -> T | None:
-        """`act()`, or None and a problem."""
+        """Return `act()`; if it fails, note a problem and return None."""
         try:
             return act()
         except _WRONG as error:
@@ -203,7 +205,7 @@ class _Check:
     # Facts: plan, receipts, manifest
 
     def receipts(self, manifest: HarvestManifest | None) -> dict[int, UnitReceipt]:
-        """Unit -> its receipt: from the manifest's parts, and from the objects where there is none."""
+        """Find unit -> its receipt: in the manifest's parts, otherwise in the receipts' own objects."""
         standing = standing_receipts(self.store, self.plan)
         found: dict[int, UnitReceipt] = {}
         if manifest is not None:
@@ -219,6 +221,7 @@ class _Check:
                     self.problems.append(
                         Problem("list", receipt_key(unit), "the receipt is missing", unit=unit)
                     )
+        # Of a sealed dataset the parts have every receipt; its own object is read at the deepest level only.
         wanted = [u for u in sorted(standing) if u not in found or self.depth >= 3]
         revisions = [standing[u] for u in wanted]
         with ThreadPoolExecutor(16, thread_name_prefix="winnow-receipts") as pool:
@@ -241,7 +244,7 @@ class _Check:
     def sealed(self, manifest: HarvestManifest, receipts: dict[int, UnitReceipt]) -> None:
         """Compare the manifest with the receipts its parts hold."""
         if len(receipts) != self.plan.units:
-            return  # a part is damaged, and named already
+            return  # a part is damaged, and was named already
         digest = DatasetDigest(self.plan)
         for _, receipt in sorted(receipts.items()):
             digest.add(receipt)
@@ -261,7 +264,7 @@ class _Check:
                 self.problems.append(Problem("list", manifest_key(manifest.revision), what))
 
     def planned(self, receipts: dict[int, UnitReceipt], sealed: bool) -> None:
-        """Objects that plan and receipts promise: presence, length, and token digests."""
+        """Check what plan and receipts promise: presence and length of objects, and token digests."""
         plan = self.plan
         for key in self.metadata:
             self.present(key, None)
@@ -269,6 +272,7 @@ class _Check:
             self.digests = self.guarded(TOKEN_DIGESTS_KEY, lambda: load_token_digests(self.store, plan))
         chunk = plan.spec.windows_per_unit * plan.spec.context_length * 4 + 4
         for unit in self.units:
+            # While planning goes on, a chunk may be missing without harm, unless its unit is committed.
             key = tokens_key(unit)
             if sealed or unit in receipts or key in self.sizes:
                 self.present(key, chunk, unit=unit)
@@ -278,14 +282,15 @@ class _Check:
                 what = "the receipt is for other tokens than were planned"
                 self.problems.append(Problem("list", receipt_key(unit, receipt.revision), what, unit=unit))
             for hook, shard in receipt.shards.items():
+                # Deleted by a ring, on purpose. One that still exists is checked like any other.
                 if unit in self.deleted and shard.key not in self.sizes:
-                    continue  # by a ring, on purpose
+                    continue
                 self.present(shard.key, shard.bytes, unit=unit, hook=hook)
 
     def present(
         self, key: str, length: int | None, *, unit: int | None = None, hook: str | None = None
     ) -> bool:
-        """Note an object that is missing or of another length; whether it is there."""
+        """Return whether an object exists; note it if it is missing or has another length."""
         size = self.sizes.get(key)
         if size is None:
             what = "the object is missing"
@@ -296,7 +301,7 @@ class _Check:
         return size is not None
 
     def strays(self, manifest: HarvestManifest | None) -> None:
-        """Name objects that no plan, receipt or manifest accounts for."""
+        """Note objects that no plan, receipt or manifest accounts for."""
         plan = self.plan
         known = {PLAN_KEY, TOKEN_DIGESTS_KEY, LEDGER_KEY, *self.metadata}
         known |= {tokens_key(unit) for unit in self.units}
@@ -307,7 +312,7 @@ class _Check:
         for key in self.sizes:
             match = RECEIPT_KEY.fullmatch(key)
             of_plan = match is not None and int(match[1]) < plan.units
-            # Parts of an interrupted seal, or of a manifest since followed, are no strays.
+            # Parts of an interrupted seal, or of a manifest with a later revision, are no strays.
             if key in known or of_plan or key.startswith(_BESIDE):
                 continue
             self.problems.append(Problem("list", key, "a stray: no part of this dataset", stray=True))
@@ -319,16 +324,17 @@ class _Check:
         for key, expected in self.metadata.items():
             if key in self.sizes:
                 found = self.store.get(key)
+                # Another zarr release words it differently.
                 if found != expected and not same_array(found, expected):
                     self.problems.append(Problem("index", key, "the zarr metadata is not the plan's"))
 
     def shard(self, unit: int, hook: str, record: ShardRecord) -> Iterator[Problem]:
-        """Index and, at level `full`, every byte of one shard."""
+        """Check the index and, at level `full`, every byte of one shard."""
         size = self.sizes.get(record.key)
         if self.depth < 2 or size is None:
             return
         if size != record.bytes:
-            return  # torn, and named already
+            return  # truncated or lengthened, and named already
 
         def problem(level: Level, error: WinnowError | str, number: int | None = None) -> Problem:
             what = error if isinstance(error, str) else _PLACE.sub("", _sentence(error))
@@ -341,9 +347,11 @@ class _Check:
             yield problem("index", error)
         if self.depth < 3:
             return
+        # On past a bad index: the receipt says where the slices are, so that all damage is named in one run.
         whole, damaged = hashlib.sha256(), False
         starts = slice_starts(self.plan, hook, record.slice_lengths).tolist()
         step = max(1, READ_BYTES // slice_bytes(self.plan, hook))
+        # In pieces of `READ_BYTES`: four threads with whole shards would hold gigabytes.
         for first in range(0, SLICES, step):
             stop = min(first + step, SLICES)
             try:
@@ -365,16 +373,18 @@ class _Check:
                         crc=record.slice_crc32c,
                         lengths=record.slice_lengths,
                     )
+                    # Raises for NaN: a shard with a true digest may still hold what must never be trained on.
                     square_norms(rows[0], self.plan.spec.dtype, unit=unit, hook=hook)
                 except _WRONG as error:
                     damaged = True
                     yield problem("full", error, number)
         whole.update(self.store.get_suffix(record.key, INDEX_BYTES))
+        # Only what no slice explains: the index, or bytes that crc32c cannot tell apart.
         if whole.hexdigest() != record.sha256 and not damaged:
             yield problem("full", f"sha256 is {whole.hexdigest()} instead of {record.sha256}")
 
     def tokens(self, unit: int) -> Sequence[Problem]:
-        """Every byte of one unit's tokens."""
+        """Check every byte of one unit's tokens."""
         key = tokens_key(unit)
         if key not in self.sizes or self.digests is None:
             return ()
@@ -386,10 +396,10 @@ class _Check:
 
 
 def _sentence(error: WinnowError) -> str:
-    """An error without its advice, which is to run verify."""
+    """Word an error without its advice, which is to run verify."""
     return str(WinnowError(error.what, expected=error.expected, got=error.got))
 
 
 def damage(problems: Iterable[Problem]) -> list[Problem]:
-    """The problems that are more than strays."""
+    """Return the problems that are more than strays."""
     return [problem for problem in problems if not problem.stray]
