@@ -1,4 +1,4 @@
-"""The data plane: manifests, zarr and object storage. `ActivationStore` is the way in."""
+"""The data plane: manifests, zarr and object storage. Start with `ActivationStore`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _PLACES = {"ActivationStore": "winnow.store.read.reader"}
 __all__ = ["ActivationStore"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:  # importing the package alone must not load torch
+# Lazy, since `import winnow.store` alone must not load torch, which takes seconds.
+def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PLACES[name]), name)

@@ -180,7 +180,7 @@ class _Repair:
         # Byte for byte as promised: the receipt is true again and needs no revision.
         if shards == truth.shards:
             return
-        # Other float noise: a new revision. Readers with the old receipt fail their checks and are not misled.
+        # Other float noise: a new revision. Readers with the old receipt fail their checks, never misled.
         facts = {"shards": shards, "revision": truth.revision + 1, "attempt": attempt}
         revised = truth.model_copy(update=facts)
         if commit_receipt(self.store, self.plan, revised).content() != revised.content():

@@ -31,8 +31,7 @@ TOKEN_DIGESTS_KEY = f"{TOKEN_DIGESTS_ARRAY}/c/0/0"
 
 
 def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
-    """Make every `zarr.json` of the dataset, key -> JSON; the root's contains them all (consolidated)."""
-    # By zarr-python itself, in memory, so that the metadata are what zarr readers expect.
+    """Let zarr-python make every `zarr.json`, key -> JSON; the root's contains them all (consolidated)."""
     objects: dict[str, Buffer] = {}
     memory = MemoryStore(objects)
     about = {"plan": "plan.json", "plan_fingerprint": plan.fingerprint, "subject": plan.subject.model}
