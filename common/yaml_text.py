@@ -1,9 +1,6 @@
-"""YAML that means what it says.
+"""YAML with the scalars of version 1.2, and without its ambiguities.
 
-PyYAML reads YAML 1.1, where `no` is false, `1e-3` is text, `010` is 8, `1:30` is 90, `2026-01-01` is a date,
-and of two equal keys the last one wins. Here scalars follow YAML 1.2 (`no` is text, which a true-or-false
-field still takes; `1e-3` is a number). Equal keys, numbers with leading zeros and Python's `None` are
-refused.
+Duplicate keys, numbers with leading zeros and Python's `None` are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +22,8 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2."""
 
+    # PyYAML reads YAML 1.1: `no` is false, `1e-3` text, `010` 8, `1:30` 90, `2026-01-01` a date. Without its
+    # resolvers, those below are the only ones. (A true-or-false field still takes the text `no`.)
     yaml_implicit_resolvers = {}
 
 
@@ -44,14 +43,14 @@ for _name, _pattern, _first in (
 
 
 def parse_yaml(text: str, where: str) -> tuple[Any, dict[Path, int]]:
-    """One YAML document, and the line (from 1) at which each value of it begins.
+    """Parse one YAML document; returns it with the line (from 1) at which each value begins.
 
     Args:
         text: The document.
-        where: What messages call it.
+        where: Name of the document in messages.
 
     Raises:
-        ConfigError: Not YAML, a key that stands twice, or a value that readers understand differently.
+        ConfigError: Not YAML, a duplicate key, or a value that YAML readers understand differently.
     """
     loader: Any = _Loader(text)
     try:
@@ -59,10 +58,11 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Path, int]]:
         lines: dict[Path, int] = {}
         if node is None:
             return None, lines
+        # Before construction, which knows no lines any more and lets the last of two equal keys win.
         _walk(node, (), lines, set(), where)
         return loader.construct_document(node), lines
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError):  # ours, from `_walk`: it is a ValueError too
             raise
         raise ConfigError(where, expected="YAML", got=" ".join(str(error).split())) from error
     finally:
@@ -70,11 +70,12 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Path, int]]:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """The value after `--set key=`: YAML on one line, all of it.
+    """Parse the value after `--set key=`: YAML on one line, all of it.
 
     Raises:
-        ConfigError: As `parse_yaml`, or a comment, which would be left out.
+        ConfigError: As `parse_yaml`, or the value contains a comment, which YAML would ignore.
     """
+    # `--set subject.model=org/name #2` would otherwise be taken without its end, and without a word.
     value, _ = parse_yaml(text, where)
     node = yaml.compose(text, Loader=_Loader)
     if text[node.end_mark.index if node else 0 :].strip():
@@ -88,10 +89,10 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def _walk(node: Any, path: Path, lines: dict[Path, int], seen: set[int], where: str) -> None:
-    """Note where each value of `node` begins; refuse what is ambiguous."""
+    """Record the line of each value of `node`; refuse what is ambiguous."""
     line = node.start_mark.line + 1
     lines[path] = line
-    if id(node) in seen:  # an alias: it was looked at where its anchor stands
+    if id(node) in seen:  # an alias: its anchor was checked, and may contain the alias itself
         return
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
@@ -115,7 +116,7 @@ def _walk(node: Any, path: Path, lines: dict[Path, int], seen: set[int], where: 
 
 
 def _check_scalar(node: Any, where: str) -> None:
-    if node.style is not None:
+    if node.style is not None:  # quoted: text, whatever it looks like
         return
     number = node.tag in (_TAG + "int", _TAG + "float")
     if number and _LEADING_ZERO.fullmatch(node.value):
