@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
@@ -15,7 +16,6 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from winnow.common.cores import cores_each, usable_cores
 from winnow.common.reporter import say
-from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
 
 log = logging.getLogger("winnow.harvester")
@@ -34,32 +34,47 @@ _NODE_LOST = ("node has died", "node is dead", "node died", "node was", "preempt
 class Named(NamedTuple):
     """What messages about a crew call it and its settings."""
 
-    who: str = "harvest"
-    actors: str = "harvest.actors"
-    threads: str = "harvest.threads_per_actor"
-    gpus: str = "harvest.gpus_per_actor"
-    address: str = "harvest.ray_address"
+    who: str
+    actors: str
+    threads: str
+    gpus: str
+    address: str
 
 
-HARVEST = Named()
+@dataclass(frozen=True)
+class CrewSettings:
+    """Where a crew runs, and what each of its actors gets."""
+
+    named: Named
+    """For messages."""
+    actors: int = 1
+    """The largest number of actors."""
+    threads: int = 0
+    """CPU threads per actor; 0 divides the cores by the actors."""
+    gpus: float | None = None
+    """GPUs per actor, or a share of one; None: one if the cluster has any and `may_use_gpus`."""
+    may_use_gpus: bool = True
+    """Whether actors make use of a GPU that `gpus` does not ask for."""
+    address: str | None = None
+    """A running Ray cluster (`auto`, `host:6379`); None starts Ray on this machine for the run."""
 
 
 @contextmanager
-def cluster(config: Config, named: Named = HARVEST) -> Generator[None]:
-    """Ray: the cluster that the config names, or one on this machine for the time of the run.
+def cluster(settings: CrewSettings) -> Generator[None]:
+    """Ray: the cluster that the settings name, or one on this machine for the time of the run.
 
     Raises:
         ConfigError: No such cluster, or it wants a token that was not given.
     """
     with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is the result's
-        yield from _session(config, named)
+        yield from _session(settings)
 
 
-def _session(config: Config, named: Named) -> Generator[None]:
+def _session(settings: CrewSettings) -> Generator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.harvest.ray_address
+    address = settings.address
     local: dict[str, Any] = {}
     if not address:  # Ray would count the machine's cores, whatever this process may use of them
         local = {
@@ -78,7 +93,7 @@ def _session(config: Config, named: Named) -> Generator[None]:
         if not address:
             raise
         raise ConfigError(
-            f"{named.address} {address!r}: no Ray cluster can be joined there",
+            f"{settings.named.address} {address!r}: no Ray cluster can be joined there",
             got=first_line(error),
             fix="Start one (`ray start --head`), give its host:port, and set RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH where it asks for a token",
@@ -89,30 +104,29 @@ def _session(config: Config, named: Named) -> Generator[None]:
         ray.shutdown()
 
 
-def threads_per_actor(config: Config, named: Named = HARVEST) -> int:
+def threads_per_actor(settings: CrewSettings) -> int:
     """CPU threads of an actor: as configured, or this process's cores shared by its actors.
 
     On a cluster the cores are those of the smallest node with CPUs, which is said aloud: the number of
     threads decides the last bits of the rows.
     """
-    spec = config.harvest
-    if spec.threads_per_actor:
-        return spec.threads_per_actor
-    if not spec.ray_address and not _joined():
-        return cores_each(spec.actors)
+    if settings.threads:
+        return settings.threads
+    if not settings.address and not _joined():
+        return cores_each(settings.actors)
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     cores = [count for count in cores if count]
-    threads = max(1, min(cores, default=1) // math.ceil(spec.actors / max(len(cores), 1)))
+    threads = max(1, min(cores, default=1) // math.ceil(settings.actors / max(len(cores), 1)))
+    named = settings.named
     say(f"{named.who}: {threads} threads an actor, from the nodes there are; {named.threads} fixes it")
     return threads
 
 
-def gpus_per_actor(config: Config) -> float:
-    """GPUs of an actor: as configured, or one where the cluster has any and the subject may use it."""
-    spec, subject = config.harvest, config.subject
-    if spec.gpus_per_actor is not None:
-        return spec.gpus_per_actor
-    if subject is not None and subject.device == "cpu":
+def gpus_per_actor(settings: CrewSettings) -> float:
+    """GPUs of an actor: as configured, or one if the cluster has any and the actors may use it."""
+    if settings.gpus is not None:
+        return settings.gpus
+    if not settings.may_use_gpus:
         return 0.0
     return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
@@ -129,10 +143,10 @@ class Crew:
 
     Args:
         make: Makes the handle of a new actor, which has `ready()`.
-        wanted: Actors at the most.
+        wanted: The number of actors to ask for: of `settings.actors`, as many as there is work for.
         needs: Resources of one, such as `{"CPU": 2, "GPU": 0.5}`.
-        growing: Whether nodes may join: if not, needs that no node here meets are an error.
-        named: For messages.
+        settings: Where they run. Without an address no node can join, so `needs` that no node here
+            meets are an error.
     """
 
     def __init__(
@@ -140,11 +154,10 @@ class Crew:
         make: Callable[[], Any],
         wanted: int,
         needs: dict[str, float],
-        *,
-        growing: bool,
-        named: Named = HARVEST,
+        settings: CrewSettings,
     ) -> None:
-        self._make, self._needs, self._growing, self._named = make, needs, growing, named
+        self._make, self._needs = make, needs
+        self._growing, self._named = settings.address is not None, settings.named
         self.members: dict[int, Any] = {}
         """Actor's number -> handle, of those that are ready for units."""
         self._coming: dict[Any, tuple[int, Any]] = {}  # ref of ready() -> (number, handle)

@@ -16,11 +16,17 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from winnow.cluster.crew import Crew, Named, cluster, first_line, gpus_per_actor, threads_per_actor
+from winnow.cluster.crew import (
+    Crew,
+    CrewSettings,
+    Named,
+    cluster,
+    first_line,
+    gpus_per_actor,
+    threads_per_actor,
+)
 from winnow.explorer.index.build import Hands, Recipe
-from winnow.schemas.config import Config
 from winnow.schemas.errors import WinnowError, WorkerError
-from winnow.schemas.harvest import HarvestSpec
 
 log = logging.getLogger("winnow.explorer")
 
@@ -72,12 +78,16 @@ def crew_of(
     Raises:
         ConfigError: No such cluster, or no room for a worker on this machine.
     """
-    spec = HarvestSpec(
-        actors=workers, threads_per_actor=threads, gpus_per_actor=gpus, ray_address=address
-    )  # what the harvest's rules for threads, GPUs and clusters read
-    config = Config(root=recipe.root, subject=recipe.subject, storage=recipe.storage, harvest=spec)
-    with cluster(config, NAMED):
-        threads, share = threads_per_actor(config, NAMED), gpus_per_actor(config)
+    settings = CrewSettings(
+        NAMED,
+        actors=workers,
+        threads=threads,
+        gpus=gpus,
+        may_use_gpus=recipe.subject is None or recipe.subject.device != "cpu",
+        address=address,
+    )
+    with cluster(settings):
+        threads, share = threads_per_actor(settings), gpus_per_actor(settings)
         actor_class: Any = ray.remote(IndexWorker)
         remote = actor_class.options(num_cpus=threads, num_gpus=share)
 
@@ -90,8 +100,7 @@ def crew_of(
                     lambda: remote.remote(recipe, threads),
                     workers,
                     {"CPU": float(threads), "GPU": share},
-                    growing=address is not None,
-                    named=NAMED,
+                    settings,
                 )
                 _hand_out(crew, step, todo, done)
 

@@ -13,7 +13,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from winnow.cluster.crew import Crew, cluster, first_line, gpus_per_actor, threads_per_actor
+from winnow.cluster.crew import (
+    Crew,
+    CrewSettings,
+    Named,
+    cluster,
+    first_line,
+    gpus_per_actor,
+    threads_per_actor,
+)
 from winnow.common.figures import human_bytes
 from winnow.common.reporter import Progress, say
 from winnow.harvester.run.brake import Brake
@@ -32,6 +40,26 @@ from winnow.store.write.writer import seal
 UNITS_QUEUED = 2
 """Units at an actor at once: one in the LM, one being committed. Bounds an actor's memory."""
 POLL_SECONDS = 1.0
+NAMED = Named(
+    "harvest",
+    "harvest.actors",
+    "harvest.threads_per_actor",
+    "harvest.gpus_per_actor",
+    "harvest.ray_address",
+)
+
+
+def crew_settings(config: Config) -> CrewSettings:
+    """What the crew reads of a harvest's config."""
+    spec, subject = config.harvest, config.subject
+    return CrewSettings(
+        NAMED,
+        actors=spec.actors,
+        threads=spec.threads_per_actor,
+        gpus=spec.gpus_per_actor,
+        may_use_gpus=subject is None or subject.device != "cpu",
+        address=spec.ray_address,
+    )
 
 
 def forecast_bytes(plan: HarvestPlan, units: int) -> int:
@@ -90,7 +118,7 @@ def harvest(
             if config.storage.single_writer:
                 LocalRun(config, store, plan, todo, failures, ledger).go()
             else:
-                with cluster(config):
+                with cluster(crew_settings(config)):
                     _Run(config, store, plan, todo, failures, ledger).go()
         if failures.quarantined:
             if not accept_quarantined:
@@ -153,8 +181,8 @@ class _Run:
 
     def _muster(self) -> Crew:
         """Ask for the actors."""
-        spec = self._config.harvest
-        threads, gpus = threads_per_actor(self._config), gpus_per_actor(self._config)
+        spec, settings = self._config.harvest, crew_settings(self._config)
+        threads, gpus = threads_per_actor(settings), gpus_per_actor(settings)
         actor_class: Any = ray.remote(UnitWorker)
         remote = actor_class.options(num_cpus=threads, num_gpus=gpus, max_concurrency=UNITS_QUEUED + 1)
 
@@ -169,12 +197,7 @@ class _Run:
                 gpus,
             )
 
-        return Crew(
-            make,
-            min(spec.actors, self._total),
-            {"CPU": threads, "GPU": gpus},
-            growing=spec.ray_address is not None,
-        )
+        return Crew(make, min(spec.actors, self._total), {"CPU": threads, "GPU": gpus}, settings)
 
     def _hand_out(self) -> None:
         load: Counter[int] = Counter()

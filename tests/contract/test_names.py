@@ -15,15 +15,14 @@ BIN = Path(sys.executable).parent
 ROOMS = sorted(path.name for path in (ROOT / "winnow").iterdir() if path.is_symlink())
 WORKER = """
 import json, os, ray
-from winnow.cluster.crew import cluster
-from winnow.schemas.config import Config
+from winnow.cluster.crew import CrewSettings, Named, cluster
 
 @ray.remote
 def look():
     import winnow.store, winnow.trainer
     return [m.__file__ for m in (winnow.store, winnow.trainer)], os.getcwd()
 
-with cluster(Config(root="x")):
+with cluster(CrewSettings(Named("test", "actors", "threads", "gpus", "address"))):
     found = ray.get(look.remote())
 print(json.dumps(found))
 """

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from winnow.cluster.crew import cluster, threads_per_actor
+from winnow.cluster.crew import CrewSettings, Named, cluster, threads_per_actor
 from winnow.common.cores import usable_cores
-from winnow.schemas.config import Config
-from winnow.schemas.harvest import HarvestSpec
 
 
 @pytest.fixture
@@ -24,19 +22,19 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def config(**harvest: int) -> Config:
-    return Config(root="unused", harvest=HarvestSpec(**harvest))
+def settings(actors: int = 1, threads: int = 0) -> CrewSettings:
+    return CrewSettings(Named("test", "actors", "threads", "gpus", "address"), actors, threads)
 
 
 @pytest.mark.skipif(usable_cores() < 2, reason="one core")
 @pytest.mark.usefixtures("one_core")
 def test_a_process_kept_to_one_core_gives_ray_and_an_actor_one():
-    with cluster(config()):
+    with cluster(settings()):
         assert ray.cluster_resources()["CPU"] == 1
-        assert threads_per_actor(config()) == 1
+        assert threads_per_actor(settings()) == 1
 
 
 def test_actors_share_the_cores_and_what_is_configured_stands():
-    assert threads_per_actor(config()) == usable_cores()
-    assert threads_per_actor(config(actors=2)) == max(1, usable_cores() // 2)
-    assert threads_per_actor(config(threads_per_actor=5)) == 5
+    assert threads_per_actor(settings()) == usable_cores()
+    assert threads_per_actor(settings(actors=2)) == max(1, usable_cores() // 2)
+    assert threads_per_actor(settings(threads=5)) == 5

@@ -18,7 +18,7 @@ from tests.support.reserved import Reserved
 from tests.support.tiny import ARCHITECTURES, make_subject
 from winnow.cli.harvest import ensure_plan
 from winnow.cluster import crew as cluster
-from winnow.cluster.crew import Crew, no_room
+from winnow.cluster.crew import Crew, CrewSettings, no_room
 from winnow.common.config_file import load_config
 from winnow.harvester.plan import planner
 from winnow.harvester.run import driver
@@ -88,8 +88,9 @@ def test_gpus_and_shares_of_them_are_reserved(
 
 
 def test_no_gpu_is_taken_for_a_subject_on_the_cpu(base: Path, nodes: tuple[str, str]) -> None:
-    assert cluster.gpus_per_actor(load_config(base)) == 0
-    assert cluster.gpus_per_actor(load_config(base, ["harvest.gpus_per_actor=0.25"])) == 0.25
+    assert cluster.gpus_per_actor(driver.crew_settings(load_config(base))) == 0
+    share = load_config(base, ["harvest.gpus_per_actor=0.25"])
+    assert cluster.gpus_per_actor(driver.crew_settings(share)) == 0.25
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no GPU")
@@ -170,7 +171,8 @@ def test_a_crew_says_why_no_actor_is_ready(monkeypatch: pytest.MonkeyPatch, tmp_
             (tmp_path / "gate").write_bytes(b"")
 
     monkeypatch.setattr(cluster, "say", say)
-    crew = Crew(lambda: Gated(tmp_path / "gate", 1), 1, {"CPU": 1}, growing=True)
+    settings = CrewSettings(driver.NAMED, address="auto")
+    crew = Crew(lambda: Gated(tmp_path / "gate", 1), 1, {"CPU": 1}, settings)
     crew.await_first()
     assert said[-1] == "harvest: 1 of 1 actors have started and load the subject"
 
