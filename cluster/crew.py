@@ -21,13 +21,17 @@ from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
 log = logging.getLogger("winnow.harvester")
 
 WAIT_NOTE_SECONDS = 30.0
-"""Between messages while no node has room for a single actor."""
+"""Seconds between messages while no actor is ready."""
+# Only handles, unit numbers and receipts' facts go through Ray: rows are written straight to the store.
+# Ray's own default would reserve a share of the machine's memory.
 LOCAL_OBJECTS_BYTES = 80 * 2**20
-"""Ray's own object store on this machine: activations never go through it."""
+"""Size of Ray's object store on this machine."""
 
 VERDICT_SECONDS = 30.0
-"""An actor that cannot be reached has so long to come back or to be known dead."""
+"""Time limit for an actor that cannot be reached to answer again or to be confirmed dead."""
 
+# Ray has no error class for the death of a node: only the message tells it from a crash of the actor,
+# and only the crash counts against the unit.
 _NODE_LOST = ("node has died", "node is dead", "node died", "node was", "preempt")
 
 
@@ -64,13 +68,14 @@ def cluster(settings: CrewSettings) -> Generator[None]:
     """Ray: the cluster that the settings name, or one on this machine for the time of the run.
 
     Raises:
-        ConfigError: No such cluster, or it wants a token that was not given.
+        ConfigError: No such cluster, or it requires a token that was not given.
     """
-    with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is the result's
+    with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is the result's
         yield from _session(settings)
 
 
 def _session(settings: CrewSettings) -> Generator[None]:
+    # Somebody else's session, such as a test's or a notebook's: used, and not shut down.
     if ray.is_initialized():
         yield
         return
@@ -96,7 +101,7 @@ def _session(settings: CrewSettings) -> Generator[None]:
             f"{settings.named.address} {address!r}: no Ray cluster can be joined there",
             got=first_line(error),
             fix="Start one (`ray start --head`), give its host:port, and set RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH where it asks for a token",
+            "RAY_AUTH_TOKEN_PATH if it asks for a token",
         ) from error
     try:
         yield
@@ -105,25 +110,28 @@ def _session(settings: CrewSettings) -> Generator[None]:
 
 
 def threads_per_actor(settings: CrewSettings) -> int:
-    """CPU threads of an actor: as configured, or this process's cores shared by its actors.
+    """CPU threads per actor: as configured, or this process's cores divided by the actors.
 
-    On a cluster the cores are those of the smallest node with CPUs, which is said aloud: the number of
-    threads decides the last bits of the rows.
+    On a cluster the cores are those of the smallest node with CPUs.
     """
     if settings.threads:
         return settings.threads
     if not settings.address and not _joined():
         return cores_each(settings.actors)
+    # The smallest node, so that an actor fits on every one, with the same number of threads on each. A head
+    # that reserves no CPUs holds no actors and is not counted.
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     cores = [count for count in cores if count]
     threads = max(1, min(cores, default=1) // math.ceil(settings.actors / max(len(cores), 1)))
     named = settings.named
-    say(f"{named.who}: {threads} threads an actor, from the nodes there are; {named.threads} fixes it")
+    # Reported, because the number of threads decides the last bits of the rows: another set of nodes at the
+    # next start would choose another number, and the digests would differ.
+    say(f"{named.who}: {threads} threads per actor, from the nodes there are; {named.threads} fixes it")
     return threads
 
 
 def gpus_per_actor(settings: CrewSettings) -> float:
-    """GPUs of an actor: as configured, or one if the cluster has any and the actors may use it."""
+    """GPUs per actor: as configured, or one if the cluster has any and the actors may use it."""
     if settings.gpus is not None:
         return settings.gpus
     if not settings.may_use_gpus:
@@ -136,7 +144,7 @@ def _joined() -> bool:
 
 
 class Crew:
-    """Actors that are wanted, those that have a node and are ready, and those that are gone.
+    """Actors that wait for a node, actors that are ready for work, and actors that died.
 
     Ray keeps an actor that finds no room waiting and places it on the first node that has some, so a
     node that joins late gets work; one actor is enough to begin.
@@ -165,12 +173,14 @@ class Crew:
         self._spawned = 0
         self._fallen: dict[int, bool] = {}  # number of a dead actor -> whether its node went with it
         self.nodes_lost = 0
+        # All at once, also those that no node has room for yet: the waiting ones are what a node that joins
+        # late is given.
         for _ in range(wanted):
             self._spawn()
 
     @property
     def waiting(self) -> list[Any]:
-        """References that resolve when an actor is ready, for `ray.wait` beside one's own."""
+        """References that resolve when an actor is ready, for `ray.wait` together with the caller's own."""
         return list(self._coming)
 
     def await_first(self) -> None:
@@ -192,6 +202,8 @@ class Crew:
 
     def _state(self) -> str:
         """Why no actor is ready yet, as far as it is known."""
+        # What Ray has free does not tell an actor that is loading its model from one without room: that its
+        # process runs does.
         refs = list(self._started.values())
         started, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         if started:
@@ -199,12 +211,18 @@ class Crew:
         return no_room(self._needs, ray.available_resources())
 
     def welcome(self, ref: Any) -> None:
-        """Take in the actor whose reference from `waiting` has resolved."""
+        """Add the actor whose reference from `waiting` has resolved to `members`.
+
+        Raises:
+            WinnowError: Loading on the actor failed; the cause.
+            WorkerError: The actor died while it loaded, and its node did not.
+        """
         number, actor = self._coming.pop(ref)
         del self._started[number]
         try:
             ray.get(ref)
         except RayTaskError as error:
+            # The sentence with its fix and exit code, not Ray's traceback around it.
             if isinstance(error.cause, WinnowError):
                 raise error.cause from error
             raise WorkerError("loading the subject on a worker", got=first_line(error)) from error
@@ -213,6 +231,7 @@ class Crew:
                 self.nodes_lost += 1
                 self._spawn()
                 return
+            # Not spawned again: a subject that does not fit in memory would kill each successor as well.
             raise WorkerError(
                 "a worker died while it loaded the subject",
                 got=first_line(error),
@@ -221,13 +240,14 @@ class Crew:
         self.members[number] = actor
 
     def lost(self, number: int, error: RayActorError) -> bool:
-        """A unit's actor died or cannot be reached; a dead one is replaced.
+        """Handle a unit whose actor died or cannot be reached; a dead actor is replaced.
 
         Returns:
-            True where it is no fault of the unit: the node is gone, or the actor was out of reach for a
+            True if it is no fault of the unit: the node is gone, or the actor was out of reach for a
             moment and is back.
         """
-        if number in self._fallen:  # the other unit it held
+        # An actor holds several units, and each of them ends here: one death makes one successor.
+        if number in self._fallen:
             return self._fallen[number]
         actor = self.members[number]
         verdict = _verdict(actor, error)
@@ -239,7 +259,7 @@ class Crew:
         if gone:
             self.nodes_lost += 1
             log.warning(
-                "%s: a node is gone, %d actors go on: %s",
+                "%s: a node is gone, %d actors are left: %s",
                 self._named.who,
                 len(self.members),
                 first_line(verdict),
@@ -247,12 +267,14 @@ class Crew:
         return gone
 
     def _spawn(self) -> None:
+        # Numbers are never reused: units of a dead actor come back under its number after it was replaced.
         actor = self._make()
         self._started[self._spawned] = actor.__ray_ready__.remote()
         self._coming[actor.ready.remote()] = (self._spawned, actor)
         self._spawned += 1
 
     def _require_room(self) -> None:
+        # A cluster that nodes may join can wait; on a private Ray the wait would never end.
         if self._growing:
             return
         total = ray.cluster_resources()
@@ -268,7 +290,8 @@ class Crew:
 
 
 def no_room(needs: Mapping[str, float], free: Mapping[str, float]) -> str:
-    """Why no actor with these `needs` has started, where `free` is left of all nodes together."""
+    """Why no actor with these `needs` has started, if `free` is what all nodes together have left."""
+    # Ray gives the sum over the nodes only: enough in sum may still be too little on every single node.
     room = all(free.get(name, 0) >= amount for name, amount in needs.items())
     why = "; it is starting, or waits for one node that has all of that" if room else ""
     left = _amounts({name: free.get(name, 0) for name in ("CPU", "GPU")}) or "no CPU"
@@ -280,13 +303,15 @@ def _amounts(resources: Mapping[str, float]) -> str:
 
 
 def node_lost(error: RayActorError) -> bool:
-    """Whether the actor's whole node is gone, which is no fault of the unit it worked on."""
+    """Whether the actor's whole node is gone, and not only its process."""
     text = str(error).lower()
     return error.preempted or any(words in text for words in _NODE_LOST)
 
 
 def _verdict(actor: Any, error: RayActorError) -> RayActorError | None:
-    """Why an actor died; None where it answers again. Death of a node is known only after a while."""
+    """Why an actor died; None if it answers again."""
+    # Ray says "unavailable" first, and knows only after a while that a node has died: deciding at once
+    # would count a lost node against the unit.
     end = time.monotonic() + VERDICT_SECONDS
     while isinstance(error, ActorUnavailableError) and time.monotonic() < end:
         try:
@@ -301,6 +326,7 @@ def _verdict(actor: Any, error: RayActorError) -> RayActorError | None:
 
 
 def first_line(error: Exception) -> str:
-    """The last line that says something, of an error from Ray."""
+    """The last line that is not blank, of an error from Ray, at most 300 characters."""
+    # Ray's messages are tracebacks: the error itself is at their end.
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__

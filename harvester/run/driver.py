@@ -1,7 +1,7 @@
 """The harvest's driver: work list, Ray actors, retries, progress, seal.
 
-The work list is the plan minus the receipts, so a re-run resumes and P3 (kill anything, run the
-same command again) needs nothing more. One driver, no leases.
+The work list is the plan minus the receipts, so a re-run resumes, and P3 (after any process is killed, the
+same command produces the same dataset) needs nothing more. There is one driver, so units need no leases.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from winnow.store.read.reader import receipts_present
 from winnow.store.write.writer import seal
 
 UNITS_QUEUED = 2
-"""Units at an actor at once: one in the LM, one being committed. Bounds an actor's memory."""
+"""Units at an actor at once: one in the LM, one being committed. Bounds an actor's memory (P5)."""
 POLL_SECONDS = 1.0
 NAMED = Named(
     "harvest",
@@ -64,14 +64,20 @@ def crew_settings(config: Config) -> CrewSettings:
 
 def forecast_bytes(plan: HarvestPlan, units: int) -> int:
     """Bytes that `units` more units will take in the store."""
+    # Uncompressed, even with plan.compress: how far rows shrink is known only once they exist.
     return units * sum(plan.shard_bytes(site.name) for site in plan.sites)
 
 
 def check_space(
     plan: HarvestPlan, store: ObjectStore, units: int, follow: FollowLimits | None = None
 ) -> None:
-    """StoreError where a local root's disk is too small for `units` more units, or for the ring."""
+    """Check that a local root's disk has room for `units` more units, or for the ring.
+
+    Raises:
+        StoreError: It has not.
+    """
     need, free = forecast_bytes(plan, units), store.free_bytes()
+    # A ring deletes behind its followers: datasets larger than the disk are what it is for.
     if follow is not None and follow.ring:
         need = min(need, follow.high_water_bytes)
     if free is not None and need > free:
@@ -92,17 +98,19 @@ def harvest(
         config: With `subject` and `harvest`.
         store: The dataset's root.
         plan: The plan found there.
-        accept_quarantined: Commit units that cannot be made as void, with the cause.
+        accept_quarantined: Commit units that cannot be computed as void, with the cause.
 
     Raises:
         WorkerError: Units are quarantined, or too many attempts failed in a row.
-        NonFiniteError: Nothing but NaN or infinity from the subject stands in the way.
-        StoreError: The store lies, refuses or is full.
+        NonFiniteError: Only NaN or infinity from the subject prevents the seal.
+        StoreError: The store fails the probe, refuses or is full.
     """
     check_single_writer(config)
     have = receipts_present(store, plan)
     todo = [unit for unit in range(plan.units) if unit not in have]
     if todo:
+        # Before the first unit: a server that ignores if-none-match would let two attempts at a unit
+        # overwrite each other, and hours of harvest would rest on it.
         store.probe(single_writer=config.storage.single_writer)
         check_space(plan, store, len(todo), config.harvest.follow)
         say(
@@ -110,6 +118,8 @@ def harvest(
             f"{human_bytes(forecast_bytes(plan, len(todo)))} to write to {store.uri}"
         )
 
+        # Called when storage failed: "retry later" is useless on a full disk, which should end the harvest
+        # with that sentence.
         def enough_space() -> None:
             check_space(plan, store, plan.units - len(receipts_present(store, plan)))
 
@@ -120,10 +130,13 @@ def harvest(
             else:
                 with cluster(crew_settings(config)):
                     _Run(config, store, plan, todo, failures, ledger).go()
+        # After the run, not during it: bad units must not keep the others from being committed.
         if failures.quarantined:
             if not accept_quarantined:
                 raise failures.refusal(plan.units)
             accept(store, plan, config.harvest, failures)
+    # Also if nothing was left to do: a run killed between the last receipt and the seal, or between the seal
+    # and the account, is completed by the next one.
     manifest = seal(store, plan)
     settle_account(store, plan, manifest)
     return manifest
@@ -148,6 +161,7 @@ class _Run:
         self._windows: dict[int, int] = {}  # actor's number -> windows it has run
         self._committed = 0
         self._total = len(todo)
+        # From the work list and not from the store once more: a listing is a request per 1,000 keys.
         have = set(range(plan.units)) - set(todo)
         self._brake = Brake(config.harvest.follow, store, plan, have)
 
@@ -158,16 +172,19 @@ class _Run:
         self._crew = self._muster()
         self._actors = self._crew.members
         self._crew.await_first()
+        # Only now, so that starting Ray and loading the subject do not lower the rate that the next
+        # forecast reads from the ledger.
         self._ledger.start()
         done_before = self._plan.units - self._total
         with Progress("harvest", self._plan.units * unit_tokens, "tokens", done_before * unit_tokens) as bar:
             self._hand_out()
             while self._flying or self._queue:
                 moments = [*self._flying, *self._crew.waiting]
-                if not moments:  # the brake is on
+                if not moments:  # the brake is on: ray.wait refuses an empty list
                     time.sleep(POLL_SECONDS)
                     self._hand_out()
                     continue
+                # With a timeout, so that the progress bar and the brake are updated while units take minutes.
                 finished, _ = ray.wait(moments, num_returns=1, timeout=POLL_SECONDS)
                 for ref in finished:
                     if ref in self._flying:
@@ -175,6 +192,8 @@ class _Run:
                     else:
                         self._crew.welcome(ref)
                 self._hand_out()
+                # Tokens in the LM count already; the greater of the two, since an actor's last answer may be
+                # older than its last commit.
                 units = done_before + self._committed
                 tokens = max(units * unit_tokens, done_before * unit_tokens + self._tokens_run())
                 bar.update(tokens, units=f"{units}/{self._plan.units}", failed=self._failures.total)
@@ -184,8 +203,11 @@ class _Run:
         spec, settings = self._config.harvest, crew_settings(self._config)
         threads, gpus = threads_per_actor(settings), gpus_per_actor(settings)
         actor_class: Any = ray.remote(UnitWorker)
+        # One thread more than units, so that `windows_done` is answered while both are at work.
         remote = actor_class.options(num_cpus=threads, num_gpus=gpus, max_concurrency=UNITS_QUEUED + 1)
 
+        # Contracts and a URI, never a store: a client holds sockets and credentials, which must not be
+        # pickled.
         def make() -> Any:
             return remote.remote(
                 self._plan.to_json(),
@@ -200,6 +222,7 @@ class _Run:
         return Crew(make, min(spec.actors, self._total), {"CPU": threads, "GPU": gpus}, settings)
 
     def _hand_out(self) -> None:
+        # A unit that an actor died over fills its actor, so that it takes no other unit with it next time.
         load: Counter[int] = Counter()
         for number, unit in self._flying.values():
             load[number] += UNITS_QUEUED if self._failures.alone(unit) else 1
@@ -208,6 +231,8 @@ class _Run:
                 if self._failures.alone(self._queue[0]) and load[number]:
                     break
                 unit = self._queue.popleft()
+                # Counted when it is handed out, not when it is committed: units in flight would otherwise
+                # pass the high-water mark together.
                 self._brake.begin(unit)
                 self._flying[actor.run.remote(unit)] = (number, unit)
                 load[number] += UNITS_QUEUED if self._failures.alone(unit) else 1
@@ -217,13 +242,17 @@ class _Run:
         try:
             self._ledger.add(ray.get(ref))
         except RayActorError as error:
-            if self._crew.lost(number, error):  # with its node: no fault of the unit
+            # A lost node does not count towards unit_attempts. To the front: followers wait for the units in
+            # the order of the queue.
+            if self._crew.lost(number, error):
                 self._queue.appendleft(unit)
                 return
             self._failed(unit, WorkerError(f"unit {unit}: its actor died", got=first_line(error)), died=True)
         except RayTaskError as error:
             known = error.cause if isinstance(error.cause, WinnowError) else None
-            starved = isinstance(error.cause, MemoryError)  # tried alone, as after a kill by the kernel
+            # Python's own MemoryError leaves the actor alive; the unit is tried alone, as after a kill by the
+            # kernel.
+            starved = isinstance(error.cause, MemoryError)
             self._failed(unit, known or WorkerError(f"unit {unit}", got=first_line(error)), died=starved)
         else:
             self._committed += 1
@@ -234,7 +263,8 @@ class _Run:
             self._queue.append(unit)
 
     def _tokens_run(self) -> int:
-        """Tokens the LM has run in this run; an actor that does not answer keeps its last count."""
+        """Tokens that the LM has run in this run; an actor that does not answer keeps its last count."""
+        # A figure for the progress bar only, so it may cost a second at most and an error in it is nobody's.
         asked = {actor.windows_done.remote(): number for number, actor in self._actors.items()}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_SECONDS)
         for ref in answered:
@@ -242,5 +272,6 @@ class _Run:
                 self._windows[asked[ref]] = ray.get(ref)
             except (RayActorError, RayTaskError):
                 continue
+        # Capped: repeated attempts run more windows than there are.
         most = self._total * self._plan.spec.windows_per_unit
         return min(sum(self._windows.values()), most) * self._plan.spec.context_length
