@@ -3,9 +3,9 @@
 Letters: T context length.
 
 The rows' last bits depend on the batch shape, so a choice that is made by the clock must be made once:
-the first worker of a kind of device measures, `batches/<device>.json` is created, and every worker of
-that kind on this root takes what stands there, today or after a restart. Where memory runs out later the
-batch is halved, and `batches/<device>/<windows>.json` says so to the others.
+the first worker of a kind of device measures and creates `batches/<device>.json`, and every worker of
+that kind on this root takes what it says, also after a restart. If memory runs out later, the batch is
+halved, and `batches/<device>/<windows>.json` tells the others.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from winnow.subject.load import Subject
 log = logging.getLogger("winnow.harvester")
 
 GAIN = 1.05
-"""A larger batch must be so much faster to be worth its memory."""
+"""How many times as fast a larger batch must be to be worth its memory."""
+# Two, not one: a single slow measurement must not end the search.
 PATIENCE = 2
-"""Sizes in a row without gain that end the search."""
+"""Sizes without gain, one after another, that end the search."""
 MOST_TOKENS = 1 << 20
-"""No batch holds more tokens, however fast."""
+"""Largest batch in tokens, however fast."""
 MEASURE_SECONDS = 0.2
-"""Least time that one size is measured for."""
+"""Shortest time that one size is measured for."""
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch found no memory for a tensor, on a GPU or on the CPU."""
+    # On a CPU torch raises a plain RuntimeError, which only its message tells from others.
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
@@ -46,15 +48,15 @@ def smallest_best(rate: Callable[[int], float], most: int) -> tuple[int, dict[in
     """The smallest of 1, 2, 4, ... that is as fast as any, within `GAIN`.
 
     Args:
-        rate: Measures a size, in tokens/s; raises torch's error where memory runs out, which ends the
+        rate: Measures a size, in tokens/s; raises torch's error if memory runs out, which ends the
             search below that size.
-        most: No size is larger.
+        most: The largest size tried.
 
     Returns:
-        The size, and what was measured.
+        The size, and size -> tokens/s as measured.
 
     Raises:
-        torch.OutOfMemoryError, RuntimeError: From `rate`, where not even 1 fits.
+        torch.OutOfMemoryError, RuntimeError: From `rate`, if not even 1 fits.
     """
     rates: dict[int, float] = {}
     size, idle = 1, 0
@@ -68,15 +70,17 @@ def smallest_best(rate: Callable[[int], float], most: int) -> tuple[int, dict[in
         idle = 0 if found > GAIN * max(rates.values(), default=0.0) else idle + 1
         rates[size] = found
         size *= 2
+    # The smallest within GAIN, not the fastest: the rest of the memory is left to whoever shares the device.
     best = max(rates.values())
     return min(size for size, found in rates.items() if found * GAIN >= best), rates
 
 
 def measure(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, float]]:
-    """Windows in a pass that make this subject fastest here, and tokens/s by size."""
+    """Windows per pass with which this subject is fastest here, and tokens/s by size."""
     T = plan.spec.context_length
     vocabulary, cuda = plan.subject.vocabulary, subject.device.type == "cuda"
 
+    # Without it the clock would measure how fast kernels are queued.
     def run(tokens: torch.Tensor) -> None:
         subject.activations(tokens, plan.spec.hooks)
         if cuda:
@@ -84,8 +88,9 @@ def measure(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, float]]
 
     def rate(size: int) -> float:
         tokens = (torch.arange(size * T) % vocabulary).view(size, T)
+        # Not timed: the first pass of a shape pays for more than itself.
         if cuda or size == 1:
-            run(tokens)  # the first pass of a shape pays for more than itself
+            run(tokens)
         passes, start = 0, time.perf_counter()
         while not passes or time.perf_counter() - start < MEASURE_SECONDS:
             run(tokens)
@@ -96,17 +101,20 @@ def measure(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, float]]
     try:
         return smallest_best(rate, most)
     finally:
+        # The largest size tried left its memory in torch's cache, where other actors on the card lack it.
         free(subject.device)
 
 
 def chosen(store: ObjectStore, plan: HarvestPlan, subject: Subject, threads: int) -> int:
-    """The batch of this root for workers of this kind, measured if nobody has; see the module."""
+    """The batch of this root for workers of this kind, measured if no worker has done so; see the module."""
     kind = kind_of(subject.device, threads)
     if store.size(batch_key(kind)) is None:
         size, rates = measure(subject, plan)
         log.info("%d windows in a pass; tokens/s by size: %s", size, rates)
         record = BatchRecord(plan_fingerprint=plan.fingerprint, batch_windows=size, tokens_per_s=rates)
         settle(store, batch_key(kind), record.to_json())
+    # Read back also after measuring: of two workers that measured at once, one has created the record, and
+    # both must use it.
     key = batch_key(kind)
     size = BatchRecord.from_json(store.get(key), origin=f"{store.uri}/{key}").batch_windows
     names = (key.rpartition("/")[2].removesuffix(".json") for key, _ in store.list(batches_prefix(kind)))
@@ -114,19 +122,20 @@ def chosen(store: ObjectStore, plan: HarvestPlan, subject: Subject, threads: int
 
 
 def remember_less(store: ObjectStore, plan: HarvestPlan, device: torch.device, threads: int, to: int) -> None:
-    """Tell workers to come that memory ran out, and `to` windows are left."""
+    """Record for later workers that memory ran out and `to` windows per pass are left."""
+    # A record per size, since records are create-only: the smallest one counts.
     record = BatchRecord(plan_fingerprint=plan.fingerprint, batch_windows=to)
     settle(store, batch_key(kind_of(device, threads), to), record.to_json())
 
 
 def kind_of(device: torch.device, threads: int) -> str:
-    """What decides the speed of a pass: `cpu-8`, `nvidia-h100-80gb-hbm3`."""
+    """What decides the speed of a pass, as a name: `cpu-8`, `nvidia-h100-80gb-hbm3`."""
     if device.type != "cuda":
         return f"cpu-{threads}"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def free(device: torch.device) -> None:
-    """Give the memory that torch keeps for later back to the device."""
+    """Give the memory in torch's cache back to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

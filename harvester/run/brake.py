@@ -1,8 +1,8 @@
-"""Holds the harvest back for the trainers that follow it, and turns the ring.
+"""Holds the harvest back for the trainers that follow it, and deletes what a ring no longer needs.
 
 States: running until the high mark is reached, then paused until no more than the low mark is held. A
 paused harvest whose followers are silent for too long is parked: it ends with a message, and the same
-command goes on.
+command resumes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from winnow.store.read.follow import delete_unit, deleted_units, read_followers
 log = logging.getLogger("winnow.harvester")
 
 LOOK_SECONDS = 1.0
-"""Between two looks at the followers."""
+"""Seconds between two reads of the followers' positions."""
 
 
 class Brake:
-    """Says whether another unit may be begun.
+    """Decides whether another unit may be begun.
 
     Args:
         limits: The marks; None never brakes.
@@ -40,6 +40,7 @@ class Brake:
     ) -> None:
         self._limits, self._store, self._plan = limits, store, plan
         self._unit_bytes = sum(plan.shard_bytes(hook) for hook in plan.spec.hooks)
+        # Validation units do not count: they come first and stay, so holding them back would free nothing.
         self._held = {unit for unit in committed if unit >= plan.spec.validation_units}
         self._deleted = deleted_units(store, plan) if limits and limits.ring else set[int]()
         self._followers: list[FollowerPosition] = []
@@ -49,7 +50,7 @@ class Brake:
         self._paused = self._warned = False
 
     def begin(self, unit: int) -> None:
-        """Count a unit that was handed out; what is in flight is held already."""
+        """Count a unit that is handed out: units in flight are held already."""
         if unit >= self._plan.spec.validation_units:
             self._held.add(unit)
 
@@ -59,13 +60,15 @@ class Brake:
         return self._paused
 
     def may_begin(self, unit: int) -> bool:
-        """Whether a unit may be handed out now; one that was, and failed, may always.
+        """Whether a unit may be handed out now; always, if it was handed out before and failed.
 
         Raises:
             WorkerError: The harvest is parked: no follower has shown a sign of life for too long.
             ConfigError: A follower wants more than one epoch of a ring.
         """
         limits = self._limits
+        # A unit that failed is held already; keeping it back could stall a follower that waits for it, and
+        # the harvest with it.
         if limits is None or unit in self._held or unit < self._plan.spec.validation_units:
             return True
         self._look(limits)
@@ -73,10 +76,13 @@ class Brake:
         held = sum(1 for unit in self._held if unit >= passed) * self._unit_bytes
         high = self._high(limits)
         low = limits.high_water_bytes // 2 if limits.low_water_bytes is None else limits.low_water_bytes
+        # Below the high mark by a unit at least, or a pause would never end; and if the high mark was raised
+        # for a follower's groups, the low one rises with it, or the follower would wait for units as well.
         low = max(min(low, high - self._unit_bytes), high - limits.high_water_bytes)
         if self._paused:
             self._paused = held > low
         elif held + self._unit_bytes > high:
+            # Silence is counted from here: while the harvest ran, nobody had to look at the followers.
             self._paused, self._sign_of_life = True, time.monotonic()
             say(f"harvest: paused, {human_bytes(held)} are stored that no follower has checkpointed yet")
         if self._paused and time.monotonic() - self._sign_of_life > limits.silence_seconds:
@@ -84,7 +90,7 @@ class Brake:
         return not self._paused
 
     def _high(self, limits: FollowLimits) -> int:
-        """The high mark, raised to what the followers need to go on at all."""
+        """The high mark, raised to what the followers need to make any progress."""
         need = max((f.units_ahead for f in self._followers if not f.finished), default=0) * self._unit_bytes
         if need > limits.high_water_bytes and not self._warned:
             self._warned = True
@@ -98,8 +104,11 @@ class Brake:
     def _look(self, limits: FollowLimits) -> None:
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
+        # Every free actor asks at every turn; each look is a listing and a read per follower.
         self._looked = time.monotonic()
         self._followers = read_followers(self._store, self._plan)
+        # A follower is alive if its counter changes. Its time stamps would be those of another machine's
+        # clock.
         beats = tuple((f.name, f.beat) for f in self._followers)
         if beats != self._beats:
             self._beats, self._sign_of_life = beats, time.monotonic()
@@ -107,7 +116,8 @@ class Brake:
             self._turn()
 
     def _turn(self) -> None:
-        """Delete what every follower has passed; the validation units stay for the end."""
+        """Delete what every follower has passed; validation units are kept for the evaluation at the end."""
+        # Refused here, where it is first known: a second epoch would look for rows that are gone.
         for follower in self._followers:
             if follower.epochs > 1:
                 raise ConfigError(
@@ -115,6 +125,8 @@ class Brake:
                     expected="at most one, since rows are deleted behind it",
                     fix="Set train.epochs: 1, or harvest.follow.ring: false",
                 )
+        # Before the first follower arrives nothing has been passed, though `all` of no followers have passed
+        # it.
         if not self._followers:
             return
         passed = min(f.units_passed for f in self._followers)

@@ -1,4 +1,4 @@
-"""How long the LM of one worker works, and how long it stands still for storage."""
+"""Measures how long the LM of one worker works, and how long it waits for storage."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 class StorageWait:
     """Two sums of seconds over a worker's units; safe to use from its threads.
 
-    The LM waits for storage while it reads a unit's tokens, and while it has nothing to do because
-    units are being committed. Such a pause counts once the LM goes on: what is committed after the
+    The LM waits for storage while a unit's tokens are read for it, and while it has nothing to do because
+    units are being committed. Such a pause counts once the LM resumes: what is committed after the
     last unit delays no LM.
 
     Args:
-        clock: Gives seconds; for tests.
+        clock: Returns seconds; replaced in tests.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,6 +27,7 @@ class StorageWait:
     def _tick(self) -> None:
         now = self._clock()
         passed, self._since = now - self._since, now
+        # In this order: a commit, or a read of the next unit's tokens, that overlaps the LM delays nothing.
         if self._working:
             self._lm += passed
         elif self._reading:
@@ -40,12 +41,13 @@ class StorageWait:
             self._working += working
             self._reading += reading
             self._committing += committing
-            if working + reading > 0:  # the LM goes on
+            # The LM resumes, so the pause has delayed it.
+            if working + reading > 0:
                 self._waited, self._pause = self._waited + self._pause, 0.0
 
     @contextmanager
     def lm(self) -> Generator[None]:
-        """The LM is at work."""
+        """Mark the time in which the LM runs."""
         self._enter(working=1)
         try:
             yield
@@ -54,7 +56,7 @@ class StorageWait:
 
     @contextmanager
     def tokens(self) -> Generator[None]:
-        """A unit's tokens are read, for an LM that stands ready."""
+        """Mark the time in which a unit's tokens are read for an idle LM."""
         self._enter(reading=1)
         try:
             yield
@@ -63,7 +65,7 @@ class StorageWait:
 
     @contextmanager
     def commit(self) -> Generator[None]:
-        """A unit is being encoded and stored."""
+        """Mark the time in which a unit is encoded and stored."""
         self._enter(committing=1)
         try:
             yield
@@ -71,7 +73,7 @@ class StorageWait:
             self._enter(committing=-1)
 
     def take(self) -> tuple[float, float]:
-        """(seconds the LM worked, seconds it waited) since the last call."""
+        """Return (seconds the LM worked, seconds it waited) since the last call."""
         with self._lock:
             self._tick()
             taken = self._lm, self._waited

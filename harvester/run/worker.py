@@ -1,6 +1,6 @@
 """One harvest worker: runs the truncated subject over a unit's windows and commits the unit.
 
-Letters: W windows in a unit, T context length, R rows in a unit, D d_model.
+Letters: W windows per unit, T context length, R rows per unit, D d_model.
 
 The LM and the commit overlap: while one thread encodes and uploads a unit, another already runs
 the LM on the next. The LM itself belongs to one thread at a time.
@@ -44,6 +44,7 @@ _TORCH_DTYPES = {
     "float32": torch.float32,
     "int8": torch.float32,  # before it is scaled
 }
+# A float is NaN or infinite exactly if all bits of its exponent are set.
 _EXPONENTS = {
     torch.bfloat16: (torch.int16, 0x7F80),
     torch.float16: (torch.int16, 0x7C00),
@@ -52,11 +53,9 @@ _EXPONENTS = {
 
 
 def all_finite(values: torch.Tensor) -> torch.Tensor:
-    """Whether no value is NaN or infinity, as a bool [] on their device: `values.isfinite().all()`.
-
-    That takes 36 times as long as the exponents' bits for bfloat16 on a CPU. There a sum, which needs no
-    memory, tells first: it is finite only where all values are.
-    """
+    """Whether no value is NaN or infinity, as a bool [] on their device."""
+    # Not `values.isfinite().all()`: for bfloat16 on a CPU it takes 36 times as long as the exponents' bits.
+    # A sum needs no memory and is finite only if all values are; it may overflow, so only its yes counts.
     if values.device.type == "cpu" and bool((total := values.sum()).isfinite()):
         return total.isfinite()
     integer, exponent = _EXPONENTS[values.dtype]
@@ -65,20 +64,22 @@ def all_finite(values: torch.Tensor) -> torch.Tensor:
 
 def to_int8(rows: torch.Tensor) -> torch.Tensor:
     """float32 [R, D] -> int8 [R, D + 4] on their device, bit for bit as `store.format.shards.to_stored`."""
+    # Clamped, so that a row of zeros is not divided by zero. The scale travels in the row's last four bytes,
+    # so that a slice contains everything its rows need.
     scale = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.cat([(rows / scale).round().to(torch.int8), scale.view(torch.int8)], dim=1)
 
 
 def _as_items(rows: NDArray[np.generic]) -> NDArray[np.void]:
-    """[R, D] contiguous -> [R], each row one item: so NumPy puts rows in their places faster.
+    """[R, D] contiguous -> [R], each row one item: NumPy puts those in their places faster.
 
-    Between items of different sizes NumPy cuts and pads without a word: widths are checked before.
+    Between items of different sizes NumPy truncates and pads without an error: check the widths before.
     """
     return rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]
 
 
 def _telling(stored: torch.Tensor) -> torch.Tensor:
-    """What tells whether stored rows are finite: of int8 their scales [R, 1], else the rows."""
+    """The values that are finite exactly if the stored rows are: the scales [R, 1] of int8, else the rows."""
     if stored.dtype != torch.int8:
         return stored
     return stored[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
@@ -90,11 +91,11 @@ class UnitWorker:
     Args:
         plan_json: The stored plan.
         root: The dataset's URI; opened here, so that no client and no credential is ever pickled.
-        storage: How storage is reached.
+        storage: How storage is accessed.
         subject: The subject model.
         threads: CPU threads for the LM.
         batch_windows: Windows in one forward pass; `auto`: see `winnow.harvester.run.batching`.
-        gpus: Share of a GPU that is this worker's, if less than one: it keeps to that share of the memory.
+        gpus: GPUs of this worker. If less than one, it stays within that share of the card's memory.
     """
 
     def __init__(
@@ -112,20 +113,26 @@ class UnitWorker:
         self._spec, self._threads, self._gpus = subject, threads, gpus
         self._auto = batch_windows == "auto"
         self._batch = 0 if batch_windows == "auto" else batch_windows  # 0: not chosen yet
+        # A subject may not be used by several threads at once, and two units are in this worker.
         self._lm = threading.Lock()
         self._windows_done = 0
-        self._spare: list[dict[str, NDArray[np.generic]]] = []  # rows of committed units, to be written over
+        # Arrays of committed units, written over by later ones: fresh pages of a whole unit cost time.
+        self._spare: list[dict[str, NDArray[np.generic]]] = []
         self._wait = StorageWait()
 
     @cached_property
     def _subject(self) -> Subject:
         """The truncated LM; loaded by the first caller, who holds the lock."""
         torch.set_num_threads(self._threads)
-        planned = self._plan.subject  # as planned, not `auto`
+        # As planned: `auto` could choose otherwise on this node, by its device or its transformers, and rows
+        # of one dataset would come from two models.
+        planned = self._plan.subject
         spec = self._spec.model_copy(update={"dtype": planned.dtype, "attention": planned.attention})
         subject = Subject.load(spec, until=self._plan.spec.hooks)
+        # Ray reserves a share of a GPU only in its books; nothing else keeps actors on one card apart.
         if subject.device.type == "cuda" and 0 < self._gpus < 1:
             torch.cuda.set_per_process_memory_fraction(self._gpus, subject.device)
+        # A hub branch, or a folder of the same name, may hold other weights on another node.
         found = subject.identity.weights_sha256
         if found != planned.weights_sha256:
             raise ConfigError("subject weights on this worker", expected=planned.weights_sha256, got=found)
@@ -134,7 +141,11 @@ class UnitWorker:
         return subject
 
     def _check_width(self, hook: str, width: int) -> None:
-        """ConfigError where activations at `hook` are not of the planned width; nothing is written then."""
+        """Check that activations at `hook` are of the planned width; nothing is written otherwise.
+
+        Raises:
+            ConfigError: They are not.
+        """
         if width != self._plan.d_model(hook):
             raise ConfigError(
                 f"hook {hook!r}: the subject on this worker gives rows of another width",
@@ -144,7 +155,11 @@ class UnitWorker:
             )
 
     def ready(self) -> str:
-        """Load the subject and choose the batch, so that errors come before any unit; gives the device."""
+        """Load the subject and choose the batch, so that errors come before any unit.
+
+        Returns:
+            The device.
+        """
         with self._lm:
             self._choose_batch()
             return str(self._subject.device)
@@ -154,14 +169,14 @@ class UnitWorker:
             self._batch = chosen(self._store, self._plan, self._subject, self._threads)
 
     def windows_done(self) -> int:
-        """Windows run through the LM so far."""
+        """The number of windows run through the LM so far."""
         return self._windows_done
 
     def run(self, unit: int) -> UnitFacts:
-        """Make and commit one unit.
+        """Compute and commit one unit.
 
         Returns:
-            What it took, once its receipt is in the store.
+            Bytes and times, once the unit's receipt is in the store.
 
         Raises:
             ConfigError: An activation is not of the planned width; nothing was written.
@@ -173,12 +188,18 @@ class UnitWorker:
             receipt = commit_unit(
                 self._store, self._plan, unit, rows, tokens_sha256=tokens_sha256, attempt=attempt
             )
+        # Only now: `commit_unit` needs them unchanged.
         self._spare.append(rows)
         stored = sum(shard.bytes for shard in receipt.shards.values())
         return UnitFacts(unit, stored, *self._wait.take(), batch_windows=attempt.batch_windows)
 
     def make(self, unit: int) -> tuple[dict[str, NDArray[np.generic]], Attempt, str]:
-        """Compute one unit and store nothing: hook -> rows [R, D], by whom, and its tokens' digest."""
+        """Compute one unit without storing it.
+
+        Returns:
+            hook -> rows [R, D], the attempt, and the SHA-256 of the unit's tokens.
+        """
+        # The lock ends before the commit, which another unit's forward passes overlap.
         with self._lm:
             start = time.monotonic()
             with self._wait.tokens():
@@ -198,6 +219,8 @@ class UnitWorker:
 
     def _rows(self, unit: int, tokens: NDArray[np.uint32]) -> dict[str, NDArray[np.generic]]:
         """Every hook's rows [R, D] of a unit, in stored order and dtype, all from passes of one shape."""
+        # If memory runs out, the whole unit starts again: its last bits depend on the shape of the passes,
+        # and the receipt records one shape for all of them.
         self._choose_batch()
         while True:
             before = self._windows_done
@@ -208,10 +231,15 @@ class UnitWorker:
                     raise
                 reason = str(error).strip().splitlines()[0][:200]
             self._windows_done = before
-            self._halve(unit, reason)  # here the error's frames, and what they held, are gone
+            # Outside the except clause, where the error's frames no longer hold tensors of the failed pass.
+            self._halve(unit, reason)
 
     def _halve(self, unit: int, reason: str) -> None:
-        """Go on with half as many windows in a pass."""
+        """Halve the windows per pass from here on.
+
+        Raises:
+            WorkerError: A single window was too much.
+        """
         if self._batch == 1:
             T = self._plan.spec.context_length
             raise WorkerError(
@@ -222,13 +250,16 @@ class UnitWorker:
             )
         self._batch //= 2
         free(self._subject.device)
-        log.warning("memory ran out: %d windows in a pass from here (%s)", self._batch, reason)
+        log.warning("memory ran out: %d windows per pass from here (%s)", self._batch, reason)
+        # A number in the config is the user's promise of a shape: it holds for this process only.
         if self._auto:
             remember_less(self._store, self._plan, self._subject.device, self._threads, self._batch)
 
     def _rows_once(self, unit: int, tokens: NDArray[np.uint32]) -> dict[str, NDArray[np.generic]]:
         plan, spec = self._plan, self._plan.spec
-        place = np.empty(plan.rows_per_unit, dtype=np.int64)  # planned row -> stored row
+        # The inverse permutation (planned row -> stored row) puts each batch in its places as it comes; the
+        # other way round, the unit's rows would be held twice.
+        place = np.empty(plan.rows_per_unit, dtype=np.int64)
         place[row_permutation(plan, unit)] = np.arange(plan.rows_per_unit)
         rows = self._spare.pop() if self._spare else self._space()
 
@@ -237,6 +268,8 @@ class UnitWorker:
             for (hook, values), stored, finite in zip(
                 found.items(), taken[: len(found)], taken[len(found) :], strict=True
             ):
+                # A flag made on the device and copied with the rows: asking for it earlier would wait for the
+                # device after every batch.
                 if not finite:
                     raise self._not_finite(values, stored, unit, hook, first)
                 start = first * plan.rows_per_window
@@ -247,12 +280,14 @@ class UnitWorker:
         for first in range(0, spec.windows_per_unit, self._batch):
             batch = tokens[first : first + self._batch]
             found = self._subject.activations(batch, spec.hooks)
+            # In every pass, not once: assignment of rows as items would truncate or pad them silently.
             for hook, values in found.items():
                 self._check_width(hook, values.shape[-1])
             stored = [self._stored(values) for values in found.values()]
             copy = copies.start([*stored, *(all_finite(_telling(rows)) for rows in stored)])
+            # One batch late, so that the host puts rows in their places while the device computes the next.
             if last is not None:
-                put(*last)  # while the device is at the next batch
+                put(*last)
             last = first, copy, found
             self._windows_done += len(batch)
         if last is not None:
@@ -266,7 +301,8 @@ class UnitWorker:
         }
 
     def _stored(self, values: torch.Tensor) -> torch.Tensor:
-        """[W, T, D] as read -> [rows, D] as stored (`store.format.shards.Stored`), on the device still."""
+        """[W, T, D] as read -> [rows, D] as stored (`store.format.shards.Stored`), still on the device."""
+        # Converted before the copy: half or a quarter of the bytes cross to the host.
         dtype = self._plan.spec.dtype
         kept = values[:, self._plan.spec.drop_leading :].to(_TORCH_DTYPES[dtype])
         kept = kept.reshape(-1, values.shape[-1]).contiguous()
@@ -275,10 +311,11 @@ class UnitWorker:
     def _not_finite(
         self, values: torch.Tensor, stored: torch.Tensor, unit: int, hook: str, first: int
     ) -> NonFiniteError:
-        """What to say of rows [rows, D] that are not all finite; `values` [W, T, D] is what was read."""
+        """The error for stored rows [rows, D] that are not all finite; `values` [W, T, D] are those read."""
         dtype, drop = self._plan.spec.dtype, self._plan.spec.drop_leading
         row = int((~torch.isfinite(_telling(stored))).any(dim=1).nonzero()[0])
         window, position = divmod(row, self._plan.rows_per_window)
+        # A finite activation that is infinite once stored has another remedy than NaN from the subject.
         overflow = bool(torch.isfinite(values[window, position + drop]).all())
         return NonFiniteError(
             f"unit {unit}, hook {hook}, window {first + window} of the unit, position {position + drop}",
