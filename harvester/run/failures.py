@@ -1,11 +1,12 @@
-"""What is done about units that fail: tried again, quarantined, or the harvest stops. Pure bookkeeping.
+"""Decides what happens to units that fail: retry, quarantine, or the end of the harvest. Pure bookkeeping.
 
 ::
 
     what failed                          what happens
-    storage                              tried again later; the unit is not to blame
-    NaN, bad config                      not tried again: the same rows would come (config: stops at once)
-    anything else, a dead actor          tried again, `unit_attempts` times in all, then quarantined
+    storage                              retried later; it is not the unit's fault
+    NaN                                  quarantined at once: the same rows would come again
+    bad config                           the harvest stops at once
+    anything else, a dead actor          tried `unit_attempts` times in all, then quarantined
     `abort_after_failures` in a row      the harvest stops: the cause is not in the units
 """
 
@@ -29,8 +30,9 @@ from winnow.store.write.writer import brief
 
 log = logging.getLogger("winnow.harvester")
 
+# A message may quote a library's error at any length, and every reader of the dataset loads the receipts.
 CAUSE_CHARS = 500
-"""Longest cause that a void receipt carries."""
+"""Longest cause that a void receipt records."""
 
 
 class Failures:
@@ -38,7 +40,7 @@ class Failures:
 
     Args:
         spec: How often a unit is tried, and when the harvest gives up.
-        check_storage: Called when storage failed; raises where trying on is useless (a full disk).
+        check_storage: Called when storage failed; raises if a retry is useless (a full disk).
     """
 
     def __init__(self, spec: HarvestSpec, check_storage: Callable[[], None] | None = None) -> None:
@@ -49,15 +51,15 @@ class Failures:
         self.total = 0
         """Failed attempts of this run."""
         self.quarantined: dict[int, WinnowError] = {}
-        """Unit -> its last failure; these are not tried again in this run."""
+        """Unit -> its last failure; not tried again in this run."""
 
     def succeeded(self, unit: int) -> None:
-        """`unit` was committed."""
+        """Note that `unit` was committed."""
         self._in_row = 0
         self._suspects.discard(unit)
 
     def alone(self, unit: int) -> bool:
-        """Whether an actor died over `unit`: it is tried alone, so that it takes no other unit with it."""
+        """Whether an actor died over `unit`: it is retried alone, so that it takes no other unit with it."""
         return unit in self._suspects
 
     def failed(self, unit: int, error: WinnowError, *, died: bool = False) -> bool:
@@ -66,21 +68,25 @@ class Failures:
         Args:
             unit: Which unit.
             error: Why.
-            died: The whole actor went down, with every unit it had.
+            died: The whole actor died, with every unit it had.
 
         Returns:
             Whether to try the unit again in this run.
 
         Raises:
-            ConfigError: `error` itself, where it is one: no unit could ever be made.
+            ConfigError: `error` itself, if it is one: no unit could be computed.
             WorkerError, NonFiniteError, StoreError: Too many failures in a row.
         """
         if isinstance(error, ConfigError):
             raise error
         self.total += 1
         self._in_row += 1
+        # All units of the dead actor become suspects, since nobody knows which of them killed it: tried
+        # alone, the guilty one stands out.
         if died:
             self._suspects.add(unit)
+        # An object that is missing, or a put whose outcome nobody can read, belongs to this unit and may stay
+        # so.
         storage = isinstance(error, StoreError) and not isinstance(error, (MissingObject, CommitUnknown))
         if storage:
             log.warning("unit %d: storage failed, tried again later: %s", unit, error)
@@ -93,18 +99,19 @@ class Failures:
                 self.quarantined[unit] = error
             done = "quarantined" if given_up else "tried again"
             log.warning("unit %d failed (%dx), %s: %s", unit, self._tries[unit], done, error)
+        # Last, so that storage failures count here too: an outage would otherwise be retried for ever.
         if self._in_row >= self._spec.abort_after_failures:
             raise self._abort(error)
         return unit not in self.quarantined
 
     def causes(self) -> dict[int, str]:
-        """Unit -> why it is quarantined, short enough for a receipt."""
+        """The cause of each quarantined unit, short enough for a receipt."""
         return {unit: str(error)[:CAUSE_CHARS] for unit, error in sorted(self.quarantined.items())}
 
     def refusal(self, units: int) -> WinnowError:
-        """What a harvest that leaves quarantined units behind ends with.
+        """The error that a harvest with quarantined units ends with.
 
-        One of NonFiniteError (exit code 2) where nothing but NaN and infinity stands in the way.
+        A NonFiniteError (exit code 2) if only NaN and infinity prevent the seal.
         """
         causes = self.causes()
         listed = "; ".join(f"unit {unit}: {cause}" for unit, cause in list(causes.items())[:10])
@@ -113,6 +120,7 @@ class Failures:
             "up with --accept-quarantined"
         )
         errors = list(self.quarantined.values())
+        # The one case that the same command cannot mend without another config, hence the other exit code.
         if all(isinstance(error, NonFiniteError) for error in errors):
             first = errors[0]
             others = f"{first.got}; units quarantined: {brief(sorted(causes))}"
@@ -122,6 +130,7 @@ class Failures:
         )
 
     def _abort(self, error: WinnowError) -> WinnowError:
+        # These say themselves what to do, and have exit codes of their own.
         if isinstance(error, (NonFiniteError, StoreError)):
             return error
         return WorkerError(

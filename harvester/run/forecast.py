@@ -1,4 +1,4 @@
-"""What a harvest will take before it starts: bytes, objects, requests, hours and money.
+"""Forecast of a harvest before it starts: bytes, objects, requests, hours and money.
 
 Arithmetic on the plan (or on the config, before there is one) and one rate: that of the ledger's runs,
 or of the subject on this machine, measured over a few batches.
@@ -24,13 +24,13 @@ from winnow.store.read.reader import receipts_present
 from winnow.store.records.parts import PART_UNITS
 
 LIST_KEYS = 1000
-"""Keys of one page of a listing."""
+"""Keys per page of a listing: what S3 returns for one request."""
 MEASURE_BATCHES, MEASURE_SECONDS = 3, 5.0
-"""The rate is measured over at least so many batches, and until so many seconds have passed."""
+"""Fewest batches and shortest time that the rate is measured over; both must be reached."""
 RECEIPT_BYTES = 4096
-"""Of a receipt, a hook."""
+"""Size of a receipt per hook."""
 MOMENT_BYTES = 44
-"""Of two moments of one dimension, as JSON, in the first receipts."""
+"""Size of the two moments of one dimension, as JSON, in the first receipts."""
 FIXED_OBJECTS = 5
 """plan.json, the root's zarr.json, token digests, manifest.json, ledger.json."""
 
@@ -51,36 +51,36 @@ class Money(Contract):
     """For `prices.months_kept` months."""
     requests: float
     actors: float | None
-    """None where no rate is known."""
+    """None if no rate is known."""
     total: float
 
 
 class Forecast(Contract):
-    """What is left to do on a root, and what it takes."""
+    """What is left to do at a root, and what it takes."""
 
     units: int
     """Of the whole dataset."""
     units_to_do: int
     tokens_to_do: int
-    """Tokens the LM runs."""
+    """Tokens that the LM has to run."""
     bytes: int
-    """The finished dataset: shards, tokens, receipts."""
+    """Size of the finished dataset: shards, tokens, receipts."""
     bytes_to_do: int
-    """Shards to be written."""
+    """Size of the shards to be written."""
     free_bytes: int | None
-    """Room at a local root."""
+    """Free space at a local root; None at a remote one."""
     objects: int
-    """The finished dataset's."""
+    """Objects of the finished dataset."""
     requests: Requests
-    """Of what is to be done, planning included where there is no plan yet."""
+    """Requests to come, planning included if there is no plan yet."""
     tokens_per_second: float | None
     rate_from: str | None
     """`ledger`: this root's earlier runs; `measured`: the LM alone, on this machine, times the actors."""
     hours: float | None
     bytes_per_second: float | None
-    """What storage must take for the LM not to wait."""
+    """Write rate that storage must sustain for the LM not to wait."""
     money: Money | None
-    """None where the config has no `prices`."""
+    """None if the config has no `prices`."""
 
 
 def forecast(
@@ -93,10 +93,10 @@ def forecast(
     """Count what the harvest of `config` on `store` has left to do.
 
     Args:
-        config: With `plan` and `harvest`; `prices` where money is wanted.
+        config: With `plan` and `harvest`; with `prices` for amounts of money.
         store: The root; nothing is written.
         plan: The plan found there; without one, `plan.train_units` must be given.
-        measure: Gives the hooks' widths and tokens/s of one actor; asked only where the ledger knows no
+        measure: Returns the hooks' widths and tokens/s of one actor; called only if the ledger has no
             rate or there is no plan. None leaves hours out.
 
     Raises:
@@ -112,6 +112,7 @@ def forecast(
         )
     units = plan.units if plan else spec.validation_units + (spec.train_units or 0)
     done = len(receipts_present(store, plan)) if plan else 0
+    # The ledger's rate first: it includes commits, failures and the actors there really were.
     rate = read_ledger(store).tokens_per_second if plan else None
     rate_from = "ledger" if rate else None
     sites = plan.sites if plan else ()
@@ -124,6 +125,7 @@ def forecast(
     seconds = to_do * unit_tokens / rate if rate else None
     probe = probe_requests(store)
     requests = _requests(spec, units, to_do, probe, planned=plan is not None, seconds=seconds or 0.0)
+    # Tokens are uint32, and their chunk ends with a crc32c of four bytes.
     whole = units * (shard + unit_tokens * 4 + 4 + RECEIPT_BYTES * len(sites))
     whole += min(units, MOMENT_UNITS) * MOMENT_BYTES * sum(site.d_model for site in sites)
     hours = seconds / 3600 if seconds is not None else None
@@ -151,6 +153,7 @@ def measured(config: Config) -> tuple[tuple[HookSite, ...], float]:
     from winnow.subject.load import Subject  # here, not above: it brings torch
 
     spec, harvest = section(config.plan, "plan"), config.harvest
+    # With an actor's threads, since the rate of one is then multiplied by the number of actors.
     before = torch.get_num_threads()
     torch.set_num_threads(harvest.threads_per_actor or cores_each(harvest.actors))
     try:
@@ -159,12 +162,14 @@ def measured(config: Config) -> tuple[tuple[HookSite, ...], float]:
         vocabulary = subject.identity.vocabulary
         windows = 8 if harvest.batch_windows == "auto" else harvest.batch_windows
         shape = (windows, spec.context_length)
+        # Which tokens does not matter to the time, and a forecast must not wait for the corpus to be read.
         tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
         def run() -> None:
             for values in subject.activations(tokens, spec.hooks).values():
                 values[-1, -1, -1].item()  # waits for a GPU
 
+        # Not timed: the first pass pays for more than itself.
         run()
         batches, start = 0, time.perf_counter()
         while batches < MEASURE_BATCHES or time.perf_counter() - start < MEASURE_SECONDS:
@@ -215,7 +220,7 @@ def human_hours(hours: float) -> str:
 
 
 def line(found: Forecast) -> str:
-    """The forecast as one line, said before the work."""
+    """The forecast as one line, reported before the work."""
     parts = [
         f"{human_bytes(found.bytes)} in {found.objects:,} objects when finished",
         f"{found.requests.puts:,} puts and {found.requests.gets:,} gets to go",
@@ -228,12 +233,15 @@ def line(found: Forecast) -> str:
 
 
 def _shard_bytes(spec: PlanSpec, site: HookSite) -> int:
+    # Rows, the crc32c of each slice, and the shard's index: offset and length of each slice, 8 bytes each,
+    # and a crc32c of its own.
     rows_ = spec.windows_per_unit * (spec.context_length - spec.drop_leading)
     return rows_ * row_bytes(spec.dtype, site.d_model) + SLICES * 4 + SLICES * 16 + 4
 
 
 def _objects(spec: PlanSpec, units: int) -> int:
     arrays = 3 + len(spec.hooks)  # a zarr.json each: tokens, token digests, activations, hooks
+    # Per unit: a shard per hook, the token chunk, the receipt.
     return FIXED_OBJECTS + arrays + math.ceil(units / PART_UNITS) + units * (len(spec.hooks) + 2)
 
 
@@ -243,6 +251,7 @@ def _requests(
     if to_do == 0:
         return Requests(puts=0, gets=0, lists=0)
     ledger = 2 + int(seconds / WRITE_SECONDS)  # each entry is read before it is written
+    # Successful first attempts only: what retries and repairs add cannot be foreseen.
     puts = probe[0] + to_do * (len(spec.hooks) + 1) + math.ceil(units / PART_UNITS) + 1 + ledger
     gets = probe[1] + 3 + 2 * to_do + units + ledger  # tokens and their digests, then every receipt
     lists = 3 * math.ceil(units / LIST_KEYS)  # tokens, receipts, receipts again to seal
@@ -258,6 +267,7 @@ def _money(
     if prices is None:
         return None
     storage = whole / 2**30 * prices.gib_month * prices.months_kept
+    # Object stores price listings like puts.
     asked = (
         requests.puts + requests.lists
     ) / 1000 * prices.puts_1000 + requests.gets / 1000 * prices.gets_1000

@@ -1,4 +1,4 @@
-"""The ledger beside the manifest: what each run of a harvest did, and where every token went."""
+"""The ledger beside the manifest: what each run of a harvest did, and an account of every token."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from winnow.store.objects import ObjectStore
 
 LEDGER_KEY = "ledger.json"
 WRITE_SECONDS = 30.0
-"""Between entries while a run goes on, so that a killed one leaves its record."""
+"""Seconds between writes while a run lasts, so that a killed one leaves its record."""
 
 
 @dataclass(frozen=True)
 class UnitFacts:
-    """What a worker reports of one committed unit."""
+    """A worker's report of one committed unit."""
 
     unit: int
     bytes: int
@@ -34,7 +34,7 @@ class UnitFacts:
 
 
 def read_ledger(store: ObjectStore) -> HarvestLedger:
-    """The ledger beside the manifest; empty where no run has written one."""
+    """The ledger beside the manifest; empty if no run has written one."""
     try:
         return HarvestLedger.from_json(store.get(LEDGER_KEY), origin=LEDGER_KEY)
     except MissingObject:
@@ -42,7 +42,7 @@ def read_ledger(store: ObjectStore) -> HarvestLedger:
 
 
 def account(plan: HarvestPlan, manifest: HarvestManifest | None = None) -> TokenAccount:
-    """Where the corpus's tokens went; sinks and void rows where the dataset is sealed."""
+    """The account of the corpus's tokens; with sinks and void rows once the dataset is sealed."""
     bos = plan.spec.bos == "window"
     payload = plan.spec.context_length - bos
     facts = plan.corpus_facts
@@ -59,12 +59,12 @@ def account(plan: HarvestPlan, manifest: HarvestManifest | None = None) -> Token
 
 
 class RunLedger:
-    """One run's entry, written as it goes. Of two harvests on one root each keeps its own.
+    """One run's entry, rewritten while the run lasts. Each of two harvests on one root keeps its own.
 
     Args:
         store: The dataset's root.
         plan: Its plan.
-        failures: Counts the attempts that failed.
+        failures: The run's failures, for the number of failed attempts.
     """
 
     def __init__(self, store: ObjectStore, plan: HarvestPlan, failures: Failures | None = None) -> None:
@@ -81,16 +81,20 @@ class RunLedger:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self._write(ended=True)
+        # A run that failed before its first commit has nothing to record.
         elif self.units:
-            with suppress(WinnowError):  # what ended the run is the message
+            # The error that ended the run is the message, not that the store is unreachable here as well.
+            with suppress(WinnowError):
                 self._write(ended=False)
 
     def start(self) -> None:
-        """The first unit is handed out now."""
+        """Start the clock: the first unit is handed out now."""
         self._start = self._last = self._written = time.monotonic()
 
     def add(self, facts: UnitFacts) -> None:
-        """Count a committed unit; now and then the entry is written."""
+        """Count a committed unit, and write the entry if it is due."""
+        # Reported when it changes: the shape decides the rows' last bits, and a smaller one means that memory
+        # ran out.
         if facts.batch_windows != self.batch_windows:
             self.batch_windows = facts.batch_windows
             say(f"harvest: {facts.batch_windows} windows in a pass of the LM")
@@ -103,7 +107,7 @@ class RunLedger:
             self._write(ended=False)
 
     def entry(self, *, ended: bool) -> LedgerRun:
-        """The run as it stands."""
+        """The run so far."""
         spec = self._plan.spec
         return LedgerRun(
             id=self._id,
@@ -112,6 +116,7 @@ class RunLedger:
             units=self.units,
             tokens=self.units * spec.windows_per_unit * spec.context_length,
             bytes=self.bytes,
+            # To the last commit: what follows, such as the seal, is no part of the rate.
             seconds=self._last - self._start,
             lm_seconds=self.lm_seconds,
             storage_wait_seconds=self.storage_wait_seconds,
@@ -120,6 +125,8 @@ class RunLedger:
         )
 
     def _write(self, *, ended: bool) -> None:
+        # Read and put without a condition: two harvests that write at the same moment may lose an entry until
+        # the next write. The ledger is provenance; no reader of the rows relies on it.
         ledger = read_ledger(self._store)
         others = tuple(run for run in ledger.runs if run.id != self._id)
         ledger = ledger.model_copy(update={"runs": (*others, self.entry(ended=ended))})
@@ -128,7 +135,7 @@ class RunLedger:
 
 
 def settle_account(store: ObjectStore, plan: HarvestPlan, manifest: HarvestManifest) -> None:
-    """Write the account of tokens once the dataset is sealed; nothing where it stands already."""
+    """Write the account of tokens once the dataset is sealed, unless it is there already."""
     ledger, found = read_ledger(store), account(plan, manifest)
     if ledger.account != found:
         store.put(LEDGER_KEY, ledger.model_copy(update={"account": found}).to_json())

@@ -1,4 +1,4 @@
-"""`winnow harvest CONFIG --repair`: what only corpus and subject can make again.
+"""`winnow harvest CONFIG --repair`: recomputes what only corpus and subject determine.
 
 Tokens come from the corpus and must be the planned ones byte for byte. Rows come from the subject, in
 this process: a repair has one writer. `winnow.store.check.repair` does the rest.
@@ -29,18 +29,19 @@ def mend(config: Config, store: ObjectStore, plan: HarvestPlan) -> RepairReport:
 
     Args:
         config: The harvest's own.
-        store: The dataset's root. Nobody else may write to it meanwhile.
+        store: The dataset's root. Nothing else may write to it meanwhile.
         plan: The plan found there.
 
     Raises:
         IntegrityError: The corpus gives other tokens, or the subject other rows, than were stored.
-        StoreError: Storage fails, or somebody else writes.
+        StoreError: Storage fails, or something else writes.
     """
+    # Tokens first: rows are recomputed from them.
     tokens = mend_tokens(config, store, plan)
     worker = local_worker(config, store, plan)
 
     def remake(unit: int) -> tuple[Mapping[str, Stored], Attempt]:
-        say(f"repair: making unit {unit} again")
+        say(f"repair: recomputing unit {unit}")
         rows, attempt, _ = worker.make(unit)
         return rows, attempt
 
@@ -50,7 +51,11 @@ def mend(config: Config, store: ObjectStore, plan: HarvestPlan) -> RepairReport:
 
 
 def mend_tokens(config: Config, store: ObjectStore, plan: HarvestPlan) -> list[str]:
-    """Write missing and damaged token chunks anew from the corpus; their keys."""
+    """Recompute missing and damaged token chunks from the corpus.
+
+    Returns:
+        The keys that were written.
+    """
     try:
         digests = load_token_digests(store, plan)
     except (IntegrityError, MissingObject):
@@ -63,6 +68,7 @@ def mend_tokens(config: Config, store: ObjectStore, plan: HarvestPlan) -> list[s
             read_tokens(store, plan, unit, digests)
         except (IntegrityError, MissingObject):
             bad.add(unit)
+    # Reading the corpus again may take hours: only if something is wrong.
     if digests is not None and not bad:
         return []
     say(
@@ -73,6 +79,7 @@ def mend_tokens(config: Config, store: ObjectStore, plan: HarvestPlan) -> list[s
     with read_corpus(config, folder, plan) as run:
         run.read()
         made = run.digests()
+        # Before anything is overwritten: another corpus or tokenizer must not replace good chunks by others.
         if sha256_hex(made.tobytes()) != plan.tokens_sha256:
             raise IntegrityError(
                 "the corpus gives other tokens than were planned",
@@ -85,6 +92,7 @@ def mend_tokens(config: Config, store: ObjectStore, plan: HarvestPlan) -> list[s
             done.append(TOKEN_DIGESTS_KEY)
         for unit, tokens in enumerate(run.units()):
             key = tokens_key(unit)
+            # Taken before the look, so that the replacement is refused if somebody writes in between.
             version = store.version(key)
             try:
                 read_tokens(store, plan, unit, made)

@@ -1,9 +1,9 @@
 """A harvest whose only writer is the driver's own process, and what only the driver commits.
 
-With `storage.single_writer` the store may ignore if-none-match, so nothing but the absence of a
-second writer keeps a unit from being overwritten. An actor cannot promise that: one that was given up
-for dead may still be writing while its successor makes the same unit. So there are no actors then: the
-driver makes the units itself, one after another.
+With `storage.single_writer` the store may ignore if-none-match, so only the absence of a second writer
+keeps a unit from being overwritten. An actor cannot guarantee that: one that was presumed dead may still be
+writing while its successor computes the same unit. So there are no actors: the driver computes the units
+itself, one after another.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ UNITS_HELD = 2
 
 
 def check_single_writer(config: Config) -> None:
-    """ConfigError where a single writer is asked for together with several actors."""
+    """Check that a single writer is not combined with actors or followers.
+
+    Raises:
+        ConfigError: It is.
+    """
     spec = config.harvest
     if config.storage.single_writer and spec.follow is not None:
         raise ConfigError(
@@ -43,7 +47,7 @@ def check_single_writer(config: Config) -> None:
         )
     if config.storage.single_writer and (spec.actors > 1 or spec.ray_address):
         raise ConfigError(
-            "storage.single_writer makes the units in this process, without Ray",
+            "storage.single_writer computes the units in this process, without Ray",
             expected="harvest.actors: 1 and no harvest.ray_address",
             got=f"harvest.actors: {spec.actors}, harvest.ray_address: {spec.ray_address}",
             fix="Use a store that honours if-none-match for a harvest with several workers",
@@ -51,7 +55,8 @@ def check_single_writer(config: Config) -> None:
 
 
 def local_worker(config: Config, store: ObjectStore, plan: HarvestPlan) -> UnitWorker:
-    """A worker in this process, its subject not loaded yet."""
+    """A worker in this process; its subject is not loaded yet."""
+    # Loaded with the first unit: a repair that finds nothing to recompute needs no LM.
     spec = config.harvest
     return UnitWorker(
         plan.to_json(),
@@ -81,13 +86,15 @@ class LocalRun:
     def go(self) -> None:
         """Work until the queue is empty."""
         worker = local_worker(self._config, self._store, self._plan)
-        say("harvest: single writer, the units are made in this process")
+        say("harvest: single writer, the units are computed in this process")
         worker.ready()
         self._ledger.start()
         plan = self._plan
         unit_tokens = plan.spec.windows_per_unit * plan.spec.context_length
         done_before = (plan.units - len(self._queue)) * unit_tokens
         flying: dict[Future[UnitFacts], int] = {}
+        # Threads, as inside an actor: one unit is committed while the LM, behind the worker's lock, runs the
+        # next.
         pool = ThreadPoolExecutor(UNITS_HELD, thread_name_prefix="winnow-unit")
         try:
             with Progress("harvest", plan.units * unit_tokens, "tokens", done_before) as bar:
@@ -109,8 +116,10 @@ class LocalRun:
             self._ledger.add(future.result())
             self._failures.succeeded(unit)
             return
+        # Under Ray an actor dies of it and is replaced; here this very process has no memory left, and a
+        # retry would fail the same way.
         if isinstance(error, MemoryError) or not isinstance(error, Exception):
-            raise error  # this very process has no more memory: no fault of the unit
+            raise error
         known = error if isinstance(error, WinnowError) else WorkerError(f"unit {unit}", got=str(error)[:300])
         if self._failures.failed(unit, known):
             self._queue.append(unit)
@@ -118,6 +127,7 @@ class LocalRun:
 
 def accept(store: ObjectStore, plan: HarvestPlan, spec: HarvestSpec, failures: Failures) -> None:
     """Commit every quarantined unit as void, with its cause."""
+    # Only after the run: a unit that an attempt may still commit must not be declared void.
     digests = load_token_digests(store, plan)
     for unit, cause in failures.causes().items():
         attempt = Attempt(
