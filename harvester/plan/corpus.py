@@ -6,12 +6,12 @@ What a document is:
 - jsonl, Parquet: a record's text exactly as stored (null is empty text), or with `group_by` the texts of
   consecutive records of one file that agree in those fields, joined with `separator`.
 
-A record without readable text ends the plan; with `bad_records: skip` it counts for nothing, so that in a
-group the records before and after it are joined. A record of txt is the whole file.
+A record without readable text ends the plan; with `bad_records: skip` it is ignored, so that in a group the
+records before and after it are joined. A record of txt is the whole file.
 
-A document longer than `max_document_chars` is cut (see `cut`) and each piece is a document of its own from
-then on. Documents without anything but white space are skipped. Text must be UTF-8; a byte-order mark at
-the start of a file is dropped.
+A document longer than `max_document_chars` is cut (see `cut`), and each piece is then a document of its own.
+Documents of white space only are skipped. Text must be UTF-8; a byte-order mark at the start of a file is
+dropped.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from winnow.schemas.errors import ConfigError
 def documents(
     spec: CorpusSpec, tally: Tally | None = None, files: Sequence[SourceFile] | None = None
 ) -> Iterator[str]:
-    """Every document of the corpus, in order, without empty ones and (if asked) without duplicates.
+    """Yield every document of the corpus, in order, without empty ones and (if asked) without duplicates.
 
     Args:
         spec: The corpus.
         tally: Counts and digest, updated while the iterator runs.
-        files: `find_files(spec)`, where the caller has it already.
+        files: `find_files(spec)`, if the caller has it already.
 
     Raises:
-        ConfigError: Not UTF-8, a column that is absent, a record of another kind, an empty corpus: file
-            and place are named.
+        ConfigError: Text that is not UTF-8, a column that is absent, a record of another kind, an empty
+            corpus; with file and place.
         StoreError: A file cannot be read.
     """
     tally = tally or Tally()
@@ -60,11 +60,13 @@ def documents(
             if not text or text.isspace():
                 continue
             data = text.encode()
+            # 128 bits: at 10^12 documents two texts share a digest with a probability of about 10^-15.
             if seen is not None and not seen.add(hashlib.blake2b(data, digest_size=16).digest()):
                 tally.duplicates += 1
                 continue
             tally.count(data, len(text))
             yield text
+        # Set, not added to: readers count while they read, some of them ahead of what they have yielded.
         tally.bytes_done = before + (file.size or 0)
     if tally.documents == 0:
         raise ConfigError(
@@ -81,11 +83,12 @@ def _left_out(tally: Tally) -> str:
 
 
 def cut(text: str, start: int, limit: int) -> int:
-    """Where the piece of `text` that begins at `start` ends, at most `limit` characters on.
+    """The end of the piece of `text` that begins at `start`, at most `limit` characters later.
 
-    After the last blank line, else the last line end, else the last space, of the second half of the
-    piece (so that no piece is tiny); else at the limit itself.
+    After the last blank line in the second half of the piece; if there is none, after the last line end; then
+    after the last space; otherwise at the limit itself.
     """
+    # The second half only, so that no piece is tiny.
     stop, half = start + limit, start + limit // 2
     for mark in ("\n\n", "\n", " "):
         at = text.rfind(mark, half, stop)
@@ -95,8 +98,10 @@ def cut(text: str, start: int, limit: int) -> int:
 
 
 class _Cutter:
-    """Gathers text and gives it back in pieces of at most `limit` characters."""
+    """Gathers text and returns it in pieces of at most `limit` characters."""
 
+    # Strings are joined once a limit's worth has come: adding each to a growing text is quadratic for a book
+    # of many records.
     def __init__(self, limit: int) -> None:
         self._limit, self._parts, self._length = limit, list[str](), 0
 
@@ -119,7 +124,9 @@ class _Cutter:
 
 
 def _read_txt(reading: Reading) -> Iterator[str]:
-    if reading.spec.bad_records == "skip":  # looked through first: its pieces are documents at once
+    # Read through once before: a long file's pieces are yielded while it is read, and cannot be taken back
+    # if its last byte turns out bad.
+    if reading.spec.bad_records == "skip":
         try:
             for _ in _decoded(reading.file):
                 pass
@@ -127,6 +134,7 @@ def _read_txt(reading: Reading) -> Iterator[str]:
             reading.settle(error)
             return
     cutter, before = _Cutter(reading.spec.max_document_chars), reading.tally.bytes_done
+    # Incremental, because a chunk may end between \r and \n.
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     for text, done, last in _decoded(reading.file):
         reading.tally.bytes_done = before + done
@@ -135,7 +143,9 @@ def _read_txt(reading: Reading) -> Iterator[str]:
 
 
 def _decoded(file: SourceFile) -> Iterator[tuple[str, int, bool]]:
-    """(a piece of a txt file's text, stored bytes read so far, whether it is the last)."""
+    """Yield (a piece of a txt file's text, stored bytes read so far, whether it is the last)."""
+    # Incremental as well: a chunk may end inside a character, whose first bytes then wait in the decoder and
+    # count into the offset of an error.
     decoder, offset = codecs.getincrementaldecoder("utf-8")("strict"), 0
     with open_file(file) as (stream, raw):
         while True:

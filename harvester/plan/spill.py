@@ -1,8 +1,8 @@
 """Windows in keyed order, however many: an external sort through one file on local disk.
 
-The file has no name (or loses it at once), so that a killed planner leaves nothing behind. Windows are
-gathered in a buffer; when it is full they are grouped by the high bits of their hash and appended, and
-where each bucket's pieces lie stays in memory. Reading takes one bucket at a time and sorts it.
+Windows are gathered in a buffer; when it is full they are grouped by the high bits of their hash and appended
+to the file, and the places of each bucket's pieces stay in memory. Reading takes one bucket at a time and
+sorts it.
 """
 
 from __future__ import annotations
@@ -23,28 +23,34 @@ from winnow.harvester.plan.packing import Tokens
 from winnow.schemas.errors import StoreError
 
 BUCKET_BYTES = 16 * 2**20
-"""Aim for a bucket; sorting takes about twice that in memory."""
+"""Target size of a bucket; sorting takes about twice that in memory."""
+# Each bucket takes PIECE_BYTES of the buffer: 4,096 of them are a buffer of 64 MiB, and beyond a spill of
+# 64 GiB it is the buckets that grow.
 MAX_BUCKETS = 4096
 BUCKETS_WHEN_UNKNOWN = 1024
 HASH_BYTES = 8
 PIECE_BYTES = 16 * 2**10
-"""Least a bucket gets of the buffer, so that it is not read back in crumbs."""
+"""Smallest share of the buffer per bucket, so that buckets are not read back in tiny pieces."""
 
 
 def record_bytes(context_length: int, dtype: np.dtype[np.generic]) -> int:
-    """Disk taken by one window, in bytes."""
+    """Size of one window on disk."""
     return HASH_BYTES + context_length * dtype.itemsize
 
 
 def bucket_count(spill_bytes: int | None) -> int:
-    """Buckets, a power of two, for a forecast of `spill_bytes` (None: unknown)."""
+    """The number of buckets, a power of two, for a forecast of `spill_bytes` (None: unknown)."""
     if spill_bytes is None:
         return BUCKETS_WHEN_UNKNOWN
     return 1 << min(max(spill_bytes // BUCKET_BYTES, 0).bit_length(), MAX_BUCKETS.bit_length() - 1)
 
 
 def check_space(folder: str, needed: int, what: str) -> None:
-    """StoreError where `folder` has fewer than `needed` bytes free."""
+    """Check that `folder` has `needed` bytes free.
+
+    Raises:
+        StoreError: It has fewer.
+    """
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StoreError(
@@ -56,17 +62,17 @@ def check_space(folder: str, needed: int, what: str) -> None:
 
 
 class WindowSpill:
-    """Takes windows [n, T] in any number of calls, gives them back in keyed order, as often as asked.
+    """Takes windows [n, T] in any number of calls, and returns them in keyed order, as often as asked.
 
     Args:
         context_length: T.
-        dtype: Of the tokens.
-        key: Of the order (`packing.order_key`).
+        dtype: dtype of the tokens.
+        key: Key of the order (`packing.order_key`).
         folder: Local folder for the file.
         buckets: A power of two; the order does not depend on it.
-        keep: Give back only the first this many windows in keyed order; what can no longer be among
-            them is not written. None keeps all.
-        buffer_bytes: Windows gathered in memory before they are written.
+        keep: Return only this many windows, the first in keyed order; windows that can no longer be
+            among them are not written. None keeps all.
+        buffer_bytes: Size of the windows gathered in memory before they are written.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class WindowSpill:
             raise ValueError(f"buckets must be a power of two, got {buckets}")
         self._record = np.dtype([("hash", "<u8"), ("tokens", dtype.newbyteorder("<"), (context_length,))])
         self._key, self._keep, self._folder = key, keep, folder
+        # The hash's high bits name the bucket, so that buckets in order are windows in order.
         self._shift = 65 - buckets.bit_length()
         self._pieces: list[list[tuple[int, int]]] = [[] for _ in range(buckets)]  # (offset, windows)
         self._sizes = np.zeros(buckets, np.int64)
@@ -95,6 +102,7 @@ class WindowSpill:
         """Windows taken, kept or not."""
         self.bytes = 0
         """Size of the file."""
+        # It has no name, or loses it at once, so that a killed planner leaves nothing behind.
         self._file = tempfile.TemporaryFile(prefix="winnow-plan-", dir=folder)  # noqa: SIM115 (closed on exit)
 
     def __enter__(self) -> Self:
@@ -106,7 +114,7 @@ class WindowSpill:
         self._file.close()
 
     def add(self, windows: Tokens) -> None:
-        """Take windows [n, T]; their ordinals go on from the last call's.
+        """Take windows [n, T], whose ordinals follow those of the last call.
 
         Raises:
             StoreError: The disk is full.
@@ -115,6 +123,7 @@ class WindowSpill:
             raise ValueError("nothing can be added after ordered()")
         hashes = keyed_hash(np.arange(self.windows, self.windows + len(windows)), self._key)
         self.windows += len(windows)
+        # With `keep`, most windows of a large corpus end here and cost no disk.
         if self._open < len(self._pieces):
             chosen = self._bucket(hashes) < self._open
             hashes, windows = hashes[chosen], windows[chosen]
@@ -128,8 +137,9 @@ class WindowSpill:
                 self._flush()
 
     def ordered(self) -> Iterator[Tokens]:
-        """Blocks [n, T] of the kept windows, ascending in keyed hash over all blocks."""
+        """Yield blocks [n, T] of the kept windows, ascending in keyed hash over all blocks."""
         self._flush()
+        # The buffer's memory is free for the sort; an empty one also marks the end of adding.
         self._buffer = self._buffer[:0].copy()
         left = self.windows if self._keep is None else self._keep
         for pieces, size in zip(self._pieces, self._sizes, strict=True):
@@ -140,12 +150,14 @@ class WindowSpill:
             for offset, count in pieces:
                 self._read(records[at : at + count], offset)
                 at += count
+            # Stable: windows with equal hashes stay in reading order, on every machine.
             order = np.argsort(records["hash"], kind="stable")[:left]
             left -= len(order)
             if len(order):
                 yield records["tokens"][order]
 
     def _bucket(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        # One bucket: a shift by all 64 bits is undefined in C.
         if self._shift == 64:
             return np.zeros(len(hashes), np.int64)
         return (hashes >> np.uint64(self._shift)).astype(np.int64)
@@ -161,6 +173,7 @@ class WindowSpill:
         blob = records[np.argsort(bucket, kind="stable")[:total]]
         try:
             self._file.write(blob.view(np.uint8).data)
+            # Out of Python's buffer: `_read` goes to the descriptor.
             self._file.flush()
         except OSError as error:
             if error.errno != errno.ENOSPC:
@@ -172,12 +185,15 @@ class WindowSpill:
             self._pieces[number].append((int(starts[number]), int(counts[number])))
         self.bytes += blob.nbytes
         self._sizes += counts
+        # Buckets after the one in which the first `keep` windows end are closed, and stay so: their windows
+        # would all come later in the order.
         if self._keep is not None:
             enough = np.flatnonzero(np.cumsum(self._sizes) >= self._keep)
             if len(enough):
                 self._open = min(self._open, int(enough[0]) + 1)
 
     def _read(self, records: NDArray[np.void], offset: int) -> None:
+        # preadv into the records: no second copy of a bucket, and no shared position in the file.
         view = memoryview(records.view(np.uint8).data).cast("B")
         done = 0
         while done < len(view):

@@ -1,4 +1,4 @@
-"""What is remembered of the documents read: counts, one digest, and which texts have been seen."""
+"""State kept of the documents read: counts, one digest, and which texts have been seen."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
+# The plan stores them, and it must not grow with a corpus of bad records.
 BAD_NAMED = 5
-"""Records left out that are named, the first."""
+"""How many of the records left out are named: the first ones."""
 
 
 class DigestSet:
-    """A set of 16-byte digests in about 32 bytes each (a Python set of bytes takes over 100).
-
-    256 open-addressed tables, so that growing one never doubles the whole.
-    """
+    """A set of 16-byte digests in about 32 bytes each (a Python set of bytes takes over 100)."""
 
     def __init__(self) -> None:
+        # 256 open-addressed tables, chosen by the digest's first byte: one table that grew would hold twice
+        # the whole while it is copied.
         self._tables = [bytearray(16 * 16) for _ in range(256)]
         self._counts = [0] * 256
 
     def add(self, digest: bytes) -> bool:
-        """Insert `digest`; True where it was new."""
+        """Insert `digest`; True if it was new."""
         which = digest[0]
         table = self._tables[which]
         if not self._insert(table, digest):
             return False
         self._counts[which] += 1
-        if self._counts[which] * 64 > len(table) * 3:  # fuller than three quarters
+        # Fuller than three quarters: searches in an open-addressed table get long beyond that.
+        if self._counts[which] * 64 > len(table) * 3:
             grown = bytearray(2 * len(table))
             for at in range(0, len(table), 16):
                 if (entry := bytes(table[at : at + 16])) != bytes(16):
@@ -37,11 +38,12 @@ class DigestSet:
 
     @property
     def bytes(self) -> int:
-        """Memory of the tables."""
+        """Size of the tables in memory."""
         return sum(len(table) for table in self._tables)
 
     @staticmethod
     def _insert(table: bytearray, digest: bytes) -> bool:
+        # An empty slot is 16 zero bytes: a digest of zeros would count as new each time, which is harmless.
         slots = len(table) // 16
         slot = int.from_bytes(digest[1:9], "little") % slots
         while (entry := table[16 * slot : 16 * slot + 16]) != bytes(16):
@@ -54,7 +56,7 @@ class DigestSet:
 
 @dataclass
 class Tally:
-    """What has been read so far; filled in by `documents` as it goes."""
+    """Counts of what has been read so far, updated by `documents`."""
 
     documents: int = 0
     characters: int = 0
@@ -62,15 +64,16 @@ class Tally:
     bytes_done: int = 0
     """Stored (compressed) bytes read."""
     bad: dict[str, int] = field(default_factory=dict[str, int])
-    """Records left out, by reason."""
+    """Number of records left out, by reason."""
     bad_first: list[str] = field(default_factory=list[str])
-    """The first of them, `file, place: reason`."""
+    """The first of them, as `file, place: reason`."""
     _sha256: Any = field(default_factory=hashlib.sha256)
 
     def count(self, text: bytes, characters: int) -> None:
-        """Take one document, as UTF-8, into the counts and the digest."""
+        """Add one document, as UTF-8, to the counts and the digest."""
         self.documents += 1
         self.characters += characters
+        # The length first, so that a text moved from one document to the next changes the digest.
         self._sha256.update(len(text).to_bytes(8, "little"))
         self._sha256.update(text)
 

@@ -162,7 +162,7 @@ def measured(config: Config) -> tuple[tuple[HookSite, ...], float]:
         vocabulary = subject.identity.vocabulary
         windows = 8 if harvest.batch_windows == "auto" else harvest.batch_windows
         shape = (windows, spec.context_length)
-        # Which tokens does not matter to the time, and a forecast must not wait for the corpus to be read.
+        # Arbitrary tokens: a forecast must not wait for the corpus to be read.
         tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
         def run() -> None:
