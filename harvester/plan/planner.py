@@ -2,7 +2,7 @@
 
 One pass over the text; memory does not grow with it. Three stages overlap: reading (a thread), tokenising
 (a thread that waits for the tokenizer's own), packing and spilling (the caller). The store is probed first;
-nothing else reaches it before the whole corpus has been read and found good.
+nothing is written to it before the whole corpus has been read and found valid.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from importlib import metadata
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from winnow.common.reporter import say
 from winnow.harvester.plan.sources import find_files
 from winnow.harvester.plan.tokenise import DocumentTokenizer
@@ -24,7 +27,7 @@ from winnow.harvester.plan.windows import CorpusWindows, PlanProgress, ProgressC
 from winnow.schemas.config import Config
 from winnow.schemas.corpus import CorpusSpec
 from winnow.schemas.errors import DISTRIBUTION, ConfigError, PlanMismatch, StoreError
-from winnow.schemas.harvest import BEFORE, Execution, HarvestPlan, PlanSpec, check_shard_size
+from winnow.schemas.harvest import BEFORE, CorpusFacts, Execution, HarvestPlan, PlanSpec, check_shard_size
 from winnow.schemas.subject import HookSite, SubjectIdentity, SubjectSpec, parse_hook
 from winnow.store.format.layout import PLAN_KEY, TOKENS_ARRAY, tokens_key
 from winnow.store.objects import ObjectStore
@@ -37,23 +40,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("winnow.harvester")
 
 PUT_THREADS = 8
-"""Token chunks on their way to the store together."""
+"""Token chunks that are uploaded at the same time."""
 OTHER_TOKENIZER = (
-    "Its tokens were made by another tokenizer (what an earlier version rebuilt from a GGUF file cut text "
-    "otherwise): what is stored can be streamed and trained on, but no tokens can be made for it; plan at "
-    "another root"
+    "Its tokens were made by another tokenizer (the one that an earlier version rebuilt from a GGUF file "
+    "split text differently): stored rows can be streamed and trained on, but no tokens can be added; plan "
+    "at another root"
 )
 
 
 class PlanSubject(Protocol):
-    """What the planner asks of a subject; for one that is not a `Subject`."""
+    """What the planner needs of a subject, for objects that are not a `Subject`."""
 
     identity: SubjectIdentity
     tokenizer: Any
-    """Of transformers (fast), or of `tokenizers`."""
+    """A fast tokenizer of transformers, or one of `tokenizers`."""
 
     def sites(self, hooks: Sequence[str], /) -> tuple[HookSite, ...]:
-        """The hooks, resolved; ConfigError for an unknown one."""
+        """Resolve hooks; ConfigError for an unknown one."""
         ...
 
 
@@ -66,13 +69,13 @@ def make_plan(
 ) -> HarvestPlan:
     """Read and tokenise the corpus, and store the plan and every token chunk.
 
-    On a root that holds the same plan it fills in the chunks that are missing.
+    At a root with the same plan, it adds the chunks that are missing.
 
     Args:
-        config: `subject`, `corpus` and `plan` must be there.
+        config: With the sections `subject`, `corpus` and `plan`.
         store: The dataset's root.
-        subject: The subject model, where the caller has loaded it already.
-        progress: Called about once a second at most, from this thread.
+        subject: The subject model, if the caller has loaded it already.
+        progress: Called at most about once per second, from this thread.
 
     Returns:
         The plan as stored.
@@ -92,39 +95,19 @@ def make_plan(
     stored = _stored_plan(store)
     if stored is not None:
         refuse_other(stored, config, store, identity, sites)
-        identity = stored.subject  # the same but for the place of its files
+        identity = stored.subject  # the same except for the location of its files
     tokenizer = DocumentTokenizer(subject.tokenizer, identity, spec, stored)
-    if spec.bos == "none" and tokenizer.added_bos is not None:
-        log.warning(
-            "plan: bos is none, though the tokenizer of %s puts a BOS before every text (token %d): the "
-            "model may do far worse without; plan.bos: auto adds it",
-            identity.model,
-            tokenizer.added_bos,
-        )
-    spec = tokenizer.spec
-    store.probe(single_writer=config.storage.single_writer)  # before hours of reading, and before any put
+    _warn_of_bos(spec, tokenizer, identity)
+    # Before hours of reading, and before any put.
+    store.probe(single_writer=config.storage.single_writer)
     folder = config.harvest.temp_dir or tempfile.gettempdir()
     shown = PlanProgress(progress, files)
-    with CorpusWindows(corpus, spec, tokenizer, files, folder, shown) as run:
+    with CorpusWindows(corpus, tokenizer.spec, tokenizer, files, folder, shown) as run:
         run.read()
         digests = run.digests()
-        plan = HarvestPlan(
-            subject=identity,
-            corpus=corpus,
-            corpus_facts=run.facts(),
-            spec=spec,
-            sites=sites,
-            units=len(digests),
-            tokens_sha256=hashlib.sha256(digests.tobytes()).hexdigest(),
-            bos_token_id=None if tokenizer.bos == identity.bos_token_id else tokenizer.bos,
-            join_token_id=None if tokenizer.join == identity.eos_token_id else tokenizer.join,
-            execution=Execution(
-                batch_windows=config.harvest.batch_windows,
-                threads_per_actor=config.harvest.threads_per_actor,
-                code_version=_version(),
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-            ),
-        )
+        plan = _plan_of(config, corpus, identity, sites, tokenizer, run.facts(), digests)
+        # plan.json first, then the chunks: a planner killed in between leaves a root whose identity is known,
+        # and the next one fills the gaps.
         missing = missing_tokens(plan, store)
         _check_room(plan, store, len(missing))
         plan = create_dataset(store, plan, digests)
@@ -132,18 +115,60 @@ def make_plan(
     return plan
 
 
+def _warn_of_bos(spec: PlanSpec, tokenizer: DocumentTokenizer, identity: SubjectIdentity) -> None:
+    if spec.bos == "none" and tokenizer.added_bos is not None:
+        log.warning(
+            "plan: bos is none, though the tokenizer of %s puts a BOS before every text (token %d): the "
+            "model may do far worse without; plan.bos: auto adds it",
+            identity.model,
+            tokenizer.added_bos,
+        )
+
+
+def _plan_of(
+    config: Config,
+    corpus: CorpusSpec,
+    identity: SubjectIdentity,
+    sites: tuple[HookSite, ...],
+    tokenizer: DocumentTokenizer,
+    facts: CorpusFacts,
+    digests: NDArray[np.uint8],
+) -> HarvestPlan:
+    """The plan of a corpus that has been read; `digests` [units, 32] are those of its units' tokens."""
+    return HarvestPlan(
+        subject=identity,
+        corpus=corpus,
+        corpus_facts=facts,
+        spec=tokenizer.spec,
+        sites=sites,
+        units=len(digests),
+        tokens_sha256=hashlib.sha256(digests.tobytes()).hexdigest(),
+        # Only ids that differ from the subject's own, so that plans made before these fields existed keep
+        # their fingerprint.
+        bos_token_id=None if tokenizer.bos == identity.bos_token_id else tokenizer.bos,
+        join_token_id=None if tokenizer.join == identity.eos_token_id else tokenizer.join,
+        # Outside the fingerprint: how the plan was made, not what it says.
+        execution=Execution(
+            batch_windows=config.harvest.batch_windows,
+            threads_per_actor=config.harvest.threads_per_actor,
+            code_version=_version(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        ),
+    )
+
+
 def read_corpus(config: Config, folder: str, plan: HarvestPlan) -> CorpusWindows:
-    """The config's corpus as `plan` has planned it, not read yet.
+    """The config's corpus as planned in `plan`; not read yet.
 
     Raises:
-        PlanMismatch: The subject's tokenizer is not the one that made the plan's tokens.
+        PlanMismatch: The subject's tokenizer is not the one that produced the plan's tokens.
     """
     _, corpus, spec = _sections(config)
     files = find_files(corpus, allow_http=config.storage.allow_http)
     subject = _outline(config)
     if subject.identity.tokenizer_sha256 != plan.subject.tokenizer_sha256:
         raise PlanMismatch(
-            "the plan's tokens cannot be made again",
+            "the plan's tokens cannot be recomputed",
             expected=f"the tokenizer with sha256 {plan.subject.tokenizer_sha256}",
             got=subject.identity.tokenizer_sha256,
             fix=OTHER_TOKENIZER,
@@ -155,13 +180,13 @@ def read_corpus(config: Config, folder: str, plan: HarvestPlan) -> CorpusWindows
 def find_plan(
     config: Config, store: ObjectStore, *, subject: Subject | PlanSubject | None = None
 ) -> HarvestPlan | None:
-    """The root's plan, if there is a whole one, checked against the config without reading the corpus.
+    """The root's plan, if it is complete, checked against the config without reading the corpus.
 
     Sections that the config leaves out are not compared. Without `subject`, what the config itself says of
-    the subject is compared (its files, and dtype, attention and commit where they are given outright).
+    the subject is compared (its files, and dtype, attention and commit if they are given explicitly).
 
     Returns:
-        The plan; None where there is none, or token chunks are missing (`make_plan` fills them in).
+        The plan; None if there is none, or token chunks are missing (`make_plan` adds them).
 
     Raises:
         PlanMismatch: The plan at the root differs; the fields are named.
@@ -178,6 +203,7 @@ def find_plan(
 
 def missing_tokens(plan: HarvestPlan, store: ObjectStore) -> list[int]:
     """Units whose token chunk is not in the store, ascending."""
+    # One listing, a page per 1,000 keys, instead of a request per unit.
     have = {key for key, _ in store.list(TOKENS_ARRAY)}
     return [unit for unit in range(plan.units) if tokens_key(unit) not in have]
 
@@ -188,14 +214,15 @@ def plan_differences(
     identity: SubjectIdentity | None = None,
     sites: tuple[HookSite, ...] | None = None,
 ) -> list[str]:
-    """Where `plan` is not what `config` would make: `field: stored X, asked for Y` for each.
+    """The fields in which `plan` is not what `config` asks for: `field: stored X, asked for Y` for each.
 
-    The subject is known by the digests of its weights and tokenizer: where its files lie is provenance.
+    The subject is identified by the digests of its weights and tokenizer; the location of its files is
+    provenance.
     """
     stored: dict[str, Any] = plan.model_dump(mode="json")
     wanted = dict(stored)
     if config.plan is not None:
-        # As the plan would say it: `auto` is whatever is stored.
+        # `auto` accepts whatever is stored: what it means may have changed since the plan was made.
         spec = config.plan.settled(plan.spec.model_dump(include=set(BEFORE)))
         wanted["spec"] = plan.model_copy(update={"spec": spec}).model_dump(mode="json")["spec"]
     if config.corpus is not None:
@@ -211,11 +238,11 @@ def plan_differences(
 
 
 def _moved(planned: SubjectIdentity, found: SubjectIdentity | SubjectSpec) -> dict[str, Any]:
-    """The planned place of the subject's files, where the same files lie elsewhere now; else nothing."""
+    """The planned location of the subject's files, if the same files are elsewhere now; otherwise empty."""
     if found.model == planned.model:
         return {}
     if isinstance(found, SubjectSpec):
-        # Here, not above: it brings transformers, which only a subject with another name needs.
+        # Here, not above: it imports transformers, which only a subject with another name needs.
         from winnow.subject.weights import holds
 
         same = holds(found, planned)
@@ -232,7 +259,8 @@ def _stated(spec: SubjectSpec) -> dict[str, Any]:
         stated["attention"] = spec.attention
     if spec.dtype != "auto":
         stated["dtype"] = spec.dtype
-    if spec.revision is not None and len(spec.revision) == 40:  # a commit, not a branch or tag
+    # A commit; a branch or tag may name another one by now, and the digests tell.
+    if spec.revision is not None and len(spec.revision) == 40:
         stated["revision"] = spec.revision
     return stated
 
@@ -244,7 +272,11 @@ def refuse_other(
     identity: SubjectIdentity | None = None,
     sites: tuple[HookSite, ...] | None = None,
 ) -> None:
-    """PlanMismatch, with the differing fields, where `plan` is not what `config` asks for."""
+    """Check that `plan` is what `config` asks for.
+
+    Raises:
+        PlanMismatch: It is not; the differing fields are named.
+    """
     lines = plan_differences(plan, config, identity, sites)
     if lines:
         retokenised = any(line.startswith("subject.tokenizer_sha256") for line in lines)
@@ -270,6 +302,7 @@ def _sections(config: Config) -> tuple[SubjectSpec, CorpusSpec, PlanSpec]:
     for name in ("subject", "corpus", "plan"):
         if getattr(config, name) is None:
             raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix="Add it")
+    # For the type checker, which does not follow getattr.
     assert config.subject is not None
     assert config.corpus is not None
     assert config.plan is not None
@@ -277,20 +310,21 @@ def _sections(config: Config) -> tuple[SubjectSpec, CorpusSpec, PlanSpec]:
 
 
 def _outline(config: Config) -> Subject:
-    """The subject for planning, without its weights: it takes neither memory nor a GPU for them.
-
-    Only the width at a module path needs a forward pass, on the CPU where others have the GPUs.
-    """
-    # Here, not above: it brings torch, which an injected one spares.
+    """The subject for planning, without its weights, which need neither memory nor a GPU then."""
+    # Here, not above: it imports torch, which a caller with a subject of another kind does without.
     from winnow.subject.load import Subject, device_of
 
     spec, _, plan = _sections(config)
+    # What `dtype: auto` means depends on where the actors will run. On a cluster this machine's own devices
+    # say nothing about that, so only the config is asked.
     if config.harvest.ray_address is None:
         gpu = device_of(spec).type == "cuda" and config.harvest.gpus_per_actor != 0
     else:
         gpus = config.harvest.gpus_per_actor
         gpu = spec.device.startswith("cuda") or spec.device_map is not None or bool(gpus)
     found = Subject.outline(spec, gpu=gpu)
+    # The width at a module path is known only from a forward pass; on the CPU if the GPUs are on other
+    # machines.
     if not all(parse_hook(hook) for hook in plan.hooks):
         dtype = found.identity.dtype
         elsewhere = {"device": "cpu", "device_map": None} if config.harvest.ray_address else {}
@@ -339,11 +373,14 @@ def _version() -> str:
 def _put(
     run: CorpusWindows, store: ObjectStore, plan: HarvestPlan, missing: list[int], progress: PlanProgress
 ) -> None:
-    """Store the token chunks of `missing`, a few at a time in parallel."""
+    """Store the token chunks of `missing`, several in parallel."""
+    # Twice as many as threads are in memory at once: reading the spill stays ahead, and memory bounded.
     wanted, done = set(missing), 0
     running: set[Future[None]] = set()
     pool = ThreadPoolExecutor(PUT_THREADS, "winnow-put-tokens")
     try:
+        # Windows come in keyed order from the spill, so units before a missing one are read and passed over;
+        # those after the last one are not read.
         for unit, tokens in enumerate(islice(run.units(), max(missing, default=-1) + 1)):
             if unit not in wanted:
                 continue

@@ -1,4 +1,4 @@
-"""The records of a jsonl or Parquet file, one by one: text, and the values it is grouped by."""
+"""Reads the records of a jsonl or Parquet file one by one: text, and the values it is grouped by."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from winnow.harvester.plan.tally import Tally
 from winnow.schemas.corpus import CorpusSpec
 from winnow.schemas.errors import ConfigError
 
+# Small on purpose: blocks of a megabyte, freed between longer-lived documents, left holes in glibc's heap
+# that grew by hundreds of MiB over a large text file.
 CHUNK_BYTES = 2**16
-"""Read at once. Small on purpose: blocks of a megabyte, freed between longer-lived documents, left holes in
-glibc's heap that grew by hundreds of MiB over a large text file."""
+"""Bytes read at once."""
+# A file that is one JSON array on one line would otherwise be read into memory whole.
 MAX_RECORD_BYTES = 64 * 2**20
 """Longest line of a jsonl file."""
+# Few, since a row may hold a book.
 PARQUET_ROWS = 64
-"""Rows decoded together: few, since a row may hold a book."""
+"""Rows decoded together."""
 _BOM = codecs.BOM_UTF8
 
 Record = tuple[str, tuple[Any, ...]]
@@ -45,14 +48,14 @@ class Reading:
     tally: Tally
 
     def settle(self, error: BadRecord) -> None:
-        """Count the record out, or raise, as `corpus.bad_records` says."""
+        """Count the record as left out, or raise `error`, as `corpus.bad_records` says."""
         if self.spec.bad_records == "refuse":
             raise error
         self.tally.leave_out(PurePath(self.file.path).name + error.place, error.reason)
 
 
 def jsonl_records(reading: Reading) -> Iterator[Record]:
-    """Records of a jsonl file; blank lines are none."""
+    """Yield the records of a jsonl file; blank lines are skipped."""
     before = reading.tally.bytes_done
     with open_file(reading.file) as (stream, raw):
         for number, offset, line in _lines(stream, reading):
@@ -68,16 +71,18 @@ def jsonl_records(reading: Reading) -> Iterator[Record]:
 
 
 def parquet_records(reading: Reading) -> Iterator[Record]:
-    """Rows of a Parquet file."""
+    """Yield the rows of a Parquet file as records."""
+    # Here, not above: a corpus of text files needs no pyarrow.
     import pyarrow.parquet as pq
 
     file, tally = reading.file, reading.tally
     source, before = file.source, tally.bytes_done
     with open_file(file) as (stream, _), _arrow_errors(file):
-        # buffer_size: else a whole column chunk, as large as its writer pleased, is read at once
+        # buffer_size: otherwise a whole column chunk, of whatever size its writer chose, is read at once
         parquet = pq.ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False)
         columns = _text_and_groups(parquet.schema_arrow, file)
         row, rows = 0, max(parquet.metadata.num_rows, 1)
+        # Without Arrow's threads: reading is one stage of three, and the cores are the tokenizer's.
         for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
             # Arrow's own values, which compare whatever their type; Python has no year 40,000 or nanoseconds
             groups = [_plain_column(batch.column(name)) for name in source.group_by]
@@ -89,13 +94,14 @@ def parquet_records(reading: Reading) -> Iterator[Record]:
                     continue
                 yield text, tuple(group[index] for group in groups)
             row += len(batch)
+            # By rows: a Parquet reader jumps about in its file, so the position says nothing of progress.
             tally.bytes_done = before + (file.size or 0) * row // rows
 
 
 def not_utf8(
     file: SourceFile, place: str, offset: int, error: UnicodeDecodeError, row: str = ""
 ) -> BadRecord:
-    """The complaint about bytes that are no text: `offset` counts from the start of the file, or of `row`."""
+    """The error for bytes that are not text; `offset` counts from the start of the file, or of `row`."""
     return _bad(
         file,
         place,
@@ -115,7 +121,9 @@ def _bad(file: SourceFile, place: str, reason: str, *, fix: str = "Correct it", 
 
 
 def _lines(stream: IO[bytes], reading: Reading) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset of the line, the line without its end)."""
+    """Yield (line number from 1, byte offset of the line, the line without its end)."""
+    # Not by iterating over the stream: that has no bound on a line's length. Pieces of a long line are joined
+    # once, when its end has come.
     number, offset, held, length, ahead = 1, 0, list[bytes](), 0, b""
     while chunk := ahead or stream.read(CHUNK_BYTES):
         ahead = b""
@@ -132,6 +140,7 @@ def _lines(stream: IO[bytes], reading: Reading) -> Iterator[tuple[int, int, byte
             held, length = [rest], len(rest)
         if length > MAX_RECORD_BYTES:
             reading.settle(_too_long(reading.file, number))
+            # With `bad_records: skip`: pass over the rest of the line without keeping it.
             while (chunk := stream.read(CHUNK_BYTES)) and b"\n" not in chunk:
                 length += len(chunk)
             end, _, ahead = chunk.partition(b"\n")
@@ -146,14 +155,14 @@ def _too_long(file: SourceFile, number: int) -> BadRecord:
         f", line {number}",
         "line too long",
         what=f"corpus file {file.name}, line {number} is too long",
-        expected=f"at most {MAX_RECORD_BYTES} bytes a line",
+        expected=f"at most {MAX_RECORD_BYTES} bytes per line",
         got="more",
-        fix="Write one JSON value a line, or set the source's format",
+        fix="Write one JSON value per line, or set the source's format",
     )
 
 
 def _parse(line: bytes, file: SourceFile, number: int, offset: int) -> Record:
-    """One jsonl line; null is empty text."""
+    """Parse one jsonl line; null is empty text."""
     place, source = f", line {number}", file.source
     skipped = 0
     if number == 1 and line.startswith(_BOM):
@@ -162,8 +171,8 @@ def _parse(line: bytes, file: SourceFile, number: int, offset: int) -> Record:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise not_utf8(file, place, offset + skipped + error.start, error) from error
-    except (ValueError, RecursionError) as error:
-        raise _bad(file, place, "not JSON", expected="one JSON value a line", got=str(error)) from error
+    except (ValueError, RecursionError) as error:  # the latter: thousands of nested brackets
+        raise _bad(file, place, "not JSON", expected="one JSON value per line", got=str(error)) from error
     if isinstance(value, str) and not source.group_by:
         return _text(value, file, place), ()
     if not isinstance(value, dict):
@@ -176,7 +185,7 @@ def _parse(line: bytes, file: SourceFile, number: int, offset: int) -> Record:
 
 @contextmanager
 def _arrow_errors(file: SourceFile) -> Generator[None]:
-    """Arrow's complaints about the file as a `ConfigError`."""
+    """Turn Arrow's errors about the file into a `ConfigError`."""
     import pyarrow as pa
 
     try:
@@ -190,7 +199,7 @@ def _arrow_errors(file: SourceFile) -> Generator[None]:
 
 
 def _text_and_groups(schema: Any, file: SourceFile) -> list[str]:
-    """The columns that are read; ConfigError where one is absent, not single, or the text's is no text."""
+    """The columns to read; ConfigError if one is absent or repeated, or the text column holds no text."""
     source = file.source
     if lacking := _lacking(schema.names, file):
         parts = _no_column(lacking, schema.names, file, "")
@@ -208,7 +217,7 @@ def _text_and_groups(schema: Any, file: SourceFile) -> list[str]:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether a column of this Arrow type may hold text: also bytes, as older writers mark it."""
+    """Whether a column of this Arrow type may hold text; bytes count, since older writers mark it so."""
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):
@@ -231,12 +240,12 @@ def _plain_column(column: Any) -> Any:
 def _texts(column: Any) -> list[Any]:
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # as bytes, so that the row can be named
+    except UnicodeDecodeError:  # as bytes: Arrow's error does not name the row
         return [value.as_buffer().to_pybytes() if value.is_valid else None for value in column]
 
 
 def _lacking(names: Any, file: SourceFile) -> str | None:
-    """The first column of the source that `names` have not."""
+    """The first column of the source that is not among `names`, or None."""
     wanted = (file.source.column, *file.source.group_by)
     return next((name for name in wanted if name not in names), None)
 
@@ -262,6 +271,7 @@ def _text(value: Any, file: SourceFile, place: str) -> str:
     if not isinstance(value, str):
         expected, got = "text in the column", type(value).__name__
         raise _bad(file, place, "not text", expected=expected, got=got)
+    # JSON may spell half of a surrogate pair, which Python takes and UTF-8, hence every digest, cannot write.
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -271,5 +281,5 @@ def _text(value: Any, file: SourceFile, place: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as something that compares by content (1 and True stay apart)."""
+    """`value` with its type, so that values compare by content: 1 and True are equal in Python."""
     return type(value).__name__, value

@@ -1,8 +1,7 @@
-"""Documents to token ids, in parallel: reading, tokenising and packing overlap.
+"""Documents to token ids, in parallel: reading, tokenising and packing overlap."""
 
-Threads only: the tokenizer's own (Rust) do the work inside `encode_batch`, with the GIL released, and
-nothing forks, which would turn them off.
-"""
+# Threads only: the tokenizer's own (Rust) do the work inside `encode_batch`, with the GIL released. After a
+# fork the library turns them off.
 
 from __future__ import annotations
 
@@ -20,23 +19,25 @@ from winnow.schemas.subject import SubjectIdentity
 from winnow.subject.tokenizer import TextTokenizer
 
 BATCH_CHARS = 2**21
-"""Characters tokenised together: enough for every core, little enough to keep memory flat (the
-tokenizer takes about 30 bytes for each while it works)."""
+"""Characters tokenised together: enough for every core, and few enough to keep memory flat (the tokenizer
+takes about 30 bytes for each while it works)."""
 BATCH_DOCUMENTS = 4096
 AHEAD = 2
-"""Batches waiting between two stages."""
+"""Most batches waiting between two stages."""
 
 T = TypeVar("T")
 
 
 def read_ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
-    """`items`, made in a thread of their own, at most `depth` of them waiting.
+    """Yield `items`, which are computed in a thread of their own, at most `depth` of them ahead.
 
-    An error in `items` is raised here; leaving early ends the thread.
+    An error in `items` is raised here; closing the generator early ends the thread.
     """
     waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     left = threading.Event()
 
+    # With a timeout, so that the thread notices a reader that has left and does not block on a full queue for
+    # ever.
     def hand_over(item: T | None, error: BaseException | None) -> None:
         while not left.is_set():
             try:
@@ -57,6 +58,7 @@ def read_ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, Non
         except BaseException as error:  # carried to the reader's thread, whatever it is
             hand_over(None, error)
         finally:
+            # In this thread: a generator cannot be closed by another one while it runs.
             if hasattr(source, "close"):
                 source.close()  # pyright: ignore
 
@@ -76,7 +78,7 @@ def read_ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, Non
 
 
 def batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Consecutive documents, about `BATCH_CHARS` characters together."""
+    """Yield batches of consecutive documents, of about `BATCH_CHARS` characters each."""
     batch: list[str] = []
     characters = 0
     for text in documents:
@@ -89,6 +91,7 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+# Instruction-tuned models name one of these as EOS, but in pretraining another token ended their documents.
 TURN_ENDS = frozenset(
     {
         "<|im_end|>",
@@ -114,20 +117,20 @@ DOCUMENT_ENDS = (
     "<｜end▁of▁sentence｜>",
     "</s>",
 )
-"""Tokens that end a document, the surest first."""
+"""Tokens that end a document, the least ambiguous first."""
 
 
 class DocumentTokenizer:
-    """A subject's tokenizer, set for whole documents: nothing is cut or padded, one token follows each.
+    """A subject's tokenizer, set for whole documents: nothing is truncated or padded, one token follows each.
 
     Args:
         tokenizer: A fast tokenizer of transformers, or one of `tokenizers` itself.
-        identity: The subject's; its vocabulary bounds the ids.
-        spec: What joins documents, starts windows and becomes of control tokens' spellings.
-        plan: One that was made already, whose tokens are used again.
+        identity: The subject's identity; its vocabulary bounds the ids.
+        spec: How documents are joined, windows begin, and control tokens' spellings are read.
+        plan: A stored plan, whose special tokens are used again.
 
     Attributes:
-        spec: As given, `auto` settled.
+        spec: The spec with every `auto` resolved.
         join: The token after each document.
         bos: The token that windows start with, or None.
         added_bos: The token that the tokenizer itself puts before a text, or None.
@@ -140,6 +143,7 @@ class DocumentTokenizer:
         self, tokenizer: Any, identity: SubjectIdentity, spec: PlanSpec, plan: HarvestPlan | None = None
     ) -> None:
         self._identity = identity
+        # A stored plan decides what `auto` means: the rule may have changed since, and its tokens must not.
         if plan is not None:
             spec = spec.settled(plan.spec.model_dump(include=set(BEFORE)))
         spec = spec.settled({"control_tokens": "text"})
@@ -155,21 +159,23 @@ class DocumentTokenizer:
         join = plan.join_token if plan else None
         self.join: int = self._found("plan.join", self.spec.join) if join is None else join
         self.dtype: np.dtype[np.generic] = np.dtype(np.uint16 if identity.vocabulary <= 2**16 else np.uint32)
-        """The smallest that holds every id: what is spilled to disk."""
+        """The smallest dtype that holds every id, for the spill file."""
 
     def _trained_with(self) -> str:
-        """What `plan.join: auto` is; `PlanSpec.join` has the rule."""
+        """The value of `plan.join: auto`; `PlanSpec.join` has the rule."""
         eos = self._identity.eos_token_id
         if eos is not None and self._text.token(eos) not in TURN_ENDS:
             return "eos"
+        # Special tokens only: a vocabulary may hold `</s>` as ordinary text.
         special = self._text.special
         return next((token for token in DOCUMENT_ENDS if token in special), "eos")
 
     def _found(self, field: str, token: str) -> int:
-        """The number of `eos`, of `bos` or of a token's text."""
+        """The id of `eos`, of `bos` or of a token's text; ConfigError if there is none."""
         if token == "eos":
             number = self._identity.eos_token_id
         elif token == "bos":
+            # The one that the tokenizer adds, if any: `bos_token_id` of Qwen begins a chat's turn.
             number = self._identity.bos_token_id if self.added_bos is None else self.added_bos
         else:
             number = self._text.number(token)
@@ -187,7 +193,7 @@ class DocumentTokenizer:
         return number
 
     def __call__(self, texts: list[str]) -> list[Tokens]:
-        """The tokens of each document, the joining one at the end.
+        """Tokenise documents, each followed by the joining token.
 
         Raises:
             IntegrityError: An id beyond the subject's embedding.
@@ -196,6 +202,7 @@ class DocumentTokenizer:
         for ids in self._text.encode_batch(texts):
             ids.append(self.join)
             made.append(np.array(ids, np.uint32))
+        # Here, before anything is stored: the LM would fail on such an id hours later, or read another row.
         largest = max(int(tokens.max()) for tokens in made)
         if largest >= self._identity.vocabulary:
             raise IntegrityError(

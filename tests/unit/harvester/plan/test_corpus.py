@@ -298,8 +298,8 @@ def test_not_utf8_names_file_and_byte(tmp_path, name, before, bad):
     ("line", "complaint"),
     [
         ("[1]", r"line 2.*a JSON object or string.*list"),
-        ("{", r"line 2.*one JSON value a line"),
-        ("[" * 100_000, r"line 2.*one JSON value a line"),
+        ("{", r"line 2.*one JSON value per line"),
+        ("[" * 100_000, r"line 2.*one JSON value per line"),
         ('{"txt": "x", "url": 1}', r"line 2.*no column 'text'.*txt, url"),
         ('{"text": 3}', r"line 2.*text in the column.*int"),
         ('"\\ud800"', r"line 2.*surrogate"),
