@@ -1,7 +1,7 @@
-"""Where the corpus's bytes lie: patterns to files, files to streams, through fsspec.
+"""Finds and opens the corpus's files: patterns to files, files to streams, through fsspec.
 
 Credentials come from the usual environment of each protocol's client (for `s3://`: s3fs, which honours
-`AWS_ENDPOINT_URL`); a URI that carries one is refused, since URIs are written into the plan.
+`AWS_ENDPOINT_URL`); a URI that contains one is refused, since URIs are written into the plan.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ FORMATS: dict[str, Literal["txt", "jsonl", "parquet"]] = {
 }
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _CLIENTS = ("botocore.", "aiobotocore.", "aiohttp.")
-"""Modules whose errors, of no common base, mean that remote storage failed."""
+"""Modules whose errors, without a common base class, mean that remote storage failed."""
 _LEAVES = ("file", "s3", "s3a")
-"""Protocols with no other behind them, whose names may hold `::`."""
+"""Protocols that are not chained with another, so that names in them may contain `::`."""
 _SIGNATURES = ("x-amz-signature", "x-amz-credential", "x-goog-signature", "sig=")
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the corpus and how it is read."""
+    """One file of the corpus, and how to read it."""
 
     source: SourceSpec
     filesystem: AbstractFileSystem
     path: str
-    """As the file system names it."""
+    """The file system's name of it."""
     size: int | None
-    """Stored (compressed) bytes, where the file system tells them."""
+    """Stored (compressed) bytes, if the file system tells them."""
     format: Literal["txt", "jsonl", "parquet"]
     compression: str | None
 
     @property
     def name(self) -> str:
-        """For messages: the path, with its protocol unless it is local."""
+        """The path for messages, with its protocol unless it is local."""
         return self.path if _is_local(self.filesystem) else self.filesystem.unstrip_protocol(self.path)
 
 
@@ -68,15 +68,16 @@ def find_files(corpus: CorpusSpec, *, allow_http: bool = False) -> list[SourceFi
     """Every file of the corpus, in reading order: by source, then by path. Reads no data.
 
     Args:
-        corpus: What is read.
+        corpus: The corpus.
         allow_http: Permit an `http://` S3 endpoint beyond this machine's loopback, as `storage.allow_http`.
 
     Raises:
         ConfigError: A pattern without a match, a folder, a format that cannot be told, a URI that
-            carries credentials, or a plain `http://` S3 endpoint beyond loopback.
+            contains credentials, or a plain `http://` S3 endpoint beyond loopback.
         DependencyMissing: The protocol or the compression needs a package that is not installed.
         StoreError: The storage cannot be reached or refuses.
     """
+    # s3fs sends credentials to whatever AWS_ENDPOINT_URL names; the store's rule for it applies here too.
     if any(source.uri.startswith(("s3://", "s3a://")) for source in corpus.sources):
         s3_endpoint(allow_http)
     return [file for source in corpus.sources for file in _files_of(source)]
@@ -84,7 +85,7 @@ def find_files(corpus: CorpusSpec, *, allow_http: bool = False) -> list[SourceFi
 
 @contextmanager
 def open_file(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """(decompressed stream, raw stream) of `file`; the raw one's `tell()` shows progress.
+    """Open `file`: (decompressed stream, raw stream); the raw one's `tell()` shows progress.
 
     Raises:
         ConfigError: The compressed stream is damaged or cut short.
@@ -94,8 +95,10 @@ def open_file(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         with file.filesystem.open(file.path, "rb", block_size=BLOCK_BYTES) as raw:
             with _decompress(raw, file) as stream:
                 yield stream, cast(IO[bytes], raw)
+    # The reader's own errors also come through here, since this is a context manager around it.
     except WinnowError:
         raise
+    # Before OSError, of which gzip's error is a subclass: a damaged file is not storage that failed.
     except _DAMAGED as error:
         raise ConfigError(
             f"corpus file {file.name} is damaged",
@@ -127,8 +130,10 @@ def _files_of(source: SourceSpec) -> list[SourceFile]:
 def _match(uri: str) -> list[tuple[AbstractFileSystem, str, int | None]]:
     try:
         filesystem, path = _filesystem(uri)
+        # fsspec keeps instances and their listings for the whole process: a file added since would be missed.
         filesystem.invalidate_cache()
         found = _listed(filesystem, path)
+        # A file:// URI may be percent-encoded or not; a file that is there under the name as written wins.
         if not found and uri.startswith("file://"):
             found = _listed(filesystem, unquote(path))
     except ImportError as error:
@@ -162,23 +167,24 @@ def _match(uri: str) -> list[tuple[AbstractFileSystem, str, int | None]]:
                 got=f"the folder {name}",
                 fix=f"Give a pattern, such as {uri.rstrip('/')}/*.txt",
             )
+    # Sorted, because the order of files is the order of documents, and listings come in any order.
     return [(filesystem, name, found[name].get("size")) for name in sorted(found)]
 
 
 def _filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of `uri`, and what that calls it."""
+    """The file system of `uri`, and its name there."""
     scheme, found, _ = uri.partition("://")
     if found and scheme not in _LEAVES:
         return fsspec.url_to_fs(uri)
-    # Not url_to_fs: it takes a name such as `a::b.txt` for a chain of protocols.
+    # Not url_to_fs: it reads a name such as `a::b.txt` as a chain of protocols.
     kind: Any = fsspec.get_filesystem_class(scheme if found else "file")
     return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
 
 
 def _listed(filesystem: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
-    """What stands at `path`, or the files that match it as a pattern; empty where nothing does.
+    """The file at `path`, or the files that match it as a pattern; empty if there is none.
 
-    A part of the path that exists as it is written is no pattern: `part[1].jsonl` names that file, and in
+    A part of the path that exists as it is written is not a pattern: `part[1].jsonl` names that file, and in
     `run[1]/*.txt` only the star is a wildcard.
     """
     parts = path.split("/")
@@ -198,6 +204,7 @@ def _listed(filesystem: AbstractFileSystem, path: str) -> dict[str, dict[str, An
 
 
 def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parquet"], str | None]:
+    # By the name alone: reading the first bytes would be a request per file of a remote corpus.
     name = PurePosixPath(path.replace("\\", "/"))
     compression = COMPRESSIONS.get(name.suffix.lower())
     if compression:
@@ -210,6 +217,7 @@ def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parqu
             got=repr(name.suffix),
             fix="Set the source's format to txt, jsonl or parquet",
         )
+    # Parquet is read from its end, which a compressed stream does not allow.
     if kind == "parquet" and compression:
         raise ConfigError(
             f"corpus file {path}",
@@ -221,6 +229,7 @@ def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parqu
 
 
 def _refuse_secrets(uri: str) -> None:
+    # A path such as `data/[part` is no URL, and therefore no URL with credentials.
     try:
         parts = urlsplit(uri)
     except ValueError:
@@ -228,9 +237,9 @@ def _refuse_secrets(uri: str) -> None:
     query = parts.query.lower()
     if (parts.scheme and "@" in parts.netloc) or any(sign in query for sign in _SIGNATURES):
         raise ConfigError(
-            "corpus source: the URI carries credentials",
+            "corpus source: the URI contains credentials",
             expected="a URI without them, since the plan records it",
-            got=f"{parts.scheme}:// with credentials",
+            got=f"{parts.scheme}:// with credentials",  # never the URI itself: messages end up in logs
             fix="Give the credentials in the environment",
         )
 
@@ -253,10 +262,9 @@ def _decompress(raw: Any, file: SourceFile) -> Any:
 
 
 class _Zstd(io.RawIOBase):
-    """Reads every frame of a zstd file, and raises where the last one is cut short.
+    """Reads every frame of a zstd file, and raises if the last one is truncated."""
 
-    fsspec's own opener stops silently after the first frame, and zstandard's reader at a cut.
-    """
+    # fsspec's own opener stops silently after the first frame, and zstandard's reader stops at a cut.
 
     def __init__(self, raw: IO[bytes], file: SourceFile) -> None:
         try:
@@ -267,6 +275,7 @@ class _Zstd(io.RawIOBase):
                 fix=f"Install it: {install_command('zstd')}",
             ) from error
         self._raw, self._error = raw, zstandard.ZstdError
+        # The largest window that the format's long mode may use; the library's default refuses such files.
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._frame: Any = None
         self._pending = b""
@@ -276,6 +285,7 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._pending:
+            # The chunk that ended the last frame also holds the beginning of the next one.
             rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
             data = rest or self._raw.read(2**16)
             if not data:

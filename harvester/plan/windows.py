@@ -1,6 +1,6 @@
 """One pass from the corpus to its token windows: read, tokenise, hold out, pack, spill.
 
-Letters: T context length, W windows in a unit.
+Letters: T context length, W windows per unit.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.harvest import CorpusFacts, PlanSpec
 
 TOKENS_PER_BYTE = 0.3
-"""For the first forecast, of plain text; a measured rate takes over after `MEASURE_BYTES`."""
+"""Tokens per byte of plain text, for the first forecast; after `MEASURE_BYTES` the measured rate counts."""
 PACKED = 4
-"""How far compressed files may unpack: for the number of buckets only, never a reason to refuse."""
+"""Assumed ratio of compressed files, for the number of buckets only; never a reason to refuse."""
 MEASURE_BYTES = 16 * 2**20
 
 ProgressCallback = Callable[..., object]
@@ -46,7 +46,7 @@ ProgressCallback = Callable[..., object]
 
 
 class PlanProgress:
-    """Hands facts to the callback, at most once a second; knows how much of the corpus is read."""
+    """Passes facts to the callback, at most once per second; knows how much of the corpus is read."""
 
     def __init__(self, callback: ProgressCallback | None, files: list[SourceFile]) -> None:
         self._callback, self._last = callback, float("-inf")
@@ -68,6 +68,7 @@ class PlanProgress:
 
     def put(self, tokens: int, done: int, total: int) -> None:
         """Report how many token chunks are stored."""
+        # The last one always, so that a bar ends at 100 %.
         if self._due() or done == total:
             self._call(tokens, {"chunks": f"{done:,}/{total:,}"})
 
@@ -82,7 +83,7 @@ class PlanProgress:
 
 @dataclass
 class _Split:
-    """Windows made and planned, and stream tokens left over, of one split."""
+    """Windows cut and planned, and stream tokens left over, of one split."""
 
     windows: int = 0
     planned: int = 0
@@ -90,7 +91,7 @@ class _Split:
 
 
 class CorpusWindows:
-    """One planning: the spilled training windows, the held-out ones in memory, and the counts."""
+    """One pass over a corpus: the spilled training windows, the held-out ones in memory, and the counts."""
 
     def __init__(
         self,
@@ -107,15 +108,18 @@ class CorpusWindows:
         self._order, self._holdout_key = order_key(spec.seed), holdout_key(spec.seed)
         self._tally, self._ordinal = Tally(), 0
         self.tokens = 0
-        """Of all documents so far, with the one that joins them."""
+        """Tokens of all documents so far, including those that join them."""
         self._validation, self._train = _Split(), _Split()
         self._held_windows: Tokens = np.empty((0, spec.context_length), tokenizer.dtype)
         self._packer = Packer(spec.context_length, tokenizer.bos, tokenizer.dtype)
+        # With split_by: window, the validation units are the first windows of the same order.
         wanted = spec.train_units
         if wanted is not None and not self._by_document:
             wanted += spec.validation_units
         self._record_bytes = record_bytes(spec.context_length, tokenizer.dtype)
         try:
+            # With train_units, what is kept is bounded however large the corpus is. Compressed sizes count
+            # once, since a guess must not refuse a plan that would fit.
             if wanted is None:
                 check_space(folder, self._forecast(packed=1) or 0, "the planner's spill file")
             self._spill = WindowSpill(
@@ -150,10 +154,12 @@ class CorpusWindows:
             for tokenised in stream:
                 self._spill.add(self._packer.push(self._for_training(tokenised, holdout)))
                 self._progress.read(self.tokens, self._tally)
+                # At doubling sizes: the disk is found too small early, not after hours of reading.
                 if self._tally.bytes_done >= checked:
                     self._check_measured()
                     checked = 2 * self._tally.bytes_done
         self._train = _Split(windows=self._spill.windows, tail=len(self._packer.tail))
+        # A stream of their own, so that no window holds text of both splits.
         if self._by_document:
             packer = Packer(spec.context_length, self._tokenizer.bos, self._tokenizer.dtype)
             self._held_windows = in_keyed_order(packer.push(holdout.documents()), self._order)
@@ -161,10 +167,11 @@ class CorpusWindows:
         self._divide(held_out)
 
     def _for_training(self, documents: list[Tokens], holdout: Holdout) -> Iterable[Tokens]:
-        """Count `documents`; those that go to training now, with what the held-out choice lets go."""
+        """Count `documents`; return those that go to training now, with those that the hold-out releases."""
         self.tokens += sum(len(tokens) for tokens in documents)
         if not self._by_document:
             return documents
+        # By ordinal: the choice follows from the seed and the order of the documents alone.
         numbers = np.arange(self._ordinal, self._ordinal + len(documents))
         self._ordinal += len(documents)
         hashes = keyed_hash(numbers, self._holdout_key)
@@ -172,7 +179,7 @@ class CorpusWindows:
         return chain.from_iterable(holdout.push(*entry) for entry in offered)
 
     def _divide(self, held_out: int) -> None:
-        """Settle how many units there are, or say why there are too few."""
+        """Decide how many units there are, or raise if there are too few."""
         spec, size = self._spec, self._spec.windows_per_unit
         if not self._by_document:
             self._validation.windows = min(held_out, self._train.windows)
@@ -186,7 +193,7 @@ class CorpusWindows:
                 f"{self._packer.payload}) and what whole documents leave over",
                 got=f"{self.tokens:,} tokens in {self._tally.documents:,} documents",
                 fix="Lower plan.windows_per_unit (a multiple of 64) or plan.validation_units, or add text; "
-                "where a few long documents are all there is, lower corpus.max_document_chars",
+                "if there are only a few long documents, lower corpus.max_document_chars",
             )
         if spec.train_units is not None and units < spec.train_units:
             raise ConfigError(
@@ -199,7 +206,9 @@ class CorpusWindows:
         self._train.planned = (spec.train_units or units) * size
 
     def units(self) -> Iterator[NDArray[np.uint32]]:
-        """Every planned unit's tokens, uint32 little-endian [W, T], the validation units first."""
+        """Yield every planned unit's tokens, uint32 little-endian [W, T], the validation units first."""
+        # Read anew from the spill at each call: once for the digests, once for the chunks. The plan with the
+        # digest of all tokens has to be stored before the first chunk.
         size = self._spec.windows_per_unit
         held = self._validation.planned // size if self._by_document else 0
         total = (self._validation.planned + self._train.planned) // size
@@ -210,12 +219,12 @@ class CorpusWindows:
         return (part.astype(np.dtype("<u4")) for part in parts)
 
     def digests(self) -> NDArray[np.uint8]:
-        """uint8 [units, 32]: SHA-256 of each unit's tokens."""
+        """The SHA-256 of each unit's tokens, uint8 [units, 32]."""
         made = [hashlib.sha256(unit.tobytes()).digest() for unit in self.units()]
         return np.frombuffer(b"".join(made), np.uint8).reshape(-1, 32)
 
     def facts(self) -> CorpusFacts:
-        """What was read, and every leftover."""
+        """What was read, and everything left over."""
         splits = (self._validation, self._train)
         return CorpusFacts(
             sha256=self._tally.sha256(),
@@ -231,7 +240,7 @@ class CorpusWindows:
     def _forecast(self, packed: int) -> int | None:
         """Bytes of the spill file, if compressed files unpack to `packed` times their size.
 
-        None where a file system does not tell sizes.
+        None if a file system does not tell sizes.
         """
         if self._progress.total is None:
             return None
@@ -242,7 +251,7 @@ class CorpusWindows:
         return int(text * TOKENS_PER_BYTE / self._packer.payload * self._record_bytes)
 
     def _check_measured(self) -> None:
-        """StoreError as soon as the measured rate says that the spill file will not fit."""
+        """Check by the measured rate that the rest of the spill file fits; StoreError if not."""
         if self._progress.total and self._spec.train_units is None:
             share = min(self._tally.bytes_done / self._progress.total, 1.0)
             needed = int(self._spill.windows * self._record_bytes / share) - self._spill.bytes
@@ -250,4 +259,5 @@ class CorpusWindows:
 
 
 def _tokenised(texts: Iterator[str], tokenizer: DocumentTokenizer) -> Generator[list[Tokens], None, None]:
+    # Two threads, one per stage; the caller packs and spills meanwhile.
     return read_ahead(tokenizer(batch) for batch in read_ahead(batches(texts)))
