@@ -1,11 +1,11 @@
-"""Generate text from a subject while latents of SAEs are turned up, down or off.
+"""Generate text from a subject while latents of SAEs are amplified, attenuated or ablated.
 
 Letters: P rows (positions of the windows in a pass), T positions of a window, D width at the hook,
 N latents, V vocabulary.
 
-A steered activation is `x + delta`: the SAE's own error stays where it is, and
+A steered activation is `x + delta`: the SAE's own error is unchanged, and
 `delta = (new code - code) * W_dec[latent]` in the raw scale of the row. Rows whose code does not change
-are passed through bit for bit, so that a steer that changes nothing changes no logit.
+pass bit for bit, so that a steer that changes nothing changes no logit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Positions = Literal["all", "generated"]
 
 
 class Dictionary(Protocol):
-    """What steering needs of an SAE; `winnow.sae.model.Sae` is one."""
+    """What steering needs of an SAE; `winnow.sae.model.Sae` has it."""
 
     @property
     def W_dec(self) -> Tensor:
@@ -37,26 +37,26 @@ class Dictionary(Protocol):
         ...
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw rows [P, D] to codes: values and latent ids, [P, S] each; a value of 0 is an empty slot."""
+        """Encode raw rows [P, D]: values and latent ids, [P, S] each; a value of 0 is an empty slot."""
         ...
 
     def decode(self, values: Tensor, indices: Tensor, like: Tensor) -> Tensor:
-        """Codes [P, S] to rows [P, D] in the raw scale of the rows `like`; affine in the values."""
+        """Decode codes [P, S] to rows [P, D] in the raw scale of the rows `like`; affine in the values."""
         ...
 
 
 @dataclass(frozen=True)
 class Steer:
-    """One change of one latent. Codes are in the SAE's own units, those `encode` gives.
+    """One change of one latent. Codes are in the SAE's own units, as `encode` returns them.
 
     Attributes:
-        sae: The SAE, trained at the hook this is used at.
-        latent: Which of its latents.
+        sae: The SAE, trained at the hook that is steered.
+        latent: Index of the latent.
         op: `clamp` sets the code to `strength`, `scale` multiplies it by it, `add` adds it, `ablate`
             sets the code to 0 (and takes no strength).
         strength: A finite number.
-        positions: `all`, or only tokens that were `generated` (the prompt stays clean).
-        skip: Leading positions of a window that stay clean: an SAE is not trained on those its dataset
+        positions: `all`, or only tokens that were `generated` (the prompt is not steered).
+        skip: Leading positions of a window that are not steered: an SAE is not trained on those its dataset
             dropped (`plan.drop_leading`), and position 0 is an attention sink.
     """
 
@@ -81,7 +81,7 @@ class Steer:
             raise ConfigError("steer.skip", expected="0 or more positions", got=self.skip)
 
     def change(self, code: Tensor) -> Tensor:
-        """New code minus `code` [P], as `op` says."""
+        """The new code minus `code` [P], by `op`."""
         if self.op == "add":
             return torch.full_like(code, self.strength)
         if self.op == "scale":
@@ -90,29 +90,29 @@ class Steer:
 
 
 class GeneratedToken(NamedTuple):
-    """A token as it comes."""
+    """A generated token."""
 
     id: int
     text: str
-    """What it adds to the text; empty until a character's last byte is there, and for EOS."""
+    """The text that it adds; empty until a character's last byte is there, and for EOS."""
     logprob: float
     """Natural logarithm of its probability at temperature 1."""
     logits: Tensor
-    """[V] it was chosen from, in the LM's dtype on its device."""
+    """The logits [V] it was chosen from, in the LM's dtype on its device."""
 
 
 def steered(
     steers: Sequence[Steer], length: int, *, start: int = 0, generated_from: int | None = None
 ) -> Replacement:
-    """What to put in place of an activation, for `Subject.logits(..., replace={hook: ...})`.
+    """The replacement of an activation that applies `steers`, for `Subject.logits(..., replace={hook: ...})`.
 
-    Every steer reads the code of the row as it came, and the changes add up.
+    Every steer reads the code of the unchanged row, and the changes are added.
 
     Args:
         steers: Changes at one hook.
         length: T of the pass, in positions; its rows are [W*T, D].
-        start: Position of each window's first row (not 0 where a cache holds the earlier ones).
-        generated_from: The first generated position; None: the windows hold none.
+        start: Position of each window's first row (not 0 if a cache holds the earlier ones).
+        generated_from: The first generated position; None if the windows have none.
     """
 
     def replace(rows: Tensor) -> Tensor:
@@ -125,10 +125,13 @@ def steered(
             change = torch.where((position < first).to(change.device), 0.0, change)[:, None]
             latent = torch.full_like(change, steer.latent, dtype=torch.int64)
             like = codes.rows(steer.sae)
+            # The difference of two decodings, not change * W_dec: `decode` knows the SAE's normalisation, and
+            # its biases cancel.
             delta = steer.sae.decode(change, latent, like) - steer.sae.decode(
                 torch.zeros_like(change), latent, like
             )
             moved = new.float() + delta.to(new.device, torch.float32)
+            # `where`, since adding a delta of 0 in float32 and rounding back may change the last bit.
             new = torch.where((change != 0).to(new.device), moved.to(rows.dtype), new)
         return new
 
@@ -136,7 +139,7 @@ def steered(
 
 
 class _Codes:
-    """Codes of the rows [P, D] of a pass: each SAE encodes them once."""
+    """Codes of the rows [P, D] of a pass; each SAE encodes them once, however many steers use it."""
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
@@ -146,8 +149,9 @@ class _Codes:
         return self._rows.to(sae.W_dec.device, sae.W_dec.dtype)
 
     def of(self, steer: Steer) -> Tensor:
-        """Code [P] of the steer's latent, 0 where it is not active; `add` does without it."""
+        """Code [P] of the steer's latent, 0 where it is not active."""
         sae = steer.sae
+        # Zeros of the right shape: the change by `add` does not depend on the code, and encoding costs time.
         if steer.op == "add":
             return sae.W_dec.new_zeros(len(self._rows))
         if id(sae) not in self._known:
@@ -167,20 +171,19 @@ def generate(
     seed: int,
     temperature: float,
 ) -> Iterator[GeneratedToken]:
-    """The loop behind `Subject.generate`: one pass over the prompt, then one token a pass where it is cached.
-
-    The model's hooks are set during a pass only, so several of these may be taken turn by turn.
+    """Yield tokens for `Subject.generate`: one pass over the prompt, then one token per pass if it is cached.
 
     Args:
         model: A whole causal LM.
-        steps: Of the same model.
+        steps: Steps of the same model.
         tokenizer: Its tokenizer.
         prompt: int64 [1, T] on the model's device.
-        steer: Where and what to change.
-        max_new_tokens: The most tokens to give.
-        seed: Of the draw; the same seed gives clean and steered runs the same random numbers.
-        temperature: 0 takes the likeliest token.
+        steer: The changes at each tap.
+        max_new_tokens: Largest number of tokens.
+        seed: Seed of the draw; the same seed gives clean and steered runs the same random numbers.
+        temperature: Divides the logits; 0 takes the likeliest token.
     """
+    # On the CPU, so that a seed gives the same random numbers on every device.
     draw = torch.Generator().manual_seed(seed)
     text = _Text(tokenizer, prompt[0].tolist())
     ids = prompt
@@ -193,6 +196,7 @@ def generate(
             tap: steered(steers, T, start=end - T, generated_from=prompt.shape[1])
             for tap, steers in steer.items()
         }
+        # Hooks are set during a pass only, so that several generations on one model may be interleaved.
         with torch.no_grad(), replaced(model, replace, (1, T)):
             logits, kept = steps.run(new, end, kept)
         scores = logits.float().cpu()
@@ -207,8 +211,10 @@ def generate(
 
 
 class _Text:
-    """The text that each token adds; decoded with the prompt, since some tokenizers strip a first space."""
+    """The text that each token adds."""
 
+    # Decoded whole each time: some tokenizers strip a first space, and a character's bytes may be spread over
+    # several tokens.
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, prompt: list[int]) -> None:
         self._tokenizer, self._ids = tokenizer, prompt
         self._shown = len(self._whole())
