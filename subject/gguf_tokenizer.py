@@ -1,10 +1,9 @@
-"""The tokenizer that a GGUF file describes, rebuilt as the one it was made from.
+"""Rebuilds the tokenizer that a GGUF file was made from.
 
-Of byte-level BPE a GGUF has the vocabulary and the merges, but of the rule that cuts text before merging only
-a name (`tokenizer.ggml.pre`), whose meaning llama.cpp keeps in its code. The rules here are those of the
-models' own published `tokenizer.json` files; a name without one is refused, since another rule gives other
-tokens without a word. SentencePiece vocabularies are transformers' to rebuild, except for the space before a
-text.
+For byte-level BPE a GGUF holds the vocabulary and the merges, but only the name of the rule that splits text
+before merging (`tokenizer.ggml.pre`), whose meaning is in llama.cpp's code. The rules here are those of the
+models' own published `tokenizer.json` files; a name without one is refused, since another rule silently gives
+other tokens. SentencePiece vocabularies are rebuilt by transformers, except for the space before a text.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from winnow.schemas.errors import ConfigError
 _CONTROL, _USER_DEFINED = 3, 4
 """Token types of GGUF: special tokens, and added ones that are ordinary text (runs of spaces, `<think>`)."""
 
+# The rules are written as in the published files, to the last bracket: that is what makes them comparable.
+
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -34,7 +35,7 @@ _QWEN35 = (
     rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 )
-# Words cut where a small letter is followed by a capital.
+# These split words where a small letter is followed by a capital.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
 _TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
@@ -50,7 +51,7 @@ _DEEPSEEK_V3 = (
 )
 _DEEPSEEK_LLM = (
     r"[\r\n]",
-    # Letters that have cases, as of the Unicode that this was published with.
+    # Letters that have cases, in the version of Unicode that this was published with: newer ones have more.
     r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
     "Ὗ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ"
     "𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
@@ -62,22 +63,23 @@ _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\u
 
 
 class Rule(NamedTuple):
-    """What a name in `tokenizer.ggml.pre` stands for."""
+    """The meaning of a name in `tokenizer.ggml.pre`."""
 
     cuts: tuple[PreTokenizer, ...]
-    """How text is cut before merging, one after the other; the last turns it into bytes."""
+    """Splits of the text before merging, applied in order; the last turns it into bytes."""
     nfc: bool = False
-    """Whether text is brought into Unicode's form NFC first."""
+    """Whether text is normalised to NFC first."""
     whole_words: bool = False
     """Whether a piece that is in the vocabulary is taken whole, whatever the merges say."""
     bos: bool = False
-    """Whether BOS is put first where the file does not say."""
+    """Whether BOS is put first if the file does not say."""
 
 
 def _cut(*patterns: str) -> tuple[PreTokenizer, ...]:
     return tuple(Split(Regex(pattern), "isolated") for pattern in patterns)
 
 
+# ByteLevel has GPT-2's pattern built in: rules with a pattern of their own use it for the bytes only.
 _BYTES = ByteLevel(add_prefix_space=False, use_regex=False)
 _GPT2 = ByteLevel(add_prefix_space=False, use_regex=True)
 _DIGITS = Digits(individual_digits=True)
@@ -103,14 +105,14 @@ RULES: dict[str, Rule] = {
     "deepseek-llm": Rule((*_cut(*_DEEPSEEK_LLM), _DIGITS, _BYTES)),
     "deepseek-coder": Rule((*_cut(*_DEEPSEEK_CODER), _DIGITS, _BYTES)),
 }
-"""Name -> rule. Whose each name is, llama.cpp says (src/llama-vocab.cpp)."""
+"""Name -> rule. Which models each name stands for is in llama.cpp's src/llama-vocab.cpp."""
 
 
 def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer of a GGUF file.
 
     Raises:
-        ConfigError: The file names a rule that is not in `RULES`, or none; or a token stands twice.
+        ConfigError: The file names a rule that is not in `RULES`, or none; or a token occurs twice.
         ValueError: Its vocabulary is of a kind that transformers cannot rebuild.
     """
     fields = gguf.GGUFReader(path).fields
@@ -121,6 +123,7 @@ def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
 
     if read("tokenizer.ggml.model") == "gpt2":
         return _byte_level(path, read)
+    # Gemma's GGUFs are left as transformers rebuilds them: its tokenizer puts no space before a text.
     made = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if read("tokenizer.ggml.model") == "llama" and not read("general.architecture").startswith("gemma"):
         _space_before(made.backend_tokenizer, read("tokenizer.ggml.add_space_prefix", True))
@@ -132,17 +135,19 @@ def _byte_level(path: Path, read: Callable[..., Any]) -> transformers.PreTrained
     tokens: list[str] = read("tokenizer.ggml.tokens")
     types, merges = read("tokenizer.ggml.token_type", ()), read("tokenizer.ggml.merges", ())
     backend = _backend(rule, tokens, types, merges)
+    # A vocabulary is a mapping: of two equal tokens one would lose its id, and all later ids would still fit.
     if backend.get_vocab_size() != len(tokens):
         raise ConfigError(
             f"the tokenizer of {path.name}",
             expected=f"{len(tokens)} different tokens",
-            got="one stands twice",
+            got="one occurs twice",
         )
     ids = {role: read(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
     roles = {role: tokens[at] for role, at in ids.items() if at is not None}
     first = roles.get("bos_token") if read("tokenizer.ggml.add_bos_token", rule.bos) else None
     last = roles.get("eos_token") if read("tokenizer.ggml.add_eos_token", False) else None
     around = {token: backend.token_to_id(token) for token in (first, last) if token}
+    # As the tokenizer itself would, so that `TextTokenizer.bos` finds what the model was trained with.
     backend.post_processor = TemplateProcessing(
         [token for token in (first, "$A", last) if token], None, list(around.items())
     )
@@ -152,7 +157,8 @@ def _byte_level(path: Path, read: Callable[..., Any]) -> transformers.PreTrained
 
 
 def _space_before(backend: Tokenizer, prefix: bool) -> None:
-    """A space before every text, as SentencePiece puts it, also where the text begins with one."""
+    """Put a space before every text, as SentencePiece does, also if the text begins with one."""
+    # The decoder removes it again, once, so that a text that began with a space keeps its own.
     before = [normalizers.Prepend("▁")] if prefix else []
     backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None  # pyright: ignore[reportAttributeAccessIssue]  (its stub forgets None)
@@ -184,6 +190,7 @@ def _backend(rule: Rule, tokens: Sequence[str], types: Sequence[int], merges: Se
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = rule.cuts[0] if len(rule.cuts) == 1 else pre_tokenizers.Sequence(list(rule.cuts))
     backend.decoder = decoders.ByteLevel()
+    # Not normalised: their spelling must be matched in the raw text, before any split.
     for kind in (_CONTROL, _USER_DEFINED):
         added = [token for token, its in zip(tokens, types, strict=False) if its == kind]
         backend.add_tokens([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in added])

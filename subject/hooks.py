@@ -1,4 +1,4 @@
-"""Hooks: where in a subject activations are read, from a name to a module. Pure: no weights, no forward.
+"""Hooks: resolves the name of a place in a subject to a module. Pure: no weights, no forward pass.
 
 ::
 
@@ -6,15 +6,15 @@
     resid_post.L   output of block L: the residual stream after it
     attn_out.L     what block L's attention adds to the residual stream
     mlp_out.L      what block L's MLP adds to the residual stream
-    any.module.3   the output of that module (the first tensor, where it is a tuple)
+    any.module.3   the output of that module (the first tensor, if it is a tuple)
 
-`resid_post == resid_pre + attn_out + mlp_out` holds on every architecture of `LAYOUTS`, blocks with
-parallel attention and MLP (GPT-NeoX, Phi) included. Where a block normalises what a part returns before
-adding it (Gemma 2 and 3, OLMo 2 and 3), `attn_out` and `mlp_out` are read *after* that norm, for that
+`resid_post == resid_pre + attn_out + mlp_out` holds on every architecture of `LAYOUTS`, including blocks with
+parallel attention and MLP (GPT-NeoX, Phi). If a block normalises the output of attention or MLP before
+adding it (Gemma 2 and 3, OLMo 2 and 3), `attn_out` and `mlp_out` are read *after* that norm, since that
 is what reaches the stream.
 
-The table goes by the family of the *text* model: where that is a part of a larger one (Gemma 3 with its
-vision tower), its blocks are found inside it. Architectures that carry several residual streams
+The table goes by the family of the *text* model: if that is a part of a larger one (Gemma 3 with its
+vision tower), its blocks are found inside it. Architectures with several residual streams
 (hyper-connections) have no `resid_pre` and `resid_post`: only module paths can be read there.
 """
 
@@ -35,7 +35,7 @@ log = logging.getLogger("winnow.harvester")
 
 
 class BlockPaths(NamedTuple):
-    """Where an architecture keeps its blocks, and the modules whose outputs a block adds."""
+    """Paths of an architecture's blocks, and of the modules whose outputs a block adds."""
 
     blocks: str
     attention: str
@@ -43,6 +43,7 @@ class BlockPaths(NamedTuple):
 
 
 _LLAMA = BlockPaths("model.layers", "self_attn", "mlp")
+# The norms, not the attention and the MLP before them: what a block adds is the norm's output.
 _POST_NORM = BlockPaths("model.layers", "post_attention_layernorm", "post_feedforward_layernorm")
 
 LAYOUTS: dict[str, BlockPaths] = {
@@ -67,10 +68,12 @@ LAYOUTS: dict[str, BlockPaths] = {
 """transformers' `model_type` of the text model -> paths. Add one only with a line in the test of the residual
 identity."""
 
+# With several streams a block's output was flattened and truncated to the first D numbers, without an error:
+# a tiny DeepSeek V4 was harvested, sealed and verified clean with 32 of its rows' 128 numbers.
 _STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
-"""Config fields that say how many residual streams there are: DeepSeek V4 and HY V4, Qwen 4, Gemma 3n."""
+"""Config fields with the number of residual streams: DeepSeek V4 and HY V4, Qwen 4, Gemma 3n."""
 _PARTS = ("self_attn", "linear_attn", "attention", "attn", "mixer", "mlp", "feed_forward")
-"""What blocks call the modules that read one stream and give one, for messages."""
+"""Names in blocks of modules that read one stream and return one, for messages."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,9 @@ class Layout:
         architecture: transformers' `model_type`.
         blocks: Dotted path of the list of blocks.
         layers: Number of blocks in the whole model.
-        attention: Path, inside a block, of the module whose output attention adds; None where unknown.
+        attention: Path, inside a block, of the module whose output attention adds; None if unknown.
         mlp: The same for the MLP.
-        streams: How many residual streams a block hands on, as far as the config tells.
+        streams: How many residual streams a block passes on, as far as the config tells.
     """
 
     architecture: str
@@ -99,7 +102,7 @@ class Tap:
     """A hook resolved to a module.
 
     Attributes:
-        hook: The name it was asked for by.
+        hook: The name that was resolved.
         path: Dotted path of the module.
         reads_input: Read the module's input (only `resid_pre`), not its output.
         layer: The block that holds it; None for modules outside the blocks (embeddings, final norm, head).
@@ -119,20 +122,21 @@ class Tap:
 def find_layout(model: nn.Module, config: Any) -> Layout:
     """The layout of `model`: from the table, else its only list of `num_hidden_layers` modules (logged).
 
-    Where the model is more than a text model (vision, audio), only its text decoder is looked at.
+    If the model is more than a text model (vision, audio), only its text decoder is considered.
 
     Args:
         model: A causal language model of transformers.
         config: Its text config (`model_type`, `num_hidden_layers`).
 
     Raises:
-        ConfigError: The architecture is not in the table and its blocks cannot be told.
+        ConfigError: The architecture is not in the table and its blocks cannot be identified.
     """
     architecture, layers = str(config.model_type), int(getattr(config, "num_hidden_layers", None) or 0)
     streams = max(int(getattr(config, name, None) or 1) for name in _STREAMS)
     lists = _block_lists(model, layers)
     known = LAYOUTS.get(architecture)
     if known is not None:
+        # By the last name of the path only: a composite keeps the same blocks under another prefix.
         name, parts = known.blocks.rpartition(".")[2], (known.attention, known.mlp)
         fitting = [path for path in lists if path.rpartition(".")[2] == name and _has(model, path, parts)]
         if len(fitting) == 1:
@@ -145,7 +149,7 @@ def find_layout(model: nn.Module, config: Any) -> Layout:
             fix=f"Known architectures: {', '.join(LAYOUTS)}",
         )
     log.warning(
-        "architecture %r is not in the table of hooks: taking %s for its blocks; %smodule paths can be "
+        "architecture %r is not in the table of hooks: using %s as its blocks; %smodule paths can be "
         "read, attn_out and mlp_out cannot",
         architecture,
         lists[0],
@@ -161,6 +165,7 @@ def _block_lists(model: nn.Module, layers: int) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == layers
     ]
+    # A list of experts inside a block may happen to be as long as the list of blocks.
     outer = [path for path in found if not any(path.startswith(other + ".") for other in found)]
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else None
@@ -177,7 +182,7 @@ def _has(model: nn.Module, blocks: str, parts: tuple[str, ...]) -> bool:
 
 
 def resolve_hook(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
-    """Find the module that `hook` names.
+    """Resolve a hook's name to a module.
 
     Args:
         hook: A site and a layer (`resid_post.9`) or a dotted module path.
@@ -185,10 +190,11 @@ def resolve_hook(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
         modules: Dotted paths of every module of the whole model.
 
     Raises:
-        ConfigError: No such hook (the near ones are listed), a layer out of range, or a site that is
+        ConfigError: No such hook (similar ones are listed), a layer out of range, or a site that is
             not known for this architecture.
     """
     named = parse_hook(hook)
+    # `resid_post.09` would be a second name, and a second column, of `resid_post.9`.
     if named is None or f"{named[0]}.{named[1]}" != hook:
         return _resolve_path(hook, layout, modules)
     site, layer = named
@@ -202,6 +208,7 @@ def resolve_hook(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
                 expected="the path of a module that gives one tensor [windows, T, D]",
                 fix=f"Name a module inside the block{', such as ' + ' or '.join(parts) if parts else ''}",
             )
+        # The input of block L, not the output of block L - 1: layer 0 has no block before it.
         return Tap(hook, block, site == "resid_pre", layer)
     part = layout.attention if site == "attn_out" else layout.mlp
     if part is None:
@@ -217,6 +224,8 @@ def _resolve_path(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
     prefix = layout.blocks + "."
     index = hook.removeprefix(prefix).split(".")[0] if hook.startswith(prefix) else ""
     layer = int(index) if index.isdecimal() else None
+    # `modules` are of the whole model, since a truncated one no longer has the module that a message should
+    # name.
     if hook and hook in modules:
         return Tap(hook, hook, False, layer)
     if layer is not None:

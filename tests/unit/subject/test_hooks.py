@@ -191,7 +191,7 @@ def test_an_unknown_architecture_is_discovered_and_said(caplog: pytest.LogCaptur
     setattr(model.config, "model_type", "novel")  # noqa: B010
     with caplog.at_level(logging.WARNING):
         layout = find_layout(model, model.config)
-    assert "taking model.layers for its blocks" in caplog.text
+    assert "using model.layers as its blocks" in caplog.text
     modules = frozenset(name for name, _ in model.named_modules())
     assert resolve_hook("resid_post.1", layout, modules).path == "model.layers.1"
     with pytest.raises(ConfigError, match=r"attn output is not known.*block 1 is model.layers.1"):
