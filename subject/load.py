@@ -1,4 +1,4 @@
-"""The subject model: load it, read activations at hooks, run it with activations replaced.
+"""The subject model: loads it, reads activations at hooks, runs it with activations replaced.
 
 Shapes: W windows, T positions, D width of the activation at a hook, V vocabulary.
 """
@@ -42,18 +42,18 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class Subject:
-    """A causal language model whose activations are read. Make one with `Subject.load`.
+    """A causal language model whose activations are read. Create one with `Subject.load`.
 
     Not for use by several threads at once. The same windows in the same batch shape, with the same
     number of threads on the same device, give the same bits.
 
     Attributes:
-        spec: What was asked for.
+        spec: The spec it was loaded by.
         model: The transformers model, in eval mode, without gradients.
-        device: Where it lives.
-        dtype: Of its weights and activations.
+        device: The device it runs on; with `device_map`, the first one.
+        dtype: dtype of its weights and activations.
         layout: Its blocks.
-        attention: The attention implementation that was taken.
+        attention: The attention implementation in use.
         truncated: Whether later layers and the LM head were dropped at loading.
     """
 
@@ -77,6 +77,7 @@ class Subject:
         self._modules = modules
         self.truncated = kept_layers is not None
         self._kept_layers = layout.layers if kept_layers is None else kept_layers
+        # Hook -> its tap and width D, which costs a forward pass to find out.
         self._taps: dict[str, tuple[Tap, int]] = {}
         self._texts: dict[ControlTokens, TextTokenizer] = {}
 
@@ -89,13 +90,13 @@ class Subject:
         Args:
             spec: A SubjectSpec, a mapping of its fields, a hub id, a folder or a `.gguf` file.
             until: Hooks. The model is truncated after the deepest of them: the weights of later layers
-                and of the LM head are dropped, and only hooks up to there can be read. Where one of them
-                lies outside the blocks (embeddings, final norm, LM head) the whole model is kept. None
+                and of the LM head are dropped, and only hooks up to there can be read. If one of them
+                is outside the blocks (embeddings, final norm, LM head), the whole model is kept. None
                 keeps the whole model.
 
         Raises:
-            ConfigError: Nothing loadable is there, a device that is absent, a hook that is unknown, or a
-                model that is not causal (two short passes tell).
+            ConfigError: Nothing loadable is there, the device is absent, a hook is unknown, or the
+                model is not causal (tested by two short passes).
             DependencyMissing: `package://` names a distribution that is not installed.
         """
         if isinstance(spec, (str, Path)):
@@ -106,6 +107,8 @@ class Subject:
         model = load_model(located.folder, spec, dtype_of(spec, device))
         config = model.config.get_text_config()
         layout = find_layout(model, config)
+        # Before truncation: names of modules that are dropped can still be told from names that never
+        # existed.
         modules = frozenset(name for name, _ in model.named_modules() if name)
         kept = None
         if until is not None:
@@ -116,6 +119,8 @@ class Subject:
             if len(inside) == len(layers):
                 kept = max(inside) + 1
                 _truncate(model, layout, kept)
+        # After truncation, so that the weights of later layers never reach the device. With a map, accelerate
+        # has placed the parts already.
         if not spec.device_map:
             model.to(device)  # pyright: ignore[reportArgumentType]  (its stub wants a self)
         subject = cls(spec, located, model, layout, modules, kept, device)
@@ -134,13 +139,13 @@ class Subject:
 
     @classmethod
     def outline(cls, spec: SubjectSpec, *, gpu: bool) -> Subject:
-        """A subject without its weights: tokenizer, identity and the named hooks; nothing can be run.
+        """A subject without its weights: tokenizer, identity and the named hooks; it cannot be run.
 
-        For planning, on machines that the subject itself would be too large for.
+        For planning on machines that are too small for the subject itself.
 
         Args:
             spec: The subject.
-            gpu: Whether it will run on a GPU; decides what a dtype of `auto` means.
+            gpu: Whether it will run on a GPU, which decides what a dtype of `auto` means.
 
         Raises:
             ConfigError: Nothing loadable is there.
@@ -157,7 +162,7 @@ class Subject:
         return load_tokenizer(self._located.folder, self.spec)
 
     def encode(self, text: str, rule: WindowRule | None = None) -> list[int]:
-        """Token ids [T] of a text, as a window that holds it.
+        """Token ids [T] of a text, as those of a window that holds it.
 
         Args:
             text: Any text.
@@ -175,13 +180,14 @@ class Subject:
         return [self._bos if rule.bos_token is None else rule.bos_token, *ids]
 
     def _text_tokenizer(self, control: ControlTokens) -> TextTokenizer:
-        if control not in self._texts:  # a copy of the tokenizer takes seconds where it is large
+        if control not in self._texts:  # copying a large tokenizer takes seconds
             self._texts[control] = TextTokenizer(self.tokenizer, control=control, model=self.spec.model)
         return self._texts[control]
 
     @property
     def _bos(self) -> int:
-        """What the tokenizer puts before a text, else what it names as BOS."""
+        """The token that the tokenizer puts before a text; if none, the one that it names as BOS."""
+        # In this order: `bos_token_id` of Qwen and of SmolLM2-Instruct begins a chat's turn, and no text.
         own = self._text_tokenizer("text").bos
         token = _token_id(self.tokenizer.bos_token_id) if own is None else own
         if token is None:
@@ -195,10 +201,9 @@ class Subject:
 
     @cached_property
     def identity(self) -> SubjectIdentity:
-        """What the activations depend on; the same for a truncated and a whole subject.
-
-        For a GGUF, `weights_sha256` is the digest of the GGUF file itself.
-        """
+        """The facts that activations depend on; the same for a truncated and a whole subject."""
+        # For a GGUF, the digest of the GGUF file itself: a converted folder is the cache's, and another
+        # version of the conversion may write other bytes of the same weights.
         return SubjectIdentity(
             model=self.spec.model,
             revision=self._located.revision,
@@ -218,18 +223,18 @@ class Subject:
         """Resolve hooks and their widths D. New ones cost one forward pass of two tokens.
 
         Raises:
-            ConfigError: A hook is unknown, out of range, past the truncation, gives no one tensor
+            ConfigError: A hook is unknown, out of range, past the truncation, does not give one tensor
                 [W, T, D] in a forward pass, or is a site whose D is not the config's `hidden_size`.
         """
         taps = self._resolve(hooks)
         return tuple(HookSite(name=tap.hook, d_model=self._taps[tap.hook][1]) for tap in taps)
 
     def activations(self, token_ids: Any, hooks: Sequence[str]) -> dict[str, Tensor]:
-        """Read activations; nothing after the last hook to be reached is computed.
+        """Read activations; nothing after the last hook is computed.
 
         Args:
-            token_ids: Integers [W, T], an array or a tensor. One forward pass: mind the memory.
-            hooks: Where to read; all in the same pass.
+            token_ids: Integers [W, T], an array or a tensor. They run in one forward pass.
+            hooks: Hooks to read, all in the same pass.
 
         Returns:
             hook -> [W, T, D], in the LM's dtype on its device.
@@ -241,6 +246,7 @@ class Subject:
         ids = self._ids(token_ids)
         with torch.no_grad():
             found = read(self.model, taps, lambda: self._forward(ids), _shape(ids))
+        # A module path may give what grows with T, such as attention's weights: its columns are no features.
         for hook, values in found.items():
             if values.shape[-1] != self._taps[hook][1]:
                 raise ConfigError(
@@ -256,11 +262,11 @@ class Subject:
         """Run the whole LM, with activations replaced if asked.
 
         Args:
-            token_ids: Integers [W, T]. The result takes W*T*V numbers: pass few windows.
+            token_ids: Integers [W, T]. The result has W*T*V numbers: pass few windows.
             replace: hook -> fn; fn gets the activation as rows [W*T, D] (window by window, in the LM's
-                dtype) and returns rows of the same shape, which take its place. At `attn_out` and
-                `mlp_out` that is what is added to the residual stream.
-            grad: Keep the graph, so that the logits have gradients with respect to what `replace` brings in;
+                dtype) and returns rows of the same shape, which replace it. At `attn_out` and
+                `mlp_out` they are added to the residual stream.
+            grad: Keep the graph, so that the logits have gradients with respect to what `replace` returns;
                 the LM's own weights have none.
 
         Returns:
@@ -304,12 +310,12 @@ class Subject:
         A steer that changes no code (`add` of 0, `scale` by 1) leaves every logit bit-identical.
 
         Args:
-            prompt: Text, or token ids [T], which are taken as they are.
-            bos: Whether BOS goes before a text. None does what the tokenizer itself does, by its
+            prompt: Text, or token ids [T], which are used unchanged.
+            bos: Whether BOS precedes a text. None does what the tokenizer itself does, by its
                 post-processor; an SAE's `card.window.bos` says what the SAE was trained on.
-            max_new_tokens: The most tokens to give; it ends earlier after EOS.
+            max_new_tokens: Largest number of tokens; fewer if EOS comes earlier.
             steer: hook -> changes there; see `winnow.subject.generate.Steer`.
-            seed: Of the draw. The same seed gives a clean and a steered run the same random numbers.
+            seed: Seed of the draw. The same seed gives a clean and a steered run the same random numbers.
             temperature: Divides the logits; 0 takes the likeliest token and draws nothing.
 
         Returns:
@@ -331,6 +337,7 @@ class Subject:
         if not len(prompt):
             raise ConfigError("prompt", expected="at least one token", got="none")
         ids = self._ids(torch.as_tensor(prompt)[None])
+        # Before the first token, not in the middle of a text.
         if self._context_limit is not None and len(prompt) + max_new_tokens > self._context_limit:
             raise ConfigError(
                 "generate: prompt and new tokens are too many for the subject",
@@ -373,6 +380,7 @@ class Subject:
             )
 
     def _forward(self, ids: Tensor) -> Any:
+        # A cache of every layer's keys and values would take memory and is read by nobody.
         return self.model(input_ids=ids, use_cache=False)
 
     def _resolve(self, hooks: Sequence[str]) -> list[Tap]:
@@ -390,13 +398,14 @@ class Subject:
         return [self._taps[hook][0] for hook in hooks]
 
     def _widths(self, taps: list[Tap]) -> dict[Tap, int]:
-        """D at each tap, from a forward pass; without weights the named sites' alone, from the config."""
+        """D at each tap, from a forward pass; without weights, of the named sites only, from the config."""
         width = int(self.model.config.get_text_config().hidden_size)
         named = all(tap.named for tap in taps)
         if self.device.type == "meta" and named:
             return dict.fromkeys(taps, width)
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         with torch.no_grad():
+            # To the end of the pass if there are module paths, so that one that runs twice is refused here.
             found = read(self.model, taps, lambda: self._body(ids), (1, 2), stop=named)
         widths = {tap: found[tap.hook].shape[-1] for tap in taps}
         for tap, got in widths.items():
@@ -411,7 +420,7 @@ class Subject:
         return widths
 
     def _body(self, ids: Tensor) -> object:
-        """A pass of the blocks that are there; a truncated model has no head to run."""
+        """Run the blocks that are there; a truncated model has no head to run."""
         whole = self.model.base_model if self.truncated else self.model
         return whole(input_ids=ids, use_cache=False)
 
@@ -432,6 +441,7 @@ class Subject:
                 "token_ids", expected="integers [windows, T]", got=f"{ids.dtype} {list(ids.shape)}"
             )
         ids = ids.to(self.device, torch.int64)
+        # On a GPU an id out of range would be an assertion of the device, after which nothing else runs.
         low, high = (int(edge) for edge in torch.aminmax(ids))
         if low < 0 or high >= self._vocabulary:
             raise ConfigError(
@@ -457,9 +467,12 @@ class Subject:
 
 def _truncate(model: transformers.PreTrainedModel, layout: Layout, layers: int) -> None:
     """Drop the blocks after the first `layers`, and the LM head (a tied weight stays, as the embedding)."""
+    # The modules themselves, not only the hooks: most of the weights' memory and, on a GPU, their copy is
+    # saved.
     parent, _, name = layout.blocks.rpartition(".")
     blocks = cast(nn.ModuleList, model.get_submodule(layout.blocks))
     setattr(model.get_submodule(parent), name, blocks[:layers])
+    # By identity: the name of the head differs between architectures.
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         if module is head:
@@ -468,7 +481,7 @@ def _truncate(model: transformers.PreTrainedModel, layout: Layout, layers: int) 
 
 
 def device_of(spec: SubjectSpec) -> torch.device:
-    """Where a subject runs in this process, or begins to, with `device_map`.
+    """The device that a subject runs on in this process; with `device_map`, the first one.
 
     Raises:
         ConfigError: There is no such device.
@@ -489,6 +502,7 @@ def device_of(spec: SubjectSpec) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError("subject.device", expected="auto, cpu, cuda or cuda:N", got=name) from error
+    # Without an index: `cpu:0` is another device to torch's comparisons.
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda" or (device.index or 0) >= count:
@@ -502,7 +516,7 @@ def device_of(spec: SubjectSpec) -> torch.device:
 
 
 def dtype_of(spec: SubjectSpec, device: torch.device) -> torch.dtype:
-    """The dtype a subject has on a device."""
+    """The dtype of a subject on a device."""
     if spec.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[spec.dtype]

@@ -470,7 +470,7 @@ def test_unknown_protocols():
     ],
 )
 def test_credentials_in_a_uri_are_refused_and_not_shown(uri):
-    with pytest.raises(ConfigError, match="carries credentials") as caught:
+    with pytest.raises(ConfigError, match="contains credentials") as caught:
         find_files(corpus(uri))
     assert "secret" not in str(caught.value)
     assert "word" not in str(caught.value)
