@@ -1,4 +1,4 @@
-"""The seam to transformers: load a causal LM, its tokenizer, or a GGUF; quietly, and with errors in words."""
+"""The interface to transformers: loads a causal LM, its tokenizer, or a GGUF; quietly, with our errors."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from winnow.subject.gguf_tokenizer import gguf_tokenizer
 
 log = logging.getLogger("winnow.harvester")
 
+# Whatever transformers, safetensors and a model's own code raise for files or configs that they cannot read.
 _LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -38,8 +39,8 @@ _LOAD_ERRORS = (
 def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The causal LM in `folder`, in eval mode, without gradients.
 
-    It lies on the CPU, mapped from the files where their dtype is `dtype` (processes share it then); with
-    `device_map`, on the GPUs.
+    Its weights are on the CPU, mapped from the files if their dtype is `dtype` (then processes share them);
+    with `device_map`, on the GPUs.
 
     Raises:
         ConfigError: transformers cannot load it, weights are missing, or the GPUs are too small for it.
@@ -51,7 +52,7 @@ def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transform
             folder,
             config=config,
             use_safetensors=True,
-            local_files_only=True,
+            local_files_only=True,  # fetched before, by `locate`, whose files are the ones that are digested
             trust_remote_code=spec.trust_remote_code,
             attn_implementation=_asked_attention(spec, config),
             output_loading_info=True,
@@ -68,7 +69,7 @@ def outline_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transf
     """The causal LM in `folder` without weights, on torch's device `meta`: shapes and names only.
 
     Raises:
-        ConfigError: transformers does not know it.
+        ConfigError: transformers does not support it.
     """
     with _quiet(), _explained(spec):
         config = _read_config(folder, spec)
@@ -86,7 +87,7 @@ def attention_of(model: transformers.PreTrainedModel, spec: SubjectSpec) -> Lite
     """The attention implementation that a model's text part runs with; `eager` for a model without attention.
 
     Raises:
-        ConfigError: Its config asks for another one, and `spec` for none.
+        ConfigError: Its config requests another one, and `spec` none.
     """
     taken = getattr(model.config.get_text_config(), "_attn_implementation", None)
     if taken not in ("sdpa", "eager"):
@@ -106,11 +107,9 @@ def _read_config(folder: Path, spec: SubjectSpec) -> Any:
 
 
 def _asked_attention(spec: SubjectSpec, config: Any) -> str | None:
-    """What to ask transformers for; None leaves it to take sdpa where the architecture has it, else eager.
-
-    torch's sdpa knows no soft cap on attention's logits, and transformers 4.51 to 5.20 give Gemma 2 to it all
-    the same, without the cap: other activations, no message.
-    """
+    """The attention to request; None lets transformers take sdpa if the architecture has it, else eager."""
+    # torch's sdpa has no soft cap on attention's logits, and transformers 4.51 to 5.20 run Gemma 2 with it
+    # all the same, without the cap: other activations, no message (0.51 off at a cap of 0.5).
     capped = bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
     if capped and spec.attention == "sdpa":
         raise ConfigError(
@@ -125,7 +124,12 @@ def _asked_attention(spec: SubjectSpec, config: Any) -> str | None:
 
 
 def check_on_gpus(placed: Mapping[str, object]) -> None:
-    """ConfigError where accelerate left parts (path -> device) of a model to the CPU or a disk."""
+    """Check that accelerate left no part (path -> device) of a model to the CPU or a disk.
+
+    Raises:
+        ConfigError: It did.
+    """
+    # Such parts are copied to a GPU in every pass: the harvest would work, at a fraction of its speed.
     left = [path for path, device in placed.items() if str(device) in ("cpu", "disk")]
     if left:
         raise ConfigError(
@@ -137,7 +141,7 @@ def check_on_gpus(placed: Mapping[str, object]) -> None:
 
 
 def load_tokenizer(folder: Path, spec: SubjectSpec) -> transformers.PreTrainedTokenizerBase:
-    """The fast tokenizer in `folder`, cutting text as its tokenizer.json says.
+    """The fast tokenizer in `folder`, which splits text as its tokenizer.json says.
 
     Raises:
         ConfigError: There is none, or it is not one of the `tokenizers` library.
@@ -146,8 +150,8 @@ def load_tokenizer(folder: Path, spec: SubjectSpec) -> transformers.PreTrainedTo
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=spec.trust_remote_code
         )
-        # transformers 5 builds some classes (GPT-2's, Llama's, Qwen2's) anew from the vocabulary and forgets
-        # how the file cuts text: digits one by one (SmolLM2, StarCoder2), a space before any text (Llama 2).
+        # transformers 5 rebuilds some classes (GPT-2's, Llama's, Qwen2's) from the vocabulary and ignores how
+        # the file splits text: digits one by one (SmolLM2, StarCoder2), a space before any text (Llama 2).
         stored = folder / "tokenizer.json"
         if type(tokenizer) is not transformers.PreTrainedTokenizerFast and stored.is_file():
             backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -170,7 +174,8 @@ def tokenizer_digest(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
 
 
 def _cutting(backend: Tokenizer) -> list[object]:
-    """What decides how a text is cut into tokens, beside vocabulary and merges; offsets do not."""
+    """Everything that decides how a text is split into tokens, beside vocabulary and merges."""
+    # `trim_offsets` does not, and differs between files and classes that give the same tokens.
     rules = [part.__getstate__() if part else b"" for part in (backend.normalizer, backend.pre_tokenizer)]
     rules = [re.sub(rb',"trim_offsets":(true|false)', b"", rule) for rule in rules]
     return [*rules, getattr(backend.model, "ignore_merges", False)]
@@ -192,8 +197,8 @@ def convert(path: Path, folder: Path) -> None:
             )
             model, report = loaded
             _check_complete(report, path)
-            # A model read from a GGUF believes itself quantised and refuses to be saved: its weights go
-            # into a plain twin.
+            # A model read from a GGUF counts as quantised and refuses to be saved: its weights go into a
+            # plain twin, made without memory of its own.
             fields = model.config.to_dict()
             fields.pop("quantization_config", None)
             with torch.device("meta"):
@@ -201,12 +206,14 @@ def convert(path: Path, folder: Path) -> None:
                     type(model.config).from_dict(fields), **_dtype_argument(torch.float32)
                 )
             plain.load_state_dict(model.state_dict(), assign=True)
+            # `assign` makes a parameter of its own of each name of a tied weight.
             plain.tie_weights()
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 def _check_complete(report: dict[str, Any], where: Path) -> None:
+    # transformers only logs this, and initialises them at random.
     missing = sorted(report.get("missing_keys") or ())
     if missing:
         raise ConfigError(
@@ -217,13 +224,14 @@ def _check_complete(report: dict[str, Any], where: Path) -> None:
         log.info("%s holds %d weights the model does not use: %s ...", where, len(unexpected), unexpected[0])
 
 
+# transformers 4.56 renamed it, and warns of the old name.
 def _dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for a message of ours."""
+    """The first line of an error's message, at most 300 characters."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
 
@@ -248,7 +256,8 @@ def _explained(spec: SubjectSpec) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars; transformers' own report of the weights gives way to `_check_complete`."""
+    """Silence progress bars and transformers' report of the weights, which `_check_complete` replaces."""
+    # The settings are global to the process: restored, for whoever else uses transformers in it.
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging as their_logging
 

@@ -1,8 +1,8 @@
-"""Run a subject's forward pass with activations read or replaced at some modules.
+"""Runs a subject's forward pass with activations read or replaced at some modules.
 
 Shapes: W windows, T positions, D width of the activation there, V vocabulary.
-PyTorch's module hooks do the work; they are set for one call and removed after it, so a model must not
-be shared by threads that run it at the same time.
+PyTorch's module hooks do the work; they are set for one call and removed after it, so threads must not run
+one model at the same time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Replacement = Callable[[Tensor], Tensor]
 
 
 class _AllRead(Exception):
-    """Every tap has been read: unwinds the forward pass, so that nothing later is computed."""
+    """Ends the forward pass once every tap has been read, so that nothing later is computed."""
 
 
 def read(
@@ -33,14 +33,14 @@ def read(
     *,
     stop: bool = True,
 ) -> dict[str, Tensor]:
-    """Run a forward pass and return what passes the taps.
+    """Run a forward pass and return the activations at the taps.
 
     Args:
-        model: The model that holds the taps' modules.
-        taps: Where to read.
+        model: The model that has the taps' modules.
+        taps: Places to read.
         run: Runs the forward pass.
         shape: (W, T) of the pass.
-        stop: End the pass as soon as the last tap was read; no later module runs.
+        stop: End the pass as soon as the last tap has been read; no later module runs.
 
     Returns:
         hook -> [W, T, D], copies (the model cannot change them later), in the taps' order.
@@ -51,8 +51,10 @@ def read(
     found: dict[str, Tensor] = {}
 
     def keep(tap: Tap, value: Tensor) -> None:
+        # A shared module, or one in a loop: neither of its rows could be called the activation there.
         if tap.hook in found:
             raise ConfigError(f"hook {tap.hook!r}: {tap.path} runs more than once in a forward pass")
+        # Cloned: the model may write into its tensors later in the pass.
         found[tap.hook] = _rows(tap, value, shape).clone().view(*shape, -1)
         if stop and len(found) == len(taps):
             raise _AllRead
@@ -70,9 +72,9 @@ def read(
 
 @contextmanager
 def replaced(model: nn.Module, replace: Mapping[Tap, Replacement], shape: tuple[int, int]) -> Iterator[None]:
-    """While open, a forward pass of shape (W, T) goes on with `fn`'s output at each tap.
+    """While open, a forward pass of shape (W, T) continues with `fn`'s output at each tap.
 
-    `fn` gets the activation in the model's dtype; what it returns is cast back to it. The identity
+    `fn` gets the activation in the model's dtype; its result is cast back to it. The identity
     leaves the pass bit-identical.
 
     Raises:
@@ -97,20 +99,20 @@ def replaced(model: nn.Module, replace: Mapping[Tap, Replacement], shape: tuple[
         for tap in replace:
             stack.enter_context(_attached(model, tap, swap))
         yield
+    # A replacement that never took place must not be mistaken for one without effect.
     for tap in replace:
         if tap.hook not in ran:
             raise _not_run(tap)
 
 
 def rebuilt(output: Any, parts: Sequence[Any]) -> Any:
-    """A list, tuple or named tuple as `output` is, of other parts."""
+    """A list, tuple or named tuple of the same type as `output`, with other parts."""
+    # Only named tuples have _fields; their constructor takes the parts one by one.
     return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
 
 
 def next_token_loss(logits: Tensor, token_ids: Tensor) -> Tensor:
     """Cross-entropy of each next token, in nats.
-
-    The float32 log-softmax exists for one window at a time, [T, V].
 
     Args:
         logits: [W, T, V], any float dtype.
@@ -120,6 +122,7 @@ def next_token_loss(logits: Tensor, token_ids: Tensor) -> Tensor:
         float32 [W, T-1]; entry t is the loss of predicting token t+1.
     """
     windows, length = token_ids.shape
+    # A window at a time: the float32 log-softmax [T, V] of all would take more memory than the logits.
     loss = torch.empty(windows, length - 1, dtype=torch.float32, device=logits.device)
     for window in range(windows):
         loss[window] = nn.functional.cross_entropy(
@@ -130,13 +133,14 @@ def next_token_loss(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 @contextmanager
 def _attached(model: nn.Module, tap: Tap, use: Callable[[Tap, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `use` with the tensor at `tap` in every pass; a tensor it returns takes the place of it."""
+    """Call `use` with the tensor at `tap` in every pass; a tensor that it returns replaces it."""
     module = model.get_submodule(tap.path)
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and isinstance(args[0], Tensor):
             new = use(tap, args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
+        # Some models of transformers call their blocks with keywords only.
         if isinstance(kwargs.get("hidden_states"), Tensor):
             new = use(tap, kwargs["hidden_states"])
             return None if new is None else (args, {**kwargs, "hidden_states": new})
@@ -147,6 +151,7 @@ def _attached(model: nn.Module, tap: Tap, use: Callable[[Tap, Tensor], Tensor | 
             return use(tap, output)
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
             new = use(tap, output[0])
+            # The rest, such as attention's weights or a state, is passed on unchanged.
             return None if new is None else rebuilt(output, [new, *output[1:]])
         raise ConfigError(f"hook {tap.hook!r}: {tap.path} returns {type(output).__name__}, not a tensor")
 
@@ -161,13 +166,14 @@ def _attached(model: nn.Module, tap: Tap, use: Callable[[Tap, Tensor], Tensor | 
 
 
 def _rows(tap: Tap, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[W, T, ...] -> [W*T, D]; at a module path, axes after the second (attention heads) join into D."""
+    """[W, T, ...] -> [W*T, D]; at a module path, axes after the second (attention heads) merge into D."""
     if value.ndim < 3 or tuple(value.shape[:2]) != shape or not value.is_floating_point():
         raise ConfigError(
             f"hook {tap.hook!r}: {tap.path} gives no activation for each token",
             expected=f"a float tensor [{shape[0]}, {shape[1]}, D] (windows, positions, width)",
             got=f"{value.dtype} {list(value.shape)}",
         )
+    # Several residual streams: they must not be flattened into one row silently.
     if tap.named and value.ndim > 3:
         raise ConfigError(
             f"hook {tap.hook!r}: {tap.path} gives more than one row for each token",

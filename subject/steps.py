@@ -1,11 +1,11 @@
-"""Run a model on, position by position: with its own cache where that gives what whole passes give.
+"""Runs a model position by position, with its own cache if that gives the logits of whole passes.
 
 Letters: T positions, V vocabulary.
 
-What a model keeps of earlier positions (keys and values, the state of a recurrence) has several names in
-transformers, some models keep nothing, and some give other logits with a cache than without. So the ways of
-keeping it are tried once for each model, on a few random tokens, and the first that gives what whole passes
-give is taken; where none does, every pass is a whole one.
+A model's cache of earlier positions (keys and values, the state of a recurrence) has several names in
+transformers, some models have none, and some give other logits with a cache than without. So the ways of
+using it are tried once per model, on a few random tokens, and the first that gives the logits of whole passes
+is taken; if none does, every pass is a whole one.
 """
 
 from __future__ import annotations
@@ -24,34 +24,37 @@ from transformers import DynamicCache
 log = logging.getLogger("winnow.harvester")
 
 Kept = dict[str, Any]
-"""What a model returned of its cache, by the argument that takes it back."""
+"""The cache that a model returned, by the name of the argument that takes it back."""
 
 
 class _Way(NamedTuple):
     """How a model's cache is used."""
 
     plain: bool
-    """Given keys and values of every position; else the model makes a cache of its own."""
+    """Whether it is given a cache that holds every position; otherwise it makes one of its own."""
     positions: bool
-    """Told where its tokens stand: some models take a pass's first token for the first of all."""
+    """Whether it is told its tokens' positions: some models count them from 0 in every pass."""
 
 
 # A model's own cache drops what leaves a window, which Moshi's whole pass still sees: it comes second.
 _WAYS = (_Way(True, True), _Way(False, True), _Way(True, False), _Way(False, False))
 _CHOSEN = ("index_topk", "indexer_budget", "keep_window_size")
-"""Fields of a config: each position attends to the best so many of those before it."""
+"""Fields of a config with the number of earlier positions, the best ones, that each attends to."""
 
 # Not Reformer's past_buckets_states: past a chunk its logits are others than a whole pass gives.
 _CACHES = ("past_key_values", "cache_params", "state", "mems")
+# SmolLM2-135M in bfloat16 has up to 0.036 with a cache that is right.
 _NOISE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.15}
-"""Root mean square of a difference over the logits' spread; SmolLM2-135M in bfloat16 has up to 0.036."""
+"""Largest float noise: root mean square of a difference over the logits' spread."""
 
+# Short, since the trial delays the first token.
 _PROMPT, _TOKENS = 8, 12
 """Tokens of the trial's first pass, and of all its passes."""
 
 
 def same_logits(found: Tensor, expected: Tensor) -> bool:
-    """Whether [..., V] are equal up to float noise, measured against the logits' own spread over V."""
+    """Whether [..., V] are equal up to float noise, relative to the logits' own spread over V."""
+    # Infinite logits, of tokens that a model never gives, must be the same ones and take no part in the rest.
     finite = expected.isfinite()
     if found.shape != expected.shape or not torch.equal(found.isfinite(), finite):
         return False
@@ -61,20 +64,19 @@ def same_logits(found: Tensor, expected: Tensor) -> bool:
 
 
 def trial_ids(model: transformers.PreTrainedModel, windows: int, length: int) -> Tensor:
-    """int64 [windows, T] of random tokens on the model's device; T is at most `length` and the context."""
+    """Random tokens int64 [windows, T] on the model's device; T is at most `length` and the context."""
     text: Any = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()
     length = min(length, getattr(text, "max_position_embeddings", None) or length)
+    # Of its own, so that a trial does not disturb torch's global random numbers.
     draw = torch.Generator().manual_seed(0)
     return torch.randint(embedding.num_embeddings, (windows, length), generator=draw).to(model.device)
 
 
 def turning_points(config: Any) -> frozenset[int]:
-    """Lengths past which every position of a whole pass is another one, earlier ones included.
-
-    With LongRoPE, all positions of a pass are rotated by the long factors as soon as one of them stands
-    beyond the original context.
-    """
+    """Lengths past which a whole pass rotates every position differently, earlier ones included."""
+    # With LongRoPE, all positions of a pass are rotated by the long factors as soon as one of them is beyond
+    # the original context; keys in a cache were rotated by the short ones.
     found: set[int] = set()
     for name in ("rope_parameters", "rope_scaling"):
         common: Any = getattr(config, name, None) or {}
@@ -86,7 +88,7 @@ def turning_points(config: Any) -> frozenset[int]:
 
 
 def _choice_begins(config: Any) -> float:
-    """The length past which attention chooses among positions; where two weigh the same, float noise does."""
+    """The length past which attention chooses among positions; between equal weights, float noise decides."""
     counts = [getattr(config, name, None) for name in _CHOSEN]
     blocks, block = (getattr(config, name, None) for name in ("index_topk_blocks", "index_block_size"))
     counts.append(blocks * block if blocks and block else None)
@@ -94,7 +96,7 @@ def _choice_begins(config: Any) -> float:
 
 
 class Steps:
-    """A whole causal LM that is run on and on; several runs may be taken turn by turn."""
+    """Runs a whole causal LM token by token; several runs may be interleaved."""
 
     def __init__(self, model: transformers.PreTrainedModel) -> None:
         config = model.config.get_text_config()
@@ -104,15 +106,15 @@ class Steps:
         self._way = self._proved()
 
     def run(self, ids: Tensor, end: int, kept: Kept | None) -> tuple[Tensor, Kept | None]:
-        """One pass.
+        """Run one pass.
 
         Args:
-            ids: int64 [1, T], the last T of `end` tokens: all of them where nothing is kept, else one.
-            end: Tokens so far.
-            kept: What the pass before returned.
+            ids: int64 [1, T], the last T of `end` tokens: all of them if nothing is kept, else one.
+            end: Number of tokens so far.
+            kept: The cache that the last pass returned.
 
         Returns:
-            Logits [V] of the last position, and what is kept for the next token; None: that one needs a
+            Logits [V] of the last position, and the cache for the next token; None if that one needs a
             pass over all tokens.
         """
         if self._way is None:
@@ -129,11 +131,13 @@ class Steps:
             kept = {**kept, "position_ids": torch.arange(end - ids.shape[1], end, device=ids.device)[None]}
         output = self._model(input_ids=ids, use_cache=True, **kept)
         name = next(name for name in _CACHES if getattr(output, name, None) is not None)
+        # Where cached and whole passes part, the cache is given up: once at LongRoPE's turn, for good where
+        # attention begins to choose.
         ends = end in self._turns or end >= self._limit
         return output.logits[0, -1], None if ends else {name: output[name]}
 
     def _proved(self) -> _Way | None:
-        """The first way of keeping a cache that gives the logits of whole passes."""
+        """The first way of using a cache that gives the logits of whole passes; None if there is none."""
         ids = trial_ids(self._model, 1, _TOKENS)
         ends = range(min(_PROMPT, ids.shape[1]), ids.shape[1] + 1)
         told = "position_ids" in inspect.signature(self._model.forward).parameters
@@ -143,10 +147,11 @@ class Steps:
                 try:
                     if same_logits(torch.stack(list(self._along(way, ids, ends))), whole):
                         return way
+                # Models raise all kinds of errors for a cache or an argument that they do not know.
                 except Exception as error:
                     log.debug("%s with a cache, %s: %r", type(self._model).__name__, way, error)
         log.warning(
-            "%s keeps no cache that gives what a whole pass gives: every token takes a whole pass",
+            "%s has no cache that gives the logits of a whole pass: every token takes a whole pass",
             type(self._model).__name__,
         )
         return None

@@ -1,16 +1,16 @@
-"""Run a subject from a hook upward: once whole, then only the blocks above the hook, again and again.
+"""Runs a subject from a hook upward: once whole, then only the blocks above the hook, any number of times.
 
 Letters: W windows, T positions, D width at the hook, V vocabulary, n variants of one window.
 
 Every variant of an activation needs the same lower blocks, so they run once (`Tail.start`). After that
-the blocks below the hook hand on what they gave then, and only what lies above is computed:
+the blocks below the hook return their earlier output, and only the blocks above are computed:
 `Tail.patched` for whole windows, `Tail.continued` for a few positions after the one that changed, with
 the keys and values of the positions before it taken from the first pass. Equal to the whole forward pass
 with the hook replaced (`Subject.logits(..., replace=...)`) up to float noise.
 
 Not every architecture can be run so: a recurrence has no keys and values to begin from, and some upper
-blocks need more of the lower ones than the stream (Gemma 4's shared keys). What may be spared is therefore
-tried, once for each hook, on two short windows; what does not hold there is computed.
+blocks need more of the lower ones than the stream (Gemma 4's shared keys). What may be skipped is therefore
+tried, once per hook, on two short windows; if the logits differ there, it is computed.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from winnow.subject.steps import same_logits, trial_ids, turning_points
 log = logging.getLogger("winnow.harvester")
 
 _TRIAL = 12
-"""Positions of the windows on which it is tried what may be spared."""
+"""Positions of the windows of the trial."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one whole, clean pass left behind."""
+    """The results of one whole, clean pass."""
 
     ids: Tensor
     """int64 [W, T]."""
     rows: Tensor
     """[W, T, D]: the activation at the hook."""
     logits: Tensor
-    """[W, T, V]; empty where they were not asked for."""
+    """[W, T, V]; empty if they were not asked for."""
     below: Any
-    """What the last block that is spared returned; None where none is."""
+    """The output of the last block that is skipped; None if none is."""
     continues: bool
-    """Whether it was made for `continued`."""
+    """Whether `continued` may use it."""
     cache: Any
     """Keys and values of every block, or None."""
 
 
 class _Spared(NamedTuple):
-    """What a run from the hook upward does without."""
+    """The parts that a run from the hook upward skips."""
 
     blocks: bool
     """The blocks below the hook."""
@@ -71,8 +71,8 @@ class Tail:
 
     Args:
         subject: Loaded without `until`.
-        hook: Any hook. Below `resid_pre.L` and `resid_post.L` every block is spared; at another place
-            inside block L that block runs again; outside the blocks nothing is spared.
+        hook: Any hook. Below `resid_pre.L` and `resid_post.L` every block is skipped; at another place
+            inside block L that block runs again; outside the blocks nothing is skipped.
 
     Raises:
         ConfigError: The subject is truncated, or the hook is unknown.
@@ -97,16 +97,16 @@ class Tail:
 
     @property
     def spared(self) -> float:
-        """Share of the blocks that a patched pass does not run."""
+        """The share of the blocks that a patched pass skips."""
         return self._first / self._layout.layers if self._spares.blocks else 0.0
 
     def start(self, token_ids: Any, *, keep_cache: bool = False, logits: bool = True) -> Pass:
-        """One clean pass.
+        """Run one clean pass.
 
         Args:
-            token_ids: Integers [W, T]; the logits take W*T*V numbers.
+            token_ids: Integers [W, T]; the logits have W*T*V numbers.
             keep_cache: Keep what `continued` needs.
-            logits: Run it to its end; else it stops at the hook.
+            logits: Run to the end; otherwise stop at the hook.
         """
         ids = torch.as_tensor(token_ids.astype("int64") if hasattr(token_ids, "astype") else token_ids)
         ids = ids.to(self.subject.device, torch.int64)
@@ -117,27 +117,29 @@ class Tail:
 
         Args:
             start: The clean pass of the same windows.
-            fn: Rows [W*T, D] -> the rows that take their place; it must not change its argument.
+            fn: Rows [W*T, D] -> the rows that replace them; it must not change its argument.
         """
         shape = (start.ids.shape[0], start.ids.shape[1])
         with torch.no_grad(), self._skipping(start.below), replaced(self._model, {self._tap: fn}, shape):
             return self._forward(start.ids, None)
 
     def continued(self, start: Pass, window: int, first: int, stop: int, rows: Tensor) -> Tensor:
-        """Logits of positions `first` to `stop - 1` of one window, the row at `first` being another one.
+        """Logits of positions `first` to `stop - 1` of one window, with the row at `first` replaced.
 
         Args:
             start: A clean pass with `keep_cache`.
-            window: Which of its W windows.
+            window: Index of one of its W windows.
             first: The position that changes.
             stop: The end of the positions that are run, at most T.
-            rows: [n, D], one variant each of the row at `first`.
+            rows: [n, D], each a variant of the row at `first`.
 
         Returns:
             [n, stop - first, V] in the LM's dtype.
         """
         if not start.continues:
             raise ValueError("the clean pass was made without keep_cache")
+        # Past LongRoPE's turn the clean pass's keys are rotated by the long factors, and a pass that ends
+        # before it rotates its own by the short ones.
         if start.cache is None or any(stop <= turn < start.ids.shape[1] for turn in self._turns):
             return self._one_by_one(start, window, first, stop, rows)
         return self._continued(start, window, first, stop, rows)
@@ -151,6 +153,7 @@ class Tail:
             made[0] = self._forward(ids, cache)
 
         def keep(_: Any, __: Any, output: Any) -> None:
+            # Cloned: the blocks above may write into it.
             made[1] = _each(output, ids.shape, torch.clone)
 
         with ExitStack() as stack:
@@ -161,7 +164,7 @@ class Tail:
         return Pass(ids, found[self.hook], made[0], made[1], keep_cache, cache)
 
     def _continued(self, start: Pass, window: int, first: int, stop: int, rows: Tensor) -> Tensor:
-        """On the keys and values of the positions before `first`."""
+        """`continued`, with the keys and values of the positions before `first`."""
         n, length = len(rows), stop - first
         ids = start.ids[window, first:stop].expand(n, -1)
         here = start.rows[window, first:stop].repeat(n, 1, 1)
@@ -177,7 +180,8 @@ class Tail:
             return self._forward(ids, cache)
 
     def _one_by_one(self, start: Pass, window: int, first: int, stop: int, rows: Tensor) -> Tensor:
-        """Over all positions of the window, one variant at a time: the logits of all would be too many."""
+        """`continued`, over all positions of the window."""
+        # One variant at a time: the logits [T, V] of all of them would be too many.
         here = slice(window, window + 1)
         below = _each(start.below, start.ids.shape, lambda part: part[here])
         alone = Pass(start.ids[here], start.rows[here], start.logits, below, True, None)
@@ -194,10 +198,11 @@ class Tail:
 
     @cached_property
     def _spares(self) -> _Spared:
-        """The most that can be spared such that the logits are those of whole passes."""
+        """The most that can be skipped such that the logits are those of whole passes."""
         ids = trial_ids(self._model, 2, _TRIAL)
         place = ids.shape[1] // 2
 
+        # A row reversed: as large as a real one, and surely another one.
         def change(x: Tensor) -> Tensor:
             x = x.clone().view(*ids.shape, -1)
             x[:, place] = x[:, place].flip(-1)
@@ -221,6 +226,7 @@ class Tail:
             try:
                 if holds(spares):
                     return spares
+            # Gemma 4 with shared keys raises a KeyError, other models other errors.
             except Exception as error:
                 log.debug("%s at %s, %s: %r", self.subject.spec.model, self.hook, spares, error)
         log.warning("subject %s: every pass of %s is a whole one", self.subject.spec.model, self.hook)
@@ -234,10 +240,9 @@ class Tail:
         return self._model.get_submodule(f"{self._layout.blocks}.{layer}")
 
     def _prefix(self, cache: Any, window: int, first: int, n: int) -> Any:
-        """Keys and values of the positions before `first`, for n variants.
-
-        Skipped blocks need none but the first, which tells the model how many positions went before.
-        """
+        """Keys and values of the positions before `first`, for n variants."""
+        # Skipped blocks need none except the first, from which the model tells the number of earlier
+        # positions.
         made = DynamicCache()
         for layer in sorted({0, *range(self._first, self._layout.layers)}):
             held = cache.layers[layer]
@@ -249,7 +254,9 @@ class Tail:
 
     @contextmanager
     def _skipping(self, below: Any) -> Iterator[None]:
-        """Blocks under the first one hand on `below` instead of computing; all compute where it is None."""
+        """Let the blocks below the first one return `below` instead of computing; none if it is None."""
+        # Set on the instance, which hides the class's method, and popped again. All skipped blocks return the
+        # last one's output, since nothing reads it in between.
         with ExitStack() as stack:
             for layer in range(self._first if below is not None else 0):
                 block = self._block(layer)
@@ -259,7 +266,7 @@ class Tail:
 
 
 def _each(output: Any, shape: torch.Size, make: Callable[[Tensor], Tensor]) -> Any:
-    """What a block returned with `make` of every tensor [W, T, ...] in it; `shape` is (W, T)."""
+    """A block's output with `make` applied to every tensor [W, T, ...] in it; `shape` is (W, T)."""
     if isinstance(output, Tensor):
         return make(output) if output.shape[:2] == shape else output
     if isinstance(output, (tuple, list)):
