@@ -344,7 +344,22 @@ class Subject:
                 expected=f"at most {self._context_limit} tokens",
                 got=f"{len(prompt)} + {max_new_tokens}",
             )
-        chosen = {hook: tuple(steers) for hook, steers in (steer or {}).items() if steers}
+        # Before `_steps`, whose trial takes several passes: a wrong hook is an error at once.
+        taps = self._steered_taps(steer or {})
+        return generate(
+            self.model,
+            self._steps,
+            self.tokenizer,
+            ids,
+            taps,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            temperature=temperature,
+        )
+
+    def _steered_taps(self, steer: Mapping[str, Sequence[Steer]]) -> dict[Tap, tuple[Steer, ...]]:
+        """`steer` by tap, without hooks at which nothing changes; ConfigError for an SAE of another width."""
+        chosen = {hook: tuple(steers) for hook, steers in steer.items() if steers}
         sites = self.sites(list(chosen)) if chosen else ()
         for site in sites:
             for one in chosen[site.name]:
@@ -356,16 +371,7 @@ class Subject:
                         of="the subject",
                         got=one.sae.W_dec.shape[1],
                     )
-        return generate(
-            self.model,
-            self._steps,
-            self.tokenizer,
-            ids,
-            {self._taps[hook][0]: steers for hook, steers in chosen.items()},
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            temperature=temperature,
-        )
+        return {self._taps[hook][0]: steers for hook, steers in chosen.items()}
 
     @cached_property
     def _steps(self) -> Steps:

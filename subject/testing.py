@@ -1,4 +1,4 @@
-"""For tests and benchmarks: a subject without a model, whose tokenizer gives one token a byte."""
+"""For tests and benchmarks: a subject without a model, whose tokenizer gives one token per byte."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TokenizerSubject:
     d_model: int = 16
 
     def sites(self, hooks: Sequence[str], /) -> tuple[HookSite, ...]:
-        """Any hook is taken as it comes."""
+        """Accept any hook."""
         return tuple(HookSite(name=hook, d_model=self.d_model) for hook in hooks)
 
 
@@ -41,7 +41,7 @@ def byte_tokenizer() -> Tokenizer:
 def tokenizer_subject(
     tokenizer: Tokenizer, eos: int | None, bos: int | None, **facts: Any
 ) -> TokenizerSubject:
-    """A subject around any tokenizer; `facts` override fields of its identity."""
+    """A subject with any tokenizer; `facts` override fields of its identity."""
     identity = SubjectIdentity(
         model="testing/tokenizer-only",
         architecture="none",

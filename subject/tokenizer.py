@@ -1,4 +1,4 @@
-"""Text to token ids, and nothing besides."""
+"""Text to token ids, with nothing added, truncated or padded."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ ControlTokens = Literal["text", "token"]
 
 
 class TextTokenizer:
-    """Text to token ids, for whoever reads text: nothing is added, cut or padded.
+    """Text to token ids, for everything that reads text: nothing is added, truncated or padded.
 
-    Tokens that a tokenizer adds without calling them special (runs of spaces, `<think>`) belong to its
-    ordinary text.
+    Added tokens that are not marked special (runs of spaces, `<think>`) count as ordinary text.
 
     Args:
-        tokenizer: A fast tokenizer of transformers, or one of `tokenizers` itself; it stays as it is.
+        tokenizer: A fast tokenizer of transformers, or one of `tokenizers` itself; it is not changed.
         control: What a special token's spelling inside a text is read as: `text`, split like any other, or
             that `token`.
-        model: Whose tokenizer it is, for messages.
+        model: Name of the subject, for messages.
 
     Raises:
         ConfigError: A slow tokenizer.
     """
 
     def __init__(self, tokenizer: Any, *, control: ControlTokens = "text", model: str = "") -> None:
-        # A copy: its settings are not the subject's. `to_str` leaves `encode_special_tokens` out.
+        # A copy, since these settings are not the subject's. Set after it: `to_str` leaves
+        # `encode_special_tokens` out.
         self._tokenizer: Tokenizer = Tokenizer.from_str(_backend(tokenizer, model).to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -39,11 +39,9 @@ class TextTokenizer:
 
     @cached_property
     def bos(self) -> int | None:
-        """The token that the tokenizer itself puts before a text (the first, if several), or None.
-
-        What its post-processor does decides, not `bos_token_id`: that of Qwen and of SmolLM2-Instruct begins
-        a chat's turn, and no text.
-        """
+        """The token that the tokenizer itself puts before a text (the first, if several), or None."""
+        # By what its post-processor does, not by `bos_token_id`: that of Qwen and of SmolLM2-Instruct begins
+        # a chat's turn, and no text.
         plain = self.encode("x")
         ids = self._tokenizer.encode("x", add_special_tokens=True).ids
         before = next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)
@@ -60,7 +58,7 @@ class TextTokenizer:
         return self._tokenizer.id_to_token(number)
 
     def number(self, token: str) -> int | None:
-        """A token's number, where the vocabulary has it."""
+        """A token's id, or None if the vocabulary does not have it."""
         return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
@@ -68,7 +66,8 @@ class TextTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """The tokens of each text, made on all cores."""
+        """The tokens of each text, computed on all cores."""
+        # The fast variant does not track offsets, which nobody reads here.
         return (made.ids for made in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
 
 

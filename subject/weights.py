@@ -1,4 +1,4 @@
-"""From the name of a subject to its files: hub ids, folders, packages, GGUF; digests; the per-user cache.
+"""Resolves the name of a subject to its files: hub ids, folders, packages, GGUF; digests; the per-user cache.
 
 Only safetensors are loaded (a pickle can run code). A GGUF file is converted once, exactly, into an
 ordinary float32 folder in the cache.
@@ -32,10 +32,12 @@ from winnow.subject.pretrained import convert, first_line, load_tokenizer, token
 log = logging.getLogger("winnow.harvester")
 
 CONVERSION = "v2"
-"""Raised when what a conversion writes changes; part of the cache key."""
+"""Version of what a conversion writes; part of the cache key."""
 
+# As strict as the hub's own: anything else is a mistyped path, for which no request is made.
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _INDEX = "model.safetensors.index.json"
+# Not pickles, nor other frameworks' copies of the weights, which some repositories hold as well.
 _WANTED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -45,8 +47,8 @@ class Located:
 
     Attributes:
         folder: A local folder that transformers loads: config, safetensors, tokenizer.
-        weights: The files whose digest names the weights, in name order; for a GGUF, that file.
-        revision: The hub commit, where there is one.
+        weights: The files whose digest identifies the weights, in name order; for a GGUF, that file.
+        revision: The hub commit, if there is one.
     """
 
     folder: Path
@@ -61,10 +63,10 @@ def cache_dir() -> Path:
 
 
 def locate(spec: SubjectSpec) -> Located:
-    """Find the subject's files, fetching or converting them if need be.
+    """Find the subject's files; fetch or convert them if necessary.
 
     Raises:
-        ConfigError: Nothing is there, the hub cannot be reached, or the weights are pickles.
+        ConfigError: There are none, the hub cannot be reached, or the weights are pickles.
         DependencyMissing: `package://` names a distribution that is not installed.
         StoreError: The cache cannot be written.
     """
@@ -86,11 +88,12 @@ def locate(spec: SubjectSpec) -> Located:
         return Located(path, weight_files(path))
     if path.suffix == ".gguf" or not _HUB_ID.match(spec.model):
         raise ConfigError(
-            f"subject.model {spec.model!r} is not there",
+            f"subject.model {spec.model!r} does not exist",
             expected="a folder, a .gguf file, package://DIST/FILE.gguf or a hub id",
             fix="Check the path",
         )
     folder = _fetch(spec)
+    # The hub's cache names the folder of a snapshot by its commit, which a branch or tag resolves to.
     return Located(folder, weight_files(folder), folder.name if folder.parent.name == "snapshots" else None)
 
 
@@ -105,7 +108,7 @@ def holds(spec: SubjectSpec, planned: SubjectIdentity) -> bool:
     path = expand_user(spec.model)
     if path.suffix == ".gguf" and path.is_file():
         if digest_files([path.resolve()]) != planned.weights_sha256:
-            return False  # without converting it first
+            return False  # known without a conversion
     elif not path.is_dir() and not is_package_uri(spec.model):
         return False
     located = locate(spec)
@@ -130,6 +133,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{folder / _INDEX} is not a safetensors index", got=str(error)) from error
         files = tuple(folder / name for name in names)
+        # An index is input from elsewhere: a name such as `../other.safetensors` must not leave the folder
+        # (P6).
         missing = [file.name for file in files if file.parent != folder or not file.is_file()]
         if missing or not files:
             raise ConfigError(f"{folder} lacks weight files that its index names", got=", ".join(missing[:5]))
@@ -149,16 +154,16 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def digest_files(paths: Sequence[Path]) -> str:
-    """SHA-256 of the files' bytes one after the other (`cat A B | sha256sum`), remembered in the cache.
-
-    The memory is keyed by each file's path, size, modification and change time; it is only a shortcut,
-    so a cache that cannot be written is passed over.
-    """
+    """SHA-256 of the files' bytes one after the other (`cat A B | sha256sum`), remembered in the cache."""
+    # Keyed by path, size, modification time, and change time, which a program cannot set as it can the
+    # former. Remembered, since every worker needs it and weights are many GB; only a shortcut, so a cache
+    # that cannot be written is no error.
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     facts = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
     memory = cache_dir() / "digests" / sha256_hex(json.dumps(facts).encode())
     try:
         known = memory.read_text(encoding="ascii")
+        # A file that was cut off while it was written is computed again.
         if re.fullmatch("[0-9a-f]{64}", known):
             return known
     except (OSError, ValueError):
@@ -172,6 +177,7 @@ def digest_files(paths: Sequence[Path]) -> str:
         memory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="ascii") as file:
             file.write(digest.hexdigest())
+        # By a rename, so that processes that start at once never read half a digest.
         Path(file.name).replace(memory)
     except OSError as error:
         log.info("the digest of %s is not remembered: %s", paths[0].name, error)
@@ -179,10 +185,9 @@ def digest_files(paths: Sequence[Path]) -> str:
 
 
 def convert_gguf(path: Path) -> Path:
-    """An ordinary folder with the weights of a GGUF file, dequantised to float32; made once.
+    """An ordinary folder with the weights of a GGUF file, dequantised to float32; converted once.
 
-    float32 because it is exact: at Q4_1, 42 % of the weights change when rounded to float16. The folder
-    appears under its final name only when whole and flushed; processes that convert at once wait for one.
+    Processes that convert at the same time wait for one of them.
 
     Args:
         path: A `.gguf` file of an architecture that transformers can read.
@@ -194,6 +199,7 @@ def convert_gguf(path: Path) -> Path:
         ConfigError: The file cannot be read as a model.
         StoreError: The cache cannot be written.
     """
+    # float32, because it is exact: at Q4_1, 42 % of the weights change when rounded to float16.
     sha256 = digest_files([path])
     target = cache_dir() / "gguf" / f"{sha256}-{CONVERSION}"
     if target.is_dir():
@@ -202,7 +208,7 @@ def convert_gguf(path: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(target.with_name(f".{target.name}.lock")):
-            if target.is_dir():
+            if target.is_dir():  # again: whoever held the lock before has made it
                 return target
             shutil.rmtree(scratch, ignore_errors=True)  # left by a process that died; we hold the lock
             log.info("converting %s to safetensors in %s (once)", path.name, target)
@@ -210,6 +216,7 @@ def convert_gguf(path: Path) -> Path:
                 convert(path, scratch)
                 facts = {"file": path.name, "sha256": sha256, "transformers": transformers.__version__}
                 (scratch / "source.json").write_text(json.dumps(facts), encoding="utf-8")
+                # Flushed before the rename: after a loss of power the final name must not hold empty files.
                 _flush(scratch)
                 scratch.rename(target)
             finally:
@@ -218,7 +225,7 @@ def convert_gguf(path: Path) -> Path:
         raise StoreError(
             f"the converted weights of {path.name} cannot be written to {target.parent}",
             got=str(error),
-            fix="Free some space (float32 weights: 4 bytes a parameter) or set XDG_CACHE_HOME",
+            fix="Free some space (float32 weights: 4 bytes per parameter) or set XDG_CACHE_HOME",
         ) from error
     return target
 
@@ -226,6 +233,7 @@ def convert_gguf(path: Path) -> Path:
 def _fetch(spec: SubjectSpec) -> Path:
     import huggingface_hub
 
+    # Code is not even fetched unless the config trusts it.
     wanted = (*_WANTED, "*.py") if spec.trust_remote_code else _WANTED
     try:
         return Path(

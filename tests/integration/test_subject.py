@@ -310,7 +310,7 @@ def test_a_hub_id_records_its_commit_and_fetches_no_pickle(
     ("spec", "words"),
     [
         ("./nowhere", "expected a folder, a .gguf file, package://DIST/FILE.gguf or a hub id"),
-        ("/nowhere/model.gguf", "is not there"),
+        ("/nowhere/model.gguf", "does not exist"),
         ({"model": "x", "dtype": "int8"}, "dtype"),
         ({"model": "x", "device": "gpu"}, "expected auto, cpu, cuda or cuda:N, got gpu"),
         ({"model": "x", "device": "cuda:99"}, "expected a device of this machine (cpu"),
