@@ -14,28 +14,33 @@ from winnow.schemas.errors import ConfigError, IntegrityError, UnsupportedVersio
 MAX_JSON_BYTES = 64 * 1024 * 1024
 """Largest JSON artefact that is parsed, in bytes; anything longer is refused unread."""
 
+# Lower case only: digests are compared, and used in keys, as text.
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """A SHA-256 digest in lower-case hexadecimal."""
 
+# Keys from stored manifests are joined to a local root or a bucket's prefix as they are, so the alphabet
+# itself must rule out `..`, a leading slash, a drive letter and a scheme.
 RelativeKey = Annotated[
     str,
     StringConstraints(
         pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=512
     ),
 ]
-"""An object key below a root: a strict alphabet; a part never starts with a dot, so none climbs out."""
+"""Key of an object below a root. No part of it begins with a dot, so no key leaves the root."""
 
 HookName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+([.][A-Za-z0-9_]+)*$", max_length=200)]
-"""`resid_pre|resid_post|attn_out|mlp_out` + `.` + layer, or a dotted module path of the subject."""
+"""Where activations are read: `resid_pre`, `resid_post`, `attn_out` or `mlp_out` with a layer's number
+(`resid_post.9`), or the dotted path of a module of the subject."""
 
 
 def sha256_hex(data: bytes | bytearray | memoryview) -> str:
-    """SHA-256 of `data` in lower-case hexadecimal."""
+    """Return the SHA-256 of `data` in lower-case hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys, no spaces, no NaN, UTF-8: equal values give equal bytes."""
+    """Encode as JSON with sorted keys, no spaces, no NaN, UTF-8: equal values give equal bytes."""
+    # Fingerprints of existing datasets are digests of these bytes: no option here may change.
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
     ).encode()
@@ -44,30 +49,32 @@ def canonical_json(value: Any) -> bytes:
 class Contract(BaseModel):
     """A frozen model that refuses unknown fields, and NaN and infinity in every float."""
 
+    # Unknown fields are refused because a misspelt one would silently leave its default in force; NaN and
+    # infinity because canonical JSON cannot hold them.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def canonical(self) -> bytes:
-        """This model as canonical JSON."""
+        """Return this model as canonical JSON."""
         return canonical_json(self.model_dump(mode="json"))
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON."""
+        """Return the SHA-256 of the canonical JSON."""
         return sha256_hex(self.canonical())
 
 
 class Artefact(Contract):
-    """A contract that is stored: it carries its kind and version, and is parsed with suspicion.
+    """A contract that is stored: it names its kind and version, and is parsed as hostile input.
 
-    Each subclass has a field `kind`, one literal that says what the object is.
+    Each subclass has a field `kind`, a literal that says what the object is.
     """
 
     MAJOR: ClassVar[int] = 1
 
     version: str = "1.0"
-    """`major.minor`; another major version is refused."""
+    """Version of the format, `major.minor`; another major version is refused."""
 
     def to_json(self) -> bytes:
-        """Indented JSON for people and diffs, newline at the end; parse it with `from_json`."""
+        """Return indented JSON for people and diffs, with a newline at the end; `from_json` parses it."""
         text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
         return text.encode() + b"\n"
 
@@ -77,13 +84,14 @@ class Artefact(Contract):
 
         Args:
             data: The object's bytes.
-            origin: Where they came from, for messages.
+            origin: Their address, for messages.
 
         Raises:
             IntegrityError: Not JSON, too large, or fields that do not fit.
             UnsupportedVersion: Another kind of object or another major version.
         """
         kind = cls.model_fields["kind"].default
+        # Before parsing: Python's objects take many times the bytes of their JSON.
         if len(data) > MAX_JSON_BYTES:
             raise IntegrityError(
                 f"{origin} is too large to be a {kind}",
@@ -92,11 +100,13 @@ class Artefact(Contract):
             )
         try:
             raw: Any = json.loads(data)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets nested thousands deep
             raise IntegrityError(
                 f"{origin} is not readable JSON", expected=kind, got=str(error)[:200]
             ) from error
+        # A list, number or text has no kind: its type is named in the place of one.
         fields = cast("dict[str, Any]", raw) if isinstance(raw, dict) else {"kind": type(raw).__name__}
+        # Kind and version before the fields: of another version, validation would only list unknown fields.
         if fields.get("kind") != kind:
             got = fields.get("kind")
             raise UnsupportedVersion(f"{origin} is another kind of object", expected=kind, got=got)
@@ -119,14 +129,16 @@ Places = Mapping[tuple[str | int, ...], int]
 
 
 def explain(error: ValidationError, places: Places | None = None) -> str:
-    """A pydantic error as one readable line: each field's path, line where known, complaint and input."""
+    """Render a pydantic error as one line: each field's path, line if known, complaint and input."""
     lines: list[str] = []
+    # Eight at most: a long list of wrong entries fails once for each, and the first few show the mistake.
     for item in error.errors(include_url=False)[:8]:
         path = ".".join(str(part) for part in item["loc"]) or "(top)"
+        # An absent field has no line of its own: the line of what should contain it is named.
         place = item["loc"][:-1] if item["type"] == "missing" else item["loc"]
         if places and place in places:
             path += f" (line {places[place]})"
-        # a complaint about a whole section names its fields itself
+        # A complaint about a whole section names its fields itself; printing the section would bury it.
         plain = item["type"] != "missing" and not isinstance(item["input"], dict)
         given = f" (got {item['input']!r:.80})" if plain else ""
         lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{given}")
@@ -137,7 +149,11 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validate(model: type[M], raw: Any, *, origin: str, lines: Places | None = None) -> M:
-    """`model.model_validate(raw)`, with a `ConfigError` that names each wrong field and its line."""
+    """Validate `raw` as `model`.
+
+    Raises:
+        ConfigError: Fields that are wrong, each named with its line.
+    """
     try:
         return model.model_validate(raw)
     except ValidationError as error:

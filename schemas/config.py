@@ -18,52 +18,59 @@ T = TypeVar("T")
 
 
 class StorageSpec(Contract):
-    """How object storage is reached. Credentials never stand here: they come from the environment."""
+    """How object storage is reached. Credentials come from the environment only, so none is ever stored."""
 
     allow_http: bool = False
-    """Permit `http://` endpoints beyond this machine's loopback."""
+    """Permit `http://` endpoints beyond this machine's loopback. False, because plain HTTP exposes data and
+    signatures to the network in between."""
     timeout_seconds: float = Field(default=60.0, gt=0)
-    """Longest wait for one request."""
+    """Longest wait for one request, in seconds."""
     single_writer: bool = False
-    """Accept a store that ignores if-none-match, since nobody else writes to this root: existing objects
-    are looked for instead, and a harvest makes its units in its own process."""
+    """Accept a store that ignores if-none-match: you guarantee that nothing else writes to this root. Each
+    put then checks first whether the object exists, and the harvest computes all units in its own process.
+    False, because on such a store two writers would overwrite each other."""
     cache_folder: str | None = None
-    """Local folder that keeps what is read of a remote dataset, for later epochs and runs; null: none."""
+    """Local folder that keeps what is read from remote datasets, for later epochs and other runs; null, the
+    default, keeps nothing."""
     cache_bytes: int = Field(default=64 * 2**30, gt=0)
-    """Most bytes that folder may hold, all datasets together."""
+    """Largest size of `cache_folder` in bytes, all datasets together."""
 
 
 class PricesSpec(Contract):
-    """What things cost, for the forecast's money lines; any currency. Leave out what costs nothing."""
+    """Prices for the forecast's money lines, in any one currency. All are 0 unless given."""
 
     currency: str = Field(default="USD", min_length=1, max_length=12)
-    """Printed beside the amounts."""
+    """Name of the currency, printed beside the amounts."""
     gib_month: float = Field(default=0.0, ge=0)
-    """Keeping 1 GiB for a month."""
+    """Price of storing 1 GiB for a month."""
     months_kept: float = Field(default=1.0, ge=0)
-    """Months the dataset is kept."""
+    """Months for which the dataset is stored."""
     puts_1000: float = Field(default=0.0, ge=0)
-    """1,000 writing or listing requests."""
+    """Price of 1,000 requests that write or list."""
     gets_1000: float = Field(default=0.0, ge=0)
-    """1,000 reading requests."""
+    """Price of 1,000 requests that read."""
     actor_hour: float = Field(default=0.0, ge=0)
-    """One actor's share of a machine, with its GPUs, for an hour."""
+    """Price of one actor for an hour: its share of a machine, with its GPUs."""
     trainer_hour: float = Field(default=0.0, ge=0)
-    """One training process with its GPU, or its share of a machine, for an hour."""
+    """Price of one training process for an hour: its GPU, or its share of a machine."""
 
 
 class SweepSpec(Contract):
-    """`winnow sweep`: the section `train`, once for every combination of the grid."""
+    """The section that `winnow sweep` reads: it trains `train` once per combination of the grid."""
 
     out: str = Field(min_length=1)
-    """Folder or URI that holds the SAEs' folders, named by their values: `<out>/latents-512_k-8`."""
+    """Folder or URI of the results. Each SAE gets a folder below it, named by its values:
+    `<out>/latents-512_k-8`."""
+    # Any: a value is validated as the field of `train` that it replaces, once a combination is made.
     grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
-    """Fields of `train` and their values: `{latents: [512, 1024], k: [8, 16]}`. Combinations with k above
-    latents are left out. A grid over `seed` keeps `order_seed`, so that one read serves all."""
+    """Fields of `train`, each with the values to try: `{latents: [512, 1024], k: [8, 16]}`. Combinations with
+    k above latents are left out. A grid over `seed` keeps `order_seed`, so that one read serves all SAEs."""
 
 
 class Config(Contract):
-    """`winnow plan|harvest|train|evaluate CONFIG`. Stages read their own sections."""
+    """The file that `winnow plan|harvest|train|evaluate` reads. Each stage reads only its own sections."""
+
+    # Sections without a usable default are null rather than required: one file may serve a single stage.
 
     root: str = Field(min_length=1)
     """The dataset: a local folder or a URI (`file://`, `s3://bucket/prefix`)."""
@@ -74,9 +81,9 @@ class Config(Contract):
     plan: PlanSpec | None = None
     """plan, harvest: how text becomes rows."""
     harvest: HarvestSpec = HarvestSpec()
-    """harvest: how the work is run."""
+    """harvest: how the work is distributed and repeated."""
     storage: StorageSpec = StorageSpec()
-    """All stages."""
+    """All stages: how object storage is reached."""
     prices: PricesSpec | None = None
     """Prices for `harvest --forecast`, `estimate` and `runs`; null prints no money."""
     train: TrainSpec | None = None
@@ -88,7 +95,7 @@ class Config(Contract):
 
 
 def section(value: T | None, name: str) -> T:
-    """A section the caller needs; ConfigError if the config leaves it out."""
+    """Return a section that the caller needs; raise ConfigError if the config leaves it out."""
     if value is None:
         raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix="Add it")
     return value

@@ -16,17 +16,19 @@
     ├── EndpointError (OSError)            a language model behind HTTP does not answer   exit 1
     └── WorkerError (RuntimeError)         a worker died or gave up                       exit 1
 
-A message names the field or object, what was expected, what was found and what to do.
+A message names the field or object, what was expected, what was found and what to do. Every class also
+inherits the builtin that a caller without Winnow's hierarchy would catch.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+# Messages once named extras of `winnow`, which would have installed somebody else's package.
 DISTRIBUTION = "winnow-sae"
-"""Winnow's name on the package index, where `winnow` is another project."""
+"""Winnow's name on the package index, on which `winnow` is another project."""
 Extra = Literal["tensorboard", "wandb", "zstd"]
-"""Extras of `DISTRIBUTION` that a user may be told to install."""
+"""Extras of `DISTRIBUTION` that a message may tell a user to install."""
 
 
 class WinnowError(Exception):
@@ -40,6 +42,7 @@ class WinnowError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+    """Exit code of a command that ends with this error, as in the module's table."""
 
     def __init__(
         self,
@@ -60,7 +63,9 @@ class WinnowError(Exception):
             message += f" {fix.rstrip('.')}."
         super().__init__(message)
 
-    def __reduce__(self):  # keeps the keyword fields when Ray carries the error between processes
+    # Exceptions pickle by their positional arguments alone, so without this an error that Ray carries between
+    # processes would lose its keyword fields: `expected`, `got` and `fix`.
+    def __reduce__(self):
         return _rebuild, (type(self), self.what, self.expected, self.got, self.fix)
 
 
@@ -81,7 +86,7 @@ class PlanMismatch(ConfigError):
 
 
 class SaeMismatch(ConfigError):
-    """The SAE does not fit the dataset, SAE or subject that it is used with; raised by `schemas.fit`."""
+    """The SAE does not fit the dataset, SAE or subject that it is used with. Raised by `schemas.fit`."""
 
 
 class UnsupportedVersion(WinnowError, ValueError):
@@ -91,18 +96,18 @@ class UnsupportedVersion(WinnowError, ValueError):
 
 
 class DependencyMissing(WinnowError, ImportError):
-    """An optional dependency is asked for and not installed."""
+    """An optional dependency is needed and not installed."""
 
     exit_code = 2
 
 
 def install_command(extra: Extra) -> str:
-    """The command that installs one of Winnow's extras, for the `fix` of a `DependencyMissing`."""
+    """Return the command that installs one of Winnow's extras, for the `fix` of a `DependencyMissing`."""
     return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
 class StoreError(WinnowError, OSError):
-    """Storage is unreachable, refuses the credentials, lies, or is full."""
+    """Storage is unreachable, refuses the credentials, breaks its promises, or is full."""
 
     exit_code = 2
 
@@ -114,13 +119,14 @@ class MissingObject(StoreError, FileNotFoundError):
 
 
 class CommitUnknown(StoreError):
-    """A commit could be neither confirmed nor denied; nothing was deleted, try again."""
+    """A commit could be neither confirmed nor ruled out. Nothing was deleted; the next run settles it."""
 
+    # Not 2, as for other storage errors: the same command, unchanged, is the remedy.
     exit_code = 1
 
 
 class IntegrityError(WinnowError, ValueError):
-    """Bytes differ from the digest, length or shape that was promised for them."""
+    """Bytes differ from the digest, length or shape that was recorded for them."""
 
 
 class NonFiniteError(WinnowError, ValueError):
@@ -130,7 +136,7 @@ class NonFiniteError(WinnowError, ValueError):
 
 
 class EndpointError(WinnowError, OSError):
-    """A language model asked over HTTP cannot be reached, stays busy, or gives no proper answer."""
+    """A language model behind HTTP cannot be reached, stays busy, or gives no valid answer."""
 
 
 class WorkerError(WinnowError, RuntimeError):
