@@ -1,4 +1,4 @@
-"""The explorer's index: what was asked for, and what was found."""
+"""The explorer's index: what to build (the spec) and what was built (`index.json`)."""
 
 from __future__ import annotations
 
@@ -12,79 +12,92 @@ from winnow.schemas.window import WindowRule
 
 
 class IndexSpec(Contract):
-    """What an index of latents holds. Another spec makes another index."""
+    """What an index of latents contains. Another spec makes another index."""
 
     units: int | None = Field(default=None, gt=0)
-    """Units of the dataset that are read, the first ones; null reads all, held-out ones included."""
+    """Units of the dataset to read, beginning with the first; null, the default, reads all, including the
+    held-out ones."""
     top: int = Field(default=16, ge=1, le=64)
-    """Windows kept a latent: those with its highest activations, exactly."""
+    """Windows kept per latent: exactly those with its highest activations."""
     bands: int = Field(default=5, ge=1, le=10)
-    """Bands of equal count that a latent's activations are cut into, from weak to strong."""
+    """Quantile bands of equal count into which a latent's activations are divided, from weak to strong."""
     per_band: int = Field(default=4, ge=0, le=16)
-    """Activations drawn at random from each band, with their windows."""
+    """Activations kept per band, with their windows, drawn at random."""
     before: int = Field(default=24, ge=0, le=512)
-    """Tokens shown before the token an example is about."""
+    """Tokens shown before the token on which a latent is active. More than after it, because a causal model
+    has read only these."""
     after: int = Field(default=12, ge=0, le=512)
-    """Tokens shown after it."""
+    """Tokens shown after that token."""
     logits: int = Field(default=12, ge=0, le=64)
-    """Tokens listed that a latent promotes, and as many that it suppresses; 0 runs without the subject's
-    weights."""
+    """Tokens listed that a latent promotes most, and as many that it suppresses most. With 0 the subject's
+    weights are not needed."""
     neighbours: int = Field(default=12, ge=0, le=64)
-    """Nearest latents listed, by decoder cosine and by co-activation; 0 leaves both out."""
+    """Nearest latents listed, by decoder cosine and again by co-activation; 0 leaves both lists out."""
     coactivation_rows: int = Field(default=512, ge=1, le=1 << 16)
-    """Firings of a latent looked at for co-activation: all of them where it has no more, else a random
-    draw."""
+    """Rows per latent on which co-activation is counted: all on which it is active, or a random draw of this
+    many if there are more, so that a frequent latent costs no more than a rare one."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the random draws."""
+    """Seed of the random draws."""
 
 
 class FeatureIndex(Artefact):
-    """`index.json`: the index is whole. Written last.
+    """`index.json`: the index is complete. It is written last.
 
-    Beside it: `latents/part-NNNNN.parquet` (one row a latent), `summary.parquet` (scalars of all latents),
+    Beside it: `latents/part-NNNNN.parquet` (one row per latent), `summary.parquet` (scalars of all latents),
     `vocabulary.parquet` (each token's text).
     """
 
     kind: Literal["winnow.features"] = "winnow.features"
     spec: IndexSpec
+    """The spec it was built from."""
     sae_sha256: Sha256
     """Digest of the SAE's weights."""
     hook: HookName
+    """The hook that the SAE reads."""
     d_model: int = Field(gt=0)
+    """Width D of the activations at the hook."""
     latents: int = Field(gt=0)
+    """Number of latents N."""
     part_latents: int = Field(gt=0)
-    """Latents in a part; the last part may hold fewer."""
+    """Latents per Parquet file; the last file may contain fewer."""
     group_latents: int = Field(gt=0)
-    """Latents in a row group: what a page reads."""
+    """Latents per row group, which is the least that a feature page reads."""
     root: str = Field(min_length=1, max_length=4096)
-    """The dataset, as it was named when the index was made."""
+    """Address of the dataset as it was given when the index was built."""
     plan_fingerprint: Sha256
+    """Fingerprint of the dataset's plan."""
     dataset_sha256: Sha256 | None
+    """Digest of the dataset; null if it was not sealed."""
     subject: SubjectIdentity
+    """The subject that the dataset was harvested from."""
     context_length: int = Field(gt=0)
-    """Tokens T of a window."""
+    """Window length T in tokens."""
     drop_leading: int = Field(ge=0)
-    """Leading positions of a window that are not read."""
+    """Leading positions of each window that are not stored, and so not in the index."""
     sink_multiple: float = Field(gt=0)
-    """A row whose norm passes this multiple of the median norm is a sink, and not read."""
+    """A row whose norm exceeds this multiple of its unit's median norm is a sink and is left out."""
+    # Left out of the JSON while null: an index built before the field existed is read and written unchanged.
     window: WindowRule | None = Field(default=None, exclude_if=lambda rule: rule is None)
-    """How a window begins; null in an index made before this was written down: the dataset's plan says it."""
+    """How windows begin; null in an index built before this was recorded, for which the dataset's plan says
+    it."""
     windows: int = Field(gt=0)
     """Windows read."""
     rows: int = Field(ge=0)
-    """Rows of weight above 0 among them: what a density is a share of."""
+    """Rows of weight above 0 in those windows: densities are shares of them."""
     bin_count: int = Field(gt=0)
-    """Bins of a latent's histogram: equal widths from 0 to its largest activation."""
+    """Bins of a latent's histogram, of equal width from 0 to its largest activation."""
     created: str
-    """UTC time, ISO 8601."""
+    """When it was built: UTC, ISO 8601."""
 
 
 class Explanation(Contract):
-    """One line of `explanations.jsonl` beside an index: what somebody or something says a latent means."""
+    """One line of `explanations.jsonl` beside an index: what a person or a method says a latent means."""
 
     latent: int = Field(ge=0)
+    """Number of the latent."""
     text: str = Field(min_length=1, max_length=2000)
+    """The explanation."""
     source: str = Field(default="", max_length=100)
-    """Who says so, such as `n2g` or a name."""
+    """Where it comes from, such as `n2g` or a person's name."""
     score: float | None = None
-    """How well it predicts the latent, in the source's own measure; 1 is perfect."""
+    """How well it predicts the latent, by the source's own measure; 1 is perfect."""

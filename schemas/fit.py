@@ -1,4 +1,4 @@
-"""Whether an SAE fits what it is used with: a dataset, another SAE, a subject. One error, in one wording."""
+"""Checks that an SAE fits what it is used with: a dataset, another SAE, a subject; one error, one wording."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ TRAINED_ON = "Give the dataset that it was trained on, or one of the same subjec
 def mismatch(
     what: str, name: object, *, expected: object, of: str, got: object, fix: str | None = None
 ) -> SaeMismatch:
-    """The error `the WHAT of NAME: expected EXPECTED (OF's), got GOT. FIX.`.
+    """Make the error `the WHAT of NAME: expected EXPECTED (OF's), got GOT. FIX.`.
 
     Args:
         what: What does not fit.
-        name: The SAE, as the user knows it.
+        name: The SAE, as the user named it.
         expected: What would fit.
-        of: What it was to fit: `the dataset`, or another SAE's name.
-        got: What it is.
+        of: What the SAE should fit: `the dataset`, or another SAE's name.
+        got: What was found.
         fix: What the reader can do about it.
     """
     return SaeMismatch(f"the {what} of {name}", expected=f"{expected} ({of}'s)", got=got, fix=fix)
 
 
 def check_dataset(name: str, card: SaeCard, plan: HarvestPlan) -> None:
-    """Check that a dataset holds the rows that an SAE of one hook reads.
+    """Check that a dataset contains the rows that an SAE of one hook reads.
 
     Args:
-        name: The SAE, as the user knows it.
-        card: Its card.
-        plan: The dataset's.
+        name: The SAE, as the user named it.
+        card: The SAE's card.
+        plan: The dataset's plan.
 
     Raises:
-        SaeMismatch: It reads several hooks, or one that the dataset lacks, of another width or subject.
+        SaeMismatch: The SAE reads several hooks, or one that the dataset lacks, of another width or subject.
     """
     if card.with_hooks:
         raise SaeMismatch(
@@ -45,9 +45,12 @@ def check_dataset(name: str, card: SaeCard, plan: HarvestPlan) -> None:
     if card.hook not in plan.spec.hooks:
         held = f"one of {', '.join(plan.spec.hooks)}"
         raise mismatch("hook", name, expected=held, of="the dataset", got=card.hook, fix=TRAINED_ON)
+    # After the hook: a plan has no width at a hook that it lacks, and would raise a less helpful error.
     width = plan.d_model(card.hook)
     if card.d_model != width:
         raise mismatch("width D", name, expected=width, of="the dataset", got=card.d_model, fix=TRAINED_ON)
+    # By the digest of the weights, not by name: a folder that has moved is the same subject, and imported
+    # SAEs have no identity to compare.
     planned = plan.subject
     if card.identity and card.identity.subject_weights_sha256 != planned.weights_sha256:
         raise mismatch(
@@ -61,7 +64,8 @@ def check_dataset(name: str, card: SaeCard, plan: HarvestPlan) -> None:
 
 
 def other_windows(name: str, card: SaeCard, plan: HarvestPlan) -> str | None:
-    """The warning where an SAE was trained on windows that begin otherwise than a dataset's; else None."""
+    """Return a warning if an SAE was trained on windows that begin differently from a dataset's, or None."""
+    # A warning only: the SAE still reads rows of its hook, and older cards do not record how windows began.
     here = WindowRule.of(plan)
     if card.window is None or card.window.bos == here.bos:
         return None
@@ -71,10 +75,10 @@ def other_windows(name: str, card: SaeCard, plan: HarvestPlan) -> str | None:
 
 
 def check_autoencoder(name: str, parts: SaeParts) -> None:
-    """Check that an SAE gives back what it is given.
+    """Check that an SAE reconstructs its own input, from one hook.
 
     Raises:
-        SaeMismatch: It is a transcoder or a crosscoder.
+        SaeMismatch: The SAE is a transcoder or a crosscoder.
     """
     if parts.d_out is not None or parts.widths:
         raise SaeMismatch(
@@ -86,25 +90,26 @@ def check_autoencoder(name: str, parts: SaeParts) -> None:
 
 
 def check_same_place(name: str, card: SaeCard, other: str, reference: SaeCard) -> None:
-    """Check that two SAEs read the same hook of the same subject; where a card is silent, nothing is said.
+    """Check that two SAEs read the same hook of the same subject, as far as both cards say.
 
     Raises:
-        SaeMismatch: Another hook, width or subject than those of `other`, whose card is `reference`.
+        SaeMismatch: The hook, width or subject differs from that of `other`, whose card is `reference`.
     """
     if card.hook != reference.hook:
         raise mismatch("hook", name, expected=reference.hook, of=other, got=card.hook)
     if card.d_model != reference.d_model:
         raise mismatch("width D", name, expected=reference.d_model, of=other, got=card.d_model)
+    # An imported SAE has no identity: its subject cannot be compared, and it is not refused for that.
     mine, theirs = card.identity, reference.identity
     if mine and theirs and mine.subject_weights_sha256 != theirs.subject_weights_sha256:
         raise mismatch("subject", name, expected=_subject_of(theirs), of=other, got=_subject_of(mine))
 
 
 def check_subject(found: SubjectIdentity, planned: SubjectIdentity) -> None:
-    """Check that a subject that was loaded is the one that a dataset was harvested from.
+    """Check that a loaded subject is the one that a dataset was harvested from.
 
     Raises:
-        SaeMismatch: Its weights are others.
+        SaeMismatch: Its weights differ.
     """
     if found.weights_sha256 != planned.weights_sha256:
         raise mismatch(
@@ -118,10 +123,10 @@ def check_subject(found: SubjectIdentity, planned: SubjectIdentity) -> None:
 
 
 def check_one_subject(names: list[str], subjects: list[SubjectIdentity]) -> None:
-    """Check that several SAEs are of the subject of the first.
+    """Check that several SAEs have the same subject as the first.
 
     Raises:
-        SaeMismatch: One is not.
+        SaeMismatch: One has another subject.
     """
     for name, subject in zip(names, subjects, strict=True):
         if subject.weights_sha256 != subjects[0].weights_sha256:
