@@ -22,68 +22,84 @@ from winnow.schemas.follow import FollowLimits
 from winnow.schemas.subject import HookSite, SubjectIdentity
 
 SLICES = 64
-"""Inner chunks ("slices") of every shard; lanes own whole slices."""
+"""Inner chunks, called slices, of every shard. Lanes own whole slices, so the number of lanes divides it."""
 MOMENT_UNITS = 16
-"""Receipts of the first this-many units carry per-dimension moments."""
-# A plan from elsewhere must not make a reader allocate what it merely claims.
+"""Only the receipts of this many first units contain per-dimension moments: windows are shuffled over the
+corpus, so every unit is an unbiased sample of it."""
+# A plan from elsewhere must not make a reader allocate what it merely claims, so every count in it is
+# bounded.
 MAX_UNITS = 1 << 24
 MAX_HOOKS = 1024
 MAX_CONTEXT = 1 << 20
 MAX_ROWS_PER_UNIT = 1 << 26
+# A shard is put in one part, and is read back whole when a later attempt adopts it.
 MAX_SHARD_BYTES = 1 << 31
-"""One shard is put in one part and read back whole when it is adopted."""
+# The tokens of a unit are one chunk, which is read whole.
 MAX_TOKENS_PER_UNIT = 1 << 28
-"""Their chunk is read whole."""
 Dtype = Literal["bfloat16", "float16", "float32", "int8"]
 Compress = Literal["none", "zstd"]
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
 SCALE_BYTES = 4
-"""Of an int8 row: its scale, float32 little-endian, after its D values."""
+"""Bytes of an int8 row's scale, a little-endian float32 after its D values. It is in the row so that a slice
+contains everything that its rows need."""
 Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 
 
 class PlanSpec(Contract):
-    """How the corpus becomes rows: every field decides content."""
+    """How the corpus becomes rows. Every field affects the dataset's content, and so its identity."""
 
     hooks: tuple[HookName, ...] = Field(min_length=1, max_length=MAX_HOOKS)
-    """Where activations are read; several are read in one pass of the LM."""
+    """Hooks at which activations are read. Several are read in one pass of the model, and their rows stay
+    aligned: row i is the same token at each."""
     context_length: int = Field(default=128, ge=8, le=MAX_CONTEXT)
     """Window length T in tokens."""
     drop_leading: int = Field(default=1, ge=0)
-    """Leading positions of each window that are not stored (position 0 is an attention sink)."""
+    """Leading positions of each window that are not stored. 1, because position 0 is an attention sink: in
+    SmolLM2's layer 15 it alone has 99.7 % of the variance."""
+    # A multiple of the slices, so that all slices of a shard have the same number of rows.
     windows_per_unit: int = Field(default=1024, gt=0, le=MAX_ROWS_PER_UNIT, multiple_of=SLICES)
-    """Windows W in a unit; a unit is W x (T - drop_leading) rows, one shard a hook."""
+    """Windows W per unit. A unit has W x (T - drop_leading) rows and one shard per hook; shards of 128 to 512
+    MiB are a good size. Choose fewer for a small corpus, so that there are many units."""
     train_units: int | None = Field(default=None, gt=0)
-    """Units kept for training, the first in keyed order; null keeps the whole corpus."""
+    """Units kept for training: the first in the shuffled order. Null, the default, keeps the whole corpus."""
+    # At least one: every figure that is reported is measured on held-out rows.
     validation_units: int = Field(default=1, ge=1)
-    """Units of held-out text; they come first."""
+    """Units of held-out text. They are the first of the dataset, and are harvested first."""
     split_by: Literal["document", "window"] = "document"
-    """What is held out: whole documents, set aside before packing, or windows."""
+    """What is held out. `document`: whole documents, set aside before packing, so that no held-out text
+    continues in a training window. `window`: windows."""
     bos: Literal["auto", "none", "window"] = "auto"
-    """`window` starts every window with the BOS token; `none` never adds one. `auto`: `window` where the
-    tokenizer itself puts a BOS before a text, and that one is taken. A stored plan never says `auto`."""
+    """`window` begins every window with the BOS token; `none` never adds one. `auto`: `window` if the
+    tokenizer itself puts a BOS before a text, and then with that token. A stored plan records which it
+    was."""
     join: str = Field(default="auto", min_length=1, max_length=256)
-    """The token after each document: `eos`, `bos`, or the text of one token. `auto`: EOS, except where that
-    ends a chat's turn (`<|im_end|>`, `<|eot_id|>`, ...) and the vocabulary has a special token that ends
-    documents (`<|endoftext|>`, `<|end_of_text|>`, ...): that one, as in pretraining. A stored plan says what
-    was taken."""
+    """The token after each document: `eos`, `bos`, or the text of one token. `auto`: EOS, unless it ends a
+    chat's turn (`<|im_end|>`, `<|eot_id|>`, ...) and the vocabulary has a special token that ends documents
+    (`<|endoftext|>`, `<|end_of_text|>`, ...); then that one, as in pretraining. A stored plan records which
+    it was."""
     control_tokens: Literal["auto", "text", "token"] = "auto"
-    """What the spelling of a special token inside a document is: `text`, cut like any other, or that `token`,
-    for chats written out with their control tokens. `auto` is `text`. A stored plan never says `auto`."""
+    """How the spelling of a special token inside a document is read: as `text` like any other, or as that
+    `token`, for chats that are written out with their control tokens. `auto` is `text`, because a document
+    that only mentions such a token must not end there. A stored plan records which it was."""
     dtype: Dtype = "bfloat16"
-    """How activations are stored; `int8` keeps one float32 scale a row (docs/data.md has what it costs)."""
+    """Type in which activations are stored. `int8` takes half the bytes of bfloat16, with one float32 scale
+    per row; docs/data.md has its cost in FVU and delta CE."""
     compress: Compress = "none"
-    """Codec of each slice: `zstd` saves some bytes and costs time (docs/data.md has the figures)."""
+    """Codec of each slice. `none`, because `zstd` saves a fifth of the bytes of bfloat16 but reduces its read
+    speed by a fifth (docs/data.md)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Key of the window order, the rows' order inside units and the held-out choice."""
+    """Key of the order of the windows, of the rows inside units, and of the choice of held-out text."""
     sink_multiple: float = Field(default=10.0, gt=1)
-    """A row whose norm passes this multiple of its unit's median norm is marked (weight 0)."""
+    """A row whose norm exceeds this multiple of its unit's median norm is marked as a sink: it is stored,
+    with weight 0. 10, because a few such rows dominate every sum: in SmolLM2's layer 15, 30 rows of 177,800
+    had 73 % of the variance."""
     adopt_tolerance: float = Field(default=0.05, gt=0)
-    """Largest relative difference (Frobenius norm) at which rows stored by an attempt that died
-    before its receipt are taken for the same rows."""
+    """Largest relative difference, in the Frobenius norm, at which rows that an earlier attempt stored before
+    it died count as the same rows. Two attempts differ in float noise."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
+        # Refused here, before a corpus is read and tokenised for a plan that could not be harvested.
         if self.drop_leading >= self.context_length:
             raise ValueError("drop_leading must be smaller than context_length")
         if len(set(self.hooks)) != len(self.hooks):
@@ -95,87 +111,99 @@ class PlanSpec(Contract):
         return self
 
     def settled(self, found: Mapping[str, str]) -> PlanSpec:
-        """This spec with `found`'s value for each field that says `auto`."""
+        """Return this spec with `found`'s value for each field that says `auto`."""
         return self.model_copy(
             update={name: value for name, value in found.items() if getattr(self, name) == "auto"}
         )
 
 
+# Plans stored before these fields existed must keep both their meaning and their fingerprint, so a value that
+# says nothing new is not written. `bos` existed already, without `auto`, and is always written.
 BEFORE = {"bos": "none", "join": "eos", "control_tokens": "token"}
-"""What plans mean that were stored before these fields had an `auto`; but for `bos`, left out of the JSON."""
+"""What a plan means by `auto`, or by the absence of these fields, if it was stored before they had an
+`auto`."""
 
 
 class HarvestSpec(Contract):
-    """How the harvest runs; nothing here changes which rows come out, only their float noise."""
+    """How the harvest runs. Nothing here changes which rows come out, only their float noise."""
 
     batch_windows: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
-    """Windows in one forward pass, halved where memory runs out. `auto` measures what is fastest, once for
-    a root and a kind of device; the number decides the rows' last bits, so give it to get equal digests of
-    two roots."""
+    """Windows per forward pass; halved if memory runs out. `auto` measures which number is fastest, once per
+    root and kind of device. The number affects the last bits of the rows: set it if two roots should have
+    equal digests."""
     actors: int = Field(default=1, gt=0)
-    """Ray actors, one copy of the truncated LM each."""
+    """Largest number of Ray actors, each with its own copy of the truncated model."""
     threads_per_actor: int = Field(default=0, ge=0)
-    """CPU threads of an actor; 0 divides the cores that this process may use by `actors`."""
+    """CPU threads per actor. 0, the default, divides the cores that this process may use by `actors`. The
+    number affects the last bits of the rows."""
     gpus_per_actor: float | None = Field(default=None, ge=0)
-    """GPUs (or a share of one) that Ray reserves for an actor, which sees no others. Null: one where
-    there are any and `subject.device` is not `cpu`, else none."""
+    """GPUs, or a share of one, that Ray reserves for each actor, which sees no others. Null, the default, is
+    1 if there are any and `subject.device` is not `cpu`, otherwise 0."""
     unit_attempts: int = Field(default=3, gt=0)
-    """Failures of one unit before it is quarantined: the harvest goes on with the others and ends with
-    a list. NaN and infinity quarantine at once; failures of storage are not the unit's."""
+    """Failures of one unit after which it is quarantined; the harvest continues with the others and lists it
+    at the end. NaN and infinity would recur and quarantine at once; failures of storage do not count."""
     abort_after_failures: int = Field(default=10, gt=0)
-    """Failed attempts one after another, over all units, at which the harvest stops: the cause is then
-    hardly the units'."""
+    """Failed attempts in a row, over all units, after which the harvest stops, because then the cause is
+    hardly in the units."""
     ray_address: str | None = None
-    """A running cluster (`auto`, `host:6379`); null starts Ray on this machine for the run."""
+    """Address of a running Ray cluster (`auto`, `host:6379`). Null, the default, starts Ray on this machine
+    for the run."""
     follow: FollowLimits | None = None
-    """How far the harvest may run ahead of trainers with `train.follow`; null never waits for them."""
+    """How far the harvest may be ahead of trainers with `train.follow`. Null, the default, never waits for
+    them."""
     temp_dir: str | None = None
-    """Local folder for the planner's spill files; null takes the system's."""
+    """Local folder for the planner's spill files. Null, the default, takes the system's."""
 
 
 class CorpusFacts(Contract):
-    """What reading the corpus found."""
+    """What was found when the corpus was read. Part of the dataset's identity."""
 
     sha256: Sha256
-    """Digest over every document's text, length-prefixed, in order."""
+    """Digest of every document's text in order, each prefixed with its length, so that documents that are
+    divided differently give another digest."""
     documents: int = Field(gt=0)
+    """Number of documents, without duplicates."""
     tokens: int = Field(gt=0)
-    """Tokens of all documents, with the one that joins them."""
+    """Tokens of all documents, including those that join them."""
     duplicates_dropped: int = Field(default=0, ge=0)
-    """Documents equal to an earlier one."""
+    """Documents that were dropped because they equal an earlier one."""
+    # Both are left out of the JSON while empty, so that older plans keep their fingerprints.
     bad_records: dict[str, Annotated[int, Field(gt=0)]] = Field(default={}, exclude_if=lambda bad: not bad)
-    """Records left out by `corpus.bad_records: skip`, by reason."""
+    """Number of records that `corpus.bad_records: skip` left out, by reason."""
     bad_first: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
-    """The first of them: `file, place: reason`."""
+    """The first of those records, as `file, place: reason`."""
     windows_unused: int = Field(default=0, ge=0)
-    """Whole windows beyond the planned units."""
+    """Whole windows that were left over after the planned units."""
     tokens_unused: int = Field(default=0, ge=0)
-    """Tokens in no window: the tail of each split."""
+    """Tokens that are in no window: the tail of each split."""
 
 
 class Execution(Contract):
-    """Plan fields outside the fingerprint: they only move float noise, and receipts record them."""
+    """Plan fields outside the fingerprint: they affect float noise only, and receipts record them."""
 
     batch_windows: int | Literal["auto"]
+    """As in `HarvestSpec`."""
     threads_per_actor: int
+    """As in `HarvestSpec`."""
     code_version: str
-    """Winnow's version at planning time."""
+    """Version of Winnow that made the plan."""
     created: str
-    """UTC time, ISO 8601."""
+    """When the plan was made: UTC, ISO 8601."""
 
 
 def stored_width(dtype: Dtype, d_model: int) -> int:
-    """Numbers on disk in a row of D values: D, and of int8 the scale's bytes after them."""
+    """Return the numbers on disk per row of D values: D, and for int8 the scale's bytes after them."""
     return d_model + (SCALE_BYTES if dtype == "int8" else 0)
 
 
 def row_bytes(dtype: Dtype, d_model: int) -> int:
-    """Bytes on disk of a row of D values, uncompressed."""
+    """Return the bytes on disk per row of D values, uncompressed."""
     return stored_width(dtype, d_model) * DTYPE_BYTES[dtype]
 
 
 def check_shard_size(spec: PlanSpec, site: HookSite) -> None:
-    """ValueError where one shard would be larger than `MAX_SHARD_BYTES`."""
+    """Raise ValueError if one shard would be larger than `MAX_SHARD_BYTES`."""
+    # 4096: the shard's index and its checksums also need room (see `HarvestPlan.shard_bytes`).
     rows = spec.windows_per_unit * (spec.context_length - spec.drop_leading)
     if rows * row_bytes(spec.dtype, site.d_model) > MAX_SHARD_BYTES - 4096:
         raise ValueError(
@@ -189,28 +217,38 @@ class HarvestPlan(Artefact):
 
     kind: Literal["winnow.plan"] = "winnow.plan"
     subject: SubjectIdentity
+    """The model that is read."""
     corpus: CorpusSpec
+    """The text that is read."""
     corpus_facts: CorpusFacts
+    """What reading the text found."""
     spec: PlanSpec
+    """How text becomes rows, with every `auto` resolved."""
     sites: tuple[HookSite, ...]
-    """One for each hook of the spec, in its order, with widths."""
+    """The hooks of `spec`, in its order, with their widths."""
     units: int = Field(gt=0, le=MAX_UNITS)
-    """All units, the validation units first."""
+    """Number of units, validation units included; those come first."""
+    # One digest for all units: 64 digits for each of 2**20 units alone would reach MAX_JSON_BYTES.
     tokens_sha256: Sha256
-    """SHA-256 of the `token_digests` array's bytes (uint8 [units, 32], each unit's token digest)."""
+    """SHA-256 of the `token_digests` array's bytes: uint8 [units, 32], the digest of each unit's tokens."""
+    # Left out of the JSON if null, so that older plans keep their fingerprints.
     bos_token_id: int | None = Field(default=None, ge=0, exclude_if=lambda token: token is None)
-    """The token that windows start with, where it is not the subject's `bos_token_id`."""
+    """Id of the token that windows begin with, if it is not the subject's `bos_token_id`."""
     join_token_id: int | None = Field(default=None, ge=0, exclude_if=lambda token: token is None)
-    """The token that joins documents, where it is not the subject's `eos_token_id`."""
+    """Id of the token that joins documents, if it is not the subject's `eos_token_id`."""
     execution: Execution
+    """What else the plan was made with, outside its fingerprint."""
 
     @field_validator("spec")
     @classmethod
     def _settled(cls, spec: PlanSpec) -> PlanSpec:
+        # `auto` in a stored plan is a default filled in on reading: the plan was made before the field
+        # existed.
         return spec.settled(BEFORE)
 
     @field_serializer("spec", mode="wrap")
     def _as_before(self, spec: PlanSpec, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The counterpart of `_settled`: what it filled in is left out again, for the fingerprint's sake.
         fields = serialise(spec)
         left_out = [name for name in ("join", "control_tokens") if fields.get(name) == BEFORE[name]]
         return {name: value for name, value in fields.items() if name not in left_out}
@@ -221,6 +259,7 @@ class HarvestPlan(Artefact):
             raise ValueError("sites must name the spec's hooks in order")
         if self.units <= self.spec.validation_units:
             raise ValueError("a plan needs at least one training unit")
+        # The product too: a reader has an entry for every shard, not only for every unit.
         if self.units * len(self.sites) > MAX_UNITS:
             raise ValueError(f"units x hooks must be at most {MAX_UNITS}")
         for site in self.sites:
@@ -229,55 +268,59 @@ class HarvestPlan(Artefact):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON of every field but `execution`."""
+        """The dataset's identity: SHA-256 of the canonical JSON of every field except `execution`."""
         return sha256_hex(canonical_json(self.model_dump(mode="json", exclude={"execution"})))
 
     @property
     def bos_token(self) -> int | None:
-        """The token that every window starts with; None where windows start with text."""
+        """Id of the token that every window begins with; None if windows begin with text."""
         if self.spec.bos != "window":
             return None
         return self.subject.bos_token_id if self.bos_token_id is None else self.bos_token_id
 
     @property
     def join_token(self) -> int | None:
-        """The token that joins documents."""
+        """Id of the token that joins documents; None if the subject has none."""
         return self.subject.eos_token_id if self.join_token_id is None else self.join_token_id
 
     @property
     def rows_per_window(self) -> int:
+        """Stored rows per window."""
         return self.spec.context_length - self.spec.drop_leading
 
     @property
     def rows_per_unit(self) -> int:
+        """Rows per unit."""
         return self.spec.windows_per_unit * self.rows_per_window
 
     @property
     def rows_per_slice(self) -> int:
+        """Rows per slice; a whole number, because the windows of a unit are a multiple of `SLICES`."""
         return self.rows_per_unit // SLICES
 
     @property
     def rows(self) -> int:
-        """Rows of the whole dataset."""
+        """Rows of the whole dataset, held-out ones included."""
         return self.units * self.rows_per_unit
 
     @property
     def windows(self) -> int:
+        """Windows of the whole dataset, held-out ones included."""
         return self.units * self.spec.windows_per_unit
 
     def d_model(self, hook: str) -> int:
-        """Width D at `hook`; ConfigError where the plan has no such hook."""
+        """Return the width D at `hook`; raise ConfigError if the plan has no such hook."""
         for site in self.sites:
             if site.name == hook:
                 return site.d_model
         raise ConfigError(f"hook {hook!r}", expected=f"one of {', '.join(self.spec.hooks)}", got=hook)
 
     def stored_width(self, hook: str) -> int:
-        """Numbers on disk in a row of `hook`: D, or of int8 the scale's bytes more."""
+        """Return the numbers on disk per row of `hook`: D, and for int8 the scale's bytes after them."""
         return stored_width(self.spec.dtype, self.d_model(hook))
 
     def split_units(self, split: str) -> range:
-        """Unit numbers of `"train"`, `"validation"` or `"all"`."""
+        """Return the unit numbers of the split `"train"`, `"validation"` or `"all"`."""
         held_out = self.spec.validation_units
         splits = {
             "train": range(held_out, self.units),
@@ -289,92 +332,116 @@ class HarvestPlan(Artefact):
         return splits[split]
 
     def shard_bytes(self, hook: str) -> int:
-        """Size of one uncompressed shard of `hook`, index and checksums included, in bytes.
+        """Return the size of one uncompressed shard of `hook` in bytes, index and checksums included.
 
-        A compressed one is smaller, mostly; its receipt says by how much.
+        A compressed shard is usually smaller; its receipt says by how much.
         """
         payload = self.rows_per_unit * row_bytes(self.spec.dtype, self.d_model(hook))
+        # zarr's sharding: a crc32c (4) after each slice; the index, an offset and a length (8 + 8) for each
+        # slice, and its own crc32c.
         return payload + SLICES * 4 + SLICES * 16 + 4
 
 
 class Moments(Contract):
-    """Per-dimension sums over a unit's rows of weight 1; raw units of the activation."""
+    """Per-dimension sums over a unit's rows of weight 1, in the activation's own units."""
 
     rows: int = Field(ge=0)
+    """Number of those rows."""
     sums: tuple[float, ...]
-    """Sum over rows, one number a dimension."""
+    """Sum over the rows, one number per dimension."""
     squares: tuple[float, ...]
-    """Sum of squares over rows, one number a dimension."""
+    """Sum of squares over the rows, one number per dimension."""
 
 
 class ShardRecord(Contract):
-    """One committed shard, as read back or as written."""
+    """One committed shard, described from the bytes that are stored."""
 
     key: RelativeKey
+    """Key of the shard below the root."""
     bytes: int = Field(ge=0)
+    """Its size as stored."""
     sha256: Sha256
+    """Digest of its bytes as stored."""
+    # In the receipt, because zarr reads a flipped bit as data unless the checksums it finds in the shard are
+    # right.
     slice_crc32c: tuple[Crc32c, ...] = Field(min_length=SLICES, max_length=SLICES)
-    """crc32c of each slice's payload as stored, in slice order."""
+    """crc32c of each slice's payload as stored, in the order of the slices."""
     slice_lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         default=(), max_length=SLICES, exclude_if=lambda lengths: not lengths
     )
-    """Bytes of each slice's payload as stored, where the plan compresses; empty and left out otherwise."""
+    """Bytes of each slice's payload as stored, if the plan compresses; otherwise empty, and left out of the
+    JSON."""
     sum_squares: float = Field(ge=0, allow_inf_nan=False)
-    """Over all rows, in the stored values."""
+    """Sum of squares over all rows, of the values as stored."""
     largest_norm: float = Field(ge=0, allow_inf_nan=False)
+    """Largest norm of a row."""
     median_norm: float = Field(ge=0, allow_inf_nan=False)
+    """Median norm of the rows."""
     sinks: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Stored row numbers inside the unit whose norm passes sink_multiple x median, ascending."""
+    """Numbers, inside the unit, of the rows whose norm exceeds sink_multiple x median_norm; ascending."""
     moments: Moments | None = None
-    """For the first `MOMENT_UNITS` units."""
+    """Per-dimension sums; only in the first `MOMENT_UNITS` units."""
 
 
 class Attempt(Contract):
-    """Who made a unit and how: provenance, outside the content digest."""
+    """Where and how a unit was computed: provenance, outside the content digest."""
 
     id: str
-    """Random, new for every attempt."""
+    """Random id, new for every attempt."""
     worker: str = Field(default_factory=platform.node)
+    """Name of the machine."""
     seconds: float = Field(ge=0)
-    """Wall-clock from the unit's start to its receipt."""
+    """Wall-clock time from the unit's start to its receipt, in seconds."""
     batch_windows: int
+    """Windows per forward pass; the same for all passes of the unit."""
     threads: int
+    """CPU threads of the actor."""
     device: str
+    """Device that ran the model."""
     finished: str
-    """UTC time, ISO 8601."""
+    """When: UTC, ISO 8601."""
     adopted: tuple[HookName, ...] = ()
-    """Hooks whose shard an earlier attempt had already stored."""
+    """Hooks whose shard an earlier attempt had stored already."""
 
 
 class UnitReceipt(Artefact):
-    """`receipts/<unit>.json`: the unit is part of the dataset. Create-only; the commit point."""
+    """`receipts/<unit>.json`: the unit is part of the dataset. Create-only; this is the commit point."""
 
     kind: Literal["winnow.receipt"] = "winnow.receipt"
     plan_fingerprint: Sha256
+    """Fingerprint of the dataset's plan."""
     unit: int = Field(ge=0, lt=MAX_UNITS)
+    """Number of the unit."""
     revision: int = Field(default=0, ge=0, lt=1 << 31)
-    """Raised by a repair; readers take the highest."""
+    """0 at first; each repair adds a receipt with the next number, and readers take the highest."""
     tokens_sha256: Sha256
-    """Digest of the unit's token chunk (uint32 little-endian [W, T])."""
+    """Digest of the unit's token chunk: little-endian uint32 [W, T]."""
     shards: dict[HookName, ShardRecord]
-    """One for each hook of the plan; empty for a void unit."""
+    """The shard of each hook of the plan; empty for a void unit."""
     void: str | None = Field(default=None, max_length=4096)
-    """Why the unit holds no data: its rows keep their places with weight 0."""
+    """Why the unit has no data; its rows then keep their places with weight 0. Null for an ordinary unit."""
     attempt: Attempt
+    """The attempt that committed the unit."""
 
     def content(self) -> bytes:
-        """Canonical JSON of what the unit holds, free of attempt, time and revision."""
+        """Encode what the unit contains as canonical JSON, without attempt and revision."""
+        # Two harvests of the same plan must agree on the dataset's digest, whoever computed a unit and when.
         return canonical_json(self.model_dump(mode="json", exclude={"attempt", "revision"}))
 
 
 class ManifestPart(Contract):
-    """A Parquet file of receipts."""
+    """A Parquet file that gathers receipts."""
 
     key: RelativeKey
+    """Key of the file below the root."""
     bytes: int = Field(gt=0, le=1 << 30)
+    """Its size."""
     sha256: Sha256
+    """Its digest."""
     first_unit: int = Field(ge=0, lt=MAX_UNITS)
+    """The first unit in it."""
     units: int = Field(gt=0, le=MAX_UNITS)
+    """Number of units in it."""
 
 
 class HarvestManifest(Artefact):
@@ -382,109 +449,122 @@ class HarvestManifest(Artefact):
 
     kind: Literal["winnow.manifest"] = "winnow.manifest"
     plan_fingerprint: Sha256
+    """Fingerprint of the dataset's plan."""
     revision: int = Field(default=0, ge=0)
+    """0 at first; each repair adds a manifest with the next number, and readers take the highest."""
     parent: Sha256 | None = None
-    """SHA-256 of the manifest this one follows after a repair."""
+    """SHA-256 of the manifest that this one replaces after a repair; null for the first."""
     units: int = Field(gt=0, le=MAX_UNITS)
+    """Number of units, validation units included."""
     rows: int = Field(gt=0)
+    """Rows of each hook."""
     bytes: int = Field(ge=0)
-    """All shards together."""
+    """Size of all shards together."""
     sinks: dict[HookName, int]
-    """Marked rows (weight 0) by hook."""
+    """Number of rows marked as sinks (weight 0), by hook."""
     void_units: tuple[int, ...] = ()
+    """Units that were committed without data; ascending."""
     dataset_sha256: Sha256
-    """SHA-256 over the plan fingerprint and every unit's content digest, in unit order: equal for
-    equal data, whoever made it and whenever."""
+    """SHA-256 over the plan's fingerprint and every unit's content digest, in the order of units: equal for
+    equal data, whoever harvested it and when."""
+    # The receipts in a few files: a reader would otherwise make one request per unit to open the dataset.
     parts: tuple[ManifestPart, ...] = Field(min_length=1)
+    """The files that contain all receipts, in the order of units."""
     created: str
-    """UTC time, ISO 8601."""
+    """When the dataset was sealed: UTC, ISO 8601."""
 
 
 class BatchRecord(Artefact):
-    """`batches/<device>.json`: the windows in a pass that one kind of device harvests this root with.
+    """`batches/<device>.json`: the windows per pass with which one kind of device harvests this root.
 
-    `batches/<device>/<windows>.json` says that memory ran out since, and how many windows are left.
-    Create-only.
+    `batches/<device>/<windows>.json` says that memory ran out later, and how many windows are left. Both are
+    create-only, so that restarts and nodes that join use one number and give the same bits.
     """
 
     kind: Literal["winnow.batch"] = "winnow.batch"
     plan_fingerprint: Sha256
+    """Fingerprint of the dataset's plan."""
     batch_windows: int = Field(gt=0)
+    """Windows per pass to use."""
     tokens_per_s: dict[int, float] = {}
-    """Size -> what was measured; empty where memory ran out."""
+    """Windows per pass -> tokens per second that were measured; empty if memory ran out."""
 
 
 class TokenAccount(Contract):
-    """Where every token of the corpus went: `corpus + bos_added` is the sum of the four below it."""
+    """Where every token of the corpus went: `corpus + bos_added` is the sum of the four fields after them."""
 
     corpus: int = Field(ge=0)
-    """Tokens of all documents, with the one that joins them."""
+    """Tokens of all documents, including those that join them."""
     bos_added: int = Field(ge=0)
-    """BOS tokens that planned windows begin with; they are not of the corpus."""
+    """BOS tokens that planned windows begin with; the corpus does not contain them."""
     beyond_plan: int = Field(ge=0)
-    """In whole windows beyond the planned units."""
+    """Tokens in whole windows that were left over after the planned units."""
     tails: int = Field(ge=0)
-    """In no window: the end of each split."""
+    """Tokens in no window: the end of each split."""
     leading: int = Field(ge=0)
-    """At the leading positions of planned windows, which are not stored."""
+    """Tokens at the leading positions of planned windows, which are not stored."""
     stored: int = Field(ge=0)
-    """Rows of each hook once every unit is there."""
+    """Tokens that become rows: rows of each hook once every unit is committed."""
     sinks: dict[HookName, int] = {}
-    """Of `stored`: rows marked with weight 0, by hook; known once the dataset is sealed."""
+    """Rows among `stored` that are marked as sinks (weight 0), by hook; known once the dataset is sealed."""
     void: int | None = None
-    """Of `stored`: rows of void units, weight 0; known once the dataset is sealed."""
+    """Rows among `stored` that belong to void units (weight 0); null until the dataset is sealed."""
 
 
 class LedgerRun(Contract):
     """What one run of `winnow harvest` did."""
 
     id: str = ""
-    """Random, new for every run."""
+    """Random id, new for every run."""
     finished: str
-    """UTC time of the last entry, ISO 8601."""
+    """When this entry was last written: UTC, ISO 8601."""
     ended: bool = True
-    """False while the run is going on, and for ever where it was killed."""
+    """False while the run continues, and for ever if it was killed."""
     units: int = Field(ge=0)
-    """Units committed by this run."""
+    """Units that this run committed."""
     tokens: int = Field(ge=0)
-    """Tokens of those units' windows (W x T each)."""
+    """Tokens of those units' windows, W x T per unit."""
     bytes: int = Field(default=0, ge=0)
-    """Shard bytes of those units."""
+    """Bytes of those units' shards."""
     seconds: float = Field(ge=0)
-    """Wall-clock from the first unit handed out to the last receipt, model loading left out."""
+    """Wall-clock seconds from the first unit handed out to the last receipt; loading the model is
+    excluded."""
     lm_seconds: float = Field(default=0.0, ge=0)
-    """Seconds the LM worked, summed over actors."""
+    """Seconds that the model computed, summed over actors."""
     storage_wait_seconds: float = Field(default=0.0, ge=0)
-    """Seconds the LM stood still for storage (tokens to come, units to be committed), over actors."""
+    """Seconds that the model waited for storage, for tokens to arrive or units to be committed, summed over
+    actors."""
     failures: int = Field(default=0, ge=0)
-    """Unit attempts that failed and were tried again."""
+    """Attempts at a unit that failed and were repeated."""
     batch_windows: int | None = None
-    """Windows in a pass of the LM for the unit that was committed last."""
+    """Windows per forward pass of the unit that was committed last."""
 
 
 class HarvestLedger(Artefact):
-    """`ledger.json`: how the harvest went, run by run. Rewritten; no part of the dataset's identity."""
+    """`ledger.json`: the history of the harvest, run by run. Rewritten; no part of the dataset's identity."""
 
     kind: Literal["winnow.ledger"] = "winnow.ledger"
     runs: tuple[LedgerRun, ...] = ()
+    """The runs, oldest first."""
     account: TokenAccount | None = None
     """Where the corpus's tokens went."""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens over seconds of all runs; None before the first."""
+        """Tokens per second over all runs; None before the first unit."""
         seconds = sum(run.seconds for run in self.runs)
         tokens = sum(run.tokens for run in self.runs)
         return tokens / seconds if seconds and tokens else None
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Shard bytes over seconds of all runs that counted them; None before the first."""
+        """Bytes of shards per second over all runs that counted them; None before the first unit."""
+        # Ledgers of older versions have runs without bytes; their seconds must not count either.
         counted = [run for run in self.runs if run.bytes]
         seconds = sum(run.seconds for run in counted)
         return sum(run.bytes for run in counted) / seconds if seconds else None
 
     @property
     def storage_wait_seconds(self) -> float:
-        """Seconds the LM stood still for storage, over all runs and actors."""
+        """Seconds that the model waited for storage, summed over all runs and actors."""
         return sum(run.storage_wait_seconds for run in self.runs)

@@ -10,87 +10,97 @@ from pydantic import Field
 from winnow.schemas.base import Contract, HookName, Sha256
 
 HOOK_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
-"""The sites every common architecture has; anything else is a dotted module path."""
+"""Sites that every common architecture has; any other place is named by a dotted module path."""
 
+# Anchored at both ends: `model.resid_post.9` is a module path, not a named site.
 _NAMED = re.compile(rf"^({'|'.join(HOOK_SITES)})\.(\d+)$")
 
 
 def parse_hook(name: str) -> tuple[str, int] | None:
-    """`"resid_post.9"` -> `("resid_post", 9)`; None where `name` is a module path."""
+    """Split `"resid_post.9"` into `("resid_post", 9)`; return None if `name` is a module path."""
     match = _NAMED.match(name)
     return (match[1], int(match[2])) if match else None
 
 
 class SubjectSpec(Contract):
-    """The subject model as the user names it."""
+    """The language model to read, as the user names it."""
 
     model: str = Field(min_length=1)
-    """A hub id, a local folder, a `.gguf` file, or `package://DIST/FILE.gguf` for weights that an
-    installed Python distribution ships."""
+    """A hub id, a local folder, a `.gguf` file, or `package://DIST/FILE.gguf` for weights that an installed
+    Python distribution ships."""
     revision: str | None = None
-    """Hub ids: branch, tag or commit."""
+    """Of a hub id: branch, tag or commit. Null, the default, takes the hub's default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights and activations inside the LM. `auto`: float32 on a CPU (bfloat16 is several times
-    slower there), bfloat16 on a GPU."""
+    """Type of the weights and activations inside the model. `auto`: bfloat16 on a GPU, float32 on a CPU,
+    where bfloat16 is several times slower."""
     device: str = "auto"
-    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
+    """Device that runs it: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU if there is one, otherwise the CPU."""
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
-    """For a subject larger than a card: how accelerate lays its layers over all the GPUs that the process
-    sees (`harvest.gpus_per_actor` of them). Only GPUs: nothing is left to the CPU or a disk."""
+    """For a subject larger than one GPU: how accelerate distributes its layers over the GPUs that the process
+    sees (`harvest.gpus_per_actor` of them). A subject that does not fit on them is refused rather than partly
+    placed on the CPU or a disk. Null, the default, uses one device."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """The attention implementation of transformers. `auto`: sdpa where the architecture has it, else eager;
-    for a dataset that has a plan, the plan's."""
+    """Attention implementation of transformers. `auto`: that of the plan if the dataset has one; otherwise
+    sdpa if the architecture supports it, and eager if not."""
     trust_remote_code: bool = False
-    """Run model code that comes with the weights. Off: such a model is refused."""
+    """Run code that comes with the weights. False, because such code can do anything; a model that needs it
+    is then refused."""
 
 
 class HookSite(Contract):
-    """A hook, resolved against a subject."""
+    """A hook and the width that a subject has there."""
 
     name: HookName
-    """`resid_post.9`, or a dotted module path."""
+    """Name of the hook: `resid_post.9`, or a dotted module path."""
+    # Bounded, as a plan from elsewhere must not make a reader allocate what it merely claims.
     d_model: int = Field(gt=0, le=1 << 20)
-    """Width D of the activation read there."""
+    """Width D of the activations read there."""
 
 
 class SubjectIdentity(Contract):
-    """The subject model as it was found: what a dataset's activations depend on."""
+    """The subject model as it was found: what a dataset's activations depend on.
+
+    Two subjects are the same if their digests are; `model` and `revision` only say where the files were.
+    """
 
     model: str
-    """As in `SubjectSpec.model`."""
+    """The name that it was loaded by, as in `SubjectSpec.model`."""
     revision: str | None = None
-    """The commit a hub id resolved to, where it is known."""
+    """The commit that a hub id resolved to; null if it is not known."""
     architecture: str
-    """transformers' `model_type`, such as `llama`."""
+    """Model type of transformers, such as `llama`."""
     weights_sha256: Sha256
-    """Digest of the weight files in name order."""
+    """Digest of the weight files in the order of their names."""
     tokenizer_sha256: Sha256
-    """Digest of the tokenizer's serialised form."""
+    """Digest of the tokenizer in serialised form."""
     dtype: Literal["float32", "bfloat16", "float16"]
-    """Resolved from `auto`."""
+    """Type of weights and activations, resolved from `auto`."""
     attention: Literal["sdpa", "eager"]
-    """Resolved from `auto`; `eager` for a model without attention."""
+    """Attention implementation, resolved from `auto`; `eager` for a model without attention."""
     layers: int = Field(gt=0)
-    """Transformer blocks of the whole model."""
+    """Number of transformer blocks of the whole model."""
     vocabulary: int = Field(gt=0)
-    """Rows V of the embedding."""
+    """Vocabulary size V: rows of the embedding."""
     context_limit: int | None = None
-    """Longest context the model's config allows, in tokens."""
+    """Longest context that the model's config allows, in tokens; null if it sets no limit."""
     bos_token_id: int | None = None
-    """Beginning of sequence, where the tokenizer has one."""
+    """Id of the token at the beginning of a sequence; null if the tokenizer has none."""
     eos_token_id: int | None = None
-    """End of sequence, where the tokenizer has one."""
+    """Id of the token at the end of a sequence; null if the tokenizer has none."""
 
     def spec(self, stated: SubjectSpec | None = None) -> SubjectSpec:
-        """How to load this subject again.
+        """Return the spec that loads this subject again.
 
         Args:
-            stated: What a config says of it, which holds; attention that is `auto` there is this subject's.
+            stated: A config's spec of it, which takes precedence; only `attention: auto` is replaced by this
+                subject's.
         """
         if stated is None:
             return SubjectSpec(
                 model=self.model, revision=self.revision, dtype=self.dtype, attention=self.attention
             )
+        # Another release of transformers may resolve `auto` differently, and sdpa ignored Gemma 2's cap of
+        # attention logits on 4.51 to 5.20: the dataset's choice holds, not today's default.
         if stated.attention == "auto":
             return stated.model_copy(update={"attention": self.attention})
         return stated

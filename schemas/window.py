@@ -1,4 +1,4 @@
-"""What a plan says of how a window of text begins: it travels with everything that is made of the dataset."""
+"""How a dataset's windows of text begin: a rule that travels with everything made from the dataset."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from winnow.schemas.harvest import HarvestPlan
 
 
 class WindowRule(Contract):
-    """How text becomes a window, for whatever runs it beside a dataset: index, card, tool, export."""
+    """How text becomes a window, for whatever runs other text beside a dataset: index, card, tool, export."""
 
     bos: bool = False
-    """Whether BOS goes before the text."""
+    """Whether the BOS token precedes the text."""
     bos_token: int | None = Field(default=None, ge=0)
-    """Its id; null takes that of the subject's tokenizer."""
+    """Id of that token; null takes the one of the subject's tokenizer."""
     control_tokens: Literal["text", "token"] = "text"
-    """What a special token's spelling in the text is read as: `text` like any other, or that `token`."""
+    """How the spelling of a special token in the text is read: as `text` like any other, or as that
+    `token`."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -28,7 +29,8 @@ class WindowRule(Contract):
 
     @classmethod
     def of(cls, plan: HarvestPlan) -> Self:
-        """What a dataset's windows are like."""
+        """Make the rule by which a dataset's windows were cut."""
+        # A plan knows more values than the two here: only "token" is one, whatever an older plan says.
         begins, control = plan.bos_token, plan.spec.control_tokens
         return cls(
             bos=begins is not None,
@@ -38,10 +40,10 @@ class WindowRule(Contract):
 
     @property
     def inside(self) -> WindowRule:
-        """The same for text that stands further on in a window."""
+        """The rule for text that does not stand at the beginning of a window: the same without BOS."""
         return WindowRule(control_tokens=self.control_tokens)
 
     @property
     def words(self) -> str:
-        """How a window begins, for people."""
+        """How a window begins, in words."""
         return "windows begin with BOS" if self.bos else "windows begin with text"
