@@ -1,4 +1,4 @@
-"""Training: what to train (spec), where a run stands (checkpoint), what came out (card)."""
+"""Training: what to train (spec), the state of a run (checkpoint), the result (card)."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ MomentsDtype = Literal["float32", "bfloat16", "int8"]
 
 
 class SaeParts(Contract):
-    """What an SAE is made of beside its sizes; the default is the paper's TopK autoencoder."""
+    """What an SAE is made of besides its sizes. The default is the TopK autoencoder of Gao et al. 2024."""
 
     activation: Activation = "topk"
-    """`topk`: the K best of each row. `batchtopk`: trained on the best K a row of a whole batch, used with
-    one threshold. `relu`: all above 0. `jumprelu`: all above their latent's own threshold."""
+    """Which latents are active. `topk`: the K largest of each row. `batchtopk`: in training the largest K per
+    row on average over a batch, otherwise all above one threshold. `relu`: all above 0. `jumprelu`: all above
+    their own threshold."""
     d_out: int | None = Field(default=None, gt=0)
-    """Width of a transcoder's target rows; null where the input is reconstructed."""
+    """Of a transcoder: width of the target's rows. Null if the SAE reconstructs its input."""
     target_normalize: Literal["dataset", "none"] | None = None
-    """How a transcoder's target rows are normalised; null where there is none."""
+    """Of a transcoder: how the target's rows are normalised, as in `TrainSpec.normalize`. Null otherwise."""
     skip: bool = False
-    """A transcoder's linear path W_skip [d_out, D] beside the latents."""
+    """Of a transcoder: whether it has a linear path W_skip [d_out, D] besides the latents."""
     widths: tuple[int, ...] = ()
-    """Widths of a crosscoder's hooks, whose rows are joined in this order; empty for a single hook."""
+    """Of a crosscoder: widths of its hooks, whose rows are concatenated in this order. Empty for a single
+    hook."""
     matryoshka: tuple[int, ...] = ()
-    """Sizes of the prefixes of latents that were trained to reconstruct on their own; N is always one."""
+    """Numbers of leading latents that were trained to reconstruct without the others; N is always one of
+    them. Empty if there are no others."""
     layer_epsilon: float = Field(default=0.0, ge=0)
-    """`layer` divides a row by (std + layer_epsilon) sqrt(D - 1), std being its unbiased standard deviation,
-    and restores it with std sqrt(D - 1). 0 in Winnow's own SAEs, 1e-5 in those from OpenAI and SAELens."""
+    """With `normalize: layer`, a row is divided by (std + layer_epsilon) sqrt(D - 1), where std is its
+    unbiased standard deviation, and restored with std sqrt(D - 1). 0 in Winnow's own SAEs, 1e-5 in those of
+    OpenAI and SAELens."""
+    # Left out of the JSON while false: cards written before it existed keep their bytes.
     centred: bool = Field(default=False, exclude_if=lambda centred: not centred)
-    """With `normalize: none`: each row's mean over D is removed before encoding and added to the output.
-    Only in imported SAEs: those that were trained on TransformerLens' centred residual stream."""
+    """With `normalize: none`: whether each row's mean over D is removed before encoding and added to the
+    output. True only in imported SAEs that were trained on TransformerLens' centred residual stream."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -45,6 +50,7 @@ class SaeParts(Contract):
             raise ValueError("d_out and target_normalize belong together: a transcoder has both")
         if self.skip and self.d_out is None:
             raise ValueError("skip needs a target: it is a transcoder's part")
+        # A transcoder's output is another hook's row, to which the input's mean does not belong.
         if self.centred and (self.d_out is not None or self.widths):
             raise ValueError("centred is a part of an autoencoder: what a transcoder reads folds into W_enc")
         if self.widths and (len(self.widths) < 2 or min(self.widths) < 1 or self.d_out is not None):
@@ -59,157 +65,187 @@ def _require_prefixes(sizes: tuple[int, ...]) -> None:
 
 
 class MeshSpec(Contract):
-    """How the processes of a run are laid out; see docs/trainer.md."""
+    """How the processes of a run are arranged: `data` x `latent` ranks (docs/trainer.md, "Parallel")."""
 
     data: int | None = Field(default=None, gt=0)
-    """Ranks that split the batch; it divides `lanes`. Null takes the processes that `latent` leaves."""
+    """Ranks that split the batch. It must divide `lanes`, because a rank owns whole lanes. Null, the default,
+    takes the processes that `latent` leaves."""
     latent: int = Field(default=1, gt=0)
-    """Ranks that split the latents."""
+    """Ranks that split the latents: weights, Adam's state, average and dead counts. 1, the default, keeps
+    them whole."""
 
     @property
     def size(self) -> int:
-        """Processes; the least of them where `data` is open."""
+        """Number of processes; the smallest possible if `data` is null."""
         return (self.data or 1) * self.latent
 
 
 class TrainSpec(Contract):
-    """One SAE and how it is trained (recipe: Gao et al. 2024, arXiv 2406.04093)."""
+    """One SAE and how it is trained.
+
+    Where no other source is named, the recipe is that of Gao et al. 2024 (arXiv 2406.04093).
+    """
 
     out: str = Field(min_length=1)
-    """Folder or URI of the run: checkpoints, telemetry, plots and the published SAE."""
+    """Folder or URI of the run. Checkpoints, telemetry, plots and the published SAE are written to it."""
     hook: HookName
-    """The hook whose rows are reconstructed; the dataset must hold it."""
+    """The hook whose rows are read, and reconstructed unless there is a `target_hook`. The dataset must have
+    it."""
     latents: int = Field(gt=0)
-    """Dictionary size N."""
+    """Number of latents N, the size of the dictionary."""
     k: int = Field(gt=0)
-    """Active latents K for each row; with `batchtopk` their mean, with `jumprelu` the mean aimed at, with
-    `relu` not used."""
+    """Active latents K per row. With `batchtopk` it is their mean, with `jumprelu` the mean that training
+    aims at; `relu` does not use it."""
     k_start: int | None = Field(default=None, gt=0)
-    """K of the first step; it falls to `k` in eight equal stages over `k_anneal_fraction` of the steps (He
-    et al. 2024, arXiv 2410.20526). While more latents are active, more of them find a direction of their own.
-    Null is `k` all along."""
+    """K of the first step. It falls to `k` in eight equal stages over `k_anneal_fraction` of the steps (He et
+    al. 2024, arXiv 2410.20526): while more latents are active, more of them find a direction of their own.
+    Null, the default, is `k` throughout, because annealing was not ahead on known directions and worse on
+    real ones."""
     k_anneal_fraction: float = Field(default=0.3, gt=0, lt=1)
-    """Share of the steps, at the beginning, on which K is above `k`, where `k_start` is set."""
+    """Share of the steps, from the first, on which K is above `k` if `k_start` is set."""
     normalize: Normalize = "layer"
-    """`layer`: each row's mean removed and scaled to unit norm (the paper's); `dataset`: the dataset's
-    mean removed and one scalar for a mean squared norm of 1; `none`."""
+    """How rows are normalised. `layer`: each row's mean is removed and the row scaled to unit norm, as in Gao
+    et al. `dataset`: the dataset's mean is removed, and one scalar makes the mean squared norm 1. `none`: not
+    at all."""
     activation: Activation = "topk"
-    """`topk` (the paper's), `batchtopk` (Bussmann et al. 2024), or the baselines `relu` (with an L1 penalty)
-    and `jumprelu` (Rajamanoharan et al. 2024)."""
+    """Which latents are active: `topk` (Gao et al.), `batchtopk` (Bussmann et al. 2024), or the baselines
+    `relu` (with an L1 penalty) and `jumprelu` (Rajamanoharan et al. 2024). See `SaeParts.activation`."""
     target_hook: HookName | None = None
-    """Transcoder: the latents read `hook` and reconstruct this hook's rows of the same tokens."""
+    """Makes a transcoder: the latents read `hook` and reconstruct this hook's rows of the same tokens."""
+    # Not `layer`, the default of `normalize`: at inference the target's norm is unknown.
     target_normalize: Normalize = "dataset"
-    """As `normalize`, for `target_hook`. `layer` is refused: at inference nobody knows a target's norm."""
+    """How the rows of `target_hook` are normalised: `dataset` or `none`. `layer` is refused, because the
+    target's norm is unknown at inference."""
     skip: bool = False
-    """Transcoder: add a linear path from the input to the target (Paulo et al. 2025)."""
+    """Of a transcoder: add a linear path from the input to the target (Paulo et al. 2025)."""
     with_hooks: tuple[HookName, ...] = ()
-    """Crosscoder: more hooks, whose rows are joined to those of `hook`; all are read and reconstructed by
-    the same latents, each normalised by its own constants."""
+    """Makes a crosscoder: further hooks, whose rows are concatenated with those of `hook`. The same latents
+    read and reconstruct all of them, each normalised by its own constants."""
     matryoshka: tuple[int, ...] = ()
-    """Ascending numbers of latents: the first so many must reconstruct on their own (Bussmann et al. 2025).
-    All `latents` together are always the last of them."""
+    """Ascending numbers of latents: for each, that many leading latents must also reconstruct without the
+    others (Bussmann et al. 2025). All `latents` together are always the last of them. Empty trains only
+    those."""
     encoder_norm: Annotated[float, Field(gt=0)] | Literal["match"] | None = None
-    """Norm of the encoder's rows at the start, which point where the decoder's do. `match`: such that the
-    first reconstruction is as long as its input (Gao et al. 2024, A.1). Null takes 0.5 for TopK and BatchTopK
-    (docs/trainer.md says why) and `match` for transcoders, ReLU and JumpReLU."""
+    """Norm of the encoder's rows at the start; they point in the same directions as the decoder's. `match`:
+    such that the first reconstruction is as long as its input (Gao et al., A.1). Null, the default, takes
+    `match` for transcoders, ReLU and JumpReLU, and 0.5 for TopK and BatchTopK: FVU 0.136 instead of 0.144 on
+    the quickstart (docs/trainer.md)."""
     init_from: str | None = None
-    """An SAE, a folder or URI, to begin from in place of random directions: of the same hook's width,
-    normalisation and parts. Of one with more latents those that contribute most are kept (docs/trainer.md,
+    """Folder or URI of an SAE to begin from instead of random directions. It must have the same width,
+    normalisation and parts. If it has more latents, those that contribute most are kept (docs/trainer.md,
     "Beginning from another SAE")."""
     batch_rows: int = Field(default=2048, gt=0)
-    """Rows B of a global batch; divisible by `lanes`."""
+    """Rows B of a global batch; a multiple of `lanes`."""
     accumulate: int = Field(default=1, gt=0)
-    """Micro-batches of a step: the same step as without, up to rounding, in the memory of one of them. It
-    divides `batch_rows`, and with `batchtopk` `selection_groups`. May change on resume."""
+    """Micro-batches per step. The step is the same up to rounding, in the memory of one micro-batch. It must
+    divide `batch_rows`, and with `batchtopk` also `selection_groups`. It may change on resume."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the training split."""
     lanes: int = Field(default=64, gt=0)
-    """Lanes G of the stream; divides 64, and `mesh.data` must divide it."""
+    """Lanes G of the stream: the largest number of data ranks that see the same batches. It must divide 64,
+    the slices of a shard, and `mesh.data` must divide it."""
     group_units: int | None = Field(default=None, gt=0)
-    """Units U shuffled together; null takes as many as `group_bytes` holds."""
+    """Units U that are shuffled together. Null, the default, takes as many as `group_bytes` allows."""
     group_bytes: int = Field(default=2 * 2**30, gt=0)
-    """Budget for one group in memory over all ranks, in bytes; twice that with double buffering."""
+    """Memory for one group over all ranks, in bytes. Twice as much is used, since the next group is read
+    while one is consumed."""
     lr: float | None = Field(default=None, gt=0)
-    """Adam's learning rate; null takes lr_constant / sqrt(N)."""
+    """Adam's learning rate. Null, the default, takes lr_constant / sqrt(N)."""
     lr_constant: float = Field(default=0.064, gt=0)
-    """0.064 for short runs (1e-3 at N = 4,096), 0.018 for long ones (1e-4 at 32,768)."""
+    """Constant of that rule: 0.064 for short runs (1e-3 at N = 4,096), 0.018 for long ones (1e-4 at N =
+    32,768)."""
     warmup_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps over which lr rises linearly from 0."""
+    """Share of the steps, from the first, over which the learning rate rises linearly from 0."""
     decay_fraction: float = Field(default=0.2, ge=0, le=1)
-    """Share of the steps, at the end, over which lr falls linearly to 0."""
+    """Share of the steps, up to the last, over which the learning rate falls linearly to 0."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the first and the second moment."""
     adam_eps: float = Field(default=6.25e-10, gt=0)
+    """Adam's epsilon, that of Gao et al."""
     moments: MomentsDtype = "float32"
-    """How Adam's two moments of the matrices are kept: `bfloat16` takes half the memory, `int8`, with a scale
-    for each latent, a quarter. Both are rounded at random, by draws that a resume repeats."""
+    """Type in which Adam's two moments of the matrices are stored. `bfloat16` takes half the memory, `int8`,
+    with a scale per latent, a quarter. Both are rounded at random, since the nearest value would freeze a
+    slowly falling moment; a resumed run repeats the draws."""
     clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest global gradient norm, after the decoder's projection; null never clips."""
+    """Largest norm of the whole gradient, after the decoder's projection. Null never clips."""
     auxk_coefficient: float = Field(default=1 / 32, ge=0)
-    """Weight of the AuxK term; 0 turns it off."""
+    """Weight of the AuxK loss, by which dead latents are revived; 0 turns it off."""
     auxk_k: int | None = Field(default=None, gt=0)
-    """Dead latents used by AuxK; null takes the power of two nearest D/2."""
+    """Dead latents per row that the AuxK loss uses. Null, the default, takes the power of two nearest to
+    D/2."""
     dead_after_tokens: int | None = Field(default=None, gt=0)
-    """A latent silent for this many rows is dead. Null takes a fortieth of the planned rows, or longer until
-    the average latent is due to be active 50 times, up to a tenth, and at most 10 M (docs/trainer.md, "When a
+    """Rows without activation after which a latent is dead. Null, the default, takes a fortieth of the run,
+    or longer until the average latent was due to be active 50 times (a tenth of the run at most), and never
+    more than 10 M: with a tenth, 1 % of the latents of a short run ended silent (docs/trainer.md, "When a
     latent is dead")."""
     multi_topk: bool = False
-    """Add the loss at 4K, divided by 8."""
+    """Add the loss at 4K active latents, divided by 8 (Gao et al.)."""
     selection_groups: int | None = Field(default=None, gt=0)
-    """`batchtopk`: parts of the batch, of whole lanes, in each of which the best K a row are selected,
-    whatever the mesh. Null takes 8, or `lanes` where that is less."""
+    """Of `batchtopk`: parts of the batch, each of whole lanes, within which the largest K per row are
+    selected, so that the selection does not depend on the number of processes. Null, the default, takes 8, or
+    `lanes` if that is less."""
     sparsity_coefficient: float | None = Field(default=None, ge=0)
-    """`relu`: weight of the L1 term; null takes 5/sqrt(D) (Anthropic, April 2024, in these units).
+    """Of `relu`: weight of the L1 penalty; null takes 5/sqrt(D) (Anthropic, April 2024, in these units). Of
     `jumprelu`: weight of (L0/K - 1)^2; null takes 1."""
     sparsity_warmup_fraction: float = Field(default=0.05, ge=0, le=1)
-    """`relu`, `jumprelu`: share of the steps over which that weight rises linearly from 0."""
+    """Of `relu` and `jumprelu`: share of the steps over which that weight rises linearly from 0."""
     bandwidth: float = Field(default=0.001, gt=0)
-    """`jumprelu`: width, in units of the normalised space, of the kernel that tells the thresholds which
-    way to go (Rajamanoharan et al. 2024, section 4)."""
+    """Of `jumprelu`: width, in the normalised space, of the kernel through which thresholds get a gradient
+    (Rajamanoharan et al. 2024, section 4)."""
     ema: bool = True
-    """Keep an exponential moving average of the weights and export it if it is better."""
+    """Keep an exponential moving average of the weights, and export it if it is better on held-out rows."""
     ema_beta: float | None = Field(default=None, ge=0, lt=1)
-    """Null takes min(0.999, 1 - 20/steps)."""
+    """Decay rate of that average. Null, the default, takes min(0.999, 1 - 20/steps): on a run of 700 steps
+    0.999 cost 0.06 of FVU."""
     sample_rows: int = Field(default=8192, gt=0)
-    """Rows of the initial sample: geometric median, loss constants, encoder scale."""
+    """Rows of the initial sample, from which the geometric median, the loss constants and the encoder's scale
+    are computed."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Weights, and the stream's order where `order_seed` is null."""
+    """Seed of the initial weights, and of the stream's order if `order_seed` is null."""
     order_seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """The stream's order. SAEs that differ in `seed` alone share one read of the store if this is set."""
+    """Seed of the stream's order. SAEs that differ only in `seed` share one read of the dataset if this is
+    set."""
     follow: bool = False
-    """Train while the dataset is harvested: wait for each group of units, and see the same batches."""
+    """Train while the dataset is harvested: wait for each group of units, and see the same batches as
+    later."""
     follow_seconds: float = Field(default=600.0, gt=0)
-    """A follower gives up after this long without the plan, or without any unit being committed."""
+    """Seconds without the plan, or without any new unit, after which a follower gives up; the same command
+    resumes."""
     mesh: MeshSpec = MeshSpec()
-    """Processes of the run (`torchrun -m winnow.trainer`): data x latent of them. May change on resume."""
+    """How the processes of the run (`torchrun -m winnow.trainer`) are arranged. It may change on resume."""
     device: str = "auto"
-    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
+    """Device to train on: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU if there is one, otherwise the CPU."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 takes every core. Bit-identical resume needs the same number."""
+    """CPU threads; 0, the default, takes every core. A resume is bit-identical only with the same number."""
     kernels: Literal["auto", "eager", "cpu", "triton"] = "auto"
-    """How a step is computed. `auto`: `cpu` on a CPU, `triton` on a GPU; both leave one dense product a
-    step. `eager`: the plain step that the others are held to. Another choice moves float noise."""
+    """How a step is computed. `auto`: `cpu` on a CPU, `triton` on a GPU; both leave one dense product per
+    step. `eager`: the plain step, which specifies what the others must compute. The choice affects float
+    noise only."""
     compute_dtype: ComputeDtype = "float32"
-    """Type in which the large products and gathers of a step take their operands; they are summed in float32,
-    and weights, gradients, average and checkpoints stay float32. `bfloat16` is for GPUs, whose tensor cores
-    are many times faster in it; a CPU rounds alike and is slower for it."""
+    """Type of the operands of a step's large products and gathers. Sums, weights, gradients, average and
+    checkpoints are float32 in any case. `bfloat16` is meant for GPUs, whose tensor cores are many times
+    faster in it; a CPU rounds in the same way, but is slower."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
-    """Wall-clock between checkpoints; 0 checkpoints after every step."""
+    """Wall-clock seconds between checkpoints; 0 writes one after every step."""
+    # At least two: the older one is the way back if the newest turns out to be damaged.
     checkpoints_kept: int = Field(default=2, ge=2)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept. There must be space for one more while it is written."""
     log_every_steps: int = Field(default=10, gt=0)
     """Steps between telemetry lines."""
     tensorboard: str | None = Field(default=None, min_length=1)
-    """Folder of this machine for TensorBoard's event files, one below it for each run; null writes none."""
+    """Local folder for TensorBoard's event files, with a folder below it per run. Null, the default, writes
+    none."""
     wandb: str | None = Field(default=None, min_length=1)
-    """Project of Weights & Biases that the telemetry goes to; null sends nothing anywhere."""
+    """Project of Weights & Biases that telemetry is sent to. Null, the default, sends nothing anywhere."""
 
     @property
     def stream_seed(self) -> int:
-        """Key of the stream's order."""
+        """Seed of the stream's order."""
         return self.seed if self.order_seed is None else self.order_seed
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
+        # Everything that a step would trip over later is refused here, before a dataset is opened.
         if self.k > self.latents:
             raise ValueError(f"k must be at most latents (K <= N): k={self.k}, latents={self.latents}")
         if self.k_start is not None and not self.k <= self.k_start <= self.latents:
@@ -218,6 +254,7 @@ class TrainSpec(Contract):
             )
         if self.auxk_k is not None and self.auxk_k > self.latents:
             raise ValueError(f"auxk_k must be at most latents: auxk_k={self.auxk_k}, latents={self.latents}")
+        # 64: the slices of a shard (`schemas.harvest.SLICES`), of which a lane owns a whole number.
         if 64 % self.lanes:
             raise ValueError(f"lanes must divide 64, got {self.lanes}")
         if self.batch_rows % self.lanes:
@@ -243,6 +280,7 @@ class TrainSpec(Contract):
                 "accumulate must divide selection_groups, since batchtopk selects in whole groups: "
                 f"selection_groups={self.groups}, accumulate={self.accumulate}"
             )
+        # ReLU and JumpReLU have any number of active latents, so their codes are dense: eager step only.
         dense = self.kernels == "eager" or self.activation in ("relu", "jumprelu")
         fused = {"accumulate": self.accumulate > 1, "compute_dtype": self.compute_dtype != "float32"}
         fused["moments"] = self.moments != "float32"
@@ -267,6 +305,7 @@ class TrainSpec(Contract):
         if len({self.hook, *self.with_hooks}) != 1 + len(self.with_hooks):
             raise ValueError(f"with_hooks names a hook twice: {self.hook}, {', '.join(self.with_hooks)}")
         _require_prefixes(self.matryoshka)
+        # Only the last needs comparing: the sizes ascend.
         if self.matryoshka and self.matryoshka[-1] > self.latents:
             raise ValueError(
                 f"matryoshka sizes are at most latents: {self.matryoshka[-1]}, latents={self.latents}"
@@ -276,19 +315,21 @@ class TrainSpec(Contract):
 
     @property
     def first_encoder_norm(self) -> float | None:
-        """`encoder_norm`, resolved; None is `match`."""
+        """`encoder_norm` with null resolved; None stands for `match`."""
         if self.encoder_norm is not None:
             return None if self.encoder_norm == "match" else self.encoder_norm
+        # Measured for TopK and BatchTopK only. Other variants keep `match`: the scale of their codes matters
+        # from the first step.
         return 0.5 if self.target_hook is None and self.activation in ("topk", "batchtopk") else None
 
     @property
     def groups(self) -> int:
-        """`selection_groups`, resolved."""
+        """`selection_groups` with null resolved."""
         return self.selection_groups if self.selection_groups is not None else min(8, self.lanes)
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Latents of each prefix that reconstructs on its own; the last is N."""
+        """Numbers of leading latents that must reconstruct without the others; the last is N."""
         return (*(size for size in self.matryoshka if size < self.latents), self.latents)
 
     @property
@@ -303,11 +344,12 @@ class TrainSpec(Contract):
 
     @property
     def read_hooks(self) -> tuple[str, ...]:
-        """Every hook that is read."""
+        """Every hook that is read from the dataset."""
+        # Not input_hooks + output_hooks: a crosscoder's outputs are its inputs, and would be read twice.
         return self.input_hooks if self.target_hook is None else (self.hook, self.target_hook)
 
     def parts(self, widths: dict[str, int]) -> SaeParts:
-        """What the SAE is made of, given each hook's width."""
+        """Return what the SAE is made of, given each hook's width."""
         target = self.target_hook
         return SaeParts(
             activation=self.activation,
@@ -320,39 +362,51 @@ class TrainSpec(Contract):
 
 
 class StreamState(Contract):
-    """Where a stream stands: integers only, O(1) to resume."""
+    """The position of a stream. Integers only, so that resuming takes O(1) and no replay."""
 
     plan_fingerprint: Sha256
+    """Fingerprint of the dataset's plan."""
     split: str
+    """Split that is read: `train`, `validation` or `all`."""
     hooks: tuple[HookName, ...]
+    """Hooks that are read together."""
+    # A version, so that a stream of another order is refused instead of being continued with other rows.
     algorithm: str
     """Name and version of the order, such as `lanes.v1`."""
     seed: int
+    """Seed of the order."""
     lanes: int
+    """Lanes G."""
     group_units: int
+    """Units U that are shuffled together."""
     batch_rows: int
+    """Rows B of a global batch."""
     step: int
-    """The next step, counted over all epochs."""
+    """The next step, counted over all epochs; epoch and group follow from it."""
 
 
 class SaeIdentity(Contract):
-    """What an SAE's weights belong to."""
+    """The dataset and the subject that an SAE was trained on."""
 
     plan_fingerprint: Sha256
+    """Fingerprint of the dataset's plan."""
     dataset_sha256: Sha256 | None
-    """Null where the dataset was not sealed yet: the plan's fingerprint alone says what was harvested."""
+    """Digest of the dataset; null if it was not sealed yet, so that only the plan says what was harvested."""
     subject_model: str
+    """Name of the subject model, from the plan."""
     subject_weights_sha256: Sha256
+    """Digest of the subject's weights; SAEs and datasets are matched by it, not by the name."""
 
 
 class CheckpointRows(Contract):
-    """A file of a checkpoint that holds some latents' rows of every tensor that has latents."""
+    """A file of a checkpoint that contains some latents' rows of every tensor that has latents."""
 
     file: RelativeKey
+    """Name of the file beside the index."""
     first: int = Field(ge=0)
-    """Its first latent."""
+    """The first latent in it."""
     stop: int = Field(gt=0)
-    """The latent after its last."""
+    """The latent after the last in it."""
 
 
 class CheckpointIndex(Artefact):
@@ -360,59 +414,77 @@ class CheckpointIndex(Artefact):
 
     kind: Literal["winnow.checkpoint"] = "winnow.checkpoint"
     version: str = "1.1"
-    """1.1 put the latents' rows into files of their own; 1.0 had one file."""
+    """1.1 moved the latents' rows into files of their own; 1.0 had one file."""
     step: int = Field(ge=0)
     """Steps finished."""
     spec: TrainSpec
+    """The spec that the run was started with."""
     identity: SaeIdentity
+    """What it was trained on."""
     stream: StreamState
+    """Position of the stream after those steps."""
     files: dict[RelativeKey, Sha256]
-    """Safetensors files beside the index and their digests."""
+    """Names of the safetensors files beside the index -> their digests."""
+    # By latents, not by ranks, so that any number of processes can read what any number wrote.
     rows: tuple[CheckpointRows, ...] = ()
-    """Which of them hold which latents; together all of them, once. The rest of the state is in one file."""
+    """Which of the files contain which latents: together all latents, each once. The rest of the state is in
+    one further file."""
     world: int = Field(default=1, gt=0)
-    """Processes that wrote it; any number reads it."""
+    """Number of processes that wrote it; any number can read it."""
     threads: int
+    """CPU threads per process. With another number, a resume is not bit-identical."""
     device: str
+    """Device that it was trained on."""
     tokens: int
     """Rows trained on so far."""
     created: str
+    """When it was written: UTC, ISO 8601."""
 
 
 class SaeCard(Artefact):
-    """`sae.json`: everything needed to use `sae.safetensors`, and where it came from."""
+    """`sae.json`: everything that is needed to use `sae.safetensors`, and where it came from."""
 
     kind: Literal["winnow.sae"] = "winnow.sae"
     version: str = "1.1"
     """1.1 added the parts; 1.0 knew one, TopK, and named it `architecture`."""
     d_model: int = Field(gt=0)
-    """Width D of the input; of a crosscoder, the sum over its hooks."""
+    """Width D of the input; for a crosscoder the sum over its hooks."""
     latents: int = Field(gt=0)
+    """Number of latents N."""
     k: int = Field(gt=0)
+    """Active latents K per row that it was trained for."""
     hook: HookName
-    """Where the input is read; of a crosscoder, the first hook."""
+    """Hook at which the input is read; for a crosscoder the first one."""
     with_hooks: tuple[HookName, ...] = ()
-    """A crosscoder's other hooks, in the order of their rows."""
+    """The other hooks of a crosscoder, in the order in which rows are concatenated."""
     target_hook: HookName | None = None
-    """A transcoder's target."""
+    """Hook that a transcoder reconstructs; null for other SAEs."""
+    # Stored with the SAE and applied by it, so that no user can feed it rows in another scale.
     normalize: Normalize
+    """How it normalises its input (`TrainSpec.normalize`)."""
     parts: SaeParts = SaeParts()
+    """What it is made of besides its sizes."""
     weights: Literal["raw", "ema"]
-    """Which of the two was better on held-out rows and is exported."""
+    """Which weights are exported, the last ones or their moving average: those that were better on held-out
+    rows."""
     weights_sha256: Sha256
     """Digest of `sae.safetensors`."""
     identity: SaeIdentity | None = None
+    """What it was trained on; null if it was imported."""
     window: WindowRule | None = Field(default=None, exclude_if=lambda rule: rule is None)
-    """How the windows began that it was trained on; null where that was not written down."""
+    """How the windows that it was trained on begin; null if that was not recorded."""
     spec: TrainSpec | None = None
+    """The spec that it was trained with; null if it was imported."""
     metrics: dict[str, float] = {}
-    """Held-out figures by definition id, such as `fvu_normalised.raw`."""
+    """Held-out figures by the id of their definition, such as `fvu_normalised.raw`."""
     notes: tuple[str, ...] = Field(default=(), exclude_if=lambda notes: not notes)
-    """Of an import: what the other library's files said that the SAE cannot hold, a sentence each."""
+    """Of an import: a sentence for each fact in the other library's files that the SAE cannot represent."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_1_0(cls, raw: Any) -> Any:
+        # Unknown fields are refused, so the one that 1.0 had and 1.1 has not must go before validation. Any
+        # other architecture than TopK stays in place and is refused.
         if not isinstance(raw, dict):
             return raw
         fields = cast("dict[str, Any]", raw)
@@ -424,6 +496,7 @@ class SaeCard(Artefact):
     def _coherent(self) -> Self:
         if (self.target_hook is None) != (self.parts.d_out is None):
             raise ValueError("target_hook and parts.d_out belong together: a transcoder has both")
+        # No widths means one hook, of width d_model.
         widths = self.parts.widths
         if (len(widths) or 1) != 1 + len(self.with_hooks) or (widths and sum(widths) != self.d_model):
             raise ValueError(f"parts.widths {widths} do not fit the hooks, or d_model {self.d_model}")
