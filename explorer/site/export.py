@@ -20,7 +20,7 @@ from winnow.explorer.site.exhibit import Exhibit
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import parse_hook
 
-STYLE = Path(__file__).parent / "static" / "style.css"
+STYLE = Path(__file__).parents[1] / "static" / "style.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 MAX_EXPORTED = 10_000
 OPENAI_BIN = 0.2

@@ -17,7 +17,7 @@ from winnow.schemas.errors import ConfigError, StoreError, WinnowError
 
 log = logging.getLogger("winnow.explorer")
 
-STATIC = Path(__file__).parent / "static"
+STATIC = Path(__file__).parents[1] / "static"
 KINDS = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
