@@ -1,15 +1,15 @@
-"""Codes of a dataset, turned from rows to latents on disk; nothing grows with rows or latents in memory.
+"""Codes of a dataset, transposed on disk from rows to latents in bounded memory.
 
 Letters: R rows of a unit, D d_model, N latents, E active entries of a unit.
 
 A *block* is one unit's codes in a local folder of `.npy` files, written once and renamed into place:
 
-    latent_start [N+1], row [E], value [E]    entries by (latent, row): all of latent n lies together
+    latent_start [N+1], row [E], value [E]    entries by (latent, row): those of a latent are contiguous
     row_start [R+1], latent [E]               the same entries by row
     tokens [W, T], read [R]                   the unit's tokens, and which rows have weight above 0
 
-Rows are numbered in *planned* order (window by window), not in the order they are stored. To merge blocks
-is to concatenate the pieces of one latent, so any worker can make any block.
+Rows are numbered in *planned* order (window by window), not in the order they are stored. Blocks are merged
+by concatenating the pieces of a latent, so any worker can make any block.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from winnow.sae.model import Sae
 from winnow.store import ActivationStore
 from winnow.store.format import layout
 
+# 2^26 float32 are 268 MB: the largest temporary of the map step, whatever N is (docs/explorer.md, "Memory").
 ENCODED_NUMBERS = 1 << 26
 """Largest rows x latents that one call of `encode` may hold densely."""
 READ_BYTES = 1 << 26
-"""Rows read at a time, as float32 bytes."""
+"""Bytes of rows read at a time, as float32."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,25 @@ class Block:
 
     @classmethod
     def open(cls, folder: Path) -> Block:
-        """Map a block; nothing is read yet."""
+        """Map a block into memory; nothing is read yet."""
+        # Mapped, not loaded: the reduce step opens the blocks of all units at once, 12 bytes per entry.
         return cls(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.__annotations__})
 
 
 def block_folder(scratch: Path, unit: int) -> Path:
-    """Where a unit's block lies."""
+    """The folder of a unit's block."""
     return scratch / f"unit-{unit:08d}"
 
 
 def make_block(dataset: ActivationStore, sae: Sae, hook: str, unit: int, scratch: Path) -> Path:
-    """Encode one unit and write its block, unless it is there already.
+    """Encode one unit and write its block, unless it exists.
 
     Args:
-        dataset: Where the rows are.
-        sae: What encodes them.
-        hook: The hook it reads.
-        unit: Which unit.
-        scratch: A local folder for all blocks.
+        dataset: Holds the rows.
+        sae: Encodes them.
+        hook: The hook that the SAE reads.
+        unit: Number of the unit.
+        scratch: Folder of all blocks.
 
     Returns:
         The block's folder.
@@ -75,6 +77,7 @@ def make_block(dataset: ActivationStore, sae: Sae, hook: str, unit: int, scratch
     if folder.exists():
         return folder
     rows = dataset.plan.rows_per_unit
+    # Stored rows are shuffled within the unit; examples need them beside the tokens of their window.
     planned = layout.row_permutation(dataset.plan, unit)
     row, latent, value = _encode_unit(dataset, sae, hook, unit, planned)
     arrays: dict[str, NDArray[Any]] = transposed(row, latent, value, rows=rows, latents=sae.latents)
@@ -82,6 +85,8 @@ def make_block(dataset: ActivationStore, sae: Sae, hook: str, unit: int, scratch
     read[planned] = dataset.weights([hook], unit * rows, (unit + 1) * rows) > 0
     arrays |= {"tokens": dataset.unit_tokens(unit), "read": read}
     scratch.mkdir(parents=True, exist_ok=True)
+    # Whole or absent: a resumed run takes every folder of the final name for finished. The temporary folder
+    # is in `scratch` itself, since a rename across file systems is not atomic.
     temporary = Path(tempfile.mkdtemp(prefix="making-", dir=scratch))
     try:
         for name, array in arrays.items():
@@ -89,7 +94,8 @@ def make_block(dataset: ActivationStore, sae: Sae, hook: str, unit: int, scratch
         temporary.rename(folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not folder.exists():  # another worker was quicker
+        # Another worker made the same unit meanwhile: both write the same bytes, so the first one stands.
+        if not folder.exists():
             raise
     return folder
 
@@ -99,11 +105,13 @@ def _encode_unit(
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.float32]]:
     """Active entries of one unit: (planned row, latent, value), each [E], in any order."""
     device, size = sae.W_dec.device, dataset.plan.rows_per_unit
+    # At least a slice per read: a slice is what the store fetches and verifies.
     chunk = max(dataset.plan.rows_per_slice, READ_BYTES // (4 * sae.d_model))
     step = max(1, ENCODED_NUMBERS // sae.latents)
     parts: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
     for first in range(0, size, chunk):
         stop = min(first + chunk, size)
+        # Weight 0 marks sinks: the SAE was not trained on them, so they count in no density.
         keep = np.flatnonzero(dataset.weights([hook], unit * size + first, unit * size + stop) > 0)
         if not len(keep):
             continue
@@ -113,6 +121,7 @@ def _encode_unit(
             with torch.no_grad():
                 values, indices = sae.encode(rows[low : low + step].to(device))
             values, indices = values.float().cpu().numpy(), indices.cpu().numpy()
+            # A slot of value 0 is padding, and its index means nothing.
             at, slot = np.nonzero(values > 0)
             where = planned[first + keep[low + at]]
             parts.append((where.astype(np.uint32), indices[at, slot].astype(np.uint32), values[at, slot]))
@@ -151,7 +160,9 @@ def transposed(
 
 
 def _order(major: NDArray[np.uint32], minor: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Places of the pairs in ascending (major, minor)."""
+    """Positions of the pairs in ascending (major, minor)."""
+    # One sort of one 64-bit key, since both numbers are below 2^32; the pairs are unique, so that the order
+    # is the same on every machine although this sort is not stable.
     return np.argsort(major.astype(np.uint64) << np.uint64(32) | minor)
 
 
@@ -173,12 +184,14 @@ def merge(
     size = len(blocks[0].row_start) - 1
     latents, rows, values = [], [], []
     for number, block in enumerate(blocks):
+        # Slices of mapped files: only the pages of this part become resident.
         bounds = np.asarray(block.latent_start[first : stop + 1])
         low, high = int(bounds[0]), int(bounds[-1])
         latents.append(np.repeat(np.arange(stop - first), np.diff(bounds)))
         rows.append(np.asarray(block.row[low:high]).astype(np.int64) + number * size)
         values.append(np.asarray(block.value[low:high]))
     latent = np.concatenate(latents)
+    # Stable: blocks are in ascending order of rows and each is sorted by row, so rows stay ascending.
     order = np.argsort(latent, kind="stable")
     starts = np.zeros(stop - first + 1, dtype=np.int64)
     np.cumsum(np.bincount(latent, minlength=stop - first), out=starts[1:])
@@ -186,5 +199,5 @@ def merge(
 
 
 def firing_counts(blocks: Sequence[Block]) -> NDArray[np.int64]:
-    """int64 [N]: rows on which each latent is active, over all blocks."""
+    """Rows on which each latent is active, over all blocks, int64 [N]."""
     return np.sum([np.diff(block.latent_start) for block in blocks], axis=0)

@@ -1,13 +1,14 @@
 """`winnow index`: from a dataset and an SAE to a table of latents, in two steps that both resume.
 
 1. *Map*: each unit's stored rows are encoded and written as a block, by latent and by row (`blocks`).
-2. *Reduce*: for each part of the latents the pieces of all blocks are merged; with every activation of a
-   latent at hand its figures, best windows and draws are exact (`latents`). A part is one Parquet file.
+2. *Reduce*: for each part of the latents the pieces of all blocks are merged; since all activations of a
+   latent are available, its figures, best windows and draws are exact (`latents`). A part is one Parquet
+   file.
 
-Stored rows are read instead of running the subject: they are checked, they are what the SAE was trained on,
+Stored rows are read instead of running the subject: they are verified, they are what the SAE was trained on,
 and reading them costs a small share of what computing them did. Units and parts are independent of each
-other, so any worker can make any of them (`crew`). Whatever is there already is kept, and the same command
-goes on after a kill. `index.json` is put last.
+other, so any worker can make any of them (`crew`). Finished ones are kept, and the same command resumes
+after a kill. `index.json` is written last.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ from winnow.store import ActivationStore
 from winnow.store.objects import ObjectStore, open_store
 
 SPEC_KEY = "making.json"
-"""In the scratch folder: what the blocks and parts there belong to."""
+"""In the scratch folder: the inputs of the blocks and parts there."""
 
 Hands = Callable[[str, list[int], Callable[[], object]], None]
-"""Whoever makes steps: `hands("block" or "part", numbers, done)` makes each and calls `done()` after it."""
+"""Does the work: `hands("block" or "part", numbers, done)` makes each and calls `done()` after it."""
 
 
 class Making(Contract):
-    """What an unfinished index is made of: another one must not be mixed into it."""
+    """The inputs of an unfinished index, so that results of other inputs are not mixed into it."""
 
     spec: IndexSpec
     sae_sha256: Sha256
@@ -73,7 +74,7 @@ class Making(Contract):
 
 @dataclass(frozen=True)
 class Recipe:
-    """An index by its names alone, which any process can open; nothing of it is a secret."""
+    """An index as names only, so that any process can open it; it holds no secret."""
 
     sae: str
     root: str
@@ -89,8 +90,8 @@ class Recipe:
 
         Raises:
             SaeMismatch: The dataset does not hold what the SAE reads.
-            ConfigError: No scratch folder can be told.
-            MissingObject, IntegrityError: No SAE there, or a damaged one.
+            ConfigError: The index is remote and no scratch folder is given.
+            MissingObject, IntegrityError: The SAE does not exist or is damaged.
         """
         dataset = ActivationStore.open(self.root, self.storage)
         subject = LazySubject(self.subject, dataset.plan.subject)
@@ -105,13 +106,13 @@ class Indexer:
 
     Args:
         dataset: The rows.
-        root: How the dataset was named; recorded.
-        sae: The SAE, on the device it shall run on.
-        out: Where the index goes.
-        scratch: A local folder for blocks, removed at the end.
-        spec: What to keep.
-        subject: For the texts of tokens and, unless `logits` is 0, its unembedding.
-        part_latents: Latents in a part.
+        root: The dataset's address, recorded in the index.
+        sae: The SAE, on the device on which it runs.
+        out: Receives the index.
+        scratch: Folder for blocks, removed at the end.
+        spec: What the index holds.
+        subject: Gives the texts of tokens and, unless `logits` is 0, the unembedding.
+        part_latents: Latents per part.
     """
 
     dataset: ActivationStore
@@ -139,10 +140,10 @@ class Indexer:
         )
 
     def finished(self) -> FeatureIndex | None:
-        """The index that is there already, if it is this one.
+        """The existing index; None if there is none.
 
         Raises:
-            ConfigError: Another one is there.
+            ConfigError: The existing index was made of other inputs.
         """
         try:
             meta = FeatureIndex.from_json(self.out.get(INDEX_KEY), origin=f"{self.out.uri}/{INDEX_KEY}")
@@ -155,20 +156,22 @@ class Indexer:
     def run(
         self, progress: Callable[[str, int, int], object] = lambda *_: None, hands: Hands | None = None
     ) -> FeatureIndex:
-        """Make the index, or what is left of it.
+        """Make the index, or what is missing of it.
 
         Args:
             progress: Called as `progress(step, done, total)` with `units` and then `latents`; the first call
-                of a step says what was there already.
-            hands: Who makes units and parts; None: this process, one after another.
+                of a step reports what existed already.
+            hands: Makes units and parts; None makes them in this process, one after another.
         """
         meta = self.finished()
         if meta is not None:
             return meta
+        # Before the first block: workers compare the mark with their own inputs (`require_claim`).
         self._claim()
         hands = hands or self._alone
         missing = [unit for unit in range(self.units) if not block_folder(self.scratch, unit).exists()]
         self._step(hands, "block", missing, lambda left: progress("units", self.units - left, self.units))
+        # A part needs every block: one latent's activations are spread over all units.
         missing = [part for part in range(self.parts) if self.out.size(part_key(part)) is None]
         total = self.card.latents
         self._step(
@@ -178,8 +181,10 @@ class Indexer:
             lambda left: progress("latents", total - min(left * self.part_latents, total), total),
         )
         meta = self._finish()
+        # The cached blocks and the closure over them keep the scratch files mapped, and their space in use.
         self.__dict__.pop("_blocks", None)
         self.__dict__.pop("_part", None)
+        # Only after `index.json`: a kill before it resumes from the blocks.
         shutil.rmtree(self.scratch, ignore_errors=True)
         return meta
 
@@ -192,6 +197,7 @@ class Indexer:
             left -= 1
             show(left)
 
+        # Also called if nothing is missing, so that a resumed command reports a complete step.
         show(left)
         hands(step, todo, done)
 
@@ -201,7 +207,7 @@ class Indexer:
             done()
 
     def make(self, step: str, number: int) -> None:
-        """Make the `block` of a unit, or, once all blocks are there, a `part` of the latents."""
+        """Make the `block` of a unit or, once all blocks exist, a `part` of the latents."""
         if step == "block":
             make_block(self.dataset, self.sae, self.card.hook, number, self.scratch)
         else:
@@ -211,15 +217,17 @@ class Indexer:
     def _blocks(self) -> list[Block]:
         return [Block.open(block_folder(self.scratch, unit)) for unit in range(self.units)]
 
+    # Cached: the maker loads the subject and normalises all decoder rows, once for all parts of a worker.
     @cached_property
     def _part(self) -> Callable[[int], bytes]:
         return self.part_maker(self._blocks)
 
     def part_maker(self, blocks: list[Block]) -> Callable[[int], bytes]:
-        """What makes the Parquet bytes of a part from its number."""
+        """A function from a part's number to its Parquet bytes."""
         counts = firing_counts(blocks)
         windows = found.Windows([block.tokens for block in blocks], self.dataset.plan.spec.drop_leading)
         W_dec = self.sae.W_dec.detach()
+        # A second copy of the decoder (3.2 GB at N = 1,048,576, D = 768), so only if cosines are wanted.
         directions = unit_rows(W_dec.float()) if self.spec.neighbours else W_dec
         logits = DirectLogits(self.subject.whole()) if self.spec.logits else None
 
@@ -230,6 +238,7 @@ class Indexer:
             columns = {"latent": pa.array(np.arange(first, stop), pa.uint32())}
             columns |= self._activity(start, row, value, first, windows)
             columns["enc_dec_cosine"] = pa.array(self._enc_dec_cosine(first, stop), pa.float32())
+            # Columns that were not asked for are absent, not empty: readers use `row.get(name, [])`.
             if logits is not None:
                 kept = logits.extremes(W_dec[first:stop], self.spec.logits)
                 for name, ids, scores in (
@@ -243,6 +252,7 @@ class Indexer:
                 together = found.coactive(blocks, start, row, counts, first, self.spec)
                 for name, each in (("cosine", near), ("coactive", together)):
                     columns[f"{name}_ids"] = lists(each.ids, pa.uint32())
+                    # `lists` cuts ids at -1 by itself; scores have no such filler, so the ids decide.
                     columns[f"{name}_scores"] = lists(
                         [s[i >= 0] for s, i in zip(each.scores, each.ids, strict=True)], pa.float32()
                     )
@@ -260,9 +270,11 @@ class Indexer:
     ) -> dict[str, Any]:
         figures: list[found.Figures] = []
         examples: list[found.Examples] = []
+        # Per latent in Python: quantiles, draws and peaks are ragged, and a part has 1,024 latents at most.
         for i in range(len(start) - 1):
             mine = slice(start[i], start[i + 1])
             window, at = np.divmod(row[mine], windows.rows)
+            # Rows are numbered without the dropped leading positions, tokens with them.
             tokens = windows.of(window, at + windows.drop)
             figures.append(found.figures(value[mine], tokens, self.spec.bands))
             choice = found.choose(row[mine], value[mine], self.spec, windows.rows, first + i)
@@ -274,25 +286,32 @@ class Indexer:
         return rows.detach().float().cpu().numpy()
 
     def require_claim(self) -> None:
-        """ConfigError where the scratch folder that the driver has marked is not seen from here."""
+        """Check that this process sees the scratch folder that the driver has marked.
+
+        Raises:
+            ConfigError: It sees none, or another index's.
+        """
+        # A folder of the same name on another node passes every other check, and its blocks would be lost.
         mark = self.scratch / SPEC_KEY
         if not mark.exists() or mark.read_bytes() != self.making.canonical():
             raise ConfigError(
                 f"scratch folder {self.scratch} on a worker",
-                expected="the one that the command has begun: workers leave their results in it",
+                expected="the one that the command has marked: workers write their results to it",
                 got="another" if mark.exists() else "none",
-                fix="Name a folder that every node sees with --scratch, or keep to one node",
+                fix="Name a folder that every node sees with --scratch, or use one node",
             )
 
     def _claim(self) -> None:
-        """Refuse a scratch folder or leftovers of another index; mark ours."""
+        """Mark the scratch folder as this index's, or refuse another index's."""
         self.scratch.mkdir(parents=True, exist_ok=True)
         mark = self.scratch / SPEC_KEY
         if mark.exists():
             there = Making.model_validate_json(mark.read_bytes())
-            self._same(there, f"{self.scratch} holds the beginnings of another index")
+            self._same(there, f"{self.scratch} holds another, unfinished index")
             return
-        for key, _ in list(self.out.list("latents")):  # of an index whose scratch folder is gone
+        # Parts without a mark belong to an index whose scratch folder is gone: nothing says of which inputs,
+        # and `run` would keep them as finished. They are deleted before the mark allows them to be kept.
+        for key, _ in list(self.out.list("latents")):
             self.out.delete(key)
         mark.write_bytes(self.making.canonical())
 
@@ -308,6 +327,7 @@ class Indexer:
             )
 
     def _finish(self) -> FeatureIndex:
+        # `index.json` is written last: until it exists `FeatureTable.open` refuses the folder as unfinished.
         plan = self.dataset.plan
         self.out.put(SUMMARY_KEY, self._summary())
         texts = token_texts(self.subject.tokenizer, plan.subject.vocabulary)
@@ -326,6 +346,7 @@ class Indexer:
             sink_multiple=plan.spec.sink_multiple,
             window=WindowRule.of(plan),
             windows=self.units * plan.spec.windows_per_unit,
+            # Rows of weight above 0, not windows x T: densities are shares of what the SAE was trained on.
             rows=int(sum(int(block.read.sum()) for block in self._blocks)),
             bin_count=found.BINS,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -335,6 +356,8 @@ class Indexer:
 
     def _summary(self) -> bytes:
         """Scalars and first tokens of all latents, gathered from the parts."""
+        # Read back from the parts rather than kept while they are made: after a resume, or with several
+        # workers, most parts were made by another process.
         tables: list[Any] = []
         stored = [name for name in SCALARS if name not in ("token_share", "logit_peak")]
         wanted = [*stored, "token_ids", "token_shares"]
@@ -350,6 +373,7 @@ class Indexer:
             columns["token_ids"] = _heads(part.column("token_ids"))
             columns["promoted"] = _heads(part.column("promoted_ids") if self.spec.logits else None, part)
             tables.append(pa.table(columns))
+        # One row group: the server reads the whole summary at its start.
         return encode_table(_columns(pa.concat_tables(tables)), self.card.latents)
 
 
@@ -358,7 +382,7 @@ def _columns(table: Any) -> dict[str, Any]:
 
 
 def _firsts(column: Any, like: Any = None) -> Any:
-    """First entry of each list, 0 where it is empty."""
+    """First entry of each list, 0 if it is empty; zeros of the length of `like` if there is no column."""
     if column is None:
         assert like is not None
         return pa.array(np.zeros(like.num_rows), pa.float32())
@@ -366,7 +390,7 @@ def _firsts(column: Any, like: Any = None) -> Any:
 
 
 def _heads(column: Any, like: Any = None) -> Any:
-    """The first entries of each list."""
+    """The first entries of each list; empty lists, one per row of `like`, if there is no column."""
     if column is None:
         assert like is not None
         return pa.array([[]] * like.num_rows, pa.list_(pa.uint32()))
@@ -376,10 +400,11 @@ def _heads(column: Any, like: Any = None) -> Any:
 def open_index_store(
     out: str, scratch: str | None, storage: StorageSpec | None = None
 ) -> tuple[ObjectStore, Path]:
-    """The index's store and a local scratch folder beside it, or the one that is named."""
+    """The index's store, and the scratch folder: the one that is named, or one inside a local index."""
     store = open_store(out, storage)
     if scratch is not None:
         return store, Path(scratch)
+    # Blocks are mapped from disk by latent and by row, which an object store cannot serve.
     if "://" in out and not out.startswith("file://"):
         raise ConfigError(
             "--scratch", expected="a local folder, since the index itself is not local", got="nothing"

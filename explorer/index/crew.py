@@ -1,7 +1,7 @@
 """An index made by several workers through Ray: units and parts are handed out, one at a time to each.
 
-Blocks lie in the scratch folder and parts in the index, whoever made them, so nothing is merged here, and the
-bytes are those of one worker with as many threads. Workers on other nodes must see the same scratch folder.
+Workers write blocks to the scratch folder and parts to the index, so nothing is merged here, and the bytes
+are those of one worker with as many threads. Workers on other nodes must see the same scratch folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from winnow.schemas.errors import WinnowError, WorkerError
 log = logging.getLogger("winnow.explorer")
 
 ATTEMPTS = 3
-"""Of one unit or part; what a dead node took along does not count."""
+"""Attempts per unit or part; those that end with the death of a node do not count."""
 POLL_SECONDS = 1.0
 NAMED = Named("index", "--workers", "--threads", "--gpus", "--ray-address")
 
@@ -66,17 +66,17 @@ class IndexWorker:
 def crew_of(
     recipe: Recipe, workers: int, threads: int = 0, gpus: float | None = None, address: str | None = None
 ) -> Generator[Hands]:
-    """Several workers in the place of this process, for the time of a `with`.
+    """Several workers in place of this process, for the duration of a `with`.
 
     Args:
         recipe: The index.
-        workers: At the most.
-        threads: CPU threads of each; 0 shares a machine's cores.
-        gpus: GPUs of each, or a share of one; None: one where there are any.
+        workers: Largest number of workers.
+        threads: CPU threads per worker; 0 divides a machine's cores among them.
+        gpus: GPUs per worker, or a share of one; None is one if there are any.
         address: A running Ray cluster; None starts Ray on this machine.
 
     Raises:
-        ConfigError: No such cluster, or no room for a worker on this machine.
+        ConfigError: The cluster does not exist, or no worker fits on this machine.
     """
     settings = CrewSettings(
         NAMED,
@@ -91,6 +91,8 @@ def crew_of(
         actor_class: Any = ray.remote(IndexWorker)
         remote = actor_class.options(num_cpus=threads, num_gpus=share)
 
+        # Made with the first work and kept for both steps: a worker opens the SAE once, and a command that
+        # finds nothing missing starts no worker.
         crew: Crew | None = None
 
         def hands(step: str, todo: list[int], done: Callable[[], object]) -> None:
@@ -109,9 +111,11 @@ def crew_of(
 
 def _hand_out(crew: Crew, step: str, todo: list[int], done: Callable[[], object]) -> None:
     """Have every number of `todo` made."""
+    # The first worker opens the inputs, so a wrong address or scratch folder is reported before any work.
     crew.await_first()
     queue, flying, tries = deque(todo), dict[Any, tuple[int, int]](), Counter[int]()
     while queue or flying:
+        # One number per worker: whoever is quicker takes more, and a death costs one number.
         busy = {worker for worker, _ in flying.values()}
         for worker, actor in crew.members.items():
             if queue and worker not in busy:
@@ -126,10 +130,12 @@ def _hand_out(crew: Crew, step: str, todo: list[int], done: Callable[[], object]
             try:
                 ray.get(ref)
             except RayActorError as error:
+                # `lost` is true if the node died or was unreachable for a moment: no fault of this number.
                 if not crew.lost(worker, error):
                     _failed(tries, step, number, WorkerError(f"{step} {number}", got=first_line(error)))
                 queue.append(number)
             except RayTaskError as error:
+                # Ray wraps what the worker raised; our own error carries the exit code and the fix.
                 known = error.cause if isinstance(error.cause, WinnowError) else None
                 _failed(tries, step, number, known or WorkerError(f"{step} {number}", got=first_line(error)))
                 queue.append(number)
@@ -138,8 +144,9 @@ def _hand_out(crew: Crew, step: str, todo: list[int], done: Callable[[], object]
 
 
 def _failed(tries: Counter[int], step: str, number: int, error: WinnowError) -> None:
-    """Count a failure; `error` where it was the last attempt or where no attempt can help."""
+    """Count a failure; raise `error` if it was the last attempt or no attempt can help."""
     tries[number] += 1
+    # Exit code 2 is a wrong setting: it would fail again in the same way.
     if tries[number] >= ATTEMPTS or error.exit_code == 2:
         raise error
     log.warning("index: %s %d failed (%dx), tried again: %s", step, number, tries[number], error)

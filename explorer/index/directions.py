@@ -1,4 +1,4 @@
-"""What latents' directions say by themselves: logits they promote, latents that point the same way.
+"""What the directions of latents tell by themselves: logits they promote, latents of similar direction.
 
 Letters: D d_model, N latents, P latents of a part, V vocabulary, M kept.
 """
@@ -18,9 +18,9 @@ from winnow.schemas.errors import ConfigError
 from winnow.subject.load import Subject
 
 LOGIT_NUMBERS = 1 << 24
-"""Largest rows x V that is held at once."""
+"""Largest rows x V of logits held at once: 67 MB of float32."""
 COSINE_COLUMNS = 1 << 14
-"""Latents that a part is compared with at a time."""
+"""Latents that a part is compared with at a time: with 1,024 per part, also 67 MB."""
 
 
 class Promoted(NamedTuple):
@@ -35,18 +35,18 @@ class Promoted(NamedTuple):
 
 
 class DirectLogits:
-    """Logits of directions, with the layers after the hook left out.
+    """Logits of directions, skipping the layers after the hook.
 
     Definition: the logits that the subject's final norm and unembedding give for the direction alone (as if
-    the last residual stream held nothing else), less those they give for the zero vector, less their mean
-    over the vocabulary. The norm divides a lone direction by its own size, so the figure does not depend on
-    the decoder row's length; to the logits of a real position it adds in proportion.
+    the last residual stream held nothing else), minus those for the zero vector, minus their mean over the
+    vocabulary. The norm divides a lone direction by its own size, so the figure does not depend on the
+    decoder row's length (the effect at a real position does).
 
     Args:
         subject: The whole subject.
 
     Raises:
-        ConfigError: The subject is truncated, or its final norm cannot be told.
+        ConfigError: The subject is truncated, or its final norm cannot be determined.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -59,9 +59,11 @@ class DirectLogits:
     @torch.no_grad()
     def __call__(self, directions: Tensor) -> Tensor:
         """float32 [P, V] of directions [P, D] in the raw space of the residual stream."""
+        # The zero vector's logits are the biases of norm and unembedding, the same for every latent.
         rows = torch.cat([directions, torch.zeros_like(directions[:1])]).to(self._device, self._dtype)
         logits = self._head(self._norm(rows)).float()
         logits = logits[:-1] - logits[-1]
+        # A constant over the vocabulary changes no probability.
         return logits - logits.mean(1, keepdim=True)
 
     @torch.no_grad()
@@ -85,7 +87,11 @@ def final_norm(subject: Subject) -> nn.Module:
 
     It is the one module beside the list of blocks whose class is called a norm and whose parameters are
     vectors of the stream's width.
+
+    Raises:
+        ConfigError: There is none, or several.
     """
+    # By class and shape, not by name: families call it `norm`, `ln_f` or `final_layer_norm`.
     width = int(subject.model.config.get_text_config().hidden_size)
     owner = subject.model.get_submodule(subject.layout.blocks.rpartition(".")[0])
     found = {
@@ -96,7 +102,7 @@ def final_norm(subject: Subject) -> nn.Module:
     }
     if len(found) != 1:
         raise ConfigError(
-            f"the final norm of this {subject.layout.architecture} subject cannot be told",
+            f"the final norm of this {subject.layout.architecture} subject cannot be determined",
             expected="one norm beside the list of blocks",
             got=", ".join(found) or "none",
             fix="Index with `--logits 0`",
@@ -108,13 +114,13 @@ def final_norm(subject: Subject) -> nn.Module:
 def nearest(directions: Tensor, first: int, stop: int, count: int) -> Near:
     """The latents whose directions have the highest cosine with those of latents `first` to `stop - 1`.
 
-    Blocked: at most P x 16,384 cosines are held at once.
+    At most P x 16,384 cosines are held at once.
 
     Args:
         directions: Unit rows [N, D].
         first: First latent of the part.
         stop: One past its last.
-        count: How many each; itself left out.
+        count: Neighbours per latent, itself excluded.
     """
     part = directions[first:stop]
     count = min(count, len(directions) - 1)
@@ -123,7 +129,9 @@ def nearest(directions: Tensor, first: int, stop: int, count: int) -> Near:
     for low in range(0, len(directions), COSINE_COLUMNS):
         block = part @ directions[low : low + COSINE_COLUMNS].T
         begin, end = max(first, low), min(stop, low + block.shape[1])
-        if begin < end:  # this block holds the part itself
+        # Only a block that holds latents of the part: beyond 16,384 latents most hold none, and the range
+        # would be negative. -2 is below every cosine, so no latent is its own neighbour.
+        if begin < end:
             here = torch.arange(begin, end, device=part.device)
             block[here - first, here - low] = -2.0
         best = block.topk(min(count, block.shape[1]))
@@ -134,12 +142,12 @@ def nearest(directions: Tensor, first: int, stop: int, count: int) -> Near:
 
 
 def unit_rows(W: Tensor) -> Tensor:
-    """Rows [N, D] scaled to length 1; zero rows stay."""
+    """Rows [N, D] scaled to length 1; zero rows stay zero."""
     return W / W.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def token_texts(tokenizer: Any, vocabulary: int) -> list[str]:
-    """The text of every token id, as it stands in running text: leading spaces kept.
+    """The text of every token id as in running text, leading spaces included.
 
     A token that is only part of a character is written as its bytes, `<E2><80>`.
     """
@@ -148,19 +156,22 @@ def token_texts(tokenizer: Any, vocabulary: int) -> list[str]:
 
 
 def _text(tokenizer: Any, number: int, piece: str | None) -> str:
-    if piece is None:  # rows of the embedding that the tokenizer does not use
+    # Embeddings are padded beyond the tokenizer's ids.
+    if piece is None:
         return f"<unused {number}>"
+    # SentencePiece writes a space as U+2581, and `decode` drops the one at the start of a text.
     if "▁" in piece:
         return piece.replace("▁", " ")
     text = tokenizer.decode([number])
     if "\ufffd" not in text:
         return text
+    # U+FFFD is what `decode` gives for an incomplete character: the bytes tell such tokens apart.
     data = [_BYTES.get(letter) for letter in piece]
     return piece if None in data else "".join(f"<{byte:02X}>" for byte in data)
 
 
 def _byte_letters() -> dict[str, int]:
-    """Byte-level BPE's letters: printable bytes stand for themselves, the others for 256 and up, in order."""
+    """Bytes by byte-level BPE's letters: printable bytes are themselves, the others 256 and up in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

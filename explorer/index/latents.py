@@ -1,6 +1,6 @@
-"""What the index says about latents, from all their entries: figures, examples, co-activation. Pure.
+"""What the index holds about latents, from all their entries: figures, examples, co-activation. Pure.
 
-Letters: R rows of a window that are read (context length less the dropped positions), T context length,
+Letters: R rows of a window that are read (context length minus the dropped positions), T context length,
 P latents of a part, E entries.
 """
 
@@ -18,14 +18,14 @@ from winnow.schemas.features import IndexSpec
 BINS = 40
 TOP_TOKENS = 8
 TOP_BAND = -1
-"""Band number of examples chosen for their height, not drawn from a band."""
+"""Band number of examples that are chosen as the strongest, not drawn from a band."""
 
 
 class Windows(NamedTuple):
-    """The tokens that rows stand for."""
+    """The tokens at which rows were read."""
 
     tokens: Sequence[NDArray[np.uint32]]
-    """Of each block, [W, T]."""
+    """Token ids per block, [W, T]."""
     drop: int
     """Leading positions without a row."""
 
@@ -36,12 +36,13 @@ class Windows(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows R of a window."""
+        """Rows per window, R."""
         return self.length - self.drop
 
     def of(self, window: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.uint32]:
-        """Token ids at some places, of the windows' shape."""
+        """Token ids at positions of windows, in the shape of `window`."""
         per_block = self.tokens[0].shape[0]
+        # By block, since each is a file of its own: joining them would load the tokens of all units.
         out = np.empty(window.shape, dtype=np.uint32)
         block, number = np.divmod(window, per_block)
         for which in np.unique(block):
@@ -60,9 +61,9 @@ class Figures(NamedTuple):
     mean_square: float
     """Over the same rows."""
     quantiles: NDArray[np.float32]
-    """[bands + 1] edges of the bands, over the same rows."""
+    """Edges of the bands, over the same rows, [bands + 1]."""
     histogram: NDArray[np.uint32]
-    """[BINS] counts in equal widths from 0 to `largest`."""
+    """Counts in equal widths from 0 to `largest`, [BINS]."""
     token_ids: NDArray[np.uint32]
     """The tokens that carry most of its activation, at most TOP_TOKENS."""
     token_shares: NDArray[np.float32]
@@ -70,7 +71,8 @@ class Figures(NamedTuple):
 
 
 def figures(value: NDArray[np.float32], tokens: NDArray[np.uint32], bands: int) -> Figures:
-    """Figures of one latent from its activations [E] and the tokens [E] they stand on."""
+    """Figures of one latent from its activations [E] and the tokens [E] at which they occur."""
+    # A silent latent gets zeros, not NaN: JSON has no NaN, and sorting by a column must place it.
     if not len(value):
         none = np.zeros(0, np.float32)
         return Figures(
@@ -83,11 +85,14 @@ def figures(value: NDArray[np.float32], tokens: NDArray[np.uint32], bands: int) 
             none.astype(np.uint32),
             none,
         )
+    # Sums over millions of activations, stored as float32: float64 keeps their error below that rounding.
     exact = value.astype(np.float64)
     largest = float(exact.max())
+    # The largest activation itself is at the upper edge, in the last bin.
     bins = np.minimum((exact * (BINS / largest)).astype(np.int64), BINS - 1)
     ids, where = np.unique(tokens, return_inverse=True)
     mass = np.bincount(where, weights=exact)
+    # Ties by id: a resumed or divided index must give the same bytes.
     best = np.lexsort((ids, -mass))[:TOP_TOKENS]
     return Figures(
         len(value),
@@ -102,7 +107,7 @@ def figures(value: NDArray[np.float32], tokens: NDArray[np.uint32], bands: int) 
 
 
 class Choice(NamedTuple):
-    """Entries of one latent that become examples: its entry numbers, and the band of each."""
+    """Entries of one latent that become examples: their numbers and bands."""
 
     entry: NDArray[np.int64]
     band: NDArray[np.int8]
@@ -117,14 +122,15 @@ def choose(
     bands gets none drawn.
 
     Args:
-        row: [E] ascending.
-        value: [E].
-        spec: How many of each.
-        window_rows: R.
-        latent: Its number: each latent has its own draws.
+        row: Rows of the entries, ascending, [E].
+        value: Their activations, [E].
+        spec: How many examples of each kind.
+        window_rows: Rows per window, R.
+        latent: Number of the latent, which seeds its draws.
     """
     if not len(row):
         return Choice(np.zeros(0, np.int64), np.zeros(0, np.int8))
+    # One example per window: the strongest tokens of a latent are often neighbours in one text.
     window = row // window_rows
     starts = np.flatnonzero(np.diff(window, prepend=-1))
     peaks = np.maximum.reduceat(value, starts)
@@ -133,24 +139,27 @@ def choose(
     entries = [int(starts[i] + value[starts[i] : ends[i + 1]].argmax()) for i in best]
     bands = [TOP_BAND] * len(entries)
     if len(row) >= spec.bands and spec.per_band:
+        # Seeded by latent, so that the draws do not depend on which worker makes the part, or when.
         draw = np.random.default_rng([spec.seed, latent])
+        # By rank, not by value: equal activations may straddle an edge, and bands must be of equal count.
         order = np.lexsort((row, value))
         edges = np.linspace(0, len(row), spec.bands + 1).astype(np.int64)
         for band in range(spec.bands):
             low, high = edges[band], edges[band + 1]
             picked = draw.choice(high - low, size=min(spec.per_band, int(high - low)), replace=False)
+            # Sorted: `order` is by value, so a band's examples are shown from weak to strong.
             entries += order[low + np.sort(picked)].tolist()
             bands += [band] * len(picked)
     return Choice(np.asarray(entries, np.int64), np.asarray(bands, np.int8))
 
 
 class Examples(NamedTuple):
-    """Examples of one latent: E of them, their tokens and activations end to end."""
+    """Examples of one latent; their tokens and activations are concatenated."""
 
     band: NDArray[np.int8]
     window: NDArray[np.int64]
     position: NDArray[np.int64]
-    """Of the token it is about, in its window."""
+    """Position, in its window, of the token that an example is about."""
     first: NDArray[np.int64]
     """Position of the first token shown."""
     length: NDArray[np.int64]
@@ -163,7 +172,7 @@ class Examples(NamedTuple):
 def examples(
     row: NDArray[np.int64], value: NDArray[np.float32], choice: Choice, spec: IndexSpec, windows: Windows
 ) -> Examples:
-    """Cut the chosen entries' surroundings out of their windows."""
+    """Cut the context of the chosen entries out of their windows."""
     window, at = np.divmod(row[choice.entry], windows.rows)
     position = at + windows.drop
     first = np.maximum(position - spec.before, 0)
@@ -171,7 +180,10 @@ def examples(
     starts = np.concatenate([[0], np.cumsum(length)])
     place = np.repeat(first - starts[:-1], length) + np.arange(starts[-1])
     tokens = windows.of(np.repeat(window, length), place)
+    # 0 unless an entry says otherwise: at dropped positions, at sinks, and where the latent is silent.
     values = np.zeros(starts[-1], dtype=np.float32)
+    # Row minus `base` is the position in the window. The search starts at the first position with a row:
+    # before it, the numbers would be rows of the window before.
     base = window * windows.rows - windows.drop
     low = np.searchsorted(row, base + np.maximum(first, windows.drop))
     high = np.searchsorted(row, base + first + length)
@@ -181,12 +193,12 @@ def examples(
 
 
 class Near(NamedTuple):
-    """Other latents by latent of a part, best first; -1 fills up."""
+    """Neighbours of each latent of a part, best first."""
 
     ids: NDArray[np.int64]
-    """[P, M]"""
+    """Their numbers [P, M]; -1 is padding."""
     scores: NDArray[np.float32]
-    """[P, M]"""
+    """Their scores [P, M]."""
 
 
 def coactive(
@@ -197,21 +209,23 @@ def coactive(
     first: int,
     spec: IndexSpec,
 ) -> Near:
-    """The latents that are active on the rows on which each latent of a part is.
+    """The latents that are active on the same rows as each latent of a part.
 
-    The score of latents n and m is rows(n and m) / sqrt(rows(n) * rows(m)): 1 where they always fire
-    together. At most `coactivation_rows` rows of n are looked at; below that it is exact.
+    The score of latents n and m is rows(n and m) / sqrt(rows(n) * rows(m)): 1 if they always fire together.
+    It is exact if n fires on at most `coactivation_rows` rows, otherwise estimated from as many drawn ones.
 
     Args:
         blocks: All blocks.
-        start: [P + 1], from `merge`.
-        row: [E], from `merge`.
-        counts: [N] rows on which each latent fires.
+        start: First entry of each latent of the part, from `merge`, [P + 1].
+        row: Rows of the entries, from `merge`, [E].
+        counts: Rows on which each latent fires, [N].
         first: The part's first latent.
-        spec: How many are kept, and how many rows are looked at.
+        spec: How many neighbours are kept, and how many rows are counted.
     """
     size, latents = len(blocks[0].row_start) - 1, len(counts)
     own, looked = _looked_at(start, row, first, spec)
+    # Pairs (n, m) as one number n N + m: a dense table of int64 [P, N] would be 8.6 GB at a million latents,
+    # of which at most 512 K entries per latent are not 0.
     keys, tallies = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for number, block in enumerate(blocks):
         here = looked // size == number
@@ -220,9 +234,11 @@ def coactive(
         rows = looked[here] - number * size
         begin, end = block.row_start[rows], block.row_start[rows + 1]
         lengths = end - begin
+        # All entries of all rows at once: each row's start, repeated and counted up, without a Python loop.
         places = np.repeat(begin - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
         others = block.latent[places + np.arange(len(places))].astype(np.int64)
         key, tally = np.unique(np.repeat(own[here], lengths) * latents + others, return_counts=True)
+        # Summed block by block, so that memory holds one block's pairs and the distinct ones so far.
         keys, where = np.unique(np.concatenate([keys, key]), return_inverse=True)
         tallies = np.bincount(where, weights=np.concatenate([tallies, tally]), minlength=len(keys)).astype(
             np.int64
@@ -230,6 +246,7 @@ def coactive(
     mine, other = np.divmod(keys, latents)
     keep = other != mine + first
     mine, other, tallies = mine[keep], other[keep], tallies[keep]
+    # Extrapolated from the drawn rows to all rows of n, of which `seen` were counted.
     seen = np.bincount(own, minlength=len(start) - 1)
     together = tallies / seen[mine] * counts[mine + first]
     score = together / np.sqrt(counts[mine + first].astype(np.float64) * counts[other])
@@ -239,11 +256,13 @@ def coactive(
 def _looked_at(
     start: NDArray[np.int64], row: NDArray[np.int64], first: int, spec: IndexSpec
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(latent within the part, row) of every firing that is looked at."""
+    """(latent within the part, row) of every firing that is counted."""
     own, looked = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for i in range(len(start) - 1):
         mine = row[start[i] : start[i + 1]]
         if len(mine) > spec.coactivation_rows:
+            # The 1 separates this stream from the draws of `choose`. At most 512 rows: the standard error
+            # of a share is then at most 0.022, and a dense latent does not visit every row of the dataset.
             draw = np.random.default_rng([spec.seed, first + i, 1])
             mine = mine[draw.choice(len(mine), size=spec.coactivation_rows, replace=False)]
         own.append(np.full(len(mine), i))
@@ -254,6 +273,7 @@ def _looked_at(
 def _best(
     mine: NDArray[np.int64], other: NDArray[np.int64], score: NDArray[Any], latents: int, count: int
 ) -> Near:
+    """The `count` highest scores per latent; equal ones by ascending number."""
     order = np.lexsort((other, -score, mine))
     mine, other, score = mine[order], other[order], score[order]
     begin = np.searchsorted(mine, np.arange(latents))

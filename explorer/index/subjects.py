@@ -15,11 +15,11 @@ from winnow.subject.weights import locate
 
 
 class LazySubject:
-    """A subject whose weights are loaded once `whole` is called.
+    """A subject whose weights are loaded when `whole` is first called.
 
     Args:
-        spec: How to load it; None as the plan says.
-        planned: What the dataset was harvested from.
+        spec: How to load it; None loads it as the plan says.
+        planned: The subject that the dataset was harvested from.
     """
 
     def __init__(self, spec: SubjectSpec | None, planned: SubjectIdentity) -> None:
@@ -28,7 +28,8 @@ class LazySubject:
 
     @property
     def device(self) -> torch.device:
-        """Where it will live."""
+        """The device that it is loaded to."""
+        # Known before the weights are loaded, since the SAE goes to the same device.
         if self.spec.device == "auto":
             return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         return torch.device(self.spec.device)
@@ -53,6 +54,7 @@ class LazySubject:
 
     @cached_property
     def _loaded(self) -> Subject:
+        # Checked after loading: the identity holds a digest of the weights themselves.
         subject = Subject.load(self.spec)
         check_subject(subject.identity, self.planned)
         return subject

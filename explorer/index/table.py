@@ -1,7 +1,7 @@
-"""The index on disk: Parquet, one row a latent, and the reader that a page goes through.
+"""The index on disk: Parquet, one row per latent, and the reader that pages use.
 
 A part holds `part_latents` latents in row groups of `group_latents`; a page reads one row group. Page
-checksums are written and checked.
+checksums are written and verified.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ INDEX_KEY = "index.json"
 SUMMARY_KEY = "summary.parquet"
 VOCABULARY_KEY = "vocabulary.parquet"
 EXPLANATIONS_KEY = "explanations.jsonl"
+# A part is what one worker holds in memory: its share of all codes, and co-activation (docs/explorer.md,
+# "Memory"). A row group is what one page reads: 15 ms at the 95th percentile (benchmarks/explorer.py).
 PART_LATENTS, GROUP_LATENTS = 1024, 16
 SUMMARY_TOKENS = 6
-"""Promoted and firing tokens kept a latent in the summary."""
+"""Promoted and firing tokens per latent in the summary."""
+# Neighbouring latents share a part, so paging through them parses its footer once.
 CACHED_FOOTERS = 64
+# The server loads the summary and the explanations whole; a larger file would exhaust its memory.
 MAX_TABLE_BYTES = 1 << 32
 MAX_EXPLANATIONS_BYTES = 1 << 28
 
@@ -41,12 +45,12 @@ SCALARS = ("fires", "largest", "mean", "mean_square", "enc_dec_cosine", "token_s
 
 
 def part_key(part: int) -> str:
-    """Where a part of the latents lies."""
+    """Key of a part of the latents."""
     return f"latents/part-{part:05d}.parquet"
 
 
 def lists(rows: Sequence[NDArray[Any]] | NDArray[Any], kind: Any) -> Any:
-    """A column of lists, one a latent; a negative entry of a 2-d array ends its row."""
+    """A column of lists, one per latent; negative integers of a 2-d array are padding and left out."""
     if isinstance(rows, np.ndarray):
         rows = [row[row >= 0] if row.dtype.kind == "i" else row for row in rows]
     ends = np.cumsum([0, *(len(row) for row in rows)]).astype(np.int32)
@@ -55,7 +59,8 @@ def lists(rows: Sequence[NDArray[Any]] | NDArray[Any], kind: Any) -> Any:
 
 
 def example_column(found: Sequence[Examples]) -> Any:
-    """The column `examples`: a list of structs, one list a latent."""
+    """The column `examples`: a list of structs per latent."""
+    # From flat arrays and offsets: a part has up to 1.4 million tokens of examples (1,024 latents, 36 of 37).
     joined = Examples(*(np.concatenate(column) for column in zip(*found, strict=True)))
     ends = np.cumsum([0, *joined.length]).astype(np.int32)
 
@@ -91,6 +96,7 @@ def figure_columns(found: Sequence[Figures]) -> dict[str, Any]:
 
 def encode_table(columns: Mapping[str, Any], group: int) -> bytes:
     """A Parquet file with page checksums."""
+    # Objects outside the store's manifests have no digest; Parquet's own checksums detect damaged pages.
     sink = io.BytesIO()
     pq.write_table(
         pa.table(dict(columns)), sink, row_group_size=group, compression="zstd", write_page_checksum=True
@@ -99,7 +105,11 @@ def encode_table(columns: Mapping[str, Any], group: int) -> bytes:
 
 
 def decode_table(data: bytes, origin: str, columns: Sequence[str] | None = None) -> Any:
-    """Read a whole Parquet file; IntegrityError where it is none."""
+    """Read a whole Parquet file.
+
+    Raises:
+        IntegrityError: It is damaged or not Parquet.
+    """
     try:
         return pq.read_table(
             pa.BufferReader(data), columns=list(columns) if columns else None, page_checksum_verification=True
@@ -109,7 +119,7 @@ def decode_table(data: bytes, origin: str, columns: Sequence[str] | None = None)
 
 
 class _Ranges(io.RawIOBase):
-    """An object as a file for Arrow: every read is one range request."""
+    """An object as a file for Arrow: every read is one range request, and nothing is buffered."""
 
     def __init__(self, store: ObjectStore, key: str) -> None:
         super().__init__()
@@ -133,6 +143,7 @@ class _Ranges(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
+        # Cut at the end of the object: stores refuse ranges beyond it, and a file's `read` may be short.
         end = self._size if size < 0 else min(self._at + size, self._size)
         data = bytes(self._store.get_range(self._key, self._at, end)) if end > self._at else b""
         self._at = end
@@ -143,11 +154,11 @@ class FeatureTable:
     """A finished index. Safe to use from threads; open one with `FeatureTable.open`.
 
     Attributes:
-        store: Where it lies.
-        meta: What it holds.
+        store: Holds its files.
+        meta: Its `index.json`.
         texts: Text of every token id.
-        summary: One row a latent: `SCALARS`, `promoted` and `token_ids` (lists of ids).
-        explanations: By latent, where somebody left any.
+        summary: One row per latent: `SCALARS`, `promoted` and `token_ids` (lists of ids).
+        explanations: Explanations of latents that have any.
     """
 
     def __init__(self, store: ObjectStore, meta: FeatureIndex) -> None:
@@ -159,6 +170,7 @@ class FeatureTable:
             raise IntegrityError(SUMMARY_KEY, expected=f"{meta.latents} rows", got=self.summary.num_rows)
         self.explanations = _read_explanations(store, meta.latents)
         self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
+        # Requests for pages run in a pool of threads; trimming must not meet another thread's insertion.
         self._lock = threading.Lock()
 
     @classmethod
@@ -169,8 +181,8 @@ class FeatureTable:
 
         Args:
             uri: Its folder or prefix.
-            storage: How it is reached.
-            sae_sha256: Digest of the weights it must belong to, where that matters.
+            storage: Credentials and endpoint.
+            sae_sha256: Digest of the weights that it must belong to; None accepts any.
 
         Raises:
             ConfigError: No finished index there, or another SAE's.
@@ -200,6 +212,7 @@ class FeatureTable:
         """
         if not 0 <= number < self.meta.latents:
             raise ConfigError("latent", expected=f"0 to {self.meta.latents - 1}", got=number)
+        # By the sizes that the index records, not today's constants: an older index keeps its own.
         part, within = divmod(number, self.meta.part_latents)
         group, row = divmod(within, self.meta.group_latents)
         source = _Ranges(self.store, part_key(part))
@@ -208,9 +221,11 @@ class FeatureTable:
                 source, metadata=self._footers.get(part), page_checksum_verification=True
             ) as file:
                 self._remember(part, file.metadata)
+                # One row group has nothing to read in parallel; threads would only compete between requests.
                 found = file.read_row_group(group, use_threads=False).slice(row, 1).to_pylist()[0]
         except (pa.ArrowException, OSError, IndexError) as error:
             raise IntegrityError(f"{part_key(part)}, latent {number}", got=str(error)[:200]) from error
+        # Checksums do not notice parts that were exchanged or belong to another division.
         if found.pop("latent") != number:
             raise IntegrityError(f"{part_key(part)}: latents are not where they belong", expected=number)
         return found
@@ -222,11 +237,11 @@ class FeatureTable:
                 self._footers.popitem(last=False)
 
     def column(self, name: str) -> NDArray[Any]:
-        """A scalar column of the summary, [N]."""
+        """A numeric column of the summary, [N]."""
         return cast(Any, self.summary.column(name)).to_numpy()
 
     def density(self) -> NDArray[np.float64]:
-        """[N] share of rows on which each latent is active."""
+        """Share of rows on which each latent is active, [N]."""
         return self.column("fires") / max(self.meta.rows, 1)
 
 
@@ -240,6 +255,7 @@ def _read_explanations(store: ObjectStore, latents: int) -> dict[int, list[Expla
             one = validate(Explanation, json.loads(line), origin=origin)
         except ValueError as error:
             raise IntegrityError(f"{origin} is no explanation", got=str(error)[:200]) from error
+        # The file is anybody's to write: a line on a latent that does not exist has no page, and is skipped.
         if one.latent < latents:
             found.setdefault(one.latent, []).append(one)
     return found

@@ -218,7 +218,7 @@ def test_another_index_is_not_mixed_in(site, tmp_path):
         indexer_of(site, tmp_path / "a", top=5).run()
     unfinished = indexer_of(site, tmp_path / "b")
     unfinished._claim()
-    with pytest.raises(ConfigError, match="beginnings of another index"):
+    with pytest.raises(ConfigError, match="another, unfinished index"):
         indexer_of(site, tmp_path / "b", top=5).run()
 
 
