@@ -362,13 +362,12 @@ def test_an_sae_that_is_not_the_one_that_was_indexed_is_refused(site):
         exhibit.sae()
 
 
-def test_a_dataset_that_was_not_indexed_is_not_shown(site, tmp_path, capsys):
+def test_a_dataset_that_was_not_indexed_is_not_shown(site, tmp_path, caplog):
     _, other = make_dataset(tmp_path, units=4)
     desk = open_desk(list(site.saes), None, Place.of(site.config_path, other.root), seats=1)
     assert desk.dataset is None
-    words = " ".join(capsys.readouterr().err.split())
-    assert f"the plan of the dataset at {other.root}: expected" in words
-    assert "(the index's)" in words
+    assert f"the plan of the dataset at {other.root}: expected" in caplog.text
+    assert "(the index's)" in caplog.text
 
 
 def test_a_subject_of_other_weights_and_saes_of_two_subjects_are_refused(site, desk, tmp_path):
