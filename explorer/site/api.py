@@ -1,7 +1,7 @@
 """The explorer's JSON API. Every input is bounded here; nothing from a request names a file.
 
-Models and the SAE are reached through one lane (`winnow.explorer.site.lane`); pages of latents are not
-queued.
+Requests use the subject and the SAE one at a time (`winnow.explorer.site.lane`); pages of latents do not
+queue.
 """
 
 from __future__ import annotations
@@ -26,19 +26,25 @@ from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.subject.generate import Steer
 
+# What one request may cost; with the eight seats (`--seats`) this bounds how long the last one waits. The
+# page takes its own limits from here (`/api/site`).
 MAX_TEXT = 4000
 MAX_NEW_TOKENS = 200
 MAX_EDITS = 8
+# A feature page offers 36 examples, each of which can be ablated: a few latents' worth.
 CACHED_ABLATIONS = 256
 TOP_PER_TOKEN = 8
 
 SaeNumber = Annotated[int, Path(ge=0, le=63, description="Which SAE, as listed by /api/site")]
 Axis = Literal["density", "largest", "mean", "token_share", "logit_peak", "enc_dec_cosine"]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+# Any SAE's numbers; whether this SAE has the latent is checked by `Desk.latent`, with a message that says
+# which ones it has.
 LatentNumber = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class _Body(BaseModel):
+    # A misspelt field is an error, not a default that is taken silently.
     model_config = ConfigDict(extra="forbid")
 
 
@@ -49,13 +55,13 @@ class TextBody(_Body):
 
 
 class MonitorBody(TextBody):
-    """A text, and the latents to watch on it."""
+    """A text, and the latents to monitor on it."""
 
     latents: Annotated[list[LatentNumber], Field(min_length=1, max_length=MAX_LATENTS)]
 
 
 class AblateBody(_Body):
-    """A latent, and the text or the dataset's window that it is taken out of."""
+    """A latent, and the text or the dataset's window in which it is ablated."""
 
     latent: LatentNumber
     text: Text | None = None
@@ -68,6 +74,7 @@ class Edit(_Body):
     sae: Annotated[int, Field(ge=0, le=63)] = 0
     latent: LatentNumber
     op: Literal["clamp", "scale", "add", "ablate"] = "clamp"
+    # JSON parsers accept Infinity, which would make every logit NaN.
     strength: Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)] = 0.0
 
 
@@ -83,14 +90,14 @@ class SteerBody(_Body):
 
 @dataclass
 class Desk:
-    """Everything requests share.
+    """What all requests share.
 
     Attributes:
-        exhibits: The SAEs on show.
+        exhibits: The SAEs that the site shows.
         subject: The subject they belong to.
-        lane: The queue in front of it.
-        dataset: Opens the dataset; None where it is not at hand.
-        ablations: The newest ones, by what was asked.
+        lane: The queue in front of the subject.
+        dataset: Opens the dataset; None if it is not available.
+        ablations: Newest replies by request, for repeated ones.
     """
 
     exhibits: list[Exhibit]
@@ -100,13 +107,21 @@ class Desk:
     ablations: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
 
     def exhibit(self, number: int) -> Exhibit:
-        """One SAE; ConfigError where there is none of that number."""
+        """The SAE of a number.
+
+        Raises:
+            ConfigError: No such SAE.
+        """
         if not 0 <= number < len(self.exhibits):
             raise ConfigError("sae", expected=f"0 to {len(self.exhibits) - 1}", got=number)
         return self.exhibits[number]
 
     def latent(self, exhibit: Exhibit, number: int) -> int:
-        """`number`, if the SAE has it."""
+        """Return `number` if the SAE has such a latent.
+
+        Raises:
+            ConfigError: It has not.
+        """
         if not 0 <= number < exhibit.table.meta.latents:
             raise ConfigError("latent", expected=f"0 to {exhibit.table.meta.latents - 1}", got=number)
         return number
@@ -114,12 +129,23 @@ class Desk:
 
 def make_router(desk: Desk) -> APIRouter:
     """All routes below `/api`."""
+    # The routes are plain functions, not coroutines: FastAPI runs them in threads, so that one that waits for
+    # the model or for storage does not stop the others.
     router = APIRouter(prefix="/api")
+    _add_lists(router, desk)
+    _add_comparisons(router, desk)
+    _add_readings(router, desk)
+    return router
 
-    @router.get("/site", summary="What is on show")
+
+def _add_lists(router: APIRouter, desk: Desk) -> None:
+    """Routes about all latents of an SAE, and one of them: answered from the index alone."""
+
+    @router.get("/site", summary="What the site shows")
     def site() -> dict[str, Any]:
         return {
             "saes": [exhibit.facts() for exhibit in desk.exhibits],
+            # The last part of the name: a path of the server's disk is nobody's business.
             "subject": {"model": desk.subject.planned.model.rsplit("/", 1)[-1], "ready": desk.subject.ready},
             "axes": AXES,
             "limits": {
@@ -157,7 +183,7 @@ def make_router(desk: Desk) -> APIRouter:
         exhibit = desk.exhibit(sae)
         return exhibit.page(exhibit.find(q, low, high), sort, descending, offset, limit)
 
-    @router.get("/saes/{sae}/brief/{latent}", summary="A latent in a line")
+    @router.get("/saes/{sae}/brief/{latent}", summary="A latent in one line")
     def brief(sae: SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
         exhibit = desk.exhibit(sae)
         return exhibit.brief(desk.latent(exhibit, latent))
@@ -166,11 +192,15 @@ def make_router(desk: Desk) -> APIRouter:
     def feature(sae: SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
         return desk.exhibit(sae).feature(latent)
 
-    @router.get("/compare/{one}/{other}", summary="How nearly two SAEs' latents point the same way")
+
+def _add_comparisons(router: APIRouter, desk: Desk) -> None:
+    """Routes about two SAEs: they need the decoders, not the subject."""
+
+    @router.get("/compare/{one}/{other}", summary="How well the directions of two SAEs match")
     def compare(one: SaeNumber, other: SaeNumber) -> dict[str, Any]:
         return overview(desk.exhibit(one), desk.exhibit(other))
 
-    @router.get("/compare/{one}/{other}/{latent}", summary="A latent's nearest in another SAE")
+    @router.get("/compare/{one}/{other}/{latent}", summary="A latent's nearest latents in another SAE")
     def nearest(
         one: SaeNumber, other: SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]
     ) -> dict[str, Any]:
@@ -179,6 +209,10 @@ def make_router(desk: Desk) -> APIRouter:
             "one": left.brief(desk.latent(left, latent)),
             "matches": matches(left, right, latent, 8),
         }
+
+
+def _add_readings(router: APIRouter, desk: Desk) -> None:
+    """Routes that run the subject, one request at a time."""
 
     @router.post("/saes/{sae}/text", summary="Which latents fire on a text, token by token")
     def text(sae: SaeNumber, body: TextBody) -> dict[str, Any]:
@@ -194,6 +228,7 @@ def make_router(desk: Desk) -> APIRouter:
                 drop_leading=meta.drop_leading,
                 sink_multiple=meta.sink_multiple,
             )
+        # Described outside the lane: the next request has the model meanwhile.
         return describe_reading(exhibit, reading)
 
     @router.post("/saes/{sae}/monitor", summary="Chosen latents over a text")
@@ -213,19 +248,17 @@ def make_router(desk: Desk) -> APIRouter:
                 texts=exhibit.table.texts,
             )
 
-    @router.post("/saes/{sae}/ablate", summary="What a text loses without a latent")
+    @router.post("/saes/{sae}/ablate", summary="How predictions on a text change without a latent")
     def effects(sae: SaeNumber, body: AblateBody) -> dict[str, Any]:
         return ablation(desk, sae, body)
 
-    @router.post("/steer", summary="Generate clean and steered; a JSON object a line")
+    @router.post("/steer", summary="Generate clean and steered; one JSON object per line")
     def steer(body: SteerBody) -> StreamingResponse:
         return steering(desk, body)
 
-    return router
-
 
 def describe_reading(exhibit: Exhibit, reading: Any) -> dict[str, Any]:
-    """A reading for people: each token's strongest latents, and the text's."""
+    """Describe a reading for the page: the strongest latents of each token, and of the whole text."""
     tokens: list[dict[str, Any]] = []
     columns = (reading.ids, reading.values, reading.indices, reading.read.tolist())
     for number, values, indices, read in zip(*columns, strict=True):
@@ -239,6 +272,7 @@ def describe_reading(exhibit: Exhibit, reading: Any) -> dict[str, Any]:
         if value > 0:
             totals[latent] = totals.get(latent, 0.0) + value
     strongest = sorted(totals, key=lambda latent: (-totals[latent], latent))[:24]
+    # Each latent once, however many tokens it fires on: the page looks its words up by number.
     shown = set(strongest) | {latent for token in tokens for latent, _ in token["latents"]}
     return {
         "tokens": tokens,
@@ -255,11 +289,16 @@ def describe_reading(exhibit: Exhibit, reading: Any) -> dict[str, Any]:
 
 
 def ablation(desk: Desk, sae: int, body: AblateBody) -> dict[str, Any]:
-    """The effects of one latent on one text, computed or remembered."""
+    """The effects of one latent on one text, computed or from the cache.
+
+    Raises:
+        ConfigError: No such latent, neither text nor window, both, or a text of unsuitable length.
+    """
     exhibit = desk.exhibit(sae)
     desk.latent(exhibit, body.latent)
     if (body.text is None) == (body.window is None):
         raise ConfigError("text, window", expected="one of the two", got="both or neither")
+    # Looked up before a seat is taken: a repeated request never meets a busy model.
     key = (sae, body.latent, body.text, body.window)
     if key in desk.ablations:
         desk.ablations.move_to_end(key)
@@ -284,7 +323,7 @@ def ablation(desk: Desk, sae: int, body: AblateBody) -> dict[str, Any]:
 
 def _window(desk: Desk, window: int) -> list[int]:
     if desk.dataset is None:
-        raise ConfigError("window", expected="a text", got="a window, and the dataset is not at hand")
+        raise ConfigError("window", expected="a text", got="a window, and the dataset is not available")
     return [int(token) for token in desk.dataset().tokens(window)]
 
 
@@ -297,6 +336,7 @@ def _described(exhibit: Exhibit, ids: list[int], found: Ablation) -> dict[str, A
     return {
         "tokens": exhibit.words(ids),
         "values": [round(value, 5) for value in found.activation],
+        # None at the last token: what comes after it is unknown.
         "loss_change": [None if each is None else round(each, 6) for each in found.loss_change],
         "kl": [round(each, 6) for each in found.kl],
         "up": [votes(each) for each in found.up],
@@ -305,13 +345,15 @@ def _described(exhibit: Exhibit, ids: list[int], found: Ablation) -> dict[str, A
 
 
 class _Seated(StreamingResponse):
-    """A stream that keeps its seat in the lane until it ends, however it ends."""
+    """A stream that keeps its seat in the lane until it ends, also by an error or a visitor who leaves."""
 
     def __init__(self, content: Iterator[str], lane: Lane) -> None:
         super().__init__(content, media_type="application/x-ndjson")
         self._lane = lane
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        # Here and not in the generator: a visitor who is gone before the first token never starts it, and a
+        # generator that was not started runs no `finally`.
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -319,11 +361,19 @@ class _Seated(StreamingResponse):
 
 
 def steering(desk: Desk, body: SteerBody) -> StreamingResponse:
-    """Start both runs; everything that can be refused is refused before the first byte."""
+    """Start both runs of a prompt.
+
+    Raises:
+        ConfigError: No such latent, a prompt of unsuitable length, or SAEs whose windows begin differently.
+        Busy: No seat is free.
+    """
+    # Everything that can be refused is refused before the first byte: afterwards the status is sent, and a
+    # failure would look like the end of a text.
     edits = [(desk.exhibit(edit.sae), edit) for edit in body.edits]
     for exhibit, edit in edits:
         desk.latent(exhibit, edit.latent)
     rule = _common_rule([exhibit for exhibit, _ in edits] or desk.exhibits[:1])
+    # `sit` and `turn` instead of `visit`: the seat is kept for the stream, the model only for each token.
     desk.lane.sit()
     try:
         with desk.lane.turn():
@@ -339,6 +389,7 @@ def steering(desk: Desk, body: SteerBody) -> StreamingResponse:
                     skip=exhibit.table.meta.drop_leading,
                 )
                 steers.setdefault(exhibit.table.meta.hook, []).append(steer)
+            # One seed for both runs: they differ by the steer alone, not by the draws.
             kind: dict[str, Any] = {
                 "max_new_tokens": body.tokens,
                 "seed": body.seed,
@@ -349,13 +400,19 @@ def steering(desk: Desk, body: SteerBody) -> StreamingResponse:
                 "steered": subject.generate(prompt, steer=steers, **kind),
             }
         return _Seated(_lines(desk.lane, runs), desk.lane)
+    # Until the response exists nobody else would give the seat back, not even after an interrupt.
     except BaseException:
         desk.lane.leave()
         raise
 
 
 def _common_rule(exhibits: list[Exhibit]) -> WindowRule:
-    """How a prompt begins for all of some SAEs; ConfigError where they were trained on different windows."""
+    """How a prompt begins for all of several SAEs.
+
+    Raises:
+        ConfigError: Their datasets' windows begin differently.
+    """
+    # One prompt has one beginning, and activations after BOS differ from those without.
     rules = {exhibit.window.canonical(): exhibit.window for exhibit in exhibits}
     if len(rules) > 1:
         raise ConfigError(
@@ -368,14 +425,16 @@ def _common_rule(exhibits: list[Exhibit]) -> WindowRule:
 
 
 def _lines(lane: Lane, runs: dict[str, Any]) -> Iterator[str]:
-    """Both runs' tokens in turn, a JSON object a line."""
+    """The tokens of both runs in turn, one JSON object per line."""
     going = dict(runs)
     while going:
         for name, run in list(going.items()):
+            # One token per turn, so that a generation of 200 tokens does not keep other requests waiting.
             with lane.turn():
                 token = next(run, None)
             if token is None:
                 del going[name]
                 continue
             yield json.dumps({"run": name, "text": token.text, "logprob": token.logprob}) + "\n"
+    # Tells a finished stream from one that was cut off.
     yield json.dumps({"done": True}) + "\n"

@@ -1,4 +1,4 @@
-"""What the server shows: SAEs with their indices, described for people; nothing here needs the subject.
+"""What the server shows: SAEs with their indices, as the pages need them; nothing here needs the subject.
 
 Letters: N latents.
 """
@@ -25,31 +25,32 @@ from winnow.schemas.fit import mismatch
 from winnow.schemas.window import WindowRule
 
 AXES = {
-    "density": "share of tokens it fires on",
+    "density": "share of tokens on which it fires",
     "largest": "largest activation",
-    "mean": "mean activation where it fires",
+    "mean": "mean activation when it fires",
     "token_share": "share of its activation on its favourite token",
     "logit_peak": "logit of its most promoted token",
     "enc_dec_cosine": "cosine of encoder and decoder row",
 }
-"""What the map can show, and the words for it."""
+"""The axes of the map, and their descriptions."""
 MAX_POINTS = 100_000
-"""Points sent to the map; beyond that a fixed random choice is."""
+"""Points sent to the map; of more latents a fixed random choice is sent."""
 LABEL_TOKENS = 3
+# 512 x N cosines are 2 GB of float32 at a million latents; all pairs would be N^2.
 SAMPLED = 512
-"""Latents whose best match in another SAE is looked up for the overview of two."""
+"""Latents whose best match in another SAE the overview of two SAEs looks up."""
 
 
 @dataclass
 class Exhibit:
-    """One SAE on show.
+    """One SAE that the site shows.
 
     Attributes:
         name: The last part of its address.
-        uri: Its address; never sent to anybody.
+        uri: Its address; no reply contains it.
         table: Its index.
-        storage: How it is reached.
-        window: How a text begins that is read as one of the dataset's windows.
+        storage: Credentials and endpoint of its address.
+        window: How a text begins that is read like a window of the dataset.
     """
 
     name: str
@@ -66,10 +67,13 @@ class Exhibit:
         Raises:
             SaeMismatch: It is not the one that was indexed.
         """
+        # Under the lock: two first requests at once would load the SAE twice.
         with self._lock:
             if self._sae is None:
                 sae, indexed = Sae.load(self.uri, storage=self.storage), self.table.meta.sae_sha256
                 found = sae.card.weights_sha256 if sae.card else "none"
+                # Somebody may train a new SAE to the same address while the server runs: the figures shown
+                # would then be another SAE's.
                 if found != indexed:
                     fix = "Index it again"
                     raise mismatch("weights", self.name, expected=indexed, of="the index", got=found, fix=fix)
@@ -79,14 +83,16 @@ class Exhibit:
     # ---- all latents -----------------------------------------------------------------------------
 
     def axis(self, name: str) -> NDArray[np.float64]:
-        """[N] values of one of `AXES`."""
+        """Values of one of `AXES`, [N]."""
         if name == "density":
             return self.table.density()
         return self.table.column(name).astype(np.float64)
 
     @cached_property
     def _haystack(self) -> Any:
-        """Everything a search looks through, one lower-case string a latent."""
+        """The text that a search looks through, one lower-case string per latent."""
+        # Built with the first search and kept: Arrow then scans all latents in one call, where a loop over
+        # Python strings would run again with every letter typed.
         texts = [text.lower() for text in self.table.texts]
         explained = self.table.explanations
         columns = [self.table.summary.column(name).to_pylist() for name in ("promoted", "token_ids")]
@@ -100,17 +106,19 @@ class Exhibit:
     def find(
         self, query: str, low: float, high: float, latents: list[int] | None = None
     ) -> NDArray[np.int64]:
-        """Latents of a density in [low, high] with `query` among their tokens or explanations."""
+        """Latents with a density in [low, high] and `query` in their tokens or explanations, ascending."""
         density = self.table.density()
         keep = (density >= low) & (density <= high)
         if query:
-            match: Any = pyarrow.compute.__dict__["match_substring"]  # made at import, so unknown to checkers
+            # pyarrow generates its functions at import, so type checkers do not know the attribute.
+            match: Any = pyarrow.compute.__dict__["match_substring"]
             keep &= np.asarray(match(self._haystack, query.lower()))
         found = np.flatnonzero(keep)
         return found if latents is None else np.intersect1d(found, latents)
 
     def points(self, x: str, y: str, found: NDArray[np.int64]) -> dict[str, Any]:
         """The map: numbers and coordinates of latents, at most `MAX_POINTS`."""
+        # One seed, so that the same filters show the same points when the axes change.
         shown = found
         if len(found) > MAX_POINTS:
             shown = np.sort(np.random.default_rng(0).choice(found, MAX_POINTS, replace=False))
@@ -122,15 +130,16 @@ class Exhibit:
         }
 
     def page(self, found: NDArray[np.int64], sort: str, descending: bool, offset: int, limit: int) -> Any:
-        """Some rows of the list of latents."""
+        """One page of the list of latents."""
         keys = self.axis(sort)[found]
+        # Ties by number, also when descending: without an order among equals a latent could be on two pages.
         order = np.lexsort((found, -keys if descending else keys))[offset : offset + limit]
         return {"total": len(found), "rows": [self.brief(int(number)) for number in found[order]]}
 
     # ---- one latent ------------------------------------------------------------------------------
 
     def brief(self, number: int) -> dict[str, Any]:
-        """A latent in a line."""
+        """A latent in one line."""
         table = self.table
         explained = table.explanations.get(number)
         return {
@@ -148,7 +157,8 @@ class Exhibit:
         return [self.table.texts[number] for number in ids]
 
     def feature(self, number: int) -> dict[str, Any]:
-        """A latent's whole page."""
+        """All that a latent's page shows."""
+        # The only read from storage per page: neighbours are described from the summary in memory.
         row = self.table.latent(number)
         page: dict[str, Any] = {"latent": number, "sae": self.name, "brief": self.brief(number)}
         page["figures"] = {
@@ -179,7 +189,9 @@ class Exhibit:
     def facts(self) -> dict[str, Any]:
         """What the site says about this SAE."""
         meta, density = self.table.meta, self.table.density()
+        # Silent latents have no logarithm; they are counted beside the histogram.
         alive = density > 0
+        # A fixed range, so that the page can draw the histograms of two SAEs over each other.
         counts, edges = np.histogram(np.log10(density[alive]), bins=40, range=(-7, 0))
         return {
             "name": self.name,
@@ -190,6 +202,7 @@ class Exhibit:
             "windows": meta.windows,
             "bos": self.window.bos,
             "silent": int((~alive).sum()),
+            # The mean number of active latents per row is the sum of the densities.
             "l0": float(density.sum()),
             "bands": meta.spec.bands,
             "explained": len(self.table.explanations),
@@ -204,12 +217,13 @@ class Exhibit:
 
     @cached_property
     def directions(self) -> torch.Tensor:
-        """Decoder rows of unit length [N, D]."""
+        """Decoder rows of unit length [N, D], on the CPU."""
+        # On the CPU: the GPU is the subject's, and these pages do not wait for it.
         return unit_rows(self.sae().W_dec.detach().float().cpu())
 
 
 def matches(one: Exhibit, other: Exhibit, latent: int, count: int) -> list[dict[str, Any]]:
-    """The latents of `other` whose decoder rows point most nearly where `latent` of `one` does."""
+    """The `count` latents of `other` whose decoder rows have the highest cosine with that of `latent`."""
     _comparable(one, other)
     cosines = other.directions @ one.directions[latent]
     best = cosines.topk(min(count, len(cosines)))
@@ -220,12 +234,13 @@ def matches(one: Exhibit, other: Exhibit, latent: int, count: int) -> list[dict[
 
 
 def overview(one: Exhibit, other: Exhibit) -> dict[str, Any]:
-    """Histogram of the best cosine in `other` of up to 512 random latents of `one`, and some of them."""
+    """Histogram of the best cosine in `other` of up to 512 random latents of `one`, and 12 of the pairs."""
     _comparable(one, other)
     draw = np.random.default_rng(0).permutation(one.table.meta.latents)[:SAMPLED]
     best = (one.directions[torch.from_numpy(draw)] @ other.directions.T).max(1)
     counts, _ = np.histogram(best.values.numpy(), bins=40, range=(0, 1))
     order = np.argsort(-best.values.numpy())
+    # Evenly over the ranks, from best to worst: the best alone would flatter.
     chosen = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(12, len(order)))]
     return {
         "sampled": len(draw),
@@ -255,5 +270,6 @@ def _comparable(one: Exhibit, other: Exhibit) -> None:
 
 
 def _short(values: NDArray[Any]) -> list[float]:
-    """Four significant digits are enough for eyes."""
+    """Numbers rounded to four significant digits."""
+    # Enough for a pixel and a tooltip, and it keeps the JSON of 100,000 points small.
     return [float(f"{value:.4g}") for value in values.tolist()]

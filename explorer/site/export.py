@@ -1,9 +1,9 @@
-"""Latents taken along: one self-contained HTML page, and the JSON that two other viewers read.
+"""Exported latents: one self-contained HTML page, and the JSON that two other viewers read.
 
-- `features.html`: no script, nothing fetched; values stand in titles.
+- `features.html`: no script, nothing fetched; values are shown as tooltips.
 - `openai/atoms/N.json`: what the sae-viewer of openai/sparse_autoencoder reads for feature N.
   `mean_act` and `mean_act_squared` are over all tokens; bin b of `hist` is from 0.2 (b - 1) to 0.2 b.
-- `neuronpedia/batch-0.json`: dashboards as SAEDashboard writes and as Neuronpedia's converter takes them.
+- `neuronpedia/batch-0.json`: dashboards as SAEDashboard writes and as Neuronpedia's converter reads them.
   What an index does not hold (neuron alignment, correlations, logit histograms) is left empty.
 """
 
@@ -22,6 +22,7 @@ from winnow.schemas.subject import parse_hook
 
 STYLE = Path(__file__).parents[1] / "static" / "style.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+# Every latent of an export is held in memory until all three forms are written, and is a file of its own.
 MAX_EXPORTED = 10_000
 OPENAI_BIN = 0.2
 """Width of a bin of the sae-viewer's histogram, which is fixed in its code; its bins have whole numbers."""
@@ -29,10 +30,10 @@ Row = dict[str, Any]
 
 
 def parse_latents(text: str, latents: int) -> list[int]:
-    """`"3,10-12"` -> [3, 10, 11, 12]; `"all"` takes every latent.
+    """Parse `"3,10-12"` to [3, 10, 11, 12], and `"all"` to every latent.
 
     Raises:
-        ConfigError: Not such a list, latents that do not exist, or more than 10,000.
+        ConfigError: Another form, latents that do not exist, or more than 10,000.
     """
     if text == "all":
         text = f"0-{latents - 1}"
@@ -55,7 +56,8 @@ def parse_latents(text: str, latents: int) -> list[int]:
 
 
 def export(exhibit: Exhibit, latents: Sequence[int], out: Path) -> list[Path]:
-    """Write all three forms of some latents into `out`; returns the files."""
+    """Write all three forms of some latents to `out` and return the files."""
+    # All rows are read before the first file: damage in the index leaves no partial export.
     rows = [exhibit.table.latent(number) | {"latent": number} for number in latents]
     files = {out / "features.html": html_page(exhibit, rows)}
     for row in rows:
@@ -68,6 +70,7 @@ def export(exhibit: Exhibit, latents: Sequence[int], out: Path) -> list[Path]:
 
 
 def _json(value: Any) -> str:
+    # NaN is not JSON, though Python writes it: browsers' parsers refuse the whole file.
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
@@ -95,6 +98,7 @@ def openai_feature(exhibit: Exhibit, row: Row) -> Row:
 
     return {
         "density": density,
+        # The index has the mean over the rows on which a latent fires; the viewer wants that over all tokens.
         "mean_act": density * row["mean"],
         "mean_act_squared": density * row["mean_square"],
         "hist": {str(number): count for number, count in openai_bins(row["histogram"], row["largest"])},
@@ -104,17 +108,19 @@ def openai_feature(exhibit: Exhibit, row: Row) -> Row:
 
 
 def openai_bins(counts: Sequence[int], largest: float) -> list[tuple[int, float]]:
-    """Counts in equal widths from 0 to `largest`, as (number, count) of the sae-viewer's bins, none empty.
+    """Convert counts in equal widths from 0 to `largest` to (number, count) of the sae-viewer's bins.
 
-    A count is shared between the bins that its width lies in, so counts need not be whole; their sum stays.
+    A count is divided among the bins that its width overlaps, so counts need not be whole; their sum is
+    preserved. Empty bins are left out.
     """
-    width = largest / len(counts) / OPENAI_BIN  # in bins
+    width = largest / len(counts) / OPENAI_BIN  # in units of the viewer's bins
     bins: dict[int, float] = {}
     for i, count in enumerate(counts):
         low, high = i * width, (i + 1) * width
         for number in range(int(low), int(high) + 1 if count else 0):
             share = (min(high, number + 1) - max(low, number)) / width
-            if share > 1e-9:  # no slivers of rounding
+            # A boundary that rounding puts beside that of a bin would make a bin of almost nothing.
+            if share > 1e-9:
                 bins[number + 1] = bins.get(number + 1, 0) + count * share
     return sorted(bins.items())
 
@@ -125,6 +131,7 @@ def neuronpedia_batch(exhibit: Exhibit, rows: Iterable[Row]) -> Row:
     named = parse_hook(meta.hook)
     return {
         "model_id": meta.subject.model.rsplit("/", 1)[-1],
+        # The field must be a number; a hook at a module's path has no layer of its own.
         "layer": named[1] if named else 0,
         "sae_set": exhibit.name,
         "sae_id_suffix": None,
@@ -135,6 +142,7 @@ def neuronpedia_batch(exhibit: Exhibit, rows: Iterable[Row]) -> Row:
 def _dashboard(exhibit: Exhibit, row: Row) -> Row:
     meta = exhibit.table.meta
     width = row["largest"] / len(row["histogram"])
+    # Neuronpedia's converter reads these fields by name, so they are present though an index has no values.
     empty = {
         f"{kind}_{name}": []
         for kind, names in (
@@ -163,7 +171,7 @@ def _dashboard(exhibit: Exhibit, row: Row) -> Row:
 
 
 def _activation(exhibit: Exhibit, row: Row, each: Row) -> Row:
-    """An example; `bin_contains` is a share of all tokens, and -1 marks the top ones, a bin of their own."""
+    """One example; `bin_contains` is a share of all tokens, and -1 marks the strongest, which have no bin."""
     band, edges = each["band"], row["quantiles"]
     top = band == TOP_BAND
     density = row["fires"] / max(exhibit.table.meta.rows, 1)
@@ -181,7 +189,8 @@ def _activation(exhibit: Exhibit, row: Row, each: Row) -> Row:
 
 
 def html_page(exhibit: Exhibit, rows: Sequence[Row]) -> str:
-    """All latents on one page that needs nothing but itself."""
+    """All latents on one self-contained page."""
+    # The policy forbids scripts: text of the corpus is escaped, and what escaping missed could not run.
     meta = exhibit.table.meta
     contents = " ".join(f'<a href="#l{row["latent"]}">{row["latent"]}</a>' for row in rows)
     title = escape(f"Latents of {exhibit.name}")
@@ -241,4 +250,5 @@ def _strips(exhibit: Exhibit, examples: Sequence[Row], largest: float) -> str:
 
 
 def _seen(text: str) -> str:
+    """Token text as HTML, with line breaks and tabs made visible."""
     return escape(text.replace("\n", "↵").replace("\t", "⇥"))

@@ -1,9 +1,9 @@
-"""What every request passes before it reaches the API, and what every reply carries.
+"""Checks of every request before it reaches the API, and headers of every reply.
 
 - Host: on loopback only loopback names are answered, so that a page of another site cannot reach us by
   pointing its own name here (DNS rebinding).
 - Origin: a request that a browser sends from another site is refused.
-- Token: where the server listens beyond loopback, it is asked for once in the URL and kept in a cookie.
+- Token: if the server listens beyond loopback, the token is passed once in the URL and kept in a cookie.
 - Size: bodies beyond a limit are refused unread.
 - A content security policy that allows our own files and nothing else.
 """
@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# The largest honest body is a text of 4,000 characters, up to 48 kB if JSON escapes every one of them.
 MAX_BODY_BYTES = 64 * 1024
 COOKIE = "winnow_token"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -25,9 +26,11 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
+    # The address may hold the token (before the redirect) and always the text that is read.
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
+    # After an upgrade an old script would talk to a new API.
     "Cache-Control": "no-store",
 }
 
@@ -36,15 +39,16 @@ class Gate:
     """ASGI middleware; see the module's docstring.
 
     Args:
-        app: What it guards.
-        token: Asked of everybody; None on loopback, where the Host is checked instead.
+        app: The application behind it.
+        token: Required of every request; None on loopback, where the Host is checked instead.
     """
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:
         self._app, self._token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, refuse or pass on."""
+        """Answer, refuse or pass a request on."""
+        # The site has no websockets, and a kind of connection that is not checked is not let through.
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
@@ -57,12 +61,15 @@ class Gate:
 
         headers = Headers(scope=scope)
         refusal = self._refusal(scope, headers)
+        # Refusals carry the headers too: an error page must not be framed or cached either.
         if refusal is not None:
             await refusal(scope, receive, send_guarded)
             return
         await self._app(scope, _bounded(receive), send_guarded)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | RedirectResponse | None:
+        """The reply to a request that does not pass; None if it passes."""
+        # Host first: after DNS rebinding the Origin agrees with the Host, and only the name is wrong.
         host = headers.get("host", "")
         if self._token is None and _name(host) not in LOOPBACK:
             return _no(421, "This server answers to loopback names only, such as http://127.0.0.1")
@@ -70,6 +77,7 @@ class Gate:
         if origin is not None and urlsplit(origin).netloc != host:
             return _no(403, "Requests from other sites are refused")
         length = headers.get("content-length", "0")
+        # At most 12 digits: `int` raises on a number of more than 4,300, which would be a server error.
         if not length.isdecimal() or len(length) > 12 or int(length) > MAX_BODY_BYTES:
             return _no(413, f"A request's body is at most {MAX_BODY_BYTES} bytes")
         return self._without_token(scope, headers)
@@ -79,6 +87,7 @@ class Gate:
             return None
         query = parse_qsl(scope["query_string"].decode("latin-1"))
         given = dict(query).get("token")
+        # Redirected to the same address without it, so that the token stays in no history or bookmark.
         if given is not None and self._right(given):
             rest = urlencode([(key, value) for key, value in query if key != "token"])
             reply = RedirectResponse("/" + (f"?{rest}" if rest else ""), 303)
@@ -90,10 +99,12 @@ class Gate:
         return _no(401, "This server needs its token: open the address that it printed when it started")
 
     def _right(self, given: str) -> bool:
+        # In constant time: a comparison that stops at the first difference tells how much was right.
         return self._token is not None and hmac.compare_digest(given.encode(), self._token.encode())
 
 
 def _name(host: str) -> str:
+    """The host's name without its port; empty if it is malformed, such as `[::1`."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -101,6 +112,7 @@ def _name(host: str) -> str:
 
 
 def _cookie(header: str) -> str:
+    """The token in a Cookie header; empty if there is none or the header is malformed."""
     try:
         morsel = SimpleCookie(header).get(COOKIE)
     except CookieError:
@@ -113,7 +125,8 @@ def _no(status: int, why: str) -> JSONResponse:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """`receive` that ends a body without a length once it passes the limit."""
+    """Wrap `receive` so that a body without a length ends once it passes the limit."""
+    # Chunked bodies have no Content-Length to refuse them by.
     seen = 0
 
     async def bounded() -> Message:

@@ -1,4 +1,4 @@
-"""One subject, many visitors: who may wait for the model, and who is told to come back."""
+"""A queue of bounded length in front of the one subject that all visitors share."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from winnow.schemas.errors import WinnowError
 
 
 class Busy(WinnowError, RuntimeError):
-    """As many requests as are allowed are waiting for the model."""
+    """The limit of requests that use the model or wait for it is reached."""
 
 
 class Lane:
-    """A queue with a limit in front of something that only one thread may use.
+    """A queue of bounded length in front of something that only one thread may use.
 
-    A request takes a *seat* for as long as it lasts, and *turns* in between: a stream of tokens takes a turn
-    for each token, so that others get theirs.
+    A request holds a *seat* for its whole duration, and takes *turns*: a stream of tokens takes one turn per
+    token, so that other requests run in between.
 
     Args:
-        seats: Requests at once, waiting ones included.
+        seats: Requests at a time, including those that wait.
     """
 
     def __init__(self, seats: int) -> None:
@@ -29,14 +29,16 @@ class Lane:
         self._turn = threading.Lock()
 
     def sit(self) -> None:
-        """Take a seat; give it back with `leave`.
+        """Take a seat; `leave` gives it back.
 
         Raises:
             Busy: None is free.
         """
+        # Refused at once instead of queued: a waiting request holds one of the server's threads, and pages
+        # that need no model would stop with them.
         if not self._free.acquire(blocking=False):
             raise Busy(
-                f"The model is busy: {self.seats} requests are at work or waiting",
+                f"The model is busy: {self.seats} requests are running or waiting",
                 fix="Try again in a few seconds",
             )
 
@@ -46,13 +48,13 @@ class Lane:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Wait for the model and have it alone."""
+        """Wait for the model and hold it exclusively."""
         with self._turn:
             yield
 
     @contextmanager
     def visit(self) -> Iterator[None]:
-        """A seat and one turn."""
+        """Take a seat and one turn; give both back on exit."""
         self.sit()
         try:
             with self.turn():

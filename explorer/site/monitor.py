@@ -1,4 +1,4 @@
-"""Watch chosen latents over a text.
+"""Monitor chosen latents over a text.
 
 from winnow.explorer.site.monitor import monitor
 
@@ -20,6 +20,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.window import WindowRule
 from winnow.subject.load import Subject
 
+# Also the limits of the pages: one forward pass of 512 tokens per request, and a page of 32 strips.
 MAX_TOKENS = 512
 MAX_LATENTS = 32
 
@@ -42,12 +43,13 @@ class MonitorReport(Artefact):
     sae_sha256: Sha256
     hook: HookName
     text: str
+    # Left out if false, so that reports of datasets without BOS keep the bytes they had before the field.
     bos: bool = Field(default=False, exclude_if=lambda bos: not bos)
     """Whether BOS was put before the text, as the SAE's windows begin."""
     token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
     read: tuple[bool, ...]
-    """False at leading positions and sinks, where an SAE is not trained and nothing is reported."""
+    """False at leading positions and sinks, on which an SAE is not trained: values there are 0."""
     latents: tuple[Watched, ...]
 
 
@@ -69,13 +71,13 @@ def monitor(
         sae: A published SAE.
         latents: At most 32 of its latents.
         subject: The subject it belongs to.
-        rule: How the dataset's windows begin; None takes what the SAE's card says of them.
+        rule: How the dataset's windows begin; None takes the rule of the SAE's card, or no BOS without one.
         drop_leading: The dataset's `plan.drop_leading`.
         sink_multiple: The dataset's `plan.sink_multiple`.
-        texts: Text of every token id, where it is at hand (an index's `texts`).
+        texts: Text of every token id, such as an index's `texts`; None derives it from the tokenizer.
 
     Raises:
-        ConfigError: No text or one that is too long, or latents that the SAE lacks.
+        ConfigError: The text is empty or too long, or the SAE lacks one of the latents.
     """
     if sae.card is None:
         raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")

@@ -1,4 +1,4 @@
-"""Text through subject and SAE: which latents fire, and what a text loses without one of them.
+"""Text through subject and SAE: which latents fire, and how predictions change without one of them.
 
 Letters: T tokens, D d_model, S slots of the codes, V vocabulary.
 """
@@ -26,25 +26,27 @@ class Reading(NamedTuple):
     """A text as an SAE sees it."""
 
     ids: list[int]
-    """[T] token ids."""
+    """Token ids [T]."""
     values: Tensor
-    """float32 [T, S] codes, in units of the normalised space; 0 at positions that are not read."""
+    """Codes, in units of the normalised space, float32 [T, S]; 0 at positions that are not read."""
     indices: Tensor
-    """int64 [T, S] their latents."""
+    """Their latents, int64 [T, S]."""
     read: Tensor
-    """bool [T]: false at leading positions and sinks, which the SAE was not trained on."""
+    """False at leading positions and sinks, on which the SAE was not trained, bool [T]."""
 
     def of(self, latent: int) -> Tensor:
-        """float32 [T]: one latent's activation at every token."""
+        """One latent's activation at every token, float32 [T]."""
+        # A latent is in at most one slot of a row with a value above 0, so the sum is that value.
         return torch.where(self.indices == latent, self.values, 0.0).sum(1)
 
 
 def tokenise(subject: Subject, text: str, limit: int, rule: WindowRule) -> list[int]:
-    """Token ids of a text, as a window that holds it.
+    """Token ids of a text that begins as a window of the dataset does.
 
     Raises:
-        ConfigError: No token of the text, or more than `limit`, BOS included.
+        ConfigError: The text has no token, or more than `limit` with BOS.
     """
+    # Activations after BOS differ from those without, and the SAE knows only its own windows'.
     ids = subject.encode(text, rule)
     most = min(limit, subject.identity.context_limit or limit)
     if not rule.bos < len(ids) <= most:
@@ -52,7 +54,7 @@ def tokenise(subject: Subject, text: str, limit: int, rule: WindowRule) -> list[
             "text",
             expected=f"1 to {most - rule.bos} tokens",
             got=len(ids) - rule.bos,
-            fix="Take a shorter text",
+            fix="Give a shorter text",
         )
     return ids
 
@@ -63,14 +65,14 @@ def read_tokens(
     """Encode a text's activations.
 
     Args:
-        subject: The subject; hooks up to the SAE's suffice.
-        sae: A published SAE: its card says which hook it reads.
+        subject: The subject, with at least the layers up to the SAE's hook.
+        sae: A published SAE: its card names the hook that it reads.
         ids: The text's tokens [T].
         drop_leading: Positions at the start that are not read (the dataset's `plan.drop_leading`).
-        sink_multiple: A position whose norm passes this multiple of the text's median is a sink.
+        sink_multiple: A position whose norm exceeds this multiple of the text's median is a sink.
 
     Raises:
-        ConfigError: The text ends before a position that is read.
+        ConfigError: The text has no position that is read.
     """
     if sae.card is None:
         raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
@@ -79,7 +81,7 @@ def read_tokens(
             "text",
             expected=f"more than {drop_leading} tokens: the first {drop_leading} of a window are not read",
             got=len(ids),
-            fix="Take a longer text",
+            fix="Give a longer text",
         )
     hook = sae.card.hook
     rows = subject.activations([list(ids)], [hook])[hook][0].to(sae.W_dec.device, torch.float32)
@@ -87,6 +89,8 @@ def read_tokens(
         values, indices = sae.encode(rows)
     read = torch.arange(len(rows), device=rows.device) >= drop_leading
     norms = rows.norm(dim=1)
+    # The median over the positions that are read, as in the harvest: position 0 is an attention sink, and in
+    # a short text its norm would raise the median.
     read &= norms <= sink_multiple * norms[read].median()
     return Reading(
         list(ids), torch.where(read[:, None], values.float(), 0.0).cpu(), indices.cpu(), read.cpu()
@@ -94,36 +98,38 @@ def read_tokens(
 
 
 class Ablation(NamedTuple):
-    """What happens to the predictions of a text when one latent is set to 0.
+    """How the predictions on a text change when one latent is set to 0.
 
-    Entry t is about the prediction made *at* token t, of the token after it.
+    Entry t describes the prediction made *at* token t, of the token after it.
     """
 
     activation: list[float]
-    """[T] what was taken away, in units of the normalised space."""
+    """Activation that was removed, in units of the normalised space, [T]."""
     loss_change: list[float | None]
-    """[T] nats that the loss of the next token rises by; None at the last."""
+    """Increase of the next token's loss in nats, [T]; None at the last token."""
     kl: list[float]
-    """[T] KL(clean, ablated) in nats."""
+    """KL(clean, ablated) in nats, [T]."""
     up: list[list[tuple[int, float]]]
-    """[T] tokens whose probability rises most, and by how much."""
+    """Tokens whose probability rises most, and the increase, [T]."""
     down: list[list[tuple[int, float]]]
-    """[T] tokens whose probability falls most: what the latent voted for."""
+    """Tokens whose probability falls most, which the latent promoted, and the change, [T]."""
 
 
 def ablate(subject: Subject, sae: Sae, reading: Reading, latent: int, *, drop_leading: int = 1) -> Ablation:
-    """Run a text with and without one latent, the SAE's error kept.
+    """Run a text with and without one latent, keeping the SAE's error.
 
-    Leading positions stay clean (`drop_leading`), as in training.
+    Leading positions (`drop_leading`) stay clean, as in training.
     """
     if sae.card is None:
         raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
     ids = torch.tensor([reading.ids], device=subject.device)
+    # x - z_n d_n, not the reconstruction without n: otherwise the SAE's error would be measured too.
     steers = [Steer(sae, latent, "ablate", skip=drop_leading)]
     clean = subject.logits(ids)
     cut = subject.logits(ids, {sae.card.hook: steered(steers, len(reading.ids))})
     change = (next_token_loss(cut, ids) - next_token_loss(clean, ids))[0]
     before, after = clean[0].float().log_softmax(1), cut[0].float().log_softmax(1)
+    # Rounding makes the KL of equal distributions slightly negative.
     kl = (before.exp() * (before - after)).sum(1).clamp_min(0)
     moved = after.exp() - before.exp()
     high, low = moved.topk(VOTES), moved.topk(VOTES, largest=False)
@@ -140,4 +146,5 @@ def _votes(ids: Tensor, values: Tensor) -> list[list[tuple[int, float]]]:
     pairs: list[Any] = [
         list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)
     ]
+    # Where the latent is silent nothing moves, and top-k would name four arbitrary tokens.
     return [[pair for pair in row if pair[1] != 0] for row in pairs]

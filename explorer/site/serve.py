@@ -1,4 +1,4 @@
-"""The explorer's web server: the API, the page's files, and what happens when something goes wrong."""
+"""The explorer's web server: the API, the page's files, and replies to errors."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
     """The whole site as an ASGI app.
 
     Args:
-        desk: What it shows.
-        token: What visitors must know; None for loopback only.
+        desk: The SAEs and the subject that it shows.
+        token: Secret that every request must carry; None if it listens on loopback only.
     """
+    # No built-in documentation pages: they load scripts from another host, which our policy forbids.
     app = FastAPI(
         title="Winnow explorer",
         description="Read what the latents of a sparse autoencoder mean, steer with them, watch them.",
@@ -42,8 +43,8 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         responses={
-            400: {"description": "What was asked for does not exist or does not fit; `error` says why"},
-            503: {"description": "The model is busy; `Retry-After` says when to come back"},
+            400: {"description": "The request names what does not exist or does not fit; `error` says why"},
+            503: {"description": "The model is busy; `Retry-After` says when to try again"},
         },
     )
     app.include_router(make_router(desk))
@@ -54,10 +55,12 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
             return JSONResponse({"error": str(error)}, 503, {"Retry-After": str(RETRY_SECONDS)})
         if isinstance(error, ConfigError):
             return JSONResponse({"error": str(error)}, 400)
+        # The text of any other error may contain addresses of storage: it goes to the log, not to visitors.
         log.error("%s", error)
         kind = "storage" if isinstance(error, StoreError) else "the index or the SAE"
         return JSONResponse({"error": f"Reading {kind} failed; the server's log says more"}, 500)
 
+    # Registered after the router, so that `/api/...` is never taken for a file's name.
     files = load_files()
 
     @app.get("/", include_in_schema=False)
@@ -66,12 +69,13 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
         data, kind = files.get(name, (b"There is no such page.\n", None))
         return Response(data, 200 if kind else 404, media_type=kind or "text/plain")
 
+    # The gate is outermost: it also guards errors, unknown paths and the API's description.
     app.add_middleware(Gate, token=token)
     return app
 
 
 def load_files() -> dict[str, tuple[bytes, str]]:
-    """Name -> bytes and media type of the page's files, read once: no request names a path."""
+    """Bytes and media type of the page's files by name, read once: no request names a path."""
     return {
         path.name: (path.read_bytes(), KINDS[path.suffix])
         for path in sorted(STATIC.iterdir())
@@ -80,13 +84,16 @@ def load_files() -> dict[str, tuple[bytes, str]]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """A bound socket for the server.
 
     Raises:
-        ConfigError: The address is taken or not ours.
+        ConfigError: The address is in use, or not one of this machine.
     """
+    # Bound here rather than by uvicorn: a port in use is then an error in our words, and the number that
+    # port 0 stands for is known before the address is printed.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    # Without it a restarted server waits a minute for connections of the old one to expire (TIME_WAIT).
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -96,13 +103,14 @@ def listen(host: str, port: int) -> socket.socket:
             f"address {host}:{port}",
             expected="one that is free",
             got=error.strerror,
-            fix="Name another with --port; 0 takes any that is free",
+            fix="Name another with --port; 0 takes a free one",
         ) from error
     return listener
 
 
 def server(app: FastAPI) -> uvicorn.Server:
-    """What serves the explorer; a request whose page is gone holds up its end for 3 s at the most."""
+    """The server of the explorer; it stops at most 3 s after an interrupt, whatever requests still run."""
+    # Without the timeout an abandoned stream keeps the process until its 200 tokens are generated.
     config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
     return uvicorn.Server(config)
 
