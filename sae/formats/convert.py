@@ -45,26 +45,28 @@ WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
     "neuronpedia": saelens.write_with_subject,
 }
 HOOK_MODULES = (sparsify.write, dictionary_learning.write)
-"""Their libraries read the outputs of modules, whatever is done with them afterwards."""
+"""Writers whose libraries read the own outputs of modules, before any norm that follows."""
 UNKNOWN_HOOK = "unknown"
-"""The hook of an SAE whose files do not say where it reads."""
+"""The hook of an SAE whose files do not name one."""
 
 
 def read_plain(
     source: Path, format_name: str, *, transcoder: bool = False, centred: bool | None = None
 ) -> Plain:
-    """What another library's files hold.
+    """Read another library's files.
 
     Args:
         source: The file or folder that the library wrote.
         format_name: One of `READERS`.
-        transcoder: It is one, where the files do not say (Gemma Scope).
-        centred: Whether the rows were centred, where the files do not say (SAELens).
+        transcoder: Whether it is one, if the files do not say (Gemma Scope).
+        centred: Whether the rows were centred, if the files do not say (SAELens); None leaves it to them.
 
     Raises:
         ConfigError, IntegrityError: As `import_sae`.
     """
     read = _choose(READERS, "--from", format_name)
+    # Before anything is parsed: sparsify and SAELens both have a `cfg.json`, and a reader of the wrong format
+    # would report a missing field instead of the `--from` that reads it.
     require_format(source, next(name for name, reader in READERS.items() if reader is read))
     if centred is not None and read is not saelens.read:
         raise ConfigError("--centred", expected="--from saelens", got=f"--from {format_name}")
@@ -83,28 +85,29 @@ def import_sae(
     centred: bool | None = None,
     storage: StorageSpec | None = None,
 ) -> SaeCard:
-    """Write another library's SAE into `out` as one of Winnow's.
+    """Write another library's SAE to `out` as one of Winnow's.
+
+    What the files say and the SAE cannot hold is logged, one warning each, and kept in the card's `notes`.
 
     Args:
         source: The file or folder that the library wrote.
         format_name: One of `READERS`.
         out: Folder or URI; must not hold an SAE yet.
-        hook: Where the SAE reads, where the files do not say or say it in other words.
-        target_hook: A transcoder's target.
-        centred: Whether TransformerLens had centred the rows, where the files do not say or say it otherwise.
-        storage: Of `out`.
-
-    What the files say and the SAE cannot hold is logged, a warning each, and kept in the card's `notes`.
+        hook: The hook that the SAE reads; overrides the files.
+        target_hook: A transcoder's target; overrides the files.
+        centred: Whether TransformerLens had centred the rows; overrides the files.
+        storage: Credentials and endpoint of `out`.
 
     Raises:
-        ConfigError: Unknown format, a part that Winnow does not have, files that want to run code, or an
-            SAE in `out`.
+        ConfigError: Unknown format, a part that Winnow does not have, files that require running code, or an
+            existing SAE in `out`.
         IntegrityError: Files that are damaged or whose shapes do not fit.
     """
     plain = read_plain(source, format_name, transcoder=target_hook is not None, centred=centred)
     if target_hook is not None and not plain.transcoder:
         raise ConfigError("--target-hook", expected="a transcoder", got=f"an autoencoder in {source}")
     sae, store = to_sae(plain), open_store(out, storage)
+    # `save` overwrites, as training does with its own SAE; an import must not replace somebody's.
     if store.size(CARD_KEY) is not None:
         raise ConfigError(f"{out} holds an SAE already", fix="Import into another folder")
     for note in plain.notes:
@@ -121,17 +124,17 @@ def import_sae(
 def export_sae(
     uri: str, format_name: str, out: Path, *, model: str | None = None, storage: StorageSpec | None = None
 ) -> list[Path]:
-    """Write one of Winnow's SAEs into the folder `out` as another library's.
+    """Write one of Winnow's SAEs to the folder `out` in another library's format.
 
     Args:
         uri: The SAE.
         format_name: One of `WRITERS`.
         out: Folder; must be empty or absent.
-        model: The subject's name in that library's words; null takes the card's.
-        storage: Of the SAE.
+        model: The subject's name as that library knows it; None takes the card's.
+        storage: Credentials and endpoint of the SAE.
 
     Returns:
-        The files.
+        The files, sorted.
 
     Raises:
         ConfigError: Unknown format, an SAE that it cannot hold (the message says why), or a folder in use.
@@ -140,14 +143,16 @@ def export_sae(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is in use", expected="an empty folder, or none")
     plain = from_sae(Sae.load(uri, storage=storage), model)
+    # The word stands for "not known" in our card only; in another library's file it would be a hook's name.
     if plain.hook == UNKNOWN_HOOK:
         plain = replace(plain, hook=None)
     if plain.centred and write not in (saelens.write, saelens.write_with_subject):
         raise refuse(
             format_name,
-            "an SAE of centred rows: it reads raw ones and adds no mean to what comes back",
+            "an SAE of centred rows: it reads raw rows and adds no mean to the reconstruction",
             "Export to saelens, which loads the subject so that its rows are centred",
         )
+    # Only now: an SAE that was refused leaves no empty folder.
     out.mkdir(parents=True, exist_ok=True)
     write(plain, out)
     for note in hooked_note(plain.hook) if write in HOOK_MODULES else ():
@@ -156,7 +161,8 @@ def export_sae(
 
 
 def _choose(table: Mapping[str, T], option: str, name: str) -> T:
-    """Names may be written with any hyphens, underscores and capitals."""
+    """The entry of a name, written with any hyphens, underscores and capitals."""
+    # People write `dictionary-learning` and `SAELens`; the names in the table are those of the libraries.
     found = [value for known, value in table.items() if _bare(known) == _bare(name)]
     if not found:
         raise ConfigError(f"{option} {name!r}", expected=", ".join(table))

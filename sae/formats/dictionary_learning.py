@@ -1,6 +1,6 @@
 """dictionary_learning's `ae.pt` (a state dict) and `config.json` (`trainer`: class, sizes, layer, model).
 
-| class | `b_dec` (or `bias`) taken from the input | activation |
+| class | `b_dec` (or `bias`) subtracted from the input | activation |
 |---|---|---|
 | AutoEncoderTopK | yes | `k` best |
 | BatchTopKSAE, MatryoshkaBatchTopKSAE | yes | above one `threshold` |
@@ -8,9 +8,8 @@
 | AutoEncoderNew | no | ReLU |
 | JumpReluAutoEncoder | no | above each latent's `threshold` |
 
-All on raw rows. `nn.Linear` holds a decoder as [D, N]. What `submodule_name` stands for its author knows, but
-for the residual stream: it is the *own* output of a module (with `buffer.io: in` its input), which some
-families norm before they add it. Winnow's exports say the hook beside it, as `winnow_hook`.
+All read raw rows. `nn.Linear` holds a decoder as [D, N]. `submodule_name` is free text: except for the
+residual stream, only its author knows what it stands for.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ LINEAR = {
     "AutoEncoderNew": "relu",
 }
 MATRICES = {"MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu"}
+# Per class, what its state dict holds beside the matrices: a tensor of no class is refused, not ignored.
 WEIGHTS_OF = {
     "AutoEncoderTopK": {"b_dec", "k", "threshold"},
     "BatchTopKSAE": {"b_dec", "k", "threshold"},
@@ -66,7 +66,7 @@ WRITTEN = {
 
 
 def read(path: Path) -> Plain:
-    """The folder that holds both files."""
+    """Read the folder that holds both files."""
     path = folder_of(path)
     config, origin = read_json(path / CONFIG), path / CONFIG
     trainer, buffer = (config.get(name) or {} for name in ("trainer", "buffer"))
@@ -76,16 +76,19 @@ def read(path: Path) -> Plain:
         raise ConfigError(f"{path / CONFIG}: dict_class", expected=", ".join(known), got=name)
     state, activation = read_pt(file), known[name]
     refuse_tensors(state, WEIGHTS_OF[name] | (OF_LINEAR if name in LINEAR else OF_MATRICES), file)
+    # TopK has a threshold in its files too, of an option that uses it in place of the K best: not needed.
     threshold = take(state, "threshold", file) if activation in ("batchtopk", "jumprelu") else None
+    # -1 is the library's initial value: training ended before the threshold was estimated.
     if activation == "batchtopk" and threshold is not None and threshold < 0:
         raise ConfigError(
-            f"{file}: no threshold was kept while it was trained",
+            f"{file}: no threshold was estimated in training",
             fix="Train past its `threshold_start_step`: without one the library cannot encode either",
         )
     W_enc, b_enc, W_dec, b_dec = _linear(state, file) if name in LINEAR else _matrices(state, file)
     for field, size in zip(("dict_size", "activation_dim"), W_enc.shape, strict=True):
         require_size(origin, field, trainer.get(field), size)
     taken = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+    # In the config, in the state dict, or in both, which must then agree (below).
     k = trainer.get("k", state.get("k"))
     k = int(k) if k is not None else None
     if activation == "topk" and k is None:
@@ -107,6 +110,7 @@ def read(path: Path) -> Plain:
         b_out=b_dec,
         k=k,
         threshold=threshold,
+        # The file has the sizes of the groups, Winnow the prefixes that they add up to.
         matryoshka=tuple(accumulate(sizes.tolist())) if isinstance(sizes, Tensor) else (),
         hook=hook,
         model=trainer.get("lm_name"),
@@ -115,6 +119,7 @@ def read(path: Path) -> Plain:
 
 
 def _linear(state: dict[str, Any], file: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_enc [N, D], b_enc [N], W_dec [N, D] and b_dec [D] of a class built of `nn.Linear`."""
     bias = next((name for name in ("b_dec", "bias", "decoder.bias") if name in state), "b_dec")
     return (
         take(state, "encoder.weight", file),
@@ -125,6 +130,7 @@ def _linear(state: dict[str, Any], file: Path) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _matrices(state: dict[str, Any], file: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of a class that holds its matrices itself, the encoder as [D, N]."""
     return (
         take(state, "W_enc", file).T,
         take(state, "b_enc", file),
@@ -134,13 +140,16 @@ def _matrices(state: dict[str, Any], file: Path) -> tuple[Tensor, Tensor, Tensor
 
 
 def _hook(trainer: dict[str, Any], buffer: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
-    """The hook and what to know of it, from `submodule_name`, such as `resid_post_layer_8`."""
+    """The hook, and notes on it, from `submodule_name`, such as `resid_post_layer_8`."""
     layer, name = trainer.get("layer"), str(trainer.get("submodule_name") or "")
+    # Our own exports carry the hook's exact name, so that a round trip loses nothing.
     told = trainer.get("winnow_hook")
     if isinstance(told, str) and HOOK.fullmatch(told):
         return told, ()
     into = buffer.get("io") == "in"
     site = name.removesuffix(f"_layer_{layer}") if isinstance(layer, int) else ""
+    # Only the residual stream means the same everywhere. `mlp` or `attn` is the module's own output, which
+    # Gemma 2 and 3 and OLMo 2 and 3 norm before they add it: it must not become `mlp_out`.
     if site in ("resid_pre", "resid_post") and not (into and site == "resid_pre"):
         return f"resid_pre.{layer}" if into else f"{site}.{layer}", ()
     path = module_path(name)
@@ -148,25 +157,26 @@ def _hook(trainer: dict[str, Any], buffer: dict[str, Any]) -> tuple[str | None, 
         return path, added_note(path)
     if not name:
         return None, ()
-    what = "what goes into" if into else "the own output of"
+    what = "the input of" if into else "the own output of"
     return None, (
         f"it reads {what} the module that its author calls {name}: --hook says which that is, a module such "
-        f"as model.layers.{layer or 0}.mlp, or mlp_out.{layer or 0} on families that add it as it is",
+        f"as model.layers.{layer or 0}.mlp, or mlp_out.{layer or 0} on families that add it unchanged",
     )
 
 
 def write(plain: Plain, folder: Path) -> None:
-    """`ae.pt` and `config.json`, for `dictionary_learning.utils.load_dictionary`."""
+    """Write `ae.pt` and `config.json`, for `dictionary_learning.utils.load_dictionary`."""
     if plain.transcoder:
         raise refuse(NAME, "a transcoder", "Export to sparsify or saelens")
     if plain.epsilon is not None:
         raise refuse(
             NAME,
             "an SAE of layer-normed rows: it reads raw ones",
-            "Each row has its own mean and norm, which weights cannot hold. Export to openai or saelens",
+            "Each row has its own mean and norm, which weights cannot express. Export to openai or saelens",
         )
     dict_class, trainer_class = WRITTEN[plain.activation]
     jump = plain.activation == "jumprelu"
+    # The JumpReLU class subtracts nothing from its input, the others subtract the output's bias.
     plain = plain.taking(torch.zeros_like(plain.b_in) if jump else plain.b_out).single()
     if jump:
         state = {"W_enc": plain.W_enc.T.contiguous(), "b_enc": plain.b_enc, "W_dec": plain.W_dec}
@@ -176,6 +186,7 @@ def write(plain: Plain, folder: Path) -> None:
         state |= {"decoder.weight": plain.W_dec.T.contiguous()}
         state["bias" if plain.activation == "relu" else "b_dec"] = plain.b_out
         if plain.activation != "relu":
+            # The library's own value for "no threshold": TopK then selects the K best.
             unset = torch.tensor(-1.0)
             state |= {"k": torch.tensor(plain.k, dtype=torch.int)}
             state |= {"threshold": unset if plain.threshold is None else plain.threshold}
@@ -189,6 +200,7 @@ def write(plain: Plain, folder: Path) -> None:
         "k": plain.k,
         "layer": layer,
         "lm_name": plain.model,
+        # In the library's own form; the exact hook is beside it, since this name is read as free text.
         "submodule_name": f"{plain.hook.partition('.')[0]}_layer_{layer}"
         if plain.hook and layer is not None
         else None,

@@ -1,8 +1,8 @@
-"""The fields and tensors of other libraries' files: each is known, or it is named; none is dropped.
+"""The fields and tensors of other libraries' files: none is dropped silently.
 
-Every format lists the fields that its library has ever written: those the reader uses, and those that say how
-the SAE was trained and nothing of what it computes. A field beyond both is named in a note, unless its value
-says nothing. A tensor beyond a format's is an error: a weight that is not used gives other numbers.
+Every format lists the fields that its library has ever written: those the reader uses, and those that
+describe the training and not what the SAE computes. Any other field is named in a note, any other tensor is
+an error.
 """
 
 from __future__ import annotations
@@ -13,39 +13,51 @@ from typing import Any
 
 from winnow.schemas.errors import ConfigError
 
+# Values of an option that is off. A field unknown to us that is off changes nothing, and notes on such fields
+# would hide the one that matters. 0 equals False here, and is off too.
 SAYS_NOTHING: tuple[object, ...] = (None, False, "", "none", [], {})
 SHOWN_LENGTH = 60
 """Characters of a value in a note."""
 
 
 def words(text: str) -> frozenset[str]:
-    """The names in a text, however it is laid out."""
+    """The names in a text, separated by any white space."""
     return frozenset(text.split())
 
 
 def unknown_fields(fields: Mapping[str, Any], known: Collection[str], origin: Path) -> tuple[str, ...]:
-    """One note that names every field of `fields` beyond `known`, or none."""
+    """A note that names every field of `fields` that is not in `known`; no note if there is none."""
     odd = [
         f"{name}: {_short(value)}"
         for name, value in fields.items()
         if name not in known and value not in SAYS_NOTHING
     ]
-    return (f"{origin}: left out, since Winnow does not know them: {', '.join(odd)}",) if odd else ()
+    return (f"{origin}: ignored, since Winnow does not know them: {', '.join(odd)}",) if odd else ()
 
 
 def refuse_tensors(found: Collection[str], known: Collection[str], origin: Path) -> None:
-    """ConfigError that names every tensor beyond `known`."""
+    """Check that there are no tensors beyond `known`.
+
+    Raises:
+        ConfigError: There are; it names them.
+    """
+    # An error and not a note: unlike a field, a weight that is not used always gives other numbers.
     odd = sorted(set(found) - set(known))
     if odd:
         raise ConfigError(
             f"{origin} holds {', '.join(odd)}",
             expected=f"none but {', '.join(sorted(known))}",
-            fix="Without them it would give other numbers: it is of a kind that Winnow does not have",
+            fix="Without them it would give other numbers: Winnow has no SAE of this kind",
         )
 
 
 def require_size(origin: Path, name: str, said: object, found: int) -> None:
-    """ConfigError where a config's size is not that of the tensors; a size that is not said is right."""
+    """Check a size that a config gives, if it gives one, against the tensors.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    # The tensors are right by themselves; a config that disagrees belongs to other weights.
     if said is not None and said != found:
         raise ConfigError(f"{origin}: {name}", expected=f"{found}, the tensors' size", got=said)
 

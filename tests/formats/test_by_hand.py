@@ -274,7 +274,7 @@ def test_a_file_that_wants_to_run_code_is_refused_and_does_not(tmp_path):
         args = ["import", str(tmp_path / source), "--from", name, "--out", str(tmp_path / "out")]
         result = runner.invoke(app, args)
         assert result.exit_code == 2, result.output
-        assert "wants to run code" in result.output
+        assert "would run code" in result.output
         assert "weights_only" not in result.output  # torch's advice on how to load it all the same
     assert not (tmp_path / "sprung").exists()
     assert not (tmp_path / "out/sae.json").exists()
