@@ -1,15 +1,15 @@
 """Gemma Scope's `params.npz` and Gemma Scope 2's `params.safetensors`: JumpReLU on raw rows.
 
-`W_enc` [D, N], `b_enc` [N], `threshold` [N], `W_dec` [N, O], `b_dec` [O]; `b_dec` is *not* taken from the
-input. In Gemma Scope 2 the first letters are small, a transcoder may have `affine_skip_connection` [D, O],
-and a `config.json` beside them says where it reads. In the first the folder's name says it. A transcoder has
-the same arrays; where O = D and nothing says so, only the reader knows which of the two it is.
+`W_enc` [D, N], `b_enc` [N], `threshold` [N], `W_dec` [N, O], `b_dec` [O]; `b_dec` is *not* subtracted from
+the input. In Gemma Scope 2 the first letters are lower-case, a transcoder may have `affine_skip_connection`
+[D, O], and a `config.json` beside the file names the hook. In Gemma Scope 1 the folder's name does. A
+transcoder has the same arrays; if O = D and no name says so, only the user knows which of the two it is.
 
 | | reads | |
 |---|---|---|
 | res, `resid_post` | a block's output | `resid_post.L` |
 | mlp, `mlp_out` | the MLP's output after its norm | `mlp_out.L` |
-| att, `attn_out` | what goes into `o_proj`: all heads, joined | no hook of Winnow's |
+| att, `attn_out` | the input of `o_proj`: all heads, joined | no hook of Winnow's |
 | transcoders (first) | the MLP's input after its norm and before that norm's gain | no hook of Winnow's |
 | `transcoder` (2) | `pre_feedforward_layernorm`'s output | that module |
 """
@@ -36,10 +36,11 @@ SKIP = "affine_skip_connection"
 USED = words("affine_connection architecture hf_hook_point_in hf_hook_point_out model_name type width")
 OF_TRAINING = words("l0")
 SITES = {"res": "resid_post", "mlp": "mlp_out", "resid_post": "resid_post", "mlp_out": "mlp_out"}
+# Names of the published repositories and their folders: the files of Gemma Scope 1 themselves name no hook.
 FIRST_PATH = re.compile(r"gemma-scope-[^/]*-(res|mlp|att|transcoders)/layer_(\d+)/")
 SECOND_PATH = re.compile(r"/(resid_post|mlp_out|attn_out|transcoder)(?:_all)?/layer_(\d+)_")
 POINT = re.compile(r"(.*layers\.(\d+)(?:\.(\w+(?:\.\w+)*))?)\.(input|output)")
-HEADS_NOTE = "it reads what goes into layer {}'s o_proj, all heads joined, which is no hook that Winnow reads"
+HEADS_NOTE = "it reads the input of layer {}'s o_proj, all heads joined, which is no hook that Winnow reads"
 NORMED_NOTE = (
     "it reads the input of layer {}'s MLP after the norm and before the norm's gain, which is no hook that "
     "Winnow reads"
@@ -47,14 +48,16 @@ NORMED_NOTE = (
 
 
 def read(path: Path, *, transcoder: bool = False) -> Plain:
-    """The file, or the folder that holds it."""
+    """Read the file, or the folder that holds it."""
     if path.is_dir():
         second = (path / SECOND_FILE).is_file() and not (path / FILE).is_file()
         path = path / (SECOND_FILE if second else FILE)
     read_arrays = read_safetensors if path.suffix == ".safetensors" else read_npz
+    # `w_enc` and `w_dec` of Gemma Scope 2 get the capitals of the first.
     arrays = {re.sub(r"^w_", "W_", name): array for name, array in read_arrays(path).items()}
     refuse_tensors(arrays, ARRAYS | {SKIP}, path)
     W_enc, W_dec = take(arrays, "W_enc", path).T, take(arrays, "W_dec", path)
+    # A cross-layer transcoder decodes to several layers at once: [N, layers, O].
     if W_dec.ndim != 2:
         raise ConfigError(
             f"{path}: W_dec", expected="a matrix", got=f"{W_dec.ndim} axes: a cross-layer transcoder"
@@ -64,6 +67,7 @@ def read(path: Path, *, transcoder: bool = False) -> Plain:
     if (architecture := config.get("architecture", "jump_relu")) != "jump_relu":
         raise ConfigError(f"{origin}: architecture", expected="jump_relu", got=architecture)
     require_size(origin, "width", config.get("width"), len(W_enc))
+    # Without its skip the transcoder would run, and give other numbers.
     if config.get("affine_connection") and SKIP not in arrays:
         raise IntegrityError(f"{origin}: affine_connection", expected=f"a tensor {SKIP} in {path.name}")
     hook, target, across, notes = _place(path, config)
@@ -85,7 +89,7 @@ def read(path: Path, *, transcoder: bool = False) -> Plain:
 
 
 def _place(path: Path, config: dict[str, Any]) -> tuple[str | None, str | None, bool, tuple[str, ...]]:
-    """Hook, target, whether it is a transcoder, and notes: from the config, else from the folders' names."""
+    """Hook, target, whether it is a transcoder, and notes: from the config, or from the folders' names."""
     if "hf_hook_point_in" in config:
         points = config["hf_hook_point_in"], config.get("hf_hook_point_out")
         across = points[1] not in (None, points[0])
@@ -98,6 +102,7 @@ def _place(path: Path, config: dict[str, Any]) -> tuple[str | None, str | None, 
     kind, layer = match.groups()
     if kind in SITES:
         return f"{SITES[kind]}.{layer}", None, False, ()
+    # The target is a hook of Winnow's even if the input is none: it is imported with a note, for `--hook`.
     if kind == "transcoders":
         return None, f"mlp_out.{layer}", True, (NORMED_NOTE.format(layer),)
     if kind == "transcoder":
@@ -112,6 +117,7 @@ def _point(name: object) -> tuple[str | None, tuple[str, ...]]:
         path, layer, module, side = match.groups()
         if not module:
             return f"resid_{'post' if side == 'output' else 'pre'}.{layer}", ()
+        # What Gemma adds to the stream is the norm's output, which is Winnow's `mlp_out`.
         if side == "output" and module == "post_feedforward_layernorm":
             return f"mlp_out.{layer}", ()
         if side == "output" and HOOK.fullmatch(path):
@@ -120,17 +126,18 @@ def _point(name: object) -> tuple[str | None, tuple[str, ...]]:
 
 
 def write(plain: Plain, folder: Path) -> None:
-    """`params.npz`."""
+    """Write `params.npz`."""
     if plain.activation == "topk":
         raise refuse(NAME, "TopK, which has no threshold", "Export to saelens, sparsify or openai")
     if plain.epsilon is not None:
         raise refuse(
             NAME,
             "an SAE of layer-normed rows: it reads raw ones",
-            "Each row has its own mean and norm, which weights cannot hold. Export to saelens",
+            "Each row has its own mean and norm, which weights cannot express. Export to saelens",
         )
     if plain.W_skip is not None:
         raise refuse(NAME, "a skip connection", "Export to saelens")
+    # The format subtracts nothing from its input, so the input's bias is folded into `b_enc`.
     plain = plain.taking(torch.zeros_like(plain.b_in)).single()
     arrays = {
         "W_enc": plain.W_enc.T.contiguous(),

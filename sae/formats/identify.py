@@ -1,4 +1,4 @@
-"""What a file or folder holds, by its names and its first bytes: no file is taken for another format's."""
+"""The format of a file or folder, by its names and first bytes, so that no reader gets another's files."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "dictionary_learning": (("config.json", "ae.pt"),),
     "gemma-scope": (("params.npz",), ("params.safetensors",)),
 }
-"""What a folder of each format holds: all the files of one of these."""
+"""The files of a folder of each format: all of one of the tuples."""
 NOBODYS = (Kind.LFS, Kind.MARKUP, Kind.EMPTY, Kind.GGUF)
-"""Whatever such a file is called."""
+"""Kinds that no importer reads, whatever the file's name is."""
 OWN = ("sae.json", "sae.safetensors")
 LONE = {"openai": (Kind.TORCH, Kind.PICKLE), "gemma-scope": (Kind.NPZ, Kind.SAFETENSORS, Kind.PICKLE)}
-"""Formats that are one file, under any name; the reader itself says what is wrong with a pickle."""
+"""Formats of one file, which may have any name; the reader itself says what is wrong with a pickle."""
+# The kind belongs to the sign: W_enc, W_dec and threshold alone are dictionary_learning's and Gemma Scope's.
 SIGNS: tuple[tuple[str, Kind, set[str]], ...] = (
     ("openai", Kind.TORCH, {"encoder.weight", "latent_bias", "pre_bias"}),
     ("dictionary_learning", Kind.TORCH, {"encoder.weight", "encoder.bias", "decoder.weight"}),
@@ -42,26 +43,29 @@ SIGNS: tuple[tuple[str, Kind, set[str]], ...] = (
     ("saelens", Kind.SAFETENSORS, {"W_enc", "W_dec", "b_dec"}),
     ("sparsify", Kind.SAFETENSORS, {"encoder.weight", "encoder.bias", "W_dec"}),
 )
-"""What tells the tensors of a format's files from the others'."""
+"""Tensors by which the files of a format are recognised."""
 SHOWN = 6
 """Tensors or folders named in a message."""
 
 
 def require_format(path: Path, name: str) -> None:
-    """Return where `path` may be of the format `name`.
+    """Check that `path` may be of the format `name`.
 
     Raises:
-        ConfigError: It is another format's, a folder of several SAEs, or nothing an importer reads: the
-            message says what it is and, where one does, which `--from` reads it.
+        ConfigError: It is another format's, a folder of several SAEs, or nothing that an importer reads: the
+            message says what it is and, if there is one, which `--from` reads it.
     """
+    # The reader names the file that is missing.
     if not path.exists():
-        return  # the reader names the file that it misses
+        return
     if path.is_dir():
         found = _formats_in(path)
+        # A folder without any format's files passes: the reader's error names what it expected there.
         if name not in found:
             _refuse_folder(path, name, found)
         return
     kind = kind_of_file(path)
+    # A file in a folder of a known format is what its folder says; only a lone one is judged by its tensors.
     if kind not in NOBODYS:
         found = [other for other in _formats_in(path.parent) if path.name in sum(FILES[other], ())]
         if name in found:
@@ -81,12 +85,14 @@ def require_format(path: Path, name: str) -> None:
 
 
 def _refuse_folder(path: Path, name: str, found: list[str]) -> None:
+    """Raise if a folder that is not of the format `name` holds another format's files, or several SAEs."""
     if found:
         raise _other(path, LAYOUTS[found[0]], name, found[0])
     if all((path / file).is_file() for file in OWN):
         raise ConfigError(
             f"{path} holds one of Winnow's own SAEs", fix="Use it as it is: every command reads it"
         )
+    # Two levels down, as in `layer_9/width_16k`: enough to name one of them in the message.
     below = (p for depth in ("*", "*/*") for p in path.glob(depth))
     inner = sorted(p.relative_to(path).as_posix() for p in below if p.is_dir() and _formats_in(p))
     if inner:
@@ -98,6 +104,8 @@ def _refuse_folder(path: Path, name: str, found: list[str]) -> None:
 
 
 def _formats_in(folder: Path) -> list[str]:
+    """The formats of whose files a folder has all."""
+
     def has(files: tuple[str, ...]) -> bool:
         return all((folder / file).is_file() for file in files)
 
@@ -113,7 +121,8 @@ def _other(path: Path, what: str, asked: str, found: str) -> ConfigError:
 
 
 def _tensors_of(path: Path, kind: Kind) -> list[str]:
-    """Names of the tensors, without loading them; none where the file has none or is damaged."""
+    """Names of the tensors, without loading them; none if the file has none or is damaged."""
+    # Only for a message, so errors are no errors here: the reader that follows reports the damage.
     try:
         if kind is Kind.SAFETENSORS:
             with safe_open(path, framework="pt") as file:
@@ -122,6 +131,7 @@ def _tensors_of(path: Path, kind: Kind) -> list[str]:
             with zipfile.ZipFile(path) as file:
                 return sorted(name.removesuffix(".npy") for name in file.namelist())
         if kind is Kind.TORCH:
+            # Mapped: a file of gigabytes is looked at only to name the format.
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return sorted(map(str, found)) if isinstance(found, dict) else []
     except (SafetensorError, zipfile.BadZipFile, OSError, RuntimeError, ValueError, pickle.UnpicklingError):

@@ -1,11 +1,11 @@
-"""TransformerLens' places and its processing of weights, for files of SAEs that were trained on it.
+"""TransformerLens' hooks and its processing of weights, for files of SAEs that were trained on it.
 
-TransformerLens may load a model with changed weights that give the same logits. What each change does where
-Winnow can read:
+TransformerLens may load a model with changed weights that give the same logits. The effect of each change at
+the hooks that Winnow reads:
 
 | option | `hook_resid_pre`, `hook_resid_post`, `hook_attn_out`, `hook_mlp_out` |
 |---|---|
-| `center_writing_weights` | without each row's mean over D where the model has LayerNorm; else the same |
+| `center_writing_weights` | each row lacks its mean over D if the model has LayerNorm; otherwise the same |
 | `fold_ln`, `fold_value_biases`, `center_unembed`, `refactor_factored_attn_matrices` | the same |
 
 Its `hook_attn_out` and `hook_mlp_out` are what is added to the stream, after a norm that follows the module
@@ -45,9 +45,10 @@ SAME_MODEL = (
     "use_split_qkv_input",
     "use_hook_mlp_in",
 )
-"""Options of `from_pretrained` that leave the rows as they are, but for rounding."""
+"""Options of `from_pretrained` that leave the rows unchanged, except for rounding."""
 UNPROCESSED_SINCE = (3, 19, 2)
-"""The first SAELens that loads models without processing; the ones before centred all that have LayerNorm."""
+"""The first SAELens that loads models without processing; earlier ones centred all that have LayerNorm."""
+# By name, since the file says nothing of the norm, and the subject itself is not loaded for an import.
 RMS = re.compile(
     r"gemma|llama|mistral|mixtral|qwen|phi-?[34]|olmo-?[23]|olmoe|smollm|deepseek|gpt-oss|yi-|granite", re.I
 )
@@ -66,19 +67,20 @@ class Loading:
     model: str
     """The subject's name, or empty."""
     lens: bool
-    """By TransformerLens, not by transformers or mamba-lens."""
+    """Whether TransformerLens loaded it, and not transformers or mamba-lens."""
     processed: bool | None
-    """Whether options that are not named are on: the loader's default. Null where no version tells it."""
+    """Whether options that the file does not name are on, the loader's default; None if it is unknown."""
 
     def centres(self, hook: str | None) -> bool | None:
-        """Whether the rows at a hook of TransformerLens were centred; null where nothing tells it."""
+        """Whether the rows at a hook of TransformerLens were centred; None if nothing determines it."""
+        # Centring commutes with LayerNorm only: TransformerLens ignores the option on models with RMSNorm.
         if not self.lens or parse_lens(hook) is None or RMS.search(self.model):
             return False
         said = self.options.get(CENTRES, self.processed)
         return None if said is None else bool(said)
 
     def notes(self, hooks: tuple[str | None, ...]) -> tuple[str, ...]:
-        """What the options, or a place that Winnow cannot read, mean for an SAE of these hooks."""
+        """Notes on options, and on places that Winnow cannot read, for an SAE of these hooks."""
         found: list[str] = []
         known = {*SAME_MODEL, *SAME_ROWS, CENTRES} if self.lens else set(SAME_MODEL)
         other = {k: v for k, v in self.options.items() if k not in known and v not in (None, False, {}, "")}
@@ -97,13 +99,16 @@ class Loading:
 
 
 def read_loading(about: Mapping[str, Any]) -> Loading:
-    """From a `cfg.json` and its metadata, joined."""
+    """Read how the subject was loaded from a `cfg.json` joined with its metadata."""
     options = about.get("model_from_pretrained_kwargs")
+    # The version that trained it, not the one that converted its file: training is what centred the rows.
     version = _version(about.get("sae_lens_training_version")) or _version(about.get("sae_lens_version"))
     model = str(about.get("model_name") or "")
     processed = None if version is None else version < UNPROCESSED_SINCE
+    # From before SAELens recorded its version, recognised by a field of that time: published for GPT-2, and
+    # all centred.
     if version is None and "hook_point" in about and LAYER_NORM.search(model):
-        processed = True  # from before SAELens wrote its version: published for GPT-2, all centred
+        processed = True
     return Loading(
         options=options if isinstance(options, dict) else {},
         model=model,

@@ -1,4 +1,4 @@
-"""Hooks under the names that other libraries have for them."""
+"""Hooks by the names that other libraries give them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ OURS = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out)\.(\d+)")
 HOOK = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 MODULE = re.compile(r"(?P<head>(?:\w+\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<rest>[\w.]+))?")
 HEADS = {"layers": "model.", "h": "transformer.", "blocks": "transformer."}
-"""What stands before a list of blocks in a causal LM, where a name is relative to its base model."""
+"""Prefixes in a causal LM of lists of blocks whose names are relative to the base model."""
 ADDED = {"mlp": "mlp_out", "self_attn": "attn_out", "attn": "attn_out", "attention": "attn_out"}
 """Modules whose output a block adds to the stream, directly or after a norm."""
 
 
 def to_lens(hook: str | None) -> str | None:
-    """`resid_post.9` as TransformerLens says it, `blocks.9.hook_resid_post`; any other name as it is."""
+    """`resid_post.9` as TransformerLens names it, `blocks.9.hook_resid_post`; any other name unchanged."""
     match = OURS.fullmatch(hook or "")
     return f"blocks.{match[2]}.hook_{match[1]}" if match else hook
 
@@ -28,34 +28,37 @@ def parse_lens(name: str | None) -> str | None:
 
 
 def from_lens(name: str | None) -> str | None:
-    """The inverse of `to_lens`; None where the name is none that Winnow could hold."""
+    """The inverse of `to_lens`; None for a name that a card cannot hold."""
+    # Names of places that Winnow does not read (`hook_z`) are kept: the card says where the SAE belongs.
     return parse_lens(name) or (name if name and HOOK.fullmatch(name) else None)
 
 
 def is_lens_name(name: str | None) -> bool:
-    """Whether a name is a hook point of TransformerLens, which is no module of transformers' model."""
+    """Whether a name is a hook point of TransformerLens and not a module of transformers' model."""
     return LENS_ANY.fullmatch(name or "") is not None
 
 
 def module_path(name: str) -> str | None:
-    """`layers.9.mlp`, relative to the base model, as a module path of the causal LM: `model.layers.9.mlp`.
+    """The path in the causal LM of a module relative to the base model: `layers.9.mlp`, `model.layers.9.mlp`.
 
-    A path that the subject does not have is refused when it is read, with the near ones named.
+    Whether the subject has the path is checked when it is read, with an error that names similar ones.
     """
     match = MODULE.fullmatch(name)
     if not match:
         return None
     head = match["head"] or HEADS[match["list"]]
+    # GPT-NeoX has `layers` too, but is the only family that calls a module `attention`. Its `mlp` looks like
+    # any other's: that path is refused when it is read, with an error that names the right one.
     if not match["head"] and match["list"] == "layers" and (match["rest"] or "").startswith("attention"):
-        head = "gpt_neox."  # the only family that calls it so
+        head = "gpt_neox."
     path = f"{head}{match['list']}.{match['layer']}"
     return f"{path}.{match['rest']}" if match["rest"] else path
 
 
 def from_module(name: str) -> tuple[str | None, str | None]:
-    """What goes into a module and what comes out of it, as hooks; a folder of sparsify is called after one.
+    """The input and the output of a module as hooks, for sparsify's folders, which are named after modules.
 
-    `layers.9` is a block: `resid_pre.9` and `resid_post.9`. Of any other module Winnow reads the output.
+    `layers.9` is a block: `resid_pre.9` and `resid_post.9`. Of any other module Winnow reads the output only.
     """
     match = MODULE.fullmatch(name)
     if match and not match["rest"]:
@@ -64,19 +67,19 @@ def from_module(name: str) -> tuple[str | None, str | None]:
 
 
 def added_note(hook: str | None) -> tuple[str, ...]:
-    """What to know of a hook at a module whose output some families norm before they add it."""
+    """A note on a hook at a module whose output some families norm before they add it."""
     match = MODULE.fullmatch(hook or "")
     site = ADDED.get(match["rest"] or "") if match else None
     if match is None or site is None:
         return ()
     return (
         f"it reads {hook}, the module's own output; {site}.{match['layer']} holds the same rows unless the "
-        "family norms them first (Gemma 2 and 3, OLMo 2 and 3): --hook takes either",
+        "family norms them first (Gemma 2 and 3, OLMo 2 and 3): --hook takes either one",
     )
 
 
 def hooked_note(hook: str | None) -> tuple[str, ...]:
-    """What to know of an SAE of `attn_out` or `mlp_out` to be run on modules: as `added_note`, inversely."""
+    """A note on an SAE of `attn_out` or `mlp_out` for a library that hooks modules; see `added_note`."""
     match = OURS.fullmatch(hook or "")
     if match is None or match[1] not in ADDED.values():
         return ()

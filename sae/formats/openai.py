@@ -2,7 +2,7 @@
 
 A state dict: `encoder.weight` [N, D], `latent_bias` [N], `decoder.weight` [D, N], `pre_bias` [D], buffers of
 statistics, and two plain values, `activation` (a class name) and `activation_state_dict` (`k`, `postact_fn`).
-`TopK` means that rows are layer-normed, any other activation that they are raw: its loader reads it so.
+`TopK` means that rows are layer-normed, any other activation that they are raw, as in the library's loader.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from winnow.sae.formats.plain import Plain
 from winnow.schemas.errors import ConfigError, IntegrityError
 
 NAME = "openai"
+# Added to the standard deviation by the library's layer norm; imported SAEs keep it exactly.
 EPSILON = 1e-5
 FILE = "autoencoder.pt"
 USED = words("activation activation_state_dict decoder.weight encoder.weight latent_bias pre_bias")
@@ -24,11 +25,12 @@ OF_TRAINING = words("latents_activation_frequency latents_mean_square stats_last
 
 
 def read(path: Path) -> Plain:
-    """The `.pt` file, or the folder that holds `autoencoder.pt`."""
+    """Read the `.pt` file, or the folder that holds `autoencoder.pt`."""
     file = path / FILE if path.is_dir() else path
     state = read_pt(file)
     refuse_tensors(state, USED | OF_TRAINING, file)
     W_enc = take(state, "encoder.weight", file)
+    # Tied SAEs store no decoder: it is the encoder.
     tied = "decoder.weight" not in state
     W_dec = W_enc if tied else take(state, "decoder.weight", file).T
     activation, settings = state.get("activation", "ReLU"), state.get("activation_state_dict") or {}
@@ -43,6 +45,7 @@ def read(path: Path) -> Plain:
         )
     if topk and not isinstance(settings.get("k"), int):
         raise IntegrityError(f"{file}: activation_state_dict", expected="a number k", got=settings)
+    # One bias, which the library subtracts from the input and adds to the output.
     b = take(state, "pre_bias", file)
     notes = unknown_fields(settings, ("k", "postact_fn"), file)
     return Plain(
@@ -59,7 +62,7 @@ def read(path: Path) -> Plain:
 
 
 def write(plain: Plain, folder: Path) -> None:
-    """`autoencoder.pt`, for `Autoencoder.from_state_dict(torch.load(...))`."""
+    """Write `autoencoder.pt`, for `Autoencoder.from_state_dict(torch.load(...))`."""
     if plain.transcoder:
         raise refuse(NAME, "a transcoder", "Export to sparsify or saelens")
     if plain.activation not in ("topk", "relu"):
@@ -71,7 +74,7 @@ def write(plain: Plain, folder: Path) -> None:
             "TopK on rows that are not layer-normed: its loader always norms them"
             if topk
             else "ReLU on layer-normed rows: its loader never norms them",
-            "Each row has its own mean and norm, which weights cannot hold. Export to saelens",
+            "Each row has its own mean and norm, which weights cannot express. Export to saelens",
         )
     plain = plain.taking(plain.b_out).single()
     latents = len(plain.b_enc)
@@ -80,6 +83,7 @@ def write(plain: Plain, folder: Path) -> None:
         "encoder.weight": plain.W_enc,
         "latent_bias": plain.b_enc,
         "decoder.weight": plain.W_dec.T.contiguous(),
+        # Statistics of training that its loader requires as buffers, with the values of a new SAE.
         "stats_last_nonzero": torch.zeros(latents, dtype=torch.long),
         "latents_activation_frequency": torch.ones(latents),
         "latents_mean_square": torch.zeros(latents),

@@ -1,4 +1,4 @@
-"""An SAE as other libraries hold one, and the folding of Winnow's normalisation into it.
+"""An SAE in the form that other libraries share, and the folding of Winnow's normalisation into it.
 
 Legend: D width of the input, O of the output, N latents.
 
@@ -10,10 +10,10 @@ Winnow's SAE works on normalised rows; the others' work on raw rows, or on rows 
 - `layer`: a is sqrt(D - 1), c is 0, since |x - mean(x)| = sqrt(D - 1) std(x);
 - `none`: a is 1, c is 0.
 
-Rows may be *centred* as well: without their mean over D, which Winnow's `parts.centred` removes and restores.
+Rows may also be *centred*: without their mean over D, which Winnow's `parts.centred` removes and restores.
 
-The decoder's rows stay as they are and codes are multiplied by the output's a: which latents are active,
-and every reconstruction, stay the same.
+The decoder's rows do not change, and codes are multiplied by the output's a: active latents and
+reconstructions stay the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from winnow.schemas.training import Activation, SaeParts
 class Plain:
     """``z = act(W_enc (v - b_in) + b_enc)``, ``v_hat = W_dec^T z + b_out`` (``+ W_skip v``).
 
-    v are raw rows where `epsilon` is None, layer-normed ones otherwise. A transcoder's output is always raw.
+    v are raw rows if `epsilon` is None, otherwise layer-normed ones. A transcoder's output is always raw.
     """
 
     activation: Activation
@@ -47,27 +47,27 @@ class Plain:
     b_out: Tensor
     """[O]."""
     k: int | None = None
-    """Active latents a row; None where the files do not say."""
+    """Active latents per row; None if the files do not say."""
     threshold: Tensor | None = None
     """[] with `batchtopk`, [N] with `jumprelu`."""
     W_skip: Tensor | None = None
     """[O, D]."""
     epsilon: float | None = None
-    """Of the layer norm; None where rows are raw."""
+    """What the layer norm adds to a row's standard deviation; None if rows are raw."""
     transcoder: bool = False
     matryoshka: tuple[int, ...] = ()
-    """Prefixes that reconstruct on their own, N the last."""
+    """Prefixes that reconstruct on their own; the last is N."""
     hook: str | None = None
-    """Where the input is read, in Winnow's words; None where the files do not say."""
+    """The input's hook by Winnow's name; None if the files do not say."""
     target_hook: str | None = None
     model: str | None = None
-    """The subject, as its own library names it."""
+    """The subject, as the files name it."""
     centred: bool = False
-    """Rows are without their mean over D (TransformerLens' `center_writing_weights`); not with `epsilon`."""
+    """Whether rows lack their mean over D (TransformerLens' `center_writing_weights`); not with `epsilon`."""
     bos: bool | None = None
-    """Whether the windows it was trained on began with BOS; None where the files do not say."""
+    """Whether the windows it was trained on began with BOS; None if the files do not say."""
     notes: tuple[str, ...] = ()
-    """What the files say that the SAE cannot hold, a sentence each."""
+    """What the files say and the SAE cannot hold, one sentence each."""
 
     @property
     def thresholds(self) -> Tensor:
@@ -76,15 +76,18 @@ class Plain:
         return zero if self.threshold is None else zero + self.threshold
 
     def taking(self, b_in: Tensor) -> Plain:
-        """The same SAE with another bias [D] taken from its input; `b_enc` makes up for it."""
+        """The same SAE with another bias [D] subtracted from its input; `b_enc` compensates."""
+        # In float64: `b_in` may be a dataset's mean, large against the codes, and its product with W_enc
+        # cancels in `b_enc`. Round trips keep 1e-5 in single precision this way.
         shift = self.W_enc.double() @ (b_in.double() - self.b_in.double())
         return replace(self, b_in=b_in, b_enc=self.b_enc.double() + shift)
 
     def centred_input(self) -> Plain:
-        """The same codes from rows whose mean is not removed: centring is linear, so `W_enc` takes it in.
+        """The same codes from rows whose mean is not removed: centring is linear, so `W_enc` can absorb it.
 
-        ``W (x - mean(x)) = (W - mean(W)) x``, exactly; the skip likewise. What comes out stays as it was.
+        ``W (x - mean(x)) = (W - mean(W)) x``, exactly; the skip likewise. The output does not change.
         """
+        # First the bias: it is subtracted after centring, so its own mean must not be removed with the rows'.
         plain = self.taking(torch.zeros_like(self.b_in))
         W_enc = plain.W_enc.double()
         W_skip = None if plain.W_skip is None else plain.W_skip.double()
@@ -96,28 +99,29 @@ class Plain:
         )
 
     def single(self) -> Plain:
-        """With every tensor contiguous, in single precision."""
+        """The same SAE with every tensor contiguous and in single precision."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         kept = {n: t.detach().float().contiguous() for n, t in tensors.items() if isinstance(t, Tensor)}
         return replace(self, **kept)
 
 
 def from_sae(sae: Sae, model: str | None = None) -> Plain:
-    """A Winnow SAE with its normalisation folded.
+    """Fold the normalisation of a Winnow SAE into its weights.
 
     Raises:
-        ConfigError: A crosscoder, which none of the formats knows.
+        ConfigError: A crosscoder, which no format has.
     """
     parts, card = sae.parts, sae.card
     if parts.widths:
         raise ConfigError(
             "a crosscoder cannot be exported",
             expected="an SAE or a transcoder",
-            fix="None of the formats has it",
+            fix="No format has them",
         )
     tensors = {name: tensor.double() for name, tensor in sae.tensors().items()}
     one, zero = torch.ones((), dtype=torch.float64), torch.zeros(sae.d_model, dtype=torch.float64)
     layer = sae.normalize_mode == "layer"
+    # Constants that a mode does not have are absent from `tensors()`: then a is 1 and c is 0.
     a_in = one * (sae.d_model - 1) ** 0.5 if layer else tensors.get("input_scale", one)
     c_in = tensors.get("input_mean", zero)
     a_out, c_out = a_in, c_in
@@ -126,6 +130,7 @@ def from_sae(sae: Sae, model: str | None = None) -> Plain:
         c_out = tensors.get("target_mean", torch.zeros(sae.d_out, dtype=torch.float64))
     b_out = a_out * tensors.get("b_dec", tensors["b_pre"]) + c_out
     W_skip = tensors.get("W_skip")
+    # Winnow's skip reads normalised rows, the others' raw ones: its share of the mean goes to the bias.
     if W_skip is not None:
         W_skip = W_skip * (a_out / a_in)
         b_out = b_out - W_skip @ c_in
@@ -152,15 +157,17 @@ def from_sae(sae: Sae, model: str | None = None) -> Plain:
 
 
 def to_sae(plain: Plain) -> Sae:
-    """The Winnow SAE that gives the same reconstructions: the inverse of `from_sae`.
+    """The Winnow SAE with the same reconstructions: the inverse of `from_sae`.
 
     Raises:
         IntegrityError: The shapes do not fit each other.
         NonFiniteError: A weight is NaN or infinite.
     """
+    # Before the arithmetic, which would broadcast a wrong shape or spread a NaN without a word.
     _check(plain)
     latents, width = plain.W_enc.shape
     layer = plain.epsilon is not None
+    # `parts.centred` also adds the mean back to the output, and a transcoder's output is another row.
     if plain.centred and plain.transcoder:
         plain = plain.centred_input()
     a_in = (width - 1) ** 0.5 if layer else 1.0
@@ -174,9 +181,11 @@ def to_sae(plain: Plain) -> Sae:
         layer_epsilon=plain.epsilon or 0.0,
         centred=plain.centred,
     )
+    # ReLU and JumpReLU files have no k; the card requires one, and encoding does not use it.
     k = min(plain.k or 1, latents)
     sae = Sae(width, latents, k, "layer" if layer else "none", parts)
-    if not plain.transcoder:  # Winnow takes from the input what it adds to the output
+    # Winnow has one bias for both: it subtracts from the input what it adds to the output.
+    if not plain.transcoder:
         plain = plain.taking(plain.b_out)
     tensors = {
         "W_enc": plain.W_enc.double() * (a_in / a_out),
@@ -188,13 +197,15 @@ def to_sae(plain: Plain) -> Sae:
         tensors["b_dec"] = plain.b_out
     if plain.W_skip is not None:
         tensors["W_skip"] = plain.W_skip.double() * (a_in / a_out)
-    if plain.threshold is not None:  # below 0 a threshold lets nothing more through than 0 does
+    # Winnow's codes are never negative, so a threshold below 0 is one at 0.
+    if plain.threshold is not None:
         tensors["threshold"] = plain.threshold.double().clamp_min(0) / a_out
     sae.fill(tensors)
     return sae.requires_grad_(False)
 
 
 def _check(plain: Plain) -> None:
+    """Raise unless the tensors' shapes fit and all numbers are finite."""
     if plain.W_enc.ndim != 2:
         raise IntegrityError("W_enc", expected="a matrix", got=f"shape {tuple(plain.W_enc.shape)}")
     latents, width = plain.W_enc.shape

@@ -1,8 +1,8 @@
-"""EleutherAI's sparsify: `cfg.json` and `sae.safetensors` of a folder called after its module.
+"""EleutherAI's sparsify: `cfg.json` and `sae.safetensors` of a folder named after its module.
 
-`encoder.weight` [N, D], `encoder.bias` [N], `W_dec` [N, D], `b_dec` [D], `W_skip` [D, D] where there is one.
-TopK after ReLU, on raw rows; `b_dec` is taken from an SAE's input, not from a transcoder's. It hooks modules
-of the base model: an SAE reads a module's own output, a transcoder its input and output. Where a family norms
+`encoder.weight` [N, D], `encoder.bias` [N], `W_dec` [N, D], `b_dec` [D], and possibly `W_skip` [D, D]. TopK
+after ReLU, on raw rows; `b_dec` is subtracted from an SAE's input, not from a transcoder's. It hooks modules
+of the base model: an SAE reads a module's own output, a transcoder its input and output. If a family norms
 that output before it adds it (Gemma 2 and 3, OLMo 2 and 3), Winnow's `attn_out` and `mlp_out` are the norm's.
 """
 
@@ -27,7 +27,7 @@ TENSORS = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
 
 
 def read(path: Path) -> Plain:
-    """The folder of one module."""
+    """Read the folder of one module."""
     path = folder_of(path)
     config, tensors = read_json(path / CONFIG), read_safetensors(path / WEIGHTS)
     activation = config.get("activation", "topk")
@@ -39,18 +39,21 @@ def read(path: Path) -> Plain:
     file, transcode, skip = path / WEIGHTS, bool(config.get("transcode")), bool(config.get("skip_connection"))
     refuse_tensors(tensors, TENSORS | ({"W_skip"} if skip else set()), file)
     W_enc, b_dec = take(tensors, "encoder.weight", file), take(tensors, "b_dec", file)
+    # 0 latents in the config means `expansion_factor` times the width.
     for name, size in zip(("num_latents", "d_in"), W_enc.shape, strict=True):
         require_size(path / CONFIG, name, config.get(name) or None, size)
     if not config.get("num_latents") and config.get("expansion_factor"):
         require_size(
             path / CONFIG, "expansion_factor", config["expansion_factor"] * W_enc.shape[1], len(W_enc)
         )
+    # Resolved: the path may be `.`, and the folder's name is all that says where the SAE reads.
     name = path.resolve().name
     reads, gives = from_module(name)
     notes = unknown_fields(config, USED | OF_TRAINING, path / CONFIG)
+    # Winnow reads modules' outputs only; the input of this one is the output of some other.
     if transcode and gives and not reads:
         notes += (
-            f"it reads what goes into {module_path(name)}: --hook names the module whose output that is, "
+            f"it reads the input of {module_path(name)}: --hook names the module whose output that is, "
             "often the norm before it",
         )
     return Plain(
@@ -62,6 +65,7 @@ def read(path: Path) -> Plain:
         b_out=b_dec,
         k=config["k"],
         W_skip=take(tensors, "W_skip", file) if skip else None,
+        # Winnow has skips on transcoders only; an SAE with one is a transcoder to its own hook.
         transcoder=transcode or skip,
         hook=reads if transcode else gives,
         target_hook=gives if transcode or skip else None,
@@ -70,14 +74,14 @@ def read(path: Path) -> Plain:
 
 
 def write(plain: Plain, folder: Path) -> None:
-    """`cfg.json` and `sae.safetensors`, for `SparseCoder.load_from_disk`."""
+    """Write `cfg.json` and `sae.safetensors`, for `SparseCoder.load_from_disk`."""
     if plain.activation != "topk":
         raise refuse(NAME, f"activation {plain.activation!r}", "Export to saelens or dictionary_learning")
     if plain.epsilon is not None:
         raise refuse(
             NAME,
             "an SAE of layer-normed rows: it reads raw ones",
-            "Each row has its own mean and norm, which weights cannot hold. Export to openai or saelens",
+            "Each row has its own mean and norm, which weights cannot express. Export to openai or saelens",
         )
     if plain.W_dec.shape[1] != plain.W_enc.shape[1]:
         raise refuse(NAME, "a transcoder between hooks of two widths", "Export to another format")
@@ -93,6 +97,7 @@ def write(plain: Plain, folder: Path) -> None:
     latents, width = plain.W_enc.shape
     config = {
         "activation": "topk",
+        # Ignored by the library beside `num_latents`, but a field that its config must have.
         "expansion_factor": max(1, latents // width),
         "normalize_decoder": not plain.transcoder,
         "num_latents": latents,
