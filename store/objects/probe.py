@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn, Protocol
 
 from winnow.schemas.errors import IntegrityError, StoreError
-
-if TYPE_CHECKING:
-    from winnow.store.objects.base import ObjectStore
 
 RACERS = 8
 """Threads that create one key at the same time."""
@@ -19,7 +17,27 @@ RACERS = 8
 log = logging.getLogger("winnow.store")
 
 
-def race(store: ObjectStore, key: str, bodies: list[bytes]) -> list[bool]:
+class _Storage(Protocol):
+    """What the probe asks of an `ObjectStore`; that class imports this module, so it is not named here."""
+
+    uri: str
+    remote: bool
+    probe_races: int
+    probe_race_bytes: int
+
+    def put_new(self, key: str, data: bytes, /) -> bool: ...
+    def get(self, key: str, /) -> bytes: ...
+    def get_range(self, key: str, start: int, end: int, /) -> bytes | memoryview: ...
+    def get_ranges(
+        self, key: str, starts: Sequence[int], ends: Sequence[int], /
+    ) -> list[bytes | memoryview]: ...
+    def get_suffix(self, key: str, length: int, /) -> bytes | memoryview: ...
+    def size(self, key: str, /) -> int | None: ...
+    def delete(self, key: str, /) -> None: ...
+    def examine(self, key: Callable[[], str], /) -> None: ...
+
+
+def race(store: _Storage, key: str, bodies: list[bytes]) -> list[bool]:
     """Create `key` from as many threads as there are bodies, at the same moment.
 
     Returns:
@@ -39,7 +57,7 @@ def race(store: ObjectStore, key: str, bodies: list[bytes]) -> list[bool]:
         return list(pool.map(claim, bodies))
 
 
-def probe_requests(store: ObjectStore) -> tuple[int, int]:
+def probe_requests(store: _Storage) -> tuple[int, int]:
     """Count the puts and gets of one probe; a delete counts as a put."""
     races = store.probe_races
     # Puts: two creates and a delete; per race its creates and a delete; on S3 `examine`'s put and delete.
@@ -54,7 +72,7 @@ class Probe:
         single_writer: Accept a store that ignores if-none-match.
     """
 
-    def __init__(self, store: ObjectStore, single_writer: bool) -> None:
+    def __init__(self, store: _Storage, single_writer: bool) -> None:
         self._store, self._single_writer = store, single_writer
         # Random, so that probes of several harvests on one root do not meet.
         self._place = f"probe-{secrets.token_hex(16)}"
