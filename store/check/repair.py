@@ -269,7 +269,7 @@ class _Repair:
             apart = relative_difference(kept, made[number], self.plan.spec.dtype, unit=unit, hook=hook)
             if apart > self.plan.spec.adopt_tolerance:
                 raise IntegrityError(
-                    f"unit {unit}, hook {hook!r}: the rows made again are not those that were stored",
+                    f"unit {unit}, hook {hook!r}: the recomputed rows are not those that were stored",
                     expected=f"a relative difference of at most {self.plan.spec.adopt_tolerance:g} "
                     f"from slice {number}, which is sound",
                     got=f"{apart:.3g}",

@@ -61,7 +61,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 LEDGER_KEY = "ledger.json"
 """What harvests cost, kept beside the manifest by the harvester; no part of the data."""
 READ_BYTES = 16 << 20
-"""Bytes of a shard that one thread holds at a time."""
+"""Bytes of a shard that one thread reads at a time."""
 
 _BESIDE = (f"{MANIFEST_DIR}/", "manifest.", f"{FOLLOWERS_DIR}/", f"{RING_DIR}/", f"{BATCHES_DIR}/")
 """Prefixes of objects that may be there beside the data."""
@@ -113,7 +113,7 @@ def verify(
         store: The root.
         level: `list`, `size`, `index` or `full`; each includes those before it.
         progress: Called with (shards done, shards), from several threads.
-        threads: Shards read at a time; each thread holds some `READ_BYTES`.
+        threads: Shards read at a time; each thread needs memory for `READ_BYTES`.
 
     Returns:
         Every problem found, in unit order; empty if all is well.
@@ -242,7 +242,7 @@ class _Check:
             return Problem("list", receipt_key(unit, revision), _sentence(error), unit=unit)
 
     def sealed(self, manifest: HarvestManifest, receipts: dict[int, UnitReceipt]) -> None:
-        """Compare the manifest with the receipts its parts hold."""
+        """Compare the manifest with the receipts in its parts."""
         if len(receipts) != self.plan.units:
             return  # a part is damaged, and was named already
         digest = DatasetDigest(self.plan)
@@ -320,13 +320,13 @@ class _Check:
     # Bytes
 
     def zarr(self) -> None:
-        """Compare every `zarr.json` with what the plan gives."""
+        """Compare every `zarr.json` with the plan's."""
         for key, expected in self.metadata.items():
             if key in self.sizes:
                 found = self.store.get(key)
                 # Another zarr release words it differently.
                 if found != expected and not same_array(found, expected):
-                    self.problems.append(Problem("index", key, "the zarr metadata is not the plan's"))
+                    self.problems.append(Problem("index", key, "the zarr metadata does not match the plan"))
 
     def shard(self, unit: int, hook: str, record: ShardRecord) -> Iterator[Problem]:
         """Check the index and, at level `full`, every byte of one shard."""

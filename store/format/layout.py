@@ -66,7 +66,7 @@ def batches_prefix(kind: str) -> str:
 
 
 def array_key(hook: str) -> str:
-    """Key of the zarr array that holds a hook's rows."""
+    """Key of the zarr array of a hook's rows."""
     return f"{ACTIVATIONS_GROUP}/{hook}"
 
 
@@ -158,7 +158,7 @@ def slice_starts(plan: HarvestPlan, hook: str, lengths: Sequence[int] = ()) -> N
 
     Args:
         plan: The dataset's plan.
-        hook: Which hook.
+        hook: The shard's hook.
         lengths: The receipt's `slice_lengths`: bytes of compressed slices, without their crc32c.
     """
     # `len`, since an array has no truth value.

@@ -336,11 +336,11 @@ def unpack(frame: NDArray[np.uint8], out: NDArray[np.uint8], *, unit: int, hook:
     try:
         # A frame of fewer bytes with a true checksum would leave the rest of `out` as it was: wrong rows.
         if _frame_content(frame[:18].tobytes()) != out.size:
-            raise ValueError("a frame of other bytes")
+            raise ValueError("a frame of another size")
         zstd.decompress(frame, out)  # pyright: ignore[reportUnknownMemberType]
     except (RuntimeError, ValueError) as error:
         raise IntegrityError(
-            f"unit {unit}, hook {hook!r}, slice {number}: cannot be unpacked",
+            f"unit {unit}, hook {hook!r}, slice {number}: cannot be decompressed",
             expected=f"a zstd frame of {out.size} bytes",
             got=str(error)[:200],
             fix=_REPAIR,
@@ -397,8 +397,8 @@ def check_index(footer: Data, plan: HarvestPlan, hook: str, unit: int, lengths: 
     Args:
         footer: Those bytes.
         plan: The dataset's plan.
-        hook: Which hook.
-        unit: Which unit.
+        hook: The shard's hook.
+        unit: The shard's unit.
         lengths: The receipt's `slice_lengths`.
     """
     # Compared whole: plan and receipt determine every byte of it. What follows only words the message.
@@ -432,8 +432,8 @@ def decode_slices(
         first: First slice.
         stop: One past the last slice.
         plan: The dataset's plan.
-        hook: Which hook.
-        unit: Which unit.
+        hook: The shard's hook.
+        unit: The shard's unit.
         crc: The receipt's `slice_crc32c`, all 64 of them.
         lengths: The receipt's `slice_lengths`.
 

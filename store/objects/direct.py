@@ -208,7 +208,7 @@ class Direct:
         if method not in self.off:
             self.off[method] = why
             what = {"GET": "reads from", "PUT": "puts to"}[method]
-            log.info("direct %s %s are not tried any more: %s", what, self._client, why)
+            log.info("direct %s %s are abandoned: %s", what, self._client, why)
 
     @contextmanager
     def _first_try(self, method: Method) -> Generator[ExitStack]:
@@ -272,7 +272,7 @@ def _is_range(reply: HTTPResponse, start: int, end: int) -> bool:
 
 
 def _refusal(reply: HTTPResponse) -> tuple[str | None, str | None]:
-    """Return the reason if a server refuses the form of a request, else None; and S3's code."""
+    """Return the reason if a server refuses the form of a request, otherwise None; and S3's code."""
     said = reply.read(MAX_REPLY)
     found = re.search(rb"<Code>(\w{1,64})</Code>", said)
     code = found[1].decode() if found else None

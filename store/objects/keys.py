@@ -144,7 +144,7 @@ def _told():
     except BotoCoreError as error:
         # Its first line only, and no cause: the rest may quote what the files contain.
         raise StoreError(
-            "S3 credentials cannot be had from AWS's configuration",
+            "S3 credentials cannot be read from AWS's configuration",
             got=str(error).splitlines()[0],
             fix="Check AWS_PROFILE and the files in ~/.aws, or sign in again",
         ) from None

@@ -1,7 +1,7 @@
 """Objects of S3.
 
-HTTP retries have one owner, obstore; nothing above this file repeats a request except the commit
-(`winnow.store.records.commit`), which reads back what stands there first.
+obstore is the single owner of HTTP retries; nothing above this module repeats a request except the commit
+(`winnow.store.records.commit`), which first reads back what is stored.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class S3Store(ObjectStore):
             known.unchecked = True
             known.etag_is_md5 = first.etag is not None and first.etag.strip('"') == _md5((body,))
             log.warning(
-                "%s does not compare what arrives with the SHA-256 that a put is signed with: every object "
+                "%s does not check bytes against the SHA-256 that their put is signed with: every object "
                 "is %s after its put",
                 self.uri,
                 "compared by its ETag" if known.etag_is_md5 else "read back",
@@ -194,11 +194,11 @@ class S3Store(ObjectStore):
             whole = sent.digest() == stored.digest() and self.size(key) == size
         if not whole:
             raise IntegrityError(
-                f"{self.uri}/{key} was broken on its way to the server, which does not compare digests",
+                f"{self.uri}/{key} was corrupted on its way to the server, which does not check digests",
                 expected="the bytes that were sent",
                 got="others",
                 fix="Remove that object while nobody else writes to this root, then run the same command "
-                "again; look for what breaks bytes between here and there",
+                "again; find out what corrupts data between this machine and the server",
             )
 
     def version(self, key: str) -> str | None:

@@ -186,7 +186,7 @@ def _read(
         # Only after the read has failed: the hot path has no request to spare.
         if store.size(ring_key(unit)) is not None:
             raise MissingObject(
-                f"{where}: the harvest's ring has deleted the shard behind its followers",
+                f"{where}: the harvest's ring has deleted the shard after all followers had passed it",
                 expected=key,
                 fix="Harvest again without harvest.follow.ring to keep the rows",
             ) from error

@@ -31,7 +31,7 @@ def wait_for_plan(store: ObjectStore, timeout_seconds: float) -> None:
     while store.size(PLAN_KEY) is None:
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"no plan came to {store.uri} within {timeout_seconds:g} s",
+                f"no plan appeared at {store.uri} within {timeout_seconds:g} s",
                 expected=PLAN_KEY,
                 got="nothing there",
                 fix="Start `winnow harvest`, check the root, or raise train.follow_seconds",
@@ -79,7 +79,7 @@ class Arrivals:
                     self._give_up(unit, committed)
                 seen, deadline = committed, time.monotonic() + self._timeout
             if stop.wait(POLL_SECONDS):
-                raise StoreError(f"the wait for unit {unit} was ended")
+                raise StoreError(f"the wait for unit {unit} was interrupted")
 
     def _take(self, unit: int) -> bool:
         try:
@@ -95,7 +95,7 @@ class Arrivals:
 
     def _give_up(self, unit: int, committed: int) -> None:
         raise MissingObject(
-            f"unit {unit} is awaited, and the harvest has committed nothing for {self._timeout:g} s",
+            f"unit {unit} has no receipt, and the harvest has committed nothing for {self._timeout:g} s",
             expected=receipt_key(unit),
             got=f"{committed} of {self._plan.units} units committed",
             fix="Start the harvest again, then this command: it resumes from its last checkpoint",

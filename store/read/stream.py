@@ -7,7 +7,7 @@ A rank's lanes own neighbouring slices of every unit, so a rank reads one run of
 no byte that another rank reads. Slices go from storage into the group's buffers with one copy and are checked
 there; a batch gathers its rows from the whole group and widens them to float32, ahead of the consumer. While
 one group is consumed, the next is read into a second set of buffers. A split that is a single group is read
-once and shuffled anew in each epoch.
+once and shuffled again in each epoch.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class ReceiptIndex:
             raise MissingObject(
                 f"{missing.size} units have no receipt, the first is unit {int(missing[0])}",
                 expected=receipt_key(int(missing[0])),
-                fix="Run `winnow harvest` again: it does what is missing",
+                fix="Run `winnow harvest` again: it harvests what is missing",
             )
 
     def starts(self, hook: str, unit: int) -> NDArray[np.int64]:

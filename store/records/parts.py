@@ -281,7 +281,9 @@ def _open(store: ObjectStore, part: ManifestPart) -> Any:
     # Sizes from the footer, before any row group is unpacked.
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     if any(group.total_byte_size > MAX_GROUP_BYTES for group in groups):
-        raise IntegrityError(f"{origin} unpacks to too much", expected=f"{MAX_GROUP_BYTES} bytes a group")
+        raise IntegrityError(
+            f"{origin} decompresses to too much", expected=f"{MAX_GROUP_BYTES} bytes a group"
+        )
     if any(group.num_rows > PART_GROUP for group in groups):
         raise IntegrityError(f"{origin} has too large a row group", expected=f"{PART_GROUP} units at most")
     return file

@@ -79,7 +79,7 @@ Progress = Callable[[int, int], object]
 def create_dataset(store: ObjectStore, plan: HarvestPlan, token_digests: NDArray[np.uint8]) -> HarvestPlan:
     """Put plan.json, then what follows from it: zarr metadata and the token digests.
 
-    Safe to repeat: what is there already is compared and kept.
+    Safe to repeat: stored objects are compared and kept.
 
     Args:
         store: The dataset's root.
@@ -87,12 +87,12 @@ def create_dataset(store: ObjectStore, plan: HarvestPlan, token_digests: NDArray
         token_digests: uint8 [units, 32], SHA-256 of each unit's tokens (uint32 little-endian).
 
     Returns:
-        The plan that stands: `plan`, or an earlier one with the same fingerprint (whose batch shape
-        and threads then hold).
+        The stored plan: `plan`, or an earlier one with the same fingerprint, whose batch shape and threads
+        then apply.
 
     Raises:
-        PlanMismatch: The root holds another plan; the differing fields are named.
-        IntegrityError: The digests are not those of the plan, or an object there differs.
+        PlanMismatch: The root has another plan; the differing fields are named.
+        IntegrityError: The digests are not those of the plan, or a stored object differs.
     """
     digests = np.ascontiguousarray(token_digests, dtype=np.uint8)
     if digests.shape != (plan.units, 32) or sha256_hex(digests.tobytes()) != plan.tokens_sha256:
@@ -312,8 +312,8 @@ def _adopt(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str, rows: St
     apart = relative_difference(found, rows, plan.spec.dtype, unit=unit, hook=hook)
     if apart > plan.spec.adopt_tolerance:
         raise IntegrityError(
-            f"unit {unit}, hook {hook!r}: the shard an earlier attempt left at {store.uri}/{record.key} "
-            "holds other rows than were just computed",
+            f"unit {unit}, hook {hook!r}: the shard of an earlier attempt at {store.uri}/{record.key} "
+            "contains other rows than were just computed",
             expected=f"a relative difference of at most adopt_tolerance = {plan.spec.adopt_tolerance:g}",
             got=f"{apart:.3g}",
             fix="Check that subject, device and code are those of the earlier attempt",
@@ -334,7 +334,7 @@ def read_orphan(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str) -> 
     size = int(starts[-1]) + INDEX_BYTES
     if len(data) != size:
         raise IntegrityError(
-            f"unit {unit}, hook {hook!r}: the shard an earlier attempt left at {store.uri}/{key} is torn",
+            f"unit {unit}, hook {hook!r}: the shard of an earlier attempt at {store.uri}/{key} is incomplete",
             expected=f"{size} bytes",
             got=f"{len(data)} bytes",
             fix="Run `winnow harvest CONFIG --repair` while no other harvest runs on this root",
@@ -427,7 +427,7 @@ def gather(
         raise WinnowError(
             f"{store.uri} cannot be sealed: {len(missing)} of {plan.units} units have no receipt",
             got=f"missing {brief(missing)}",
-            fix="Run the harvest again: it does the missing units only",
+            fix="Run the harvest again: it harvests the missing units only",
         )
     parts: list[ManifestPart] = []
     digest = DatasetDigest(plan)

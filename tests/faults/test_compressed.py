@@ -80,7 +80,7 @@ def test_a_lying_frame_with_a_true_checksum_is_refused(store):
     shards = {**receipt.shards, HOOK: record.model_copy(update=facts)}
     opened = ActivationStore.over(store)
     opened.index = ReceiptIndex.of(PLAN, [receipt.model_copy(update={"shards": shards})])
-    with pytest.raises(IntegrityError, match="slice 0: cannot be unpacked"):
+    with pytest.raises(IntegrityError, match="slice 0: cannot be decompressed"):
         opened.read_rows(HOOK, 2 * PLAN.rows_per_unit, 2 * PLAN.rows_per_unit + 8)
 
 

@@ -322,7 +322,7 @@ def test_a_damaged_part_is_refused_before_it_is_parsed(root, damage):
 
 @pytest.mark.parametrize(
     ("cap", "value", "said"),
-    [("PART_GROUP", 2, "too large a row group"), ("MAX_GROUP_BYTES", 100, "unpacks to too much")],
+    [("PART_GROUP", 2, "too large a row group"), ("MAX_GROUP_BYTES", 100, "decompresses to too much")],
 )
 def test_a_part_that_unpacks_to_too_much_is_refused(root, monkeypatch, cap, value, said):
     monkeypatch.setattr(parts, cap, value)

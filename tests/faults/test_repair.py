@@ -198,7 +198,7 @@ def test_a_lost_reply_for_the_new_manifest_is_no_conflict(store: ObjectStore, fa
 def test_another_subject_does_not_slip_in(store: ObjectStore) -> None:
     SHARDS["payload flipped"](store)
     before = objects(store)
-    with pytest.raises(IntegrityError, match=r"unit 1, hook 'resid_post.1': the rows made again are not"):
+    with pytest.raises(IntegrityError, match=r"unit 1, hook 'resid_post.1': the recomputed rows are not"):
         repair(store, remake(-1))
     assert objects(store) == before
 

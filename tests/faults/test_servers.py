@@ -198,7 +198,7 @@ def test_bytes_that_break_on_their_way_are_found_before_the_receipt(
     assert server.asked["GET"] - asked == (2 if opaque else 0), "the shard and the receipt"
 
     server.spoil = lambda key, body: flipped(body) if "/c/2/0" in key else body
-    with pytest.raises(IntegrityError, match="broken on its way"):
+    with pytest.raises(IntegrityError, match="corrupted on its way"):
         write_unit(store, plan, 2)
     assert receipt_key(2) not in {key for key, _ in store.list()}
     with pytest.raises(IntegrityError, match="unit 2"):  # nor is it adopted by the next attempt
@@ -227,7 +227,7 @@ def test_other_objects_that_break_on_their_way_are_found_too(serve: Serve) -> No
         lambda: store.replace("checkpoint", b"123", store.version("checkpoint")),
         lambda: commit_receipt(store, plan, receipt),
     ):
-        with pytest.raises(IntegrityError, match="broken on its way"):
+        with pytest.raises(IntegrityError, match="corrupted on its way"):
             act()
 
 
@@ -261,7 +261,7 @@ def test_refused_urls_are_not_asked_for_ever(serve: Serve, caplog: pytest.LogCap
     assert server.asked["GET url"] == REFUSALS
     assert store._direct.off == {"GET": "403 AccessDenied"}
     assert [record.getMessage() for record in caplog.records if "403" in record.getMessage()] == [
-        'direct reads from S3Store(bucket="bucket") are not tried any more: 403 AccessDenied'
+        'direct reads from S3Store(bucket="bucket") are abandoned: 403 AccessDenied'
     ]
 
 

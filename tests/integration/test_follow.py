@@ -81,14 +81,16 @@ def test_whatever_is_read_waits_for_its_unit(tmp_path):
     assert np.array_equal(store.read_rows(HOOK, size, 2 * size), synthetic_rows(plan, 1, HOOK))
     assert store.weights([HOOK], 0, 2 * size).all()
     thread.join()
-    with pytest.raises(MissingObject, match=r"unit 2 is awaited.*2 of 3 units committed.*Start the harvest"):
+    with pytest.raises(
+        MissingObject, match=r"unit 2 has no receipt.*2 of 3 units committed.*Start the harvest"
+    ):
         store.read_rows(HOOK, 0, 3 * size)
-    with store.stream(HOOK, **OPTIONS) as stream, pytest.raises(MissingObject, match="unit 2 is awaited"):
+    with store.stream(HOOK, **OPTIONS) as stream, pytest.raises(MissingObject, match="unit 2 has no receipt"):
         next(stream)
 
 
 def test_a_plan_that_never_comes(tmp_path):
-    with pytest.raises(ConfigError, match=r"no plan came.*Start `winnow harvest`"):
+    with pytest.raises(ConfigError, match=r"no plan appeared.*Start `winnow harvest`"):
         ActivationStore.open(str(tmp_path), follow=True, timeout_seconds=0.05)
 
 

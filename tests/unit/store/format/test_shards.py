@@ -268,7 +268,7 @@ def test_frames_unpack_to_exactly_their_bytes(size: int) -> None:
     unpack(frame, out, unit=0, hook=HOOK, number=5)
     assert np.array_equal(out, values)
     for wrong, room in ((frame, size + 1), (frame, size - 1), (frame[:-1], size), (frame[4:], size)):
-        with pytest.raises(IntegrityError, match=r"unit 0, hook 'resid_post.1', slice 5: cannot be unpacked"):
+        with pytest.raises(IntegrityError, match=r"'resid_post.1', slice 5: cannot be decompressed"):
             unpack(wrong, np.zeros(room, np.uint8), unit=0, hook=HOOK, number=5)
 
 
