@@ -10,7 +10,7 @@ from winnow.schemas.harvest import HarvestPlan
 from winnow.store.format.layout import TOKENS_ARRAY, tokens_key
 from winnow.store.objects import ObjectStore
 from winnow.store.read.reader import load_plan
-from winnow.store.records.commit import standing_receipts
+from winnow.store.records.commit import list_receipts
 from winnow.store.records.manifest import find_manifest
 
 State = Literal["planning", "planned", "harvesting", "harvested", "sealed"]
@@ -98,7 +98,7 @@ def dataset_info(store: ObjectStore) -> DatasetInfo:
     """
     plan = load_plan(store)
     manifest = find_manifest(store, plan)
-    committed = len(standing_receipts(store, plan))
+    committed = len(list_receipts(store, plan))
     token_keys = {key for key, _ in store.list(TOKENS_ARRAY)}
     # A plan from elsewhere may claim any number of units; there cannot be more with tokens than keys.
     with_tokens = sum(tokens_key(unit) in token_keys for unit in range(min(plan.units, len(token_keys))))

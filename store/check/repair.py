@@ -45,7 +45,7 @@ from winnow.store.format.shards import (
 from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY, same_array, zarr_objects
 from winnow.store.objects import ObjectStore
 from winnow.store.read.reader import MAX_TOKEN_CHUNK_BYTES, load_plan, load_token_digests
-from winnow.store.records.commit import commit_receipt, load_receipt, settle, standing_receipts
+from winnow.store.records.commit import commit_receipt, list_receipts, load_receipt, settle
 from winnow.store.records.manifest import find_manifest, load_index
 from winnow.store.records.parts import read_part
 from winnow.store.write.writer import gather, make_shard, read_orphan, tokens_digest
@@ -192,7 +192,7 @@ class _Repair:
 
     def receipt(self, unit: int) -> UnitReceipt | None:
         """Find the unit's receipt of highest revision, restored from the manifest's copy if it is damaged."""
-        revision = standing_receipts(self.store, self.plan).get(unit)
+        revision = list_receipts(self.store, self.plan).get(unit)
         copy = self.copies.get(unit)
         # An older copy is no help: the receipt's newer revision describes other bytes.
         if copy is not None and copy.revision >= (revision or 0):
@@ -278,7 +278,7 @@ class _Repair:
 
     def orphans(self) -> None:
         """Remove damaged shards of units that have no receipt, so that the harvest can compute them again."""
-        standing = standing_receipts(self.store, self.plan)
+        standing = list_receipts(self.store, self.plan)
         stored = {key for key, _ in self.store.list("activations")}
         for unit in range(self.plan.units):
             for hook in self.plan.spec.hooks if unit not in standing else ():

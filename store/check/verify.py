@@ -50,7 +50,7 @@ from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY, same_array, zar
 from winnow.store.objects import ObjectStore
 from winnow.store.read.follow import deleted_units
 from winnow.store.read.reader import load_plan, load_token_digests, read_tokens
-from winnow.store.records.commit import RECEIPT_KEY, load_receipt, standing_receipts
+from winnow.store.records.commit import RECEIPT_KEY, list_receipts, load_receipt
 from winnow.store.records.manifest import find_manifest
 from winnow.store.records.parts import DatasetDigest, check_columns, read_part
 
@@ -206,7 +206,7 @@ class _Check:
 
     def receipts(self, manifest: HarvestManifest | None) -> dict[int, UnitReceipt]:
         """Find unit -> its receipt: in the manifest's parts, otherwise in the receipts' own objects."""
-        standing = standing_receipts(self.store, self.plan)
+        standing = list_receipts(self.store, self.plan)
         found: dict[int, UnitReceipt] = {}
         if manifest is not None:
             for part in manifest.parts:

@@ -129,7 +129,7 @@ def _width(rows: Stored, dtype: str) -> int:
     return rows.shape[-1] - (SCALE_BYTES if dtype == "int8" else 0)
 
 
-def _pieces(rows: Stored, dtype: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _blocks(rows: Stored, dtype: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield `rows` [R, D] as float32 blocks of whole rows with their first row; the block is reused."""
     width = _width(rows, dtype)
     step = max(1, _BLOCK_VALUES // width)
@@ -217,7 +217,7 @@ def describe_rows(
 
 def _moments(rows: Stored, dtype: str, kept: NDArray[np.bool_]) -> Moments:
     sums, squares = np.zeros((2, _width(rows, dtype)))
-    for start, piece in _pieces(rows, dtype):
+    for start, piece in _blocks(rows, dtype):
         part = kept[start : start + piece.shape[0]]
         # Most blocks have no sink: those are not copied.
         chosen = (piece if part.all() else piece[part]).astype(np.float64)

@@ -88,13 +88,13 @@ def find_keys() -> Keys | None:
 
 
 def _configured() -> Callable[[], tuple[str, str, str | None]]:
-    with _told():
+    with _as_store_errors():
         found = aws_session().get_credentials()
     if found is None:
         raise _missing("no AWS_ACCESS_KEY_ID, no profile in ~/.aws and no instance role")
 
     def ask() -> tuple[str, str, str | None]:
-        with _told():
+        with _as_store_errors():
             now = found.get_frozen_credentials()
         return now.access_key, now.secret_key, now.token
 
@@ -115,7 +115,7 @@ def aws_setting(name: str) -> str | None:
     """Look up `region` or `endpoint_url` of the profile in use, for S3; None if it does not set it."""
     from botocore.configprovider import ConfiguredEndpointProvider  # pyright: ignore[reportMissingTypeStubs]
 
-    with _told():
+    with _as_store_errors():
         session = aws_session()
         if name == "region":
             return session.get_config_variable("region")
@@ -135,7 +135,7 @@ def aws_session() -> Any:
 
 
 @contextmanager
-def _told():
+def _as_store_errors():
     """Raise botocore's errors (no such profile, an unreadable file, an expired sign-in) as StoreError."""
     from botocore.exceptions import BotoCoreError  # pyright: ignore[reportMissingTypeStubs]
 

@@ -54,12 +54,12 @@ log = logging.getLogger("winnow.store")
 
 
 @dataclass
-class Known:
+class ServerFacts:
     """Facts about a server, learnt once and shared by all stores of one client."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     looked: bool = False
-    """Whether the two facts below are known."""
+    """Whether the two facts below have been found out."""
     unchecked: bool = False
     """Whether the server accepts bytes that do not match the SHA-256 their put is signed with."""
     etag_is_md5: bool = False
@@ -76,10 +76,10 @@ class S3Store(ObjectStore):
         prefix: str,
         direct: Direct,
         single_writer: bool = False,
-        known: Known | None = None,
+        server: ServerFacts | None = None,
     ) -> None:
         self._client, self._bucket, self._prefix = client, bucket, prefix
-        self._direct, self._single_writer, self._known = direct, single_writer, known or Known()
+        self._direct, self._single_writer, self._server = direct, single_writer, server or ServerFacts()
         self._process = os.getpid()
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 
@@ -149,39 +149,39 @@ class S3Store(ObjectStore):
 
     def examine(self, key: Callable[[], str]) -> None:
         """See `ObjectStore.examine`: test whether the server refuses bytes without the signed digest."""
-        known = self._known
-        with known.lock:
-            if known.looked:
+        server = self._server
+        with server.lock:
+            if server.looked:
                 return
             # A put signed with another digest than its body's: S3 and MinIO refuse it, moto 5.2.5 creates it.
-            known.looked, place, body = True, key(), secrets.token_bytes(64)
+            server.looked, place, body = True, key(), secrets.token_bytes(64)
             first = self._direct.put(self._path(place), [body], sha256_hex(body[::-1]))
             if not first.created:
                 return
-            known.unchecked = True
-            known.etag_is_md5 = first.etag is not None and first.etag.strip('"') == _md5((body,))
+            server.unchecked = True
+            server.etag_is_md5 = first.etag is not None and first.etag.strip('"') == _md5((body,))
             log.warning(
                 "%s does not check bytes against the SHA-256 that their put is signed with: every object "
                 "is %s after its put",
                 self.uri,
-                "compared by its ETag" if known.etag_is_md5 else "read back",
+                "compared by its ETag" if server.etag_is_md5 else "read back",
             )
 
     def _look_once(self) -> None:
         """Call `examine` in a process that has not probed, such as an actor."""
-        if not self._known.looked:
+        if not self._server.looked:
             key = f"probe-{secrets.token_hex(16)}/0"
             self.examine(lambda: key)
-            if self._known.unchecked:
+            if self._server.unchecked:
                 # A store that refuses deletes has said so at the driver's probe.
                 with suppress(StoreError):
                     self.delete(key)
 
     def _confirm(self, key: str, pieces: Pieces, etag: str | None) -> None:
         """Raise IntegrityError if other bytes arrived than were sent, on a server that does not check."""
-        if not self._known.unchecked:
+        if not self._server.unchecked:
             return
-        if self._known.etag_is_md5 and etag:
+        if self._server.etag_is_md5 and etag:
             whole = etag.strip('"') == _md5(pieces)
         else:
             # Read back in parts, so that a shard is not held twice.
@@ -231,14 +231,14 @@ class S3Store(ObjectStore):
             else:
                 return self._confirm(key, (data,), made["e_tag"])
         # An earlier try may have replaced the object and lost its reply: then its retry fails the condition.
-        if self._stands(key, data):
+        if self._stored_is(key, data):
             return None
         raise StoreError(
             f"{self.uri}/{key} changed while it was repaired",
             fix="Repair when nobody else writes to this root",
         )
 
-    def _stands(self, key: str, data: Data) -> bool:
+    def _stored_is(self, key: str, data: Data) -> bool:
         """Return whether an object has exactly these bytes."""
         # The length first: an object of another length need not be read.
         try:
@@ -345,7 +345,7 @@ class S3Store(ObjectStore):
     def child(self, prefix: str) -> S3Store:
         """See `ObjectStore.child`."""
         place = self._path(prefix)
-        return S3Store(self._client, self._bucket, place, self._direct, self._single_writer, self._known)
+        return S3Store(self._client, self._bucket, place, self._direct, self._single_writer, self._server)
 
     def _fail(self, error: Exception, key: str, doing: str) -> NoReturn:
         """Raise what `error` means, as a StoreError."""

@@ -26,7 +26,7 @@ RUNS_AHEAD = 3
 ASSEMBLING = 2
 """Threads that assemble, unless those that read do."""
 # Waking a thread costs as much as gathering a small batch, so several are handed over together. Three runs of
-# 2.5 MiB replaced two of 4 MiB.
+# 2.5 MiB (and slices received 2 MiB at a time) gave 0.81 of the bare loop's rate, two of 4 MiB 0.75.
 RUN_BYTES = 5 * 2**19
 """Bytes of a run of batches, about; at least one batch."""
 RUN_BATCHES = 8

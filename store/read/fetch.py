@@ -66,7 +66,7 @@ def fetch_slices(
         received += slices.starts[end] - slices.starts[begin]
         for part, _ in zip(parts, slices.read(begin, end, parts), strict=True):
             for number in part:
-                received += slices.settle_in_the_end(number)
+                received += slices.check_or_refetch(number)
                 # After its check: what is wrong must not reach the cache.
                 if cache is not None:
                     cache.keep(slices.name(number), *slices.buffers(number))
@@ -118,30 +118,30 @@ class _Slices:
         return _read(self._store, self._hook, self._unit, first, stop, self.starts, filled)
 
     def cached(self, number: int) -> bool:
-        """Settle a slice from the cache, if it has it."""
+        """Read and check a slice from the cache, if it is there; False otherwise."""
         if not self._cache or not self._cache.read(self.name(number), *self.buffers(number)):
             return False
         # A disk is trusted no more than storage. A file that is wrong would be wrong for ever: it goes.
         try:
-            self._settle(number)
+            self._check(number)
         except IntegrityError:
             self._cache.drop(self.name(number))
             return False
         return True
 
-    def settle_in_the_end(self, number: int) -> int:
-        """Settle a slice, fetching it again while it is bad; return the bytes read for that."""
+    def check_or_refetch(self, number: int) -> int:
+        """Check a slice, fetching it again while it is bad; return the bytes read for that."""
         size = self.starts[number + 1] - self.starts[number]
         for fetched in range(REFETCHES):
             with suppress(IntegrityError):
-                self._settle(number)
+                self._check(number)
                 return fetched * size
             for _ in self.read(number, number + 1, [range(number, number + 1)]):
                 pass
-        self._settle(number)
+        self._check(number)
         return REFETCHES * size
 
-    def _settle(self, number: int) -> None:
+    def _check(self, number: int) -> None:
         """Check a received slice and unpack it; IntegrityError if it is wrong."""
         payload, stored = self.buffers(number)
         promised = int.from_bytes(stored.tobytes(), "little")
@@ -162,7 +162,7 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield numbers[first], numbers[stop - 1] + 1
 
 
-def describe(hook: str, unit: int, first: int, stop: int) -> str:
+def name_slices(hook: str, unit: int, first: int, stop: int) -> str:
     """Name slices for messages: `unit 3, hook 'resid_post.9', slice 7` (or `slices 0-63`)."""
     slices = f"slice {first}" if stop == first + 1 else f"slices {first}-{stop - 1}"
     return f"unit {unit}, hook {hook!r}, {slices}"
@@ -179,7 +179,7 @@ def _read(
 ) -> Iterator[None]:
     """Read slices [first, stop) into `parts`; an error says what is wrong with their shard."""
     key = shard_key(hook, unit)
-    where = describe(hook, unit, first, stop)
+    where = name_slices(hook, unit, first, stop)
     try:
         yield from store.read_into(key, starts[first], parts)
     except MissingObject as error:

@@ -15,7 +15,7 @@ from winnow.schemas.harvest import HarvestPlan
 from winnow.store.format.layout import FOLLOWERS_DIR, PLAN_KEY, RING_DIR, receipt_key, ring_key, shard_key
 from winnow.store.format.order import LaneOrder
 from winnow.store.objects import ObjectStore
-from winnow.store.records.commit import load_receipt, settle, standing_receipts
+from winnow.store.records.commit import list_receipts, load_receipt, settle
 from winnow.store.records.index import ReceiptIndex
 
 POLL_SECONDS = 1.0
@@ -74,7 +74,7 @@ class Arrivals:
             # Any commit since is a sign of life: one slow unit, or one late in the harvest's order, is no
             # reason to give up. The first time there is no count to compare with, hence another round.
             if time.monotonic() > deadline:
-                committed = len(standing_receipts(self._store, self._plan))
+                committed = len(list_receipts(self._store, self._plan))
                 if committed == seen or (seen < 0 and self._timeout <= POLL_SECONDS):
                     self._give_up(unit, committed)
                 seen, deadline = committed, time.monotonic() + self._timeout

@@ -22,7 +22,7 @@ from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.cache import SliceCache
 from winnow.store.read.fetch import fetch_slices
 from winnow.store.read.follow import Arrivals, wait_for_plan
-from winnow.store.records.commit import load_receipt, standing_receipts
+from winnow.store.records.commit import list_receipts, load_receipt
 from winnow.store.records.index import ReceiptIndex
 from winnow.store.records.manifest import find_manifest, load_index, load_manifest
 
@@ -113,7 +113,7 @@ def read_tokens(
 
 def receipts_present(store: ObjectStore, plan: HarvestPlan) -> dict[int, int]:
     """Find unit -> highest revision of its receipt, by one listing; no receipt is read."""
-    return standing_receipts(store, plan)
+    return list_receipts(store, plan)
 
 
 def read_receipt(store: ObjectStore, plan: HarvestPlan, unit: int, revision: int = 0) -> UnitReceipt:

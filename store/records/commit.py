@@ -111,7 +111,7 @@ def load_receipt(store: ObjectStore, plan: HarvestPlan, unit: int, revision: int
     return parse_receipt(data, plan, unit, revision, origin=f"{store.uri}/{key}")
 
 
-def standing_receipts(store: ObjectStore, plan: HarvestPlan) -> dict[int, int]:
+def list_receipts(store: ObjectStore, plan: HarvestPlan) -> dict[int, int]:
     """Find unit -> highest revision of its receipt, for every unit that has one, by listing only."""
     # Keys that are not exactly as we write them (other digits, a unit beyond the plan) are strays.
     found: dict[int, int] = {}

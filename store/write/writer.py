@@ -61,7 +61,7 @@ from winnow.store.format.shards import (
 )
 from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY, same_array, zarr_objects
 from winnow.store.objects import Data, ObjectStore
-from winnow.store.records.commit import PUT_TRIES, commit_receipt, load_receipt, settle, standing_receipts
+from winnow.store.records.commit import PUT_TRIES, commit_receipt, list_receipts, load_receipt, settle
 from winnow.store.records.manifest import find_manifest, load_manifest
 from winnow.store.records.parts import PART_UNITS, DatasetDigest, encode_part
 
@@ -69,7 +69,7 @@ from winnow.store.records.parts import PART_UNITS, DatasetDigest, encode_part
 RECEIPT_THREADS = 16
 """Receipts that `seal` reads at the same time."""
 
-Progress = Callable[[int, int], object]
+OnProgress = Callable[[int, int], object]
 """Called with (done, total)."""
 
 
@@ -388,7 +388,7 @@ def _check_unit(plan: HarvestPlan, unit: int) -> None:
 # Seal
 
 
-def seal(store: ObjectStore, plan: HarvestPlan, progress: Progress | None = None) -> HarvestManifest:
+def seal(store: ObjectStore, plan: HarvestPlan, progress: OnProgress | None = None) -> HarvestManifest:
     """Gather every receipt and put manifest.json.
 
     Safe to repeat, and from several processes at once: the stored manifest is returned.
@@ -411,7 +411,7 @@ def seal(store: ObjectStore, plan: HarvestPlan, progress: Progress | None = None
 
 
 def gather(
-    store: ObjectStore, plan: HarvestPlan, *, repair: bool = False, progress: Progress | None = None
+    store: ObjectStore, plan: HarvestPlan, *, repair: bool = False, progress: OnProgress | None = None
 ) -> HarvestManifest:
     """Put the parts, from every unit's receipt of highest revision; returns the manifest that names them.
 
@@ -421,7 +421,7 @@ def gather(
         repair: Overwrite a stored part whose bytes do not have the digest of its name.
         progress: Called after each part.
     """
-    receipts = standing_receipts(store, plan)
+    receipts = list_receipts(store, plan)
     missing = [unit for unit in range(plan.units) if unit not in receipts]
     if missing:
         raise WinnowError(

@@ -25,7 +25,7 @@ from winnow.store.format.layout import manifest_key, receipt_key, shard_key, tok
 from winnow.store.format.shards import to_stored
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.records import parts
-from winnow.store.records.commit import load_receipt, standing_receipts
+from winnow.store.records.commit import list_receipts, load_receipt
 from winnow.store.testing import (
     Crash,
     FaultyStore,
@@ -142,7 +142,7 @@ def test_puts_are_bounded(store: ObjectStore) -> None:
     faulty = FaultyStore(store, faults)
     with pytest.raises(StoreError, match="injected before put_new"):
         write_unit(faulty, PLAN, 0)
-    assert standing_receipts(store, PLAN) == {}
+    assert list_receipts(store, PLAN) == {}
     assert sum(key == receipt_key(0) for _, key in faulty.calls) == 6
 
 
@@ -209,7 +209,7 @@ def test_an_orphan_with_other_rows_is_refused(store: ObjectStore) -> None:
     die_before_receipt(store, lambda plan, unit, hook: -synthetic_rows(plan, unit, hook))
     with pytest.raises(IntegrityError, match=r"unit 0, hook 'resid_post.1'.*adopt_tolerance = 0.05.*got 2"):
         write_unit(store, PLAN, 0)
-    assert standing_receipts(store, PLAN) == {}
+    assert list_receipts(store, PLAN) == {}
 
 
 def test_an_orphan_that_is_torn_is_refused(store: ObjectStore) -> None:

@@ -127,10 +127,10 @@ def a_seal_does_not_wait():
                 attempt=make_attempt(),
             )
 
-    standing = writer.standing_receipts
+    standing = writer.list_receipts
     return {
         (writer, "load_receipt"): load,
-        (writer, "standing_receipts"): lambda root, plan: (
+        (writer, "list_receipts"): lambda root, plan: (
             dict.fromkeys(range(plan.units), 0) | standing(root, plan)
         ),
     }

@@ -22,7 +22,7 @@ from winnow.store.check.verify import damage, verify
 from winnow.store.format.layout import manifest_key, receipt_key, shard_key, slice_bytes, tokens_key
 from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY
 from winnow.store.objects import ObjectStore, open_store
-from winnow.store.records.commit import standing_receipts
+from winnow.store.records.commit import list_receipts
 from winnow.store.records.manifest import find_manifest
 from winnow.store.testing import (
     Crash,
@@ -211,7 +211,7 @@ def test_an_orphan_that_is_torn_is_removed_and_made_again(tmp_path: Path) -> Non
     store.put(receipt_key(2), b"rotten")
     assert repair(store).removed == []
     assert repair(store, remake()).removed == [receipt_key(2), SHARD]
-    assert sorted(standing_receipts(store, PLAN)) == [0]
+    assert sorted(list_receipts(store, PLAN)) == [0]
     assert write_dataset(store, PLAN) is not None
     assert verify(store, "full") == []
 

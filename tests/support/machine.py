@@ -24,7 +24,7 @@ from winnow.store.format.layout import receipt_key, shard_key
 from winnow.store.format.shards import Stored, to_stored
 from winnow.store.format.zarr_metadata import zarr_objects
 from winnow.store.objects import ObjectStore, open_store
-from winnow.store.records.commit import load_receipt, standing_receipts
+from winnow.store.records.commit import list_receipts, load_receipt
 from winnow.store.records.manifest import find_manifest
 from winnow.store.testing import (
     Crash,
@@ -132,7 +132,7 @@ class Harvest(RuleBasedStateMachine):
 
     def units(self, has: Callable[[int | None], bool]) -> list[int]:
         """The units with such a revision of their receipt; None: with none."""
-        standing = standing_receipts(self.store, PLAN)
+        standing = list_receipts(self.store, PLAN)
         return [unit for unit in range(PLAN.units) if has(standing.get(unit))]
 
     @property
@@ -215,7 +215,7 @@ class Harvest(RuleBasedStateMachine):
         assert verify(self.store, "full") == []
 
     def receipt(self, unit: int) -> UnitReceipt:
-        standing = standing_receipts(self.store, PLAN)
+        standing = list_receipts(self.store, PLAN)
         nothing = UnitReceipt.model_construct(shards={}, revision=-1)
         return load_receipt(self.store, PLAN, unit, standing[unit]) if unit in standing else nothing
 
@@ -231,7 +231,7 @@ class Harvest(RuleBasedStateMachine):
 
     @invariant()
     def a_receipt_never_changes(self) -> None:
-        for unit, newest in standing_receipts(self.store, PLAN).items():
+        for unit, newest in list_receipts(self.store, PLAN).items():
             for revision in range(newest + 1):
                 content = load_receipt(self.store, PLAN, unit, revision).content()
                 assert self.contents.setdefault((unit, revision), content) == content
