@@ -1,4 +1,4 @@
-"""A command of Winnow as a job of a Ray cluster: sent, followed, and ended as it ended there."""
+"""Runs a command of Winnow as a job of a Ray cluster: submits, follows its log, returns its exit code."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ EXCLUDES = (
 )  # fmt: skip
 """Never uploaded with the working folder (patterns as in .gitignore)."""
 STOP_SECONDS = 30
-"""A stopped job has so long to end by itself: a trainer makes a checkpoint."""
+"""Time limit for a stopped job to end by itself: a trainer writes a checkpoint."""
+# A head that answers may not have an agent yet that starts jobs.
 AGENT_SECONDS = 60
-"""A cluster that is just starting has so long to take the job."""
+"""Time limit for a starting cluster to accept the job."""
 RECONNECTS = 5
-"""Times in a row that a broken log stream is taken up again."""
+"""How many times in a row a broken log stream is resumed."""
+# By the names that such variables usually have; a warning against a mistake, no proof of anything.
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
 
 
@@ -48,7 +50,7 @@ class Job:
 
 
 def entrypoint(command: Sequence[str], working_dir: Path, python: str) -> str:
-    """The shell command of the job, checked here, before anything is uploaded.
+    """The shell command of the job, checked before anything is uploaded.
 
     Raises:
         ConfigError: Not a command of Winnow, a config that is wrong or outside `working_dir`, or results
@@ -57,6 +59,7 @@ def entrypoint(command: Sequence[str], working_dir: Path, python: str) -> str:
     name, *rest = command
     if name not in COMMANDS:
         raise ConfigError("the command to submit", expected=" or ".join(COMMANDS), got=repr(name))
+    # They take a root instead of a config.
     if name in ("verify", "info"):
         return shlex.join([python, "-m", "winnow", name, *rest])
     if not rest or rest[0].startswith("-"):
@@ -64,11 +67,13 @@ def entrypoint(command: Sequence[str], working_dir: Path, python: str) -> str:
     config, folder = Path(rest[0]).resolve(), working_dir.resolve()
     if not config.is_relative_to(folder):
         raise ConfigError(
-            f"config {config} is not in the folder that is sent along",
+            f"config {config} is not in the folder that is uploaded",
             expected=f"a file below {folder}",
             fix="Move it there, or name another --working-dir",
         )
     _require_shared(load_config(config, sets_of(rest[1:])), name)
+    # Last, so that it wins: the job runs inside the cluster, whatever address the config has for this
+    # machine.
     there = [python, "-m", "winnow", name, config.relative_to(folder).as_posix(), *rest[1:]]
     return shlex.join([*there, "--set", "harvest.ray_address=auto"])
 
@@ -89,7 +94,7 @@ def _require_shared(config: Config, command: str) -> None:
     for name, place in places.items():
         if "://" not in place and not Path(place).is_absolute():
             raise ConfigError(
-                f"{name} is a folder beside the code, which ends with the job",
+                f"{name} is a folder beside the code, which is deleted with the job",
                 expected="s3://bucket/prefix, or the absolute path of a disk that every node mounts",
                 got=place,
                 fix=f"--set {name}=s3://BUCKET/PREFIX",
@@ -97,7 +102,7 @@ def _require_shared(config: Config, command: str) -> None:
 
 
 def handed_on(names: Sequence[str], environment: Any) -> dict[str, str]:
-    """The variables named, as the job shall see them; a job's variables are shown on the dashboard.
+    """The named variables with their values, for the job; they are shown on the cluster's dashboard.
 
     Raises:
         ConfigError: One is not set, or looks like a secret.
@@ -105,7 +110,7 @@ def handed_on(names: Sequence[str], environment: Any) -> dict[str, str]:
     for name in names:
         if _SECRET.search(name):
             raise ConfigError(
-                f"--env {name} looks like a secret, and Ray shows a job's variables to whoever may look",
+                f"--env {name} looks like a secret, and Ray's dashboard shows a job's variables",
                 fix="Give the nodes their own credentials: an instance role, or the environment of "
                 "`ray start`",
             )
@@ -118,7 +123,7 @@ def handed_on(names: Sequence[str], environment: Any) -> dict[str, str]:
 
 
 def auth_token(environment: Any) -> str | None:
-    """The cluster's token as Ray would find it; None where there is none.
+    """The cluster's token as Ray would find it; None if there is none.
 
     Raises:
         ConfigError: RAY_AUTH_TOKEN_PATH names no readable file.
@@ -144,6 +149,7 @@ def connect(address: str, token: str | None) -> Any:
         ConfigError: No such address, or the token is missing or wrong.
         StoreError: The cluster does not answer.
     """
+    # No user:password@ in it: the address appears in messages.
     if not re.match(r"https?://[^/@]+/?$", address):
         raise ConfigError(
             "RAY_ADDRESS", expected="the dashboard of a cluster, http://HEAD:8265", got=address or "nothing"
@@ -152,8 +158,9 @@ def connect(address: str, token: str | None) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # a line for every .gitignore it meets
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would take them over the argument
+        logging.getLogger(name).setLevel(logging.WARNING)  # a line for every .gitignore that it finds
+    # Ray prefers them to the argument.
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
     try:
         headers = {"Authorization": f"Bearer {token}"} if token else None
@@ -174,16 +181,16 @@ def connect(address: str, token: str | None) -> Any:
 
 
 def run(client: Any, job: Job, *, detach: bool = False, write: Callable[[str], object] | None = None) -> int:
-    """Submit, follow, and give the exit code.
+    """Submit the job, follow its log, and return its exit code.
 
     Args:
-        client: From `connect`.
-        job: What to run.
-        detach: Leave it running once it is submitted.
-        write: Takes the log; stdout unless given.
+        client: The result of `connect`.
+        job: The job.
+        detach: Return once it is submitted, and leave it running.
+        write: Called with each piece of the log; writes to stdout by default.
 
     Returns:
-        The command's own code; 128 + n where signal n ended it; 143 where somebody stopped the job.
+        The command's own code; 128 + n if signal n ended it; 143 if somebody stopped the job.
 
     Raises:
         ConfigError: The folder is too large for Ray, or the cluster refused the job.
@@ -196,18 +203,20 @@ def run(client: Any, job: Job, *, detach: bool = False, write: Callable[[str], o
             sys.stdout.write(job.id + "\n")
             return 0
         asyncio.run(_follow(client, job.id, write or _print))
+    # Submission included: the cluster may have the job already while its reply is on the way.
     except KeyboardInterrupt:
         _stop(client, job.id)
         raise
     details = client.get_job_info(job.id)
     code = details.driver_exit_code
     if details.status == "STOPPED":
-        say(f"job {job.id} was stopped; the same command goes on where it stopped")
+        say(f"job {job.id} was stopped; the same command resumes it")
         return 143
     if details.status == "SUCCEEDED":
         return 0
     if code is None:  # it never ran: no such Python, no room, a node lost
         raise WorkerError(f"job {job.id} failed", got=_brief(details.message or "no message"))
+    # As a shell would say it: Ray gives -n for signal n.
     return 128 - code if code < 0 else code
 
 
@@ -228,10 +237,10 @@ def _submit(client: Any, job: Job) -> None:
             )
             return
         except (OSError, RuntimeError, ValueError) as error:
-            starting = "No available agent" in str(error)  # a head that is not whole yet
+            starting = "No available agent" in str(error)  # a head that has not started completely
             if not starting or time.monotonic() > end:
                 raise ConfigError(
-                    "the cluster did not take the job",
+                    "the cluster did not accept the job",
                     got=_brief(str(error)),
                     fix="If the folder is too large, name a smaller --working-dir",
                 ) from error
@@ -239,11 +248,12 @@ def _submit(client: Any, job: Job) -> None:
 
 
 async def _follow(client: Any, job_id: str, write: Callable[[str], object]) -> None:
-    """Hand on the log until the job has ended; a broken stream is taken up where it broke."""
+    """Pass the log to `write` until the job has ended; a broken stream resumes where it broke."""
     import aiohttp
 
     seen = broken = 0
     while True:
+        # Ray's log server knows no offset and begins from the start each time: skip what was written already.
         at = 0
         try:
             async for text in client.tail_job_logs(job_id):
@@ -259,6 +269,7 @@ async def _follow(client: Any, job_id: str, write: Callable[[str], object]) -> N
                     fix="The job may still run: see the dashboard",
                 ) from error  # fmt: skip
         try:
+            # A stream may also end without an error while the job runs: only the status tells.
             if client.get_job_status(job_id).is_terminal():
                 return
         except (RuntimeError, OSError):
@@ -267,10 +278,11 @@ async def _follow(client: Any, job_id: str, write: Callable[[str], object]) -> N
 
 
 def _stop(client: Any, job_id: str) -> None:
-    """Stop the job and wait for its end; a second Ctrl-C leaves it."""
+    """Stop the job and wait for its end; a second Ctrl-C leaves it as it is."""
     try:
-        say(f"stopping job {job_id} (Ctrl-C again leaves it to itself)")
+        say(f"stopping job {job_id} (Ctrl-C again leaves it as it is)")
         client.stop_job(job_id)
+        # Twice the job's own limit, after which Ray kills it.
         end = time.monotonic() + 2 * STOP_SECONDS
         while not client.get_job_status(job_id).is_terminal() and time.monotonic() < end:
             time.sleep(0.5)

@@ -1,12 +1,11 @@
 """The trainer service: takes jobs from the queue of a root and trains them, each in processes of its own.
 
-One turn of the loop: workers that have ended are written down, leases are renewed, those of dead services are
-ended, and waiting jobs are claimed while there are devices for them. Everything it knows lies in the queue,
-so a service that is killed and started again finds its way from there.
+One turn of the loop: workers that have ended are recorded, leases are renewed, those of dead services are
+ended, and waiting jobs are claimed while there are devices for them. All its state is in the queue, so a
+service that is killed and started again resumes from there.
 
-Jobs are begun in the order of submission; one that needs several devices waits for them at the head of the
-queue, so that small ones cannot starve it. Several services, on as many machines as one likes, may serve one
-root: that is the pool.
+Jobs start in the order of submission. Several services, on any number of machines, may serve one root: they
+are the pool.
 """
 
 from __future__ import annotations
@@ -36,17 +35,19 @@ from winnow.store.objects import ObjectStore
 
 log = logging.getLogger("winnow.trainer")
 
+# A twelfth of a lease, so that a few renewals may fail before a run is lost to another service.
 BEAT_SECONDS = 5.0
-"""Between two renewals of a lease."""
+"""Seconds between two renewals of a lease."""
+# By our own clock from when we last saw it change: clocks of different machines are never compared.
 LEASE_SECONDS = 60.0
-"""A lease that nobody has renewed for so long, by our own clock, is over."""
+"""Seconds without renewal after which a lease has expired."""
 KILL_SECONDS = 120.0
-"""A worker that is asked to end has so long for its checkpoint."""
+"""Time limit for a worker that was asked to end to write its checkpoint."""
 
 
 @dataclass
 class Attempt:
-    """A job in this service's hands."""
+    """An attempt at a job by this service."""
 
     job: Job
     number: int
@@ -60,8 +61,9 @@ class Attempt:
     def code(self) -> int | None:
         """The exit code once all processes have ended, None while they run.
 
-        Of a group's, the one that says most: a failure for good, then any other, then a stop.
+        Of a group's codes, the most informative: a final failure, then any other, then a stop.
         """
+        # When one rank fails, the others end as if stopped or killed: their codes say nothing of the cause.
         codes: list[int] = []
         for process in self.processes:
             code = process.poll()
@@ -72,13 +74,14 @@ class Attempt:
         return PERMANENT if PERMANENT in codes else telling[0] if telling else max(codes)
 
     def signal(self, number: int) -> None:
-        """Send a signal to those that still run."""
+        """Send a signal to the processes that still run."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def last_words(self) -> str:
-        """The last error of the log, or its last line."""
+        """The last error in the log, or its last line."""
+        # From the end: a log of days may be large, and a cause is recorded in one line.
         self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - 20_000))
         lines = [
             line.strip() for line in self.log.read().decode(errors="replace").splitlines() if line.strip()
@@ -89,7 +92,7 @@ class Attempt:
 
 @dataclass
 class _Lease:
-    """Somebody else's lease as we have seen it change."""
+    """Another service's lease: its counter, and when we saw it change."""
 
     beat: int
     since: float
@@ -101,15 +104,17 @@ class Service:
 
     Args:
         store: The root with the queue.
-        devices: A slot each, all different: `cpu0`, `cpu1`, or the number of a GPU.
-        environment: Of the workers.
-        poll_seconds: Between two turns.
+        devices: The name of each device, all different: `cpu0`, `cpu1`, or the number of a GPU.
+        environment: Environment of the workers.
+        poll_seconds: Seconds between two turns.
     """
 
     store: ObjectStore
     devices: Sequence[str]
     environment: Mapping[str, str]
     poll_seconds: float = 2.0
+    # Random as well: a process id is soon used again, and a service must not take an old one's claims for its
+    # own.
     name: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
 
     def __post_init__(self) -> None:
@@ -123,17 +128,19 @@ class Service:
 
     @property
     def free(self) -> list[str]:
-        """Devices that no job has."""
+        """Devices without a job."""
         taken = [slot for attempt in self.attempts for slot in attempt.slots]
         return [device for device in self.devices if device not in taken]
 
     def run(self, *, until_empty: bool = False) -> None:
-        """Serve until SIGTERM or SIGINT: then every run makes a checkpoint, and this returns.
+        """Serve until SIGTERM or SIGINT: then every run writes a checkpoint, and this returns.
 
         Args:
             until_empty: Return once no job is left that this service could train.
         """
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # The handler only sets a flag: an exception in the middle of a turn could leave a claim without a
+        # worker.
         for number in before:
             signal.signal(number, lambda *_: self.draining.set())
         try:
@@ -146,6 +153,8 @@ class Service:
                 if until_empty and not left:
                     return
                 self.draining.wait(self.poll_seconds) if not self.draining.is_set() else time.sleep(0.2)
+        # Reached with attempts only by an error of ours: workers without a service must not train on beside
+        # those of the next one.
         finally:
             for attempt in self.attempts:
                 attempt.signal(signal.SIGKILL)
@@ -153,7 +162,8 @@ class Service:
                 signal.signal(number, handler)
 
     def turn(self) -> bool:
-        """One turn of the loop; whether there is, or may be, something left to do."""
+        """Run one turn of the loop; True if there is, or may be, something left to do."""
+        # Ended workers first: their devices are free for this turn's jobs, and their leases need no renewal.
         self._reap()
         self._renew()
         if self.draining.is_set():
@@ -175,7 +185,8 @@ class Service:
             if job.state == "running" and not self._expired(job):
                 left = True
                 continue
-            if self.queue.conclude(job) is not None:  # its service died before it could say so
+            # Its service recorded the last attempt and died before it wrote the outcome.
+            if self.queue.conclude(job) is not None:
                 continue
             if job.world > len(self.devices):
                 self._tell_once(f"job {job.name} needs {job.world} devices, and this service has "
@@ -184,38 +195,46 @@ class Service:
             if is_stopped(job.job.config, job.outs):
                 continue
             left = True
+            # Passed over, so that it neither holds a device nor blocks the jobs behind it.
             if awaits_harvest(job.job.config):
                 self._tell_once(
                     f"job {job.name} waits for its harvest: {job.job.config.root} has no plan yet"
                 )
                 continue
+            # First come, first served: a job for several devices waits at the head, or small ones would
+            # starve it.
             if len(self.free) < job.world:
-                return True  # first come, first served
+                return True
             number = self.queue.claim(job, self.name, self.machine, os.getpid())
             if number is not None:
                 self._start(job, number)
         return left
 
     def _expired(self, job: Job) -> bool:
-        """Whether a running job's service is gone; then the attempt is ended for it."""
+        """Whether a running job's service is gone; if so, the attempt is ended on its behalf."""
         number = job.claims - 1
         claim, beat = self.queue.read_claim(job.name, number), self.queue.read_beat(job.name, number)
         seen = self._leases.setdefault((job.name, number), _Lease(-2, time.monotonic()))
+        # -1 before the first renewal and -2 before our first look: a lease starts when we first see it.
         count = beat.beat if beat else -1
         if count != seen.beat:
             seen.beat, seen.since = count, time.monotonic()
+        # In our name, without an attempt here: the claim's put took effect, but its reply was lost.
         gone = claim.service == self.name or self._is_dead(claim, beat)
         if not gone and time.monotonic() - seen.since < LEASE_SECONDS:
             return False
-        log.warning("job %s: its service %s is gone; it goes on from its checkpoint", job.name, claim.service)
+        log.warning("job %s: its service %s is gone; it resumes from its checkpoint", job.name, claim.service)
+        # "released", not "failed": the job is not to blame, and max_attempts does not count it.
         self.queue.end(job.name, number, "released", f"the service {claim.service} showed no life")
         job.ends.add(number)
         return True
 
     def _is_dead(self, claim: JobClaim, beat: JobBeat | None) -> bool:
-        """Whether service and workers have surely ended: they were on this machine, and are not there."""
+        """Whether service and workers have certainly ended: they ran on this machine and no longer exist."""
+        # Process ids mean something on the machine, and in the namespace, that gave them.
         if claim.machine != self.machine:
             return False
+        # The workers too: one may still be writing its last checkpoint after the service was killed.
         return not any(_is_alive(pid) for pid in (claim.pid, *(beat.pids if beat else ())))
 
     def _tell_once(self, message: str) -> None:
@@ -229,12 +248,13 @@ class Service:
         slots, world = self.free[: job.world], job.world
         log = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the attempt
         group: dict[str, str] = {}
-        if world > 1:  # as torchrun would
+        if world > 1:  # the variables that torchrun would set
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
             group["LOCAL_WORLD_SIZE"] = str(world)
         attempt = Attempt(job, number, slots, [], log)
         self.attempts.append(attempt)
         for rank, slot in enumerate(slots):
+            # A rank on a GPU sees that one only, as device 0.
             own = (
                 {"RANK": str(rank), "LOCAL_RANK": str(rank) if slot.startswith("cpu") else "0"}
                 if world > 1
@@ -252,13 +272,14 @@ class Service:
                         str(number),
                     ],
                     env={**self.environment, **group, **own, **gpu},
-                    stdin=subprocess.PIPE,  # its end tells the worker that we are gone
+                    stdin=subprocess.PIPE,  # it closes when we die, however we die, which tells the worker
                     stdout=subprocess.DEVNULL,
                     stderr=log,
-                    start_new_session=True,  # a Ctrl-C is ours to hand on
+                    start_new_session=True,  # a Ctrl-C in the terminal is passed on by us, as SIGTERM
                 )
             )
         say(f"job {job.name}: attempt {number} on {', '.join(slots)}")
+        # At once, with the workers' process ids: a service that starts after our death looks for them.
         self._beat(attempt)
 
     def _renew(self) -> None:
@@ -268,9 +289,10 @@ class Service:
             for attempt in self.attempts:
                 self._beat(attempt)
         except StoreError:
+            # Half a lease is left for the checkpoints: two services must not train one run at the same time.
             if time.monotonic() - self._heard > LEASE_SECONDS / 2:
                 log.warning(
-                    "storage is out of reach for half a lease: the runs end before others take them over"
+                    "storage has been unreachable for half a lease: the runs end before others take them over"
                 )
                 self._ask_to_end(self.attempts)
             raise
@@ -286,7 +308,8 @@ class Service:
     def _reap(self) -> None:
         for attempt in list(self.attempts):
             codes = [process.poll() for process in attempt.processes]
-            if None in codes and any(codes):  # one of a group has failed: the others wait for it in vain
+            # One of a group has failed: the others wait in a collective for it, in vain.
+            if None in codes and any(codes):
                 self._ask_to_end([attempt])
             if attempt.asked_to_end and time.monotonic() - attempt.asked_to_end > KILL_SECONDS:
                 attempt.signal(signal.SIGKILL)
@@ -295,13 +318,14 @@ class Service:
                 self.attempts.remove(attempt)
 
     def _record(self, attempt: Attempt, code: int) -> None:
-        """Write down how an attempt ended, and the outcome if that decides it."""
+        """Record how an attempt ended, and the job's outcome if that decides it."""
         job, number = attempt.job, attempt.number
+        # A worker that a drain kills after its time limit counts as stopped too: it is not the job's failure.
         stopped = code == STOPPED or (attempt.asked_to_end is not None and self.draining.is_set())
         if code == 0:
             self.queue.end(job.name, number, "finished", "")
         elif stopped:
-            self.queue.end(job.name, number, "released", "a checkpoint was made")
+            self.queue.end(job.name, number, "released", "a checkpoint was written")
         else:
             died = f" (signal {-code})" if code < 0 else f" (exit code {code})"
             self.queue.end(job.name, number, "failed", attempt.last_words() + died)
@@ -318,14 +342,12 @@ class Service:
         elif stopped:
             say(f"job {job.name} is stopped; a checkpoint is kept")
         else:
-            log.warning(
-                "job %s: attempt %d failed, it will be tried again from its checkpoint", job.name, number
-            )
+            log.warning("job %s: attempt %d failed, it will be retried from its checkpoint", job.name, number)
 
     # ---- the end ---------------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        self._tell_once("draining: every run makes a checkpoint")
+        self._tell_once("draining: every run writes a checkpoint")
         self._ask_to_end(self.attempts)
 
     def _ask_to_end(self, attempts: Sequence[Attempt]) -> None:
@@ -336,7 +358,8 @@ class Service:
 
 
 def machine_id() -> str:
-    """Names this machine since it was started, and the namespace in which process ids count."""
+    """The identity of this machine since it was started, and of the namespace of its process ids."""
+    # Process ids count within a namespace, and only until the machine restarts.
     facts = [socket.gethostname()]
     with suppress(OSError):
         facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -351,13 +374,16 @@ def _is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    try:  # a zombie has ended, though nobody has asked how
+    # A zombie has ended, though its parent has not asked how: signal 0 still reaches it.
+    try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (OSError, IndexError):
         return True
 
 
 def _free_port() -> int:
+    # Somebody else may take it before the group does; the attempt then fails, and the next one takes another
+    # port.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
