@@ -1,4 +1,4 @@
-"""The service's health and Prometheus metrics, on loopback, by the standard library's server.
+"""Serves the trainer service's health and Prometheus metrics on loopback, with the standard library's server.
 
 `/healthz` is 200 while the service's loop turns, else 503. `/metrics` is Prometheus' text format.
 """
@@ -21,8 +21,9 @@ from winnow.schemas.service import RunStatus
 from winnow.store.objects import open_store
 from winnow.trainer.run.status import read_status
 
+# As long as a lease: a loop that turns more slowly loses its jobs to other services.
 STUCK_SECONDS = 60.0
-"""A loop that has not turned for so long is stuck."""
+"""Seconds without a turn after which the loop counts as stuck."""
 JOB_STATES = ("waiting", "running", "stopped", "finished", "failed")
 GAUGES = {
     "winnow_run_step": ("step", "Steps finished"),
@@ -37,12 +38,12 @@ GAUGES = {
 
 
 def is_healthy(service: Service) -> bool:
-    """Whether the loop turns."""
+    """Whether the service's loop turns."""
     return time.monotonic() - service.last_turn < STUCK_SECONDS
 
 
 def metrics_text(service: Service) -> str:
-    """The metrics of now, in Prometheus' text format."""
+    """The current metrics, in Prometheus' text format."""
     facts = job_facts(service.store)
     states = Counter(fact["state"] for fact in facts)
     lines = ["# HELP winnow_jobs Jobs of the queue", "# TYPE winnow_jobs gauge"]
@@ -56,7 +57,7 @@ def metrics_text(service: Service) -> str:
     lines += [f"winnow_failed_attempts_total {sum(fact['failed_attempts'] for fact in facts)}"]
     runs = [
         (attempt.job.name, out, status)
-        for attempt in list(service.attempts)
+        for attempt in list(service.attempts)  # a copy: the loop changes it in another thread
         for out in attempt.job.outs
         if (status := _status(out, attempt.job.job.config.storage)) is not None
     ]
@@ -70,7 +71,7 @@ def metrics_text(service: Service) -> str:
 
 
 def _status(out: str, storage: StorageSpec) -> RunStatus | None:
-    """A run's status; None where its folder is out of reach, too: that is its worker's to tell."""
+    """A run's status; None also if its folder is unreachable, which its worker reports."""
     try:
         return read_status(open_store(out, storage))
     except (ConfigError, StoreError):
@@ -83,14 +84,14 @@ def _escaped(text: str) -> str:
 
 @contextmanager
 def serving(service: Service, port: int) -> Iterator[int]:
-    """Answer on 127.0.0.1 for the length of the block; gives the port.
+    """Answer on 127.0.0.1 while the block runs; yields the port.
 
     Args:
-        service: Whose.
-        port: 0 takes a free one.
+        service: The service to report on.
+        port: Port to listen on; 0 takes a free one.
 
     Raises:
-        ConfigError: Somebody else has the port.
+        ConfigError: The port is in use.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -114,9 +115,11 @@ def serving(service: Service, port: int) -> Iterator[int]:
             self.end_headers()
             self.wfile.write(data)
 
+        # The base class writes a line per request to stderr, among the service's own messages.
         def log_message(self, format: str, *args: Any) -> None:  # noqa: ARG002
             return
 
+    # On loopback only: there is no authentication, and metrics name jobs and folders.
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:

@@ -10,9 +10,9 @@
 
     waiting ──claim n──▶ running ──end n──▶ waiting ──▶ ... ──outcome──▶ finished | failed
 
-A job is running while its last claim has no end. Whoever sees a lease that is not renewed ends the attempt
-for its holder, and the job waits again; its run goes on from its checkpoint. Nothing is deleted or
-overwritten but the leases, so a service that is killed anywhere loses nothing.
+A job is running while its last claim has no end. A service that sees a lease expire ends the attempt on
+behalf of its holder, and the job waits again; its run resumes from its checkpoint. Nothing is deleted, and
+only leases are overwritten, so a service that is killed at any point loses nothing.
 """
 
 from __future__ import annotations
@@ -34,36 +34,39 @@ from winnow.trainer.mesh.world import check_mesh
 from winnow.trainer.plan.sweep import grid_specs
 from winnow.trainer.run.status import STOP_KEY
 
+# Strict, since keys come from a listing: other objects below a root are not ours.
 _KEY = re.compile(rf"^{JOBS}/([0-9a-f]{{16}})/(?:(\d{{4}})\.)?(job|claim|beat|end|outcome)\.json$")
 _LIMIT = 1 << 20
+"""Largest object read, in bytes: a queue is input from elsewhere."""
 
 
 def now() -> str:
-    """UTC, ISO 8601."""
+    """The current time in UTC, ISO 8601."""
+    # With milliseconds, since the time of submission is the order of the jobs.
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 @dataclass
 class Job:
-    """A job as the queue's objects tell it."""
+    """A job, as the queue's objects describe it."""
 
     name: str
     job: TrainJob
     claims: int = 0
-    """Attempts so far; the last one is claims - 1."""
+    """Number of attempts so far; the last one is claims - 1."""
     ends: set[int] = field(default_factory=set)
     has_outcome: bool = False
 
     @property
     def state(self) -> Literal["waiting", "running", "done"]:
-        """Where it stands."""
+        """The job's state."""
         if self.has_outcome:
             return "done"
         return "running" if self.claims and self.claims - 1 not in self.ends else "waiting"
 
     @property
     def world(self) -> int:
-        """Processes it takes, each with a device of its own."""
+        """The number of its processes, each with a device of its own."""
         return section(self.job.config.train, "train").mesh.size
 
     @property
@@ -84,21 +87,23 @@ class Queue:
 
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
-        self._jobs: dict[str, TrainJob] = {}  # they never change
+        self._jobs: dict[str, TrainJob] = {}  # read once: they never change
 
     def submit(self, config: Config, max_attempts: int = 3) -> tuple[str, bool]:
         """Put a job into the queue.
 
         Returns:
-            Its name, and whether it is new: an equal config is the job that stands there already.
+            Its name, and whether it is new: an equal config is the job that exists already.
 
         Raises:
-            ConfigError: No section `train`, or a grid or a mesh that cannot be.
+            ConfigError: No section `train`, or a grid or a mesh that is impossible.
         """
+        # Before the digest: the same config submitted from two folders means two different runs.
         config = absolute(config)
         train = section(config.train, "train")
         for spec in grid_specs(config) if config.sweep is not None else [train]:
             check_mesh(spec, spec.mesh.size)
+        # Named by content, so that submitting twice, or again after a lost reply, is one job.
         name = config.digest()[:16]
         job = TrainJob(config=config, submitted=now(), max_attempts=max_attempts)
         return name, settle(self.store, f"{JOBS}/{name}/job.json", job.to_json()) is None
@@ -107,6 +112,7 @@ class Queue:
         """Every job, in the order of submission."""
         found: dict[str, Job] = {}
         keys = [match for key, _ in self.store.list(JOBS) if (match := _KEY.match(key))]
+        # One listing for all states: the names of the objects are the state, and only new jobs are read.
         for name in sorted({match[1] for match in keys if match[3] == "job"}):
             if name not in self._jobs:
                 key = f"{JOBS}/{name}/job.json"
@@ -126,26 +132,30 @@ class Queue:
         return sorted(found.values(), key=lambda job: (job.job.submitted, job.name))
 
     def claim(self, job: Job, service: str, machine: str, pid: int) -> int | None:
-        """Take a waiting job; the attempt's number, or None where somebody else was first."""
+        """Claim a waiting job: the attempt's number, or None if another service was first."""
         attempt = job.claims
         claim = JobClaim(service=service, machine=machine, pid=pid, claimed=now())
         key = _key(job.name, attempt, "claim")
         found = settle(self.store, key, claim.to_json())
-        if found is not None:  # a put whose reply was lost is ours all the same
+        # A put whose reply was lost has left a claim in our own name.
+        if found is not None:
             claim = JobClaim.from_json(found, origin=f"{self.store.uri}/{key}")
         return attempt if claim.service == service else None
 
     def read_claim(self, name: str, attempt: int) -> JobClaim:
-        """Who has an attempt."""
+        """The claim of an attempt."""
         key = _key(name, attempt, "claim")
         return JobClaim.from_json(self.store.get(key, _LIMIT), origin=f"{self.store.uri}/{key}")
 
     def beat(self, name: str, attempt: int, beat: JobBeat) -> None:
         """Renew the lease."""
+        # A plain put: the claim is create-only, so there is one writer.
         self.store.put(_key(name, attempt, "beat"), beat.to_json())
 
     def read_beat(self, name: str, attempt: int) -> JobBeat | None:
-        """The lease; None where it was never renewed."""
+        """The lease; None if it was never renewed."""
+        # Unreadable counts as absent: it expires like one that is not renewed, and is rewritten if its holder
+        # lives.
         key = _key(name, attempt, "beat")
         try:
             return JobBeat.from_json(self.store.get(key, _LIMIT), origin=f"{self.store.uri}/{key}")
@@ -155,7 +165,8 @@ class Queue:
     def end(
         self, name: str, attempt: int, state: Literal["finished", "failed", "released"], cause: str
     ) -> None:
-        """Say how an attempt ended; the first word stands."""
+        """Record how an attempt ended; the first record stands."""
+        # Create-only: a service that comes back after its lease expired must not contradict who ended it.
         end = JobEnd(state=state, cause=cause[:2000], attempt=attempt, ended=now())
         settle(self.store, _key(name, attempt, "end"), end.to_json())
 
@@ -164,19 +175,21 @@ class Queue:
         return self.store.size(_key(name, attempt, "end")) is not None
 
     def read_ends(self, job: Job) -> list[JobEnd]:
-        """How the attempts that are over ended, in their order."""
+        """The ends of all attempts that are over, in order."""
         return [self._end(_key(job.name, attempt, "end")) for attempt in sorted(job.ends)]
 
     def conclude(self, job: Job, *, permanent: bool = False) -> JobEnd | None:
-        """Write the outcome where the attempts decide it: one finished, or too many failed.
+        """Write the outcome if the attempts decide it: one finished, or too many failed.
 
         Args:
-            job: With its ends.
-            permanent: The last failure would come again.
+            job: The job, with its ends.
+            permanent: Whether the last failure would recur.
 
         Returns:
-            The outcome, or None where the job goes on.
+            The outcome, or None if the job continues.
         """
+        # From the stored ends, not from what this service knows: any service may conclude a job whose own
+        # died in between, and all come to the same outcome.
         ends = self.read_ends(job)
         failed = [end for end in ends if end.state == "failed"]
         outcome = next((end for end in ends if end.state == "finished"), None)
@@ -187,7 +200,7 @@ class Queue:
         return outcome
 
     def outcome(self, name: str) -> JobEnd:
-        """A done job's outcome."""
+        """The outcome of a job that is done."""
         return self._end(f"{JOBS}/{name}/outcome.json")
 
     def _end(self, key: str) -> JobEnd:
@@ -199,7 +212,7 @@ def _key(name: str, attempt: int, kind: str) -> str:
 
 
 def absolute(config: Config) -> Config:
-    """The config with local paths that mean the same in every folder."""
+    """The config with absolute local paths."""
 
     def fixed(uri: str) -> str:
         return uri if "://" in uri else str(Path(uri).resolve())
@@ -220,11 +233,12 @@ def is_stopped(config: Config, outs: list[str]) -> bool:
 def awaits_harvest(config: Config) -> bool:
     """Whether a job follows a harvest that has not begun: a device would only wait for it."""
     follows = config.train is not None and config.train.follow
+    # `is False`: if storage is unreachable, the worker is started and reports the cause.
     return follows and _is_there(config.root, config, PLAN_KEY) is False
 
 
 def _is_there(uri: str, config: Config, key: str) -> bool | None:
-    """Whether an object is there; None where nobody knows, which its worker will find out."""
+    """Whether an object exists; None if storage does not tell, the cause of which the worker will report."""
     try:
         return open_store(uri, config.storage).size(key) is not None
     except (ConfigError, StoreError):
@@ -232,7 +246,7 @@ def _is_there(uri: str, config: Config, key: str) -> bool | None:
 
 
 def job_facts(store: ObjectStore) -> list[dict[str, Any]]:
-    """What `winnow runs` tells of a root's jobs."""
+    """The facts that `winnow runs` shows of a root's jobs."""
     queue = Queue(store)
     facts: list[dict[str, Any]] = []
     for job in queue.jobs():

@@ -1,4 +1,4 @@
-"""What runs there are below a folder, and how far they are: for `winnow runs` and `winnow watch`."""
+"""Lists the runs below a folder and their progress, for `winnow runs` and `winnow watch`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from winnow.trainer.run.status import STATUS_KEY, STOP_KEY, read_status
 from winnow.trainer.run.telemetry import METRICS_KEY, Record
 
 SILENT_SECONDS = 60.0
-"""A run that trains and has shown no life for so long was killed, or its machine is gone."""
+"""Silence after which a training run counts as lost: killed, or its machine is gone."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A run as somebody else sees it."""
+    """A run, as its stored status describes it."""
 
     name: str
     """Its folder below the root; empty for the root itself."""
     status: RunStatus
     stopping: bool
-    """Whether it is asked to stop."""
+    """Whether it was asked to stop."""
     now: float
 
     @property
     def silent_seconds(self) -> float:
-        """Since its last sign of life, by the two machines' clocks."""
+        """Seconds since its last sign of life, by the two machines' clocks."""
+        # Not below 0: the run's clock may be ahead of ours.
         return max(0.0, self.now - self.status.beat)
 
     @property
@@ -43,7 +44,7 @@ class Seen:
         return "stopping" if self.stopping else "training"
 
     def facts(self) -> dict[str, Any]:
-        """As JSON."""
+        """The run as JSON values."""
         fields = self.status.model_dump(exclude={"kind", "version", "state", "beat"})
         return {
             "run": self.name,
@@ -52,7 +53,7 @@ class Seen:
         } | fields
 
     def row(self) -> list[str]:
-        """As a line of a table; see HEADER."""
+        """The run as a row of a table; see HEADER."""
         s = self.status
         eta = clock(s.eta_seconds) if self.state == "training" and s.eta_seconds is not None else ""
         return [
@@ -73,6 +74,7 @@ HEADER = ("run", "state", "done", "ETA", "N / K", "FVU", "tokens/s", "cost")
 def find_runs(root: ObjectStore, now: float | None = None) -> list[Seen]:
     """Every run in `root` or below it that has a status, by name."""
     now = time.time() if now is None else now
+    # One listing finds the runs and the requests to stop them.
     keys = {key for key, _ in root.list()}
     names = [key.removesuffix(STATUS_KEY).rstrip("/") for key in keys if key.split("/")[-1] == STATUS_KEY]
     found: list[Seen] = []
@@ -84,11 +86,12 @@ def find_runs(root: ObjectStore, now: float | None = None) -> list[Seen]:
 
 
 def last_records(out: ObjectStore, count: int = 400) -> list[Record]:
-    """The last telemetry lines of a run that can be read."""
+    """The last readable telemetry records of a run."""
     if out.size(METRICS_KEY) is None:
         return []
     records: list[Record] = []
     for line in out.get(METRICS_KEY).decode(errors="replace").splitlines()[-count:]:
+        # The last line may be in the middle of being written.
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -104,18 +107,18 @@ def clock(seconds: float) -> str:
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """Values as a line of blocks, lowest to highest, at most `width` of them."""
+    """Draw values as a line of blocks, lowest to highest, at most `width` of them."""
     numbers = [value for value in values if math.isfinite(value)]
     if not numbers:
         return ""
     picked = [numbers[i * len(numbers) // width] for i in range(width)] if len(numbers) > width else numbers
     low, high = min(picked), max(picked)
-    span = (high - low) or 1.0
+    span = (high - low) or 1.0  # a flat curve must not divide by zero
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span)] for value in picked)
 
 
 def picture(name: str, seen: Seen, records: list[Record]) -> list[list[str]]:
-    """What `winnow watch` shows of a run, row by row."""
+    """The rows that `winnow watch` shows of a run."""
     s = seen.status
     rows = [
         ["state", seen.state + (f": {s.cause}" if s.cause else "")],
@@ -129,6 +132,7 @@ def picture(name: str, seen: Seen, records: list[Record]) -> list[list[str]]:
     if records:
         last = records[-1]
         for key, label in (("fvu", "FVU"), ("l0", "L0"), ("dead_share", "dead"), ("grad_norm", "grad norm")):
+            # FVU by its logarithm: its fall at the start would flatten the rest.
             curve = sparkline([math.log(r[key]) if key == "fvu" and r[key] > 0 else r[key] for r in records])
             rows.append([label, f"{last[key]:.4g}  {curve}"])
         shares = {k.removeprefix("share_"): v for k, v in last.items() if k.startswith("share_")}

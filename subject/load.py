@@ -337,7 +337,6 @@ class Subject:
         if not len(prompt):
             raise ConfigError("prompt", expected="at least one token", got="none")
         ids = self._ids(torch.as_tensor(prompt)[None])
-        # Before the first token, not in the middle of a text.
         if self._context_limit is not None and len(prompt) + max_new_tokens > self._context_limit:
             raise ConfigError(
                 "generate: prompt and new tokens are too many for the subject",
