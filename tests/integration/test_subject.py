@@ -430,7 +430,7 @@ def test_bfloat16_is_kept_to_the_end(folder: Path) -> None:
 def test_importing_the_package_loads_no_torch() -> None:
     import subprocess
 
-    code = "import sys, harvester; assert 'torch' not in sys.modules; assert harvester.Subject"
+    code = "import sys, winnow.subject as s; assert 'torch' not in sys.modules; assert s.Subject"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parents[2])
 
 
