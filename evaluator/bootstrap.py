@@ -1,4 +1,4 @@
-"""Intervals: the 95 % bootstrap over whatever was sampled (windows, unless a figure says otherwise)."""
+"""Intervals: the 95 % bootstrap over whatever was sampled: windows, unless a figure names another unit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from winnow.schemas.evaluation import Figure
 
+# A percentile bootstrap makes no assumption on the shape, and figures such as a single latent's ablation
+# sparsity are heavy-tailed.
 DRAWS = 1000
 QUANTILES = (0.025, 0.975)
 
@@ -21,25 +23,26 @@ def figure(
     unit: str = "windows",
     note: str = "",
 ) -> Figure:
-    """A figure that is a function of means over samples, with its bootstrap interval.
+    """Compute a figure that is a function of means over samples, with its bootstrap interval.
 
     Args:
-        id: The definition.
-        statistic: Takes one mean a column: `lambda a: a` for a mean, `lambda a, b: a / b` for a ratio of
-            sums.
-        columns: float [n] each, one entry a sample; samples are drawn whole, all columns together.
-        seed: Of the draws.
+        id: Id of its definition.
+        statistic: Takes the mean of each column: `lambda a: a` for a mean, `lambda a, b: a / b` for a ratio
+            of sums.
+        columns: float [n] each, one entry per sample.
+        seed: Seed of the draws.
         unit: What a sample is.
-        note: Goes into the figure.
+        note: Note of the figure.
 
     Returns:
-        The figure; its value is None without samples or where the statistic is not finite, its interval is
-        None with fewer than two samples.
+        The figure. Its value is None without samples or if the statistic is not finite, its interval is None
+        with fewer than two samples.
     """
     table = np.stack([np.asarray(column, np.float64) for column in columns])
     n = table.shape[1]
     if not n:
         return Figure(id=id, value=None, samples=0, unit=unit, note=note or "nothing to measure")
+    # A denominator of 0 is an answer here, not an accident: the figure then has no value and says why.
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(*table.mean(1)))
         if not np.isfinite(value):
@@ -47,7 +50,10 @@ def figure(
         low = high = None
         if n > 1:
             draw = np.random.default_rng(seed)
+            # Samples are drawn whole, all columns together, so that a ratio keeps its numerators and
+            # denominators paired.
             drawn = [statistic(*table[:, draw.integers(0, n, n)].mean(1)) for _ in range(DRAWS)]
+            # A draw in which nothing varies has no ratio. It is left out rather than spoiling both ends.
             finite = np.array([each for each in drawn if np.isfinite(each)])
             if len(finite):
                 low, high = (float(edge) for edge in np.quantile(finite, QUANTILES))
@@ -55,5 +61,5 @@ def figure(
 
 
 def mean_figure(id: str, column: NDArray[np.floating], **options: object) -> Figure:
-    """The mean of one column."""
+    """Compute a figure that is the mean of one column; `options` as in `figure`."""
     return figure(id, lambda mean: mean, column, **options)  # pyright: ignore[reportArgumentType]
