@@ -1,7 +1,7 @@
-"""`python -m winnow.evaluator.explanations`: N2G explanations beside what their latents fire on, as a page.
+"""`python -m winnow.evaluator.explanations`: a page of N2G explanations, and the text that latents fire on.
 
-It takes the first latents of an `evaluation.json` (drawn at random when they were explained, so none is
-picked), the windows from the dataset, and remarks that a reader has written down, one a latent.
+It shows the first latents of an `evaluation.json`, their top windows from the dataset, and the remarks of a
+reader, one per latent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from winnow.store.objects import open_store
 from winnow.subject.load import Subject
 
 BEFORE, AFTER = 14, 4
-"""Tokens shown around the one a latent fires on."""
+"""Tokens shown around the one on which a latent is active: more before it, since the model has read only
+those."""
 SHOWN_PATTERNS = 6
 
 
@@ -44,6 +45,7 @@ def main(
         evaluation = stored.on(dataset.plan.fingerprint)
         if evaluation is None:
             raise ConfigError("--root", expected="a dataset of the evaluation", got="another one")
+        # Only the tokenizer is needed; `until` keeps the blocks above the hook from being loaded for it.
         tokenizer = Subject.load(subject_spec_of(dataset.plan), until=[evaluation.hook]).tokenizer
         notes = read_remarks(remarks)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +54,7 @@ def main(
 
 
 def read_remarks(path: Path | None) -> dict[str, str]:
-    """Remarks by latent (as text) and `summary`; ConfigError where the file is not such a mapping."""
+    """Read remarks by latent (as text) and `summary`; raise ConfigError if the file is not such a mapping."""
     if path is None:
         return {}
     raw, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -64,7 +66,7 @@ def read_remarks(path: Path | None) -> dict[str, str]:
 def page(
     evaluation: Evaluation, dataset: ActivationStore, tokenizer: Any, count: int, remarks: dict[str, str]
 ) -> str:
-    """The page as Markdown.
+    """Write the page as Markdown.
 
     Raises:
         ConfigError: Family `n2g` was not measured.
@@ -72,6 +74,8 @@ def page(
     family = evaluation.families.get("n2g")
     if family is None:
         raise ConfigError("family n2g", expected="it in the evaluation", got="it is not there")
+    # The first ones: latents were drawn at random when they were explained, so none is picked for looking
+    # good.
     shown = family.details["latents"][:count]
     lines = [
         "# Explanations of latents, and what the latents fire on",
@@ -103,7 +107,7 @@ def page(
 
 
 def section(fact: dict[str, Any], dataset: ActivationStore, tokenizer: Any, remark: str | None) -> list[str]:
-    """One latent: its n-grams, windows and remark."""
+    """Write the section of one latent: its n-grams, windows and remark."""
     lines = ["", f"## Latent {fact['latent']}", "", f"N-grams: {', '.join(patterns(fact)) or 'none'}.", ""]
     for place in fact["top"]:
         text = window_text(dataset.tokens(place["window"]).tolist(), place["position"], tokenizer)
@@ -114,7 +118,7 @@ def section(fact: dict[str, Any], dataset: ActivationStore, tokenizer: Any, rema
 
 
 def patterns(fact: dict[str, Any]) -> list[str]:
-    """A latent's n-grams with their values, the highest first."""
+    """List a latent's n-grams with their values, the highest first."""
     return [
         f"`{''.join('▢' if token is None else _visible(token) for token in entry['tokens'])}`"
         f" ({entry['value']:.2f})"
@@ -123,18 +127,21 @@ def patterns(fact: dict[str, Any]) -> list[str]:
 
 
 def window_text(ids: list[int], position: int, tokenizer: Any) -> str:
-    """The tokens around a position, that one in bold, on one line of Markdown."""
+    """Render the tokens around a position on one line of Markdown, that one in bold."""
     first, stop = max(position - BEFORE, 0), position + AFTER + 1
+    # Runs of tokens are decoded together: a character may be made of the bytes of several.
     before, after = (
         _plain(tokenizer.decode(part)) for part in (ids[first:position], ids[position + 1 : stop])
     )
     here = _plain(tokenizer.decode([ids[position]]))
+    # A token's leading space goes before the asterisks: Markdown takes `** word**` for plain text.
     bold = here.strip() or "␣"
     left = " " if here.startswith(" ") else ""
     return f"{'… ' if first else ''}{before}{left}**{bold}**{after} …"
 
 
 def _plain(text: str) -> str:
+    # The corpus is prose of any kind; none of it may become Markdown or HTML on the page.
     out = text.replace("\n", " ⏎ ")
     for sign in "\\`*_[]<>|#":
         out = out.replace(sign, f"\\{sign}")
@@ -142,6 +149,7 @@ def _plain(text: str) -> str:
 
 
 def _visible(text: str) -> str:
+    # N-grams stand in code spans inside a table, where a backquote or a bar cannot be escaped.
     return text.replace(" ", "·").replace("\n", "⏎").replace("`", "'").replace("|", "¦")
 
 

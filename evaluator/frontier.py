@@ -1,4 +1,4 @@
-"""Pictures of `winnow compare`: where several SAEs lie in L0, FVU and delta CE."""
+"""Plots of `winnow compare`: several SAEs by L0, FVU and delta CE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Picture
 from winnow.schemas.evaluation import Evaluation
 
 AXES = {
-    "l0": "L0, active latents a row",
+    "l0": "L0, active latents per row",
     "fvu_normalised": "FVU, normalised space",
     "delta_ce": "delta CE, nats",
 }
@@ -21,20 +21,23 @@ PANELS = (("l0", "fvu_normalised"), ("l0", "delta_ce"), ("fvu_normalised", "delt
 
 
 def draw_frontiers(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> dict[str, bytes]:
-    """L0/FVU, L0/delta-CE and FVU/delta-CE, one point an SAE with its 95 % interval.
+    """Plot L0/FVU, L0/delta-CE and FVU/delta-CE, one point per SAE with its 95 % intervals.
 
-    SAEs of equal N are joined in order of L0, since they make one frontier. An SAE that lacks a figure is
-    left out of its panels.
+    SAEs of equal N are connected in the order of L0, since they form one frontier. An SAE that lacks a figure
+    is left out of the panels that need it.
 
     Returns:
         `png` and `svg` -> bytes.
     """
+    # Figure and canvas by hand: pyplot would choose a backend for the whole process and keep every figure
+    # alive.
     picture = Picture(figsize=(13, 4.2), layout="constrained")
     for axes, (across, up) in zip(picture.subplots(1, 3), PANELS, strict=True):
         _panel(axes, evaluations, labels, across, up)
     out: dict[str, bytes] = {}
     for kind, canvas in (("png", FigureCanvasAgg), ("svg", FigureCanvasSVG)):
         buffer = io.BytesIO()
+        # matplotlib writes the time into an SVG: without it, equal numbers give an equal file.
         metadata = {"Date": None} if kind == "svg" else {}
         canvas(picture).print_figure(buffer, format=kind, dpi=130, metadata=metadata)
         out[kind] = buffer.getvalue()
@@ -49,6 +52,7 @@ def _panel(axes: Any, evaluations: Sequence[Evaluation], labels: Sequence[str], 
             x, y = evaluation.figure(across), evaluation.figure(up)
             if evaluation.latents != size or x is None or y is None or x.value is None or y.value is None:
                 continue
+            # A percentile interval need not contain the value, and errorbar refuses negative lengths.
             bars = [
                 [[max(f.value - low, 0.0)], [max(high - f.value, 0.0)]]
                 for f in (x, y)

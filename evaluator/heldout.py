@@ -1,4 +1,4 @@
-"""The held-out figures that `winnow train` adds to its summary: those of family `downstream`."""
+"""The held-out figures of family `downstream` that `winnow train` adds to its summary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = ("ce_clean", "delta_ce", "loss_recovered_zero", "loss_recovered_mean")
 
 
 def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: str) -> dict[str, float]:
-    """Held-out figures that need the subject model, for the training summary.
+    """Measure the held-out figures that need the subject model, for the training summary.
 
     Returns:
         `delta_ce` with its 95 % bootstrap interval over windows, `loss_recovered_zero`,
@@ -25,12 +25,14 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
         measured is left out.
 
     Raises:
-        SaeMismatch: The subject found is not the one the dataset was harvested from.
+        SaeMismatch: The subject that was found is not the one that the dataset was harvested from.
     """
     subject = Subject.load(subject_spec_of(store.plan, config.subject))
     check_subject(subject.identity, store.plan.subject)
+    # No more windows than `winnow evaluate` takes, so that both report the same sample.
     held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
     windows, sae = range(min(held_out, config.evaluate.windows)), sae.to(subject.device)
+    # An SAE without a card was never published; it is then an autoencoder of `hook`.
     written = sae.card.output_hooks if sae.card is not None else (hook,)
     runs = runs_of(subject, sae, store, hook)
     losses = splice_losses(

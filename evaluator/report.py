@@ -1,4 +1,4 @@
-"""One evaluation, family after family, into `evaluation.json`; nothing measured before is lost."""
+"""Evaluates an SAE, family by family, into `evaluation.json`; earlier measurements are kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from winnow.store.objects import ObjectStore, open_store
 
 EVALUATION_KEY = "evaluation.json"
 DEFINITIONS = "v2"
-"""Raised whenever a definition changes: earlier results are then measured again."""
+"""Changed whenever a definition changes: it is part of every digest, so that all results are measured
+again."""
 
 MEASURES: dict[str, Callable[[Setting], Measured]] = {
     "reconstruction": reconstruction.measure,
@@ -34,7 +35,8 @@ MEASURES: dict[str, Callable[[Setting], Measured]] = {
     "n2g": n2g.measure,
     "judge": judge.measure,
 }
-"""Family -> what measures it; `compute` follows from `downstream`."""
+"""Family -> what measures it. `compute` is not among them: it takes the figures of `downstream` and runs
+nothing."""
 DEPENDS: dict[str, tuple[str, ...]] = {
     "reconstruction": ("windows",),
     "downstream": ("windows",),
@@ -45,14 +47,15 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "n2g": ("windows", "n2g_latents", "n2g_examples", "n2g_train_rows", "n2g_positives"),
     "judge": ("windows", "n2g_train_rows", "judge"),
 }
-"""Fields of `EvaluateSpec` that move a family's figures, beside the seed."""
+"""Family -> the fields of `EvaluateSpec` that its figures depend on, besides the seed. `batch_windows` is in
+none: it affects float noise only."""
 
 
 def chosen_families(setting: Setting) -> list[Family]:
-    """The families asked for, or all that have what they need, in their order.
+    """List the requested families, or all that have what they need, in the order of measurement.
 
     Raises:
-        ConfigError: One was asked for without what it needs.
+        ConfigError: A family was requested without what it needs.
     """
     spec = setting.spec
     needs = {"compute": spec.law, "stability": spec.against, "judge": spec.judge}
@@ -60,24 +63,28 @@ def chosen_families(setting: Setting) -> list[Family]:
     if spec.metrics is None:
         return [name for name in FAMILIES if name in DEPENDS and name not in lacking]
     for name in lacking:
-        if name in spec.metrics:  # measuring says what is missing
+        if name in spec.metrics:  # measuring raises the error that says what is missing
             compute.measure(None, ()) if name == "compute" else MEASURES[name](setting)
+    # `compute` is a function of the losses of `downstream`, so it brings that family along.
     wanted = set(spec.metrics) | ({"downstream"} if "compute" in spec.metrics else set())
     return [name for name in FAMILIES if name in wanted]
 
 
 def settings_of(setting: Setting, family: Family) -> dict[str, Any]:
-    """Everything of the spec that a family's figures depend on."""
+    """Return everything in the spec that a family's figures depend on."""
     spec = setting.spec.model_dump(mode="json")
     return {"definitions": DEFINITIONS} | {name: spec[name] for name in ("seed", *DEPENDS[family])}
 
 
 def settings_digest(setting: Setting, family: Family) -> str:
-    """Digest of everything a family's figures depend on."""
+    """Compute the digest of everything that a family's figures depend on."""
     facts = settings_of(setting, family)
     facts |= {"family": family, "sae": setting.card.weights_sha256}
+    # The dataset's digest beside the plan's: it is null until the set is sealed, and figures of a part of the
+    # dataset are then not taken for figures of all of it.
     facts |= {"plan": setting.dataset.plan.fingerprint, "dataset": setting.dataset.dataset_sha256}
     if family == "stability":
+        # By their weights: another SAE may be trained into the same folder.
         facts["others"] = [_card(uri, setting).weights_sha256 for uri in setting.spec.against]
     if family == "probes":
         facts["tasks"] = tasks_identity(setting.spec.tasks)
@@ -89,7 +96,7 @@ def _card(uri: str, setting: Setting) -> SaeCard:
 
 
 def new_evaluation(setting: Setting) -> Evaluation:
-    """An evaluation without any family."""
+    """Make an evaluation without any family."""
     plan, identity = setting.dataset.plan, setting.card.identity
     return Evaluation(
         sae=setting.uri,
@@ -107,7 +114,7 @@ def new_evaluation(setting: Setting) -> Evaluation:
 
 
 def load_evaluation(store: ObjectStore) -> Evaluation | None:
-    """The evaluation beside an SAE, or None.
+    """Load the evaluation beside an SAE; None if there is none.
 
     Raises:
         IntegrityError, UnsupportedVersion: It cannot be read.
@@ -124,12 +131,11 @@ def evaluate(setting: Setting, *, out: str | None = None, again: bool = False) -
 
     Args:
         setting: What is measured, and how.
-        out: Folder or URI of `evaluation.json`; None: beside the SAE.
-        again: Measure also what an earlier run finished with the same settings.
+        out: Folder or URI of `evaluation.json`; None writes it beside the SAE.
+        again: Also repeat what an earlier run finished with the same settings.
 
     Returns:
-        The evaluation of this dataset. What was measured of it earlier, with other settings and on other
-        datasets stays in it.
+        The evaluation of this dataset. Earlier measurements, of other settings and datasets, stay in it.
 
     Raises:
         ConfigError: A family lacks what it needs.
@@ -137,7 +143,8 @@ def evaluate(setting: Setting, *, out: str | None = None, again: bool = False) -
     """
     store = open_store(out or setting.uri, setting.storage)
     blank = new_evaluation(setting)
-    # all digests before the first measurement: making them also says what is missing
+    # All digests before the first measurement: computing them also reads tasks and other SAEs, so that a
+    # missing one is an error now and not after hours.
     digests: dict[Family, str] = {
         family: settings_digest(setting, family) for family in chosen_families(setting)
     }
@@ -149,15 +156,17 @@ def evaluate(setting: Setting, *, out: str | None = None, again: bool = False) -
             result = known[0]
         else:
             result = _result(setting, family, digest, found)
-        stored = resumed(blank, load_evaluation(store))  # another process may have measured meanwhile
+        # Read again: another process may have added a family meanwhile, which must not be overwritten.
+        stored = resumed(blank, load_evaluation(store))
         found = stored.having(family, result)
+        # After every family, so that an interruption loses one at most.
         if found != stored:
             store.put(EVALUATION_KEY, found.to_json())
     return found
 
 
 def resumed(blank: Evaluation, stored: Evaluation | None) -> Evaluation:
-    """What is stored, with the dataset of `blank` first and all others behind it."""
+    """Return what is stored, with the dataset of `blank` as the main one and all others behind it."""
     if stored is None:
         return blank
     mine = next((one for one in stored.each if _same(one, blank)), blank)
@@ -166,6 +175,7 @@ def resumed(blank: Evaluation, stored: Evaluation | None) -> Evaluation:
 
 
 def _same(earlier: Evaluation, now: Evaluation) -> bool:
+    # By content, not by address: neither a moved SAE nor a moved dataset is measured again.
     names = ("sae_sha256", "plan_fingerprint", "dataset_sha256", "hook")
     return all(getattr(earlier, name) == getattr(now, name) for name in names)
 
@@ -194,21 +204,21 @@ def _measure(setting: Setting, family: Family, kept: dict[Family, FamilyResult])
 
 
 def show_value(figure: Figure | None) -> str:
-    """A figure's value, in four significant digits."""
+    """Format a figure's value with four significant digits."""
     if figure is None:
         return ""
     return "none" if figure.value is None else format(figure.value, ".4g")
 
 
 def show_interval(figure: Figure) -> str:
-    """`[low … high]`, or nothing."""
+    """Format an interval as `[low … high]`; empty if there is none."""
     if figure.low is None or figure.high is None:
         return ""
     return f"[{figure.low:.4g} … {figure.high:.4g}]"
 
 
 def rows(evaluation: Evaluation) -> list[list[str]]:
-    """The table of one evaluation: definition id, value, interval, sample."""
+    """Make the table of one evaluation: definition id, value, interval, sample."""
     return [
         [figure.id, show_value(figure), show_interval(figure), f"{figure.samples:,} {figure.unit}"]
         for family in evaluation.families.values()
@@ -217,8 +227,9 @@ def rows(evaluation: Evaluation) -> list[list[str]]:
 
 
 def notes(evaluation: Evaluation) -> list[str]:
-    """What a reader of the table must know."""
+    """List what a reader of the table must know."""
     lines = [f"{name}: {note}" for name, family in evaluation.families.items() for note in family.notes]
+    # Figures of one family often share a note, such as how many windows were left out: it is told once.
     same: dict[str, list[str]] = {}
     for family in evaluation.families.values():
         for figure in family.figures:
@@ -238,22 +249,24 @@ def notes(evaluation: Evaluation) -> list[str]:
 
 
 def differences(one: FamilyResult, newest: FamilyResult) -> str:
-    """Which settings of a family's result are not those of its newest, as `field = value`."""
+    """Say which settings of a family's result differ from those of its newest, as `field = value`."""
     if not one.settings:
-        return "settings that are not known"
+        return "settings that are not known"  # files of version 1.0 have their digest only
     other = [
         f"{name} = {value}" for name, value in one.settings.items() if newest.settings.get(name) != value
     ]
+    # Digests differ although all fields agree: the files behind `tasks` or `against` have changed.
     return ", ".join(other) or "other tasks or SAEs"
 
 
 def common(found: Sequence[Evaluation], uris: Sequence[str]) -> list[Evaluation]:
-    """Each SAE's evaluation on the newest dataset of the first that all were evaluated on.
+    """Find each SAE's evaluation on one dataset: the first SAE's newest on which all were evaluated.
 
     Raises:
-        ConfigError: There is none, or they read other hooks.
+        ConfigError: There is no such dataset, or the SAEs read different hooks.
     """
     shared = [one for one in found[0].each if all(other.on(one.plan_fingerprint) for other in found)]
+    # If none is shared, the loop below names the first SAE that lacks the first one's dataset.
     plan = shared[0].plan_fingerprint if shared else found[0].plan_fingerprint
     for other, uri in zip(found, uris, strict=True):
         for name, expected in (("plan_fingerprint", plan), ("hook", found[0].hook)):
@@ -271,13 +284,13 @@ def common(found: Sequence[Evaluation], uris: Sequence[str]) -> list[Evaluation]
 
 
 def name_of(evaluation: Evaluation) -> str:
-    """How a dataset is named to people: where it is, and the beginning of its plan's fingerprint."""
+    """Name a dataset for people: its address and the beginning of its plan's fingerprint."""
     plan = f"plan {evaluation.plan_fingerprint[:12]}"
     return plan if evaluation.root is None else f"{evaluation.root} ({plan})"
 
 
 def side_by_side(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """The table of several: one line a definition, one column an SAE, the interval behind the value."""
+    """Make the table of several evaluations: a line per definition, a column per SAE."""
     ids = list(dict.fromkeys(row[0] for evaluation in evaluations for row in rows(evaluation)))
 
     def cell(evaluation: Evaluation, id: str) -> str:
@@ -290,7 +303,7 @@ def side_by_side(evaluations: Sequence[Evaluation]) -> list[list[str]]:
 
 
 def require_one(evaluation: Evaluation | None, uri: str) -> Evaluation:
-    """ConfigError where an SAE was not evaluated yet."""
+    """Return an SAE's evaluation; raise ConfigError if it has none yet."""
     if evaluation is None:
         raise ConfigError(
             f"{uri} has no {EVALUATION_KEY}",
