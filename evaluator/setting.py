@@ -1,4 +1,4 @@
-"""What every family works on: an SAE, the dataset it is measured on, the subject, the sample sizes.
+"""What every family works with: an SAE, the dataset it is measured on, the subject, the sample sizes.
 
 Letters: B rows, K slots of the codes, D d_model.
 """
@@ -32,11 +32,11 @@ from winnow.subject.tail import Tail
 log = logging.getLogger("winnow.evaluator")
 
 CHUNK_ROWS = 4096
-"""Stored rows read and encoded at a time."""
+"""Stored rows that are read and encoded at a time."""
 
 
 class Measured(NamedTuple):
-    """What a family hands back."""
+    """Result of a family."""
 
     figures: list[Figure]
     details: dict[str, Any] = {}
@@ -47,22 +47,22 @@ class Codes(NamedTuple):
     """Some stored rows and their codes."""
 
     rows: Tensor
-    """float32 [B, D], raw."""
+    """float32 [B, D], in the raw scale."""
     weights: Tensor
-    """[B]; 0 at sinks and void units."""
+    """[B]; 0 for sinks and rows of void units."""
     windows: NDArray[np.int64]
-    """[B]: which window of the dataset."""
+    """[B]: number of the row's window in the dataset."""
     positions: NDArray[np.int64]
-    """[B]: which position of it."""
+    """[B]: position in that window."""
     values: Tensor
-    """[B, S], 0 in an inactive slot."""
+    """[B, S]; 0 in an inactive slot."""
     indices: Tensor
     """int64 [B, S]."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An SAE and the dataset, subject and sample it is measured on. Make one with `Setting.open`."""
+    """An SAE, and the dataset, subject and sample that it is measured on. `Setting.open` makes one."""
 
     uri: str
     sae: Sae
@@ -73,9 +73,11 @@ class Setting:
     device: torch.device
     storage: StorageSpec = field(default_factory=StorageSpec)
     losses: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    """Losses of the held-out windows that a family has measured, by name: later ones need not run them."""
+    """Losses of the held-out windows, by name, that a family has measured and that later ones need not
+    repeat."""
+    # Not in the spec, which is stored, and not in the repr, which may be logged.
     judge_key: str | None = field(default=None, repr=False)
-    """The key of the endpoint that `judge` asks; written nowhere."""
+    """Key of the endpoint that `judge` asks."""
 
     @classmethod
     def open(
@@ -88,20 +90,20 @@ class Setting:
         storage: StorageSpec | None = None,
         judge_key: str | None = None,
     ) -> Setting:
-        """Load an SAE and open the dataset it is measured on.
+        """Load an SAE and open the dataset that it is measured on.
 
         Args:
-            uri: The SAE: a folder or URI.
-            root: The dataset.
+            uri: Folder or URI of the SAE.
+            root: Folder or URI of the dataset.
             spec: Sample sizes.
-            subject: The language model; None takes the one the dataset's plan names.
+            subject: The language model; None takes the one that the dataset's plan names.
             storage: How object storage is reached.
-            judge_key: The key of `judge`'s endpoint.
+            judge_key: Key of the endpoint of `judge`.
 
         Raises:
-            SaeMismatch: Another subject, hook or width than the dataset's.
-            ConfigError: No dataset there.
-            MissingObject, IntegrityError: No SAE there, or a damaged one.
+            SaeMismatch: The subject, hook or width is not the dataset's.
+            ConfigError: There is no dataset at `root`.
+            MissingObject, IntegrityError: There is no SAE at `uri`, or it is damaged.
         """
         storage = storage or StorageSpec()
         dataset = ActivationStore.open(root, storage)
@@ -109,6 +111,7 @@ class Setting:
         device = resolve_device(chosen.device)
         sae = Sae.load(uri, device=device, storage=storage)
         assert sae.card is not None
+        # Everything that can be refused without the subject, before a family spends time.
         check_autoencoder(uri, sae.card.parts)
         check_dataset(uri, sae.card, dataset.plan)
         if (warning := other_windows(uri, sae.card, dataset.plan)) is not None:
@@ -118,20 +121,20 @@ class Setting:
 
     @property
     def hook(self) -> str:
-        """Where the SAE reads."""
+        """The hook that the SAE reads."""
         return self.card.hook
 
     @property
     def window(self) -> WindowRule:
-        """How the dataset's windows begin: any other text is run alike."""
+        """How the dataset's windows begin; any other text is run in the same way."""
         return WindowRule.of(self.dataset.plan)
 
     @cached_property
     def subject(self) -> Subject:
-        """The whole subject, loaded at first use.
+        """The whole subject, loaded at first use: families that only read stored rows never need it.
 
         Raises:
-            SaeMismatch: Its weights are not those the dataset was harvested from.
+            SaeMismatch: Its weights are not those that the dataset was harvested from.
         """
         subject = Subject.load(self.subject_spec)
         check_subject(subject.identity, self.dataset.plan.subject)
@@ -139,20 +142,24 @@ class Setting:
 
     @cached_property
     def tail(self) -> Tail:
-        """The subject from the hook upward."""
+        """The subject from the hook upwards."""
         return Tail(self.subject, self.hook)
 
     @property
     def windows(self) -> range:
-        """Window numbers of the held-out sample."""
+        """Numbers of the held-out windows in the sample."""
+        # The first ones are a random sample: the plan shuffles windows over the whole corpus. Validation
+        # units come first, so their windows are numbered from 0.
         plan = self.dataset.plan
         held_out = len(plan.split_units("validation")) * plan.spec.windows_per_unit
         return range(min(held_out, self.spec.windows))
 
     def held_out_codes(self, places: NDArray[np.int64] | None = None) -> Iterator[Codes]:
-        """Codes of the stored rows of the sampled held-out windows; `places` as in `codes`."""
+        """Yield the codes of the stored rows of the sampled held-out windows; `places` as in `codes`."""
         plan = self.dataset.plan
         units = range(-(-len(self.windows) // plan.spec.windows_per_unit))
+        # Rows are shuffled inside a unit, so a part of its windows is spread over all of it: whole units are
+        # read, and the rows of other windows dropped.
         for codes in self.codes(units, places):
             inside = codes.windows < len(self.windows)
             if inside.all():
@@ -169,11 +176,11 @@ class Setting:
                 )
 
     def codes(self, units: range, places: NDArray[np.int64] | None = None) -> Iterator[Codes]:
-        """Codes of the stored rows of some units, `CHUNK_ROWS` at a time, no chunk over two units.
+        """Yield the codes of the stored rows of some units, at most `CHUNK_ROWS` at a time, unit by unit.
 
         Args:
-            units: Which units.
-            places: Only the rows of these tokens, numbered `window * T + position`; None takes all.
+            units: Numbers of the units.
+            places: Take only the rows of these tokens, numbered `window * T + position`; None takes all.
         """
         context = self.dataset.plan.spec.context_length
         size = self.dataset.plan.rows_per_unit
@@ -182,6 +189,7 @@ class Setting:
             for low in range(0, size, CHUNK_ROWS):
                 part = slice(low, min(low + CHUNK_ROWS, size))
                 at = np.arange(part.start, part.stop)
+                # Before the chunk is read: where a row's token is follows from the plan, without any data.
                 if places is not None:
                     at = at[np.isin(windows[part] * context + positions[part], places)]
                     if not len(at):
@@ -189,6 +197,7 @@ class Setting:
                 edges = (unit * size + part.start, unit * size + part.stop)
                 rows = torch.from_numpy(self.dataset.read_rows(self.hook, *edges)).to(self.device)
                 weights = torch.from_numpy(self.dataset.weights([self.hook], *edges)).to(self.device)
+                # Only what was asked for is encoded: the encoder's product is the expensive part.
                 if len(at) < len(rows):
                     kept = torch.from_numpy(at - part.start).to(self.device)
                     rows, weights = rows[kept], weights[kept]
@@ -197,7 +206,7 @@ class Setting:
                 yield Codes(rows, weights, windows[at], positions[at], values, indices)
 
     def tokens(self, windows: range | list[int]) -> NDArray[np.int64]:
-        """int64 [len(windows), T]: token ids of windows; each unit is read once."""
+        """Read the token ids of windows, int64 [len(windows), T]; each unit is read once."""
         size = self.dataset.plan.spec.windows_per_unit
         asked = np.asarray(windows, np.int64)
         out = np.zeros((len(asked), self.dataset.plan.spec.context_length), np.int64)
@@ -208,5 +217,5 @@ class Setting:
 
 
 def subject_spec_of(plan: HarvestPlan, stated: SubjectSpec | None = None) -> SubjectSpec:
-    """The subject a dataset's plan names, or the one `stated`, with the plan's attention for `auto`."""
+    """Return the spec of the subject that a plan names, or `stated`, with the plan's attention for `auto`."""
     return plan.subject.spec(stated)
