@@ -1,15 +1,15 @@
-"""Family `ablation`: how few logits a latent moves, beside the same for residual channels.
+"""Family `ablation`: how few logits a latent affects, compared with residual channels.
 
 Letters: D d_model, V vocabulary, T positions compared, n variants of one row.
 
-One latent i active at one position t is taken away in the raw scale, ``x' = x - z_i d_i``, the SAE's error
-kept. E is the difference of logits less its median over V at each position, for t .. t+T-1; the figure is
-``(|E|_1 / |E|_2)^2 / (V T)``, the share of logits that the effect is spread over (Gao et al. 2024, section
-4.5). The baseline takes away one channel, ``x' = x - x_j e_j``.
+One latent i that is active at one position t is ablated in the raw scale, ``x' = x - z_i d_i``, and the SAE's
+error is kept. E is the difference of logits minus its median over V at each position, for t .. t+T-1; the
+figure is ``(|E|_1 / |E|_2)^2 / (V T)``, the share of logits that the effect is spread over (Gao et al. 2024,
+section 4.5). The baseline ablates one channel, ``x' = x - x_j e_j``.
 
-Every latent at every token would cost rows x L0 passes, so rows, and latents and channels at each row, are
-sampled evenly; the interval (bootstrap over rows) is the error of that. All variants of a row and its clean
-self run in one batch, from the hook upward, for T positions, on the clean pass's keys and values.
+Every latent at every token would take rows x L0 passes, so rows, and latents and channels at each row, are
+sampled uniformly; the interval (bootstrap over rows) is the error due to that. All variants of a row, and the
+clean row, run in one batch, from the hook upwards, for T positions, on the clean pass's keys and values.
 """
 
 from __future__ import annotations
@@ -29,112 +29,138 @@ from winnow.schemas.errors import ConfigError
 
 
 def effect_sparsity(logits: Tensor, clean: Tensor) -> Tensor:
-    """(|E|_1 / |E|_2)^2 / (V T) of each variant; NaN where nothing moved.
+    """Compute (|E|_1 / |E|_2)^2 / (V T) of each variant.
 
     Args:
         logits: [n, T, V] of the variants.
         clean: [T, V].
 
     Returns:
-        float64 [n], from 1 / (V T), one logit moved, to 1, all moved alike.
+        float64 [n], from 1 / (V T), if one logit moved, to 1, if all moved equally; NaN if none moved.
     """
     out = torch.empty(len(logits), dtype=torch.float64)
+    # One variant at a time: the float32 difference of all would be n x T x V numbers more.
     for number, variant in enumerate(logits):
         effect = variant.float() - clean.float()
+        # The softmax ignores what is added to all logits of a position, so it must not count as an effect.
         effect -= effect.median(dim=-1, keepdim=True).values
+        # Sums over V x T numbers (49,152 x 16 for SmolLM2) in float64.
         ones, squares = effect.abs().sum(dtype=torch.float64), effect.square().sum(dtype=torch.float64)
         out[number] = ones.square() / squares / effect.numel()
     return out
 
 
 def mean_moved(shares: NDArray[np.float64]) -> float:
-    """The mean of those that are numbers; NaN where nothing moved at all."""
+    """Compute the mean of the shares that are numbers; NaN if nothing moved at all."""
     moved = shares[~np.isnan(shares)]
     return float(moved.mean()) if len(moved) else float("nan")
 
 
 def without_latents(sae: Sae, row: Tensor, slots: Tensor) -> Tensor:
-    """The row [D] without the contribution of one slot of its codes each; the SAE's error stays.
+    """Ablate one slot of a row's codes per variant, keeping the SAE's error.
 
     Args:
         sae: The SAE.
-        row: Raw activation [D].
+        row: Activation [D] in the raw scale.
         slots: int64 [n], numbers of slots of `sae.encode(row)`.
 
     Returns:
-        [n, D], raw.
+        [n, D] in the raw scale.
     """
     x = row.float()[None]
     values, indices = sae.encode(x)
     scale = sae.normalise(x)[1]
     dropped = values.repeat(len(slots), 1)
     dropped[torch.arange(len(slots)), slots] = 0
+    # By decoding twice rather than from a row of W_dec: normalisation and its inverse stay in one place, the
+    # SAE.
     whole = sae.decode(values, indices, like=scale)
     return x - (whole - sae.decode(dropped, indices.expand(len(slots), -1), like=scale))
 
 
 def without_channels(row: Tensor, channels: Tensor) -> Tensor:
-    """The row [D] with one channel at 0 each: [n, D]."""
+    """Set one channel of the row [D] to 0 per variant: [n, D]."""
     out = row.float().repeat(len(channels), 1)
     out[torch.arange(len(channels)), channels] = 0
     return out
 
 
 def sample_rows(setting: Setting, draw: np.random.Generator) -> list[tuple[int, int]]:
-    """(window, position) pairs, windows in turn: stored positions of weight above 0 with T after them.
+    """Draw (window, position) pairs, windows in turn: stored positions of weight above 0 with T tokens left.
 
     Raises:
-        ConfigError: No position has T tokens after it.
+        ConfigError: No position has T tokens left in its window.
     """
     length = setting.spec.ablation_tokens
     windows = draw.permutation(len(setting.windows))
     fit = setting.dataset.window_weights([setting.hook], windows.tolist()) > 0
+    # Every row is compared over the same T positions, so the last T - 1 of a window cannot begin one.
     fit[:, max(fit.shape[1] - length + 1, 0) :] = False
     usable = [(int(w), np.flatnonzero(row)) for w, row in zip(windows, fit, strict=True) if row.any()]
     if not usable:
         raise ConfigError(
             "evaluate.ablation_tokens", expected=f"less than the context ({fit.shape[1]})", got=length
         )
+    # Rows of one window are alike: each window is used once before any is used again.
     chosen = [usable[i % len(usable)] for i in range(setting.spec.ablation_rows)]
     return [(window, int(draw.choice(positions))) for window, positions in chosen]
 
 
+def ablate_row(
+    setting: Setting, window: int, position: int, draw: np.random.Generator
+) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    """Ablate sampled latents, and as many channels, at one position, one at a time.
+
+    Returns:
+        The number of latents active there, and `effect_sparsity` of each latent and of each channel that was
+        ablated; both are empty if no latent is active.
+    """
+    spec, sae, tail = setting.spec, setting.sae, setting.tail
+    stop = position + spec.ablation_tokens
+    start = tail.start(setting.tokens([window])[:, :stop], keep_cache=True)
+    row = start.rows[0, position].float()
+    slots = np.flatnonzero((sae.encode(row[None])[0][0] > 0).cpu().numpy())
+    if not len(slots):
+        return 0, np.empty(0), np.empty(0)
+    count = min(spec.ablation_latents, len(slots))
+    chosen = draw.choice(slots, count, replace=False)
+    channels = draw.choice(sae.d_model, min(spec.ablation_latents, sae.d_model), replace=False)
+    variants = torch.cat(
+        [
+            # The clean row in the same batch: float noise is then the same on both sides.
+            row[None],
+            without_latents(sae, row, torch.from_numpy(chosen).to(row.device)),
+            without_channels(row, torch.from_numpy(channels).to(row.device)),
+        ]
+    )
+    # Only from `position` on, on the clean pass's keys and values: earlier positions cannot change.
+    logits = tail.continued(start, 0, position, stop, variants)
+    shares = effect_sparsity(logits[1:], logits[0]).numpy()
+    return len(slots), shares[:count], shares[count:]
+
+
 def measure(setting: Setting) -> Measured:
-    """Sample rows; at each, take away sampled latents and sampled channels, one at a time.
+    """Sample rows; at each, ablate sampled latents and sampled channels, one at a time.
 
     Raises:
         ConfigError: The windows are too short.
     """
-    spec, sae, tail = setting.spec, setting.sae, setting.tail
-    draw = np.random.default_rng(spec.seed)
+    spec, draw = setting.spec, np.random.default_rng(setting.spec.seed)
     latent_means, channel_means, every, active = [], [], list[float](), list[int]()
     rows = sample_rows(setting, draw)
     with torch.no_grad(), Progress("ablation", len(rows), "rows") as bar:
         for window, position in rows:
-            stop = position + spec.ablation_tokens
-            start = tail.start(setting.tokens([window])[:, :stop], keep_cache=True)
-            row = start.rows[0, position].float()
-            slots = np.flatnonzero((sae.encode(row[None])[0][0] > 0).cpu().numpy())
-            active.append(len(slots))
+            count, latents, channels = ablate_row(setting, window, position, draw)
+            active.append(count)
             bar.advance(1)
-            if not len(slots):
+            # Nothing was ablated. The row still counts among those that were sampled, and the note says so.
+            if not count:
                 continue
-            count = min(spec.ablation_latents, len(slots))
-            chosen = draw.choice(slots, count, replace=False)
-            channels = draw.choice(sae.d_model, min(spec.ablation_latents, sae.d_model), replace=False)
-            variants = torch.cat(
-                [
-                    row[None],  # the clean row in the same batch: float noise is the same on both sides
-                    without_latents(sae, row, torch.from_numpy(chosen).to(row.device)),
-                    without_channels(row, torch.from_numpy(channels).to(row.device)),
-                ]
-            )
-            logits = tail.continued(start, 0, position, stop, variants)
-            shares = effect_sparsity(logits[1:], logits[0]).numpy()
-            every += shares[:count].tolist()
-            latent_means.append(mean_moved(shares[:count]))
-            channel_means.append(mean_moved(shares[count:]))
+            every += latents.tolist()
+            latent_means.append(mean_moved(latents))
+            channel_means.append(mean_moved(channels))
     moved, channels = np.array(latent_means, np.float64), np.array(channel_means, np.float64)
+    # The ratio is of means over the same rows, hence only over those on which both have moved something.
     latents, both = moved[~np.isnan(moved)], ~(np.isnan(moved) | np.isnan(channels))
     options: dict[str, Any] = {"seed": spec.seed, "unit": "rows"}
     if len(latents) < len(rows):

@@ -1,9 +1,9 @@
-"""Family `compute`: the share of the subject's training compute that the patched loss is worth.
+"""Family `compute`: the share of the subject's training compute at which the patched loss is reached.
 
-The family's law, L(C) = floor + (C / scale)^-power, comes from the config; nothing is guessed. Two
-readings, both printed with the law: `compute_equivalent` takes the patched loss itself, L^-1(patched) over
-the subject's compute; `compute_equivalent_anchored` takes delta CE on top of what the law gives the subject
-at its own compute, so that a law fitted on other text still compares (Gao et al. 2024, section 4.1).
+The law of the subject's family, L(C) = floor + (C / scale)^-power, comes from the config; none is assumed.
+Two figures, both printed with the law: `compute_equivalent` inverts the patched loss itself, L^-1(patched)
+over the subject's compute; `compute_equivalent_anchored` adds delta CE to the loss that the law gives the
+subject at its own compute, so that a law fitted on other text remains usable (Gao et al. 2024, section 4.1).
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import ComputeLaw, Figure
 
 DOUBT_NATS = 0.1
-"""A law that misses the subject's own clean loss by more than this gets a note."""
+"""If the law misses the subject's own clean loss by more than this, a note says so: it was then fitted on
+other text, or is another family's."""
 
 
 def law_loss(law: ComputeLaw, flop: float) -> float:
-    """L(C), nats a token."""
+    """Compute L(C) in nats per token."""
     return law.floor + (flop / law.scale) ** -law.power
 
 
 def law_compute(law: ComputeLaw, loss: float) -> float | None:
-    """L^-1: the FLOP at which the family has `loss`; None at or under the irreducible loss."""
+    """Compute L^-1, the FLOP at which the family has `loss`; None at or below the irreducible loss."""
     reducible = loss - law.floor
     return None if reducible <= 0 else law.scale * reducible ** (-1 / law.power)
 
 
 def describe(law: ComputeLaw) -> str:
-    """The law in words, for the reader of its figures."""
+    """Describe the law for the reader of its figures."""
     return (
         f"law used: L(C) = {law.floor:g} + (C / {law.scale:g})^-{law.power:g} nats, the subject trained with "
         f"{law.training_flop:g} FLOP; {law.source}"
@@ -43,10 +44,10 @@ def _share(law: ComputeLaw, loss: float | None) -> float | None:
 
 
 def measure(law: ComputeLaw | None, downstream: Sequence[Figure]) -> Measured:
-    """Both readings, from the figures of family `downstream` and their intervals.
+    """Compute both figures from those of family `downstream` and their intervals.
 
     Raises:
-        ConfigError: No law.
+        ConfigError: There is no law.
     """
     if law is None:
         raise ConfigError(
@@ -62,9 +63,11 @@ def measure(law: ComputeLaw | None, downstream: Sequence[Figure]) -> Measured:
         ("compute_equivalent", found["ce_patched"], 0.0),
         ("compute_equivalent_anchored", found["delta_ce"], own),
     ):
+        # The ends change places: more loss is less compute. L^-1 is monotonous, so the transformed ends are
+        # the interval of the transformed figure, without a bootstrap of its own.
         low, value, high = (
             _share(law, None if edge is None else edge + base)
-            for edge in (source.high, source.value, source.low)  # more loss is less compute
+            for edge in (source.high, source.value, source.low)
         )
         note = source.note
         if value is None and source.value is not None:

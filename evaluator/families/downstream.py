@@ -1,13 +1,12 @@
-"""Family `downstream`: what the reconstruction costs the subject. Delta CE, KL, loss recovered.
+"""Family `downstream`: the cost of the reconstruction to the subject. Delta CE, KL, loss recovered.
 
 Letters: W windows in a batch, T context length, V vocabulary, B rows (W*T), D width of what is read, O width
 of what is replaced (D, unless a transcoder or a crosscoder reads something else).
 
 The subject runs with the hook replaced by the reconstruction, by zeros, or by the mean of the training
-rows. Every variant replaces exactly the same positions: dropped leading ones and sinks stay clean. It is
-computed from the *clean* rows. Cross-entropies and KL(clean, patched) are means over all next-token
-predictions of a window, in nats. A window in which no prediction follows a replaced position says nothing
-of the reconstruction and is no sample.
+rows, each computed from the *clean* rows. Every variant replaces exactly the same positions: dropped leading
+ones and sinks stay clean. Cross-entropies and KL(clean, patched) are means over all next-token predictions of
+a window, in nats.
 """
 
 from __future__ import annotations
@@ -36,35 +35,35 @@ Variant = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 class Clean(NamedTuple):
-    """What a clean pass over some windows left behind."""
+    """Results of a clean pass over some windows."""
 
     ids: Tensor
     """int64 [W, T]."""
     rows: Tensor
-    """[B, D]: what is read."""
+    """[B, D]: the rows that are read."""
     logits: Tensor | None
-    """[W, T, V], where they were asked for."""
+    """[W, T, V] if they were requested."""
     held: Any
-    """For `Runs.patched`."""
+    """What `Runs.patched` needs of this pass."""
 
 
 class Runs(Protocol):
     """A subject that runs clean, and again with the rows of some hooks replaced."""
 
     hooks: tuple[str, ...]
-    """Those read or replaced: a position is replaced where all of them have a weight above 0."""
+    """Hooks that are read or replaced. A position is replaced if all of them have a weight above 0 there."""
 
     def clean(self, tokens: NDArray[Any], *, logits: bool) -> Clean:
-        """A clean pass over `tokens` [W, T]; without `logits` no more of it than `patched` needs."""
+        """Run `tokens` [W, T] clean; without `logits` only as far as `patched` needs it."""
         ...
 
     def patched(self, clean: Clean, chosen: Tensor, rows: Tensor) -> Tensor:
-        """Logits [W, T, V] with `rows` [B, O] in place where `chosen` [B, 1] is true."""
+        """Compute logits [W, T, V] with `rows` [B, O] in place where `chosen` [B, 1] is true."""
         ...
 
 
 class AtHook:
-    """One hook, read and replaced: the blocks below it run once for all variants."""
+    """One hook, read and replaced. The blocks below it run once for all variants."""
 
     def __init__(self, tail: Tail) -> None:
         self._tail = tail
@@ -81,13 +80,13 @@ class AtHook:
 
 
 class AcrossHooks:
-    """Some hooks read, some replaced (all of a crosscoder's, a transcoder's target): whole passes.
+    """Some hooks read and some replaced: all of a crosscoder's, or a transcoder's target. Passes are whole.
 
     Args:
         subject: The whole subject.
-        reads: Hooks that are read, side by side in `Clean.rows`.
-        writes: Hooks that are replaced, side by side in a variant's rows.
-        store: The dataset, for their widths.
+        reads: Hooks that are read; their rows are concatenated in `Clean.rows`.
+        writes: Hooks that are replaced; a variant's rows are concatenated in this order.
+        store: The dataset, which knows their widths.
     """
 
     def __init__(
@@ -95,6 +94,7 @@ class AcrossHooks:
     ) -> None:
         self._subject, self._reads, self._writes = subject, list(reads), list(writes)
         self._widths = [store.d_model(hook) for hook in writes]
+        # Each hook once, in order: a crosscoder reads and writes the same ones.
         self.hooks = tuple(dict.fromkeys([*reads, *writes]))
 
     def clean(self, tokens: NDArray[Any], *, logits: bool) -> Clean:
@@ -111,12 +111,12 @@ class AcrossHooks:
 
 
 def _at(chosen: Tensor, rows: Tensor) -> Replacement:
-    """`rows` [B, O] where `chosen` [B, 1] is true, the activation itself elsewhere."""
+    """Make the replacement by `rows` [B, O] where `chosen` [B, 1] is true; elsewhere nothing changes."""
     return lambda x: torch.where(chosen, rows.to(x.dtype), x)
 
 
 def runs_of(subject: Subject, sae: Sae, store: ActivationStore, hook: str) -> Runs:
-    """How an SAE's hooks are replaced in a subject."""
+    """Choose how an SAE's hooks are read and replaced in a subject."""
     if sae.card is None or sae.card.output_hooks == (hook,):
         return AtHook(Tail(subject, hook))
     return AcrossHooks(subject, sae.card.input_hooks, sae.card.output_hooks, store)
@@ -132,16 +132,16 @@ def splice_losses(
     batch_windows: int = 4,
     label: str = "downstream",
 ) -> Losses:
-    """Mean cross-entropy of each window, clean and with hooks replaced, and the KL from clean.
+    """Compute the mean cross-entropy of each window, clean and with hooks replaced, and the KL from clean.
 
     Args:
-        runs: The subject, and what is replaced in it.
+        runs: The subject and its hooks that are replaced.
         store: The dataset, for tokens and sinks.
-        windows: Window numbers over the dataset.
-        variants: What takes the rows' place, by name.
-        clean: Whether the clean loss and the KLs are wanted, which take the upper blocks once more.
-        batch_windows: Windows in one pass.
-        label: Of the progress bar.
+        windows: Numbers of windows of the dataset.
+        variants: Name -> what replaces the rows.
+        clean: Also compute the clean loss and the KLs, which takes the upper blocks once more.
+        batch_windows: Windows per pass.
+        label: Label of the progress bar.
 
     Returns:
         Each variant's name and, unless `clean` is false, `clean` and `kl.` + its name -> [len(windows)] nats.
@@ -153,6 +153,8 @@ def splice_losses(
             batch = windows[first : first + batch_windows]
             tokens = np.stack([store.tokens(window) for window in batch])
             start = runs.clean(tokens, logits=clean)
+            # One mask for all variants: losses recovered compare them, so all must leave the same positions
+            # clean.
             weights = torch.from_numpy(store.window_weights(list(runs.hooks), batch) > 0)
             chosen = weights.reshape(-1, 1).to(start.ids.device)
             if start.logits is not None:
@@ -163,15 +165,14 @@ def splice_losses(
                 out[name].append(loss)
                 if kl is not None:
                     out[f"kl.{name}"].append(kl)
+                # Before the next variant's logits, W x T x V numbers, are made.
                 del patched
             bar.advance(len(batch))
     return {name: torch.cat(values).double().cpu().numpy() for name, values in out.items()}
 
 
 def costs(logits: Tensor, ids: Tensor, clean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of the next token and KL(clean, logits) in nats, means over positions 0 to T-2.
-
-    The float32 log-softmaxes exist for one window at a time.
+    """Compute the next token's cross-entropy and KL(clean, logits) in nats, means over positions 0 to T-2.
 
     Args:
         logits: [W, T, V], any float dtype.
@@ -183,6 +184,7 @@ def costs(logits: Tensor, ids: Tensor, clean: Tensor | None = None) -> tuple[Ten
     """
     loss = torch.empty(len(logits), device=logits.device)
     kl = None if clean is None else torch.empty_like(loss)
+    # Window by window: the float32 log-softmaxes of all would be W x T x V numbers each.
     for window in range(len(logits)):
         q = logits[window, :-1].float().log_softmax(-1)
         loss[window] = -q.gather(1, ids[window, 1:, None]).mean()
@@ -195,7 +197,8 @@ def costs(logits: Tensor, ids: Tensor, clean: Tensor | None = None) -> tuple[Ten
 def sae_variants(
     sae: Sae, store: ActivationStore, hooks: Sequence[str], device: torch.device
 ) -> dict[str, Variant]:
-    """Reconstruction, zeros, and the mean of the training rows of the hooks that are replaced."""
+    """Make the variants: reconstruction, zeros, and the mean of the training rows of the replaced hooks."""
+    # The mean leaves sinks out: their norms, hundreds of times the median, would make it a mean of sinks.
     mean = torch.cat([torch.from_numpy(store.mean(hook)).to(device, torch.float32) for hook in hooks])
     return {
         "sae": lambda x, _: sae(x),
@@ -205,20 +208,20 @@ def sae_variants(
 
 
 class Reached(NamedTuple):
-    """Windows in which a splice can move a loss."""
+    """Windows in which a splice can change a loss; others say nothing about it and are not samples."""
 
     windows: NDArray[np.bool_]
     """[W]: whether a prediction is made at or after a replaced position."""
 
     @classmethod
     def of(cls, store: ActivationStore, hooks: Sequence[str], windows: Sequence[int]) -> Reached:
-        """Of some windows, `hooks` being read or replaced; the last position predicts nothing."""
+        """Find those of some windows in which `hooks` are replaced; the last position predicts nothing."""
         weights = store.window_weights(list(hooks), list(windows))
         return cls(np.asarray((weights[:, :-1] > 0).any(axis=1)))
 
     @property
     def note(self) -> str:
-        """What a reader must know; empty where every window is a sample."""
+        """How many windows are left out, for the reader; empty if none is."""
         left_out = int((~self.windows).sum())
         if not left_out:
             return ""
@@ -228,7 +231,7 @@ class Reached(NamedTuple):
 
 
 def figures_of(losses: Losses, reached: Reached, seed: int = 0) -> list[Figure]:
-    """Figures from `splice_losses` of `sae_variants`, over the windows that the splice reaches."""
+    """Compute the figures from `splice_losses` of `sae_variants`, over the windows that a splice reaches."""
     kept = {name: values[reached.windows] for name, values in losses.items()}
     clean = kept["clean"]
     delta = kept["sae"] - clean
@@ -240,6 +243,7 @@ def figures_of(losses: Losses, reached: Reached, seed: int = 0) -> list[Figure]:
         mean_figure("kl", kept["kl.sae"], **options),
     ]
     for name in ("zero", "mean"):
+        # As a ratio of means, not a mean of ratios: a window whose ablation costs nothing has no ratio.
         gap = kept[name] - clean
         figures.append(figure(f"loss_recovered_{name}", lambda d, g: 1 - d / g, delta, gap, **options))
     return figures
@@ -254,6 +258,7 @@ def measure(setting: Setting) -> Measured:
         sae_variants(setting.sae, setting.dataset, [setting.hook], setting.device),
         batch_windows=setting.spec.batch_windows,
     )
+    # `n2g` compares with the same reconstruction, and need not run it again.
     setting.losses.update(losses)
     means = {name: float(values.mean()) for name, values in losses.items()}
     reached = Reached.of(setting.dataset, [setting.hook], setting.windows)

@@ -1,6 +1,6 @@
-"""Family `reconstruction`: FVU in both spaces, L0, dead share, density histogram. Needs no subject.
+"""Family `reconstruction`: FVU in both spaces, L0, dead share, density histogram. The subject does not run.
 
-Letters: W windows, N latents, D d_model. Definitions of FVU and L0: `winnow.trainer.step.losses`.
+Letters: W windows, N latents, D d_model. Definitions of FVU and L0: `winnow.sae.metrics`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from winnow.schemas.errors import IntegrityError
 from winnow.schemas.evaluation import Figure
 
 EDGES = np.arange(-7.0, 0.51, 0.5)
-"""Edges of the density histogram, log10 of the share of rows."""
+"""Edges of the density histogram in half decades: log10 of the share of rows."""
 
 
 class WindowSums:
-    """Sums by window, from which an FVU with its bootstrap follows; memory W x D."""
+    """Sums per window, from which the bootstrap of an FVU follows. Memory: W x D."""
 
     def __init__(self, windows: int, d_model: int) -> None:
         self.error, self.squares, self.rows = (np.zeros(windows) for _ in range(3))
@@ -31,22 +31,23 @@ class WindowSums:
         self._shift: NDArray[np.float32] | None = None
 
     def add(self, x: torch.Tensor, x_hat: torch.Tensor, windows: NDArray[np.int64]) -> None:
-        """Add rows [B, D] of weight 1 and their reconstruction; `windows` [B] says whose they are."""
+        """Add rows [B, D] of weight 1 and their reconstruction; `windows` [B] are their windows."""
         x_np, error = x.float().cpu().numpy(), (x - x_hat).square().sum(1).double().cpu().numpy()
-        if self._shift is None:  # near the mean: nothing cancels
+        # Squares are summed around the first chunk's mean, which is near that of all rows: around 0, the
+        # spread would be a small difference of large sums.
+        if self._shift is None:
             self._shift = x_np.mean(0)
         centred = x_np - self._shift
+        # np.add.at, because a window occurs many times in a chunk and `+=` would count it once.
         np.add.at(self.error, windows, error)
         np.add.at(self.squares, windows, np.square(centred).sum(1, dtype=np.float64))
         np.add.at(self.rows, windows, 1.0)
         np.add.at(self.sums, windows, centred)
 
     def figure(self, id: str, fvu: Fvu, seed: int) -> Figure:
-        """The exact FVU with an interval.
-
-        Squared distances are to the mean of all rows, the drawn windows' own being equal to it but for
-        a share of about one over the number of rows.
-        """
+        """Make the figure of the exact FVU with its interval."""
+        # In every draw distances are to the mean of all rows. The drawn windows' own mean would differ by a
+        # share of about one over the number of rows, and would need all rows again.
         used = self.rows > 0
         total = self.sums[used].sum(0, dtype=np.float64) / self.rows.sum()
         spread = self.squares - 2 * self.sums @ total + self.rows * (total @ total)
@@ -55,10 +56,10 @@ class WindowSums:
 
 
 def measure(setting: Setting) -> Measured:
-    """FVU, L0, dead shares and densities on the stored rows of the held-out windows.
+    """Measure FVU, L0, dead shares and densities on the stored rows of the held-out windows.
 
     Raises:
-        IntegrityError: No row of weight above 0, or a stored one is damaged.
+        IntegrityError: There is no row of weight above 0, or a stored one is damaged.
     """
     sae, count, seed = setting.sae, len(setting.windows), setting.spec.seed
     spaces = {"fvu_normalised": Fvu(sae.d_model, setting.device), "fvu_raw": Fvu(sae.d_model, setting.device)}
@@ -70,10 +71,12 @@ def measure(setting: Setting) -> Measured:
         for codes in setting.held_out_codes():
             bar.advance(len(codes.rows))
             keep = codes.weights > 0
+            # A void unit: all of its rows have weight 0.
             if not bool(keep.any()):
                 continue
             rows, values, indices = codes.rows[keep], codes.values[keep], codes.indices[keep]
             windows = codes.windows[keep.cpu().numpy()]
+            # One encoding serves both spaces; only the decoder's output is scaled back for the raw one.
             x, scale = sae.normalise(rows)
             pairs = {
                 "fvu_normalised": (x, sae.decode(values, indices)),
@@ -87,6 +90,7 @@ def measure(setting: Setting) -> Measured:
             firings += torch.bincount(indices[values > 0], minlength=sae.latents)
     if not spaces["fvu_raw"].rows:
         raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
+    # The values come from `Fvu` and `L0`, as in training; the sums per window are for the intervals.
     rows_in = sums["fvu_raw"].rows
     figures = [sums[name].figure(name, fvu, seed) for name, fvu in spaces.items()]
     made = figure("l0", lambda a, n: a / n, active[rows_in > 0], rows_in[rows_in > 0], seed=seed)
@@ -99,7 +103,7 @@ def measure(setting: Setting) -> Measured:
 
 
 def dead_shares(setting: Setting, firings: NDArray[np.int64], rows: int) -> list[Figure]:
-    """Latents silent on the whole split, and by the trainer's own count where the card tells it."""
+    """Make the figures of latents silent on the split, and by the trainer's count if the card has it."""
     silent = Figure(
         id="dead_share",
         value=float((firings == 0).mean()),
@@ -116,7 +120,8 @@ def dead_shares(setting: Setting, firings: NDArray[np.int64], rows: int) -> list
 
 
 def histogram(firings: NDArray[np.int64], rows: float) -> dict[str, Any]:
-    """Latents by log10 of the share of rows on which they are active; silent ones apart."""
+    """Count latents by log10 of the share of rows on which they are active, and silent ones separately."""
+    # Silent latents have no logarithm, and clipping would hide them in the lowest bin.
     shares = np.log10(firings[firings > 0] / rows)
     counts, edges = np.histogram(np.clip(shares, EDGES[0], EDGES[-1]), EDGES)
     return {

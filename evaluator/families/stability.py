@@ -1,4 +1,4 @@
-"""Family `stability`: do other seeds find the same directions? Matched decoder cosine.
+"""Family `stability`: whether other seeds find the same directions, by matched decoder cosine.
 
 Letters: N and M latents of two dictionaries, D d_model.
 """
@@ -20,26 +20,31 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.fit import check_same_place
 
 MAX_BYTES = 4 << 30
-"""Largest matrix of cosines (float32 N x M, and scipy's float64 copy) that is made."""
+"""Largest N x M matrix of cosines that is made, in bytes, including scipy's copy."""
 CLOSE = 0.9
+"""A pair above this counts as the same direction."""
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """[N, M] cosines between the rows of [N, D] and [M, D]; a row of zeros has cosine 0."""
+    """Compute the cosines [N, M] between the rows of [N, D] and [M, D]; a row of zeros has cosine 0."""
     a, b = (torch.nn.functional.normalize(rows.detach().float().cpu(), dim=1) for rows in (first, second))
     return a @ b.T
 
 
 def matched_cosines(first: Tensor, second: Tensor) -> NDArray[np.float64]:
-    """The cosine of each pair of the best one-to-one matching (Hungarian), float64 [min(N, M)].
+    """Match directions one to one, with the largest sum of cosines (Hungarian algorithm).
 
     Args:
         first: [N, D] directions.
         second: [M, D] directions.
 
+    Returns:
+        float64 [min(N, M)]: the cosine of each pair.
+
     Raises:
-        ConfigError: The matrix of cosines would pass `MAX_BYTES`.
+        ConfigError: The matrix of cosines would be larger than `MAX_BYTES`.
     """
+    # 12: four bytes of float32, and eight of the float64 copy that scipy makes.
     needed = len(first) * len(second) * 12
     if needed > MAX_BYTES:
         raise ConfigError(
@@ -57,8 +62,8 @@ def measure(setting: Setting) -> Measured:
     """Match this decoder with each of `spec.against`, one to one and by best cosine.
 
     Raises:
-        ConfigError: No other SAE, or dictionaries too large to match.
-        SaeMismatch: One of another hook, width or subject.
+        ConfigError: There is no other SAE, or the dictionaries are too large to match.
+        SaeMismatch: An SAE has another hook, width or subject.
     """
     others = setting.spec.against
     if not others:
@@ -73,6 +78,7 @@ def measure(setting: Setting) -> Measured:
             assert other.card is not None
             check_same_place(uri, other.card, setting.uri, setting.card)
             pairs.append(matched_cosines(mine, other.W_dec))
+            # Beside the matching, since several latents of one SAE may split what is one latent of the other.
             best.append(cosines(mine, other.W_dec).max(1).values.double().numpy())
             details[uri] = {"matched": float(pairs[-1].mean()), "best": float(best[-1].mean())}
             bar.advance(1)
