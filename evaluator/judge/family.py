@@ -1,12 +1,13 @@
-"""Family `judge`: a language model explains latents in words, and is asked what its words predict.
+"""Family `judge`: a language model explains latents in words, and is quizzed on what the words predict.
 
-*Explanation*: the model reads a latent's top training windows, its active tokens marked, and says in a
-sentence what they share (or the sentences come from a file). *Detection*: from the sentence alone it says
-which of some held-out snippets hold an activation; half of them do. *Fuzzing*: it sees snippets that all hold
-one, with tokens marked, and says which markings are right; half mark as many other tokens. Scores are
-balanced accuracies, 0.5 for guessing, means over latents (Paulo et al. 2024, arXiv 2410.13928).
+*Explanation*: the model reads a latent's top training windows, in which its active tokens are marked, and
+says in a sentence what they have in common (or the sentences come from a file). *Detection*: from the
+sentence alone it says which of some held-out snippets contain an activation; half of them do. *Fuzzing*: it
+reads snippets that all contain one, with tokens marked, and says which markings are right; half mark as many
+other tokens. Scores are balanced accuracies, 0.5 for guessing, means over latents (Paulo et al. 2024, arXiv
+2410.13928).
 
-Text goes to the endpoint that the config names, and nowhere else; without `judge` in it nothing is sent.
+Text is sent to the endpoint that the config names and nowhere else; without `judge` nothing is sent.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import JudgeSpec
 
 MAX_SENTENCE = 400
-"""Characters of an explanation that are kept."""
+"""Characters of an explanation that are kept: a sentence was asked for, and whatever follows is not one."""
 EXPLAIN = (
     "You study one feature of a language model. You are shown snippets of text; the tokens on which the "
     "feature is active are between « and ». Say in one short sentence what they have in common: the words, "
@@ -51,7 +52,8 @@ FUZZ = (
 
 
 def read_answers(text: str, count: int) -> list[bool] | None:
-    """The last JSON list of `count` zeros and ones in a reply; None where there is none."""
+    """Find the last JSON list of `count` zeros and ones in a reply; None if there is none."""
+    # The last: models that think aloud write lists on the way to their answer.
     for part in reversed(re.findall(r"\[[^\[\]]*\]", text)):
         try:
             found: Any = json.loads(part)
@@ -63,27 +65,28 @@ def read_answers(text: str, count: int) -> list[bool] | None:
 
 
 def balanced_accuracy(answers: Sequence[bool], truth: Sequence[bool]) -> float:
-    """Mean of the shares of positives and of negatives that were told right; there must be both."""
+    """Average the shares of positives and of negatives that were told right; there must be both."""
     said, true = np.array(answers), np.array(truth)
     return float((said[true].mean() + (~said[~true]).mean()) / 2)
 
 
 def quiz(endpoint: Endpoint, system: str, sentence: str, asked: Sequence[tuple[str, bool]]) -> float | None:
-    """Balanced accuracy of the model's answers about some snippets.
+    """Ask the model about some snippets.
 
     Args:
-        endpoint: Who is asked, twice at the most.
-        system: What is asked.
+        endpoint: The model.
+        system: The question.
         sentence: The explanation.
         asked: Snippets with the right answers.
 
     Returns:
-        None where all the right answers are the same, or no answer can be read.
+        The balanced accuracy of its answers; None if all right answers are the same or none can be parsed.
     """
     truth = [right for _, right in asked]
     if len(set(truth)) < 2:
         return None
     listed = "\n".join(f"{number}. {line}" for number, (line, _) in enumerate(asked, start=1))
+    # Once more if the answer cannot be parsed, and not for ever: the answer costs money.
     for _ in range(2):
         reply = endpoint.ask(system, f"What activates it: {sentence}\n\n{listed}")
         answers = read_answers(reply, len(asked))
@@ -93,10 +96,10 @@ def quiz(endpoint: Endpoint, system: str, sentence: str, asked: Sequence[tuple[s
 
 
 def read_explanations(path: str, latents: int) -> dict[int, str]:
-    """Latent -> sentence, from a file of JSON lines `{"latent": 3, "text": "..."}`.
+    """Read latent -> sentence from a file of JSON lines `{"latent": 3, "text": "..."}`.
 
     Raises:
-        ConfigError: Not such a file.
+        ConfigError: It is not such a file.
     """
     found: dict[int, str] = {}
     try:
@@ -120,12 +123,12 @@ def read_explanations(path: str, latents: int) -> dict[int, str]:
 
 
 class Judged:
-    """What the questions are made of: chosen latents, where they are active, snippets.
+    """The material of the questions: chosen latents, the places at which they are active, snippets.
 
     Args:
         setting: What is measured; its spec has a judge.
-        endpoint: Who is asked.
-        given: Explanations that need not be asked for, by latent.
+        endpoint: The model.
+        given: Explanations by latent; if there are any, only these latents are judged.
     """
 
     def __init__(self, setting: Setting, endpoint: Endpoint, given: dict[int, str]) -> None:
@@ -133,8 +136,9 @@ class Judged:
         self._endpoint, self._given, self._seed = endpoint, given, setting.spec.seed
         context, words = plan.spec.context_length, dict[int, str]()
         if (bos := setting.window.bos_token) is not None:
-            words[bos] = ""  # which stands before a window and is none of its text
+            words[bos] = ""  # precedes a window's text and is no part of it
 
+        # Cached, because the same tokens occur in many snippets.
         def word(token: int) -> str:
             if token not in words:
                 words[token] = cast(Any, setting.subject.tokenizer).decode([token])
@@ -148,22 +152,27 @@ class Judged:
 
         self.latents = np.array(sorted(given), np.int64)
         if not given:
+            # Explained on training windows, judged on held-out ones, so that a sentence that merely repeats
+            # the examples does not score.
             units = train_units(setting)
             stream = observed(setting.codes(units), "judge search", len(units) * plan.rows_per_unit)
             self._found = gather(stream, total, top=judge.examples, positives=0, context=context)
             self.latents = choose(self._found, judge.latents, judge.examples, self._seed)
             windows = unit_windows(setting, units)
             self._training = Where(self.latents, windows, context, total)
+            # A second pass: which latents to follow is known only after the first, and following all of them
+            # would hold every activation in memory.
             for codes in setting.codes(units):
                 self._training.add(codes)
             self._first = windows.start
             self._seen = Snippets(setting.tokens(windows), judge.tokens, word)
+        # Held-out windows in one pass: `Where` takes note of the codes while `gather` draws from them.
         self._testing = Where(self.latents, setting.windows, context, total)
         self._held_out = held_out_activations(self._testing)
         self._unseen = Snippets(setting.tokens(setting.windows), judge.tokens, word)
 
     def explanation(self, slot: int, latent: int) -> str:
-        """One sentence about a latent: the given one, or the model's."""
+        """Return the sentence about a latent: the given one, or the model's."""
         if latent in self._given:
             return self._given[latent]
         fires = self._training.of(slot)
@@ -175,16 +184,19 @@ class Judged:
         return " ".join(self._endpoint.ask(EXPLAIN, listed).split())[:MAX_SENTENCE]
 
     def scored(self, slot: int, latent: int) -> dict[str, Any]:
-        """One latent's sentence, `detection` and `fuzzing` (None: nothing to ask, or no answer)."""
+        """Judge one latent: its sentence, `detection` and `fuzzing` (None: nothing to ask, or no answer)."""
+        # Seeded by the latent, so that the draws do not depend on which thread comes first.
         draw = np.random.default_rng([self._seed, latent])
         sentence, fires = self.explanation(slot, latent), self._testing.of(slot)
         places = self._held_out.positives.of(latent)
         positive = [self._unseen.around(fires, window, position) for _, window, position in places]
         silent = self._unseen.silent(fires, len(positive), draw)
         asked = [(each.text(), True) for each in positive] + [(each.text(), False) for each in silent]
+        # Shuffled: a model that answers by position must not score.
         detection = [asked[i] for i in draw.permutation(len(asked))]
         fuzzing = list[tuple[str, bool]]()
         for each, place in zip(positive, draw.permutation(len(positive)), strict=True):
+            # A random half gets wrong marks; where a snippet has too few other tokens, the right ones remain.
             wrong = wrong_marks(each, draw) if place % 2 else None
             fuzzing.append((each.text(wrong or each.fires), wrong is None))
         return {
@@ -201,13 +213,14 @@ def measure(setting: Setting) -> Measured:
 
     Raises:
         ConfigError: No judge is configured, it refuses, or no latent is active often enough.
-        EndpointError: It does not answer.
+        EndpointError: The judge does not answer.
     """
     judge = _judge_of(setting)
     endpoint = Endpoint(judge, setting.judge_key)
     given = read_explanations(judge.explanations, setting.sae.latents) if judge.explanations else {}
     judged = Judged(setting, endpoint, given)
     facts = list[dict[str, Any]]()
+    # Threads, because they only wait for the endpoint: `parallel` requests are in flight at a time.
     with (
         ThreadPoolExecutor(judge.parallel) as pool,
         Progress("judge", len(judged.latents), "latents") as bar,
@@ -217,6 +230,7 @@ def measure(setting: Setting) -> Measured:
             for each in waiting:
                 facts.append(each.result())
                 bar.advance(1)
+        # One refusal or Ctrl-C must not send the questions that are still waiting: each costs money.
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
