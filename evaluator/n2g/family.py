@@ -1,14 +1,14 @@
-"""Family `n2g`: explanations as n-grams that can be run, how often they are right, what they recover.
+"""Family `n2g`: explanations as n-grams that can be run: how often they are right, and what they recover.
 
 Letters: W windows, T context length, N latents, n explained latents ("slots"), R rows of a pass, K codes.
 
 Tries are learnt on training windows (`winnow.evaluator.n2g.learn`) and judged on held-out ones. *Recall*:
 share of a latent's random positive tokens on which its trie fires. *Precision*: share of a trie's firings, in
-windows not chosen for anything, where the latent is active. Both are means over latents, the bootstrap's
-samples. *Simulation* (Gao et al. 2024, section 4.4): the explained latents' values are replaced by the
-trie's, times E[s a] / E[s^2] over the training rows searched; the others keep theirs, unless all are
-explained (then they are 0). Its delta CE stands against the SAE's own reconstruction, beside that of setting
-those latents to 0.
+windows that were not selected for anything, at which the latent is active. Both are means over latents, the
+samples of the bootstrap. *Simulation* (Gao et al. 2024, section 4.4): the values of explained latents are
+replaced by their tries', scaled by E[s a] / E[s^2] over the training rows that were searched; the others keep
+theirs, unless all are to be explained (then they are 0). Its delta CE is relative to the SAE's own
+reconstruction, and is compared with that of setting the explained latents to 0.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from winnow.evaluator.setting import Codes, Measured, Setting
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import Figure
 
+# Bounds of `evaluation.json`, which with `n2g_latents: null` would otherwise describe every latent.
 DETAILED = 64
-"""Latents whose explanations are written out."""
+"""Latents whose explanations are written to the details."""
 PATTERNS = 24
-"""N-grams of a latent that are written out."""
+"""N-grams per latent that are written."""
 WINDOWS = 5
-"""Top windows of a latent that are named."""
+"""Top windows per latent that are written."""
 
 
 @dataclass
@@ -50,24 +51,24 @@ class Explained:
     scales: NDArray[np.float64]
     """[n]: E[s a] / E[s^2]; 0 where the trie never fired on the training rows."""
     examples: list[int]
-    """[n]: examples each trie was learnt from."""
+    """[n]: number of examples that each trie was learnt from."""
 
 
 def train_units(setting: Setting) -> range:
-    """The first training units, as many as hold `n2g_train_rows`."""
+    """Return the first training units, as many as contain `n2g_train_rows`."""
     plan = setting.dataset.plan
     units = plan.split_units("train")
     return units[: max(1, -(-setting.spec.n2g_train_rows // plan.rows_per_unit))]
 
 
 def unit_windows(setting: Setting, units: range) -> range:
-    """The windows of some units."""
+    """Return the numbers of the windows of some units."""
     size = setting.dataset.plan.spec.windows_per_unit
     return range(units.start * size, units.stop * size)
 
 
 def observed(stream: Iterable[Codes], label: str, rows: int) -> Iterable[Codes]:
-    """A stream of codes with a progress bar."""
+    """Pass a stream of codes on with a progress bar."""
     with Progress(label, rows, "rows") as bar:
         for codes in stream:
             yield codes
@@ -75,10 +76,10 @@ def observed(stream: Iterable[Codes], label: str, rows: int) -> Iterable[Codes]:
 
 
 def choose(found: Activations, spec_latents: int | None, examples: int, seed: int) -> NDArray[np.int64]:
-    """Latents with `examples` top windows, all or `spec_latents` drawn at random; ascending.
+    """Choose latents with `examples` top windows, all or `spec_latents` drawn at random; ascending.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such latent.
     """
     often = np.flatnonzero((found.top.windows >= 0).sum(1) >= examples)
     if not len(often):
@@ -94,12 +95,14 @@ def choose(found: Activations, spec_latents: int | None, examples: int, seed: in
 
 
 class Lookup:
-    """True activations of some latents at (window, position), from a stream of codes; sparse."""
+    """True activations of some latents at (window, position), from a stream of codes."""
 
+    # Sorted keys and a binary search: dense, they would be windows x T x n values, of which few are not 0.
     def __init__(self, stream: Iterable[Codes], latents: NDArray[np.int64], total: int, context: int) -> None:
         self._context, self._n = context, len(latents)
         slot_of = np.full(total, -1, np.int64)
         slot_of[latents] = np.arange(len(latents))
+        # An empty array to begin with, since a stream may have no rows and nothing cannot be concatenated.
         keys: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
         values: list[NDArray[np.float32]] = [np.zeros(0, np.float32)]
         for codes in stream:
@@ -120,16 +123,17 @@ class Lookup:
     def at(
         self, windows: NDArray[np.int64], positions: NDArray[np.int64], slots: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """Activations at those places, 0 where inactive."""
+        """Look up the activations at those places; 0 if inactive."""
         keys = self._key(windows, positions, slots)
         if not len(self._keys):
             return np.zeros(len(keys), np.float32)
+        # A key beyond the last one is searched to the end: clipped, it is compared and found unequal.
         place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         return np.where(self._keys[place] == keys, self._values[place], 0).astype(np.float32)
 
 
 def _keys(windows: NDArray[np.int64], positions: NDArray[np.int64], context: int) -> NDArray[np.int64]:
-    """Numbers of tokens over the dataset, each once."""
+    """Number tokens over the dataset, each once."""
     return np.unique(windows * context + positions)
 
 
@@ -139,7 +143,8 @@ def explain(setting: Setting, found: Activations, latents: NDArray[np.int64]) ->
     units = train_units(setting)
     windows = unit_windows(setting, units)
     tokens = setting.tokens(windows)
-    begin = int(setting.window.bos)  # the BOS of a window is no text: `sequence_codes` puts it there again
+    # The BOS of a window is not text: `sequence_codes` puts it before every trial again.
+    begin = int(setting.window.bos)
     examples = [
         Example(slot, int(latent), tokens[window - windows.start, begin : position + 1].tolist(), value)
         for slot, latent in enumerate(latents)
@@ -147,13 +152,16 @@ def explain(setting: Setting, found: Activations, latents: NDArray[np.int64]) ->
         if position >= begin
     ]
     tries, used = learn(setting, examples, len(latents), tokens[:, begin:])
+    # The scale that minimises the squared error of s * E[s a] / E[s^2]: n-grams are learnt from top
+    # activations, so that their values are too high for ordinary ones.
     over = np.zeros(len(latents))
     squares = np.zeros(len(latents))
-    for unit in units:  # unit by unit, so that memory holds one unit's activations
+    for unit in units:  # one at a time, so that only one unit's activations are in memory
         inside = unit_windows(setting, range(unit, unit + 1))
         allowed = setting.dataset.window_weights([setting.hook], list(inside)) > 0
         fired = fire(tries, tokens[inside.start - windows.start :][: len(inside)], allowed)
         context = plan.spec.context_length
+        # Only where a trie fires: elsewhere s is 0 and adds nothing, so that most rows need not be encoded.
         places = _keys(fired.windows + inside.start, fired.positions, context)
         codes = setting.codes(range(unit, unit + 1), places)
         lookup = Lookup(codes, latents, setting.sae.latents, context)
@@ -170,14 +178,17 @@ def explain(setting: Setting, found: Activations, latents: NDArray[np.int64]) ->
 def judge(
     explained: Explained, fired: Firings, lookup: Lookup, held_out: Activations, tokens: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[dict[str, Any]]]:
-    """(recall [n], precision [n], facts of each latent); NaN where there is nothing to count.
+    """Judge tries on held-out windows.
 
     Args:
-        explained: The latents and tries.
+        explained: The latents and their tries.
         fired: Their firings in the held-out windows.
         lookup: True activations there.
         held_out: Random positives there.
-        tokens: [W, T] of those windows.
+        tokens: Token ids [W, T] of those windows.
+
+    Returns:
+        (recall [n], precision [n], facts of each latent); NaN if there is nothing to count.
     """
     n = len(explained.latents)
     right = lookup.at(fired.windows, fired.positions, fired.slots) > 0
@@ -185,6 +196,7 @@ def judge(
     hits = np.bincount(fired.slots[right], minlength=n)
     recall, facts = np.full(n, np.nan), list[dict[str, Any]]()
     for slot, latent in enumerate(explained.latents):
+        # Asked token by token: `fired` lists firings, but a positive without one is what recall is about.
         positives = held_out.positives.of(int(latent))
         caught = [explained.tries[slot].predict(tokens[w].tolist(), p) is not None for _, w, p in positives]
         if positives:
@@ -210,7 +222,7 @@ def _number(value: float) -> float | None:
 
 
 def in_words(setting: Setting, pattern: Pattern) -> list[str | None]:
-    """An n-gram's tokens as text; None for a wildcard."""
+    """Render an n-gram's tokens as text; None for a wildcard."""
     tokenizer: Any = setting.subject.tokenizer
     return [None if token == WILDCARD else tokenizer.decode([token]) for token in pattern]
 
@@ -219,13 +231,13 @@ def in_words(setting: Setting, pattern: Pattern) -> list[str | None]:
 
 
 class Simulation:
-    """Replacements of a batch of windows' rows: explained latents simulated, or at 0.
+    """Replacements of a batch of windows' rows: explained latents simulated, or set to 0.
 
     Args:
         setting: What is measured.
-        explained: Latents, tries, scales.
-        fired: Firings over the held-out windows, which are numbered from 0.
-        everything: Set latents that are not explained to 0 too.
+        explained: Latents, tries and scales.
+        fired: Firings in the held-out windows, which are numbered from 0.
+        everything: Also set latents that are not explained to 0.
     """
 
     def __init__(self, setting: Setting, explained: Explained, fired: Firings, everything: bool) -> None:
@@ -236,7 +248,7 @@ class Simulation:
         self._values = explained.scales[fired.slots] * fired.values
 
     def variants(self) -> dict[str, Variant]:
-        """`sae`, `simulated`, `zeroed`."""
+        """Make the variants `sae`, `simulated` and `zeroed`."""
         return {
             "sae": lambda x, _: self._sae(x),
             "simulated": lambda x, windows: self._replace(x, windows, simulate=True),
@@ -251,20 +263,24 @@ class Simulation:
             values = values.masked_fill(torch.isin(indices, self._latents), 0)
         if simulate:
             extra_values, extra_indices = self._simulated(windows, len(x))
+            # Further slots beside those at 0: a trie also fires where the latent is not among the row's
+            # codes.
             values = torch.cat([values, extra_values.to(values)], 1)
             indices = torch.cat([indices, extra_indices.to(indices.device)], 1)
         return self._sae.decode(values, indices, like=x)
 
     def _simulated(self, windows: Sequence[int], rows: int) -> tuple[Tensor, Tensor]:
-        """Codes (values, indices) [R, m] of the firings in some windows, empty slots 0."""
+        """Make codes (values, indices) [R, m] of the firings in some windows, 0 in empty slots."""
         row_parts: list[NDArray[np.int64]] = []
         at_parts: list[NDArray[np.int64]] = []
         for line, window in enumerate(windows):
+            # Firings are in the order of windows, so those of one are a slice.
             low, high = np.searchsorted(self._fired.windows, [window, window + 1])
             at_parts.append(np.arange(low, high))
             row_parts.append(line * self._context + self._fired.positions[low:high])
         row, at = np.concatenate(row_parts), np.concatenate(at_parts)
-        place = np.arange(len(row)) - np.searchsorted(row, row)  # rows ascend
+        # Rows ascend, so a firing's slot is its distance to its row's first firing.
+        place = np.arange(len(row)) - np.searchsorted(row, row)
         width = int(place.max(initial=0)) + 1
         values, indices = np.zeros((rows, width), np.float32), np.zeros((rows, width), np.int64)
         values[row, place] = self._values[at]
@@ -275,16 +291,17 @@ class Simulation:
 def simulate(
     setting: Setting, explained: Explained, fired: Firings, *, silent: bool = False
 ) -> tuple[list[Figure], dict[str, float]]:
-    """Delta CE of simulating, and of zeroing, the explained latents, against the SAE's own reconstruction.
+    """Measure delta CE of simulating, and of zeroing, the explained latents, relative to the reconstruction.
 
     Args:
         setting: What is measured.
-        explained: Latents, tries, scales.
-        fired: Firings over the held-out windows.
-        silent: Neither a trie nor an explained latent is active there: nothing is simulated.
+        explained: Latents, tries and scales.
+        fired: Firings in the held-out windows.
+        silent: Whether neither a trie nor an explained latent is active there, so that nothing is simulated.
     """
     seed, everything = setting.spec.seed, setting.spec.n2g_latents is None
     variants = Simulation(setting, explained, fired, everything).variants()
+    # `downstream`, if it was measured in the same command, has the losses of the reconstruction already.
     known = {name: setting.losses[name] for name in variants if name in setting.losses}
     losses = known | splice_losses(
         AtHook(setting.tail),
@@ -296,6 +313,8 @@ def simulate(
         label="n2g simulation",
     )
     reached = Reached.of(setting.dataset, [setting.hook], setting.windows)
+    # Differences of 0 in every window would not be a measurement of 0. With `everything` the others are
+    # zeroed, and the losses differ in any case.
     sample = reached.windows & (not silent or everything)
     simulated, zeroed = ((losses[name] - losses["sae"])[sample] for name in ("simulated", "zeroed"))
     note = reached.note
@@ -329,6 +348,7 @@ def measure(setting: Setting) -> Measured:
         setting.held_out_codes(), total, top=0, positives=spec.n2g_positives, context=context, seed=spec.seed
     )
     fired = fire(explained.tries, tokens, allowed)
+    # The held-out rows again, but only those tokens on which a trie has fired.
     places = _keys(fired.windows, fired.positions, context)
     lookup = Lookup(setting.held_out_codes(places), latents, total, context)
     recall, precision, facts = judge(explained, fired, lookup, held_out, tokens)

@@ -1,15 +1,15 @@
-"""Learning N2G tries: truncation, wildcards, substitution (Foote et al. 2023; Gao et al. 2024, section 4.3).
+"""Learns N2G tries: truncation, wildcards, substitution (Foote et al. 2023; Gao et al. 2024, section 4.3).
 
 From each example, a token on which the latent is highly active:
 
-1. *Truncation*: the shortest run of tokens, ending at that token, on which the latent keeps `KEEP` of the
-   value it had there. An example that needs more than `LONGEST` tokens teaches nothing.
-2. *Wildcards*: a place, other than the last, where `FILLS` random corpus tokens leave `KEEP` of the value.
-   They must do so all together too, else none of them becomes one.
-3. *Substitution*: at every other place, tokens of the corpus nearest by the cosine of the subject's
+1. *Truncation*: the shortest run of tokens ending there on which the latent keeps `KEEP` of its value. An
+   example that needs more than `LONGEST` tokens is dropped.
+2. *Wildcards*: a place, other than the last, at which each of `FILLS` random corpus tokens keeps `KEEP` of
+   the value. All places must also do so together, otherwise none becomes a wildcard.
+3. *Substitution*: at every other place, the tokens of the corpus nearest by the cosine of the subject's
    embeddings; those that keep `KEEP` of the value make n-grams of their own.
 
-Every trial is a short run of the subject's lower blocks; all latents' trials of a step run together.
+Every trial is a short run of the subject's lower blocks; the trials of all latents in a step run together.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ from winnow.evaluator.sequences import sequence_codes, value_at_end
 from winnow.evaluator.setting import Setting
 
 KEEP = 0.5
+"""Share of its value that a latent must keep."""
 LONGEST = 8
-"""Tokens of an n-gram at the most."""
+"""Largest number of tokens of an n-gram."""
 FILLS = 3
+"""Random tokens tried at a place that may be a wildcard."""
 NEIGHBOURS = 4
+"""Nearest tokens tried at a place that is not a wildcard."""
 
 
 @dataclass
 class Example:
-    """A token a latent is highly active on, and what learning makes of it."""
+    """A token on which a latent is highly active, with the results of learning so far."""
 
     slot: int
-    """Number of the latent among those learnt."""
+    """Number of the latent among those that are learnt."""
     latent: int
+    """Number of the latent in the SAE."""
     ids: list[int]
-    """Tokens of its window, up to the token itself."""
+    """Tokens of its window up to that token; once truncated, the last few of them."""
     value: float
     """The latent's activation there."""
     wild: frozenset[int] = frozenset()
@@ -48,16 +52,17 @@ class Example:
 
     @property
     def enough(self) -> float:
-        """The value a trial must keep."""
+        """The value that a trial must keep."""
         return KEEP * self.value
 
     def pattern(self) -> Pattern:
-        """The n-gram as it stands."""
+        """Return the n-gram as it is now."""
         return tuple(WILDCARD if at in self.wild else token for at, token in enumerate(self.ids))
 
 
 def trial_values(setting: Setting, trials: list[tuple[Example, list[int]]], label: str) -> list[float]:
-    """The example's latent's value at the end of each trial's tokens; equal tokens run once."""
+    """Compute the value of the example's latent at the end of each trial's tokens."""
+    # Equal tokens run once: latents share examples, and short runs recur, above all those of one token.
     asked: dict[tuple[int, ...], list[int]] = {}
     for number, (_, ids) in enumerate(trials):
         asked.setdefault(tuple(ids), []).append(number)
@@ -69,7 +74,8 @@ def trial_values(setting: Setting, trials: list[tuple[Example, list[int]]], labe
 
 
 def truncate(setting: Setting, examples: list[Example]) -> list[Example]:
-    """Examples cut to the shortest run that keeps the value; those without one are left out."""
+    """Cut examples to the shortest run that keeps the value; drop those that have none."""
+    # From short to long, all examples at a time: one that is found drops out, so that long runs are few.
     shortest: dict[int, list[int]] = {}
     for length in range(1, LONGEST + 1):
         trials = [
@@ -93,7 +99,7 @@ def truncate(setting: Setting, examples: list[Example]) -> list[Example]:
 def find_wildcards(
     setting: Setting, examples: list[Example], corpus: NDArray[np.int64], draw: np.random.Generator
 ) -> None:
-    """Set each example's `wild`. `corpus` [n]: tokens to draw from, as often as they occur."""
+    """Set each example's `wild`. Fills are drawn from `corpus` [n], the tokens of the training windows."""
 
     def fills(example: Example, places: frozenset[int]) -> list[list[int]]:
         return [
@@ -104,9 +110,11 @@ def find_wildcards(
     def test(groups: list[tuple[Example, frozenset[int]]]) -> list[tuple[Example, frozenset[int]]]:
         return _all_keep(setting, [(example, places, fills(example, places)) for example, places in groups])
 
+    # The last place is never a wildcard: tries are searched by it, and an n-gram of "any token" says nothing.
     alone = test([(example, frozenset([at])) for example in examples for at in range(len(example.ids) - 1)])
     for example, places in alone:
         example.wild |= places
+    # Each place may be replaceable alone, with the value kept by the other: then both cannot be.
     several = [(example, example.wild) for example in examples if len(example.wild) > 1]
     together = {id(example) for example, _ in test(several)}
     for example, _ in several:
@@ -117,7 +125,7 @@ def find_wildcards(
 def _all_keep(
     setting: Setting, groups: list[tuple[Example, frozenset[int], list[list[int]]]]
 ) -> list[tuple[Example, frozenset[int]]]:
-    """The (example, places) whose every fill keeps the value; after one that does not, no other is run."""
+    """Keep the (example, places) whose every fill keeps the value; after one that does not, none is run."""
     for turn in range(FILLS):
         if not groups:
             break
@@ -128,16 +136,17 @@ def _all_keep(
 
 
 def substitute(setting: Setting, examples: list[Example], vocabulary: NDArray[np.int64]) -> list[Trie]:
-    """One trie a slot: every example's n-gram, and those of its substitutions that keep the value.
+    """Make one trie per slot from every example's n-gram and those of its substitutions that keep the value.
 
     Args:
-        setting: For the subject and its embeddings.
-        examples: Truncated, wildcards found.
+        setting: Has the subject and its embeddings.
+        examples: Truncated examples with their wildcards.
         vocabulary: Tokens of the corpus, each once.
     """
     nearest = neighbours(
         setting, sorted({t for e in examples for at, t in enumerate(e.ids) if at not in e.wild}), vocabulary
     )
+    # The example itself runs again: with its wildcards' original tokens it gives the value to predict.
     trials: list[tuple[Example, list[int]]] = [(example, example.ids) for example in examples]
     for example in examples:
         for at, token in enumerate(example.ids):
@@ -147,6 +156,8 @@ def substitute(setting: Setting, examples: list[Example], vocabulary: NDArray[np
                 ]
     tries: dict[int, Trie] = {}
     for (example, ids), value in zip(trials, trial_values(setting, trials, "n2g substitution"), strict=True):
+        # The n-gram as found is kept in any case: it has passed these tests, and float noise must not drop
+        # it.
         if ids is example.ids or value >= example.enough:
             pattern = tuple(WILDCARD if at in example.wild else token for at, token in enumerate(ids))
             tries.setdefault(example.slot, Trie()).add(pattern, value)
@@ -155,11 +166,13 @@ def substitute(setting: Setting, examples: list[Example], vocabulary: NDArray[np
 
 
 def neighbours(setting: Setting, tokens: list[int], vocabulary: NDArray[np.int64]) -> dict[int, list[int]]:
-    """The `NEIGHBOURS` other tokens of `vocabulary` nearest to each token by cosine of the embeddings."""
+    """Find the `NEIGHBOURS` other tokens of `vocabulary` nearest to each token by cosine of embeddings."""
     model: Any = setting.subject.model
     weight = model.get_input_embeddings().weight.detach().float()
     table = torch.nn.functional.normalize(weight[torch.from_numpy(vocabulary).to(weight.device)], dim=1)
     found: dict[int, list[int]] = {}
+    # Token by token: all cosines at once would be tokens x vocabulary. One more than needed is taken, since
+    # the token itself is the nearest.
     for token in tokens:
         scores = table @ torch.nn.functional.normalize(weight[token], dim=0)
         best = vocabulary[scores.topk(min(NEIGHBOURS + 1, len(vocabulary))).indices.cpu().numpy()]
@@ -170,16 +183,17 @@ def neighbours(setting: Setting, tokens: list[int], vocabulary: NDArray[np.int64
 def learn(
     setting: Setting, examples: list[Example], slots: int, tokens: NDArray[np.int64]
 ) -> tuple[list[Trie], list[int]]:
-    """Tries of some latents.
+    """Learn the tries of some latents.
 
     Args:
-        setting: What they are latents of.
+        setting: The SAE and the subject.
         examples: Top activations of every latent.
         slots: Number of latents; an example's `slot` is below it.
-        tokens: [W, T] training windows: the corpus of fills and substitutions.
+        tokens: Token ids [W, T] of the training windows, the corpus of fills and substitutions.
 
     Returns:
-        One trie a slot, empty where no example could be cut; and how many examples each was learnt from.
+        One trie per slot, empty if no example could be truncated; and the number of examples that each was
+        learnt from.
     """
     kept = truncate(setting, examples)
     flat = tokens.reshape(-1)

@@ -1,7 +1,8 @@
 """Tries of n-grams with wildcards: an explanation that can be run. Pure.
 
-An n-gram is a tuple of token ids, the last one at the token it speaks about; `WILDCARD` stands for any
-token. Earlier tokens may be wildcards, the last never is. Tries are walked backwards from that last token.
+An n-gram is a tuple of token ids that ends with the token on which the latent is active; `WILDCARD` stands
+for any token. Earlier tokens may be wildcards, the last never is. Tries are walked backwards from the last
+token.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ class Trie:
         self._root = _Node()
 
     def add(self, pattern: Pattern, value: float) -> None:
-        """Add an n-gram; added again, its value is the mean.
+        """Add an n-gram; if it is added several times, its value is the mean.
 
         Raises:
-            ValueError: An empty n-gram, or one whose last place is a wildcard.
+            ValueError: The n-gram is empty, or its last place is a wildcard.
         """
         if not pattern or pattern[-1] == WILDCARD:
             raise ValueError(f"an n-gram must end with a token, got {pattern}")
-        while pattern[0] == WILDCARD:  # "any token before" says nothing
+        while pattern[0] == WILDCARD:  # "preceded by any token" says nothing
             pattern = pattern[1:]
         node = self._root
         for token in reversed(pattern):
@@ -47,30 +48,33 @@ class Trie:
         node.count += 1
 
     def predict(self, ids: Sequence[int], position: int) -> float | None:
-        """The value at a position of a window: that of the longest n-gram ending there; None without one.
+        """Predict the value at a position of a window, or None if no n-gram ends there.
 
-        Of equally long ones the more concrete, from the end backwards, is taken.
+        It is that of the longest n-gram; of equally long ones, the more concrete from the end backwards.
         """
+        # Depth first, because a token may continue both as itself and as a wildcard, and either may be
+        # longer.
         best: tuple[int, float] | None = None
         stack = [(self._root, position, 0)]
         while stack:
             node, at, depth = stack.pop()
+            # `>`, not `>=`: the more concrete of equally long n-grams comes first, and must stay.
             if node.count and (best is None or depth > best[0]):
                 best = (depth, node.total / node.count)
             if at < 0:
                 continue
-            for token in (WILDCARD, int(ids[at])):  # the concrete one is popped, so walked, first
+            for token in (WILDCARD, int(ids[at])):  # pushed last, the concrete one is popped first
                 child = node.children.get(token)
                 if child is not None:
                     stack.append((child, at - 1, depth + 1))
         return best[1] if best else None
 
     def last_tokens(self) -> list[int]:
-        """The tokens that n-grams end with."""
+        """List the tokens that n-grams end with."""
         return list(self._root.children)
 
     def patterns(self) -> list[tuple[Pattern, float, int]]:
-        """(n-gram, mean value, times added), highest value first."""
+        """List (n-gram, mean value, times added), highest value first."""
         found: list[tuple[Pattern, float, int]] = []
         stack: list[tuple[_Node, Pattern]] = [(self._root, ())]
         while stack:
@@ -82,11 +86,12 @@ class Trie:
 
 
 class Firings(NamedTuple):
-    """Where tries fire, in order of window and position; arrays of equal length."""
+    """Places at which tries fire, in the order of window and position, as arrays of equal length."""
 
     windows: NDArray[np.int64]
-    """Line of the tokens given."""
+    """Index of the window among those given."""
     positions: NDArray[np.int64]
+    """Position in the window."""
     slots: NDArray[np.int64]
     """Number of the trie."""
     values: NDArray[np.float64]
@@ -94,13 +99,14 @@ class Firings(NamedTuple):
 
 
 def fire(tries: Sequence[Trie], tokens: NDArray[np.int64], allowed: NDArray[np.bool_]) -> Firings:
-    """Every firing of every trie in some windows.
+    """Find every firing of every trie in some windows.
 
     Args:
-        tries: One a latent.
-        tokens: [W, T].
-        allowed: bool [W, T]; firings elsewhere are left out (context is taken from everywhere).
+        tries: One per latent.
+        tokens: Token ids [W, T].
+        allowed: bool [W, T]: where tries may fire. N-grams may reach back beyond it.
     """
+    # By last token: most tokens end no n-gram at all, and a token that does is tried with a few tries only.
     by_last: dict[int, list[int]] = {}
     for slot, trie in enumerate(tries):
         for token in trie.last_tokens():
