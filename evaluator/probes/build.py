@@ -1,4 +1,4 @@
-"""`python -m winnow.evaluator.probes.build FOLDER`: write the probe suite of our own as Parquet files."""
+"""`python -m winnow.evaluator.probes.build FOLDER`: write our own probe suite as Parquet files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Made if absent; holds NAME.parquet and suite.json.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Build every task from the texts that are installed here; the same versions give the same bytes.
+    """Build every task from texts that are installed here; the same versions give the same bytes.
 
     Example: `python -m winnow.evaluator.probes.build data/probes`, then `winnow evaluate SAE --tasks
     data/probes`

@@ -1,12 +1,12 @@
-"""Family `probes`: does one latent tell a binary task? Probe loss, beside a bag of words.
+"""Family `probes`: how well one latent solves a binary task. Probe loss, compared with a bag of words.
 
 Letters: n texts of a side, M latents active on a task's training texts, W words of its vocabulary.
 
-Activations are pooled over a text's tokens by mean (and by max, a second id). On the training texts the
-latent is chosen and its one-dimensional logistic probe fitted, with ridge; the figure is the mean over
-tasks of its cross-entropy on the test texts (Gao et al. 2024, section 4.2, which took the best latent
-there). A balanced task costs ln 2 = 0.693 nats to who knows nothing. The bag of words, a logistic
-regression on the words' presence with the same ridge, shows which tasks are trivial.
+Activations are pooled over a text's tokens by mean (and by max, a second id). The latent is chosen, and its
+one-dimensional logistic probe with ridge fitted, on the training texts; the figure is the mean over tasks of
+the cross-entropy on the test texts. A constant prediction scores ln 2 = 0.693 nats on a balanced task. The
+bag of words, a logistic regression on the presence of words with the same ridge, shows which tasks are
+trivial.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ Floats = NDArray[np.float64]
 NEWTON_STEPS = 25
 POOLS = ("mean", "max")
 LARGEST_STEP = 4.0
-"""A Newton step of a weight is cut to this: standardised inputs need no more."""
+"""A Newton step is clipped to this in each parameter; standardised inputs need no larger one."""
 
 
 def log_loss(logits: Floats, labels: Floats) -> Floats:
-    """Cross-entropy in nats of each entry; `logits` [n, ...], `labels` 0/1 of the same shape or [n, 1]."""
+    """Compute each entry's cross-entropy in nats; `logits` [n, ...], `labels` 0/1 of that shape or [n, 1]."""
+    # logaddexp instead of log(1 + exp): large logits do not overflow.
     return np.logaddexp(0.0, logits) - labels * logits
 
 
 def fit_each(x: Floats, labels: Floats, ridge: float) -> tuple[Floats, Floats, Floats]:
-    """A one-dimensional logistic regression for every column, by Newton's method.
+    """Fit a one-dimensional logistic regression for every column by Newton's method.
 
-    Minimises mean cross-entropy + ridge * weight^2 / 2; the bias is free.
+    It minimises mean cross-entropy + ridge * weight^2 / 2; the bias is not penalised.
 
     Args:
         x: [n, M], standardised.
@@ -50,6 +51,7 @@ def fit_each(x: Floats, labels: Floats, ridge: float) -> tuple[Floats, Floats, F
     Returns:
         (weight [M], bias [M], the minimum reached [M]).
     """
+    # All columns at once, with 2 x 2 Hessians written out: there are thousands of latents per task.
     n = len(x)
     y = labels[:, None]
     weight, bias = np.zeros(x.shape[1]), np.zeros(x.shape[1])
@@ -57,6 +59,7 @@ def fit_each(x: Floats, labels: Floats, ridge: float) -> tuple[Floats, Floats, F
         p = 1 / (1 + np.exp(-(x * weight + bias)))
         slack, spread = p - y, p * (1 - p)
         g_w, g_b = (slack * x).mean(0) + ridge * weight, slack.mean(0)
+        # 1e-9: when all predictions are certain, the bias has no curvature and the determinant would be 0.
         h_ww, h_wb, h_bb = (spread * x * x).mean(0) + ridge, (spread * x).mean(0), spread.mean(0) + 1e-9
         determinant = h_ww * h_bb - h_wb * h_wb
         step_w = (h_bb * g_w - h_wb * g_b) / determinant
@@ -72,13 +75,17 @@ def fit_each(x: Floats, labels: Floats, ridge: float) -> tuple[Floats, Floats, F
 def best_latent(
     train: Floats, labels: Floats, test: Floats, test_labels: Floats, ridge: float
 ) -> tuple[int, float, float]:
-    """(column chosen on the training texts, its test cross-entropy, its test accuracy)."""
+    """Choose a column on the training texts; return it, its test cross-entropy and its test accuracy."""
+    # Not on the test texts, as in Gao et al. 2024, section 4.2: the best of thousands there is partly lucky.
     if not train.shape[1]:
+        # No latent is active on any training text: what remains is the constant prediction.
         rate = labels.mean()
         loss = log_loss(np.full(len(test_labels), np.log(rate / (1 - rate))), test_labels).mean()
         return -1, float(loss), float(((rate > 0.5) == test_labels).mean())
     mean, spread = train.mean(0), train.std(0)
     spread = np.where(spread > 0, spread, 1.0)
+    # Standardised by the training texts alone, so that one ridge means the same for every latent, and the
+    # test texts stay unseen.
     weight, bias, reached = fit_each((train - mean) / spread, labels, ridge)
     chosen = int(reached.argmin())
     logits = (test[:, chosen] - mean[chosen]) / spread[chosen] * weight[chosen] + bias[chosen]
@@ -89,7 +96,8 @@ def best_latent(
 def bag_of_words(
     train: Sequence[str], labels: Floats, test: Sequence[str], test_labels: Floats, ridge: float
 ) -> tuple[float, float]:
-    """(test cross-entropy, test accuracy) of a logistic regression on which words and marks occur."""
+    """Fit a logistic regression on which words and marks occur; return test cross-entropy and accuracy."""
+    # Words of the training texts only: others have no weight.
     words = [set(_words(text)) for text in train]
     place = {word: number for number, word in enumerate(sorted(set().union(*words)))}
 
@@ -119,19 +127,22 @@ def _words(text: str) -> list[str]:
 def pooled(
     setting: Setting, texts: Sequence[str], label: str
 ) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int64]]:
-    """Each text's activations pooled over its first `probe_tokens` tokens.
+    """Pool each text's activations over its first `probe_tokens` tokens.
 
     Returns:
         `mean` and `max` -> float32 [n, M] over the latents active on any text, and those latents [M].
     """
-    rule = setting.window.inside  # `sequence_codes` puts before them what the windows begin with
+    # Without BOS: `sequence_codes` puts before each text what the windows begin with.
+    rule = setting.window.inside
     sequences = [setting.subject.encode(text, rule)[: setting.spec.probe_tokens] for text in texts]
     if any(not ids for ids in sequences):
         raise ConfigError("probe tasks", expected="texts of a token at least", got="one that has none")
+    # Sparse until all texts are known: dense, it would be n x N, of which few latents are ever active.
     sparse: dict[int, tuple[Any, Any, Any]] = {}
     for codes in sequence_codes(setting, sequences, label):
         on = codes.values > 0
         values, latents = codes.values[on].cpu().numpy(), codes.indices[on].cpu().numpy()
+        # By all tokens, not only active ones: the mean of a latent that is silent on most of a text is small.
         own, inverse = np.unique(latents, return_inverse=True)
         total, top = np.zeros(len(own), np.float32), np.zeros(len(own), np.float32)
         np.add.at(total, inverse, values)
@@ -146,10 +157,10 @@ def pooled(
 
 
 def measure(setting: Setting) -> Measured:
-    """Every task of `spec.tasks`, or of the suite of our own.
+    """Measure every task of `spec.tasks`, or of our own suite.
 
     Raises:
-        ConfigError: Tasks that cannot be read.
+        ConfigError: A task cannot be read.
         DependencyMissing: A package of the suite's texts is not installed.
     """
     tasks = load_tasks(setting.spec.tasks)
@@ -166,15 +177,18 @@ def measure(setting: Setting) -> Measured:
 
 
 def measure_task(setting: Setting, task: Task) -> dict[str, Any]:
-    """One task: probe losses and accuracies of both pools, the latents chosen, the bag of words."""
+    """Measure one task: probe losses and accuracies of both pools, the latents chosen, the bag of words."""
     spec = setting.spec
     train, test = balanced(task.train, spec.probe_train), balanced(task.test, spec.probe_test)
     labels, test_labels = (np.array([label for _, label in side], float) for side in (train, test))
     texts = [text for text, _ in (*train, *test)]
+    # Both sides in one call, so that texts of equal length share batches.
     features, latents = pooled(setting, texts, f"probe {task.name}")
     found: dict[str, Any] = {"train": len(train), "test": len(test)}
     for pool, x in features.items():
-        used = (x[: len(train)] > 0).any(0)  # what no training text shows cannot be chosen
+        # A latent that is silent on all training texts cannot be chosen: which to take must not depend on the
+        # test.
+        used = (x[: len(train)] > 0).any(0)
         kept = x[:, used].astype(float)
         chosen, loss, accuracy = best_latent(
             kept[: len(train)], labels, kept[len(train) :], test_labels, spec.probe_ridge
@@ -187,6 +201,6 @@ def measure_task(setting: Setting, task: Task) -> dict[str, Any]:
 
 
 def balanced(side: list[tuple[str, int]], limit: int) -> list[tuple[str, int]]:
-    """At most `limit` texts, the first of each label in turn, so that neither side of a cut is lopsided."""
+    """Take at most `limit` texts, the first of each label in equal number, so that a cut stays balanced."""
     by_label = [[row for row in side if row[1] == label] for label in (0, 1)]
     return [row for rows in by_label for row in rows[: -(-limit // 2)]]

@@ -1,7 +1,7 @@
-"""Probe tasks as Parquet (text, label[, split]): the suite of our own, and any folder of them.
+"""Probe tasks as Parquet (text, label[, split]): our own suite, and any folder of them.
 
-The suite is built at first use, from texts that are installed here, into the cache folder; the same
-Python and packages give the same bytes, and `suite.json` beside the files holds their digests.
+The suite is built at first use from texts that are installed here, and written to the cache folder. The same
+Python and packages give the same bytes; `suite.json` beside the files contains their digests.
 """
 
 from __future__ import annotations
@@ -28,42 +28,50 @@ from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.subject.weights import cache_dir
 
 BUILDER = "v1"
-"""Raised when a task changes."""
+"""Changed when a task changes: it is part of the cache folder's name and of every draw."""
 TRAIN_TEXTS, TEST_TEXTS = 600, 300
-"""Texts of a built task, both labels together."""
+"""Texts per built task, both labels together. More than the default of `evaluate.probe_train` and
+`probe_test`."""
+# A text is cut to this; the default of `evaluate.probe_tokens` reads 32 tokens of it.
 MAX_CHARS = 400
 TEST_SHARE = 1 / 3
+# Files of a user's folder are read whole.
 MAX_TASK_BYTES = 1 << 28
 
 
 class Task(NamedTuple):
-    """A binary task; texts and labels of both sides."""
+    """A binary task."""
 
     name: str
     train: list[tuple[str, int]]
+    """(text, label 0 or 1) of the training side."""
     test: list[tuple[str, int]]
+    """(text, label 0 or 1) of the test side."""
 
 
 def held_out(group: str) -> bool:
-    """Whether a text of this group is on the test side; by hash, a third of the groups."""
+    """Decide by hash whether the texts of this group are on the test side; a third of all groups are."""
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") < TEST_SHARE * 2**32
 
 
 def build_task(name: str, pool: list[Example]) -> Any:
-    """A balanced task drawn from a pool: no text twice, no group on both sides, halves of each label.
+    """Draw a balanced task from a pool: no text twice, no group on both sides, half of each label.
 
     Raises:
         ConfigError: The pool is too small.
     """
+    # Python's Random, seeded by a text, draws the same on every machine.
     draw = Random(f"{BUILDER}/{name}")
     sides: dict[tuple[bool, int], list[str]] = {
         (test, label): [] for test in (False, True) for label in (0, 1)
     }
+    # Verses and templates repeat: the same text on both sides would let a probe remember the answer.
     seen: set[str] = set()
     for text, label, group in pool:
         short = " ".join(text.split(" "))[:MAX_CHARS].strip()
         if short and short not in seen:
             seen.add(short)
+            # The task's name is hashed too, so that not every task holds out the same plays.
             sides[held_out(f"{name}/{group}"), label].append(short)
     rows: list[dict[str, Any]] = []
     for test, wanted in ((False, TRAIN_TEXTS // 2), (True, TEST_TEXTS // 2)):
@@ -79,13 +87,14 @@ def build_task(name: str, pool: list[Example]) -> Any:
 
 
 def suite_folder() -> Path:
-    """Where this Python's suite lies: Python's and the packages' versions decide its texts.
+    """Return the folder of this Python's suite.
 
     Raises:
         DependencyMissing: A package of texts is not installed.
     """
     for uri in (BIBLE, PLAYS):
         resolve_package(uri)
+    # The texts come from these packages and from the standard library's sources, so versions name the folder.
     facts = [
         BUILDER,
         sys.version.split()[0],
@@ -95,7 +104,7 @@ def suite_folder() -> Path:
 
 
 def build_suite(folder: Path) -> dict[str, str]:
-    """Build every task into `folder`, then `suite.json`; returns name -> SHA-256 of its file."""
+    """Build every task into `folder`, then `suite.json`; return name -> SHA-256 of its file."""
     folder.mkdir(parents=True, exist_ok=True)
     digests: dict[str, str] = {}
     for pool in SUITE:
@@ -103,19 +112,20 @@ def build_suite(folder: Path) -> dict[str, str]:
         pq.write_table(build_task(pool.__name__, pool()), buffer)
         digests[pool.__name__] = sha256_hex(buffer.getvalue())
         _put(folder / f"{pool.__name__}.parquet", buffer.getvalue())
+    # Last: as long as it is absent, the suite is taken as not built.
     _put(folder / "suite.json", json.dumps(digests, indent=1).encode() + b"\n")
     return digests
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Write a whole file or none."""
+    """Write a whole file or none, also beside another process that does the same."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
     os.replace(file.name, path)  # noqa: PTH105
 
 
 def own_suite() -> list[Task]:
-    """The suite of our own, built where it is not there yet, its digests checked.
+    """Load our own suite, building it if it is absent, and check its digests.
 
     Raises:
         DependencyMissing: A package of texts is not installed.
@@ -141,7 +151,7 @@ def own_suite() -> list[Task]:
 
 
 def task_files(folder: str) -> list[Path]:
-    """The tasks of a folder, by name; ConfigError where there is none, or one is too large."""
+    """List the tasks of a folder by name; raise ConfigError if there is none or one is too large."""
     paths = sorted(Path(folder).glob("*.parquet"))
     if not paths:
         raise ConfigError(
@@ -154,17 +164,17 @@ def task_files(folder: str) -> list[Path]:
 
 
 def tasks_identity(folder: str | None) -> list[str]:
-    """What the tasks' texts follow from: digests of the files, or the name of the suite's own build."""
+    """Identify the tasks' texts: digests of the files, or the name of our own suite's build."""
     if folder is None:
         return [suite_folder().name]
     return [f"{path.name} {sha256_hex(path.read_bytes())}" for path in task_files(folder)]
 
 
 def load_tasks(folder: str | None) -> list[Task]:
-    """The tasks of a folder of Parquet files, or the suite of our own.
+    """Load the tasks of a folder of Parquet files, or our own suite.
 
     Raises:
-        ConfigError: No such folder, no task in it, or one without texts of both labels on both sides.
+        ConfigError: There is no such folder or no task in it, or a task lacks texts of a label on a side.
     """
     if folder is None:
         return own_suite()
@@ -172,13 +182,12 @@ def load_tasks(folder: str | None) -> list[Task]:
 
 
 def parse_task(name: str, data: bytes) -> Task:
-    """A task from a Parquet file's bytes.
+    """Parse a task from a Parquet file's bytes.
 
-    Labels are 0/1 or booleans. Without a column `split` (train, test) a third of the texts, by hash, is held
-    out.
+    Labels are 0/1 or booleans. Without a column `split` (train, test), a third of texts is held out by hash.
 
     Raises:
-        ConfigError: Columns, labels or splits that do not fit.
+        ConfigError: Columns, labels or splits do not fit.
     """
     try:
         table = pq.read_table(io.BytesIO(data))

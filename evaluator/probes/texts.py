@@ -1,8 +1,8 @@
-"""Texts the probe suite is made of: what installed packages hold, the standard library, templates.
+"""Texts of the probe suite: from installed packages, the standard library and templates.
 
-Nothing is fetched and nothing is stored here: each function gives (text, label, group) of one task, in pools
-that `winnow.evaluator.probes.tasks` draws from. `group` keeps related texts (a play, a verb) on one side of
-the split.
+Nothing is fetched and nothing is stored here: each function returns the pool of (text, label, group) from
+which `winnow.evaluator.probes.tasks` draws one task. `group` keeps related texts (a play, a verb) on one side
+of the split.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ MODULES = (
     "queue", "random", "sched", "shelve", "shlex", "shutil", "socketserver", "statistics", "string",
     "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace", "types", "uuid", "zipapp",
 )  # fmt: skip
-"""Modules of the standard library, of every Python that Winnow runs on, whose source is read as text."""
+"""Modules of the standard library whose source is read as text. Every Python that Winnow supports has
+them."""
 COMEDIES = (
     "alls_well", "as_you_like", "comedy_of_errors", "loves_labours", "measure_for", "merchant_of",
     "merry_wives", "midsummer", "much_ado", "taming", "twelfth", "two_gentlemen",
@@ -44,7 +45,8 @@ NEW_TESTAMENT_FROM = "Matthew"
 
 @cache
 def verses() -> list[tuple[str, str, bool]]:
-    """(text, book, of the New Testament) of every verse."""
+    """List (text, book, whether of the New Testament) of every verse."""
+    # Books come in their order in the Bible, so the Testament changes once.
     found, new = [], False
     for line in resolve_package(BIBLE)[0].read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -55,7 +57,7 @@ def verses() -> list[tuple[str, str, bool]]:
 
 @cache
 def speeches() -> list[tuple[list[str], str]]:
-    """(lines, play) of every speech of the plays: blocks that begin with a speaker's name in capitals."""
+    """List (lines, play) of every speech: blocks that begin with a speaker's name in capitals."""
     found = []
     for path in resolve_package(PLAYS):
         play = path.name.removesuffix("_gut.txt")
@@ -68,7 +70,7 @@ def speeches() -> list[tuple[list[str], str]]:
 
 @cache
 def directions() -> list[tuple[str, str]]:
-    """(stage direction without its brackets, play)."""
+    """List (stage direction without its brackets, play)."""
     found = []
     for path in resolve_package(PLAYS):
         text = path.read_text(encoding="utf-8")
@@ -79,11 +81,12 @@ def directions() -> list[tuple[str, str]]:
 
 @cache
 def sentences() -> list[tuple[str, str]]:
-    """(sentence with its mark, play), 4 to 25 words, from the speeches."""
+    """List (sentence with its punctuation mark, play) of 4 to 25 words from the speeches."""
     found = []
     for lines, play in speeches():
         for match in re.findall(r"[^.!?;:\[\]]+[.!?]", " ".join(lines)):
             text = match.strip(" -\"'")
+            # A capital: otherwise it is the rest of a sentence that a colon or a direction has cut.
             if 4 <= len(text.split()) <= 25 and text[:1].isupper():
                 found.append((text, play))
     return found
@@ -91,7 +94,7 @@ def sentences() -> list[tuple[str, str]]:
 
 @cache
 def functions() -> list[tuple[str, str, str]]:
-    """(source of a function without its docstring, docstring, module) from the standard library."""
+    """List (source of a function without its docstring, docstring, module) from the standard library."""
     found = []
     folder = Path(sysconfig.get_path("stdlib"))
     for name in MODULES:
@@ -103,6 +106,7 @@ def functions() -> list[tuple[str, str, str]]:
         for node in ast.walk(ast.parse(source)):
             if not isinstance(node, ast.FunctionDef):
                 continue
+            # Code and docstring are two classes of a task, so neither may contain the other.
             doc = ast.get_docstring(node) or ""
             body = node.body[1:] if doc else node.body
             if body:
@@ -136,14 +140,17 @@ def code_or_docstring() -> list[Example]:
 
 
 def question() -> list[Example]:
-    """A question, its mark taken away."""
+    """A question, without its mark."""
     return [(text[:-1], int(text[-1] == "?"), play) for text, play in sentences() if text[-1] in "?."]
 
 
 def verse_or_prose() -> list[Example]:
-    """Verse, told from prose by its line starts, which are then hidden by lower case and joined lines."""
+    """Verse, not prose."""
+    # In print, each line of verse begins with a capital. Lower case and joined lines then hide what gave the
+    # label.
     found = []
     for lines, play in speeches():
+        # From the second line on: the first begins with a capital in prose too.
         starts = [line[0].isupper() for line in lines[1:] if line]
         if len(lines) >= 4 and (all(starts) or sum(starts) <= len(starts) / 3):
             found.append((" ".join(lines).lower(), int(all(starts)), play))
@@ -157,6 +164,7 @@ def new_testament() -> list[Example]:
 
 def reported_speech() -> list[Example]:
     """A verse that quotes somebody: a word of saying, a comma, a capital."""
+    # Verses with such a word but no quotation are left out, as it is not certain that they have none.
     found = []
     for text, book, _ in verses():
         quotes = re.search(r"\b(said|saith|saying|answered)\b[^.]{0,40}, [A-Z]", text)
@@ -166,7 +174,8 @@ def reported_speech() -> list[Example]:
 
 
 def person_named() -> list[Example]:
-    """A sentence that names somebody: a capital inside it; plays, and so their names, are held out."""
+    """A sentence that names somebody: a capital inside it. Whole plays, and so their names, are held out."""
+    # Words with a capital that are no names. Sentences with nothing else in capitals are of neither class.
     titles = "I|O|God|Lord|Sir|Heaven|Jove|King|Queen|Prince|Duke"
     found = []
     for text, play in sentences():
@@ -178,7 +187,8 @@ def person_named() -> list[Example]:
 
 
 def stage_direction() -> list[Example]:
-    """What an actor does, not what he says; brackets taken away."""
+    """What an actor does, not what he says; brackets removed."""
+    # Marks at the end are removed on both sides: directions have lost theirs with the bracket.
     spoken = [(text.rstrip(".!?"), 0, play) for text, play in sentences()]
     return [(text, 1, play) for text, play in directions()] + spoken
 
@@ -194,9 +204,10 @@ def comedy_or_tragedy() -> list[Example]:
 
 
 def word_order() -> list[Example]:
-    """A verse as it stands, not with its words shuffled: no bag of words can tell."""
+    """A verse as it is, not with its words shuffled. A bag of words cannot tell them apart."""
     found, draw = [], Random("word_order")
     for number, (text, book, _) in enumerate(verses()):
+        # Capitals and marks would show where a sentence begins and ends.
         words = text.lower().translate(str.maketrans("", "", ",.;:?!()'")).split()
         if 8 <= len(words) <= 30:
             if number % 2:
@@ -248,7 +259,7 @@ def past_tense() -> list[Example]:
 
 
 def plural_subject() -> list[Example]:
-    """The subject, not the noun beside it, is plural; whole pairs of nouns are held out."""
+    """The subject is plural, whatever the noun beside it; whole pairs of nouns are held out."""
     return [
         (f"The {first[label]} beside the {second[other]} {place}", label, f"{first[0]} {second[0]}")
         for first, second, place, label, other in product(NOUNS, NOUNS, PLACES, (0, 1), (0, 1))
@@ -277,7 +288,8 @@ def french_or_spanish() -> list[Example]:
 
 
 def list_of_things() -> list[Example]:
-    """Things in a list, not in a sentence: the same words, another order."""
+    """Things in a list, not in a sentence: the same words in another order."""
+    # The same words and commas, so that only their order differs.
     found = []
     for a, b, c in product(THINGS, THINGS, THINGS):
         if len({a, b, c}) == 3:
@@ -287,7 +299,7 @@ def list_of_things() -> list[Example]:
 
 
 def first_number_larger() -> list[Example]:
-    """The first of two numbers is the larger one."""
+    """The first of two numbers is the larger."""
     draw, found = Random("first_number_larger"), []
     for _ in range(4000):
         a, b = draw.randrange(10, 1000), draw.randrange(10, 1000)
@@ -303,6 +315,7 @@ def sum_correct() -> list[Example]:
     draw, found = Random("sum_correct"), []
     for number in range(4000):
         a, b = draw.randrange(2, 20), draw.randrange(2, 20)
+        # Near misses, so that the size of the result does not give it away.
         wrong = a + b + draw.choice((-2, -1, 1, 2))
         found.append((f"{a} + {b} = {wrong if number % 2 else a + b}", 1 - number % 2, f"{a} {b}"))
     return found
