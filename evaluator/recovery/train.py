@@ -1,6 +1,6 @@
-"""Train an SAE on rows with known directions, through the trainer's own step, and see what it found.
+"""Trains an SAE on rows with known directions, by the trainer's own step, and measures what it found.
 
-Legend: B rows of a batch, D width, N latents, K active latents a row.
+Legend: B rows of a batch, D width, N latents, K active latents per row.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from winnow.trainer.run.warm_start import warm_start
 from winnow.trainer.step.step import Recipe, Run, train_step
 
 DEAD_AFTER = 2000
-"""Rows of silence after which a latent is dead: the rarest direction comes about 10 times in as many."""
+"""Rows without activation after which a latent is dead: the rarest direction occurs about 10 times in as
+many."""
 TEST_BLOCKS = 2
-"""Blocks of fresh rows that FVU and L0 are measured on; as many training blocks give a threshold."""
+"""Blocks of fresh rows on which FVU and L0 are measured; as many training blocks calibrate a threshold."""
 Figures = dict[str, float]
 VARIANTS: dict[str, dict[str, Any]] = {
     "topk": {},
@@ -39,15 +40,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "topk-beta2": {"adam_betas": (0.9, 0.99)},
     "topk-pruned": {},
 }
-"""Fields of each variant's spec; see `fields_of` for those that depend on its sizes. The task has no
-hierarchy for Matryoshka's prefixes to find: what they cost is shown. `topk-pruned` is trained in two runs:
-see `train_variant`."""
+"""Variant -> fields of its spec; `fields_of` adds those that depend on its sizes. The task has no hierarchy
+for Matryoshka's prefixes to find, so their cost is shown. `topk-pruned` is trained in two runs
+(`train_variant`)."""
 FIRST_LR = 0.01
-"""Where everybody's search for a learning rate begins; see `synthetic_page.next_lr`."""
+"""Learning rate at which the search begins for every variant and every library (`recovery.page.next_lr`)."""
 
 
 def fields_of(variant: str, latents: int, k: int) -> dict[str, Any]:
-    """Fields of a variant's spec at one size: `VARIANTS`, Matryoshka's prefixes, and K's fall from 4K."""
+    """Return the fields of a variant's spec at one size: `VARIANTS`, Matryoshka's prefixes, the first K."""
     if variant == "matryoshka":
         return VARIANTS[variant] | {"matryoshka": (latents // 4, latents // 2)}
     if variant == "topk-anneal":
@@ -56,10 +57,10 @@ def fields_of(variant: str, latents: int, k: int) -> dict[str, Any]:
 
 
 def spec_of(task: Task, latents: int, k: int, **fields: Any) -> TrainSpec:
-    """A spec for a task: dataset normalisation, small batches, one pass; `fields` win.
+    """Make a spec for a task: dataset normalisation, small batches, one pass. `fields` take precedence.
 
     Raises:
-        ConfigError: Fields that a spec does not have, or that do not go together.
+        ConfigError: A spec has no such field, or fields contradict each other.
     """
     base = {
         "out": "synthetic",
@@ -67,11 +68,14 @@ def spec_of(task: Task, latents: int, k: int, **fields: Any) -> TrainSpec:
         "latents": latents,
         "k": k,
         "normalize": "dataset",
-        "encoder_norm": "match",  # as in all committed results; 0.5 gave the same
+        # As in all committed results. 0.5, the trainer's default, makes no difference here that three seeds
+        # can show: `match` is 1.02 on these rows.
+        "encoder_norm": "match",
         "batch_rows": 512,
         "lr": FIRST_LR,
         "dead_after_tokens": DEAD_AFTER,
         "seed": task.seed,
+        # So that results depend neither on the number of cores nor on an accelerator.
         "device": "cpu",
         "threads": 1,
     }
@@ -81,12 +85,13 @@ def spec_of(task: Task, latents: int, k: int, **fields: Any) -> TrainSpec:
 def train_variant(variant: str, task: Task, latents: int, k: int, **fields: Any) -> Run:
     """Train a variant on `task.rows` rows, each once.
 
-    `topk-pruned` spends the first half of them on twice the latents and the second on the better half of
-    these (`train.init_from`): 1.5 times the products of the others.
+    `topk-pruned` trains twice the latents on the first half of the rows, and the better half of these on the
+    second (`train.init_from`): 1.5 times the products of the others.
     """
     spec = spec_of(task, latents, k, **fields, **fields_of(variant, latents, k))
     if variant != "topk-pruned":
         return train_on(task, spec)
+    # The second run continues in the stream where the first ended, so that no row is seen twice.
     wide = train_on(replace(task, rows=task.rows // 2), spec.model_copy(update={"latents": 2 * latents}))
     return train_on(task, spec, begin_at=wide.counts.step, source=wide.sae)
 
@@ -104,8 +109,8 @@ def train_on(
     Args:
         task: The task.
         spec: `batch_rows`, `epochs` and everything that a step reads; the run takes epochs * rows/B steps.
-        advance: Told of the rows of every step.
-        begin_at: Batches of the task that are left to others; the run takes so many steps less.
+        advance: Called with the number of rows after every step.
+        begin_at: Batches to skip at the beginning of the task; the run takes that many steps less.
         source: An SAE to begin from.
     """
     with torch_settings(torch.device("cpu"), spec.threads or 1):
@@ -115,6 +120,8 @@ def train_on(
         run = Run(sae, recipe, loss_constant=1.0)
         weights = torch.ones(spec.batch_rows)
         batches = islice(_passes(task, spec.batch_rows), begin_at, None)
+        # The rows of the initial sample are also the first that are trained on, since each is to be seen
+        # once.
         drawn = list(islice(batches, -(-spec.sample_rows // spec.batch_rows)))
         sample = torch.cat(drawn)[: spec.sample_rows]
         counted = torch.ones(len(sample))
@@ -132,14 +139,15 @@ def train_on(
 
 
 def _passes(task: Task, batch_rows: int) -> Iterator[torch.Tensor]:
-    """Batches of one pass after another, in the same order."""
+    """Yield the batches of one pass after another, in the same order."""
     while True:
         yield from map(torch.from_numpy, task.batches(batch_rows))
 
 
 @torch.no_grad()
 def measure(run: Run, task: Task) -> Figures:
-    """What `figures_of` says of a finished run's weights, its dead share and its steps with AuxK."""
+    """Compute the figures of a finished run's weights, its dead share and its steps with AuxK."""
+    # BatchTopK has no selection over a batch outside training, only a threshold, which is calibrated first.
     if run.batches:
         train = [torch.from_numpy(task.block(number)[0]) for number in range(TEST_BLOCKS)]
         calibrate(run.sae, [(rows, torch.ones(len(rows))) for rows in train])
@@ -149,7 +157,8 @@ def measure(run: Run, task: Task) -> Figures:
 
 @torch.no_grad()
 def figures_of(sae: Sae, task: Task) -> Figures:
-    """`recovery` of an SAE's weights, and `fvu` and `l0` on fresh rows of the task."""
+    """Compute the `recovery` of an SAE's weights, and `fvu` and `l0` on fresh rows of the task."""
+    # Blocks after the last one that was trained on: the same mixture, other rows.
     first = -(-task.rows // BLOCK_ROWS)
     fresh = replace(task, rows=(first + TEST_BLOCKS) * BLOCK_ROWS)
     fvu, l0 = Fvu(task.d_model), L0()
