@@ -8,7 +8,7 @@ The laws (Gao et al. 2024, section 3; symbols as in the paper)::
     L(C)    = exp(a + b log C) + exp(z)                          C = 6 N D tokens
 
 Fits are robust least squares (soft L1) on log L from several starts. Intervals are percentiles of a residual
-bootstrap: errors of the fit are drawn anew onto its predictions, widened by sqrt(n / (n - p)).
+bootstrap.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from winnow.schemas.errors import ConfigError
 
 Array = NDArray[np.float64]
 SOFT = 0.02
-"""Errors of log L beyond this count linearly, not squared."""
+"""Errors of log L beyond this count linearly, not squared: a run that went wrong must not bend the law."""
+# The sum of two exponentials has local optima, so that one start may end in a bad fit.
 STARTS = 24
 BOOTSTRAPS = 400
 LOWEST = -14.0
-"""Of z: an irreducible term of 1e-6 is none."""
+"""Lower bound of z. An irreducible term of 1e-6 is as good as none, and without a bound z would run off to
+minus infinity."""
 SAME_SLOPE_LOSS = 0.02
 """A cell has converged if twice the tokens would lower its loss by less than this share."""
 
@@ -45,14 +47,15 @@ class Cell(NamedTuple):
     compute: float
     """6 N D tokens, in FLOP."""
     gain: float
-    """Share by which twice the tokens would lower the training loss, from the slope at constant lr; NaN where
-    too few lines say."""
+    """Share by which twice the tokens would lower the training loss, from its slope at constant learning
+    rate; NaN with too few lines of telemetry."""
     overfit: float
-    """Held-out loss over the training loss of the last lines."""
+    """Held-out loss over the training loss of the last lines of telemetry."""
 
     @property
     def converged(self) -> bool:
         """Whether more tokens would hardly help."""
+        # NaN compares as False: an SAE with too few lines has not been shown to converge.
         return self.gain < SAME_SLOPE_LOSS
 
 
@@ -61,23 +64,26 @@ class Law:
     """A sum of exponentials of terms that are linear in the parameters."""
 
     names: tuple[str, ...]
+    """Names of the parameters."""
     terms: Callable[[Array], list[Array]]
-    """x [n, F] to what each term multiplies its own parameters with, [n, P_t]; in the order of the names."""
+    """x [n, F] -> for each term, what multiplies its own parameters [n, P_t]; in the order of the names."""
     starts: tuple[tuple[float, float], ...]
-    """Where starts are drawn from, uniformly."""
+    """Range of each parameter from which starts are drawn uniformly."""
     bounds: tuple[tuple[float, float], ...]
+    """Bounds of each parameter."""
 
     def value(self, parameters: Array, x: Array) -> Array:
-        """L [n] at x [n, F]."""
+        """Compute L [n] at x [n, F]."""
         return _sum(parameters, self.terms(x))[0]
 
 
 def _sum(parameters: Array, terms: Sequence[Array]) -> tuple[Array, Array]:
-    """The sum L [n] of the terms, and the derivatives of log L by the parameters [n, P]."""
+    """Compute the sum L [n] of the terms, and the derivatives of log L by the parameters [n, P]."""
     parts: list[Array] = []
     start = 0
     for term in terms:
         stop = start + term.shape[1]
+        # Clipped to what exp can represent: on its way the fit tries parameters that are far off.
         parts.append(np.exp(np.clip(term @ parameters[start:stop], -700, 700)))
         start = stop
     total = np.sum(parts, axis=0)
@@ -99,6 +105,7 @@ def _compute(x: Array) -> list[Array]:
     return [np.stack([np.ones(len(x)), x[:, 0]], 1), np.ones((len(x), 1))]
 
 
+# Bounds are wide: they keep the fit from overflowing, and only z's lower one is ever meant to be reached.
 FREE = (-60.0, 60.0)
 JOINT = Law(
     ("a", "bk", "bn", "g", "z", "h"),
@@ -108,7 +115,7 @@ JOINT = Law(
 )
 PLAIN = Law(("a", "bk", "bn"), _plain, ((-2, 4), (-1, 0), (-1, 0)), (FREE, (-5, 5), (-5, 5)))
 COMPUTE = Law(("a", "b", "z"), _compute, ((0, 20), (-1, 0), (-8, -1)), (FREE, (-5, 0), (LOWEST, 2)))
-"""x is log C."""
+"""Here x is log C."""
 
 
 @dataclass(frozen=True)
@@ -117,18 +124,20 @@ class Fit:
 
     law: Law
     parameters: Array
+    """In the order of the law's names."""
     rms: float
     """Root mean square of the errors of log L."""
     low: Array
-    """Lower ends of the parameters' 95 % intervals; NaN where none were made."""
+    """Lower ends of the parameters' 95 % intervals; NaN without bootstrap."""
     high: Array
+    """Upper ends."""
 
     def predict(self, x: Array) -> Array:
-        """L at x [n, F]."""
+        """Predict L at x [n, F]."""
         return self.law.value(self.parameters, x)
 
     def named(self) -> dict[str, dict[str, float]]:
-        """Parameters with their intervals, by name."""
+        """Return the parameters with their intervals, by name."""
         rows = zip(self.law.names, self.parameters, self.low, self.high, strict=True)
         return {name: {"value": float(v), "low": float(a), "high": float(b)} for name, v, a, b in rows}
 
@@ -140,11 +149,11 @@ def fit(law: Law, x: Array, loss: Array, *, seed: int = 0, bootstraps: int = BOO
         law: Its form.
         x: [n, F], logarithms.
         loss: [n], above 0.
-        seed: Of starts and bootstrap.
-        bootstraps: 0 leaves the intervals NaN.
+        seed: Seed of starts and bootstrap.
+        bootstraps: Number of bootstrap fits; 0 leaves the intervals NaN.
 
     Raises:
-        ConfigError: No more points than parameters, or a loss that is no positive number.
+        ConfigError: There are no more points than parameters, or a loss is not a positive number.
     """
     count, size = len(loss), len(law.names)
     if count <= size:
@@ -162,7 +171,10 @@ def fit(law: Law, x: Array, loss: Array, *, seed: int = 0, bootstraps: int = BOO
     best = _best(law, x, log_loss, starts)
     predicted: Array = np.log(law.value(best, x))
     errors = log_loss - predicted
+    # Fitted errors are smaller than true ones, by the parameters that were spent on them: n - p for n points.
     wide = (errors - errors.mean()) * math.sqrt(count / (count - size))
+    # Errors are drawn anew onto the predictions; the points themselves are a designed grid, not a sample. Two
+    # starts, the best fit and another: all 24 for each of 400 draws would take twelve times as long.
     again = [
         _best(law, x, predicted + draw.choice(wide, count), [best, starts[number % STARTS]])
         for number in range(bootstraps)
@@ -184,6 +196,7 @@ def _best(law: Law, x: Array, log_loss: Array, starts: Sequence[Array]) -> Array
             bounds=(low, high),
             loss="soft_l1",
             f_scale=SOFT,
+            # Parameters differ in scale: a is of the order of 1, g of 0.1.
             x_scale="jac",
             max_nfev=300,
         )
@@ -196,37 +209,39 @@ def _best(law: Law, x: Array, log_loss: Array, starts: Sequence[Array]) -> Array
 
 
 def log_shape(cells: Sequence[Cell]) -> Array:
-    """[n, 2]: log N and log K."""
+    """Return log N and log K of each cell, [n, 2]."""
     return np.log(np.array([[cell.latents, cell.k] for cell in cells], dtype=float).reshape(-1, 2))
 
 
 def losses(cells: Sequence[Cell]) -> Array:
-    """[n]."""
+    """Return the loss of each cell, [n]."""
     return np.array([cell.loss for cell in cells])
 
 
 class HeldOut(NamedTuple):
-    """What the laws, fitted to smaller SAEs, say of one that they have not seen."""
+    """Predictions by laws that were fitted to smaller SAEs, for an SAE that they have not seen."""
 
     cell: Cell
+    """The unseen SAE."""
     joint: float
-    """Predicted over true loss, minus 1."""
+    """Error of the law: predicted over true loss, minus 1."""
     plain: float
-    """The same of a power law without interaction and irreducible term."""
+    """Error of a power law without interaction and irreducible term."""
     nearest: float
-    """The same of the nearest SAE in (log N, log K)."""
+    """Error of taking the loss of the nearest SAE in (log N, log K)."""
 
 
 def hold_out_largest(cells: Sequence[Cell], *, seed: int = 0) -> list[HeldOut]:
     """Predict the SAEs of the largest N from all others.
 
     Raises:
-        ConfigError: Too few others to fit the law to.
+        ConfigError: There are too few others to fit the law to.
     """
     largest = max(cell.latents for cell in cells)
     seen = [cell for cell in cells if cell.latents < largest]
     unseen = [cell for cell in cells if cell.latents == largest]
     x, true = log_shape(unseen), losses(unseen)
+    # Beside two simpler predictions: a law is of use only if it beats them.
     joint = fit(JOINT, log_shape(seen), losses(seen), seed=seed, bootstraps=0).predict(x)
     plain = fit(PLAIN, log_shape(seen), losses(seen), seed=seed, bootstraps=0).predict(x)
     distance = np.linalg.norm(log_shape(seen)[None] - x[:, None], axis=2)
@@ -236,7 +251,7 @@ def hold_out_largest(cells: Sequence[Cell], *, seed: int = 0) -> list[HeldOut]:
 
 
 def mean_error(values: Sequence[float]) -> float:
-    """Mean absolute relative error."""
+    """Compute the mean absolute relative error."""
     return float(np.mean(np.abs(values)))
 
 
@@ -249,26 +264,29 @@ class Curve(NamedTuple):
     latents: int
     k: int
     compute: Array
-    """[n], rising."""
+    """[n], in FLOP, ascending."""
     loss: Array
-    """[n], training FVU, smoothed."""
+    """[n], smoothed training FVU."""
 
 
 def frontier(curves: Sequence[Curve], points: int = 24) -> tuple[Array, Array, Array]:
-    """The least loss that any of the runs has reached at a compute, with the N that reached it.
+    """Find the smallest loss that any run has reached at a compute, and the N that reached it.
 
-    Compute is cut into `points` equal steps of its logarithm, over the range in which at least two runs
-    overlap; where one alone is left, its own curve is no frontier.
+    Compute is divided into `points` equal steps of its logarithm.
 
     Returns:
         compute [m], loss [m], latents [m].
     """
+    # From the second start to the second-to-last end: where only one run is left, its own curve is no
+    # frontier.
     starts, ends = sorted(c.compute[0] for c in curves), sorted(c.compute[-1] for c in curves)
     if len(curves) < 2 or not starts[1] < ends[-2]:
         return np.empty(0), np.empty(0), np.empty(0)
     grid = np.geomspace(starts[1], ends[-2], points)
     table = np.array(
         [
+            # In logarithms, in which the curves are nearly straight; infinite outside a run's range, so that
+            # it cannot be the smallest there.
             np.interp(np.log(grid), np.log(c.compute), np.log(c.loss), left=np.inf, right=np.inf)
             for c in curves
         ]
@@ -278,7 +296,7 @@ def frontier(curves: Sequence[Curve], points: int = 24) -> tuple[Array, Array, A
 
 
 def smoothed(values: Array, width: int) -> Array:
-    """A running mean over the last `width` values, shorter at the start."""
+    """Compute the running mean over the last `width` values, over fewer at the start."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     stops = np.arange(1, len(values) + 1)
     starts = np.maximum(0, stops - width)
@@ -286,15 +304,16 @@ def smoothed(values: Array, width: int) -> Array:
 
 
 def gain_of_twice_the_tokens(tokens: Array, loss: Array) -> float:
-    """Share by which twice the tokens would lower a loss, by its log-log slope over the later half.
+    """Estimate the share by which twice the tokens would lower a loss, from its recent log-log slope.
 
     Args:
-        tokens: [n], rising, at constant learning rate.
+        tokens: [n], ascending, at constant learning rate.
         loss: [n].
 
     Returns:
         1 - 2^slope; NaN with fewer than 6 values in that half.
     """
+    # The later half: the slope falls during training, and a mean over all of it would promise too much.
     later = tokens >= tokens[-1] / 2 if len(tokens) else np.zeros(0, bool)
     if later.sum() < 6:
         return float("nan")

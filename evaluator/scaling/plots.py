@@ -1,4 +1,4 @@
-"""The pictures of the scaling laws, as PNG and SVG."""
+"""Plots of the scaling laws, as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from winnow.evaluator.scaling.report import Laws, Sweep
 
 
 def draw_laws(sweep: Sweep, laws: Laws) -> dict[str, bytes]:
-    """`png` and `svg`: L over N for each K with the law; L over C with the frontier and its law."""
+    """Plot L over N for each K with the law, and L over C with the frontier and its law: `png` and `svg`."""
+    # Imported here: fitting and the page need no matplotlib.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,11 +42,14 @@ def draw_laws(sweep: Sweep, laws: Laws) -> dict[str, bytes]:
         axes.tick_params(labelsize=8, which="both")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
+    # Every N of the grid is labelled, in place of matplotlib's powers of ten.
     left.set_xticks(sorted({cell.latents for cell in sweep.cells}))
     left.xaxis.set_major_formatter("{x:,.0f}")
     left.xaxis.set_minor_locator(NullLocator())
     pictures = {}
-    with matplotlib.rc_context({"svg.hashsalt": "winnow"}):  # the same bytes for the same numbers
+    # Without a salt an SVG's ids are random, and without `Date: None` it contains the time: equal numbers are
+    # to give equal bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "winnow"}):
         for kind in ("png", "svg"):
             data = io.BytesIO()
             figure.savefig(data, format=kind, metadata={"Date": None} if kind == "svg" else None)
@@ -67,6 +71,7 @@ def _compute(axes: Any, sweep: Sweep, laws: Laws, k: int, colour: Any) -> None:
     for curve in sweep.curves:
         if curve.k == k:
             axes.plot(curve.compute, curve.loss, color=colour, lw=0.6, alpha=0.45)
+    # A K whose runs have no two points of telemetry has no curve, and so no frontier.
     if k not in laws.compute:
         return
     law, compute, loss, _ = laws.compute[k]

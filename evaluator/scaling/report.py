@@ -1,4 +1,4 @@
-"""`winnow scaling RUNS`: from a sweep's folder to fits, plots, JSON and a page.
+"""`winnow scaling RUNS`: from a sweep's folder to fits, JSON and a page.
 
 Legend: N latents, K active latents, D d_model.
 """
@@ -36,34 +36,40 @@ from winnow.store.objects import ObjectStore
 from winnow.trainer.run.telemetry import METRICS_KEY
 
 SMOOTH_LINES = 5
-"""Telemetry lines averaged in a curve: one line is one batch."""
+"""Lines of telemetry that a curve averages over: a line is one batch, and so noisy."""
 LAST_LINES = 5
+"""Lines of telemetry whose mean is the final training loss."""
 
 
 class Sweep(NamedTuple):
-    """What a sweep's folder holds."""
+    """Contents of a sweep's folder."""
 
     cells: list[Cell]
+    """The SAEs, by N and K."""
     curves: list[Curve]
+    """Their training curves, if they have two points or more."""
     facts: dict[str, Any]
-    """What all of its SAEs share."""
+    """What all of them have in common."""
 
 
 class Laws(NamedTuple):
-    """Everything that is fitted."""
+    """All fits of a sweep."""
 
     joint: Fit
+    """L(N, K)."""
     plain: Fit
+    """A power law of N and K without interaction and irreducible term, for comparison."""
     held_out: list[HeldOut]
+    """Predictions for the SAEs of the largest N."""
     compute: dict[int, tuple[Fit | None, np.ndarray, np.ndarray, np.ndarray]]
-    """K -> the law of compute (None where the frontier is too short) and its frontier."""
+    """K -> L(C), None if the frontier is too short, and the frontier: compute, loss, latents."""
 
 
 def read_sweep(root: ObjectStore) -> Sweep:
-    """Cards and telemetry of every SAE below a folder.
+    """Read cards and telemetry of every SAE below a folder.
 
     Raises:
-        ConfigError: None there, or SAEs of different datasets, hooks or recipes.
+        ConfigError: There is none, or the SAEs have different datasets, hooks or recipes.
     """
     names = sorted(key for key, _ in root.list() if key.split("/")[-1] == CARD_KEY)
     cells: list[Cell] = []
@@ -74,6 +80,7 @@ def read_sweep(root: ObjectStore) -> Sweep:
         card = SaeCard.from_json(out.get(CARD_KEY), origin=f"{out.uri}/{CARD_KEY}")
         if card.spec is None or card.identity is None:
             raise ConfigError(f"{out.uri} was not trained by Winnow", fix="Leave it out of the folder")
+        # What a loss depends on besides N and K: a law through SAEs that differ in these would mean nothing.
         facts = {
             "d_model": card.d_model,
             "hook": card.hook,
@@ -102,6 +109,7 @@ def read_sweep(root: ObjectStore) -> Sweep:
 def _cell(card: SaeCard, lines: Sequence[dict[str, Any]]) -> tuple[Cell, Curve]:
     assert card.spec is not None
     flop = 6 * card.latents * card.d_model
+    # Only lines at the full learning rate: its decay lowers the loss at once, whatever the tokens.
     steady = [line for line in lines if line["lr"] == max(line["lr"] for line in lines)]
     tokens = np.array([line["tokens"] for line in steady], dtype=float)
     loss = np.array([line["fvu"] for line in steady], dtype=float)
@@ -115,12 +123,13 @@ def _cell(card: SaeCard, lines: Sequence[dict[str, Any]]) -> tuple[Cell, Curve]:
         gain=gain_of_twice_the_tokens(tokens, loss),
         overfit=held_out / last,
     )
-    skip = min(SMOOTH_LINES, len(tokens))  # a running mean of the first lines lags behind
+    # In the first lines the loss falls so fast that the running mean lags behind it.
+    skip = min(SMOOTH_LINES, len(tokens))
     return cell, Curve(card.latents, card.k, flop * tokens[skip:], smoothed(loss, SMOOTH_LINES)[skip:])
 
 
 def fit_laws(sweep: Sweep, *, seed: int = 0, bootstraps: int = 400) -> Laws:
-    """Fit both laws and hold the largest out."""
+    """Fit both laws, and predict the largest SAEs from the others."""
     cells = sweep.cells
     x, loss = log_shape(cells), losses(cells)
     compute = {}
@@ -142,7 +151,7 @@ def fit_laws(sweep: Sweep, *, seed: int = 0, bootstraps: int = 400) -> Laws:
 
 
 def as_json(sweep: Sweep, laws: Laws) -> dict[str, Any]:
-    """Everything, for a program."""
+    """Return everything for a program to read."""
     held = laws.held_out
     return {
         "sweep": sweep.facts,
@@ -155,10 +164,7 @@ def as_json(sweep: Sweep, laws: Laws) -> dict[str, Any]:
         "power_law_n_k": {"parameters": laws.plain.named(), "rms_log": laws.plain.rms},
         "held_out": {
             "latents": held[0].cell.latents,
-            "mean_error": {
-                name: mean_error([getattr(each, name) for each in held])
-                for name in ("joint", "plain", "nearest")
-            },
+            "mean_error": _held_out_errors(laws),
             "each": [
                 {"k": h.cell.k, "loss": h.cell.loss, "joint": h.joint, "plain": h.plain, "nearest": h.nearest}
                 for h in held
@@ -178,6 +184,14 @@ def as_json(sweep: Sweep, laws: Laws) -> dict[str, Any]:
     }
 
 
+def _held_out_errors(laws: Laws) -> dict[str, float]:
+    """Mean absolute error of each prediction for the SAEs that were held out."""
+    return {
+        name: mean_error([getattr(each, name) for each in laws.held_out])
+        for name in ("joint", "plain", "nearest")
+    }
+
+
 def _compute_row(law: Fit | None) -> list[str]:
     if law is None:
         return ["too short", "", ""]
@@ -187,41 +201,21 @@ def _compute_row(law: Fit | None) -> list[str]:
 
 
 def _number(value: float) -> float | None:
+    # NaN is no JSON.
     return value if math.isfinite(value) else None
 
 
 def page(sweep: Sweep, laws: Laws, command: str, picture: str) -> str:
-    """The result as Markdown.
+    """Write the result as Markdown.
 
     Args:
-        sweep: What was read.
-        laws: What was fitted.
-        command: What made it, to be run again.
-        picture: Name of the plots beside the page, without its ending.
+        sweep: The SAEs.
+        laws: The fits.
+        command: The command that made it, to be run again.
+        picture: Name of the plots beside the page, without its suffix.
     """
-    facts, told = sweep.facts, as_json(sweep, laws)
-    ns, ks = (sorted({getattr(cell, name) for cell in sweep.cells}) for name in ("latents", "k"))
-    by = {(cell.latents, cell.k): cell for cell in sweep.cells}
-    errors = told["held_out"]["mean_error"]
-    converged = sum(cell.converged for cell in sweep.cells)
-
-    def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
-
-    def parameters(found: Fit) -> list[list[str]]:
-        return [
-            [name, f"{v['value']:.4g}", f"{v['low']:.4g} to {v['high']:.4g}"]
-            for name, v in found.named().items()
-        ]
-
-    def shown(cell: Cell | None) -> str:
-        return "" if cell is None else f"{cell.loss:.4f}" + ("" if cell.converged else "*")
-
-    irreducible = laws.joint.named()["z"]["value"]
-    compute = [[k, *_compute_row(law)] for k, (law, *_) in laws.compute.items()]
-    better = min(errors, key=lambda name: errors[name])
-    names = {"joint": "the law", "plain": "a plain power law", "nearest": "the nearest SAE"}
+    facts = sweep.facts
+    ns, ks = _sizes(sweep)
     return f"""# Scaling laws on {facts["subject"].rsplit("/", 1)[-1]}, {facts["hook"]}
 
 Written by `{command}`; the numbers are in `{picture}.json` beside this page.
@@ -231,75 +225,108 @@ Written by `{command}`; the numbers are in `{picture}.json` beside this page.
         facts["batch_rows"]:,} rows. L is the held-out FVU in the
 normalised space.
 
-## Held-out loss
+{_losses_section(sweep)}
+{_law_section(laws, picture)}
+{_prediction_section(laws)}
+{_compute_section(laws)}
+{_cells_section(sweep, laws)}"""
 
-{table(["N", *(f"K = {k}" for k in ks)], [[f"{n:,}", *(shown(by.get((n, k))) for k in ks)] for n in ns])}
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def _sizes(sweep: Sweep) -> tuple[list[int], list[int]]:
+    """Every N and every K of the sweep, ascending."""
+    ns, ks = (sorted({getattr(cell, name) for cell in sweep.cells}) for name in ("latents", "k"))
+    return ns, ks
+
+
+def _losses_section(sweep: Sweep) -> str:
+    ns, ks = _sizes(sweep)
+    by = {(cell.latents, cell.k): cell for cell in sweep.cells}
+    converged = sum(cell.converged for cell in sweep.cells)
+
+    def shown(cell: Cell | None) -> str:
+        return "" if cell is None else f"{cell.loss:.4f}" + ("" if cell.converged else "*")
+
+    return f"""## Held-out loss
+
+{_table(["N", *(f"K = {k}" for k in ks)], [[f"{n:,}", *(shown(by.get((n, k))) for k in ks)] for n in ns])}
 
 \\* not converged: by the slope of its training loss over the later half of the steps at constant learning
 rate, twice the tokens would lower it by 2 % or more. {converged} of {len(sweep.cells)} have converged. In the
 others L reflects the number of tokens as well as N and K, and the law below describes this budget, not the
 limit of long training.
+"""
 
-## L(N, K)
+
+def _law_section(laws: Laws, picture: str) -> str:
+    parameters = [
+        [name, f"{v['value']:.4g}", f"{v['low']:.4g} to {v['high']:.4g}"]
+        for name, v in laws.joint.named().items()
+    ]
+    # Near its lower bound of -14 the fit has found no irreducible term, and its value means nothing.
+    irreducible = laws.joint.named()["z"]["value"]
+    return f"""## L(N, K)
 
 `L = exp(a + bk log K + bn log N + g log K log N) + exp(z + h log K)`, fitted to log L; root mean square error
 {laws.joint.rms:.2%} (a plain power law: {laws.plain.rms:.2%}). Intervals are 95 %, by residual bootstrap.
 
-{table(["", "value", "interval"], parameters(laws.joint))}
+{_table(["", "value", "interval"], parameters)}
 
 {"The irreducible term is not resolved: the fit needs none." if irreducible < -12 else ""}
 ![L(N, K)]({picture}.png)
+"""
 
-## Is it predictable?
+
+def _prediction_section(laws: Laws) -> str:
+    held = laws.held_out
+    errors = _held_out_errors(laws)
+    better = min(errors, key=lambda name: errors[name])
+    names = {"joint": "the law", "plain": "a plain power law", "nearest": "the nearest SAE"}
+    rows = [
+        [h.cell.k, f"{h.cell.loss:.4f}", f"{h.joint:+.1%}", f"{h.plain:+.1%}", f"{h.nearest:+.1%}"]
+        for h in held
+    ]
+    mean = ["mean of |error|", "", *(f"{errors[name]:.1%}" for name in names)]
+    return f"""## Is it predictable?
 
 The SAEs with N = {
-        told["held_out"]["latents"]:,}, predicted from all smaller ones, as predicted over true loss, minus 1:
+        held[0].cell.latents:,}, predicted from all smaller ones, as predicted over true loss, minus 1:
 
-{
-        table(
-            ["K", "L", "the law", "a plain power law", "the nearest SAE"],
-            [
-                [h.cell.k, f"{h.cell.loss:.4f}", f"{h.joint:+.1%}", f"{h.plain:+.1%}", f"{h.nearest:+.1%}"]
-                for h in laws.held_out
-            ]
-            + [
-                [
-                    "mean of |error|",
-                    "",
-                    f"{errors['joint']:.1%}",
-                    f"{errors['plain']:.1%}",
-                    f"{errors['nearest']:.1%}",
-                ]
-            ],
-        )
-    }
+{_table(["K", "L", *names.values()], [*rows, mean])}
 
 The smallest error is that of {names[better]}.
+"""
 
-## L(C)
+
+def _compute_section(laws: Laws) -> str:
+    compute = [[k, *_compute_row(law)] for k, (law, *_) in laws.compute.items()]
+    return f"""## L(C)
 
 For each K the smallest training loss that any N has reached at a compute C = 6 N D tokens, while the
 learning rate was constant, fitted by `exp(a + b log C) + exp(z)`. Neighbouring points of a curve are not
 independent, so these intervals are too narrow.
 
-{table(["K", "b", "irreducible loss exp(z)", "rms error"], compute)}
+{_table(["K", "b", "irreducible loss exp(z)", "rms error"], compute)}
+"""
 
-## Each SAE
 
-{
-        table(
-            ["N", "K", "L", "law over L, minus 1", "twice the tokens", "held out / training"],
-            [
-                [
-                    f"{c.latents:,}",
-                    c.k,
-                    f"{c.loss:.4f}",
-                    f"{value / c.loss - 1:+.1%}",
-                    f"{-c.gain:+.1%}" if math.isfinite(c.gain) else "?",
-                    f"{c.overfit:.3f}",
-                ]
-                for c, value in zip(sweep.cells, laws.joint.predict(log_shape(sweep.cells)), strict=True)
-            ],
-        )
-    }
+def _cells_section(sweep: Sweep, laws: Laws) -> str:
+    rows = [
+        [
+            f"{c.latents:,}",
+            c.k,
+            f"{c.loss:.4f}",
+            f"{value / c.loss - 1:+.1%}",
+            f"{-c.gain:+.1%}" if math.isfinite(c.gain) else "?",
+            f"{c.overfit:.3f}",
+        ]
+        for c, value in zip(sweep.cells, laws.joint.predict(log_shape(sweep.cells)), strict=True)
+    ]
+    return f"""## Each SAE
+
+{_table(["N", "K", "L", "law over L, minus 1", "twice the tokens", "held out / training"], rows)}
 """
