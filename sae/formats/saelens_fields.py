@@ -1,4 +1,4 @@
-"""Every field that any version of SAELens has written to `cfg.json`, and what is done with it."""
+"""Every field that any version of SAELens has written to `cfg.json`, and how it is used."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ OF_TRAINING = words("""
     use_ghost_grads use_matryoshka_aux_loss use_sparse_activations verbose wandb_entity wandb_id
     wandb_log_frequency wandb_project
     """)
-"""They say how it was trained, where its data came from or where it ran: nothing of what it computes."""
+"""Fields about training, data and devices, which do not affect what the SAE computes."""
+# Values of `seqpos_slice` that select every position.
 ALL_POSITIONS = (None, [], [None], [None, None], [0, None], [None, None, None])
 NORMALISATIONS = {
     "expected_average_only_in": "Its factor is not in the files: fold it with SAELens first",
@@ -67,25 +68,26 @@ NORMALISATIONS = {
 
 
 def kind_of(config: Mapping[str, Any], origin: Path) -> tuple[str, Activation]:
-    """The architecture and what it is in Winnow.
-
-    Before version 6 TopK was a `standard` SAE with another activation function.
+    """The architecture, and its activation in Winnow.
 
     Raises:
-        ConfigError: One that Winnow does not have, or an activation function that it does not have.
+        ConfigError: An architecture or an activation function that Winnow does not have.
     """
     function = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
     architecture = str(config.get("architecture") or "standard")
+    # Before version 6 TopK was a `standard` SAE with another activation function.
     if function == "topk" and architecture == "standard":
         architecture = "topk"
     if architecture not in ACTIVATIONS:
         raise ConfigError(f"{origin}: architecture", expected=", ".join(ACTIVATIONS), got=architecture)
+    # SAELens 6 reads a `tanh-relu` SAE of version 5 as ReLU and gives other codes than it was trained with
+    # (findings/sae_lens_drops_tanh_relu.sh): refused here.
     if function not in ({"relu", "topk"} if architecture == "topk" else {"relu"}):
         raise ConfigError(
             f"{origin}: the activation function of a {architecture} SAE",
             expected="relu" + (" or topk" if architecture in ("topk", "standard") else ""),
             got=function,
-            fix="Winnow has no such activation: its codes would be other numbers",
+            fix="Winnow has no such activation: its codes would differ",
         )
     settings = {k: v for k, v in (config.get("activation_fn_kwargs") or {}).items() if k != "k" and v}
     if settings:
@@ -94,9 +96,14 @@ def kind_of(config: Mapping[str, Any], origin: Path) -> tuple[str, Activation]:
 
 
 def is_layer_normed(config: Mapping[str, Any], origin: Path) -> bool:
-    """Whether rows are layer-normed; ConfigError for what the files cannot tell or Winnow cannot do."""
+    """Whether rows are layer-normed.
+
+    Raises:
+        ConfigError: A normalisation whose factors are not in the files, or that Winnow does not have.
+    """
     mode = config.get("normalize_activations") or "none"
-    mode = "expected_average_only_in" if mode is True else mode  # as version 6 reads it
+    # A bool in old files; version 6 reads it this way.
+    mode = "expected_average_only_in" if mode is True else mode
     if mode not in ("none", "layer_norm"):
         fix = NORMALISATIONS.get(mode, "Winnow does not know it")
         raise ConfigError(
@@ -106,15 +113,13 @@ def is_layer_normed(config: Mapping[str, Any], origin: Path) -> bool:
 
 
 def notes_on(config: Mapping[str, Any], about: Mapping[str, Any], origin: Path) -> tuple[str, ...]:
-    """What the fields say of an SAE's rows that an SAE cannot hold, and the fields nobody knows."""
+    """Notes on what the fields say about the rows and an SAE cannot hold, and on unknown fields."""
     notes: list[str] = []
     if about.get("prepend_bos"):
         notes.append("its contexts began with BOS (prepend_bos): harvest with `plan.bos: window`")
     for name in ("hook_head_index", "hook_point_head_index", "hook_head_index_out"):
         if about.get(name) is not None:
-            notes.append(
-                f"it reads one head alone ({name}: {about[name]}), which is no place that Winnow reads"
-            )
+            notes.append(f"it reads one head alone ({name}: {about[name]}), which Winnow does not read")
     if (slice_ := about.get("seqpos_slice")) not in ALL_POSITIONS:
         notes.append(f"its rows came from the positions {slice_} of each context alone (seqpos_slice)")
     if tokens := about.get("exclude_special_tokens"):
@@ -125,18 +130,21 @@ def notes_on(config: Mapping[str, Any], about: Mapping[str, Any], origin: Path) 
     if about.get("model_kwargs"):
         notes.append(f"its subject ran with {about['model_kwargs']} (model_kwargs)")
     hook, layer = _first(about, "hook_name", "hook_point"), _first(about, "hook_layer", "hook_point_layer")
+    # The name decides, since it is what the library hooks.
     match = LENS_ANY.fullmatch(str(hook)) and str(hook).split(".")[:2]
     if layer is not None and match and match[0] == "blocks" and match[1] != str(layer):
-        notes.append(f"hook_layer {layer} is not that of {hook}, which is believed")
+        notes.append(f"hook_layer {layer} is not that of {hook}, which is used")
     if about.get("rescale_acts_by_decoder_norm") and "topk" not in str(config.get("architecture")):
-        notes.append("rescale_acts_by_decoder_norm is left out, as SAELens does unless it is a TopK")
+        notes.append("rescale_acts_by_decoder_norm is ignored, as SAELens does unless it is a TopK")
     return (*notes, *unknown_fields(about, USED | OF_TRAINING, origin))
 
 
 def matryoshka_of(config: Mapping[str, Any], latents: int) -> tuple[int, ...]:
-    """The prefixes it was trained with; SAELens publishes it as JumpReLU and tells them in the metadata."""
+    """The prefixes that it was trained with; () if it is not Matryoshka."""
+    # SAELens publishes it as JumpReLU and keeps the prefixes in the metadata only.
     details = (config.get("metadata") or {}).get("training_architecture_details") or {}
     widths = tuple(config.get("matryoshka_widths") or details.get("matryoshka_widths") or ())
+    # Prefixes matter in training only, so wrong ones are no reason to refuse an SAE.
     return widths if widths and widths[-1] == latents else ()
 
 
