@@ -1,4 +1,4 @@
-"""What is fixed before the first step, from a sample of training rows.
+"""Initialisation: what is set before the first step, from a sample of training rows.
 
 Legend: B rows of the sample, D d_model, O width of the output, N latents.
 """
@@ -15,25 +15,29 @@ from winnow.schemas.errors import ConfigError, NonFiniteError
 
 CHUNK_ROWS = 4096
 """Rows encoded at once when the encoder is scaled."""
+# A multiple of 16: torch draws normals in groups of 16, so blocks of whole groups hold the same numbers as
+# one draw of all rows (blocks of 4,095 rows of 3 do not).
 DRAWN_ROWS = 4096
-"""Random directions drawn at a time; a multiple of 16."""
+"""Random directions drawn at a time."""
 FIRST_THRESHOLD = 0.001
-"""Where JumpReLU's thresholds start, in the normalised space (Rajamanoharan et al. 2024)."""
+"""Initial threshold of JumpReLU, in the normalised space (Rajamanoharan et al. 2024)."""
 
 
 def geometric_median(x: Tensor, weights: Tensor, *, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The point [D] with the least weighted sum of distances to rows x [B, D].
 
-    Weiszfeld's iteration from the mean, in float64, until a move is under `tolerance` of the mean
-    distance.
+    Weiszfeld's iteration from the mean, until a step is below `tolerance` of the mean distance.
     """
+    # float64: distances near the median are divided by, and the steps are small differences of large sums.
     x, weights = x.double(), weights.double()
     median = mean_row(x, weights)
     for _ in range(iterations):
         distance = (x - median).norm(dim=1)
         typical = (weights @ distance / weights.sum()).item()
+        # All rows are equal: the mean is the median, and there is nothing to divide by.
         if typical == 0:
             break
+        # A row at the median would get infinite weight and stop the iteration there.
         moved = mean_row(x, weights / distance.clamp_min(1e-9 * typical))
         step = (moved - median).norm().item()
         median = moved
@@ -52,10 +56,10 @@ def initialise(
     *,
     encoder_norm: float | None = None,
 ) -> float:
-    """Fill a new SAE and give the loss constant.
+    """Fill a new SAE and return the loss constant.
 
-    Dataset constants (where the normalisation has them) and `b_pre`, the geometric median, come from
-    the sample; decoder rows are random unit vectors; the encoder starts as the decoder times `encoder_norm`.
+    Dataset constants (if the normalisation has them) and `b_pre`, the geometric median, come from the
+    sample; decoder rows are random unit vectors; the encoder starts as the decoder times `encoder_norm`.
 
     A transcoder's encoder starts at random directions of its own, its `b_dec` at the target's geometric
     median, its skip path at 0, and the scale is that of the target. JumpReLU thresholds start at
@@ -64,20 +68,22 @@ def initialise(
     Args:
         sae: A new SAE on its device.
         sample: Raw training rows [B, D].
-        weights: Their weights [B]; rows of weight 0 are left out.
-        seed: Of the decoder's directions. Drawn on the CPU, so that every device starts alike.
+        weights: Their weights [B]; rows of weight 0 are ignored.
+        seed: Seed of the decoder's directions.
         target: A transcoder's raw target rows [B, O].
-        encoder_norm: None scales the encoder so that the reconstruction's root mean square distance from
-            its bias is the input's (Gao et al., A.1).
+        encoder_norm: Norm of the encoder's rows; None scales the encoder so that the reconstruction's root
+            mean square distance from its bias is the input's (Gao et al., A.1).
 
     Returns:
-        The error, a row, of predicting the mean of the normalised rows to be reconstructed.
+        The error per row of predicting the mean of the normalised rows to be reconstructed.
 
     Raises:
         ConfigError: The sample holds fewer than two rows of weight above 0, or rows that do not vary.
         NonFiniteError: The sample holds NaN or infinity.
     """
     sample, weights, target = counted_rows(sae, sample, weights, target)
+    # In this order: normalising needs the constants, the biases need normalised rows, and the encoder's scale
+    # needs the biases.
     if sae.normalize_mode == "dataset":
         mean, scale = _constants(sample, weights, sae.parts.widths or (sae.d_model,))
         sae.input_mean.copy_(mean)
@@ -94,11 +100,7 @@ def initialise(
         sae.b_dec.copy_(geometric_median(y, weights))
     sae.b_pre.copy_(geometric_median(x, weights))
     constant = loss_constant(y, weights)
-
-    generator = torch.Generator().manual_seed(seed)
-    part, of = getattr(sae, "part", None), getattr(sae, "of", sae.latents)
-    sae.W_dec.copy_(_directions(sae.d_out, of, generator, part, draw_all=sae.has_target))
-    sae.W_enc.copy_(_directions(sae.d_model, of, generator, part) if sae.has_target else sae.W_dec)
+    _fill_directions(sae, seed)
     sae.b_enc.zero_()
     sae.W_enc.mul_(_matching_scale(sae, x, y, weights) if encoder_norm is None else encoder_norm)
     if sae.parts.activation == "jumprelu":
@@ -106,15 +108,27 @@ def initialise(
     return constant
 
 
+def _fill_directions(sae: Sae, seed: int) -> None:
+    """Fill decoder and encoder with random unit rows, or with those of a shard's part of the latents."""
+    # A generator of the CPU, so that every device starts with the same numbers.
+    generator = torch.Generator().manual_seed(seed)
+    part, of = getattr(sae, "part", None), getattr(sae, "of", sae.latents)
+    sae.W_dec.copy_(_directions(sae.d_out, of, generator, part, draw_all=sae.has_target))
+    # The directions of an input and of another hook's output have nothing in common: a transcoder's encoder
+    # is not its decoder.
+    sae.W_enc.copy_(_directions(sae.d_model, of, generator, part) if sae.has_target else sae.W_dec)
+
+
 def counted_rows(
     sae: Sae, sample: Tensor, weights: Tensor, target: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows of weight above 0 of a sample, their weights and targets, as the SAE's tensors are.
+    """The rows of weight above 0 of a sample, their weights and targets, on the SAE's device and in its type.
 
     Raises:
         ConfigError: Fewer than two such rows.
         NonFiniteError: They hold NaN or infinity.
     """
+    # Left out first: rows of weight 0 (sinks, void rows) may hold anything, also NaN.
     keep = weights > 0
     sample, weights = sample.to(sae.W_enc)[keep], weights.to(sae.W_enc)[keep]
     if len(sample) < 2:
@@ -127,7 +141,12 @@ def counted_rows(
 
 
 def loss_constant(y: Tensor, weights: Tensor) -> float:
-    """The error, a row, of predicting the mean of normalised rows y [B, O]; ConfigError where it is 0."""
+    """The error per row of predicting the mean of normalised rows y [B, O].
+
+    Raises:
+        ConfigError: The rows do not vary.
+    """
+    # The loss is divided by it: equal rows would make every loss infinite.
     constant = variance_per_row(y.double(), weights.double()).item()
     if not constant > 0:
         raise ConfigError("the initial sample", expected="rows that differ", got="equal rows")
@@ -140,9 +159,10 @@ def _require_finite(sample: Tensor) -> None:
 
 
 def _constants(sample: Tensor, weights: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The mean [D] of rows [B, D], and for each hook's part the root mean squared distance from it."""
+    """The mean [D] of rows [B, D], and the root mean squared distance from it per hook."""
     sample, weights = sample.double(), weights.double()
     mean = mean_row(sample, weights)
+    # Per hook of a crosscoder: norms grow with depth, and one scale would let the last layer have the loss.
     parts = (sample - mean).split(list(widths), dim=1)
     spreads = torch.stack([sum_squares(part, weights) / weights.sum() for part in parts])
     return mean, spreads.sqrt().clamp_min(SMALLEST_NORM)
@@ -153,9 +173,9 @@ def _directions(
 ) -> Tensor:
     """Random unit rows [N, width], or those of a part of the latents: the same rows in any partition.
 
-    Drawn in blocks, so that a shard never holds them all. With `draw_all` what the generator draws next
-    does not depend on the part either.
+    With `draw_all` what the generator draws next does not depend on the part either.
     """
+    # In blocks, so that a shard never holds all rows; those before its part are drawn and dropped.
     part = part or range(latents)
     kept: list[Tensor] = []
     for first in range(0, latents if draw_all else part.stop, DRAWN_ROWS):
@@ -165,11 +185,14 @@ def _directions(
 
 
 def _matching_scale(sae: Sae, x: Tensor, y: Tensor, weights: Tensor) -> float:
-    """|y - bias| over |y_hat - bias|, both root mean squares; codes are linear in the encoder's scale."""
+    """|y - bias| over |y_hat - bias|, both root mean squares."""
+    # One measurement suffices, since codes are linear in the encoder's scale. BatchTopK takes the K best per
+    # row here, as its threshold is not known yet.
     k = sae.k if sae.parts.activation in ("topk", "batchtopk") else None
     bias = sae.b_pre if sae.b_dec is None else sae.b_dec
     out = sum(
         sum_squares(sae.reconstruct(*sae.select(rows, k), rows) - bias, w).item()
         for rows, w in zip(x.split(CHUNK_ROWS), weights.split(CHUNK_ROWS), strict=True)
     )
+    # No latent active (all pre-activations negative): there is no scale to match.
     return (sum_squares(y - bias, weights).item() / out) ** 0.5 if out > 0 else 1.0

@@ -1,4 +1,4 @@
-"""The one home of the definitions of FVU and L0."""
+"""The definitions of FVU and L0, for training, evaluation and benchmarks alike."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 
 def present(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of `x` [B, D] whose weight is not 0, and their weights."""
+    """The rows of `x` [B, D] whose weight is above 0, and their weights."""
     keep = weights > 0
+    # Most batches have no row of weight 0, and indexing would copy them.
     return (x, weights) if bool(keep.all()) else (x[keep], weights[keep])
 
 
@@ -26,7 +27,7 @@ class Fvu:
 
     Args:
         d_model: Width D.
-        device: Where the sums are kept.
+        device: Device of the sums.
     """
 
     def __init__(self, d_model: int, device: torch.device | str = "cpu") -> None:
@@ -37,13 +38,16 @@ class Fvu:
         self._shift: Tensor | None = None
 
     def add(self, x: Tensor, x_hat: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows [B, D], their reconstruction [B, D] and their weights [B] (1 where not given)."""
+        """Add rows [B, D], their reconstruction [B, D] and their weights [B] (None: all 1)."""
+        # Selected, not multiplied by 0: rows of weight 0 may hold NaN.
         w = torch.ones(len(x), device=x.device) if weights is None else weights
         keep = w > 0
         x, x_hat, w = x[keep].double(), x_hat[keep].double(), w[keep].double()
         if not len(x):
             return
-        if self._shift is None:  # moments about a row near the mean: nothing cancels
+        # Moments about the first batch's mean: about 0, the variance would be a small difference of large
+        # sums where the mean is far from it.
+        if self._shift is None:
             self._shift = (w @ x) / w.sum()
         centred = x - self._shift
         self._error += w @ (x - x_hat).square().sum(1)
@@ -52,10 +56,12 @@ class Fvu:
         self._squares += w @ centred.square().sum(1)
 
     def over(self, add: Callable[[Tensor], Tensor]) -> Self:
-        """Take in the other ranks' rows; `add` sums a tensor over the ranks, all of which call this."""
+        """Combine with the other ranks; `add` sums a tensor over the ranks, all of which must call this."""
+        # A rank without rows has no shift, but must take part in every sum, or the others wait for it.
         shift = torch.zeros_like(self._sum) if self._shift is None else self._shift
         common = add(shift * self._weight) / add(self._weight.clone())
-        move = shift - common  # the moments, about the common point
+        # Each rank's moments are about its own first batch: moved to a common point before they are summed.
+        move = shift - common
         self._squares += 2 * (move @ self._sum) + self._weight * move.square().sum()
         self._sum += self._weight * move
         self._shift = common
@@ -75,33 +81,33 @@ class Fvu:
 
     @property
     def value(self) -> float:
-        """The FVU so far; NaN without rows, or where they do not vary."""
+        """The FVU so far; NaN without rows or if they do not vary."""
         variance = self.variance
         return self._error.item() / variance if variance > 0 else float("nan")
 
 
 class L0:
-    """Mean number of active latents (value > 0) a row, streaming."""
+    """Mean number of active latents (value > 0) per row, streaming."""
 
     def __init__(self) -> None:
         self._active, self._weight = 0.0, 0.0
 
     def add(self, values: Tensor, weights: Tensor | None = None) -> None:
-        """Add the values [B, K] of codes and the rows' weights [B] (1 where not given)."""
+        """Add the values [B, K] of codes and the rows' weights [B] (None: all 1)."""
         active = (values > 0).sum(1).double()
         w = torch.ones_like(active) if weights is None else weights.double()
         self._active += (w @ active).item()
         self._weight += w.sum().item()
 
     def over(self, add: Callable[[Tensor], Tensor]) -> Self:
-        """Take in the other ranks' rows; `add` sums a tensor over the ranks, all of which call this."""
+        """Combine with the other ranks; `add` sums a tensor over the ranks, all of which must call this."""
         sums = torch.tensor([self._active, self._weight], dtype=torch.float64)
         self._active, self._weight = add(sums).tolist()
         return self
 
     @property
     def value(self) -> float:
-        """Active latents a row; NaN without rows."""
+        """Active latents per row; NaN without rows."""
         return self._active / self._weight if self._weight else float("nan")
 
 
@@ -119,5 +125,5 @@ def sum_squares(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def variance_per_row(x: Tensor, weights: Tensor) -> Tensor:
-    """Mean squared error of predicting the mean row: what the loss is divided by, a scalar."""
+    """Mean squared error of predicting the mean row, by which the loss is divided, a scalar."""
     return sum_squares(x - mean_row(x, weights), weights) / weights.sum()

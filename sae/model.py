@@ -1,7 +1,7 @@
-"""The sparse autoencoder, readable and eager: THE SPECIFICATION that faster code is held to.
+"""The sparse autoencoder, readable and eager: THE SPECIFICATION against which faster code is tested.
 
-Legend: B rows, D width of the input (d_model), O width of the output (D, but for a transcoder), N latents,
-K active latents a row, S slots of padded codes, H hooks. `W_enc` is [N, D] and `W_dec` [N, O] (row n is
+Legend: B rows, D width of the input (d_model), O width of the output (D, except for a transcoder), N latents,
+K active latents per row, S slots of padded codes, H hooks. `W_enc` is [N, D] and `W_dec` [N, O] (row n is
 latent n's direction), `b_enc` [N], `b_pre` [D].
 
 The model (Gao et al. 2024, arXiv 2406.04093, sections 2.2 and 2.3), on normalised rows x::
@@ -11,11 +11,11 @@ The model (Gao et al. 2024, arXiv 2406.04093, sections 2.2 and 2.3), on normalis
 
 One class, with parts (`winnow.schemas.training.SaeParts`):
 
-- `activation`: `topk` as above. `batchtopk`: trained on the K best a row of a whole batch, used with one
-  `threshold` []. `relu`: all above 0. `jumprelu`: all above `threshold` [N].
+- `activation`: `topk` as above. `batchtopk`: trained on the best values of a whole batch, on average K per
+  row, used with one `threshold` []. `relu`: all above 0. `jumprelu`: all above `threshold` [N].
 - A *transcoder* has a target, another hook's rows y: `y_hat = W_dec^T z + b_dec`, and with `skip`
   `+ W_skip x` (W_skip is [O, D]).
-- A *crosscoder* reads and reconstructs several hooks: its rows are theirs, joined, each normalised with
+- A *crosscoder* reads and reconstructs several hooks: its rows are their rows, joined, each normalised with
   its own constants.
 - `matryoshka`: prefixes of the latents that were trained to reconstruct on their own.
 
@@ -51,16 +51,16 @@ __all__ = ["PARAMETERS", "Sae", "Scale", "encode_topk", "sum_by_latent"]
 WEIGHTS_KEY = "sae.safetensors"
 CARD_KEY = "sae.json"
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_pre")
-"""The trained tensors that every SAE has, in the order the optimiser holds them; see
-`Sae.parameter_names` for all of them."""
+"""The trained tensors that every SAE has, in the optimiser's order; see `Sae.parameter_names` for all of
+them."""
 LARGEST_REST_BYTES = 1 << 26
-"""Room in a weights file beside the matrices: header, biases, constants."""
+"""Bytes in a weights file beside the matrices: header, biases, constants."""
 SMALLEST_NORM = 1e-12
-"""A row with no more norm than this is not scaled up."""
+"""Least norm that a row is divided by, so that a constant row stays 0 and does not become NaN."""
 
 
 class Scale(NamedTuple):
-    """What `Sae.normalise` took from the rows: raw = normalised * norm + mean."""
+    """What `Sae.normalise` removed from the rows: raw = normalised * norm + mean."""
 
     mean: Tensor
     """[B, 1] with `layer` or a `centred` SAE, [D] otherwise."""
@@ -69,18 +69,18 @@ class Scale(NamedTuple):
 
 
 class Sae(nn.Module):
-    """A sparse autoencoder together with the normalisation of its rows.
+    """A sparse autoencoder with the normalisation of its rows.
+
+    A new one holds zeros: `winnow.sae.init` fills it, `Sae.load` reads a published one.
 
     Args:
         d_model: Width D of the input; of a crosscoder, the sum over its hooks.
         latents: Dictionary size N.
-        k: Active latents K a row, at most N.
+        k: Active latents K per row, at most N.
         normalize: `layer`, `dataset` or `none`; see `normalise`.
-        parts: What else it is made of; null is the paper's TopK autoencoder.
-        device: Where the tensors live.
-        dtype: Their type; float64 is for tests.
-
-    A new one holds zeros: `winnow.sae.init` fills it, `Sae.load` reads a published one.
+        parts: Activation, target, hooks and other parts; None is the paper's TopK autoencoder.
+        device: Device of the tensors.
+        dtype: Type of the tensors; float64 is for tests.
     """
 
     input_mean: Tensor
@@ -113,6 +113,7 @@ class Sae(nn.Module):
         self.b_pre = nn.Parameter(zeros(d_model))
         self.b_dec = nn.Parameter(zeros(self.d_out)) if self.has_target else None
         self.W_skip = nn.Parameter(zeros(self.d_out, d_model)) if self.parts.skip else None
+        # JumpReLU's thresholds are trained; BatchTopK's is calibrated after training and not a parameter.
         if self.parts.activation == "jumprelu":
             self.threshold = nn.Parameter(zeros(latents))
         elif self.parts.activation == "batchtopk":
@@ -126,35 +127,38 @@ class Sae(nn.Module):
 
     @property
     def has_target(self) -> bool:
-        """Whether it is a transcoder: what it gives back is not what it was given."""
+        """Whether it is a transcoder, whose output is another hook's rows."""
         return self.parts.d_out is not None
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """The trained tensors, in the order the optimiser holds them."""
+        """The trained tensors, in the optimiser's order."""
+        # Ranks reduce gradients name by name, so the order must be the same on each: not a set.
         more = {"b_dec": self.has_target, "W_skip": self.parts.skip}
         more["threshold"] = self.parts.activation == "jumprelu"
         return PARAMETERS + tuple(name for name, there in more.items() if there)
 
     def twin(self) -> Sae:
-        """A new, empty SAE of the same shape, type and device."""
+        """A new SAE of the same shape, type and device, filled with zeros."""
         kind: dict[str, Any] = {"device": self.W_enc.device, "dtype": self.W_enc.dtype}
         return Sae(self.d_model, self.latents, self.k, self.normalize_mode, self.parts, **kind)
 
     # ---- the model -------------------------------------------------------------------------------
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Scale]:
-        """Raw rows [B, D] to normalised rows [B, D], and what was taken away.
+        """Normalise raw rows [B, D]; returns normalised rows [B, D] and what was removed.
 
-        `layer`: each row's mean over D removed, scaled to unit norm. `dataset`: the training rows'
-        mean removed, divided by one scalar (of each hook) so that their mean squared norm is 1.
-        `none`: unchanged, or without each row's mean over D where the SAE is `centred`.
+        `layer`: each row's mean over D removed, scaled to unit norm. `dataset`: the training rows' mean
+        removed, divided by one scalar per hook so that their mean squared norm is 1. `none`: unchanged, or
+        without each row's mean over D if the SAE is `centred`.
         """
         x = x.to(self.W_enc.dtype)
         if self.normalize_mode == "layer":
             mean = x.mean(dim=1, keepdim=True)
             centred = x - mean
             norm = centred.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
+            # Others add their epsilon to the unbiased standard deviation, and the norm is sqrt(D - 1) times
+            # that. It is not part of `Scale`: those libraries restore with the deviation alone.
             epsilon = self.parts.layer_epsilon * (x.shape[1] - 1) ** 0.5
             return centred / (norm + epsilon), Scale(mean, norm)
         scale = Scale(self.input_mean, self.input_scale)
@@ -169,14 +173,16 @@ class Sae(nn.Module):
         return x, scale
 
     def normalise_target(self, y: Tensor) -> Tensor:
-        """Raw rows [B, O] of the target hook to what a transcoder is trained to give."""
+        """Normalise raw rows [B, O] of the target hook to what a transcoder is trained to predict."""
         y = y.to(self.W_enc.dtype)
         return (y - self.target_mean) / self.target_scale if self._scales_target else y
 
     def restore(self, x: Tensor, scale: Scale) -> Tensor:
-        """Normalised output [B, O] to the raw space of the rows `scale` was taken from, or of the target."""
+        """Bring normalised output [B, O] back to the raw space of the rows of `scale`, or of the target."""
+        # A transcoder's target has its own constants: the norm of an input row says nothing about it.
         if self.has_target:
             return x * self.target_scale + self.target_mean if self._scales_target else x
+        # Without a pass over the rows: multiplying by 1 and adding 0 would copy them.
         raw = self.normalize_mode == "none" and not self.parts.centred
         return x if raw else x * scale.norm + scale.mean
 
@@ -185,40 +191,40 @@ class Sae(nn.Module):
         return self.parts.target_normalize == "dataset"
 
     def select(self, x: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """Codes of *normalised* rows as they are outside training, negatives cut to 0.
-
-        The product takes x itself and `b = b_enc - W_enc b_pre`, which is the same number and spares
-        a copy of x.
+        """Codes of *normalised* rows as used outside training, with negatives set to 0.
 
         Args:
-            x: [B, D].
+            x: Normalised rows [B, D].
             k: Take the k best of each row, whatever the activation.
 
         Returns:
-            values [B, S], descending, and their latents [B, S]: S is K, or k, with `topk`, else the most
-            active latents of any row.
+            values [B, S], descending, and their latents [B, S]. S is K with `topk`, or `k` if it is given,
+            otherwise the largest number of active latents of any row.
         """
+        # W_enc (x - b_pre) + b_enc with the bias multiplied out: the product takes x itself, without a copy.
         b = self.b_enc - self.W_enc @ self.b_pre
         if self.parts.activation == "topk" or k is not None:
             return encode_topk(x, self.W_enc, b, self.k if k is None else k)
+        # Detached: the step function has no gradient here; training has a surrogate of its own.
         threshold = 0.0 if self.parts.activation == "relu" else self.threshold.detach()
         return encode_above(x, self.W_enc, b, threshold)
 
     def reconstruct(self, values: Tensor, indices: Tensor | None, x: Tensor | None = None) -> Tensor:
-        """Codes to *normalised* output [B, O]; equal to `scatter(values) @ W_dec + bias`.
+        """Decode codes to *normalised* output [B, O]; equal to `scatter(values) @ W_dec + bias`.
 
         Args:
-            values: [B, S].
-            indices: [B, S]; null where the values are dense, [B, N].
-            x: The normalised rows [B, D] of the codes: only a transcoder with `skip` needs them.
+            values: Values of the codes [B, S].
+            indices: Their latents [B, S]; None if the values are dense, [B, N].
+            x: The normalised rows [B, D] of the codes; only a transcoder with `skip` needs them.
         """
         if indices is None:
             return self.add_bias(values @ self.W_dec, x)
+        # A weighted gather of S rows of N: the dense product would take N / S times the work.
         x_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
         return self.add_bias(x_hat, x)
 
     def add_bias(self, x_hat: Tensor, x: Tensor | None = None) -> Tensor:
-        """What the output [B, O] holds beside the latents' directions."""
+        """Add to an output [B, O] what it holds beside the latents' directions: bias, and skip path."""
         if self.W_skip is not None:
             if x is None:
                 raise ValueError("a transcoder with skip needs the rows of the codes to decode them")
@@ -234,28 +240,29 @@ class Sae(nn.Module):
             x: Raw activations [B, D], any float dtype; of a crosscoder, its hooks' rows joined.
 
         Returns:
-            values [B, S] >= 0, in units of the normalised space, descending; indices int64 [B, S]. S is
-            K with `topk`, else the most active latents of any of these rows, at least 1. Equal values
-            stand by ascending index (which of several equal values at the K-th place is chosen is
-            torch's choice). A slot of value 0 is an inactive latent.
+            values [B, S] >= 0, in units of the normalised space, descending; indices int64 [B, S]. S is K
+            with `topk`, otherwise the largest number of active latents of these rows, at least 1. Equal
+            values are ordered by ascending index (which of several equal values at the K-th place is
+            chosen is torch's choice). A slot of value 0 is an inactive latent.
         """
         values, indices = self.select(self.normalise(x)[0])
+        # By index first, then stably by value: equal values come in one order on every device.
         indices, by_index = indices.sort(dim=1)
         values, by_value = values.gather(1, by_index).sort(dim=1, descending=True, stable=True)
         return values, indices.gather(1, by_value)
 
     def decode(self, values: Tensor, indices: Tensor, like: Tensor | Scale | None = None) -> Tensor:
-        """Rows of codes.
+        """Decode codes to rows.
 
         Args:
-            values: [B, S], as `encode` gives them, or edited.
-            indices: int64 [B, S].
-            like: The raw rows [B, D] the codes came from, or their `Scale` (from `normalise`). A
-                transcoder with `skip` needs the rows.
+            values: Values [B, S], as `encode` returns them, or edited.
+            indices: Latents, int64 [B, S].
+            like: The raw rows [B, D] of the codes, or their `Scale` (from `normalise`). A transcoder with
+                `skip` needs the rows.
 
         Returns:
-            [B, O]: in the raw space of `like`, or of a transcoder's target; in the normalised space
-            where `like` is not given, since `layer` cannot know a row's own mean and norm from its codes.
+            Rows [B, O] in the raw space of `like`, or of a transcoder's target; in the normalised space if
+            `like` is not given, since `layer` cannot know a row's own mean and norm from its codes.
         """
         x, scale = self.normalise(like) if isinstance(like, Tensor) else (None, like)
         x_hat = self.reconstruct(values, indices, x)
@@ -264,7 +271,7 @@ class Sae(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Output [B, O] for raw rows [B, D], in raw space and the rows' dtype; differentiable.
 
-        The reconstruction of x, or what a transcoder expects at its target.
+        The reconstruction of x, or a transcoder's prediction of its target.
         """
         normalised, scale = self.normalise(x)
         x_hat = self.reconstruct(*self.select(normalised), normalised)
@@ -274,6 +281,7 @@ class Sae(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name: parameters, a threshold, and the constants of `dataset`."""
+        # Constants of other modes are 0 and 1 by construction, and would only be one more thing to check.
         names = self.parameter_names
         names += ("threshold",) if self.parts.activation == "batchtopk" else ()
         names += ("input_mean", "input_scale") if self.normalize_mode == "dataset" else ()
@@ -282,8 +290,14 @@ class Sae(nn.Module):
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors of the names and shapes of `tensors()` into this SAE; IntegrityError otherwise."""
+        """Copy tensors of the names and shapes of `tensors()` into this SAE.
+
+        Raises:
+            IntegrityError: Names or shapes differ.
+        """
         mine = self.tensors()
+        # All of them before the first copy: a mismatch leaves the SAE unchanged, and a missing tensor would
+        # otherwise stay 0 without a word.
         shapes = {name: tuple(tensor.shape) for name, tensor in mine.items()}
         given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if given != shapes:
@@ -305,19 +319,19 @@ class Sae(nn.Module):
         metrics: Mapping[str, float] | None = None,
         notes: tuple[str, ...] = (),
     ) -> SaeCard:
-        """Write `sae.safetensors`, then `sae.json` which names its digest, into `store`.
+        """Write `sae.safetensors`, and then `sae.json`, which holds its digest, to `store`.
 
         Args:
             store: The folder or prefix that becomes the SAE's address.
-            hook: Where in the subject its rows come from.
+            hook: The hook whose rows it reads.
             target_hook: A transcoder's target.
             with_hooks: A crosscoder's other hooks.
-            weights: `raw` or `ema`: which weights these are.
-            identity: What they belong to.
-            window: How the windows began that they were trained on.
-            spec: How they were trained.
+            weights: Which weights these are, `raw` or `ema`.
+            identity: Dataset and subject that they were trained on.
+            window: How the windows of the dataset begin.
+            spec: Settings of the training.
             metrics: Held-out figures by definition id.
-            notes: Of an import: what the files said that the SAE cannot hold.
+            notes: After an import, what the files said and the SAE cannot hold.
         """
         data = safetensors.torch.save({n: t.cpu().contiguous() for n, t in self.tensors().items()})
         facts = {
@@ -338,6 +352,8 @@ class Sae(nn.Module):
             "notes": notes,
         }
         card = SaeCard.model_validate(facts)
+        # The card last: an SAE exists once its card does, and a kill in between leaves no card with a digest
+        # of weights that are not there.
         store.put(WEIGHTS_KEY, data)
         store.put(CARD_KEY, card.to_json())
         self.card = card
@@ -353,18 +369,20 @@ class Sae(nn.Module):
     ) -> Sae:
         """Read a published SAE: a folder or URI that holds `sae.json` and `sae.safetensors`.
 
-        `.card` is its `SaeCard`. The digest is checked before anything is parsed.
+        Its attribute `card` is the `SaeCard`. The digest is checked before anything is parsed.
 
         Raises:
             MissingObject: No SAE there.
-            IntegrityError: Bytes, shapes or types differ from what the card promises.
+            IntegrityError: Bytes, shapes or types differ from the card's.
             UnsupportedVersion: Written by a Winnow of another major version.
         """
-        from winnow.store.objects import open_store  # not needed to train on a machine that has no storage
+        # Not needed to train on a machine that has no storage.
+        from winnow.store.objects import open_store
 
         uri = os.fspath(path_or_uri)
         store = open_store(uri, storage or StorageSpec())
         card = SaeCard.from_json(store.get(CARD_KEY), origin=f"{uri}/{CARD_KEY}")
+        # Bounded by the card, since the file is read whole: a wrong one of any size would fill the memory.
         data = store.get(WEIGHTS_KEY, limit=_largest_file(card))
         if sha256_hex(data) != card.weights_sha256:
             raise IntegrityError(
@@ -384,7 +402,8 @@ class Sae(nn.Module):
 
 
 def _largest_file(card: SaeCard) -> int:
-    """Bytes that no honest weights file of this card exceeds."""
+    """Upper bound on the bytes of a weights file of this card."""
     d_out = card.parts.d_out or card.d_model
+    # Encoder, decoder, bias and threshold per latent, 4 bytes per number.
     numbers = card.latents * (card.d_model + d_out + 2) + (d_out * card.d_model if card.parts.skip else 0)
     return 4 * numbers + LARGEST_REST_BYTES
