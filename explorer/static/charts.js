@@ -10,7 +10,7 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 const axis = (more) => ({ stroke: colour("--soft"), font: FONT, labelFont: FONT, labelSize: 20, grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false }, ...more });
 
 /**
- * A box that keeps a chart of its own width, made anew when the theme changes.
+ * A box whose chart is redrawn when its width or the theme changes.
  * @param {{kind: string, label: string, height: () => number}} how @param {(width: number, height: number) => {options: any, data: any}} make
  */
 function chart(how, make) {

@@ -31,9 +31,9 @@ function overall(site, one, other, found) {
   const bins = left.density_histogram;
   return el("div", { class: "pair" },
     el("section", { class: "card" }, el("h2", {}, "Figures"), el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "of"), el("th", { class: "num" }, left.name), el("th", { class: "num" }, right.name))), el("tbody", {},
-      row("hook", (sae) => sae.hook), row("latents", (sae) => whole(sae.latents)), row("fire on a token", (sae) => number(sae.l0)), row("silent", (sae) => whole(sae.silent)), row("rows read", (sae) => whole(sae.rows))))),
+      row("hook", (sae) => sae.hook), row("latents", (sae) => whole(sae.latents)), row("active per token", (sae) => number(sae.l0)), row("silent", (sae) => whole(sae.silent)), row("rows read", (sae) => whole(sae.rows))))),
     el("section", { class: "card" }, el("h2", {}, "Density of their latents"),
-      histogram(bins.counts, bins.low, bins.high, { other: right.density_histogram.counts, names: [left.name, right.name], label: `Histograms of the densities of ${left.name} and ${right.name}`, axis: "share of tokens it fires on (log)", show: (edge) => `${Number((100 * 10 ** edge).toPrecision(2))} %` }),
+      histogram(bins.counts, bins.low, bins.high, { other: right.density_histogram.counts, names: [left.name, right.name], label: `Histograms of the densities of ${left.name} and ${right.name}`, axis: "share of tokens on which it fires (log)", show: (edge) => `${Number((100 * 10 ** edge).toPrecision(2))} %` }),
       el("p", { class: "legend" }, el("b", { class: "swatch" }), left.name, el("b", { class: "swatch other" }), right.name)),
     el("section", { class: "card" }, el("h2", {}, "Do their latents match?"),
       histogram(found.counts, found.low, found.high, { label: `Histogram of the best cosine; median ${number(found.median)}`, axis: "cosine with the best match" }),

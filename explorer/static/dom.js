@@ -68,7 +68,7 @@ export function showTip(text, x, y) {
 export function hideTip() { tip.hidden = true; }
 
 /**
- * Run something slow: after 200 ms say what is waited for, and put what comes out (or what went wrong) in place.
+ * Run something slow: show `why` after 200 ms, then the result or the error.
  * @param {HTMLElement} place @param {string} why @param {() => Promise<any>} work
  */
 export async function waiting(place, why, work) {

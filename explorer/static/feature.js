@@ -1,4 +1,4 @@
-// One latent: what it fires on, from strongest to weakest, what it promotes, who its neighbours are.
+// One latent: what it fires on, from strongest to weakest, what it promotes, and its neighbours.
 import { address, get, remember } from "./api.js";
 import { histogram } from "./charts.js";
 import { el, level, number, percent, waiting } from "./dom.js";
@@ -17,7 +17,7 @@ export async function featurePage(site, fields) {
       el("div", { class: "row" }, turn(latent - 1, "prev", "← Previous"), turn(latent + 1, "next", "Next →"),
         el("a", { class: "button quiet", href: address({ page: "monitor", sae, latents: latent }) }, "Watch"),
         el("a", { class: "button", href: address({ page: "steer", edits: `${sae}:${latent}:clamp:${number(2 * page.figures.largest).replace(",", "")}` }) }, "Steer with it"))),
-    page.explanations.length ? el("div", { class: "card" }, el("h2", {}, "Said of it"), el("ul", { class: "plain" }, page.explanations.map((/** @type {any} */ one) =>
+    page.explanations.length ? el("div", { class: "card" }, el("h2", {}, "Explanations"), el("ul", { class: "plain" }, page.explanations.map((/** @type {any} */ one) =>
       el("li", {}, one.text, " ", el("span", { class: "soft small" }, `${one.source}${one.score === null ? "" : ` · ${number(one.score)}`}`))))) : "",
     el("div", { class: "columns" }, el("div", {}, examples(site, sae, page, fields.band), neighbours(sae, page)), aside(page)),
   ];
@@ -27,7 +27,7 @@ export async function featurePage(site, fields) {
 function examples(site, sae, page, band) {
   const bands = page.quantiles.length - 1;
   /** @type {[string, string, string][]} */
-  const tabs = [["-1", "Strongest", "The windows with its highest activations, all of the dataset looked at."]];
+  const tabs = [["-1", "Strongest", "The windows with its highest activations, of all windows that are indexed."]];
   for (let i = bands - 1; i >= 0; i--) {
     const [low, high] = [Math.round((100 * i) / bands), Math.round((100 * (i + 1)) / bands)];
     tabs.push([String(i), `${low}–${high} %`, `Drawn at random where it fires between ${level(page.quantiles[i])} and ${level(page.quantiles[i + 1])}: the ${low} to ${high} % of its activations.`]);
@@ -58,7 +58,7 @@ function examples(site, sae, page, band) {
   return el("section", { class: "card" },
     el("div", { class: "head" }, el("h2", {}, "Where it fires"), el("span", { class: "legend" }, "0", el("i"), level(page.figures.largest))),
     present.length ? [el("div", { class: "tabs", role: "tablist", "aria-label": "Parts of its activations" }, buttons), says, list]
-      : el("p", { class: "note" }, "It fired on no token that the index has read."));
+      : el("p", { class: "note" }, "It fires on no token of the indexed windows."));
 }
 
 /** @param {any} site @param {string} sae @param {any} page @param {any} one */
@@ -75,19 +75,19 @@ function example(site, sae, page, one) {
     site.windows && button, effect);
 }
 
-/** What the model loses without the latent. @param {any} site @param {string} sae @param {number} latent @param {number} window */
+/** How the model's predictions change without the latent. @param {any} site @param {string} sae @param {number} latent @param {number} window */
 async function ablation(site, sae, latent, window) {
   const found = await get(`saes/${sae}/ablate`, { latent, window });
   site.subject.ready = true;
   const votes = (/** @type {any[]} */ all) => all.map((one) => `${JSON.stringify(one.token)} ${one.change > 0 ? "+" : "−"}${Math.abs(100 * one.change).toFixed(1)} %`).join("   ");
   const next = (/** @type {number} */ i) => `after ${JSON.stringify(found.tokens[i])}: loss ${found.loss_change[i] === null ? "–" : number(found.loss_change[i])} nats, KL ${number(found.kl[i])}` +
-    (found.down[i].length ? `\nwithout it less: ${votes(found.down[i])}` : "") + (found.up[i].length ? `\nwithout it more: ${votes(found.up[i])}` : "");
+    (found.down[i].length ? `\nless likely without it: ${votes(found.down[i])}` : "") + (found.up[i].length ? `\nmore likely without it: ${votes(found.up[i])}` : "");
   const felt = found.kl.reduce((/** @type {number} */ best, /** @type {number} */ kl, /** @type {number} */ i) => (kl > found.kl[best] ? i : best), 0);
   const cell = (/** @type {any[]} */ all) => all.map((one) => el("span", { class: "vote" }, token(one.token), ` ${one.change > 0 ? "+" : "−"}${Math.abs(100 * one.change).toFixed(1)}`));
   return [
     el("div", { class: "head" }, el("h2", {}, "Without it: change of the next token's loss"), el("span", { class: "legend" }, "better", el("i", { class: "both" }), "worse")),
     strip(found.tokens, found.loss_change, { says: next, peak: felt, label: "Change of loss by token" }),
-    el("p", { class: "small" }, "Felt most after ", token(found.tokens[felt]), `, KL ${number(found.kl[felt])} nats. Change of the next token's probability there, in percentage points: `, cell(found.down[felt]), cell(found.up[felt])),
+    el("p", { class: "small" }, "Largest effect after ", token(found.tokens[felt]), `, KL ${number(found.kl[felt])} nats. Change of the next token's probability there, in percentage points: `, cell(found.down[felt]), cell(found.up[felt])),
   ];
 }
 
@@ -100,7 +100,7 @@ function aside(page) {
     el("section", { class: "card" }, el("h2", {}, "Activations"),
       facts.fires ? histogram(page.histogram, 0, facts.largest, { label: `Histogram of ${facts.fires} activations from 0 to ${number(facts.largest)}, logarithmic counts of tokens`, log: true, axis: "activation; height: tokens, log", names: ["tokens"] }) : "",
       el("dl", { class: "facts" }, [
-        ["fires on", percent(page.brief.density)], ["tokens", facts.fires.toLocaleString("en")], ["largest", level(facts.largest)], ["mean where it fires", level(facts.mean)],
+        ["fires on", percent(page.brief.density)], ["tokens", facts.fires.toLocaleString("en")], ["largest", level(facts.largest)], ["mean when it fires", level(facts.mean)],
         ["cosine, encoder and decoder", level(facts.enc_dec_cosine)],
       ].map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]))),
     page.tokens.length ? el("section", { class: "card" }, el("h2", {}, "Fires on these tokens"), el("p", { class: "soft small" }, "Share of its summed activation."), el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "share"))), el("tbody", {}, page.tokens.map((/** @type {any} */ row) =>
@@ -112,5 +112,5 @@ function aside(page) {
 function neighbours(sae, page) {
   if (!page.cosine.length && !page.coactive.length) return "";
   return el("section", { class: "card" }, el("h2", {}, "Neighbours by direction"), table(sae, page.cosine, "cosine"),
-    page.coactive.length ? [el("h2", {}, "Fire together with it"), table(sae, page.coactive, "together")] : "");
+    page.coactive.length ? [el("h2", {}, "Latents that fire at the same positions"), table(sae, page.coactive, "together")] : "");
 }

@@ -75,7 +75,7 @@ export function mapPage(site, fields) {
   rows();
   return [
     el("div", { class: "head" }, el("h1", {}, `All latents of ${shown.name}`),
-      el("span", { class: "soft" }, `${shown.latents.toLocaleString("en")} latents at ${shown.hook}; ${number(shown.l0)} fire on a token; ${shown.silent.toLocaleString("en")} silent`)),
+      el("span", { class: "soft" }, `${shown.latents.toLocaleString("en")} latents at ${shown.hook}; ${number(shown.l0)} active per token; ${shown.silent.toLocaleString("en")} silent`)),
     el("div", { class: "bar" },
       site.saes.length > 1 && field("SAE", select("sae", site.saes.map((sae, i) => [String(i), sae.name]), now.sae, (sae) => go({ ...now, page: "map", sae, from: "0" }))),
       el("label", { class: "field grow" }, "Search tokens and explanations", el("input", { type: "search", name: "q", maxlength: 200, value: now.q, oninput: typed("q") })),

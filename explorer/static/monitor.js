@@ -1,4 +1,4 @@
-// Watch chosen latents over a text, and take the result along as JSON.
+// Monitor chosen latents over a text, and export the result as JSON.
 import { get, remember } from "./api.js";
 import { el, field, number, select, waiting } from "./dom.js";
 import { SAMPLE, begins, slow } from "./text.js";
@@ -9,7 +9,7 @@ export function monitorPage(site, fields) {
   const now = { sae: "0", text: SAMPLE, latents: "", ...fields };
   const out = el("div");
   const text = el("textarea", { name: "text", maxlength: site.limits.text, required: true }, now.text);
-  const chosen = el("input", { name: "latents", required: true, pattern: "[0-9]+([, ]+[0-9]+)*", placeholder: "12, 407", value: now.latents, title: "Numbers of latents, with commas between" });
+  const chosen = el("input", { name: "latents", required: true, pattern: "[0-9]+([, ]+[0-9]+)*", placeholder: "12, 407", value: now.latents, title: "Numbers of latents, separated by commas" });
   const run = () => waiting(out, slow(site, "Reading the text…"), async () => {
     const latents = chosen.value.split(/[, ]+/).filter(Boolean).map(Number);
     const [report, ...briefs] = await Promise.all([get(`saes/${now.sae}/monitor`, { text: text.value, latents }), ...latents.map((/** @type {number} */ latent) => get(`saes/${now.sae}/brief/${latent}`))]);

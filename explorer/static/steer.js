@@ -1,4 +1,4 @@
-// The steering bench: the same prompt and the same random numbers, clean beside steered, as they come.
+// The steering bench: the same prompt and the same random numbers, clean and steered side by side, as generated.
 import { ask, get, remember } from "./api.js";
 import { el, field, number, select } from "./dom.js";
 import { begins, slow } from "./text.js";

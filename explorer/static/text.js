@@ -8,8 +8,8 @@ export const SAMPLE = "In the beginning God created the heaven and the earth. To
 /** Why a request to the model may take long. @param {any} site @param {string} what */
 export const slow = (site, what) => (site.subject.ready ? what : `Loading ${site.subject.model}, then ${what.charAt(0).toLowerCase()}${what.slice(1)}`);
 
-/** What goes before a text, where anything does. @param {import("./main.js").Site} site */
-export const begins = (site) => (site.saes.some((sae) => sae.bos) ? "BOS goes before the text, as before each window of the dataset" : "");
+/** A note on what is put before a text, if anything is. @param {import("./main.js").Site} site */
+export const begins = (site) => (site.saes.some((sae) => sae.bos) ? "BOS is put before the text, as before every window of the dataset" : "");
 
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
 export function textPage(site, fields) {
