@@ -31,7 +31,8 @@ from winnow.store.write.writer import commit_unit, tokens_digest
 def commit(root: str, options: argparse.Namespace) -> dict[str, Any]:
     """`commit_over_loop` and `commit_over_serial_loop`."""
     plan = make_plan(
-        units=2 * options.rounds + 40,  # the first units also carry moments: they are left out
+        # From unit 20 on: receipts of the first 16 also carry moments, which most units' do not.
+        units=2 * options.rounds + 40,
         windows_per_unit=options.commit_windows,
         context_length=options.context_length,
         hooks={HOOK: options.d_model},
@@ -39,7 +40,8 @@ def commit(root: str, options: argparse.Namespace) -> dict[str, Any]:
     objects = open_store(root)
     shape = (plan.rows_per_unit, options.d_model)
     rows = np.random.default_rng(0).integers(0x3C00, 0x4200, shape).astype(np.uint16)
-    body = encode_shard(rows).data  # in one piece, made once
+    # Joined beforehand: the floor puts one buffer, and encoding is the subject's cost alone.
+    body = encode_shard(rows).data
     tokens = tokens_digest(synthetic_tokens(plan, 0))
     units = iter(range(20, plan.units))
     keys = iter(f"floor/{number}" for number in range(10**6))
@@ -49,6 +51,7 @@ def commit(root: str, options: argparse.Namespace) -> dict[str, Any]:
         started = time.perf_counter()
         commit_unit(objects, plan, unit, {HOOK: rows}, tokens_sha256=tokens, attempt=make_attempt())
         seconds = time.perf_counter() - started
+        # Outside the clock, so that the disk does not fill up over the rounds.
         objects.delete(shard_key(HOOK, unit))
         return len(body) / seconds
 
@@ -65,6 +68,7 @@ def commit(root: str, options: argparse.Namespace) -> dict[str, Any]:
         objects.delete(key)
         return len(body) / seconds
 
+    # A first one warms up: threads start, and code is imported when it is first used.
     committed()
     found = in_turn(options.rounds, lambda: nullcontext((floor, committed)))
     serial = in_turn(options.rounds, lambda: nullcontext((lambda: floor(serial=True), committed)))
@@ -80,7 +84,7 @@ def commit(root: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def opening(root: str, units: int) -> dict[str, Any]:
-    """`open_100k_units_s`: a sealed dataset that has receipts, parts and a manifest, and no shards."""
+    """`open_100k_units_s`: opening a sealed dataset of receipts, parts and a manifest, without shards."""
     objects = open_store(root)
     plan = make_plan(units=units, hooks={HOOK: 8})
     objects.put(PLAN_KEY, plan.to_json())
@@ -93,7 +97,7 @@ def opening(root: str, units: int) -> dict[str, Any]:
 
 
 def seal_fabricated(objects: ObjectStore, plan: HarvestPlan) -> None:
-    """Manifest and parts of made-up receipts: one unit in ten marks two rows."""
+    """Write a manifest and parts of fabricated receipts, of which one in ten marks two sinks."""
     random = np.random.default_rng(0)
     model = UnitReceipt(
         plan_fingerprint=plan.fingerprint,
@@ -126,6 +130,8 @@ def seal_fabricated(objects: ObjectStore, plan: HarvestPlan) -> None:
                 "slice_crc32c": tuple(random.integers(0, 2**32, SLICES).tolist()),
                 "sinks": (1, 5) if unit % 10 == 0 else (),
             }
+            # `model_copy` skips validation, which is not what is measured; digests and checksums are drawn,
+            # because equal ones would compress as real ones never do.
             made = shard.model_copy(update=facts)
             if unit < 16:
                 made = ShardRecord.model_validate(made.model_dump() | {"moments": moments})
@@ -150,7 +156,7 @@ def seal_fabricated(objects: ObjectStore, plan: HarvestPlan) -> None:
 
 
 def order_arithmetic(steps: int = 2000) -> dict[str, Any]:
-    """Time and memory to find a step among 10^12 rows, in early and late epochs, beside 10^7."""
+    """Time and memory to locate a step among 10^12 rows, in early and late epochs, compared to 10^7."""
 
     def order(rows: int) -> LaneOrder:
         return LaneOrder(range(1, 1 + rows // (64 * 508)), 508, 256, 8192, 0, 64, 64)
@@ -166,6 +172,7 @@ def order_arithmetic(steps: int = 2000) -> dict[str, Any]:
 
     large = microseconds(order(10**12))
     small = microseconds(order(10**7))
+    # A separate run: tracing slows Python down several times.
     tracemalloc.start()
     microseconds(order(10**12))
     _, peak = tracemalloc.get_traced_memory()

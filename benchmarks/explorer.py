@@ -1,4 +1,4 @@
-"""What the explorer costs: a page at 65,536 latents, and an index over what it cannot do without.
+"""The cost of the explorer: a page at 65,536 latents, and an index over its least work.
 
     python -m benchmarks.explorer --root data/quickstart --sae runs/quickstart --json OUT
 
@@ -9,7 +9,7 @@
   the seconds of `winnow index` on them. Above 1: indexing stored rows is quicker than running the subject.
 - `index_over_encode`: `encode` alone over the index, on the same windows.
 
-Seconds are CPU time where torch has one thread, else wall-clock.
+Seconds are CPU time if torch has one thread, otherwise wall-clock.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ BATCH_WINDOWS = 8
 
 
 def clock() -> float:
-    """CPU seconds of this process with one thread, else wall-clock."""
+    """CPU seconds of this process if torch has one thread, otherwise wall-clock."""
+    # CPU time is not moved by other work on the machine, but counts waiting threads of a pool as work.
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -59,9 +60,10 @@ def random_sae(dataset: ActivationStore, hook: str, latents: int, k: int, out: s
 def index(
     sae: Sae, dataset: ActivationStore, root: str, out: str, spec: IndexSpec, subject: LazySubject
 ) -> float:
-    """Seconds that an index takes, model loading left out."""
+    """Seconds that an index takes, without loading models."""
     store, scratch = open_index_store(out, None)
     indexer = Indexer(dataset, root, sae, store, scratch, spec, subject)
+    # Loaded before the clock starts; the indexer would load it with the first part.
     if spec.logits:
         subject.whole()
     start = clock()
@@ -96,6 +98,7 @@ def page_times(sae_uri: str, root: str, requests: int) -> list[float]:
         make_app(open_desk([sae_uri], None, Place(root, None, StorageSpec()), 8)), "http://127.0.0.1"
     )
     latents = client.get("/api/site").json()["saes"][0]["latents"]
+    # The first request reads footers and fills caches that every later one finds.
     client.get("/api/saes/0/features/0").raise_for_status()
     taken: list[float] = []
     for latent in np.random.default_rng(0).integers(0, latents, requests).tolist():
@@ -116,6 +119,7 @@ def measure(root: str, sae_uri: str, latents: int, k: int, units: int, requests:
         wide = f"{folder}/wide"
         random = random_sae(dataset, sae.card.hook, latents, k, wide)
         seconds = index(random, dataset, root, f"{wide}/features", IndexSpec(units=units), subject)
+        # Right after the large index: the process's peak is then its peak, not that of a later part.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         size = sum(path.stat().st_size for path in Path(wide, "features").rglob("*") if path.is_file())
         del random
@@ -146,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--root", default="data/quickstart", help="a dataset")
     parser.add_argument("--sae", default="runs/quickstart", help="an SAE trained on it")
-    parser.add_argument("--latents", type=int, default=65_536, help="of the random SAE")
+    parser.add_argument("--latents", type=int, default=65_536, help="latents of the random SAE")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--units", type=int, default=8, help="units of the dataset that are indexed")
     parser.add_argument("--requests", type=int, default=500)

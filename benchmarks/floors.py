@@ -1,4 +1,4 @@
-"""The least that must be done for the bytes that a stream yields: loops without a store around them."""
+"""Floors of streams: loops that do the least work for the same bytes, without a store around them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEED = 3
 
 
 class Groups:
-    """Two groups' buffers and where each step of an epoch finds its rows in them."""
+    """Buffers of two groups, and the places in them of the rows of each step of an epoch."""
 
     def __init__(self, plan: HarvestPlan, options: argparse.Namespace) -> None:
         self.order = LaneOrder.for_plan(
@@ -35,8 +35,9 @@ class Groups:
         )
         self.row_bytes, size = 2 * options.d_model, plan.rows_per_unit
         shape = (options.group_units * size, options.d_model)
-        # pages that nobody wrote are one page of zeros, always in the cache
+        # Filled, because all pages that were never written are one page of zeros, always in the cache.
         self.buffers = [np.full(shape, 1, np.uint16) for _ in range(2)]
+        # Computed beforehand, so that the floor gathers in the stream's own order without shuffling.
         self.turns: list[list[np.ndarray]] = []
         for group in range(self.order.groups):
             first = self.order.first_step(0, group)
@@ -48,16 +49,18 @@ class Groups:
         self._local = threading.local()
 
     def gather(self, group: int, rows: np.ndarray) -> None:
-        """A step's rows into this thread's own array."""
+        """Gather a step's rows into this thread's own array."""
+        # One array per thread, reused: a fresh one per batch would measure the allocator.
         buffer = self.buffers[group % 2]
         out = getattr(self._local, "out", None)
         if out is None:
             out = self._local.out = np.zeros((len(rows), buffer.shape[1]), np.uint16)
+        # `clip` writes straight to `out`; the default mode goes through a buffer, to raise before writing.
         np.take(buffer, rows, axis=0, out=out, mode="clip")
 
 
 class Loop:
-    """The floor of the local stream; a call takes an epoch and gives its rate in bytes a second."""
+    """The floor of the local stream; a call reads an epoch and returns its rate in bytes per second."""
 
     def __init__(self, root: Path, plan: HarvestPlan, options: argparse.Namespace) -> None:
         self.plan, self.groups = plan, Groups(plan, options)
@@ -67,13 +70,14 @@ class Loop:
         }
 
     def __call__(self, read_only: bool = False) -> float:
-        """Take an epoch."""
+        """Read an epoch."""
         started = time.perf_counter()
         waiting: list[list[Future[None]]] = [[], []]
         order, row_bytes = self.groups.order, self.groups.row_bytes
         for group, turns in enumerate(self.groups.turns):
             buffer, number = self.groups.buffers[group % 2], group % 2
-            _wait(waiting[number])  # its rows of the group before last are gathered
+            # The buffer may be overwritten once all rows of the group before last are gathered from it.
+            _wait(waiting[number])
             reads = [
                 self.pool.submit(self._read, buffer, slot, unit, *run, read_only)
                 for slot, unit in enumerate(order.units_of(0, group))
@@ -92,12 +96,13 @@ class Loop:
         size = slice_bytes(self.plan, HOOK) - 4
         for number in range(first, stop):
             payload = raw[(slot * SLICES + number) * size : (slot * SLICES + number + 1) * size]
+            # Straight to its place, the checksum aside; then checked while it is in the CPU's cache.
             os.preadv(self.files[unit], [payload.data, beside.data], number * (size + 4))
             if not read_only:
                 crc32c(payload)
 
     def close(self) -> None:
-        """Let its threads and files go."""
+        """Stop its threads and close its files."""
         self.pool.shutdown()
         for handle in self.files.values():
             os.close(handle)
@@ -109,14 +114,14 @@ def _wait(futures: list[Future[None]]) -> None:
 
 
 class Gets:
-    """The floor of the stream from S3: an epoch's ranges, as many in flight; the replies are thrown away.
+    """The floor of the stream from S3: the same ranges of an epoch, as many in flight, replies discarded.
 
     Args:
-        objects: Where they are.
+        objects: The store of the dataset.
         plan: The dataset's plan.
         options: Sizes.
-        least: Also look at each slice's crc32c in its reply, and beside that gather as many rows as the epoch
-            has, on as many threads as the stream has for it. The rows come from buffers that are never
+        least: Also compute each slice's crc32c in its reply, and meanwhile gather as many rows as the epoch
+            has, on as many threads as the stream uses for it. The rows come from buffers that are never
             filled: no loader that checks and shuffles does less.
     """
 
@@ -133,7 +138,7 @@ class Gets:
         self.pool, self.gathering = ThreadPoolExecutor(options.prefetch), ThreadPoolExecutor(ASSEMBLING)
 
     def __call__(self) -> float:
-        """Take an epoch; its rate in bytes a second."""
+        """Read an epoch; returns its rate in bytes per second."""
         started = time.perf_counter()
         gathers: list[Future[None]] = []
         if self.groups:
@@ -144,7 +149,7 @@ class Gets:
         return received / (time.perf_counter() - started)
 
     def close(self) -> None:
-        """Let its threads go."""
+        """Stop its threads."""
         self.pool.shutdown()
         self.gathering.shutdown()
 
@@ -158,6 +163,6 @@ class Gets:
 
 
 def runs(plan: HarvestPlan) -> list[tuple[int, int]]:
-    """Slices [first, stop) as the stream asks for them."""
+    """Slices [first, stop) of each request, as the stream makes them."""
     step = max(1, REQUEST_BYTES // slice_bytes(plan, HOOK))
     return [(first, min(first + step, SLICES)) for first in range(0, SLICES, step)]

@@ -1,8 +1,8 @@
 """Harvest speed: end-to-end tokens/s over the bare truncated forward pass.
 
 The floor is the subject, truncated after the deepest hook, run over the same windows with the same
-batch and threads, and its output thrown away: no hook read, no permutation, no encoding, no store.
-The floor is measured before and after the harvest, half each, since machines drift.
+batch and threads, and its output discarded: no hook read, no permutation, no encoding, no store. The floor is
+measured before and after the harvest, half each, since machines drift.
 
 `ceiling_over_put` is the whole path with a subject that costs nothing (see `benchmarks.ceiling`).
 
@@ -46,6 +46,7 @@ def bare_forward_seconds(config: Config, store: ObjectStore, units: range) -> fl
     ids = torch.from_numpy(windows).to(subject.device)
     blocks = subject.model.base_model
     with torch.no_grad():
+        # Warms up: the first batch allocates, and on a GPU chooses kernels.
         blocks(input_ids=ids[:batch], use_cache=False)
         start = time.perf_counter()
         for first in range(0, len(ids), batch):
@@ -61,11 +62,13 @@ def measure(config: Config) -> dict[str, Any]:
     torch.set_num_threads(threads)
     store = open_store(config.root, config.storage)
     plan = ensure_plan(config, store)
+    # Resolved here, since floor and harvest must run the same shape.
     if config.harvest.batch_windows == "auto":
         subject = Subject.load(section(config.subject, "subject"), until=plan.spec.hooks)
         chosen = config.harvest.model_copy(update={"batch_windows": batching.measure(subject, plan)[0]})
         config = config.model_copy(update={"harvest": chosen})
         del subject
+    # Different halves, so that the two floors together cover the windows of the harvest.
     half = plan.units // 2
     before = bare_forward_seconds(config, store, range(half))
     harvest(config, store, plan)
@@ -94,8 +97,10 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=6, help="units harvested, one of them held out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--ceiling-units", type=int, default=8, help="units of `ceiling_over_put`; 0: none")
-    parser.add_argument("--ceiling-windows", type=int, default=512, help="windows of each of them")
+    parser.add_argument(
+        "--ceiling-units", type=int, default=8, help="units of `ceiling_over_put`; 0 omits it"
+    )
+    parser.add_argument("--ceiling-windows", type=int, default=512, help="windows per such unit")
     parser.add_argument("--ceiling-only", action="store_true", help="measure `ceiling_over_put` alone")
     args = parser.parse_args()
     result: dict[str, Any] = {}

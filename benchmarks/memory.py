@@ -1,13 +1,13 @@
-"""What `encode_topk` adds to memory, and whether that costs time.
+"""Memory that `encode_topk` adds, and whether saving it costs time.
 
     python -m benchmarks.memory --json OUT [--rounds 5] [--threads 0] [--tiny]
 
-- `encode_topk_extra_mib`: the highest memory while it runs, beyond what was there before and its outputs.
-  On a CPU the process's peak RSS after a reset (Linux), on a GPU the allocator's peak.
+- `encode_topk_extra_mib`: peak memory while it runs, minus what was allocated before and its outputs. On a
+  CPU the process's peak RSS after a reset (Linux), on a GPU the allocator's peak.
 - `dense_extra_mib`: the same for `torch.addmm(...).topk(k)`, which holds [B, N].
-- `encode_topk_over_dense`: time over product and top-k into a buffer that is there already; median of
-  paired rounds.
-- `million`: both figures of `encode_topk` alone at N = 1,048,576.
+- `encode_topk_over_dense`: time over product and top-k into a buffer that exists already; median of paired
+  rounds.
+- `million`: memory and seconds of `encode_topk` alone at N = 1,048,576.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def extra_mib(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> float:
-    """The highest memory of a call beyond what was there before and what it returns, in MiB."""
+    """Peak memory of a call, minus what was allocated before and what it returns, in MiB."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -40,7 +40,8 @@ def extra_mib(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> f
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
-        RESET.write_text("5")  # VmHWM starts again from here
+        # 5 resets VmHWM, the process's peak, to what is resident now (man 5 proc).
+        RESET.write_text("5")
         before = _status("VmRSS")
         outputs = call()
         peak = _status("VmHWM")
@@ -65,7 +66,8 @@ def measure(rows: int, width: int, latents: int, million: int, rounds: int) -> d
         return W, torch.zeros(count, device=device)
 
     W, b = problem(latents)
-    encode_topk(x[:64], W[:1024], b[:1024], K, backend)  # the library's threads and the code itself
+    # A small call first: threads of the libraries and compiled code stay in memory, and are not its cost.
+    encode_topk(x[:64], W[:1024], b[:1024], K, backend)
 
     def sparse() -> tuple[Tensor, ...]:
         return encode_topk(x, W, b, K, backend)
@@ -92,12 +94,14 @@ def measure(rows: int, width: int, latents: int, million: int, rounds: int) -> d
 
 def over_dense(sparse: Callable[[], object], x: Tensor, W: Tensor, b: Tensor, rounds: int) -> dict[str, Any]:
     """Paired times of `sparse` over the product into a buffer, and its top-k."""
+    # [B, N] is allocated once, outside the clock: fetching 1 GB of fresh pages per call would flatter us.
     held = torch.empty(len(x), len(W), device=x.device)
     ratios: list[float] = []
     for number in range(rounds + 1):
         below = seconds(lambda: torch.addmm(b, x, W.T, out=held).topk(K, dim=1), x.device)
         above = seconds(sparse, x.device)
-        if number:  # the first round warms up
+        # The first round warms up.
+        if number:
             ratios.append(above / below)
     return {
         "encode_topk_over_dense": statistics.median(ratios),

@@ -1,4 +1,4 @@
-"""Do batches mix as the formula says? `python -m benchmarks.mixing --json OUT`.
+"""Whether batches mix as the formula says: `python -m benchmarks.mixing --json OUT`.
 
 A dataset whose rows hold their own number is written and streamed; each row of each real batch is traced
 to its window, and pairs of rows that share a window are counted.
@@ -8,8 +8,8 @@ measured_over_formula
     on. The two differ by sampling noise and by 1/T: two rows of a batch are never the same row.
 buffer_over_formula
     The same for the usual shuffle buffer of the same memory (two groups' rows): filled with windows one
-    after another, shuffled, half of it given out in batches, refilled, shuffled again. Its windows come
-    from the same corpus-wide shuffle, so that only the buffer is compared.
+    after another, shuffled, half of it emitted in batches, refilled, shuffled again. Its windows come from
+    the same corpus-wide shuffle, so that only the buffer is compared.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--units", type=int, default=24, help="training units")
     parser.add_argument("--group-units", type=int, default=4, help="units U shuffled together")
-    parser.add_argument("--windows-per-unit", type=int, default=128, help="windows W in a unit")
-    parser.add_argument("--context-length", type=int, default=65, help="tokens T in a window")
-    parser.add_argument("--batch-rows", type=int, default=256, help="rows B in a batch")
+    parser.add_argument("--windows-per-unit", type=int, default=128, help="windows W per unit")
+    parser.add_argument("--context-length", type=int, default=65, help="tokens T per window")
+    parser.add_argument("--batch-rows", type=int, default=256, help="rows B per batch")
     parser.add_argument("--epochs", type=int, default=4, help="epochs streamed")
     options = parser.parse_args()
     sizes = {name: value for name, value in vars(options).items() if name != "json"}
@@ -64,7 +64,8 @@ def measure(
             for batch in stream:
                 lanes.add(store.locate(batch.rows[HOOK][:, 0].numpy().astype(np.int64) - 1)[0])
     buffer = Pairs()
-    held = 2 * group_units * plan.rows_per_unit  # the stream reads one group while it gives another
+    # Two groups: the stream reads one while it yields the other.
+    held = 2 * group_units * plan.rows_per_unit
     for windows in buffered(plan, held, batch_rows, epochs):
         buffer.add(windows)
     return {
@@ -80,7 +81,8 @@ def measure(
 
 
 def numbered_rows(plan: HarvestPlan, unit: int, hook: str) -> np.ndarray:
-    """float32 [R, 1]: each row's number in the dataset, from 1, so that no norm is 0."""
+    """Each row's number in the dataset, from 1, float32 [R, 1]."""
+    # From 1, so that no row's norm is 0.
     first = unit * plan.rows_per_unit
     numbers = np.arange(first + 1, first + 1 + plan.rows_per_unit, dtype=np.float32)
     return numbers.reshape(-1, plan.d_model(hook))
@@ -93,7 +95,7 @@ class Pairs:
         self.same = self.all = self.batches = 0
 
     def add(self, windows: np.ndarray) -> None:
-        """Take in a batch by its rows' windows [B]."""
+        """Count a batch, given the windows [B] of its rows."""
         counts = np.unique(windows, return_counts=True)[1]
         self.same += int((counts * (counts - 1)).sum())
         self.all += len(windows) * (len(windows) - 1)
@@ -101,7 +103,7 @@ class Pairs:
 
     @property
     def share(self) -> float:
-        """Of all pairs."""
+        """Share of all pairs that share a window."""
         return self.same / self.all
 
 

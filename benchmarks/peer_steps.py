@@ -1,11 +1,11 @@
-"""Each peer's training step over the plain product of its shapes, beside Winnow's in the same process.
+"""Each peer's training step over the plain product of its shapes, and Winnow's in the same process.
 
     python -m benchmarks.peers -- python -m benchmarks.peer_steps --json OUT [--size full] [--rounds 15]
 
-`benchmarks.train_step` runs this where the peers are installed and takes over `peers`. Every step is on the
-same tensors, single precision, no latent dead; normalisation, gradients, optimiser and constraints are in it
-as the library has them. A round times the product right before each step; figures are medians of the rounds'
-ratios.
+`benchmarks.train_step` runs this if the peers are installed and includes the result as `peers`. Every step is
+on the same tensors, single precision, no latent dead; it includes normalisation, gradients, optimiser and
+constraints as the library has them. A round times the product right before each step; figures are medians of
+the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ def measure_peers(size: Size, rounds: int) -> dict[str, Any]:
         torch.mm(x, W.T, out=out)
 
     ratios: dict[str, list[float]] = {}
-    for name in (OURS, *PEERS):  # one after the other: some hold gigabytes
+    # One after another, because some hold gigabytes.
+    for name in (OURS, *PEERS):
         case = _case(name, size)
         for number in range(rounds + 1):
             below, above = seconds(product, device), seconds(case, device)
-            if number:  # the first round warms up
+            # The first round warms up.
+            if number:
                 ratios.setdefault(name, []).append(above / below)
         del case
         gc.collect()
@@ -73,7 +75,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    with torch_settings(torch.device("cpu"), torch.get_num_threads()):  # a run's own, for all of them
+    # The settings of a training run of ours, for the peers too.
+    with torch_settings(torch.device("cpu"), torch.get_num_threads()):
         figures = measure_peers(SIZES[args.size], args.rounds)
     args.json.write_text(json.dumps(figures, indent=1))
 

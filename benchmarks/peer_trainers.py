@@ -1,10 +1,10 @@
 """Each peer's own training step, by the libraries of `benchmarks.peers`; runs in their environment.
 
-Where a library's step is a method it is called (SAELens, dictionary_learning). sparsify's is the body of a
-loop over a language model's hooks: here the same functions are called in the same order on given rows.
-Each begins, normalises, schedules and saves as its library does; what all share is in `Job`.
+If a library's step is a method, it is called (SAELens, dictionary_learning). sparsify's is the body of a loop
+over a language model's hooks: here the same functions are called in the same order on given rows. Each
+initialises, normalises, schedules and saves as its library does; what all share is in `Job`.
 
-Legend: B rows, D width, N latents, K active latents a row.
+Legend: B rows, D width, N latents, K active latents per row.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ NEVER = 1 << 62
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained."""
+    """One training run, as all libraries need it."""
 
     width: int
     latents: int
     k: int
     rows: int
-    """Rows of a batch."""
+    """Rows per batch."""
     sample: Tensor
     """Raw rows [S, D], for the constants of a library's normalisation."""
     steps: int = 10_000
     lr: float | None = None
-    """Null takes the library's default."""
+    """Learning rate; None takes the library's default."""
     seed: int = 0
     warmup: int = 0
     """Steps over which lr rises."""
     decay: int = 0
-    """Steps at the end over which lr falls, where the library can."""
+    """Steps at the end over which lr falls, if the library can do that."""
     dead_after: int = NEVER
     """Rows of silence after which a latent is dead."""
 
 
 class Peer(Protocol):
-    """A library's trainer in mid-run."""
+    """A library's trainer, in the middle of a run."""
 
     format: str
-    """Of `winnow.sae.formats`: what `save` writes."""
+    """The format of `winnow.sae.formats` that `save` writes."""
 
     def step(self, rows: Tensor) -> None:
         """Train on raw rows [B, D]."""
@@ -86,6 +86,7 @@ class Sparsify:
 
     def step(self, rows: Tensor) -> None:
         """Train on raw rows [B, D]."""
+        # As its trainer does: the bias starts at the first batch's mean.
         if self.first:
             self.coder.b_dec.data = rows.mean(0)
             self.first = False
@@ -104,13 +105,14 @@ class Sparsify:
 
     def save(self, folder: Path) -> None:
         """Write the SAE of raw rows as the library does."""
+        # A schedule-free optimiser's result is its averaged weights.
         if self.scheduler is None:
-            self.optimizer.eval()  # the averaged weights are the result
+            self.optimizer.eval()
         self.coder.save_to_disk(folder)
 
 
 class SaeLens:
-    """SAELens' TopK or BatchTopK; its sparse mode knows no rescaling by decoder norms."""
+    """SAELens' TopK or BatchTopK; its sparse mode has no rescaling by decoder norms."""
 
     format = "saelens"
 
@@ -177,7 +179,7 @@ class DictionaryLearning:
             device="cpu",
         )
         self.trainer.dead_feature_threshold = job.dead_after
-        # 1,000 by default: BatchTopK of a shorter run would end without a threshold to encode by
+        # 1,000 by default: BatchTopK of a shorter run would end without a threshold to encode by.
         self.trainer.threshold_start_step = min(1000, job.steps // 2)
         self.steps = 0
 
@@ -206,4 +208,4 @@ BATCH_PEERS: Mapping[str, Callable[[Job], Peer]] = {
     "sae-lens-batchtopk": lambda job: SaeLens(job, batch=True),
     "dictionary-learning-batchtopk": lambda job: DictionaryLearning(job, batch=True),
 }
-"""Those that have BatchTopK too."""
+"""Peers that also have BatchTopK."""

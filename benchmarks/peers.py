@@ -3,8 +3,8 @@
     python -m benchmarks.peers                     # install if need be; print the folder
     python -m benchmarks.peers -- COMMAND ARGS...  # ... and run a command in it
 
-It is a folder of packages, pinned in `peers.txt`, that goes in front of the import path: torch and Winnow are
-the ones you run, nothing of theirs reaches your own environment. The folder lies in Winnow's cache under the
+It is a folder of packages, pinned in `peers.txt`, that is put in front of the import path: torch and Winnow
+are yours, and nothing of theirs reaches your own environment. The folder is in Winnow's cache, under the
 digest of the pins, so that a fresh clone finds it again.
 """
 
@@ -20,7 +20,9 @@ from pathlib import Path
 
 PINS = Path(__file__).with_name("peers.txt")
 QUIET = {
-    "SPARSIFY_DISABLE_TRITON": "1",  # eai-sparsify would take its GPU kernel on a CPU too
+    # eai-sparsify would use its GPU kernel on a CPU too.
+    "SPARSIFY_DISABLE_TRITON": "1",
+    # No run may fetch or report anything: only the steps are compared.
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "disabled",
     "TQDM_DISABLE": "1",
@@ -28,7 +30,7 @@ QUIET = {
 
 
 def peers_folder() -> Path:
-    """Where this Python's packages lie, or will."""
+    """The folder of this Python's packages, whether it exists or not."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "winnow"
     digest = hashlib.sha256(PINS.read_bytes()).hexdigest()[:12]
     return cache / "peers" / f"{sys.implementation.cache_tag}-{digest}"
@@ -40,15 +42,17 @@ def installed() -> bool:
 
 
 def install() -> Path:
-    """Install the pins unless they are; the folder appears whole or not at all."""
+    """Install the pins unless that is done; the folder appears whole or not at all."""
     folder = peers_folder()
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix="new-", dir=folder.parent))
         try:
+            # Without dependencies: a torch of theirs would take the place of ours.
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(fresh)]
             subprocess.run([*pip, "-r", str(PINS)], check=True)
-            if not folder.is_dir():  # another process may have been quicker
+            # Another process may have been quicker.
+            if not folder.is_dir():
                 fresh.rename(folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -62,7 +66,7 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-    """Install; run what is asked for."""
+    """Install the peers, and run a command if one is given."""
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
         return

@@ -1,10 +1,10 @@
-"""Is planning flat in memory, and does it keep up with the tokenizer?
+"""Whether planning needs constant memory, and keeps up with the tokenizer.
 
 Writes a synthetic corpus (half of it one jsonl file, half one txt file) of two sizes to a temporary folder,
 and plans each in a process of its own under a hard limit on its address space. Then, on one sample of the
-text in one process, the planner's reading, tokenising and packing in turn with the bare tokenizer's
-`encode_batch` on the same batches. The text is drawn from the tokenizer's own words (Zipf), so that it
-takes about one token a word. Everything written is deleted at the end.
+text in one process, times the planner's reading, tokenising and packing alternately with the bare tokenizer's
+`encode_batch` on the same batches. The text is drawn from the tokenizer's own words (Zipf), so that it takes
+about one token per word. Everything written is deleted at the end.
 
     python -m benchmarks.plan_memory --json OUT --gigabytes 2
 """
@@ -38,7 +38,7 @@ from winnow.subject.testing import EOS, byte_tokenizer, tokenizer_subject
 DOCUMENT_SENTENCES = 30
 SENTENCES = 8192
 ROUNDS = 3
-"""Of the comparison with the bare tokenizer; medians are reported."""
+"""Rounds of the comparison with the bare tokenizer; medians are reported."""
 
 
 def main() -> None:
@@ -58,7 +58,8 @@ def main() -> None:
     if options.child:
         _child(options.child[0], Path(options.child[1]), options.limit)
         return
-    from benchmarks.report import write_report  # here: it brings torch, which a planner under a limit spares
+    # Here, because it imports torch, which a planner under a limit on its address space must not.
+    from benchmarks.report import write_report
 
     with tempfile.TemporaryDirectory(prefix="winnow-plan-memory-", dir=options.folder) as folder:
         result = measure(Path(folder), options)
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Both corpora and the comparison."""
+    """Plan both corpora and make the comparison."""
     tokenizer, eos = _tokenizer(options.tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "eos.json").write_text(str(eos))
@@ -77,6 +78,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         made = write_corpus(folder / name, int(gigabytes * 1e9), tokenizer)
         what = "compare" if name == "sample" else "plan"
         runs[name] = {**_run_child(what, folder / name, options.limit), "corpus_bytes": made}
+        # One corpus on disk at a time.
         for path in sorted(folder.glob(f"{name}/*")):
             path.unlink()
     small, large = runs["small"], runs["large"]
@@ -90,7 +92,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_corpus(folder: Path, size: int, tokenizer: Tokenizer) -> int:
-    """About `size` bytes of text, no document twice; the bytes written."""
+    """Write about `size` bytes of text, no document twice; returns the bytes written."""
     folder.mkdir()
     words = sorted(
         token[1:] for token in tokenizer.get_vocab() if token.startswith("Ġ") and token[1:].isalpha()
@@ -149,6 +151,7 @@ def _run_child(what: str, folder: Path, limit: float) -> dict[str, Any]:
 
 def _child(what: str, folder: Path, limit: float) -> None:
     limit_bytes = int(limit * 2**30)
+    # A limit beside the peak: it also counts memory that is reserved and never touched.
     resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     tokenizer = Tokenizer.from_file(str(folder.parent / "tokenizer.json"))
     subject = tokenizer_subject(tokenizer, int((folder.parent / "eos.json").read_text()), None)
@@ -159,7 +162,7 @@ def _child(what: str, folder: Path, limit: float) -> None:
 
 
 def _peak_rss() -> int:
-    # Not ru_maxrss on Linux: there a process starts with its parent's, exec or not.
+    # Not ru_maxrss on Linux, where a process starts with its parent's, exec or not.
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)

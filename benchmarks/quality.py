@@ -3,16 +3,16 @@
     python -m benchmarks.quality --config configs/quickstart.yaml --work runs/quality --json OUT --page PAGE
 
 N = 4096, K = 32, batches of 2048 rows in the same order. Every trainer has its own normalisation,
-initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps, decay over the last 20 % where
-it can. A latent is dead to AuxK after a tenth of the run (the peers' defaults of millions of rows would never
-be reached), to Winnow's after its default; `--dead-after` gives all of them one share. Each trainer has three
-learning rates a factor of 2 apart, tried with the first seed; where the best of them is the highest or the
-lowest, the next one on that side is tried too, until the best lies between two others. It is trained with the
-other seeds as well. What a library saved is imported by `winnow.sae.formats` and measured as Winnow's own
-SAE: raw space, rows of weight 1 (peers never see the others).
+initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps, decay over the last 20 % if it
+has one. AuxK treats a latent as dead after a tenth of the run (the peers' defaults of millions of rows would
+never be reached), in Winnow after its default; `--dead-after` sets one share for all. Each trainer has three
+learning rates a factor of 2 apart, tried with the first seed; if the best of them is the highest or the
+lowest, the next one on that side is tried too, until the best lies between two others. The best is then
+trained with the other seeds. What a library saved is imported by `winnow.sae.formats` and measured as
+Winnow's own SAE: raw space, rows of weight 1 (peers never see the others).
 
-A cell (trainer, learning rate, seed) that is finished is kept in `--work`: stop it and run it again. It runs
-itself in the peers' environment (`make peers`).
+Finished cells (trainer, learning rate, seed) are kept in `--work`, so an interrupted command can be repeated.
+It starts itself in the peers' environment (`make peers`).
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ from winnow.trainer.run.start import plan_order
 
 OURS = "winnow"
 RATIO = 2.0
-"""Between one learning rate and the next."""
+"""Factor between neighbouring learning rates."""
 MOST_RATES = 9
-"""Tried for one trainer; a best rate on the edge of so many is taken, and the page shows it."""
+"""Rates tried per trainer; after so many a best rate at the edge is accepted, and the page shows it."""
 MIDDLE: dict[str, float] = {
     OURS: 8e-3,
     "sparsify": 8e-3,
@@ -66,14 +66,14 @@ MIDDLE: dict[str, float] = {
     "sae-lens": 4e-3,
     "dictionary-learning": 8e-3,
 }
-"""Where each trainer's three learning rates begin; its own search moves them."""
+"""Middle of each trainer's first three learning rates; the search moves them."""
 SEEDS = (0, 1, 2)
 WARMUP, DECAY, DEAD = 0.05, 0.2, 0.1
 """Shares of the run."""
 SAMPLE_BATCHES = 4
-"""Batches from which constants of a normalisation are taken; they are trained on all the same."""
+"""Batches from which constants of a normalisation are computed; they are also trained on."""
 SILENCE_UNITS = 8
-"""Training units on which latents are asked for a sign of life."""
+"""Training units on which latents are checked for activity."""
 FIGURES = ("fvu_raw", "delta_ce", "dead_share")
 
 
@@ -92,7 +92,7 @@ class Cell(NamedTuple):
 
 @dataclass
 class Bench:
-    """What all cells share."""
+    """Settings that all cells share."""
 
     config: Config
     dataset: ActivationStore
@@ -104,15 +104,15 @@ class Bench:
     threads: int = 0
     """CPU threads of Winnow's runs; 0 takes every core."""
     dead_after: float | None = None
-    """Share of the run after which a latent is dead; null takes Winnow's default, and DEAD for the peers."""
+    """Share of the run after which a latent is dead; None takes Winnow's default, and DEAD for the peers."""
 
     @property
     def hook(self) -> str:
-        """Where rows come from."""
+        """The hook of the rows."""
         return self.dataset.plan.spec.hooks[0]
 
     def spec(self, cell: Cell) -> TrainSpec:
-        """The cell as Winnow would train it; peers take their batches from it."""
+        """Settings of the cell for Winnow; peers get the same batches."""
         return TrainSpec(
             out=str(self.work / cell.name / "run"),
             hook=self.hook,
@@ -128,7 +128,8 @@ class Bench:
         )
 
     def steps(self, spec: TrainSpec) -> int:
-        """Of a whole run."""
+        """Steps of a whole run."""
+        # The addition makes 1.5 epochs of a step count that rounding puts just below a whole number whole.
         return int(spec.epochs * plan_order(spec, self.dataset).steps_per_epoch + 1e-9)
 
     def dead_rows(self, spec: TrainSpec, share: float) -> int:
@@ -136,22 +137,24 @@ class Bench:
         return max(1, round(share * self.steps(spec) * spec.batch_rows))
 
     def result(self, cell: Cell) -> dict[str, Any]:
-        """What is known of a cell; empty where nothing is."""
+        """Recorded figures of a cell; empty if there are none."""
         path = self.work / cell.name / "cell.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         return found if found.get("of") == self.identity else {}
 
     def keep(self, cell: Cell, **figures: Any) -> None:
-        """Add to what is known of a cell."""
+        """Add to the recorded figures of a cell."""
         path = self.work / cell.name / "cell.json"
         known = self.result(cell) | figures | {"of": self.identity}
+        # Written beside and renamed: a kill must not leave half a record, which would read as an error.
         fresh = path.with_suffix(".new")
         fresh.write_text(json.dumps(known, indent=1, sort_keys=True))
         fresh.replace(path)
 
     @property
     def identity(self) -> list[Any]:
-        """What makes an earlier result another experiment's."""
+        """Settings by which a recorded cell belongs to this experiment."""
+        # `dead_after` only if it is given, so that records from before the option keep their identity.
         window = [] if self.dead_after is None else [self.dead_after]
         return [self.dataset.plan.fingerprint, self.latents, self.k, self.batch_rows, self.epochs, *window]
 
@@ -161,7 +164,7 @@ class Bench:
 
 
 def run_cell(bench: Bench, cell: Cell) -> None:
-    """Train one cell and measure it on the held-out rows, unless that is done."""
+    """Train one cell and measure it on the held-out rows, unless it is recorded."""
     if bench.result(cell):
         return
     say(f"training {cell.name}")
@@ -180,7 +183,7 @@ def run_cell(bench: Bench, cell: Cell) -> None:
 
 
 def train_peer(bench: Bench, cell: Cell) -> None:
-    """Train by a library on the very batches that Winnow's run of this seed sees."""
+    """Train with a library on the same batches as Winnow's run of this seed."""
     spec, dataset, folder = bench.spec(cell), bench.dataset, bench.work / cell.name
     order = plan_order(spec, dataset)
     steps = bench.steps(spec)
@@ -218,7 +221,7 @@ def train_peer(bench: Bench, cell: Cell) -> None:
 
 @torch.no_grad()
 def silent_share(bench: Bench, sae: Sae) -> float:
-    """Share of the latents that no row of weight 1 of the first `SILENCE_UNITS` training units activates."""
+    """Share of latents that no row of weight 1 of the first `SILENCE_UNITS` training units activates."""
     units, size = bench.dataset.plan.split_units("train"), bench.dataset.plan.rows_per_unit
     awake = torch.zeros(sae.latents, dtype=torch.bool)
     for unit in list(units)[:SILENCE_UNITS]:
@@ -232,7 +235,8 @@ def silent_share(bench: Bench, sae: Sae) -> float:
 
 
 def measure_in_subject(bench: Bench, cells: list[Cell], windows: int) -> None:
-    """Delta CE of all the cells that lack it on so many held-out windows, from one pass over them."""
+    """Measure delta CE of all cells that lack it on so many held-out windows, in one pass."""
+    # In one pass, because all cells share the subject's run up to the hook.
     plan = bench.dataset.plan
     windows = min(windows, len(plan.split_units("validation")) * plan.spec.windows_per_unit)
     missing = [cell for cell in cells if bench.result(cell).get("windows") != windows]
@@ -256,7 +260,7 @@ def measure_in_subject(bench: Bench, cells: list[Cell], windows: int) -> None:
 
 
 def run(bench: Bench, trainers: list[str], seeds: tuple[int, ...], windows: int) -> dict[str, Any]:
-    """Every cell of the trainers, and the table."""
+    """Run every cell of the trainers and return the rows of the table."""
     finals: list[Cell] = []
     searched: dict[str, dict[float, float]] = {}
     for trainer in trainers:
@@ -279,14 +283,14 @@ def run(bench: Bench, trainers: list[str], seeds: tuple[int, ...], windows: int)
 
 
 def search(middle: float, fvu_at: Callable[[float], float]) -> dict[float, float]:
-    """Learning rates and what they give: `middle` and its neighbours, and on until the best is within.
+    """Search the best learning rate: `middle` and its neighbours, then outwards until the best is inside.
 
     Args:
         middle: The first guess.
-        fvu_at: Trains, or recalls.
+        fvu_at: Trains, or looks up, the FVU of a rate.
 
     Returns:
-        By ascending rate; a rate whose FVU is not a number counts as the worst.
+        FVU by ascending rate; infinite for a rate whose FVU is not a number.
     """
     tried = {round_rate(middle * RATIO**step): float("nan") for step in (-1, 0, 1)}
     fresh = list(tried)
@@ -303,7 +307,8 @@ def search(middle: float, fvu_at: Callable[[float], float]) -> dict[float, float
 
 
 def round_rate(lr: float) -> float:
-    """Three digits, so that a rate has one name whichever way it is come to."""
+    """A rate rounded to three digits."""
+    # One name per rate, whether the search came to it by multiplying or by dividing.
     return float(f"{lr:.3g}")
 
 
@@ -317,7 +322,7 @@ def _row(bench: Bench, trainer: str, finals: list[Cell], searched: dict[float, f
 
 
 def page(rows: dict[str, Any], bench: Bench, command: str, remarks: str = "", plot: str = "") -> str:
-    """The table for people."""
+    """The page of results as Markdown."""
     plan = bench.dataset.plan
     steps = bench.steps(bench.spec(Cell(OURS, 1e-3, 0)))
     intro = (
@@ -342,13 +347,13 @@ def main() -> None:
     """Train what is missing, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
-    parser.add_argument("--root", help="the dataset, where it is not the config's")
+    parser.add_argument("--root", help="the dataset, if it is not the config's")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/quality"), help="where finished cells are kept"
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument(
-        "--page", type=Path, help="the table as Markdown; ends with what PAGE's .remarks.md says"
+        "--page", type=Path, help="the table as Markdown; PAGE's .remarks.md is appended to it"
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes every core")
     parser.add_argument("--cells", nargs="+", choices=list(MIDDLE), default=list(MIDDLE))

@@ -16,12 +16,12 @@ def page_of(rows: Mapping[str, Row], intro: str, notes: str, remarks: str, comma
     """The page in Markdown.
 
     Args:
-        rows: By trainer.
-        intro: What was trained on what.
-        notes: What differs between trainers.
+        rows: Figures by trainer.
+        intro: Sizes, rows and subject of the runs.
+        notes: Differences between trainers.
         remarks: Comments on the figures; may be empty.
-        command: What made the page.
-        plot: The picture's place.
+        command: The command that made the page.
+        plot: The picture's address.
     """
     lines = [
         "# Quality at equal tokens",
@@ -54,7 +54,8 @@ def _shown(values: list[float], form: str) -> str:
 
 
 def draw(rows: Mapping[str, Row]) -> bytes:
-    """A PNG: each trainer's held-out FVU over the learning rates it tried, and of all seeds at the best."""
+    """A PNG of each trainer's held-out FVU by learning rate, and of all seeds at the best one."""
+    # The Agg canvas itself: pyplot would choose a backend by the display, and keep figures alive.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

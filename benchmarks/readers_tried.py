@@ -1,7 +1,7 @@
-"""`python -m benchmarks.readers_tried`: what outside zarr readers make of sound and of damaged datasets.
+"""`python -m benchmarks.readers_tried`: how other zarr readers read sound and damaged datasets.
 
-It installs the pinned readers into a temporary folder (pip and npm, removed at the end), writes small
-datasets with `winnow.store.testing`, and prints the table of docs/data.md. No test runs it: it needs
+It installs the pinned readers in a temporary folder (pip and npm, removed at the end), writes small datasets
+with `winnow.store.testing`, and prints the table of docs/data.md. No test runs it, since it needs package
 registries.
 
 `equal`: the stored numbers; `refused`: an error; `fill`: the fill value, without an error; `WRONG`: other
@@ -88,7 +88,8 @@ def main() -> None:
 
 
 def _install(work: Path) -> dict[str, list[str]]:
-    """Reader -> the command that reads."""
+    """Install the readers; returns the command of each."""
+    # An environment of its own: the readers' versions of zarr and numpy need not be Winnow's.
     subprocess.run([sys.executable, "-m", "venv", work / "py"], check=True)
     pip = [work / "py/bin/python", "-m", "pip", "install", "--quiet", *PYTHON]
     subprocess.run(pip, check=True)
@@ -105,7 +106,7 @@ def _install(work: Path) -> dict[str, list[str]]:
 
 
 def _datasets(work: Path) -> dict[str, Path]:
-    """What was done to it -> a dataset's root."""
+    """Write the datasets; returns the root of each by what was done to it."""
     plan = make_plan(hooks=HOOKS)
     roots = {
         name: work / name.replace(" ", "-") for name in ("sound", "flipped bit", "bad index", "shard gone")
@@ -113,6 +114,7 @@ def _datasets(work: Path) -> dict[str, Path]:
     for root in roots.values():
         write_dataset(open_store(str(root)), plan)
     key = shard_key(HOOK, 0)
+    # A bit of the first slice's numbers, and one of the shard's index, which is at the end.
     flip_bit(open_store(str(roots["flipped bit"])), key, 20)
     flip_bit(open_store(str(roots["bad index"])), key, -1)
     open_store(str(roots["shard gone"])).delete(key)

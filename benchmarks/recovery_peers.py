@@ -1,14 +1,14 @@
-"""The peers' trainers on the very rows that `winnow recovery` trains on, into the same results.
+"""The peers' trainers on the same rows as `winnow recovery`, added to the same results.
 
     python -m benchmarks.recovery_peers OUT [--peers sparsify sae-lens ...] [--latents 256 512] [--k 8]
         [--seeds 3] [--rows 1000000]
 
-OUT is the folder of `winnow recovery`: its page and picture get a row for each peer. Every peer has its own
+OUT is the folder of `winnow recovery`: its page and picture get a row per peer. Every peer has its own
 normalisation, initialisation, optimiser and AuxK coefficient, warm-up over 5 % of the steps and decay over
-the last 20 % where it can, and, as ours, a search for its best learning rate on the first seed. Latents are
-dead after as many rows as ours: their own defaults (ten million rows, or 512,000) would leave AuxK off on
-this task. What a library saved is imported by `winnow.sae.formats` and measured as our own. It runs itself in
-the peers' environment (`make peers`); finished runs are not done again.
+the last 20 % if it has one, and, like ours, a search for its best learning rate on the first seed. Latents
+are dead after as many rows as ours: their own defaults (ten million rows, or 512,000) would leave AuxK off on
+this task. What a library saved is imported by `winnow.sae.formats` and measured as our own. It starts itself
+in the peers' environment (`make peers`); finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from winnow.store.objects import ObjectStore, open_store
 
 BATCH_ROWS = 512
 SAMPLE_ROWS = 8192
-"""For the constants of a normalisation, as ours."""
+"""Rows for the constants of a normalisation, as many as ours."""
 WARMUP, DECAY = 0.05, 0.2
 """Shares of the run."""
 
@@ -73,7 +73,7 @@ def train_peer(name: str, task: Task, latents: int, k: int, lr: float) -> Figure
 def recover(
     store: ObjectStore, peers: list[str], sizes: list[tuple[int, int]], seeds: int, rows: int
 ) -> None:
-    """Every run that the folder does not hold yet."""
+    """Make every run that the folder does not hold yet."""
     records = read_records(store)
     for name in peers:
         for latents, k in sizes:
@@ -90,7 +90,8 @@ def main() -> None:
     """Train what is missing, write, print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out")
-    names = [name for name in (*PEERS, *BATCH_PEERS) if name != "sae-lens-sparse"]  # as sae-lens, slower
+    # The sparse mode computes the same as sae-lens, but more slowly.
+    names = [name for name in (*PEERS, *BATCH_PEERS) if name != "sae-lens-sparse"]
     parser.add_argument("--peers", nargs="+", choices=[*PEERS, *BATCH_PEERS], default=names)
     parser.add_argument("--latents", nargs="+", type=int, default=[256, 512])
     parser.add_argument("--k", nargs="+", type=int, default=[8])

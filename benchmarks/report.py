@@ -1,4 +1,4 @@
-"""What every result file says besides its figures: machine, versions, date."""
+"""Provenance in every result file: machine, versions, date."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from winnow.schemas.errors import DISTRIBUTION
 
 
 def write_report(name: str, figures: dict[str, Any], path: Path | None) -> dict[str, Any]:
-    """Add provenance to a benchmark's figures and write them to `path` where one is given."""
+    """Add provenance to a benchmark's figures, write them to `path` if it is given, and return them."""
     report = {
         "benchmark": name,
         **figures,
         "machine": {
             "cpu": _cpu(),
+            # A container's quota may leave fewer than the machine has.
             "cores": os.cpu_count(),
             "usable_cores": usable_cores(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -1,4 +1,4 @@
-"""An S3 server for benchmarks: the one of the environment, or MinIO for the time of a run."""
+"""An S3 server for benchmarks: that of the environment, or MinIO for the duration of a run."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ START_SECONDS = 30.0
 
 
 def tools() -> Path:
-    """Where `make` puts programs."""
+    """The folder to which `make` installs programs."""
     return Path(os.environ.get("WINNOW_TOOLS") or Path.home() / ".cache" / "winnow" / "tools")
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listens on now."""
+    """A port of loopback on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def minio_binary() -> Path | None:
-    """MinIO where `make minio` puts it, or on the PATH."""
+    """MinIO from `make minio`, or on the PATH; None if it is not installed."""
     found = shutil.which(tools() / "bin" / "minio") or shutil.which("minio")
     return Path(found) if found else None
 
 
 @contextmanager
 def s3_root(cores: list[int] | None = None) -> Generator[str | None]:
-    """`s3://bucket` of a fresh bucket, with its credentials in the environment; None: no server here.
+    """`s3://bucket` of a fresh bucket, with its credentials in the environment; None without a server.
 
     Args:
-        cores: What MinIO keeps to; what this process may use where None.
+        cores: Cores of MinIO; None are those of this process.
     """
     if os.environ.get("AWS_ENDPOINT_URL"):
         yield _bucket()
@@ -65,8 +65,9 @@ def s3_root(cores: list[int] | None = None) -> Generator[str | None]:
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="winnow-minio-") as folder:
         command = [binary, "server", f"{folder}/data", "--address", address, "--quiet"]
+        # Affinity is the thread's, and a process inherits that of the thread which starts it.
         ours = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, ours if cores is None else cores)  # this thread alone, and who it starts
+        os.sched_setaffinity(0, ours if cores is None else cores)
         process = subprocess.Popen(
             command, env={**before, **root}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -85,6 +86,7 @@ def s3_root(cores: list[int] | None = None) -> Generator[str | None]:
 
 def _await(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
+    # Without a proxy of the environment, which cannot reach our loopback.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         try:

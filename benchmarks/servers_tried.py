@@ -1,9 +1,10 @@
-"""Tries the store on every S3 server that is installed here, and prints a row of docs/data.md for each.
+"""Tests the store on every S3 server that is installed here, and prints a row of docs/data.md for each.
 
 Outside CI: `make servers`. For each server: the probe, the conformance suite, a dataset that is damaged and
-repaired, and what was learnt of it. What is looked for: `minio` and `s3s-fs` in Winnow's tools or on the PATH
-(`make minio`; `cargo install s3s-fs --features binary`), `rclone` and moto of the development packages, and
-Ceph's gateway (Debian: ceph-mon, ceph-osd, ceph-mgr, ceph-common, radosgw), one node on loopback, in memory.
+repaired, and whether it checks signed digests. It looks for `minio` and `s3s-fs` in Winnow's tools or on the
+PATH (`make minio`; `cargo install s3s-fs --features binary`), `rclone` and moto of the development packages,
+and Ceph's gateway (Debian: ceph-mon, ceph-osd, ceph-mgr, ceph-common, radosgw), one node on loopback, in
+memory.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def found(name: str) -> str | None:
 
 
 def told(*command: str) -> str:
-    """What looks like a version in a program's answer."""
+    """The version in a program's output; `?` if there is none."""
     said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     match = re.search(r"\d+\.\d+[\w.+-]*|RELEASE\.[\w-]+|DEVELOPMENT\.\S+", said.stdout + said.stderr)
     return match[0] if match else "?"
@@ -82,7 +83,7 @@ def told(*command: str) -> str:
 def process(
     command: Sequence[str], folder: str, environment: dict[str, str] | None = None
 ) -> Generator[subprocess.Popen[bytes]]:
-    """A server for the time of a `with` block."""
+    """Run a server for the duration of a `with` block."""
     with (Path(folder) / f"log-{secrets.token_hex(4)}").open("wb") as log:
         server = subprocess.Popen(
             command,
@@ -109,7 +110,7 @@ def minio(folder: str, port: int) -> Generator[None]:
 
 @contextmanager
 def s3s_fs(folder: str, port: int) -> Generator[None]:
-    """The server of s3s that keeps files."""
+    """s3s-fs, the server of s3s that stores files."""
     (Path(folder) / "data").mkdir()
     command = [found("s3s-fs") or "", "--access-key", KEY, "--secret-key", SECRET]
     with process([*command, "--host", "127.0.0.1", "--port", str(port), f"{folder}/data"], folder):
@@ -176,6 +177,7 @@ def await_bucket(port: int) -> str:
         try:
             opener.open(f"http://127.0.0.1:{port}/", timeout=1).close()
             break
+        # Any answer will do: an error for a request without a signature shows that it listens.
         except urllib.error.HTTPError:
             break
         except OSError:
@@ -190,6 +192,7 @@ def await_bucket(port: int) -> str:
         aws_secret_access_key=SECRET,
     )
     name = f"winnow-{secrets.token_hex(4)}"
+    # A server may answer before it is ready to create a bucket.
     while True:
         try:
             client.create_bucket(Bucket=name)
@@ -208,7 +211,7 @@ def fresh(bucket: str) -> S3Store:
 
 
 def attempt(act: Callable[[], object]) -> str:
-    """`yes`, or what went wrong."""
+    """`yes`, or `no` and the error."""
     try:
         act()
     except (WinnowError, AssertionError) as error:
@@ -217,7 +220,7 @@ def attempt(act: Callable[[], object]) -> str:
 
 
 def mended(store: S3Store) -> None:
-    """A dataset with a damaged shard is repaired."""
+    """Damage a shard of a dataset and repair it."""
     write_dataset(store, make_plan(units=2))
     flip_bit(store, shard_key("resid_post.1", 1), -30)
     repair(store)
@@ -225,7 +228,7 @@ def mended(store: S3Store) -> None:
 
 
 def row(name: str, version: str, bucket: str) -> str:
-    """What one server does, as a row of the table."""
+    """Results of one server as a row of the table."""
     suite = StoreConformance()
     tests = [test for test, _ in inspect.getmembers(suite, inspect.ismethod) if test.startswith("test_")]
     failed: dict[str, str] = {}
@@ -252,7 +255,7 @@ def row(name: str, version: str, bucket: str) -> str:
 
 
 def main() -> None:
-    """Try the servers that the command line names, or all."""
+    """Test the servers that the command line names, or all."""
     logging.getLogger("store").setLevel(logging.ERROR)
     wanted = sys.argv[1:] or list(SERVERS)
     print("| server | probe | conformance | checks the signed digest | repair |\n|---|---|---|---|---|")
@@ -262,6 +265,7 @@ def main() -> None:
             print(f"  {name}: {program} is not installed", file=sys.stderr)
             continue
         port = free_port()
+        # Credentials, profiles and regions of the user's environment would decide the result.
         for variable in [variable for variable in os.environ if variable.startswith("AWS_")]:
             del os.environ[variable]
         with tempfile.TemporaryDirectory(prefix="winnow-") as folder, serve(folder, port):  # pyright: ignore
