@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from typing import NoReturn
 
 from winnow.common.device import cpu_threads, resolve_device, stop_on_signals, torch_settings
 from winnow.common.figures import human_bytes
@@ -29,7 +30,7 @@ from winnow.trainer.run.publish import Summary, finished_summary, put_summary
 from winnow.trainer.run.start import begin, identity_of, plan_order, resolve_recipe
 from winnow.trainer.run.status import asked_to_stop
 from winnow.trainer.run.telemetry import Record
-from winnow.trainer.run.transfer import Transfer
+from winnow.trainer.run.transfer import Ready, Transfer
 from winnow.trainer.step.spans import sampling
 from winnow.trainer.step.step import StepReport, train_step
 
@@ -212,129 +213,185 @@ def take_steps(
         alone: Whether the process has but one SAE, whose name need not be said.
         lost: See `train_fleet`.
     """
-    first, order = members[0], members[0].order
-    spec, device, steps = first.spec, first.run.device, max(m.recipe.steps for m in members)
-    world = first.run.world
-    running = list(members)
-    stopping = threading.Event()
-
-    def stop_early() -> None:
-        for member in running:
-            if not member.is_new:
-                member.checkpoint()
-                member.saver.wait()
-                name = "" if alone else f"{member.spec.out}: "
-                say(f"{name}stopped after step {member.step} of {member.recipe.steps}; a checkpoint is kept")
-        raise KeyboardInterrupt
-
-    def agree(must_stop: bool, gone: bool, is_due: bool = False) -> tuple[bool, bool]:
-        """Whether all of them stop, and whether a checkpoint is due."""
-        stop, gone, due = world.any(must_stop, gone, is_due)
-        if gone:
-            raise WorkerError("another service has taken this work over")
-        return stop, due
-
-    def while_waiting() -> None:
-        if agree(*_must_stop(running, stopping.is_set(), lost))[0]:
-            stop_early()
-
-    stream = SharedRows(
-        lambda: dataset.stream(
-            spec.read_hooks,
-            split="train",
-            batch_rows=spec.batch_rows,
-            seed=spec.stream_seed,
-            lanes=spec.lanes,
-            group_units=order.group_units,
-            rank=world.data.rank,
-            world=world.data.size,
-            start_step=first.step,
-            steps=until,
-        ),
-        {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks},
-        spec.batch_rows // world.data.size,
-        first.step,
-        device,
-        world,
-        while_waiting if spec.follow else None,
-    )
+    together, first, spec = _Together(members, alone, lost), members[0], members[0].spec
+    steps = together.steps
+    stream = together.open_rows(dataset, until)
     bar = Progress("train", steps * spec.batch_rows, "rows", done=first.step * spec.batch_rows)
-    with closing(stream), stop_on_signals(stopping), bar, ExitStack() as stack:
+    with closing(stream), stop_on_signals(together.stopping), bar, ExitStack() as stack:
         say(
             ("" if alone else f"{len(members)} SAEs from one stream: ")
-            + f"{steps} steps of {spec.batch_rows} rows on {device}; {order.group_units} units are "
-            f"shuffled together, {human_bytes(stream.memory_bytes)} of memory"
+            + f"{steps} steps of {spec.batch_rows} rows on {first.run.device}; {first.order.group_units} "
+            f"units are shuffled together, {human_bytes(stream.memory_bytes)} of memory"
         )
         if first.is_new:
             begin([m.run for m in members], stream)
         for member in members:
             member.is_new = False
-        whole = any(member.spec.accumulate == 1 for member in members)  # else its rows move part by part
-        ahead = False if spec.follow else None  # a step shall not wait for what is not harvested yet
-        batches = stack.enter_context(
-            Transfer(stream, until - first.step, spec, device, whole=whole, ahead=ahead)
-        )
+        batches = stack.enter_context(_transfer(members, stream, until))
         opened = mark = last_checkpoint = time.monotonic()
         step = first.step
-        while step < until and running:
+        while step < until and together.running:
             asked = time.monotonic()
-            rows, weights, target = next(batches)
+            batch = next(batches)
             waited = time.monotonic() - asked
             step += 1
-            own: dict[Member, float] = {}
-            reports: dict[Member, tuple[StepReport, dict[str, float]]] = {}
-            wanted = () if target is None else (target,)
-            for member in running:
-                started = time.monotonic()
-                logged = step == member.recipe.steps or step % member.spec.log_every_steps == 0
-                report = None
-                with sampling(device, logged) as spans:
-                    try:
-                        report = train_step(member.run, rows, weights, *wanted)
-                    except NonFiniteError as error:
-                        member.fail(error)
-                if report is not None and spans is not None:
-                    reports[member] = report, spans.shares()
-                own[member] = time.monotonic() - started
+            own, reports = together.take_one(batch, step)
             now = time.monotonic()
             shared, mark = now - mark - sum(own.values()), now
             for member, seconds in own.items():
                 counts = member.run.counts
                 counts.seconds += seconds + shared / len(own)
                 counts.seconds_waiting += waited / len(own)
-            for member in [member for member in running if member.failure is not None]:
-                running.remove(member)
-                if not alone:
-                    log.warning("%s: %s The others go on.", member.spec.out, member.failure)
+            together.drop_failed()
             rate = stream.bytes_read / (now - opened)
             for member, (report, shares) in reports.items():
                 member.log(make_record(member, report) | shares | {"bytes_read_per_s": rate})
             if reports:
                 _show(bar, step, steps, spec.batch_rows, {m: r for m, (r, _) in reports.items()})
-
-            last = step == until
-            edge = first.follower is not None and order.locate(step).step_in_group == 0
             is_time = now - last_checkpoint >= spec.checkpoint_seconds
-            must_stop, gone = _must_stop(running, stopping.is_set(), lost)
-            stop, due = agree(must_stop, gone, world.leads and (edge or is_time))  # all of them, or none
-            if stop and step < steps:
-                stop_early()
-            if running and (due or last):
-                for member in running:
-                    member.checkpoint()
+            if together.end_step(step, is_time, last=step == until):
                 last_checkpoint = time.monotonic()
 
 
-def _must_stop(
-    running: Sequence[Member], signalled: bool, lost: Callable[[], bool] | None
-) -> tuple[bool, bool]:
-    """Whether this rank is told to stop, and whether its work is lost; shows signs of life on the way."""
-    due = [member for member in running if member.status.due]
-    if due and lost is not None and lost():
-        return False, True
-    for member in due:
-        member.status.write("training")
-    return bool(running) and (signalled or any(asked_to_stop(member.out) for member in due)), False
+def _transfer(members: Sequence[Member], stream: SharedRows, until: int) -> Transfer:
+    """The stream's batches up to `until`, moved to the members' device."""
+    first = members[0]
+    whole = any(member.spec.accumulate == 1 for member in members)  # else its rows move part by part
+    ahead = False if first.spec.follow else None  # a step shall not wait for what is not harvested yet
+    return Transfer(stream, until - first.step, first.spec, first.run.device, whole=whole, ahead=ahead)
+
+
+class _Together:
+    """Members that take their steps together: who is still running, and what ends their steps early.
+
+    Arguments as for `take_steps`.
+    """
+
+    def __init__(self, members: Sequence[Member], alone: bool, lost: Callable[[], bool] | None) -> None:
+        self.running = list(members)
+        """Those that have not failed."""
+        self.steps = max(m.recipe.steps for m in members)
+        """Steps of the longest run."""
+        self.stopping = threading.Event()
+        """Set by a signal."""
+        self._first, self._alone, self._lost = members[0], alone, lost
+
+    def open_rows(self, dataset: ActivationStore, until: int) -> SharedRows:
+        """The stream's batches from the members' step up to `until`."""
+        first, spec, world = self._first, self._first.spec, self._first.run.world
+        return SharedRows(
+            lambda: dataset.stream(
+                spec.read_hooks,
+                split="train",
+                batch_rows=spec.batch_rows,
+                seed=spec.stream_seed,
+                lanes=spec.lanes,
+                group_units=first.order.group_units,
+                rank=world.data.rank,
+                world=world.data.size,
+                start_step=first.step,
+                steps=until,
+            ),
+            {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks},
+            spec.batch_rows // world.data.size,
+            first.step,
+            first.run.device,
+            world,
+            self._stop_if_told if spec.follow else None,
+        )
+
+    def take_one(
+        self, batch: Ready, step: int
+    ) -> tuple[dict[Member, float], dict[Member, tuple[StepReport, dict[str, float]]]]:
+        """Take one step of every running member; one whose loss is not finite fails alone.
+
+        Args:
+            batch: The rows.
+            step: The number of the step, from 1.
+
+        Returns:
+            Seconds of each member, and for those that log this step its report and the shares of its parts.
+        """
+        own: dict[Member, float] = {}
+        reports: dict[Member, tuple[StepReport, dict[str, float]]] = {}
+        wanted = () if batch.target is None else (batch.target,)
+        for member in self.running:
+            started = time.monotonic()
+            logged = step == member.recipe.steps or step % member.spec.log_every_steps == 0
+            report = None
+            with sampling(self._first.run.device, logged) as spans:
+                try:
+                    report = train_step(member.run, batch.rows, batch.weights, *wanted)
+                except NonFiniteError as error:
+                    member.fail(error)
+            if report is not None and spans is not None:
+                reports[member] = report, spans.shares()
+            own[member] = time.monotonic() - started
+        return own, reports
+
+    def drop_failed(self) -> None:
+        """Go on without the members that have failed."""
+        for member in [member for member in self.running if member.failure is not None]:
+            self.running.remove(member)
+            if not self._alone:
+                log.warning("%s: %s The others go on.", member.spec.out, member.failure)
+
+    def end_step(self, step: int, is_time: bool, *, last: bool) -> bool:
+        """Stop, or begin checkpoints, if all ranks agree on it.
+
+        Args:
+            step: Steps finished.
+            is_time: Whether the last checkpoint is old enough.
+            last: Whether a checkpoint is made in any case.
+
+        Returns:
+            Whether checkpoints were begun.
+
+        Raises:
+            KeyboardInterrupt: A stop was asked for; checkpoints are durable.
+            WorkerError: The work is lost.
+        """
+        first, world = self._first, self._first.run.world
+        edge = first.follower is not None and first.order.locate(step).step_in_group == 0
+        must_stop, gone = self._must_stop()
+        stop, due = self._agree(must_stop, gone, world.leads and (edge or is_time))  # all of them, or none
+        if stop and step < self.steps:
+            self._stop_early()
+        if not self.running or not (due or last):
+            return False
+        for member in self.running:
+            member.checkpoint()
+        return True
+
+    def _stop_if_told(self) -> None:
+        if self._agree(*self._must_stop())[0]:
+            self._stop_early()
+
+    def _must_stop(self) -> tuple[bool, bool]:
+        """Whether this rank is told to stop, and whether its work is lost; shows signs of life on the way."""
+        due = [member for member in self.running if member.status.due]
+        if due and self._lost is not None and self._lost():
+            return False, True
+        for member in due:
+            member.status.write("training")
+        told = self.stopping.is_set() or any(asked_to_stop(member.out) for member in due)
+        return told and bool(self.running), False
+
+    def _agree(self, must_stop: bool, gone: bool, is_due: bool = False) -> tuple[bool, bool]:
+        """Whether all ranks stop, and whether a checkpoint is due."""
+        stop, gone, due = self._first.run.world.any(must_stop, gone, is_due)
+        if gone:
+            raise WorkerError("another service has taken this work over")
+        return stop, due
+
+    def _stop_early(self) -> NoReturn:
+        for member in self.running:
+            if not member.is_new:
+                member.checkpoint()
+                member.saver.wait()
+                name = "" if self._alone else f"{member.spec.out}: "
+                say(f"{name}stopped after step {member.step} of {member.recipe.steps}; a checkpoint is kept")
+        raise KeyboardInterrupt
 
 
 def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member, StepReport]) -> None:
