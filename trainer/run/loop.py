@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import NoReturn
 
+import torch
+
 from winnow.common.device import cpu_threads, resolve_device, stop_on_signals, torch_settings
 from winnow.common.figures import human_bytes
 from winnow.common.reporter import Progress, say
@@ -109,9 +111,8 @@ def train_fleet(
     device = resolve_device(first.device, launch.local_rank if launch.size > 1 else None)
     identity = identity_of(dataset)
     found: dict[str, Summary] = {}
-    members: list[Member] = []
     with torch_settings(device, cpu_threads(first)), ExitStack() as cleanup:
-        todo = []
+        todo, members = [], []
         for spec in specs:  # all are checked before any is begun
             order = plan_order(spec, dataset)
             recipe = resolve_recipe(spec, dataset, order)
@@ -125,26 +126,50 @@ def train_fleet(
         world = cleanup.enter_context(open_world(first, device, launch)) if todo else World()
         for recipe, order, out in todo:
             members.append(Member(config, recipe, dataset, order, out, device, world=world, extend=extend))
-        try:
-            for member in members:
-                member.begin(cleanup, stopped_before=lost is not None)
-            for summary, member in _run(members, dataset, alone, lost):
-                found[member.spec.out] = summary
-        except WorkerError:
-            raise
-        except BaseException as error:
-            for member in members:
-                if member.spec.out not in found and member.failure is None:
-                    member.leave(error)
-            raise
+        _train_all(members, dataset, found, cleanup, alone, lost)
     _require_all(members, alone)
-    for spec in specs:
-        summary = found[spec.out]
-        if after_train is not None and summary["left_out"] and launch.rank == 0:
-            sae = Sae.load(spec.out, device=device, storage=config.storage)
-            summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
-            put_summary(open_store(spec.out, config.storage), summary)
+    if after_train is not None and launch.rank == 0:
+        for spec in specs:
+            _add_figures(found[spec.out], config, spec, dataset, device, after_train)
     return [found[spec.out] for spec in specs]
+
+
+def _train_all(
+    members: Sequence[Member],
+    dataset: ActivationStore,
+    found: dict[str, Summary],
+    cleanup: ExitStack,
+    alone: bool,
+    lost: Callable[[], bool] | None,
+) -> None:
+    """Begin all members and take all steps; the summary of each is added to `found` under its `out`."""
+    try:
+        for member in members:
+            member.begin(cleanup, stopped_before=lost is not None)
+        for summary, member in _run(members, dataset, alone, lost):
+            found[member.spec.out] = summary
+    except WorkerError:
+        raise
+    except BaseException as error:
+        for member in members:
+            if member.spec.out not in found and member.failure is None:
+                member.leave(error)
+        raise
+
+
+def _add_figures(
+    summary: Summary,
+    config: Config,
+    spec: TrainSpec,
+    dataset: ActivationStore,
+    device: torch.device,
+    after_train: AfterTrain,
+) -> None:
+    """Add to a published summary what it lacks, in storage too."""
+    if summary["left_out"]:
+        sae = Sae.load(spec.out, device=device, storage=config.storage)
+        summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
+        put_summary(open_store(spec.out, config.storage), summary)
 
 
 def _require_one_process(specs: Sequence[TrainSpec]) -> None:
