@@ -1,8 +1,8 @@
 """Training, top to bottom: one SAE, or a fleet of them fed by one pass over the stream.
 
-SAEs whose stream is the same (hook, batch, lanes, groups and order seed) take their steps together: each
-batch is read once and given to all. Every SAE keeps its own folder, checkpoints, telemetry and end, and its
-weights have the bits that the same spec gives alone.
+SAEs with the same stream (hook, batch, lanes, groups and order seed) take their steps together: each batch
+is read once and given to all. Every SAE has its own folder, checkpoints, telemetry and end, and its weights
+have the same bits as if it had been trained alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from winnow.trainer.step.step import StepReport, train_step
 log = logging.getLogger("winnow.trainer")
 
 AfterTrain = Callable[[Config, Sae, ActivationStore, str], dict[str, float]]
-"""`after_train(config, sae, dataset, hook)` gives more figures for the summary."""
+"""`after_train(config, sae, dataset, hook)` returns further figures for the summary."""
 
 
 def train(
@@ -49,23 +49,23 @@ def train(
     extend: bool = False,
     launch: Launch | None = None,
 ) -> Summary:
-    """Train one SAE, or go on from its newest checkpoint, and publish it in `train.out`.
+    """Train one SAE, or resume it from its newest checkpoint, and publish it in `train.out`.
 
     Args:
         config: `root`, `storage`, `prices` and the section `train` are read.
-        after_train: Measures what needs the subject model. Without it the summary names in `left_out`
-            what is missing, and a later call that has it adds just that.
-        extend: `train.epochs` may be more than the run in `out` has been trained or planned for.
-        launch: This process's place among those that train together; alone where not given.
+        after_train: Measures what needs the subject model. Without it the summary names the missing
+            figures in `left_out`, and a later call with it adds only those.
+        extend: Allow `train.epochs` to exceed what the run in `out` was trained or planned for.
+        launch: This process's place among those that train together; None if it is alone.
 
     Returns:
-        What `summary.json` holds. A run that is finished is not trained again.
+        The content of `summary.json`. A finished run is not trained again.
 
     Raises:
         ConfigError: A spec that does not fit the dataset, or another run in `out`; nothing is written.
         NonFiniteError: Loss or gradient is NaN or infinite; the last checkpoint is kept.
-        IntegrityError: Stored bytes are not what was promised.
-        KeyboardInterrupt: SIGINT, SIGTERM or `winnow stop` came; a checkpoint was made.
+        IntegrityError: Stored bytes do not match their digests.
+        KeyboardInterrupt: SIGINT, SIGTERM or `winnow stop` was received; a checkpoint was made.
     """
     specs = [section(config.train, "train")]
     return train_fleet(config, specs, after_train=after_train, extend=extend, launch=launch)[0]
@@ -80,17 +80,17 @@ def train_fleet(
     lost: Callable[[], bool] | None = None,
     launch: Launch | None = None,
 ) -> list[Summary]:
-    """Train several SAEs from one dataset in this process; see `train`.
+    """Train several SAEs from one dataset in this process; see `train`, whose errors it raises too.
 
-    Those that are finished are skipped. One whose loss is not finite stops alone; the others go on.
+    Finished ones are skipped. One whose loss is not finite stops alone; the others continue.
 
     Args:
         config: `root`, `storage` and `prices` are read.
         specs: One or more, each with its own `out`; device and threads are the same for all.
         after_train: See `train`.
         extend: See `train`.
-        lost: Asked every few seconds: whether somebody else has taken the work over. Given by a service,
-            whose work heeds `winnow stop`; a command of a person takes that mark away.
+        lost: Whether another service has taken the work over; called every few seconds. With it, as in a
+            service, an earlier `winnow stop` ends the runs; without it, as in a command, it is removed.
         launch: See `train`.
 
     Returns:
@@ -98,8 +98,7 @@ def train_fleet(
 
     Raises:
         NonFiniteError: After the last step of the others, naming every SAE that failed.
-        WorkerError: `lost`; nothing was written since.
-        Others: See `train`.
+        WorkerError: `lost` returned true; nothing has been written since.
     """
     first, alone, launch = specs[0], len(specs) == 1, launch or Launch()
     _require_one_process(specs)
@@ -113,7 +112,7 @@ def train_fleet(
     found: dict[str, Summary] = {}
     with torch_settings(device, cpu_threads(first)), ExitStack() as cleanup:
         todo, members = [], []
-        for spec in specs:  # all are checked before any is begun
+        for spec in specs:  # all are checked before any is begun, and none may fail hours later
             order = plan_order(spec, dataset)
             recipe = resolve_recipe(spec, dataset, order)
             out = open_store(spec.out, config.storage)
@@ -149,6 +148,7 @@ def _train_all(
         for summary, member in _run(members, dataset, alone, lost):
             found[member.spec.out] = summary
     except WorkerError:
+        # another service may own these folders now: its status must not be overwritten
         raise
     except BaseException as error:
         for member in members:
@@ -165,7 +165,7 @@ def _add_figures(
     device: torch.device,
     after_train: AfterTrain,
 ) -> None:
-    """Add to a published summary what it lacks, in storage too."""
+    """Add the missing figures to a published summary, also in storage."""
     if summary["left_out"]:
         sae = Sae.load(spec.out, device=device, storage=config.storage)
         summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
@@ -173,6 +173,7 @@ def _add_figures(
 
 
 def _require_one_process(specs: Sequence[TrainSpec]) -> None:
+    # what belongs to the process or to the dataset's handle, of which there is one for all
     for field in ("device", "threads", "mesh", "follow", "follow_seconds"):
         values = {str(getattr(spec, field)) for spec in specs}
         if len(values) > 1:
@@ -187,6 +188,7 @@ def _require_all(members: Sequence[Member], alone: bool) -> None:
     if not failed:
         return
     if alone and failed[0].failure is not None:
+        # its own error says more than "1 of 1 failed"
         raise failed[0].failure
     raise NonFiniteError(
         f"{len(failed)} of {len(members)} SAEs failed, the others are published",
@@ -197,7 +199,7 @@ def _require_all(members: Sequence[Member], alone: bool) -> None:
 def _run(
     members: Sequence[Member], dataset: ActivationStore, alone: bool, lost: Callable[[], bool] | None
 ) -> Iterator[tuple[Summary, Member]]:
-    """Take all steps that are left, pass by pass; yields a summary as each SAE is done."""
+    """Take all remaining steps, pass by pass; yields each SAE's summary as soon as it is published."""
     left = list(members)
     while left:
         together, until = next_pass(left)
@@ -210,11 +212,12 @@ def _run(
 
 
 def next_pass(members: Sequence[Member]) -> tuple[list[Member], int]:
-    """Who takes the next steps together, and up to which step.
+    """Choose the members that take the next steps together, and the step up to which they do.
 
-    Those of one stream that are furthest behind go until the first of them ends, or until they stand where
-    another of their stream stands and it joins.
+    Of one stream, the members furthest behind run until the first of them ends, or until they reach the
+    step of another member of their stream, which then joins them.
     """
+    # members part when a kill comes between their checkpoints; joining again is what keeps one read for all
     last = min(members, key=lambda member: member.step)
     stream = [member for member in members if member.shares == last.shares]
     together = [member for member in stream if member.step == last.step]
@@ -229,13 +232,13 @@ def take_steps(
     alone: bool = True,
     lost: Callable[[], bool] | None = None,
 ) -> None:
-    """Take the steps up to `until`, with checkpoints on the way and one at the end.
+    """Take the steps up to `until`, with checkpoints in between and one at the end.
 
     Args:
-        members: Of one stream and one step.
-        dataset: What they are trained on.
-        until: The step to stop before.
-        alone: Whether the process has but one SAE, whose name need not be said.
+        members: Members of one stream, all at the same step.
+        dataset: The dataset that they are trained on.
+        until: Steps finished at the end.
+        alone: Whether this process trains only one SAE, so that messages need not name it.
         lost: See `train_fleet`.
     """
     together, first, spec = _Together(members, alone, lost), members[0], members[0].spec
@@ -250,6 +253,7 @@ def take_steps(
         )
         if first.is_new:
             begin([m.run for m in members], stream)
+        # only now: a stop during `begin` must not save weights that are not initialised
         for member in members:
             member.is_new = False
         batches = stack.enter_context(_transfer(members, stream, until))
@@ -262,6 +266,8 @@ def take_steps(
             step += 1
             own, reports = together.take_one(batch, step)
             now = time.monotonic()
+            # what no member took alone (waiting, telemetry, beginning a checkpoint) is split equally: the
+            # members' seconds add up to the process's
             shared, mark = now - mark - sum(own.values()), now
             for member, seconds in own.items():
                 counts = member.run.counts
@@ -281,20 +287,22 @@ def take_steps(
 def _transfer(members: Sequence[Member], stream: SharedRows, until: int) -> Transfer:
     """The stream's batches up to `until`, moved to the members' device."""
     first = members[0]
-    whole = any(member.spec.accumulate == 1 for member in members)  # else its rows move part by part
-    ahead = False if first.spec.follow else None  # a step shall not wait for what is not harvested yet
+    # a step in parts moves its rows itself: the whole batch on the device is what `accumulate` avoids
+    whole = any(member.spec.accumulate == 1 for member in members)
+    # a follower prefetches nothing: a step must not wait for rows that are not harvested yet
+    ahead = False if first.spec.follow else None
     return Transfer(stream, until - first.step, first.spec, first.run.device, whole=whole, ahead=ahead)
 
 
 class _Together:
-    """Members that take their steps together: who is still running, and what ends their steps early.
+    """The members that take their steps together: which still run, and what ends their steps early.
 
     Arguments as for `take_steps`.
     """
 
     def __init__(self, members: Sequence[Member], alone: bool, lost: Callable[[], bool] | None) -> None:
         self.running = list(members)
-        """Those that have not failed."""
+        """Members that have not failed."""
         self.steps = max(m.recipe.steps for m in members)
         """Steps of the longest run."""
         self.stopping = threading.Event()
@@ -305,6 +313,7 @@ class _Together:
         """The stream's batches from the members' step up to `until`."""
         first, spec, world = self._first, self._first.spec, self._first.run.world
         return SharedRows(
+            # a function, because only the first shard of a data rank opens it: one read for all shards
             lambda: dataset.stream(
                 spec.read_hooks,
                 split="train",
@@ -322,6 +331,7 @@ class _Together:
             first.step,
             first.run.device,
             world,
+            # a harvest may keep a follower waiting for longer than a stop should
             self._stop_if_told if spec.follow else None,
         )
 
@@ -342,6 +352,7 @@ class _Together:
         wanted = () if batch.target is None else (batch.target,)
         for member in self.running:
             started = time.monotonic()
+            # the last step is always logged: the curves reach the end of the run
             logged = step == member.recipe.steps or step % member.spec.log_every_steps == 0
             report = None
             with sampling(self._first.run.device, logged) as spans:
@@ -355,7 +366,7 @@ class _Together:
         return own, reports
 
     def drop_failed(self) -> None:
-        """Go on without the members that have failed."""
+        """Continue without the members that have failed."""
         for member in [member for member in self.running if member.failure is not None]:
             self.running.remove(member)
             if not self._alone:
@@ -377,9 +388,11 @@ class _Together:
             WorkerError: The work is lost.
         """
         first, world = self._first, self._first.run.world
+        # a harvest pauses when too much waits for a checkpoint, so a follower saves after each group
         edge = first.follower is not None and first.order.locate(step).step_in_group == 0
         must_stop, gone = self._must_stop()
-        stop, due = self._agree(must_stop, gone, world.leads and (edge or is_time))  # all of them, or none
+        # the first rank's clock decides for all: a checkpoint that some ranks begin and others do not hangs
+        stop, due = self._agree(must_stop, gone, world.leads and (edge or is_time))
         if stop and step < self.steps:
             self._stop_early()
         if not self.running or not (due or last):
@@ -393,8 +406,10 @@ class _Together:
             self._stop_early()
 
     def _must_stop(self) -> tuple[bool, bool]:
-        """Whether this rank is told to stop, and whether its work is lost; shows signs of life on the way."""
+        """Whether this rank is told to stop, and whether its work is lost; renews the status on the way."""
+        # at the status's pace, not at every step: each question is a request to storage
         due = [member for member in self.running if member.status.due]
+        # before the status is written: after a loss the folder is another service's
         if due and self._lost is not None and self._lost():
             return False, True
         for member in due:
@@ -413,6 +428,7 @@ class _Together:
         for member in self.running:
             if not member.is_new:
                 member.checkpoint()
+                # durable before it is said: who reads this line may switch the machine off
                 member.saver.wait()
                 name = "" if self._alone else f"{member.spec.out}: "
                 say(f"{name}stopped after step {member.step} of {member.recipe.steps}; a checkpoint is kept")
@@ -420,7 +436,7 @@ class _Together:
 
 
 def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member, StepReport]) -> None:
-    """The figures of a lone SAE, or the range of a fleet's FVU."""
+    """Show the figures of a single SAE, or the range of a fleet's FVU."""
     records = [member.telemetry.records[-1] for member in reports]
     if len(records) == 1:
         shown = {key: f"{records[0][key]:.3f}" for key in ("loss", "fvu", "l0", "dead_share")}
@@ -431,7 +447,7 @@ def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member,
 
 
 def make_record(member: Member, report: StepReport) -> Record:
-    """One line of telemetry."""
+    """Build one line of telemetry."""
     run, counts = member.run, member.run.counts
     return {
         "step": counts.step,
@@ -454,7 +470,7 @@ def make_record(member: Member, report: StepReport) -> Record:
 
 
 def _of_the_mesh(world: World, report: StepReport) -> Record:
-    """Second rounds a row of this step, and bytes that this rank has sent so far."""
+    """Second rounds per row of this step, and bytes that this rank has sent so far."""
     return {
         "second_rounds": report.second_rounds / report.rows,
         "bytes_sent": world.data.bytes_sent + world.latent.bytes_sent,

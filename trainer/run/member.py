@@ -1,6 +1,6 @@
 """One SAE of a training process: its folder, its state, its end.
 
-A process trains one SAE or several (a fleet). What they share is the stream; everything else is here.
+A process trains one SAE or several (a fleet). They share the stream; everything else is here.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Member:
     Args:
         config: `storage` and `prices` are read.
         recipe: How it is trained.
-        dataset: From what.
-        order: Which row comes when.
+        dataset: What it is trained on.
+        order: The order of the rows.
         out: Its folder.
-        device: Where its weights live.
+        device: The device of its weights.
         world: The mesh of processes.
-        extend: Take over a checkpoint of fewer epochs.
+        extend: Resume also from a checkpoint of fewer epochs.
     """
 
     def __init__(
@@ -56,12 +56,14 @@ class Member:
         extend: bool,
     ) -> None:
         self.recipe, self.order, self._dataset = recipe, order, dataset
+        # every rank writes its rows of a checkpoint; telemetry, status and the SAE are written by one of them
         self._files = out
-        self.out = out if world.leads else Witness(out)  # one rank tells of the run
+        self.out = out if world.leads else Witness(out)
         self._identity: SaeIdentity = identity_of(dataset)
         self.run, self.telemetry, self.is_new = stand(
             recipe, dataset, order, self._identity, self.out, device, world=world, extend=extend
         )
+        # now, not at the first step: a source that does not fit is an error before anything is written
         if self.is_new and self.spec.init_from is not None:
             self.run.source = load_source(self.spec.init_from, self.run.sae, config.storage)
         self._kept = None if self.is_new else self.step
@@ -72,21 +74,23 @@ class Member:
         self.failure: NonFiniteError | None = None
 
     def begin(self, cleanup: ExitStack, stopped_before: bool = False) -> None:
-        """The first writing, once nothing can be wrong with any SAE of the process.
+        """Write for the first time, after every SAE of the process has been checked.
 
         Args:
-            cleanup: Ends what is begun.
-            stopped_before: Heed an old `winnow stop`, instead of taking it away.
+            cleanup: Closes what is opened here.
+            stopped_before: Heed an earlier `winnow stop` instead of removing it.
 
         Raises:
-            KeyboardInterrupt: Such a one is there.
+            KeyboardInterrupt: There is one, and it is heeded.
         """
         world = self.run.world
+        # decided by all ranks together: one that raised alone would leave the others in a collective
         (stopped,) = world.any(stopped_before and asked_to_stop(self.out))
         if stopped:
             raise KeyboardInterrupt
         with world.together():
-            self._files.probe(single_writer=True)  # can we write there? asked before hours of work
+            # storage that cannot be written to is found before hours of work, not at the first checkpoint
+            self._files.probe(single_writer=True)
             if world.leads:
                 allow_again(self.out)
                 self._loggers = Loggers(self.spec, self.out, self.step)
@@ -96,13 +100,15 @@ class Member:
             self.follower = cleanup.enter_context(self._following())
 
     def _following(self) -> Follower:
-        """What tells a harvest how far this run is."""
+        """Open what tells a harvest how far this run is."""
         return Follower(
             self._dataset.store,
             self._dataset.plan,
             self.order,
             out=self.spec.out,
             epochs=self.recipe.steps / self.order.steps_per_epoch,
+            # drawn before the first checkpoint: a harvest that paused earlier would wait for this run, which
+            # waits for the harvest
             sample_steps=-(-self.spec.sample_rows // self.spec.batch_rows),
             step=self.step,
         )
@@ -119,11 +125,11 @@ class Member:
 
     @property
     def shares(self) -> tuple[tuple[str, ...], LaneOrder]:
-        """Equal for those that one stream can feed."""
+        """Hooks and order, equal for members that one stream can feed."""
         return self.spec.read_hooks, self.order
 
     def fail(self, error: NonFiniteError) -> None:
-        """Take note that the run cannot go on: which units its rows come from, and what is saved."""
+        """Record that the run cannot continue: which units its rows come from, and what is saved."""
         place = self.order.locate(self.step)
         units = list(self.order.units_of(place.epoch, place.group))
         saved = (
@@ -144,19 +150,22 @@ class Member:
             self._loggers.log(record)
 
     def checkpoint(self) -> None:
-        """Begin to make the run as it stands durable, unless it is; `saver.wait` waits for it."""
+        """Begin a checkpoint of the current step, unless there is one; `saver.wait` waits for it."""
+        # the step is noted before it is durable: a save that fails raises in the next `save` or `wait`
         if self._kept == self.step:
             return
         self._kept = self.step
-        self.telemetry.flush()  # first: lines past a checkpoint are cut on resume, missing ones never come
+        # telemetry first: lines past a checkpoint are cut on resume, but missing ones never come back
+        self.telemetry.flush()
         state = stream_state(self._dataset, self.order, self.spec.read_hooks, self.step)
+        # after the index, not now: the ring deletes what the follower has passed, and a resume would need it
         follower, step = self.follower, self.step
         self.saver.save(state, then=lambda: follower.at(step) if follower is not None else None)
 
     def publish(self) -> Summary:
-        """Evaluate, write the SAE, and be done."""
+        """Evaluate and write the SAE, and mark the run as finished."""
         self.saver.wait()
-        # the dataset may have been sealed meanwhile
+        # identity is asked for again: a harvest that was followed may have been sealed meanwhile
         summary = publish(self.run, self.telemetry, self._dataset, identity_of(self._dataset), self.out)
         if self.follower is not None:
             self.follower.at(self.step, finished=True)
@@ -165,8 +174,9 @@ class Member:
         return summary
 
     def leave(self, cause: BaseException) -> None:
-        """Say how the run ended before its last step, if storage still takes it."""
+        """Write how the run ended before its last step, if storage still accepts writes."""
         self.saver.settle()
+        # storage may be what failed: the cause that is on its way must not be replaced by this one
         with suppress(StoreError):
             if isinstance(cause, KeyboardInterrupt):
                 self.status.write("stopped")
