@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the state of a run as named tensors, and back; which runs may go on from it.
+"""What a checkpoint holds: the state of a run as named tensors, and back; which runs may resume from it.
 
 Storage is in `winnow.trainer.run.checkpoint_files`.
 """
@@ -16,12 +16,12 @@ from winnow.trainer.step.step import Counts, Run
 
 FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
 FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb", "accumulate"}
-"""Spec fields that may change between a run and its resume; `device`, `threads` and `accumulate` move float
-noise."""
+"""Spec fields that may change between a run and its resume; `device`, `threads` and `accumulate` change float
+noise only."""
 
 
 def differing_fields(before: TrainSpec, now: TrainSpec) -> list[str]:
-    """`field: was -> is` for each field that decides a run's result and differs."""
+    """List `field: before -> now` for each field that decides a run's result and differs."""
     old, new = before.model_dump(), now.model_dump()
     return [
         f"{key}: {old[key]!r} -> {new[key]!r}"
@@ -31,8 +31,9 @@ def differing_fields(before: TrainSpec, now: TrainSpec) -> list[str]:
 
 
 def require_same_run(spec: TrainSpec, identity: SaeIdentity, now: TrainSpec, dataset: SaeIdentity) -> None:
-    """Refuse to go on with another spec or dataset than `out` holds: ConfigError with the differences."""
+    """Refuse to resume with another spec or dataset than `out` holds: ConfigError with the differences."""
     differing = differing_fields(spec, now)
+    # a run that followed a harvest began before the dataset had a digest: what is unknown is no difference
     old, new = identity.model_dump(), dataset.model_dump()
     differing += [
         f"{key}: {old[key]} -> {new[key]}"
@@ -52,7 +53,7 @@ def require_same_run(spec: TrainSpec, identity: SaeIdentity, now: TrainSpec, dat
 
 
 def pack(run: Run) -> dict[str, Tensor]:
-    """A copy of every tensor and number of a run by name, on the CPU; on a mesh, of this rank's shard."""
+    """Copy every tensor and number of a run by name to the CPU; on a mesh, those of this rank's shard."""
     tensors = {f"sae.{name}": tensor for name, tensor in run.sae.tensors().items()}
     for name in run.sae.parameter_names:
         state = run.adam.state.get(getattr(run.sae, name))
@@ -64,8 +65,10 @@ def pack(run: Run) -> dict[str, Tensor]:
     tensors["dead.since"] = run.dead.since
     tensors["loss_constant"] = torch.tensor(run.loss_constant, dtype=torch.float64)
     for name, number in asdict(run.counts).items():
+        # torch's default for a Python float is float32, which would round it at each resume
         kind = torch.float64 if isinstance(number, float) else torch.int64
         tensors[f"count.{name}"] = torch.tensor(number, dtype=kind)
+    # `copy=True` because the next step changes the weights while a thread still writes these
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
@@ -74,12 +77,13 @@ def unpack(run: Run, tensors: dict[str, Tensor]) -> None:
     """Put the tensors of `pack` back into a new run of the same recipe.
 
     Raises:
-        IntegrityError: Names or shapes that do not belong to this run.
+        IntegrityError: Names or shapes do not fit this run.
     """
     try:
         run.sae.fill(_below("sae.", tensors))
         for name in run.sae.parameter_names:
-            if state := _below(f"adam.{name}.", tensors):  # none before the first step
+            # Adam makes its moments at the first step, so a checkpoint of step 0 has none
+            if state := _below(f"adam.{name}.", tensors):
                 parameter = getattr(run.sae, name)
                 run.adam.state[parameter] = {key: tensor.to(run.device) for key, tensor in state.items()}
         if run.ema is not None:

@@ -1,16 +1,16 @@
-"""Checkpoints in storage: safetensors by rows of latents, and a JSON index that makes them count.
+"""Checkpoints in storage: safetensors by rows of latents, and a JSON index that completes them.
 
 ::
 
     <out>/checkpoints/<step>/latents-<first>-<stop>.safetensors   these latents' rows of every tensor
-    <out>/checkpoints/<step>/state.safetensors                    all that has no latents
+    <out>/checkpoints/<step>/state.safetensors                    every tensor without an axis of latents
     <out>/checkpoints/<step>/index.json                           CheckpointIndex: create-only, written last
 
-Every rank writes its own rows (ranks that hold the same shard share it out), in files of at most
-LARGEST_FILE_BYTES, so any mesh reads what any other wrote: a rank reads the files that hold its latents.
-One process is the mesh 1 x 1.
+Every rank writes its own rows (ranks that hold the same shard each write a part of it), in files of at most
+LARGEST_FILE_BYTES. Files are split by latents, not by ranks, so any mesh reads what any other wrote: a rank
+reads the files that hold its latents. One process is the mesh 1 x 1.
 
-A checkpoint is its index: data without one was never finished, or is being deleted (index first), and is
+A checkpoint exists once its index does: data without one was never finished or is being deleted, and is
 never chosen. The newest whose bytes match its index on every rank is taken; a damaged one is skipped with
 a warning.
 """
@@ -43,7 +43,7 @@ log = logging.getLogger("winnow.trainer")
 
 STATE = "state.safetensors"
 LARGEST_FILE_BYTES = 4 << 30
-"""Longest file that is written, in bytes: S3 takes at most 5 GiB in one put."""
+"""Longest file that is written, in bytes: S3 accepts at most 5 GiB in one put."""
 LARGEST_READ_BYTES = 1 << 40
 """A file longer than this is refused unread."""
 _PLACE = re.compile(r"^checkpoints/(\d{12})/(.+)$")
@@ -56,13 +56,13 @@ class Saver:
 
     Args:
         out: The run's folder.
-        run: What is saved.
-        identity: What its weights belong to.
+        run: The run to save.
+        identity: Dataset and subject that its weights belong to.
         threads: CPU threads of the run.
 
     A save copies the state to the host before it returns, so that the next step may change it; writing,
-    the commit and the deletion of old checkpoints happen in a thread. What goes wrong there is raised by
-    the next `save` or `wait`. On a mesh every rank calls the same methods.
+    the commit and the deletion of old checkpoints happen in a thread. An error there is raised by the next
+    `save` or `wait`. On a mesh every rank calls the same methods.
     """
 
     def __init__(self, out: ObjectStore, run: Run, identity: SaeIdentity, threads: int) -> None:
@@ -70,12 +70,13 @@ class Saver:
         self._pending: Future[None] | None = None
 
     def save(self, stream: StreamState, then: Callable[[], None]) -> None:
-        """Begin a checkpoint of the run as it stands.
+        """Begin a checkpoint of the run's current state.
 
         Args:
-            stream: Where the stream stands.
-            then: Called, in the thread of the rank that leads, once the checkpoint is durable.
+            stream: The position of the stream.
+            then: Called in the leading rank's thread once the checkpoint is durable.
         """
+        # one at a time: a second copy of the state would take as much host memory again
         self.wait()
         run, world = self._run, self._run.world
         tensors = pack(run)
@@ -100,14 +101,15 @@ class Saver:
         self._pending = world.writer.submit(write)
 
     def wait(self) -> None:
-        """Return once no checkpoint is being written; raise what went wrong."""
+        """Return once no checkpoint is being written; raise the error of the last one, if any."""
         pending, self._pending = self._pending, None
         with self._run.world.together():
             if pending is not None:
                 pending.result()
 
     def settle(self) -> None:
-        """Return once no checkpoint is being written, whatever came of it."""
+        """Return once no checkpoint is being written; its error, if any, is not raised."""
+        # without `together`: this runs on the way out of an error, when other ranks may be gone
         if self._pending is not None:
             self._pending.exception()
 
@@ -117,20 +119,20 @@ def write_checkpoint(out: ObjectStore, index: CheckpointIndex, tensors: Tensors,
 
     Args:
         out: The run's folder.
-        index: All but its files.
+        index: The index without its files.
         tensors: From `pack`.
         world: The mesh.
 
     Raises:
         StoreError: A rank could not write; there is no index.
     """
+    # twelve digits, so that a listing is in the order of the steps
     folder = f"checkpoints/{index.step:012d}"
     written: dict[str, object] = {"files": {}, "rows": []}
     error: Exception | None = None
     try:
-        if (
-            world.leads and out.size(f"{folder}/index.json") is not None
-        ):  # a damaged one that was stepped over
+        # a damaged checkpoint of this step was skipped; its index is create-only, so it goes first
+        if world.leads and out.size(f"{folder}/index.json") is not None:
             out.delete(f"{folder}/index.json")
         files, rows = {}, []
         for name, part, place in _files(tensors, index.spec.latents, world):
@@ -141,6 +143,7 @@ def write_checkpoint(out: ObjectStore, index: CheckpointIndex, tensors: Tensors,
                 rows.append({"file": name, "first": place.start, "stop": place.stop})
         written = {"files": files, "rows": rows}
     except Exception as caught:
+        # kept until all ranks have answered: one that raised here would leave the others in `share`
         error = caught
         written = {"error": f"{type(error).__name__}: {error}"}
     told = [json.loads(text) for text in world.files.share(json.dumps(written))]
@@ -152,19 +155,21 @@ def write_checkpoint(out: ObjectStore, index: CheckpointIndex, tensors: Tensors,
         files = {name: digest for rank in told for name, digest in rank["files"].items()}
         places = sorted((row for rank in told for row in rank["rows"]), key=lambda row: row["first"])
         rows = tuple(CheckpointRows.model_validate(place) for place in places)
+        # the index last: until it stands, no resume chooses these files; then the old ones may go
         whole = index.model_copy(update={"files": files, "rows": rows})
         settle(out, f"{folder}/index.json", whole.to_json())
         _prune(out, index.step, index.spec.checkpoints_kept)
 
 
 def _files(tensors: Tensors, latents: int, world: World) -> Iterator[tuple[str, Tensors, range | None]]:
-    """This rank's files: name, content, and which of the N latents it holds."""
+    """Yield this rank's files: name, content, and which of the N latents it holds."""
     if world.leads:
         yield STATE, {name: t for name, t in tensors.items() if not has_latents(name, t)}, None
     with_rows = {name: t for name, t in tensors.items() if has_latents(name, t)}
     shard, place, ranks = world.part(latents), world.data.rank, world.data.size
     mine = range(place * len(shard) // ranks, (place + 1) * len(shard) // ranks)
     row_bytes = sum(t[:1].nbytes for t in with_rows.values())
+    # 64 KiB are left for the header of names and shapes
     step = max(1, (LARGEST_FILE_BYTES - (1 << 16)) // max(1, row_bytes))
     for first in range(mine.start, mine.stop, step):
         some = slice(first, min(first + step, mine.stop))
@@ -174,13 +179,15 @@ def _files(tensors: Tensors, latents: int, world: World) -> Iterator[tuple[str, 
 
 
 def _prune(out: ObjectStore, step: int, keep: int) -> None:
-    """Delete all but the newest `keep` up to `step`; later ones are damaged, since a resume passed them."""
+    """Delete all but the newest `keep` up to `step`, and all later ones."""
     places = _list(out)
+    # a checkpoint later than this step is one that the resume skipped as damaged: it does not count as kept
     complete = sorted(
         (at for at, names in places.items() if "index.json" in names and at <= step), reverse=True
     )
     for step in sorted(set(places) - set(complete[:keep])):
-        for name in sorted(places[step], key=lambda name: name != "index.json"):  # the index first
+        # the index first: a deletion that is interrupted must not leave an index without its files
+        for name in sorted(places[step], key=lambda name: name != "index.json"):
             out.delete(f"checkpoints/{step:012d}/{name}")
 
 
@@ -193,13 +200,13 @@ def _list(out: ObjectStore) -> dict[int, list[str]]:
 
 
 def newest_checkpoint(out: ObjectStore, world: World | None = None) -> tuple[CheckpointIndex, Tensors] | None:
-    """The newest checkpoint that is whole on every rank; None if the run has none yet.
+    """Load the newest checkpoint that is whole on every rank; None if the run has none yet.
 
-    A damaged one is stepped over, with a warning.
+    A damaged one is skipped with a warning.
 
     Args:
         out: The run's folder.
-        world: The mesh; alone where not given.
+        world: The mesh; None if this process is alone.
 
     Returns:
         Its index, and the tensors of this rank's shard.
@@ -210,10 +217,12 @@ def newest_checkpoint(out: ObjectStore, world: World | None = None) -> tuple[Che
     world = world or World()
     with world.together():
         found = sorted((step for step, names in _list(out).items() if "index.json" in names), reverse=True)
-    steps: list[int] = json.loads(world.whole.share(json.dumps(found))[0])  # as one rank sees them
+    # the first rank's list for all: with their own lists ranks could resume from different steps
+    steps: list[int] = json.loads(world.whole.share(json.dumps(found))[0])
     for step in steps:
         folder, problem, state = f"checkpoints/{step:012d}", None, None
         with world.together():
+            # caught inside `together`, which would stop all ranks: a damaged file only means the next one
             try:
                 state = _read(out, folder, world)
             except (IntegrityError, MissingObject) as error:
@@ -221,7 +230,8 @@ def newest_checkpoint(out: ObjectStore, world: World | None = None) -> tuple[Che
         if not world.any(problem is not None)[0]:
             return state
         cause = problem or "on another rank"
-        log.warning("checkpoint %d is damaged and is stepped over: %s", step, cause)
+        log.warning("checkpoint %d is damaged and is skipped: %s", step, cause)
+    # an error and not a start from step 0, whose first checkpoint would delete the damaged ones
     if steps:
         raise IntegrityError(
             f"every checkpoint below {out.uri} is damaged",
@@ -232,10 +242,11 @@ def newest_checkpoint(out: ObjectStore, world: World | None = None) -> tuple[Che
 
 
 def _read(out: ObjectStore, folder: str, world: World) -> tuple[CheckpointIndex, Tensors]:
-    """The index, and all of the state that this rank's shard needs, from whatever files hold it."""
+    """Read the index, and the state of this rank's shard from whichever files hold it."""
     index = CheckpointIndex.from_json(out.get(f"{folder}/index.json"), origin=f"{folder}/index.json")
     part, state = world.part(index.spec.latents), _file(out, folder, index, STATE)
-    if not index.rows:  # version 1.0: everything in one file
+    # checkpoints of version 1.0 have everything in one file
+    if not index.rows:
         return index, {n: t[part.start : part.stop] if has_latents(n, t) else t for n, t in state.items()}
     pieces: dict[str, list[Tensor]] = {}
     reached = part.start
@@ -244,9 +255,10 @@ def _read(out: ObjectStore, folder: str, world: World) -> tuple[CheckpointIndex,
         if first >= stop:
             continue
         if first != reached:
-            break
+            break  # a gap: `reached` stays short, which is the error below
         reached = stop
         for name, tensor in _file(out, folder, index, rows.file).items():
+            # a clone, because a view would keep the whole file's tensor in memory
             pieces.setdefault(name, []).append(tensor[first - rows.first : stop - rows.first].clone())
     if reached != part.stop:
         raise IntegrityError(f"{folder}/index.json", expected=f"latents up to {part.stop}", got=reached)

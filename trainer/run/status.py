@@ -14,9 +14,9 @@ from winnow.trainer.step.step import Run
 
 STATUS_KEY = "status.json"
 STOP_KEY = "stop.json"
-"""Its presence asks the run to make a checkpoint and end; `winnow resume` takes it away."""
+"""Its presence asks the run to make a checkpoint and end; `winnow resume` removes it."""
 BEAT_SECONDS = 5.0
-"""Between two signs of life, which is also how long a stop may go unseen."""
+"""Seconds between two writes of the status, and the longest that a stop goes unnoticed."""
 
 
 class StatusWriter:
@@ -24,24 +24,26 @@ class StatusWriter:
 
     Args:
         out: The run's folder.
-        run: What it tells about.
-        prices: For `cost`.
+        run: The run that it describes.
+        prices: For `cost`; without a price per hour it is null.
     """
 
     def __init__(self, out: ObjectStore, run: Run, prices: PricesSpec | None = None) -> None:
         self._out, self._run = out, run
         self._prices = prices if prices and prices.trainer_hour else None
+        # of this process: the time left follows from its own speed, not from that before a resume elsewhere
         self._start, self._start_step = time.monotonic(), run.counts.step
         self._written = 0.0
         self.fvu: float | None = None
 
     @property
     def due(self) -> bool:
-        """Whether `BEAT_SECONDS` have passed since the last writing."""
+        """Whether `BEAT_SECONDS` have passed since the last write."""
         return time.monotonic() - self._written >= BEAT_SECONDS
 
     def write(self, state: RunState, cause: str = "") -> RunStatus:
-        """Put the status as it is now."""
+        """Write the current status."""
+        # before the put: a slow storage must not make the next one due at once
         self._written = time.monotonic()
         counts, recipe = self._run.counts, self._run.recipe
         taken, passed = counts.step - self._start_step, self._written - self._start
@@ -65,6 +67,7 @@ class StatusWriter:
             device=str(self._run.device),
             host=socket.gethostname(),
             pid=os.getpid(),
+            # wall clock, because another machine compares it with its own
             beat=time.time(),
             cause=cause,
         )
@@ -73,7 +76,7 @@ class StatusWriter:
 
 
 def read_status(out: ObjectStore) -> RunStatus | None:
-    """A run's status; None where there is none, or none that can be read."""
+    """Read a run's status; None if there is none or it cannot be read."""
     try:
         return RunStatus.from_json(out.get(STATUS_KEY), origin=f"{out.uri}/{STATUS_KEY}")
     except (MissingObject, IntegrityError):
@@ -86,7 +89,7 @@ def ask_to_stop(out: ObjectStore) -> None:
 
 
 def allow_again(out: ObjectStore) -> bool:
-    """Take the mark of `ask_to_stop` away; whether there was one."""
+    """Remove the mark of `ask_to_stop`; returns whether there was one."""
     there = out.size(STOP_KEY) is not None
     if there:
         out.delete(STOP_KEY)
@@ -94,8 +97,9 @@ def allow_again(out: ObjectStore) -> bool:
 
 
 def asked_to_stop(out: ObjectStore) -> bool:
-    """Whether the run is asked to stop; no answer is no."""
+    """Whether the run is asked to stop; False if storage does not answer."""
     try:
         return out.size(STOP_KEY) is not None
     except StoreError:
+        # a hiccup of storage ends no run; the question comes again after BEAT_SECONDS
         return False

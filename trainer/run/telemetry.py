@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines, and the picture of its curves."""
+"""A run's telemetry: JSON lines, and a picture of its curves."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ log = logging.getLogger("winnow.trainer")
 METRICS_KEY = "metrics.jsonl"
 PLOT_KEY = "loss.png"
 FLUSH_SECONDS = 10.0
-"""Longest that a line waits before it is stored."""
+"""Seconds after which the next line stores the file again."""
 
 Record = dict[str, Any]
 
 
 class Telemetry:
-    """`metrics.jsonl`: one line a record, each with its `step`; no step appears twice.
+    """`metrics.jsonl`: one line per record, each with its `step`; no step appears twice.
 
-    Object storage cannot append, so the file is put whole: every `FLUSH_SECONDS`, before each
-    checkpoint, and at the end.
+    The file is stored every `FLUSH_SECONDS`, before each checkpoint, and at the end.
 
     Args:
         out: The run's folder.
@@ -39,10 +38,11 @@ class Telemetry:
 
     @classmethod
     def resume(cls, out: ObjectStore, step: int) -> Telemetry:
-        """Take the stored lines up to `step` steps finished; later ones will be written anew."""
+        """Load the stored lines up to `step` steps finished; later ones will be written again."""
         if out.size(METRICS_KEY) is None:
             return cls(out)
         records: list[Record] = []
+        # a file that was cut or damaged costs lines of a curve, not the run
         for number, line in enumerate(out.get(METRICS_KEY).decode(errors="replace").splitlines(), 1):
             try:
                 record = json.loads(line)
@@ -59,21 +59,23 @@ class Telemetry:
             self.flush()
 
     def flush(self) -> None:
-        """Store the file as it stands."""
+        """Store the file if it has new lines."""
         self._flushed = time.monotonic()
         if self._stored != len(self.records) or self._out.size(METRICS_KEY) is None:
             lines = [json.dumps(record, sort_keys=True) + "\n" for record in self.records]
+            # put whole, because object storage cannot append
             self._out.put(METRICS_KEY, "".join(lines).encode())
             self._stored = len(self.records)
 
 
 def draw_curves(records: Sequence[Record], title: str) -> bytes:
-    """A PNG: loss and FVU (log scale), active and dead latents, learning rate, over rows trained on.
+    """Draw a PNG: loss and FVU (log scale), active and dead latents, learning rate, over rows trained on.
 
     Args:
         records: Telemetry lines, one or more.
-        title: Above the picture.
+        title: The picture's title.
     """
+    # imported here, because only the end of a run needs it; not pyplot, which keeps figures in global state
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
