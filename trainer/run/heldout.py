@@ -1,4 +1,4 @@
-"""The trainer's own figures on the held-out windows, and which weights they choose.
+"""The trainer's own figures on the held-out windows, and the candidates that they are measured on.
 
 Legend: B rows at a time, D width of the input, O width of the output.
 """
@@ -26,22 +26,22 @@ log = logging.getLogger("winnow.trainer")
 CHUNK_ROWS = 8192
 """Rows read and reconstructed at a time."""
 CALIBRATION_ROWS = 65_536
-"""Training rows that BatchTopK's threshold is taken from, rounded up to whole units."""
+"""Training rows from which BatchTopK's threshold is computed, rounded up to whole units."""
 
 
 def heldout_rows(
     dataset: ActivationStore, *hooks: str, target: str | None = None, units: range | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """All rows of the validation units in stored order.
+    """Yield all rows of the validation units in stored order.
 
     Args:
         dataset: The dataset.
-        *hooks: Where the input is read; the rows of several are joined.
-        target: A transcoder's target.
-        units: Other units than the validation ones.
+        *hooks: Hooks of the input; the rows of several are joined.
+        target: A transcoder's target hook.
+        units: Units to read in place of the validation units.
 
     Yields:
-        Raw input rows [B, D], raw target rows [B, O] or null, weights [B].
+        Raw input rows [B, D], raw target rows [B, O] or None, weights [B].
     """
     units = dataset.plan.split_units("validation") if units is None else units
     size = dataset.plan.rows_per_unit
@@ -51,6 +51,7 @@ def heldout_rows(
         read = {hook: torch.from_numpy(dataset.read_rows(hook, first, stop)) for hook in together}
         parts = [read[hook] for hook in hooks]
         rows = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        # of all hooks together: a row that is a sink at any of them has weight 0, as in training
         weights = torch.from_numpy(dataset.weights(together, first, stop))
         yield rows, read[target] if target else None, weights
 
@@ -59,9 +60,9 @@ def heldout_rows(
 def heldout_figures(
     sae: Sae, dataset: ActivationStore, *hooks: str, target: str | None = None
 ) -> dict[str, float]:
-    """`fvu_normalised`, `fvu_raw` and `l0` on the held-out rows of weight above 0.
+    """Measure `fvu_normalised`, `fvu_raw` and `l0` on the held-out rows of weight above 0.
 
-    Arguments as for `heldout_rows`. Of a transcoder, both FVUs are those of its target.
+    Arguments as for `heldout_rows`. For a transcoder, both FVUs are those of its target.
 
     Raises:
         IntegrityError: There is no such row, or a stored one is damaged.
@@ -80,16 +81,17 @@ def heldout_figures(
         l0.add(values, weights)
     if not normalised.rows:
         raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
-    active = l0.over(world.latent.sum).value * world.latent.size  # every shard counted the rows
+    # every shard counted the rows, so the sum over shards has counted them `size` times
+    active = l0.over(world.latent.sum).value * world.latent.size
     return {"fvu_normalised": normalised.value, "fvu_raw": raw.value, "l0": active}
 
 
 def calibration_rows(dataset: ActivationStore, spec: TrainSpec) -> list[tuple[Tensor, Tensor]]:
-    """Training rows and their weights for BatchTopK's threshold, about CALIBRATION_ROWS of them.
+    """Read about CALIBRATION_ROWS training rows and their weights for BatchTopK's threshold.
 
-    Every unit is an unbiased sample. Where a ring has deleted every training unit, the held-out rows
-    take their place, and that is said.
+    If a ring has deleted every training unit, the held-out rows are taken, with a warning.
     """
+    # any units will do, because windows are shuffled before they are cut into units
     gone = deleted_units(dataset.store, dataset.plan)
     train = [unit for unit in reversed(dataset.plan.split_units("train")) if unit not in gone]
     if not train:
@@ -104,7 +106,7 @@ def calibration_rows(dataset: ActivationStore, spec: TrainSpec) -> list[tuple[Te
 
 
 def candidates(run: Run) -> dict[str, Sae]:
-    """The finished run's SAEs: `raw` (the weights as they are) and, where it is kept, `ema`."""
+    """The finished run's SAEs: `raw` (the weights as they are) and `ema`, if an average is kept."""
     found = {"raw": run.sae}
     if run.ema is not None:
         sae = run.sae.twin()

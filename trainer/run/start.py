@@ -1,4 +1,4 @@
-"""Before the first step: is the spec right for the dataset, and where does the run stand?"""
+"""Before the first step: whether the spec fits the dataset, and the state that the run starts from."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ log = logging.getLogger("winnow.trainer")
 
 
 def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
-    """Which row comes when; ConfigError where hook, batch, lanes or groups do not fit the dataset."""
+    """Plan the order of the rows; ConfigError if hook, batch, lanes or groups do not fit the dataset."""
     plan = dataset.plan
+    # only for its error: a hook that the plan lacks is named before anything else can fail
     for hook in spec.read_hooks:
         plan.d_model(hook)
     unit_bytes = sum(plan.shard_bytes(hook) for hook in spec.read_hooks)
@@ -46,7 +47,7 @@ def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
 
 
 def resolve_recipe(spec: TrainSpec, dataset: ActivationStore, order: LaneOrder) -> Recipe:
-    """The spec with its open fields filled; ConfigError where it and the dataset disagree."""
+    """Resolve the spec's null fields for a dataset; ConfigError if the two disagree."""
     d_model = sum(dataset.plan.d_model(hook) for hook in spec.input_hooks)
     recipe = Recipe.resolve(spec, d_model, order.steps_per_epoch)
     if recipe.steps < 1:
@@ -56,7 +57,7 @@ def resolve_recipe(spec: TrainSpec, dataset: ActivationStore, order: LaneOrder) 
 
 
 def identity_of(dataset: ActivationStore) -> SaeIdentity:
-    """What the SAE's weights will belong to."""
+    """The dataset and the subject that the SAE's weights will belong to."""
     return SaeIdentity(
         plan_fingerprint=dataset.plan.fingerprint,
         dataset_sha256=dataset.dataset_sha256,
@@ -68,12 +69,12 @@ def identity_of(dataset: ActivationStore) -> SaeIdentity:
 def stream_state(
     dataset: ActivationStore, order: LaneOrder, hooks: tuple[str, ...], step: int
 ) -> StreamState:
-    """Where the stream stands before a step."""
+    """The position of the stream before a step."""
     return order.state(dataset.plan.fingerprint, "train", hooks, step)
 
 
 def rows_of(batch: Batch, spec: TrainSpec) -> tuple[Tensor, Tensor | None]:
-    """A batch's raw input rows [B, D], those of several hooks joined, and a transcoder's target rows."""
+    """A batch's raw input rows [B, D], joined if there are several hooks, and a transcoder's target rows."""
     inputs = [batch.rows[hook] for hook in spec.input_hooks]
     rows = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
     return rows, batch.rows[spec.target_hook] if spec.target_hook else None
@@ -90,7 +91,7 @@ def stand(
     world: World,
     extend: bool = False,
 ) -> tuple[Run, Telemetry, bool]:
-    """The state to go on from: the newest checkpoint's, or a new one that `begin` must fill.
+    """Load the newest checkpoint's state, or make a new one that `begin` must fill.
 
     Returns:
         The run, its telemetry, and whether it is new.
@@ -114,12 +115,15 @@ def stand(
     index, tensors = found
     require_same_run(planned_as(index.spec, spec, extend), index.identity, spec, identity)
     now = stream_state(dataset, order, spec.read_hooks, index.step)
+    # with another order a resumed run would repeat some rows and never see others
     if index.stream != now:
         raise ConfigError("the order of the rows has changed", expected=index.stream, got=now)
     unpack(run, tensors)
     if spec.epochs > index.spec.epochs and run.ema is not None:
-        run.ema = Ema(run.sae, run.ema.beta)  # its beta follows from the number of steps
+        # beta follows from the number of steps, and sums taken with another beta have another bias
+        run.ema = Ema(run.sae, run.ema.beta)
     threads = cpu_threads(spec)
+    # a warning and not an error: the number of threads only changes the order of sums, thus the last bits
     if (index.threads, index.device) != (threads, str(run.device)):
         log.warning(
             "this run had %d threads on %s and now has %d on %s: the result is as good, but not "
@@ -129,19 +133,19 @@ def stand(
             threads,
             run.device,
         )
-    say(f"going on from the checkpoint at step {index.step} of {recipe.steps}")
+    say(f"resuming from the checkpoint at step {index.step} of {recipe.steps}")
     return run, Telemetry.resume(out, index.step), False
 
 
 def planned_as(before: TrainSpec, now: TrainSpec, extend: bool) -> TrainSpec:
-    """The spec that a run had, to be compared with the one it shall have.
+    """The spec of an earlier run as it is compared with the present one.
 
-    Extending, fewer epochs are no difference: the run goes on as if it had been planned with the new
+    With `extend`, fewer epochs are not a difference: the run continues as if it had been planned with the new
     number. Learning rate, dead_after and the moving average's beta are those of the new number of steps,
-    so a run that had begun to decay goes back up to its peak rate, and the average starts anew.
+    so a run that had begun to decay returns to its peak rate, and the average starts anew.
 
     Raises:
-        ConfigError: More epochs, without `extend`.
+        ConfigError: More epochs than before, without `extend`.
     """
     if now.epochs <= before.epochs:
         return before
@@ -150,25 +154,27 @@ def planned_as(before: TrainSpec, now: TrainSpec, extend: bool) -> TrainSpec:
             f"{now.out} holds a run of fewer epochs",
             expected=before.epochs,
             got=now.epochs,
-            fix="Add --extend to train it on: its learning rate goes back up to the new schedule's",
+            fix="Add --extend to continue it: its learning rate returns to that of the new schedule",
         )
     return before.model_copy(update={"epochs": now.epochs})
 
 
 def begin(runs: Sequence[Run], batches: SharedRows) -> None:
-    """Initialise new runs, each from the first `sample_rows` rows of their stream, trained on later."""
+    """Initialise new runs, each from the first `sample_rows` rows of its stream."""
     specs = [run.recipe.spec for run in runs]
     needs = [
         min(-(-spec.sample_rows // spec.batch_rows), run.recipe.steps)
         for run, spec in zip(runs, specs, strict=True)
     ]
+    # peeked, not taken: the first steps train on the same rows
     drawn = batches.peek(max(needs))
     for run, spec, need in zip(runs, specs, needs, strict=True):
         rows, targets = zip(*(rows_of(batch, spec) for batch in drawn[:need]), strict=True)
         weights = [batch.weights for batch in drawn[:need]]
 
         def sample(parts: Sequence[Tensor], run: Run = run, size: int = spec.sample_rows) -> Tensor:
-            whole = [run.world.data.gather(part).flatten(0, 1) for part in parts]  # of the whole batch
+            # of the whole batch on every rank, so that all initialise with the same bits
+            whole = [run.world.data.gather(part).flatten(0, 1) for part in parts]
             return torch.cat(whole)[:size].to(run.device)
 
         x, w = sample(rows), sample(weights)
@@ -179,4 +185,5 @@ def begin(runs: Sequence[Run], batches: SharedRows) -> None:
             )
         else:
             run.loss_constant = warm_start(run.sae, run.source, x, w, target)
+            # a whole second SAE, not needed again
             run.source = None

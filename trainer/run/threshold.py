@@ -1,6 +1,6 @@
-"""BatchTopK's threshold for use outside training: one number, so that K latents a row are active on average.
+"""BatchTopK's threshold for use outside training: one number above which rows have K latents on average.
 
-Legend: B rows, D d_model, N latents, K active latents a row.
+Legend: B rows, D d_model, N latents, K active latents per row.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.mesh.world import Axis
 
 CANDIDATES = 4
-"""First guess at how many times K the fullest row has above the threshold."""
+"""First guess of how many times K the row with the most active latents has above the threshold."""
 
 
 @torch.no_grad()
 def calibrate(sae: Sae, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Set `sae.threshold` so that rows have K latents above it on average, exactly where no values tie.
+    """Set `sae.threshold` so that rows have K latents above it on average, exactly unless values tie.
 
     Args:
-        sae: With `activation: batchtopk`; of a shard, a collective over the latent axis.
-        batches: Raw training rows [B, D] and their weights [B]; rows of weight 0 are left out. Held in
-            normalised form all together.
+        sae: With `activation: batchtopk`; for a shard this is a collective over the latent axis.
+        batches: Raw training rows [B, D] and their weights [B]; rows of weight 0 are left out. All of them
+            are held in memory in normalised form.
 
     Returns:
-        The threshold, at least 0: half-way between the last value that is to be active and the next, or 0.
+        The threshold, at least 0: half-way between the last value that is active and the next, or 0.
 
     Raises:
         ConfigError: No row of weight above 0.
@@ -44,12 +44,15 @@ def calibrate(sae: Sae, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     quota, width = sae.k * sum(map(len, kept)), CANDIDATES * sae.k
     while True:
         width = min(width, sae.latents)
-        values = torch.cat([Sae.select(sae, x, width)[0] for x in kept])  # of a shard: its own
+        # `Sae.select` also of a shard, whose own `select` is a collective: the search joins the shards itself
+        values = torch.cat([Sae.select(sae, x, width)[0] for x in kept])
+        # half-way, because a value equal to the threshold would be decided by its rounding
         threshold = torch.stack([nth_best(values, rank, latent) for rank in (quota, quota + 1)]).mean()
         threshold = threshold if sae.k < latents else torch.zeros_like(threshold)
+        # a row whose last candidate is above the threshold may hold more than was looked at
         short = width < sae.latents and not bool((values[:, -1] <= threshold).all())
         if not latent.largest(torch.tensor(short, dtype=torch.uint8)):
             break
-        width *= 4  # a row may hold more than was looked at
+        width *= 4
     sae.threshold.copy_(threshold)
     return threshold.item()
