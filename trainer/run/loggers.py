@@ -1,7 +1,7 @@
-"""TensorBoard and Weights & Biases: telemetry lines sent on, where a spec asks for it.
+"""TensorBoard and Weights & Biases: telemetry lines are also sent there if a spec asks for it.
 
-`metrics.jsonl` stays the record; these are copies for the eye, so one that breaks is left out with a
-warning and the run goes on. Both libraries are extras, `tensorboard` and `wandb`.
+`metrics.jsonl` stays the record; these are copies to look at, so one that fails is dropped with a warning
+and the run continues. Both libraries are extras, `tensorboard` and `wandb`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from winnow.store.objects import ObjectStore
 log = logging.getLogger("winnow.trainer")
 
 WANDB_KEY = "wandb.json"
-"""Holds the run's id, so that a resumed run goes on in the same curves."""
+"""Holds the run's id, so that a resumed run continues the same curves."""
 SELF_DESCRIBING = {"step", "time"}
 
 
@@ -29,25 +29,26 @@ class Logger(Protocol):
     """Takes telemetry lines."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Take a line; its `step` is above that of the last."""
+        """Take a line; its `step` is greater than that of the last one."""
         ...
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining lines."""
         ...
 
 
 class TensorBoard:
-    """Scalars in a folder of event files, one below `folder` for each run.
+    """Scalars in a folder of event files, one folder below `folder` per run.
 
     Args:
         folder: `train.tensorboard`.
-        name: The run's.
+        name: The run's name.
         step: Steps finished; what an interrupted run wrote past them is hidden.
     """
 
     def __init__(self, folder: str, name: str, step: int) -> None:
         _require("tensorboard", "train.tensorboard")
+        # after the check: without the package this import would raise torch's error, which names no extra
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(PurePath(folder) / name), purge_step=step + 1)
@@ -59,27 +60,29 @@ class TensorBoard:
                 self._writer.add_scalar(f"train/{key}", value, record["step"], record["time"])
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining scalars."""
         self._writer.close()
 
 
 class WandB:
-    """A run of Weights & Biases. Its own environment variables hold: WANDB_MODE=offline, WANDB_ENTITY, ...
+    """A run of Weights & Biases. The library's own environment variables apply: WANDB_MODE=offline, ...
 
     Args:
         project: `train.wandb`.
-        name: The run's.
+        name: The run's name.
         spec: Shown as the run's config.
-        out: The run's folder, which remembers the id.
+        out: The run's folder, which holds the id.
     """
 
     def __init__(self, project: str, name: str, spec: TrainSpec, out: ObjectStore) -> None:
         wandb = _require("wandb", "train.wandb")
+        # an id of our own, stored before it is used: a run killed in between resumes under the same one
         if out.size(WANDB_KEY) is None:
             out.put(WANDB_KEY, json.dumps({"id": secrets.token_hex(8)}).encode())
         known = json.loads(out.get(WANDB_KEY))["id"]
         config = spec.model_dump(mode="json")
-        # steps that it already has are ignored by it: an interrupted run's are the same after a resume
+        # it ignores steps that it already has; a resumed run sends those past its checkpoint again, with the
+        # same figures
         self._run = wandb.init(project=project, name=name, id=known, resume="allow", config=config)
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -88,15 +91,15 @@ class WandB:
         self._run.log(figures, step=record["step"])
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining lines."""
         self._run.finish()
 
 
 class Loggers:
-    """Those that a spec asks for, none of which can stop the run.
+    """The loggers that a spec asks for, none of which can stop the run.
 
     Args:
-        spec: Which.
+        spec: Its `tensorboard` and `wandb` are read.
         out: The run's folder.
         step: Steps finished.
 
@@ -115,12 +118,12 @@ class Loggers:
             self._try("wandb", lambda: self._open.update(wandb=WandB(project, name, spec, out)))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Give a line to each."""
+        """Pass a line to each logger."""
         for name, logger in list(self._open.items()):
             self._try(name, lambda logger=logger: logger.log(record))
 
     def close(self) -> None:
-        """End each."""
+        """Close each logger."""
         for name, logger in list(self._open.items()):
             self._try(name, logger.close)
         self._open.clear()
@@ -129,8 +132,10 @@ class Loggers:
         try:
             act()
         except DependencyMissing:
+            # found before the first step, and not what the spec asked for: an error, not a warning
             raise
-        except Exception as error:  # whatever a service or its library may raise
+        except Exception as error:
+            # a service that is down and a library's own bug look alike, and neither is worth a run
             self._open.pop(name, None)
             log.warning("%s is left out from here on: %s", name, error)
 

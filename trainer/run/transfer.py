@@ -1,4 +1,4 @@
-"""A step's rows on the device; on a GPU they travel while the step before them computes.
+"""A step's rows on the device; on a GPU they are copied while the step before them computes.
 
 Legend: B rows, D width of the input, O width of the output.
 """
@@ -19,7 +19,7 @@ from winnow.trainer.run.start import rows_of
 
 
 class Ready(NamedTuple):
-    """What a step takes."""
+    """The input of one step."""
 
     rows: Tensor
     """Raw [B, D]."""
@@ -35,20 +35,20 @@ class _Sent(NamedTuple):
 
 
 class Transfer(Closing):
-    """An iterator of a stream's batches, each on the device when it comes out.
+    """An iterator over a stream's batches, each on the device when it is returned.
 
-    With `ahead` one more batch is taken from the stream than has come out: a thread copies it to pinned
-    memory and from there, on a stream of its own, to the device. What the stream raises comes out in its
+    With `ahead` one more batch is taken from the stream than has been returned: a thread copies it to pinned
+    memory and from there, on a CUDA stream of its own, to the device. An error of the stream is raised in its
     turn, after the batches before it.
 
     Args:
-        batches: As they come from the store, in the host's memory or on the device.
-        count: How many to take: no more are asked for.
-        spec: Which hooks are rows and which are targets.
-        device: Where a step computes.
-        whole: Whether rows and targets are moved; else the weights alone, for a step that moves its rows
+        batches: Batches of the store, in the host's memory or on the device.
+        count: Number of batches to take; no more are requested.
+        spec: Names the hooks of rows and targets.
+        device: The device of the step.
+        whole: Move rows, targets and weights; if False only the weights, for a step that moves its rows
             part by part (`accumulate`).
-        ahead: See above; where not given, on a GPU.
+        ahead: See above; None means only on a GPU.
     """
 
     def __init__(
@@ -72,26 +72,30 @@ class Transfer(Closing):
         return self
 
     def __next__(self) -> Ready:
-        """The next batch, usable by what the device's current stream is given from now on."""
+        """The next batch, ready for work queued on the device's current CUDA stream from now on."""
         if self._thread is None:
             return self._here(self._take())
         now = self._next or self._start(self._thread)
         self._next = None
         if isinstance(now, Exception):
             raise now
+        # before this batch is awaited: the next one is copied while the step computes with this one
         if self._left:
             self._next = self._start(self._thread)
         batch, arrived = now.result()
         if arrived is not None:
             current = torch.cuda.current_stream(self._device)
+            # the GPU waits for the copy, not the host, which can go on queueing the step
             current.wait_event(arrived)
             for tensor in batch:
                 if tensor is not None and tensor.is_cuda:
-                    tensor.record_stream(current)  # or its memory would be given to a later batch too early
+                    # otherwise the allocator, which knows only the copying stream, gives the memory to a
+                    # later batch while the step still reads it
+                    tensor.record_stream(current)
         return batch
 
     def close(self) -> None:
-        """Wait for what travels; the stream is its owner's."""
+        """Wait for the copy in progress; the stream is closed by its owner."""
         if self._thread is not None:
             self._thread.shutdown()
 
@@ -102,9 +106,12 @@ class Transfer(Closing):
         return next(self._batches)
 
     def _start(self, thread: ThreadPoolExecutor) -> Future[_Sent] | Exception:
-        try:  # here and not in the thread: on a mesh all ranks take their batches in one order
+        # taken here and not in the thread: on a mesh taking is a collective, and all ranks must run theirs in
+        # one order
+        try:
             return thread.submit(self._send, self._take())
         except Exception as error:
+            # kept for its turn: the batch that is already on the device can still be trained on
             return error
 
     def _send(self, batch: Batch) -> _Sent:
@@ -125,5 +132,6 @@ class Transfer(Closing):
     def _move(self, tensor: Tensor) -> Tensor:
         if self._stream is None or tensor.is_cuda:
             return tensor.to(self._device)
-        # pinned memory is the allocator's, which keeps it until the copy has passed
+        # only a copy from pinned memory is asynchronous; the allocator keeps the pinned block until the copy has
+        # ended, so nothing here has to hold it
         return tensor.pin_memory().to(self._device, non_blocking=True)

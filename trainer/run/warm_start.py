@@ -1,4 +1,4 @@
-"""Beginning from an SAE that exists: all of it, or the latents of it that contribute most.
+"""Starting from an existing SAE: with all of its latents, or those that contribute most.
 
 Legend: B rows of the sample, D d_model, O width of the output, N latents of the new SAE, M >= N of the old.
 """
@@ -16,12 +16,13 @@ from winnow.trainer.mesh.shard import has_latents
 
 
 def load_source(uri: str, sae: Sae, storage: StorageSpec) -> Sae:
-    """The SAE that another shall begin from, whole, on its device.
+    """Load the SAE that `sae` starts from, whole, to the device of `sae`.
 
     Raises:
-        SaeMismatch: It has fewer latents, or is made of other parts.
-        MissingObject, IntegrityError: None is there, or a damaged one.
+        SaeMismatch: It has fewer latents or other parts.
+        MissingObject, IntegrityError: There is none at `uri`, or it is damaged.
     """
+    # whole on every rank of a mesh: which latents are kept is decided over all of them
     source = Sae.load(uri, device=sae.W_enc.device, storage=storage)
     wanted, found = _facts(sae), _facts(source)
     differing = [name for name in wanted if wanted[name] != found[name]]
@@ -44,7 +45,9 @@ def load_source(uri: str, sae: Sae, storage: StorageSpec) -> Sae:
 
 def _facts(sae: Sae) -> dict[str, object]:
     facts = {"d_model": sae.d_model, "output width": sae.d_out, "normalize": sae.normalize_mode}
-    parts = sae.parts  # by name: a dump leaves `centred` out where it is false
+    # field by field, because a dump omits `centred` if it is false
+    parts = sae.parts
+    # prefixes are no property of the weights: an SAE may start from one with other prefixes, or none
     return facts | {name: getattr(parts, name) for name in type(parts).model_fields if name != "matryoshka"}
 
 
@@ -53,8 +56,8 @@ def warm_start(sae: Sae, source: Sae, sample: Tensor, weights: Tensor, target: T
     """Fill a new SAE from `source`, dataset constants and thresholds included.
 
     Args:
-        sae: On a mesh, a rank's shard.
-        source: As `load_source` gives it.
+        sae: The new SAE; on a mesh, a rank's shard.
+        source: The SAE returned by `load_source`.
         sample: Raw training rows [B, D].
         weights: Their weights [B].
         target: A transcoder's raw target rows [B, O].
@@ -63,9 +66,10 @@ def warm_start(sae: Sae, source: Sae, sample: Tensor, weights: Tensor, target: T
         The loss constant; see `winnow.sae.init.initialise`.
 
     Raises:
-        ConfigError, NonFiniteError: As `initialise`.
+        ConfigError, NonFiniteError: See `initialise`.
     """
     sample, weights, target = counted_rows(sae, sample, weights, target)
+    # every rank computes the same choice and takes its range of it: no collective, and the same on any mesh
     part: range = getattr(sae, "part", range(sae.latents))
     keep = most_useful(source, sample, weights, getattr(sae, "of", sae.latents))[part.start : part.stop]
     theirs = source.tensors()
@@ -77,20 +81,23 @@ def warm_start(sae: Sae, source: Sae, sample: Tensor, weights: Tensor, target: T
 
 
 def most_useful(source: Sae, sample: Tensor, weights: Tensor, count: int) -> Tensor:
-    """The `count` latents, ascending, of the most energy: the sum over rows of |z_n d_n|^2.
+    """The `count` latents of the largest energy, the sum over rows of |z_n d_n|^2, in ascending order.
 
     Args:
-        source: M latents.
+        source: An SAE of M latents.
         sample: Raw rows [B, D].
         weights: [B].
-        count: At most M; all of them are taken without a look.
+        count: At most M; if it is M, all are taken and no energy is computed.
     """
     if count == source.latents:
         return torch.arange(count, device=source.W_enc.device)
+    # float64: sums over many rows of values that differ by orders of magnitude
     energy = torch.zeros(source.latents, dtype=torch.float64, device=source.W_enc.device)
     for rows, w in zip(sample.split(CHUNK_ROWS), weights.split(CHUNK_ROWS), strict=True):
         values, indices = source.select(source.normalise(rows)[0])
         found = values.double().square() * w.to(values.device)[:, None]
         energy.index_add_(0, indices.flatten(), found.flatten())
     energy *= source.W_dec.double().square().sum(1)
+    # stable, so that equal energies give the same latents on every rank; ascending, so that what stood first
+    # in the source (a Matryoshka prefix) stands first here
     return energy.argsort(descending=True, stable=True)[:count].sort().values
