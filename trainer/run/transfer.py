@@ -132,6 +132,6 @@ class Transfer(Closing):
     def _move(self, tensor: Tensor) -> Tensor:
         if self._stream is None or tensor.is_cuda:
             return tensor.to(self._device)
-        # only a copy from pinned memory is asynchronous; the allocator keeps the pinned block until the copy has
-        # ended, so nothing here has to hold it
+        # only a copy from pinned memory is asynchronous; the allocator keeps the pinned block until the copy
+        # has ended, so nothing here has to hold it
         return tensor.pin_memory().to(self._device, non_blocking=True)
