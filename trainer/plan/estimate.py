@@ -1,11 +1,11 @@
-"""What a run will take on a given GPU before anybody rents it: memory, step time, tokens/s, hours, money.
+"""Estimate of a run on a given GPU before it is rented: memory, step time, tokens/s, hours, money.
 
-Memory is arithmetic (`winnow.trainer.plan.memory`), held against torch's own account in tests. Time is a
+Memory is computed (`winnow.trainer.plan.memory`); tests compare it with what torch allocates. Time is a
 roofline: the encoder's product at the card's rate, everything sparse and the update at its memory bandwidth,
-and what crosses between GPUs at theirs, none of it overlapped. EFFICIENCY says which share of the sheet is
-reckoned with.
+and collectives at the rate of its link, none of it overlapped. EFFICIENCY holds the assumed shares of the
+data sheet's rates.
 
-Legend: B rows, D d_model, N latents, K active latents a row.
+Legend: B rows, D d_model, N latents, K active latents per row.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Gpu(NamedTuple):
     memory: float
     """Bytes."""
     flops: float
-    """Of a float32 product without tensor cores, a second: what the trainer computes in by default."""
+    """FLOP/s of a float32 product without tensor cores, the trainer's default."""
     half_flops: float
-    """The same of bfloat16 operands on tensor cores, summed in float32."""
+    """FLOP/s of a product of bfloat16 operands on tensor cores, summed in float32."""
     bandwidth: float
-    """Bytes a second of its memory."""
+    """Bytes per second of its memory."""
     link: float
-    """Bytes a second to another card of the machine, one direction."""
+    """Bytes per second to another card of the machine, in one direction."""
     source: str
 
 
@@ -59,58 +59,60 @@ EFFICIENCY = {
     "link": (0.7, "assumed: a ring's share of the link; not measured"),
     "memory": (0.92, "assumed: what driver, context and the allocator leave of the card; not measured"),
 }
-"""Constant -> its value and where it comes from. No GPU has been measured yet; docs/estimate.md says how."""
+"""Constant -> its value and source. No GPU has been measured yet; docs/estimate.md says how to do it."""
 GATHERS = 5
-"""Passes over K rows of D numbers for each row of the batch: decoding, the gradients of the values, and the
+"""Passes over K rows of D numbers per row of the batch: decoding, the gradients of the values, and the
 sums for W_dec and W_enc, one of which reads and writes."""
+# fewer than the code makes: on `meta` tensors 48 passes over an [N, D] were counted for both matrices
+# together, casts and temporaries included, where 22 would do
 UPDATE_PASSES = 14
-"""Times that a weight's worth of numbers is read or written: gradient written, projected (2), clipped (1);
+"""Times that every weight's number is read or written: gradient written, projected (2), clipped (1);
 Adam reads four and writes three; renormalisation 1; the moving average 2."""
 
 MOMENT_PASSES = 4
-"""Of these, those of Adam's moments: fewer bytes where they are packed."""
+"""Those of UPDATE_PASSES that read or write Adam's moments: fewer bytes if they are packed."""
 
 
 class Estimate(NamedTuple):
-    """What a run takes."""
+    """Memory, time and money of a run."""
 
     gpu: str
     gpus: int
     data: int
     latent: int
     memory: Memory
-    """Of one GPU."""
+    """Memory of one GPU."""
     available: int
     """Bytes of one GPU that a run may take."""
     stream_bytes: int
-    """Host memory of the stream's buffers, over all processes."""
+    """Bytes of host memory of the stream's buffers, over all processes."""
     seconds: dict[str, float]
-    """Of a step, by part."""
+    """Seconds of a step by part."""
     rows: int
-    """B."""
+    """Rows B of a step."""
     steps: int
     currency: str
     price: float | None
-    """For one GPU for an hour."""
+    """Price of one GPU per hour."""
 
     @property
     def step_seconds(self) -> float:
-        """Of one step."""
+        """Seconds of one step."""
         return sum(self.seconds.values())
 
     @property
     def tokens_per_second(self) -> float:
-        """Rows a second, over all GPUs."""
+        """Rows per second, over all GPUs."""
         return self.rows / self.step_seconds
 
     @property
     def hours(self) -> float:
-        """Of the whole run."""
+        """Hours of the whole run."""
         return self.steps * self.step_seconds / 3600
 
     @property
     def money(self) -> float | None:
-        """For all GPUs and hours; None without a price."""
+        """Price of all GPUs and hours; None without a price."""
         return None if self.price is None else self.hours * self.gpus * self.price
 
 
@@ -124,26 +126,27 @@ def estimate(
     price: float | None = None,
     currency: str = "USD",
 ) -> Estimate:
-    """Reckon a run through.
+    """Estimate memory, time and money of a run.
 
     Args:
         spec: What is trained; its mesh says how `count` GPUs share the work, as for a run.
         d_model: D.
         tokens: Rows of the whole run.
         gpu: A name of GPUS.
-        count: GPUs.
-        price: For one GPU for an hour.
-        currency: Of the price.
+        count: Number of GPUs.
+        price: Price of one GPU per hour.
+        currency: Currency of the price.
 
     Raises:
-        ConfigError: No such GPU, what training would refuse on them, or a run that does not fit; the last
-            says what would.
+        ConfigError: There is no such GPU, training would refuse the spec on them, or the run does not fit;
+            the last error says what would.
     """
     card = GPUS.get(gpu)
     if card is None:
         raise ConfigError("--gpu", expected=" or ".join(sorted(GPUS)), got=repr(gpu))
     data, latent = check_mesh(spec, count)
-    with suppress(DependencyMissing):  # the machine that estimates need not be the one that trains
+    # only for its refusals; a missing Triton is none, because the machine that estimates need not train
+    with suppress(DependencyMissing):
         choose_kernels(spec, SaeParts(activation=spec.activation), torch.device("cuda"))
     memory = one_gpu(spec, d_model, data, latent)
     available = int(card.memory * EFFICIENCY["memory"][0])
@@ -162,6 +165,7 @@ def estimate(
         latent=latent,
         memory=memory,
         available=available,
+        # twice, because the next group is read while the current one is used
         stream_bytes=2 * spec.group_bytes,
         seconds=step_seconds(spec, d_model, card, data, latent),
         rows=spec.batch_rows,
@@ -173,19 +177,21 @@ def estimate(
 
 def one_gpu(spec: TrainSpec, d_model: int, data: int, latent: int) -> Memory:
     """Memory of the GPU of a mesh that holds the largest shard."""
+    # a run fits only if every shard does
     shard = largest_shard(spec.latents, latent)
     return sae_memory(spec, d_model, rows=spec.batch_rows // data, latents=shard, device="cuda")
 
 
 def largest_shard(latents: int, shards: int) -> int:
-    """Latents of the largest of the shards, which differ by one where they cannot be equal."""
+    """Latents of the largest of the shards, which differ by one if `shards` does not divide `latents`."""
     return -(-latents // shards)
 
 
 def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: int) -> dict[str, float]:
-    """Seconds of a step by part; see the module for what is reckoned."""
+    """Seconds of a step by part; the module's docstring says what is counted."""
     rows, latents = spec.batch_rows / data, largest_shard(spec.latents, latent)
     bandwidth = card.bandwidth * EFFICIENCY["bandwidth"][0]
+    # Multi-TopK decodes K and then 4K
     active = spec.k * (5 if spec.multi_topk else 1) / latent
     size = parameters(d_model, latents) * FLOAT
     passes = UPDATE_PASSES if spec.ema else UPDATE_PASSES - 2
@@ -193,12 +199,14 @@ def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: in
     half = spec.compute_dtype == "bfloat16"
     operand, flops = (HALF, card.half_flops) if half else (FLOAT, card.flops)
     sent = 0.0
-    if latent > 1:  # the reconstruction is reduced over the shards, and its gradient is known to all
+    # the table in docs/trainer.md; every shard has the whole error, so no gradient crosses the latent axis
+    if latent > 1:
         sent += 2 * (latent - 1) / latent * rows * d_model * FLOAT
         sent += (min(spec.k, math.ceil(2 * spec.k / latent) + 4)) * rows * FLOAT * (latent - 1)
-    if data > 1:  # gradients, or rows and codes where those are fewer
+    if data > 1:  # a step sends what is smaller: gradients, or rows and codes
         dense = 2 * (data - 1) / data * size
         codes = (data - 1) * rows * (d_model * FLOAT + active * 12)
+        # with micro-batches only gradients are left to send: the rows of earlier parts are gone
         sent += dense if spec.accumulate > 1 else min(dense, codes)
     return {
         "encoder product": 2 * rows * d_model * latents / (flops * EFFICIENCY["product"][0]),
@@ -210,9 +218,10 @@ def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: in
 
 
 def what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) -> str:
-    """A sentence that names the least changes that fit, each of them one that training accepts."""
+    """Name the smallest changes that would fit, each of them one that training accepts."""
 
     def fits(gpus: int, change: dict[str, Any]) -> bool:
+        # validated as a run's spec: advice that training refuses is worse than none
         try:
             changed = TrainSpec.model_validate(spec.model_dump() | change)
             return one_gpu(changed, d_model, *check_mesh(changed, gpus)).total <= available
@@ -235,7 +244,7 @@ def what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) ->
 
 
 def _halved(size: int) -> list[int]:
-    """Half of it, a quarter and so on down to 1."""
+    """Half of `size`, a quarter and so on down to 1."""
     return [size >> times for times in range(1, size.bit_length())]
 
 
@@ -249,13 +258,13 @@ def _say(gpus: int, change: dict[str, Any]) -> str:
 def data_volume(
     tokens: float, d_model: int, bytes_a_number: int = 2, shard_bytes: int = 256 * 2**20
 ) -> dict[str, float]:
-    """`bytes` and `shards` of the activations of one hook."""
+    """`bytes` and `shards` of one hook's activations."""
     size = tokens * d_model * bytes_a_number
     return {"bytes": size, "shards": math.ceil(size / shard_bytes)}
 
 
 def rows_of(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
-    """The table for people."""
+    """Rows of the table that the command prints."""
     memory = found.memory
     parts = ", ".join(f"{name} {seconds * 1000:,.1f}" for name, seconds in found.seconds.items() if seconds)
     return [
@@ -270,6 +279,7 @@ def rows_of(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
         ["tokens/s", f"{found.tokens_per_second:,.0f}"],
         ["steps", f"{found.steps:,} of {found.rows:,} rows"],
         ["data", f"{human_bytes(volume['bytes'])}, {volume['shards']:,.0f} shards of 256 MiB"],
+        # `max`: an estimate of no tokens takes no hours
         ["read", f"{human_bytes(volume['bytes'] / max(found.hours * 3600, 1e-9))}/s"],
         ["hours", f"{found.hours:,.1f}"],
         ["money", "no price" if found.money is None else f"{found.money:,.0f} {found.currency}"],
@@ -278,7 +288,7 @@ def rows_of(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
 
 
 def as_json(found: Estimate, volume: dict[str, float]) -> dict[str, object]:
-    """Everything, for a program."""
+    """Everything as JSON-compatible values."""
     return {
         **{key: value for key, value in found._asdict().items() if key != "memory"},
         "memory": {**found.memory._asdict(), "standing": found.memory.standing, "total": found.memory.total},

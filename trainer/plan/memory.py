@@ -1,8 +1,8 @@
-"""Memory of a training process, by arithmetic: what a step holds, tensor by tensor.
+"""Memory of a training process by arithmetic: what a step holds, tensor by tensor.
 
-Held against torch's own account of allocations by tests/unit/trainer/plan/test_estimate.py.
+tests/unit/trainer/plan/test_estimate.py compares it with what torch allocates.
 
-Legend: B rows, D d_model, N latents, K active latents a row. Sizes are of one process: with a mesh, B is
+Legend: B rows, D d_model, N latents, K active latents per row. Sizes are of one process: with a mesh, B is
 its rows and N its latents.
 """
 
@@ -21,18 +21,19 @@ from winnow.trainer.kernels.segment_grad import BLOCK_BYTES, GPU_BLOCK_BYTES
 from winnow.trainer.step.moments import BYTES
 
 FLOAT = 4
-"""Bytes of a number: weights, gradients, average and rows are float32, and moments unless packed."""
+"""Bytes of a float32: weights, gradients, average and rows, and moments unless they are packed."""
 HALF = 2
 """Bytes of an operand in bfloat16."""
 ROWS_ENCODING, ROWS_GRADIENTS = 3, 6
-"""[B, D] held while rows are encoded: the batch as it came, normalised, centred; and while gradients are
-made: the reconstruction, its error and the gradient by it beside them."""
+"""Tensors [B, D] held while rows are encoded: the batch as read, normalised, centred; and, while gradients
+are computed, also the reconstruction, its error and its gradient."""
 ENTRY_BYTES = 36
-"""Of one active latent of one row: value 4, index 8, and what sorting them by latent takes at its highest."""
+"""Bytes per active latent of a row: value 4, index 8, and the peak of sorting them by latent."""
 TILE_BYTES = 1024 * 4096 * FLOAT
-"""The encoder's tile of pre-activations; a mask of one byte a number stands beside it."""
+"""Bytes of the encoder's tile of pre-activations; a mask of one byte per number is held beside it."""
+# copies of the constants of `encode_topk_triton`, which cannot be imported without Triton
 SWEEP_SLOT_BYTES, SWEEP_SEED_SHARE = 1 << 28, 16
-"""On a GPU: slots for what a sweep keeps, and the share of the latents that its pilot multiplies whole."""
+"""On a GPU: bytes of the slots of a sweep, and the inverse share of the latents that its pilot multiplies."""
 
 
 class Memory(NamedTuple):
@@ -41,22 +42,24 @@ class Memory(NamedTuple):
     weights: int
     gradients: int
     moments: int
-    """Adam's two."""
+    """Both of Adam's moments."""
     average: int
-    """The moving average, where one is kept."""
+    """The moving average; 0 if none is kept."""
     counts: int
     """Rows since each latent was active."""
     step: int
-    """What a step holds at its highest point, beside all that."""
+    """What a step holds at its peak in addition to all that."""
 
     @property
     def standing(self) -> int:
-        """What is held between steps, gradients included: they live as long as the run."""
+        """What is held between steps, gradients included."""
+        # gradient buffers live as long as the run: a fresh [N, D] tensor costs more than filling it
+        # (docs/kernels.md: 17 ms for 38 MB, against 11 ms for the sums that fill it)
         return self.weights + self.gradients + self.moments + self.average + self.counts
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes at the peak of a step."""
         return self.standing + self.step
 
 
@@ -66,22 +69,25 @@ def parameters(d_model: int, latents: int) -> int:
 
 
 def moments_bytes(kind: MomentsDtype, d_model: int, latents: int) -> int:
-    """Of Adam's two moments: the matrices' packed, with a scale a row for `int8`, the biases' float32."""
+    """Bytes of Adam's two moments: packed for matrices, with one scale per row for `int8`; biases float32."""
     matrices, scales = 2 * latents * d_model, 2 * latents if kind == "int8" else 0
     return 2 * (matrices * BYTES[kind] + (scales + parameters(d_model, latents) - matrices) * FLOAT)
 
 
 def sweep_bytes(spec: TrainSpec, rows: int, latents: int, k: int) -> int:
-    """What `encode_topk` holds on a GPU: a pilot's pre-activations, or a sweep's slots (see its module)."""
+    """Bytes that `encode_topk` holds on a GPU: a pilot's pre-activations or a sweep's slots."""
     seed = max(-(-latents // SWEEP_SEED_SHARE), 8 * k)
-    if 2 * seed > latents:  # no sweep
+    # too few latents for a sweep: the tiles of `exact`, with a mask
+    if 2 * seed > latents:
         return min(rows, 2048) * min(latents, 8192) * FLOAT * 5 // 4
     stripes = -(-latents // 1024)
     expected = k * latents / seed * min(1.0, 1024 / latents)
     slots = 1 << math.ceil(math.log2(expected + 6 * expected**0.5 + 4))
     chunk = min(rows, max(128, SWEEP_SLOT_BYTES // (8 * stripes * slots) // 128 * 128))
+    # a bfloat16 pilot and its float32 copy are held together
     a_number = FLOAT + HALF if spec.compute_dtype == "bfloat16" else FLOAT
-    return max(chunk * seed * a_number, chunk * stripes * slots * 9)  # values, ids, a mask
+    # the larger of the two, because the pilot is freed before the slots are made: value, id and mask of each
+    return max(chunk * seed * a_number, chunk * stripes * slots * 9)
 
 
 def sae_memory(
@@ -92,19 +98,19 @@ def sae_memory(
     latents: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> Memory:
-    """What training one SAE takes on one device.
+    """Memory for training one SAE on one device.
 
     Args:
         spec: How it is trained.
         d_model: D.
-        rows: B of this process; the spec's whole batch where not given. With `accumulate` a part of them
+        rows: B of this process; None takes the spec's whole batch. With `accumulate` only a part of them
             is on the device at a time.
-        latents: N of this process; all where not given.
-        device: Whose kernels: what passes through their hands differs. Nothing is known to be right to the
-            byte on a GPU before `python -m benchmarks.gpu` has run there.
+        latents: N of this process; None takes all.
+        device: Selects the kernels, whose temporary tensors differ. For a GPU nothing has been measured:
+            `python -m benchmarks.gpu` compares it with the card's own report.
 
-    AuxK's tensors are left out: how many latents are dead is not known before. They are at most
-    B x 12 k_aux numbers of a micro-batch, and with `accumulate` two rows of D for each dead latent.
+    AuxK's tensors are left out, because the number of dead latents is not known in advance. They are at most
+    B x 12 k_aux numbers of a micro-batch, and with `accumulate` two rows of D per dead latent.
     """
     rows, latents = -(-(rows or spec.batch_rows) // spec.accumulate), latents or spec.latents
     size = parameters(d_model, latents) * FLOAT
@@ -117,11 +123,14 @@ def sae_memory(
     else:
         tile = min(TILE_BYTES, min(rows, 1024) * min(latents, 4096) * FLOAT)
         encoding, block = ROWS_ENCODING * one + tile * 5 // 4, BLOCK_BYTES
+    # two blocks, because the sums of W_dec and W_enc are made side by side
     gradients = ROWS_GRADIENTS * one + 2 * min(block, size // 2)
+    # the larger, because encoding has ended when gradients begin; codes live through both
     step = max(encoding, gradients) + rows * kept * ENTRY_BYTES
     if device == "cuda" and spec.accumulate == 1:
-        step += one  # the next step's rows, which travel meanwhile
-    if spec.compute_dtype == "bfloat16":  # both matrices, and a copy of the rows
+        step += one  # the next step's rows, which are copied meanwhile (`Transfer`)
+    # rounded copies of both matrices and of the rows; a CPU keeps them in float32 (`step_ops`)
+    if spec.compute_dtype == "bfloat16":
         step += (2 * latents * d_model + rows * d_model) * (HALF if device == "cuda" else FLOAT)
     return Memory(
         weights=size,
@@ -134,22 +143,26 @@ def sae_memory(
 
 
 def fleet_memory(specs: list[tuple[TrainSpec, int]], device: Literal["cpu", "cuda"] = "cpu") -> int:
-    """Bytes of several SAEs (spec, D) in one process: all that stands, and one step at a time."""
+    """Bytes of several SAEs (spec, D) in one process: the standing memory of all, and one step at a time."""
+    # the largest step, not the sum: members take their steps one after another
     found = [sae_memory(spec, d_model, device=device) for spec, d_model in specs]
     return sum(memory.standing for memory in found) + max(memory.step for memory in found)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on a device: a GPU's free memory, or the machine's."""
+    """Bytes that this process may still allocate: a GPU's free memory, or the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # `MemAvailable` also counts the page cache that can be dropped; without it (not Linux) free pages only
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
+    # in a container the limit of its cgroup, not the machine's memory, is what ends a process
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    with suppress(OSError, ValueError):  # where there is no limit
+    # no such file (cgroup v1, not Linux), or `max`: no limit
+    with suppress(OSError, ValueError):
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free

@@ -1,4 +1,4 @@
-"""A grid of SAEs: its specs, their folders' names, and whether they fit. Pure but for `require_room`."""
+"""A grid of SAEs: its specs, their folders' names, and whether they fit. Pure except for `require_room`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def grid_specs(config: Config) -> list[TrainSpec]:
     """The specs of the config's sweep, in the order of the grid, each with its own `out`.
 
     Raises:
-        ConfigError: A field that `train` does not have or that names the folder itself, a value that does
-            not fit it, two combinations of one name, or nothing left.
+        ConfigError: A field that `train` lacks, or `out`; a value that does not fit its field; two
+            combinations with the same name; or no combination.
     """
     base, sweep = section(config.train, "train"), section(config.sweep, "sweep")
     for field, values in sweep.grid.items():
@@ -33,16 +33,19 @@ def grid_specs(config: Config) -> list[TrainSpec]:
             raise ConfigError("sweep.grid", expected=f"fields of train ({known})", got=repr(field))
         if not values or len(set(map(repr, values))) < len(values):
             raise ConfigError(f"sweep.grid.{field}", expected="one or more values, each once", got=values)
+    # a seed also orders the stream; with one order for all, SAEs that differ in seed share one read
     fixed: dict[str, Any] = {"order_seed": base.stream_seed} if "seed" in sweep.grid else {}
     specs: dict[str, TrainSpec] = {}
     for values in itertools.product(*sweep.grid.values()):
         chosen = {**fixed, **dict(zip(sweep.grid, values, strict=True))}
         fields = {**base.model_dump(), **chosen}
+        # a grid over K and N has impossible corners, which are left out and are no error
         k, latents = fields["k"], fields["latents"]
         if isinstance(k, int) and isinstance(latents, int) and k > latents:
             continue
         name = folder_name(dict(zip(sweep.grid, values, strict=True)))
         fields["out"] = f"{sweep.out.rstrip('/')}/{name}"
+        # `folder_name` replaces characters, so two values can come out the same
         if name in specs:
             raise ConfigError("sweep.grid", expected="combinations of different names", got=name)
         specs[name] = validate(TrainSpec, fields, origin=f"sweep.grid at {name}")
@@ -52,14 +55,14 @@ def grid_specs(config: Config) -> list[TrainSpec]:
 
 
 def folder_name(values: dict[str, Any]) -> str:
-    """`latents-512_k-8`: fields and values, in characters that every storage takes."""
+    """`latents-512_k-8`: fields and values, in characters that every storage accepts."""
     return "_".join(
         f"{field}-{re.sub('[^A-Za-z0-9._-]+', '-', str(value))}" for field, value in values.items()
     )
 
 
 def require_room(specs: list[TrainSpec], dataset: ActivationStore) -> int:
-    """Bytes that training all specs in this process takes; ConfigError where they are not there."""
+    """Bytes needed to train all specs in this process; ConfigError if they are not available."""
     device = resolve_device(specs[0].device)
     kind = "cuda" if device.type == "cuda" else "cpu"
     need = fleet_memory([(spec, dataset.d_model(spec.hook)) for spec in specs], kind)
