@@ -43,8 +43,8 @@ from winnow.trainer.kernels.segment_grad import segments_of
 from winnow.trainer.kernels.step_ops import step_ops
 from winnow.trainer.plan.estimate import UPDATE_PASSES
 from winnow.trainer.plan.memory import FLOAT, HALF, sae_memory
+from winnow.trainer.step import Run, train_step
 from winnow.trainer.step.spans import sampling
-from winnow.trainer.step.step import Run, train_step
 
 ROOT = Path(__file__).parents[1]
 SIZES = [Size(65_536, 768, 131_072, 32), Size(16_384, 768, 131_072, 32)]

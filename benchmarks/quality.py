@@ -50,6 +50,7 @@ from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
 from winnow.subject.load import Subject
 from winnow.subject.tail import Tail
+from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.run.heldout import heldout_figures
 from winnow.trainer.run.loop import train
 from winnow.trainer.run.start import plan_order
@@ -179,7 +180,9 @@ def run_cell(bench: Bench, cell: Cell) -> None:
     else:
         train_peer(bench, cell)
     seconds = time.monotonic() - start
-    bench.keep(cell, seconds=seconds, **heldout_figures(bench.sae(cell), bench.dataset, bench.hook))
+    bench.keep(
+        cell, seconds=seconds, **heldout_figures(Shard.alone(bench.sae(cell)), bench.dataset, bench.hook)
+    )
 
 
 def train_peer(bench: Bench, cell: Cell) -> None:

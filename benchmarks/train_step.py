@@ -4,6 +4,7 @@ The floor is `torch.mm(x, W_enc.T, out=...)` into a reused buffer. A round times
 case, and the figures are medians of the rounds' ratios, since shared machines drift.
 
     python -m benchmarks.train_step --json OUT [--rounds 15] [--peer-rounds 5] [--no-peers]
+    python -m benchmarks.train_step --routes [--before DIR] [--json OUT]  # see benchmarks/routes.py
 
 - `step_over_product`: normalisation, loss, every gradient, clipping (it acts on every step), Adam,
   renormalisation, moving average and dead counts, without AuxK.
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import routes
 from benchmarks.peers import environment, installed
 from benchmarks.report import write_report
 from winnow.common.device import torch_settings
@@ -37,7 +39,7 @@ from winnow.sae.init import initialise
 from winnow.sae.model import Sae
 from winnow.schemas.training import TrainSpec
 from winnow.trainer.kernels import choose
-from winnow.trainer.step.step import Recipe, Run, train_step
+from winnow.trainer.step import Recipe, Run, train_step
 
 
 class Size(NamedTuple):
@@ -157,8 +159,14 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 def main() -> None:
     """Measure, print, write."""
+    if "--routes" in sys.argv:
+        routes.main([word for word in sys.argv[1:] if word != "--routes"])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument(
+        "--routes", action="store_true", help="the gates of `benchmarks.routes`, whose flags follow"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--peer-rounds", type=int, default=5, help="rounds of the other libraries' steps")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["full", "quickstart"])

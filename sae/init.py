@@ -5,10 +5,14 @@ Legend: B rows of the sample, D d_model, O width of the output, N latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from winnow.sae.activations import activation_of
 from winnow.sae.metrics import mean_row, sum_squares, variance_per_row
 from winnow.sae.model import SMALLEST_NORM, Sae
 from winnow.schemas.errors import ConfigError, NonFiniteError
@@ -19,8 +23,26 @@ CHUNK_ROWS = 4096
 # one draw of all rows (blocks of 4,095 rows of 3 do not).
 DRAWN_ROWS = 4096
 """Random directions drawn at a time."""
-FIRST_THRESHOLD = 0.001
-"""Initial threshold of JumpReLU, in the normalised space (Rajamanoharan et al. 2024)."""
+
+
+class Place(NamedTuple):
+    """Where an SAE's latents stand among those of the whole dictionary, of which it may hold a part."""
+
+    latents: int
+    """N, of the whole."""
+    part: range
+    """Those that the SAE holds."""
+    output: Callable[[Tensor, int | None], Tensor]
+    """The whole dictionary's output [B, O] of normalised rows [B, D]; with a number, by the best so many."""
+
+    @classmethod
+    def whole(cls, sae: Sae) -> Place:
+        """That of an SAE that is not a part of anything."""
+
+        def output(x: Tensor, k: int | None) -> Tensor:
+            return sae.reconstruct(*sae.select(x, k), x)
+
+        return cls(sae.latents, range(sae.latents), output)
 
 
 def geometric_median(x: Tensor, weights: Tensor, *, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
@@ -55,6 +77,7 @@ def initialise(
     target: Tensor | None = None,
     *,
     encoder_norm: float | None = None,
+    place: Place | None = None,
 ) -> float:
     """Fill a new SAE and return the loss constant.
 
@@ -62,8 +85,8 @@ def initialise(
     sample; decoder rows are random unit vectors; the encoder starts as the decoder times `encoder_norm`.
 
     A transcoder's encoder starts at random directions of its own, its `b_dec` at the target's geometric
-    median, its skip path at 0, and the scale is that of the target. JumpReLU thresholds start at
-    FIRST_THRESHOLD.
+    median, its skip path at 0, and the scale is that of the target. What an activation
+    holds beside the weights starts as it says.
 
     Args:
         sae: A new SAE on its device.
@@ -73,6 +96,7 @@ def initialise(
         target: A transcoder's raw target rows [B, O].
         encoder_norm: Norm of the encoder's rows; None scales the encoder so that the reconstruction's root
             mean square distance from its bias is the input's (Gao et al., A.1).
+        place: Where the latents of `sae` stand if it holds a part of them; None if it holds all.
 
     Returns:
         The error per row of predicting the mean of the normalised rows to be reconstructed.
@@ -100,11 +124,14 @@ def initialise(
         sae.b_dec.copy_(geometric_median(y, weights))
     sae.b_pre.copy_(geometric_median(x, weights))
     constant = loss_constant(y, weights)
-    _fill_directions(sae, seed)
+
+    generator = torch.Generator().manual_seed(seed)
+    latents, part, output = place or Place.whole(sae)
+    sae.W_dec.copy_(_directions(sae.d_out, latents, generator, part, draw_all=sae.has_target))
+    sae.W_enc.copy_(_directions(sae.d_model, latents, generator, part) if sae.has_target else sae.W_dec)
     sae.b_enc.zero_()
-    sae.W_enc.mul_(_matching_scale(sae, x, y, weights) if encoder_norm is None else encoder_norm)
-    if sae.parts.activation == "jumprelu":
-        sae.threshold.fill_(FIRST_THRESHOLD)
+    sae.W_enc.mul_(_matching_scale(sae, output, x, y, weights) if encoder_norm is None else encoder_norm)
+    activation_of(sae.parts.activation).begin(sae)
     return constant
 
 
@@ -169,14 +196,13 @@ def _constants(sample: Tensor, weights: Tensor, widths: tuple[int, ...]) -> tupl
 
 
 def _directions(
-    width: int, latents: int, generator: torch.Generator, part: range | None = None, *, draw_all: bool = False
+    width: int, latents: int, generator: torch.Generator, part: range, *, draw_all: bool = False
 ) -> Tensor:
     """Random unit rows [N, width], or those of a part of the latents: the same rows in any partition.
 
     With `draw_all` what the generator draws next does not depend on the part either.
     """
     # In blocks, so that a shard never holds all rows; those before its part are drawn and dropped.
-    part = part or range(latents)
     kept: list[Tensor] = []
     for first in range(0, latents if draw_all else part.stop, DRAWN_ROWS):
         rows = torch.randn(min(DRAWN_ROWS, latents - first), width, generator=generator, dtype=torch.float32)
@@ -184,14 +210,16 @@ def _directions(
     return F.normalize(torch.cat(kept), dim=1)
 
 
-def _matching_scale(sae: Sae, x: Tensor, y: Tensor, weights: Tensor) -> float:
+def _matching_scale(
+    sae: Sae, output: Callable[[Tensor, int | None], Tensor], x: Tensor, y: Tensor, weights: Tensor
+) -> float:
     """|y - bias| over |y_hat - bias|, both root mean squares."""
     # One measurement suffices, since codes are linear in the encoder's scale. BatchTopK takes the K best per
     # row here, as its threshold is not known yet.
-    k = sae.k if sae.parts.activation in ("topk", "batchtopk") else None
+    k = sae.k if sae.parts.traits.selects else None
     bias = sae.b_pre if sae.b_dec is None else sae.b_dec
     out = sum(
-        sum_squares(sae.reconstruct(*sae.select(rows, k), rows) - bias, w).item()
+        sum_squares(output(rows, k) - bias, w).item()
         for rows, w in zip(x.split(CHUNK_ROWS), weights.split(CHUNK_ROWS), strict=True)
     )
     # No latent active (all pre-activations negative): there is no scale to match.

@@ -12,7 +12,8 @@ The model (Gao et al. 2024, arXiv 2406.04093, sections 2.2 and 2.3), on normalis
 One class, with parts (`winnow.schemas.training.SaeParts`):
 
 - `activation`: `topk` as above. `batchtopk`: trained on the best values of a whole batch, on average K per
-  row, used with one `threshold` []. `relu`: all above 0. `jumprelu`: all above `threshold` [N].
+  row, used with one `threshold` []. `relu`: all above 0. `jumprelu`: all above `threshold` [N]. Each is a
+  file of `winnow.sae.activations`.
 - A *transcoder* has a target, another hook's rows y: `y_hat = W_dec^T z + b_dec`, and with `skip`
   `+ W_skip x` (W_skip is [O, D]).
 - A *crosscoder* reads and reconstructs several hooks: its rows are their rows, joined, each normalised with
@@ -36,7 +37,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from winnow.sae.codes import encode_above, encode_topk, sum_by_latent
+from winnow.sae.activations import activation_of
+from winnow.sae.codes import encode_topk, sum_by_latent
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import IntegrityError
@@ -114,9 +116,9 @@ class Sae(nn.Module):
         self.b_dec = nn.Parameter(zeros(self.d_out)) if self.has_target else None
         self.W_skip = nn.Parameter(zeros(self.d_out, d_model)) if self.parts.skip else None
         # JumpReLU's thresholds are trained; BatchTopK's is calibrated after training and not a parameter.
-        if self.parts.activation == "jumprelu":
+        if self.parts.traits.threshold == "each":
             self.threshold = nn.Parameter(zeros(latents))
-        elif self.parts.activation == "batchtopk":
+        elif self.parts.traits.threshold == "one":
             self.register_buffer("threshold", zeros(()))
         scales = (len(self.parts.widths),) if self.parts.widths else ()
         self.register_buffer("input_mean", zeros(d_model))
@@ -135,7 +137,7 @@ class Sae(nn.Module):
         """The trained tensors, in the optimiser's order."""
         # Ranks reduce gradients name by name, so the order must be the same on each: not a set.
         more = {"b_dec": self.has_target, "W_skip": self.parts.skip}
-        more["threshold"] = self.parts.activation == "jumprelu"
+        more["threshold"] = self.parts.traits.threshold == "each"
         return PARAMETERS + tuple(name for name, there in more.items() if there)
 
     def twin(self) -> Sae:
@@ -203,11 +205,9 @@ class Sae(nn.Module):
         """
         # W_enc (x - b_pre) + b_enc with the bias multiplied out: the product takes x itself, without a copy.
         b = self.b_enc - self.W_enc @ self.b_pre
-        if self.parts.activation == "topk" or k is not None:
-            return encode_topk(x, self.W_enc, b, self.k if k is None else k)
-        # Detached: the step function has no gradient here; training has a surrogate of its own.
-        threshold = 0.0 if self.parts.activation == "relu" else self.threshold.detach()
-        return encode_above(x, self.W_enc, b, threshold)
+        if k is not None:
+            return encode_topk(x, self.W_enc, b, k)
+        return activation_of(self.parts.activation).select(self, x, b)
 
     def reconstruct(self, values: Tensor, indices: Tensor | None, x: Tensor | None = None) -> Tensor:
         """Decode codes to *normalised* output [B, O]; equal to `scatter(values) @ W_dec + bias`.
@@ -283,7 +283,7 @@ class Sae(nn.Module):
         """The stored tensors by name: parameters, a threshold, and the constants of `dataset`."""
         # Constants of other modes are 0 and 1 by construction, and would only be one more thing to check.
         names = self.parameter_names
-        names += ("threshold",) if self.parts.activation == "batchtopk" else ()
+        names += ("threshold",) if self.parts.traits.threshold == "one" else ()
         names += ("input_mean", "input_scale") if self.normalize_mode == "dataset" else ()
         names += ("target_mean", "target_scale") if self._scales_target else ()
         return {name: getattr(self, name).detach() for name in names}

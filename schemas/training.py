@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
+from winnow.schemas.activations import Activation, Traits, traits_of
 from winnow.schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256
 from winnow.schemas.window import WindowRule
 
 Normalize = Literal["layer", "dataset", "none"]
-Activation = Literal["topk", "batchtopk", "relu", "jumprelu"]
 ComputeDtype = Literal["float32", "bfloat16"]
 MomentsDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -43,6 +43,11 @@ class SaeParts(Contract):
     centred: bool = Field(default=False, exclude_if=lambda centred: not centred)
     """With `normalize: none`: whether each row's mean over D is removed before encoding and added to the
     output. True only in imported SAEs that were trained on TransformerLens' centred residual stream."""
+
+    @property
+    def traits(self) -> Traits:
+        """What the activation needs of an SAE."""
+        return traits_of(self.activation)
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -275,13 +280,14 @@ class TrainSpec(Contract):
                 f"accumulate must divide batch_rows: batch_rows={self.batch_rows}, "
                 f"accumulate={self.accumulate}"
             )
-        if self.accumulate > 1 and self.activation == "batchtopk" and self.groups % self.accumulate:
+        selects = self.traits.selects
+        if self.accumulate > 1 and selects == "batch" and self.groups % self.accumulate:
             raise ValueError(
                 "accumulate must divide selection_groups, since batchtopk selects in whole groups: "
                 f"selection_groups={self.groups}, accumulate={self.accumulate}"
             )
         # ReLU and JumpReLU have any number of active latents, so their codes are dense: eager step only.
-        dense = self.kernels == "eager" or self.activation in ("relu", "jumprelu")
+        dense = self.kernels == "eager" or selects is None
         fused = {"accumulate": self.accumulate > 1, "compute_dtype": self.compute_dtype != "float32"}
         fused["moments"] = self.moments != "float32"
         for field, wanted in fused.items():
@@ -320,7 +326,12 @@ class TrainSpec(Contract):
             return None if self.encoder_norm == "match" else self.encoder_norm
         # Measured for TopK and BatchTopK only. Other variants keep `match`: the scale of their codes matters
         # from the first step.
-        return 0.5 if self.target_hook is None and self.activation in ("topk", "batchtopk") else None
+        return 0.5 if self.target_hook is None and self.traits.selects else None
+
+    @property
+    def traits(self) -> Traits:
+        """What the activation needs to be told of."""
+        return traits_of(self.activation)
 
     @property
     def groups(self) -> int:

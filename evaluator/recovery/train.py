@@ -21,7 +21,7 @@ from winnow.schemas.base import validate
 from winnow.schemas.training import TrainSpec
 from winnow.trainer.run.threshold import calibrate
 from winnow.trainer.run.warm_start import warm_start
-from winnow.trainer.step.step import Recipe, Run, train_step
+from winnow.trainer.step import Recipe, Run, train_step
 
 DEAD_AFTER = 2000
 """Rows without activation after which a latent is dead: the rarest direction occurs about 10 times in as
@@ -150,7 +150,7 @@ def measure(run: Run, task: Task) -> Figures:
     # BatchTopK has no selection over a batch outside training, only a threshold, which is calibrated first.
     if run.batches:
         train = [torch.from_numpy(task.block(number)[0]) for number in range(TEST_BLOCKS)]
-        calibrate(run.sae, [(rows, torch.ones(len(rows))) for rows in train])
+        calibrate(run.shard, [(rows, torch.ones(len(rows))) for rows in train])
     figures = figures_of(run.sae, task) | {"dead_share": run.dead_share_of_last_epoch}
     return figures | {"steps": float(run.counts.step), "auxk_steps": float(run.counts.auxk_steps)}
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from winnow.sae.model import Sae
+from winnow.schemas.activations import OWN
 from winnow.schemas.errors import ConfigError, IntegrityError, NonFiniteError
 from winnow.schemas.training import Activation, SaeParts
 
@@ -109,9 +110,15 @@ def from_sae(sae: Sae, model: str | None = None) -> Plain:
     """Fold the normalisation of a Winnow SAE into its weights.
 
     Raises:
-        ConfigError: A crosscoder, which no format has.
+        ConfigError: A crosscoder, or an activation that is not Winnow's own: none of the formats knows it.
     """
     parts, card = sae.parts, sae.card
+    if parts.activation not in OWN:
+        raise ConfigError(
+            f"activation {parts.activation} cannot be exported",
+            expected=", ".join(sorted(OWN)),
+            fix="None of the formats has it",
+        )
     if parts.widths:
         raise ConfigError(
             "a crosscoder cannot be exported",

@@ -16,7 +16,7 @@ from winnow.trainer.kernels import (
     encode_topk,
     reference,
 )
-from winnow.trainer.step.step import Recipe, Run, train_step
+from winnow.trainer.step import Recipe, Run, train_step
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

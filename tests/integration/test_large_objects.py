@@ -15,7 +15,7 @@ from winnow.store.objects import s3_store as s3_objects
 from winnow.trainer.run import checkpoint_files
 from winnow.trainer.run.checkpoint import pack
 from winnow.trainer.run.checkpoint_files import newest_checkpoint
-from winnow.trainer.step.step import Recipe, Run
+from winnow.trainer.step import Recipe, Run
 
 MIB = 1 << 20
 

@@ -96,9 +96,7 @@ def test_a_mesh_trains_as_one_process_does(folder, reference, mesh, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_mesh_of_one_is_one_process(reference, case):
-    world = World()
-    world.meshed = True
-    run, told = go(case, world)
+    run, told = go(case, World())
     compare(*reference(case), pack(run), told)
 
 

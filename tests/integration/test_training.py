@@ -28,6 +28,7 @@ from winnow.schemas.training import CheckpointIndex
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
 from winnow.store.testing import make_plan, write_dataset
+from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.run.heldout import heldout_figures
 from winnow.trainer.run.loop import train
 
@@ -88,7 +89,7 @@ def test_planted_directions_are_found_and_everything_is_published(config_of, tmp
     assert summary["fvu"] < 0.1
     assert 0 < summary["l0"] <= 3
     dataset = ActivationStore.open(config.root)
-    figures = heldout_figures(sae, dataset, HOOK)
+    figures = heldout_figures(Shard.alone(sae), dataset, HOOK)
     assert (figures["fvu_normalised"], figures["fvu_raw"]) == (summary["fvu"], summary["fvu_raw"])
     assert summary["fvu_raw"] < 0.1  # the sinks, 1000 times larger, are left out
     assert sae.card is not None
@@ -148,7 +149,7 @@ def test_every_variant_learns_publishes_and_resumes_to_the_same_bits(
     widths = dict.fromkeys((HOOK, OTHER_HOOK), D_MODEL)
     assert (sae.parts, sae.card.output_hooks) == (spec.parts(widths), spec.output_hooks)
     dataset = ActivationStore.open(config.root)
-    figures = heldout_figures(sae, dataset, *spec.input_hooks, target=spec.target_hook)
+    figures = heldout_figures(Shard.alone(sae), dataset, *spec.input_hooks, target=spec.target_hook)
     assert (figures["fvu_normalised"], figures["l0"]) == (summary["fvu"], summary["l0"])
     if spec.activation == "batchtopk":
         assert summary["l0"] == pytest.approx(spec.k, rel=0.05)

@@ -7,6 +7,7 @@ import torch
 
 from tests.support.evaluated import D_MODEL, HOOK, random_sae, toy_config
 from winnow.sae import Sae
+from winnow.sae.init import Place
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import MissingObject, SaeMismatch
 from winnow.store import ActivationStore
@@ -49,8 +50,8 @@ def test_shards_take_their_part_of_what_is_kept():
     warm_start(whole, source, ROWS, WEIGHTS)
     for part in (range(8), range(8, 16)):
         shard = Sae(D_MODEL, 8, 6, "layer")
-        shard.part, shard.of = part, 16  # what `winnow.trainer.mesh.shard.Shard` has
-        warm_start(shard, source, ROWS, WEIGHTS)
+        place = Place(16, part, lambda x, _: x)  # what it gives is not asked for
+        warm_start(shard, source, ROWS, WEIGHTS, place=place)
         assert torch.equal(shard.W_enc, whole.W_enc[part.start : part.stop])
         assert torch.equal(shard.b_pre, source.b_pre)
 

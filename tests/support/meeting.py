@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from winnow.trainer.mesh.world import Axis, World
+from winnow.trainer.mesh.world import Axis, Pending, World
 
 PATIENCE = 60
 """Seconds after which a rank that waits in vain fails."""
@@ -31,6 +32,12 @@ class Meeting(Axis):
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         self.gathers += 1
         return torch.stack(self._all(tensor.clone()))
+
+    def gather_start(self, tensor: torch.Tensor) -> Pending:
+        return Pending(self.gather(tensor))
+
+    def sum_start(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> Pending:
+        return Pending(self.sum(tensor) if op == dist.ReduceOp.SUM else self.largest(tensor))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(torch.stack(self._all(tensor.clone())).sum(0))

@@ -22,7 +22,7 @@ from winnow.schemas.training import TrainSpec
 from winnow.trainer.mesh.shard import has_latents
 from winnow.trainer.mesh.world import Axis, World
 from winnow.trainer.run.checkpoint import pack
-from winnow.trainer.step.step import Recipe, Run, train_step
+from winnow.trainer.step import Recipe, Run, train_step
 
 B, D, N, K, OUT, STEPS = 96, 12, 81, 12, 7, 7
 REPORTED = ("loss", "auxk", "grad_norm", "lr", "dead", "fvu", "l0", "rows")
@@ -112,14 +112,17 @@ def target_of(spec: TrainSpec, rows: torch.Tensor) -> torch.Tensor | None:
     return rows[:, :OUT].relu() + rows[:, -OUT:] if spec.target_hook else None
 
 
-def make(case: str, world: World | None = None) -> Run:
-    """The case's run before its first step, or this rank's shard of it."""
+def make(case: str, world: World | None = None, kernels: str | None = None) -> Run:
+    """The case's run before its first step, or this rank's shard of it.
+
+    On a mesh by the sparse route where the case has one, alone by the specification, or as `kernels` says.
+    """
     base: dict[str, Any] = {"out": "x", "hook": "h.1", "latents": N, "k": K, "batch_rows": 64, "epochs": 8}
     base |= {"dead_after_tokens": 150, "auxk_k": 6, "lr": 0.003}
     dense = CASES[case].get("activation") in ("relu", "jumprelu")
     half = "compute_dtype" in CASES[case]  # eager has no bfloat16, and leaves the choice among ties open
     fused = (world and not dense) or half or case == "ties"
-    base |= {"kernels": "cpu" if fused else "eager"} | CASES[case]
+    base |= {"kernels": kernels or ("cpu" if fused else "eager")} | CASES[case]
     spec = TrainSpec.model_validate(
         base if world else base | {"accumulate": 1}
     )  # the eager step has no parts
@@ -149,9 +152,9 @@ def make(case: str, world: World | None = None) -> Run:
     return Run(sae, recipe, constant, world)
 
 
-def go(case: str, world: World | None) -> tuple[Run, list[dict[str, float]]]:
+def go(case: str, world: World | None, kernels: str | None = None) -> tuple[Run, list[dict[str, float]]]:
     """Take the steps; what each reported."""
-    run = make(case, world)
+    run = make(case, world, kernels)
     data = world.data if world else Axis()
     if world and case.split(",")[0] in ("rows", "dense"):
         world.exchange = "rows" if case.startswith("rows") else "dense"

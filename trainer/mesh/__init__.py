@@ -1,1 +1,1 @@
-"""Several processes that train one SAE."""
+"""Processes that train one SAE together: the mesh, what crosses it, and a shard of the latents."""

@@ -16,8 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from winnow.trainer.kernels.segment_grad import Segments, segments_of
-from winnow.trainer.kernels.step_ops import StepOps
 from winnow.trainer.mesh.world import Axis, Pending
 
 
@@ -32,6 +30,8 @@ class Part(NamedTuple):
     """int64 [B, w]."""
     grad: Tensor
     """[B, O]: of the reconstruction made from these codes."""
+    whole: bool
+    """Whether that is a gradient of the whole output."""
 
 
 def dense_bytes(ranks: int, latents: int, d_in: int, d_out: int, itemsize: int) -> int:
@@ -57,7 +57,7 @@ class Gather:
     def __init__(self, axis: Axis, centred: Tensor, rows: int) -> None:
         self._axis, self._rows = axis, rows
         self._centred = self._start(centred)
-        self._parts: list[tuple[Pending, Pending, Pending]] = []
+        self._parts: list[tuple[Pending, Pending, Pending, bool]] = []
 
     def add(self, part: Part) -> None:
         """Begin to gather a part."""
@@ -65,17 +65,19 @@ class Gather:
         width = int(self._axis.largest(here))
         codes = torch.stack([part.values, part.dz], 1)
         indices = part.indices.to(torch.int32)
-        self._parts.append(
-            (self._start(_widen(codes, width)), self._start(_widen(indices, width)), self._start(part.grad))
+        travels = (
+            self._start(tensor) for tensor in (_widen(codes, width), _widen(indices, width), part.grad)
         )
+        self._parts.append((*travels, part.whole))  # pyright: ignore[reportArgumentType]
 
     def result(self) -> tuple[Tensor, list[Part]]:
         """The encoder's input [P * B, D] and the parts, the ranks' rows one after another."""
         parts: list[Part] = []
-        for codes, indices, grad in self._parts:
+        for codes, indices, grad, whole in self._parts:
             values, dz = codes.wait().flatten(0, 1).unbind(1)
             ids = indices.wait().flatten(0, 1).to(torch.int64)
-            parts.append(Part(values.contiguous(), dz.contiguous(), ids, grad.wait().flatten(0, 1)))
+            grads = grad.wait().flatten(0, 1)
+            parts.append(Part(values.contiguous(), dz.contiguous(), ids, grads, whole))
         return self._centred.wait().flatten(0, 1), parts
 
     def _start(self, tensor: Tensor) -> Pending:
@@ -87,54 +89,3 @@ class Gather:
 
 def _widen(tensor: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
-
-
-class Gradients(NamedTuple):
-    """Where the sums of a step go; `W_dec` [n, O], `W_enc` [n, D], `b_enc` [n]."""
-
-    W_dec: Tensor
-    W_enc: Tensor
-    b_enc: Tensor
-
-
-def fill(
-    ops: StepOps,
-    into: Gradients,
-    centred: Tensor,
-    parts: list[Part],
-    sum_over: Axis | None,
-    *,
-    first: bool = True,
-) -> None:
-    """Write the gradients of all parts, summed over `sum_over` where the rows at hand are not all.
-
-    Unless they are the first, they are added to what is there.
-
-    The decoder's sum travels while the encoder's is made.
-    """
-    latents, centred = len(into.b_enc), ops.low(centred)
-    sorted_parts: list[tuple[Segments, Part]] = []
-    if first:
-        into.b_enc.zero_()
-    for part in parts:
-        if part.values.numel():
-            segments = segments_of(part.indices, latents)
-            sorted_parts.append((segments, part._replace(grad=ops.low(part.grad))))
-            into.b_enc.index_add_(0, segments.latent, part.dz.flatten()[segments.order])
-    travels: list[Pending] = [sum_over.sum_start(into.b_enc)] if sum_over else []
-    for name in ("W_dec", "W_enc"):
-        target = getattr(into, name)
-        for block in ops.blocks(latents, centred):
-            total: Tensor | None = None
-            for segments, part in sorted_parts:
-                weights, rows = (part.values, part.grad) if name == "W_dec" else (part.dz, centred)
-                found = ops.sums(weights.flatten()[segments.order], segments, rows, block)
-                total = found if total is None else total.add_(found)
-            if first:
-                target[block] = 0.0 if total is None else total
-            elif total is not None:
-                target[block] += total
-        if sum_over:
-            travels.append(sum_over.sum_start(target))
-    for travel in travels:
-        travel.wait()

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -143,6 +143,17 @@ class Axis:
         """The elementwise largest over the axis, in place."""
         return self.sum_start(tensor, dist.ReduceOp.MAX).wait()
 
+    def joined(self, tensor: Tensor) -> Tensor:
+        """The sum over the axis of what each rank adds, differentiable.
+
+        What comes after it is the same on every rank, so each rank's share has the gradient of the sum.
+        """
+        return tensor if self.size == 1 else _Joined.apply(tensor, self)  # pyright: ignore[reportReturnType]
+
+    def common(self, tensor: Tensor) -> Tensor:
+        """A tensor that every rank has alike and uses for its own share; gradients are summed backward."""
+        return tensor if self.size == 1 else _Common.apply(tensor, self)  # pyright: ignore[reportReturnType]
+
     def gather_start(self, tensor: Tensor) -> Pending:
         """Begin to gather tensors of one shape: [size, *shape], in the order of the ranks."""
         if self.size == 1:
@@ -190,6 +201,27 @@ class Axis:
         return found
 
 
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:  # noqa: ARG004
+        return axis.sum(tensor.detach().clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grads[0], None
+
+
+class _Common(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.axis.sum(grads[0].clone(memory_format=torch.contiguous_format)), None
+
+
 class World:
     """This process's place in the mesh.
 
@@ -209,8 +241,6 @@ class World:
     ) -> None:
         self.data, self.latent = data or Axis(), latent or Axis()
         self.whole, self.files = whole or Axis(), files or Axis()
-        self.meshed = self.size > 1
-        """Whether steps take the mesh's path; a process alone need not."""
         self.exchange: Literal["auto", "rows", "dense"] = "auto"
         """How gradients cross the data axis; `auto` sends less. See `winnow.trainer.mesh.exchange`."""
 
@@ -218,6 +248,11 @@ class World:
     def size(self) -> int:
         """Processes in all."""
         return self.data.size * self.latent.size
+
+    @property
+    def meshed(self) -> bool:
+        """Whether there is anybody else."""
+        return self.size > 1
 
     @property
     def leads(self) -> bool:
@@ -301,14 +336,14 @@ def check_mesh(spec: TrainSpec, world_size: int) -> tuple[int, int]:
     if latent > spec.latents:
         raise ConfigError("train.mesh.latent", expected=f"at most latents ({spec.latents})", got=latent)
     shares = data * spec.accumulate
-    if spec.accumulate > 1 and spec.activation == "batchtopk" and spec.groups % shares:
+    if spec.accumulate > 1 and spec.traits.selects == "batch" and spec.groups % shares:
         raise ConfigError(
             f"selection_groups: {spec.groups}",
             expected=f"a multiple of data x accumulate ({data} x {spec.accumulate})",
             got=spec.groups,
             fix="Set another accumulate: batchtopk selects in whole groups of a micro-batch",
         )
-    if world_size > 1 and spec.kernels == "eager" and spec.activation in ("topk", "batchtopk"):
+    if world_size > 1 and spec.kernels == "eager" and spec.traits.selects:
         raise ConfigError(
             "kernels: eager", expected="one process", got=world_size, fix="Set kernels: auto on a mesh"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.training import SaeIdentity, TrainSpec
-from winnow.trainer.step.step import Counts, Run
+from winnow.trainer.step import Counts, Run
 
 FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
 FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb", "accumulate"}

@@ -37,7 +37,7 @@ from winnow.store.records.commit import settle
 from winnow.trainer.mesh.shard import has_latents
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.checkpoint import pack
-from winnow.trainer.step.step import Run
+from winnow.trainer.step import Run
 
 log = logging.getLogger("winnow.trainer")
 

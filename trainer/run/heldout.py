@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from winnow.sae.metrics import L0, Fvu
-from winnow.sae.model import Sae
 from winnow.schemas.errors import IntegrityError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
 from winnow.store.read.follow import deleted_units
 from winnow.trainer.mesh.shard import Shard
-from winnow.trainer.mesh.world import World
-from winnow.trainer.step.step import Run
+from winnow.trainer.step import Run
 
 log = logging.getLogger("winnow.trainer")
 
@@ -58,7 +56,7 @@ def heldout_rows(
 
 @torch.no_grad()
 def heldout_figures(
-    sae: Sae, dataset: ActivationStore, *hooks: str, target: str | None = None
+    shard: Shard, dataset: ActivationStore, *hooks: str, target: str | None = None
 ) -> dict[str, float]:
     """Measure `fvu_normalised`, `fvu_raw` and `l0` on the held-out rows of weight above 0.
 
@@ -67,15 +65,15 @@ def heldout_figures(
     Raises:
         IntegrityError: There is no such row, or a stored one is damaged.
     """
+    sae, world = shard.sae, shard.world
     device = sae.W_enc.device
     normalised, raw, l0 = Fvu(sae.d_out, device), Fvu(sae.d_out, device), L0()
-    world = sae.world if isinstance(sae, Shard) else World()
     for rows, wanted, weights in world.each(heldout_rows(dataset, *hooks, target=target)):
         rows, weights = rows.to(device), weights.to(device)
         x, scale = sae.normalise(rows)
         y = x if wanted is None else sae.normalise_target(wanted.to(device))
-        values, indices = sae.select(x)
-        y_hat = sae.reconstruct(values, indices, x)
+        values, indices = shard.select(x)
+        y_hat = shard.reconstruct(values, indices, x)
         normalised.add(y, y_hat, weights)
         raw.add(rows if wanted is None else wanted.to(device), sae.restore(y_hat, scale), weights)
         l0.add(values, weights)
@@ -105,11 +103,9 @@ def calibration_rows(dataset: ActivationStore, spec: TrainSpec) -> list[tuple[Te
     return found
 
 
-def candidates(run: Run) -> dict[str, Sae]:
+def candidates(run: Run) -> dict[str, Shard]:
     """The finished run's SAEs: `raw` (the weights as they are) and `ema`, if an average is kept."""
-    found = {"raw": run.sae}
+    found = {"raw": run.shard}
     if run.ema is not None:
-        sae = run.sae.twin()
-        sae.fill(run.sae.tensors() | run.ema.weights())
-        found["ema"] = sae
+        found["ema"] = run.shard.having(run.sae.tensors() | run.ema.weights())
     return found

@@ -33,8 +33,8 @@ from winnow.trainer.run.start import begin, identity_of, plan_order, resolve_rec
 from winnow.trainer.run.status import asked_to_stop
 from winnow.trainer.run.telemetry import Record
 from winnow.trainer.run.transfer import Ready, Transfer
+from winnow.trainer.step import StepReport, train_step
 from winnow.trainer.step.spans import sampling
-from winnow.trainer.step.step import StepReport, train_step
 
 log = logging.getLogger("winnow.trainer")
 

@@ -17,7 +17,7 @@ from winnow.store import ActivationStore
 from winnow.store.format.order import LaneOrder
 from winnow.store.objects import ObjectStore
 from winnow.store.read.follow import Follower
-from winnow.trainer.mesh.shard import Witness
+from winnow.trainer.mesh.witness import Witness
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.checkpoint_files import Saver
 from winnow.trainer.run.loggers import Loggers
@@ -26,7 +26,7 @@ from winnow.trainer.run.start import identity_of, stand, stream_state
 from winnow.trainer.run.status import StatusWriter, allow_again, asked_to_stop
 from winnow.trainer.run.telemetry import Record
 from winnow.trainer.run.warm_start import load_source
-from winnow.trainer.step.step import Recipe
+from winnow.trainer.step import Recipe
 
 
 class Member:
@@ -65,7 +65,9 @@ class Member:
         )
         # now, not at the first step: a source that does not fit is an error before anything is written
         if self.is_new and self.spec.init_from is not None:
-            self.run.source = load_source(self.spec.init_from, self.run.sae, config.storage)
+            self.run.source = load_source(
+                self.spec.init_from, self.run.sae, config.storage, self.spec.latents
+            )
         self._kept = None if self.is_new else self.step
         self.saver = Saver(out, self.run, self._identity, cpu_threads(self.spec))
         self.status = StatusWriter(self.out, self.run, config.prices)

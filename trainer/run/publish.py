@@ -20,7 +20,7 @@ from winnow.trainer.run.heldout import calibration_rows, candidates, heldout_fig
 from winnow.trainer.run.start import planned_as
 from winnow.trainer.run.telemetry import PLOT_KEY, Telemetry, draw_curves
 from winnow.trainer.run.threshold import calibrate
-from winnow.trainer.step.step import Run
+from winnow.trainer.step import Run
 
 SUMMARY_KEY = "summary.json"
 LEFT_OUT = ("delta_ce", "loss_recovered_zero", "loss_recovered_mean")
@@ -39,11 +39,11 @@ def publish(
         with run.world.together():
             rows = calibration_rows(dataset, spec)
         # before the figures: both are measured with the threshold that would be exported with them
-        for sae in saes.values():
-            calibrate(sae, rows)
+        for shard in saes.values():
+            calibrate(shard, rows)
     figures = {
-        name: heldout_figures(sae, dataset, *spec.input_hooks, target=spec.target_hook)
-        for name, sae in saes.items()
+        name: heldout_figures(shard, dataset, *spec.input_hooks, target=spec.target_hook)
+        for name, shard in saes.items()
     }
     # which is better depends on the run's length: on one of 700 steps a beta of 0.999 cost 0.06 of FVU.
     # Of equals `min` takes the first, the raw weights

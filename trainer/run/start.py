@@ -19,14 +19,13 @@ from winnow.store.format.order import LaneOrder, group_units_for
 from winnow.store.objects import ObjectStore
 from winnow.store.read.torch_stream import Batch
 from winnow.trainer.mesh.rows import SharedRows
-from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.checkpoint import require_same_run, unpack
 from winnow.trainer.run.checkpoint_files import newest_checkpoint
 from winnow.trainer.run.telemetry import Telemetry
 from winnow.trainer.run.warm_start import warm_start
+from winnow.trainer.step import Recipe, Run
 from winnow.trainer.step.optim import Ema
-from winnow.trainer.step.step import Recipe, Run
 
 log = logging.getLogger("winnow.trainer")
 
@@ -104,10 +103,8 @@ def stand(
     widths = {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks}
     d_model = sum(widths[hook] for hook in spec.input_hooks)
     parts = spec.parts(widths)
-    if world.meshed:
-        sae = Shard(d_model, spec.latents, spec.k, spec.normalize, parts, world, device=device)
-    else:
-        sae = Sae(d_model, spec.latents, spec.k, spec.normalize, parts, device=device)
+    held = len(world.part(spec.latents))
+    sae = Sae(d_model, held, spec.k, spec.normalize, parts, device=device)
     run = Run(sae, recipe, loss_constant=1.0, world=world)
     found = newest_checkpoint(out, world)
     if found is None:
@@ -181,9 +178,15 @@ def begin(runs: Sequence[Run], batches: SharedRows) -> None:
         target = sample(targets) if spec.target_hook else None
         if run.source is None:
             run.loss_constant = initialise(
-                run.sae, x, w, spec.seed, target, encoder_norm=spec.first_encoder_norm
+                run.sae,
+                x,
+                w,
+                spec.seed,
+                target,
+                encoder_norm=spec.first_encoder_norm,
+                place=run.shard.place,
             )
         else:
-            run.loss_constant = warm_start(run.sae, run.source, x, w, target)
+            run.loss_constant = warm_start(run.sae, run.source, x, w, target, place=run.shard.place)
             # a whole second SAE, not needed again
             run.source = None

@@ -10,7 +10,7 @@ from winnow.schemas.config import PricesSpec
 from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
 from winnow.schemas.service import RunState, RunStatus
 from winnow.store.objects import ObjectStore
-from winnow.trainer.step.step import Run
+from winnow.trainer.step import Run
 
 STATUS_KEY = "status.json"
 STOP_KEY = "stop.json"

@@ -10,22 +10,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
-from winnow.trainer.mesh.batchtopk import nth_best
+from winnow.trainer.mesh.edge import nth_best
 from winnow.trainer.mesh.shard import Shard
-from winnow.trainer.mesh.world import Axis
 
 CANDIDATES = 4
 """First guess of how many times K the row with the most active latents has above the threshold."""
 
 
 @torch.no_grad()
-def calibrate(sae: Sae, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Set `sae.threshold` so that rows have K latents above it on average, exactly unless values tie.
+def calibrate(shard: Shard, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Set the threshold so that rows have K latents above it on average, exactly unless values tie.
 
     Args:
-        sae: With `activation: batchtopk`; for a shard this is a collective over the latent axis.
+        shard: With `activation: batchtopk`; a collective over the latent axis.
         batches: Raw training rows [B, D] and their weights [B]; rows of weight 0 are left out. All of them
             are held in memory in normalised form.
 
@@ -35,18 +33,17 @@ def calibrate(sae: Sae, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     Raises:
         ConfigError: No row of weight above 0.
     """
-    device, latent = sae.W_enc.device, sae.world.latent if isinstance(sae, Shard) else Axis()
+    sae, latent, latents = shard.sae, shard.world.latent, shard.latents
+    device = sae.W_enc.device
     kept = [sae.normalise(rows[weights > 0].to(device))[0] for rows, weights in batches]
     kept = [x for x in kept if len(x)]
     if not kept:
         raise ConfigError("the rows for the threshold", expected="some of weight above 0", got="none")
-    latents = sae.of if isinstance(sae, Shard) else sae.latents
     quota, width = sae.k * sum(map(len, kept)), CANDIDATES * sae.k
     while True:
         width = min(width, sae.latents)
-        # `Sae.select` also of a shard, whose own `select` is a collective: the search joins the shards itself
-        values = torch.cat([Sae.select(sae, x, width)[0] for x in kept])
-        # half-way, because a value equal to the threshold would be decided by its rounding
+        # of this shard alone: the search joins the shards itself
+        values = torch.cat([sae.select(x, width)[0] for x in kept])
         threshold = torch.stack([nth_best(values, rank, latent) for rank in (quota, quota + 1)]).mean()
         threshold = threshold if sae.k < latents else torch.zeros_like(threshold)
         # a row whose last candidate is above the threshold may hold more than was looked at

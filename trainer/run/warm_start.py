@@ -8,15 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from winnow.sae.init import CHUNK_ROWS, counted_rows, loss_constant
+from winnow.sae.init import CHUNK_ROWS, Place, counted_rows, loss_constant
 from winnow.sae.model import Sae
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.fit import mismatch
 from winnow.trainer.mesh.shard import has_latents
 
 
-def load_source(uri: str, sae: Sae, storage: StorageSpec) -> Sae:
+def load_source(uri: str, sae: Sae, storage: StorageSpec, latents: int | None = None) -> Sae:
     """Load the SAE that `sae` starts from, whole, to the device of `sae`.
+
+    Args:
+        uri: Where the source is.
+        sae: The SAE that starts from it.
+        storage: How to reach it.
+        latents: Latents of the whole dictionary if `sae` holds a part of it.
 
     Raises:
         SaeMismatch: It has fewer latents or other parts.
@@ -26,7 +32,7 @@ def load_source(uri: str, sae: Sae, storage: StorageSpec) -> Sae:
     source = Sae.load(uri, device=sae.W_enc.device, storage=storage)
     wanted, found = _facts(sae), _facts(source)
     differing = [name for name in wanted if wanted[name] != found[name]]
-    latents = getattr(sae, "of", sae.latents)
+    latents = latents or sae.latents
     fix = "Set train.init_from to an SAE that fits, or the fields of train to those of this one"
     if differing:
         raise mismatch(
@@ -52,7 +58,15 @@ def _facts(sae: Sae) -> dict[str, object]:
 
 
 @torch.no_grad()
-def warm_start(sae: Sae, source: Sae, sample: Tensor, weights: Tensor, target: Tensor | None = None) -> float:
+def warm_start(
+    sae: Sae,
+    source: Sae,
+    sample: Tensor,
+    weights: Tensor,
+    target: Tensor | None = None,
+    *,
+    place: Place | None = None,
+) -> float:
     """Fill a new SAE from `source`, dataset constants and thresholds included.
 
     Args:
@@ -61,6 +75,7 @@ def warm_start(sae: Sae, source: Sae, sample: Tensor, weights: Tensor, target: T
         sample: Raw training rows [B, D].
         weights: Their weights [B].
         target: A transcoder's raw target rows [B, O].
+        place: See `winnow.sae.init.initialise`.
 
     Returns:
         The loss constant; see `winnow.sae.init.initialise`.
@@ -70,8 +85,8 @@ def warm_start(sae: Sae, source: Sae, sample: Tensor, weights: Tensor, target: T
     """
     sample, weights, target = counted_rows(sae, sample, weights, target)
     # every rank computes the same choice and takes its range of it: no collective, and the same on any mesh
-    part: range = getattr(sae, "part", range(sae.latents))
-    keep = most_useful(source, sample, weights, getattr(sae, "of", sae.latents))[part.start : part.stop]
+    latents, part, _ = place or Place.whole(sae)
+    keep = most_useful(source, sample, weights, latents)[part.start : part.stop]
     theirs = source.tensors()
     for name, tensor in sae.tensors().items():
         of_latents = has_latents(name, theirs[name])

@@ -1,1 +1,8 @@
-"""One training step."""
+"""One training step: its state, its two routes (`spec`, `sparse`), and the update."""
+
+from winnow.trainer.step.recipe import Recipe, dead_after_rows, power_of_two_near
+from winnow.trainer.step.report import StepReport
+from winnow.trainer.step.state import Counts, Run
+from winnow.trainer.step.train import train_step
+
+__all__ = ["Counts", "Recipe", "Run", "StepReport", "dead_after_rows", "power_of_two_near", "train_step"]

@@ -1,6 +1,6 @@
 """The optimiser's parts: learning rate, Adam, the decoder's constraint, clipping, moving average.
 
-Legend: D d_model, N latents. The order inside a step (`trainer/step/step.py`): gradients, projection of the
+Legend: D d_model, N latents. The order inside a step (`trainer/step/train.py`): gradients, projection of the
 decoder's, clipping, Adam, renormalisation of the decoder's rows, moving average.
 """
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch.optim.adam import adam as functional_adam
 
+from winnow.sae.activations import activation_of
 from winnow.sae.model import Sae
 from winnow.schemas.training import MomentsDtype
 from winnow.trainer.kernels.segment_grad import BLOCK_BYTES, GPU_BLOCK_BYTES, latent_blocks
 from winnow.trainer.step.moments import PACKED, new_state, pack_moments, unpack_moments
-from winnow.trainer.step.optim import Ema, renormalise_decoder
+from winnow.trainer.step.optim import Ema, clip_gradients, renormalise_decoder
 
 
 @torch.no_grad()
@@ -82,3 +83,21 @@ def fused_update(
             if ema is not None:
                 ema.sums[name][block].lerp_(weights, 1 - ema.beta)
         state["step"] += 1
+
+
+def plain_update(
+    sae: Sae, adam: torch.optim.Adam, ema: Ema | None, *, lr: float, grad_norm: float, largest: float | None
+) -> None:
+    """The specification of `fused_update`: clipping, Adam, renormalisation and average, one after the other.
+
+    Arguments as there. Thresholds are not clipped.
+    """
+    names = [name for name in sae.parameter_names if name != "threshold"]  # its scale is the bandwidth's
+    clip_gradients([getattr(sae, name) for name in names], largest, grad_norm)
+    for group in adam.param_groups:
+        group["lr"] = lr
+    adam.step()
+    renormalise_decoder(sae.W_dec)
+    activation_of(sae.parts.activation).after_step(sae)
+    if ema is not None:
+        ema.update(sae)

@@ -15,25 +15,29 @@ from winnow.sae.model import Sae
 from winnow.schemas.training import SaeParts
 from winnow.trainer.kernels.best import sort_pairs
 from winnow.trainer.kernels.step_ops import step_ops
-from winnow.trainer.mesh.batchtopk import Groups, digits, nth_best, order_bits
-from winnow.trainer.mesh.batchtopk import best_of_groups as best_of_all
+from winnow.trainer.mesh.edge import digits, nth_best, order_bits
+from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.mesh.topk import Codes
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.threshold import calibrate
+from winnow.trainer.step.selection import JoinedGroups, best_of_batch, groups_of
 
 
-def sharded_best(z: torch.Tensor, k: int, groups: tuple[int, ...], width: int, world: World) -> torch.Tensor:
+def sharded_best(
+    z: torch.Tensor, k: int, groups: tuple[int, ...], width: int, world: World, groups_of=groups_of
+) -> torch.Tensor:
     """This rank's part [b, n] of what it takes of pre-activations z [B, N]; encodes with unit matrices."""
     count, place = len(groups), world.data.rank
     share = slice(place * len(z) // world.data.size, (place + 1) * len(z) // world.data.size)
     part = world.part(z.shape[1])
     own = z[share, part.start : part.stop]
     sizes = (len(own),) if count < world.data.size else groups[: count // world.data.size]
-    together = Groups.of(sizes, k, count, world, z.device)
+    together = groups_of(sizes, k, count, world, z.device)
     # rows one-hot, so that W_enc x is the row of z at hand
     rows, W_enc = torch.eye(len(own), dtype=z.dtype), own.T.contiguous()
     best = sort_pairs(*own.topk(min(width, len(part)), dim=1))
-    codes, _ = best_of_all(step_ops("cpu"), Codes(*best), rows, W_enc, W_enc.new_zeros(len(part)), together)
+    b_enc = W_enc.new_zeros(len(part))
+    codes, _ = best_of_batch(step_ops("cpu"), Codes(*best), rows, W_enc, b_enc, together)
     return torch.zeros_like(own).scatter_add_(1, codes.indices, codes.values)
 
 
@@ -53,6 +57,12 @@ def test_any_mesh_takes_what_one_process_takes_ties_included(seed, mesh, count, 
     data, latent = mesh
     found = meet(data, latent, partial(sharded_best, z, k, (16 // count,) * count, 2))
     assert torch.equal(torch.cat([torch.cat(row, dim=1) for row in found]), expected)
+
+
+def test_groups_at_hand_are_selected_as_those_that_are_shared():
+    z = torch.randint(-3, 4, (16, 23), generator=torch.Generator().manual_seed(4)).double()
+    found = [sharded_best(z, 3, (4,) * 4, 2, World(), of) for of in (groups_of, JoinedGroups.of)]
+    assert torch.equal(*found)
 
 
 def test_nan_is_taken_first():
@@ -92,4 +102,6 @@ def test_the_threshold_is_that_of_a_plain_sort():
     rows = torch.randn(200, 6, generator=draw)
     rows[0] *= 100  # has more than the first candidates
     values = (rows @ sae.W_enc.T).relu().flatten().sort(descending=True).values
-    assert calibrate(sae, [(rows, torch.ones(200))]) == pytest.approx(values[599:601].mean().item())
+    assert calibrate(Shard.alone(sae), [(rows, torch.ones(200))]) == pytest.approx(
+        values[599:601].mean().item()
+    )

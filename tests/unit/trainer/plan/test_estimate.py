@@ -16,7 +16,7 @@ from winnow.schemas.training import MeshSpec, TrainSpec
 from winnow.trainer.mesh.world import Axis, World, check_mesh
 from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, largest_shard, rows_of
 from winnow.trainer.plan.memory import fleet_memory, sae_memory
-from winnow.trainer.step.step import Recipe, Run, train_step
+from winnow.trainer.step import Recipe, Run, train_step
 
 
 def spec_of(**fields) -> TrainSpec:

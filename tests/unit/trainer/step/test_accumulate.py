@@ -13,8 +13,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import MeshSpec, TrainSpec
 from winnow.trainer.mesh.world import check_mesh
 from winnow.trainer.run.checkpoint import pack
-from winnow.trainer.step import fused
-from winnow.trainer.step.step import Run, train_step
+from winnow.trainer.step import Run, auxk, train_step
 
 RECIPES = {
     "topk": {},
@@ -44,7 +43,7 @@ def train(run: Run, steps: int, count: int = B) -> list:
 @pytest.mark.parametrize("dense", [0, 10**9], ids=["AuxK on codes", "AuxK dense"])
 @pytest.mark.parametrize("fields", RECIPES.values(), ids=RECIPES)
 def test_it_is_the_step_of_the_whole_batch(monkeypatch, fields, dense):
-    monkeypatch.setattr(fused, "DENSE_AUX", dense)
+    monkeypatch.setattr(auxk, "DENSE_AUX", dense)
     runs = [make("cpu", **fields, accumulate=parts) for parts in (1, 8)]
     whole, parts = (train(run, 12) for run in runs)
     for one, other in zip(whole, parts, strict=True):

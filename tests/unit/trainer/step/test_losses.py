@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 from winnow.sae import metrics
 from winnow.sae.model import PARAMETERS, Sae
-from winnow.trainer.step import losses
+from winnow.schemas.training import TrainSpec
+from winnow.trainer.step import Recipe, Run, losses, spec
+from winnow.trainer.step.context import StepContext
 
 B, D, N, K = 40, 10, 30, 3
 
@@ -33,6 +35,14 @@ def rows(seed=1, count=B) -> torch.Tensor:
 def gradients(sae, loss):
     found = torch.autograd.grad(loss, [getattr(sae, name) for name in PARAMETERS], allow_unused=True)
     return dict(zip(PARAMETERS, found, strict=True))
+
+
+def context(sae, weights, dead=(), constant=1.0, **fields) -> StepContext:
+    """Of a step in which these latents are dead."""
+    base = {"out": "x", "hook": "h.1", "latents": N, "k": K, "batch_rows": 64, "normalize": "none"}
+    run = Run(sae, Recipe.resolve(TrainSpec.model_validate(base | fields), D, 5), constant)
+    run.dead.since[list(dead)] = 10**9
+    return StepContext.of(run, weights)
 
 
 # ---- definitions
@@ -118,9 +128,11 @@ def test_auxk_and_its_gradients_are_the_formula(k_aux):
     weights = torch.rand(B, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.5
     dead = torch.tensor([1, 4, 5, 9, 16, 17, 20, 29])
     error = x - sae.reconstruct(*sae.select(x))
-    found = losses.auxk_loss(sae, x, error, weights, dead, k_aux)
+    ctx = context(sae, weights, dead.tolist(), auxk_k=k_aux)
+    found = spec.auxk_loss(ctx, x, error, weights, sae.b_pre)
     expected = naive_auxk(sae, x, error.detach(), weights, dead, k_aux)
     assert found.finite
+    assert found.value == found.loss.item()
     torch.testing.assert_close(found.loss, expected)
     ours, naive = gradients(sae, found.loss), gradients(sae, expected)
     for name in PARAMETERS:
@@ -132,7 +144,8 @@ def test_auxk_and_its_gradients_are_the_formula(k_aux):
 
 def test_auxk_that_is_not_finite_counts_as_0():
     sae, x, w = make(), rows(), torch.ones(B, dtype=torch.float64)
-    found = losses.auxk_loss(sae, x, torch.ones(B, D, dtype=torch.float64), w, torch.tensor([0]), 4)
+    ctx = context(sae, w, [0], auxk_k=4)
+    found = spec.auxk_loss(ctx, x, torch.ones(B, D, dtype=torch.float64), w, sae.b_pre)
     assert not found.finite  # the error does not vary: 0 in the denominator
     assert found.loss.item() == 0
     assert not found.loss.requires_grad
@@ -143,9 +156,9 @@ def test_auxk_that_is_not_finite_counts_as_0():
 
 def test_multi_topk_is_the_loss_at_k_plus_an_eighth_of_that_at_4k():
     sae, x, w = make(), rows(), torch.ones(B, dtype=torch.float64)
-    values, indices = sae.select(x, 4 * K)
-    rows_ = losses.Rows(x, x, w, (B,))
-    found, x_hat = losses.multi_topk_loss(sae, rows_, values, indices, 2.0)
+    ctx = context(sae, w, constant=2.0, multi_topk=True)
+    found, x_hat, codes = spec.multi_topk_loss(ctx, losses.Rows(x, x, w, (B,)), sae.b_pre)
+    assert torch.equal(codes.values, sae.select(x)[0])
     narrow, wide = sae.reconstruct(*sae.select(x)), sae.reconstruct(*sae.select(x, 4 * K))
     torch.testing.assert_close(x_hat, narrow)
     expected = ((x - narrow).square().sum() + (x - wide).square().sum() / 8) / B / 2.0

@@ -10,9 +10,8 @@ from winnow.sae.init import geometric_median, initialise
 from winnow.sae.model import PARAMETERS, Sae
 from winnow.schemas.errors import ConfigError, NonFiniteError
 from winnow.schemas.training import TrainSpec
-from winnow.trainer.step import optim
+from winnow.trainer.step import optim, power_of_two_near
 from winnow.trainer.step.dead import DeadCounter
-from winnow.trainer.step.step import power_of_two_near
 
 D, N, K = 8, 24, 3
 

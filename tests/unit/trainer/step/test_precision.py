@@ -13,8 +13,8 @@ from winnow.schemas.training import TrainSpec
 from winnow.trainer.kernels import encode_topk, reference
 from winnow.trainer.kernels.step_ops import step_ops
 from winnow.trainer.run.checkpoint import pack, unpack
+from winnow.trainer.step import Recipe, Run, train_step
 from winnow.trainer.step.moments import new_state, pack_moments, to_bfloat16, unpack_moments
-from winnow.trainer.step.step import Recipe, Run, train_step
 
 B, N, STEPS = 256, 64, 150
 

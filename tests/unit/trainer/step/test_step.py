@@ -13,7 +13,7 @@ from winnow.sae.init import initialise
 from winnow.sae.model import PARAMETERS, Sae
 from winnow.schemas.errors import NonFiniteError
 from winnow.schemas.training import TrainSpec
-from winnow.trainer.step.step import Recipe, Run, dead_after_rows, train_step
+from winnow.trainer.step import Recipe, Run, dead_after_rows, train_step
 
 B, D, N, K = 64, 8, 24, 3
 

@@ -1,0 +1,55 @@
+"""What a spec must know of an activation before any weight exists; the code is in `sae.activations`.
+
+Winnow's own stand in a table, so that reading a spec imports no torch. Any other name is looked for as a
+module of that package, whose `ACTIVATION.traits` it then has: a new activation is one file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import AfterValidator
+
+ROOM = "winnow.sae.activations"
+
+
+class Traits(NamedTuple):
+    """Facts of an activation."""
+
+    name: str
+    selects: Literal["row", "batch"] | None = None
+    """Whether it keeps the K best of each row, or on average of a batch's rows: then it has the sparse route.
+    Null where a latent is active whatever the others are: codes are dense."""
+    threshold: Literal["one", "each"] | None = None
+    """What else an SAE holds for it: one number, set after training, or a trained one for each latent."""
+
+
+OWN = {
+    traits.name: traits
+    for traits in (
+        Traits("topk", selects="row"),
+        Traits("batchtopk", selects="batch", threshold="one"),
+        Traits("relu"),
+        Traits("jumprelu", threshold="each"),
+    )
+}
+
+
+def traits_of(name: str) -> Traits:
+    """The traits of an activation; ValueError where there is none of that name."""
+    if name in OWN:
+        return OWN[name]
+    try:
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", name)
+        return importlib.import_module(f"{ROOM}.{name}").ACTIVATION.traits
+    except (AssertionError, AttributeError, ModuleNotFoundError):
+        raise ValueError(f"activation is one of {', '.join(sorted(OWN))}, or a module of {ROOM}") from None
+
+
+def _known(name: str) -> str:
+    return traits_of(name).name
+
+
+Activation = Annotated[str, AfterValidator(_known)]

@@ -1,0 +1,91 @@
+"""What a step tells of itself.
+
+Legend: B rows of this rank, O width of the output, n latents of this shard, K active latents per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from winnow.trainer.mesh.world import World
+from winnow.trainer.step import losses
+from winnow.trainer.step.context import Taken
+from winnow.trainer.step.state import Run
+
+TALLIED_ROWS = 256
+"""Rows whose squares are summed in float64 at a time: small enough to stay in cache."""
+
+
+class Tally:
+    """What is known of a step's rows once they are gone, micro-batch by micro-batch.
+
+    Args:
+        run: Whose step it is.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._dead = run.dead
+        self.fvu = losses.Fvu(run.sae.d_out, run.device)
+        self.l0 = losses.L0()
+        self.active = torch.zeros_like(run.dead.since, dtype=torch.uint8)
+        """uint8 [n]: 1 where a latent was active."""
+
+    def add(self, batch: losses.Rows, taken: Taken) -> None:
+        """Take in a micro-batch."""
+        self.active |= self._dead.active(taken.values, taken.indices)
+        self.l0.add(taken.values, batch.weights)
+        parts = (tensor.split(TALLIED_ROWS) for tensor in (batch.y, taken.y_hat, batch.weights))
+        for y, y_hat, weights in zip(*parts, strict=True):
+            self.fvu.add(y, y_hat, weights)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step found."""
+
+    loss: float
+    """The whole loss: reconstruction (over the constant) and AuxK."""
+    auxk: float
+    grad_norm: float
+    """Before clipping, after projection."""
+    lr: float
+    dead: int
+    """Dead latents at the start of the step, of all shards."""
+    x: Tensor
+    """Normalised rows of weight above 0 as they should be, [B, O]; with the next three, for telemetry."""
+    x_hat: Tensor
+    values: Tensor
+    weights: Tensor
+    world: World
+    """On a mesh the rows are this rank's, the codes its shard's, and the figures below are collectives."""
+    second_rounds: int
+    """Rows whose selection took a second round."""
+    rows: int
+    """Rows of weight above 0 in the whole batch."""
+    tally: Tally | None = None
+    """Of all micro-batches, where there are several: the tensors above are then empty."""
+
+    @property
+    def fvu(self) -> float:
+        """FVU of the whole batch in the normalised space."""
+        if self.tally is not None:
+            sums = self.tally.fvu
+        else:
+            sums = losses.Fvu(self.x.shape[1], self.x.device)
+            sums.add(self.x, self.x_hat, self.weights)
+        return (sums.over(self.world.data.sum) if self.world.meshed else sums).value
+
+    @property
+    def l0(self) -> float:
+        """Active latents per row in the whole batch."""
+        if self.tally is not None:
+            count = self.tally.l0
+        else:
+            count = losses.L0()
+            count.add(self.values, self.weights)
+        if self.world.meshed:  # every shard counted the rows
+            return count.over(self.world.whole.sum).value * self.world.latent.size
+        return count.value

@@ -1,0 +1,194 @@
+"""Which latents are kept: of each row the best k, or of whole groups of rows the best k per row.
+
+Legend: B rows of this rank, w candidates of each, G groups of rows, S shards, k kept per row, N latents,
+n of this shard.
+
+Both choices are exact. Where this rank has all latents and all rows of a group, nothing is asked of others
+(`best_of_rows` slices, `LocalGroups`); otherwise the ranks settle it together (`mesh.topk`, `JoinedGroups`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from winnow.sae.codes import best_of_groups
+from winnow.trainer.kernels.step_ops import StepOps
+from winnow.trainer.mesh.edge import edge_of, order_bits
+from winnow.trainer.mesh.topk import Codes, count_kept, keep
+from winnow.trainer.mesh.world import Axis, World
+
+BATCH_CANDIDATES = 4
+"""BatchTopK looks at this many times K latents of each row before it looks at all of a row."""
+
+
+class Chosen(NamedTuple):
+    """This shard's codes, and rows of this rank that took a second round."""
+
+    codes: Codes
+    second_rounds: int
+
+
+def best_of_rows(found: Codes, k: int, available: list[int], latent: Axis) -> Chosen:
+    """The best k of each row over all shards, negatives cut to 0.
+
+    Args:
+        found: This shard's best [B, m], by (value descending, latent ascending); cut in place.
+        k: Kept per row.
+        available: m of each shard.
+        latent: The latent axis.
+    """
+    if latent.size == 1:
+        return Chosen(Codes(found.values[:, :k].relu_().contiguous(), found.indices[:, :k].contiguous()), 0)
+    values = found.values[:, :k]
+    counts = count_kept(values, k, available, latent)
+    return Chosen(keep(values, found.indices, counts.kept), counts.second_rounds)
+
+
+class Groups(Protocol):
+    """Groups of rows in which the best k per row are selected."""
+
+    def taken(self, values: Tensor) -> Tensor:
+        """How many int64 [B] of each row's first candidates [B, w], descending, are taken; all above 0."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set for any rank that shares these groups."""
+        ...
+
+
+def best_of_batch(
+    ops: StepOps, found: Codes, centred: Tensor, W_enc: Tensor, b_enc: Tensor, groups: Groups
+) -> Chosen:
+    """The best k per row of each group of rows, from candidates of each row.
+
+    The k-th best of any part is a lower bound for that of the whole, so a row whose last candidate is not
+    taken has no more to give. The others are encoded again, with four times the candidates, until that
+    holds on every rank: exact, whatever the rows.
+
+    Args:
+        ops: The backend.
+        found: The best w latents of each row, in order.
+        centred: What they are codes of [B, D].
+        W_enc: [n, D].
+        b_enc: [n].
+        groups: See `groups_of`.
+
+    Returns:
+        Padded codes, at least 0.
+    """
+    (values, indices), latents, again = found, len(W_enc), 0
+    while True:
+        taken, width = groups.taken(values), values.shape[1]
+        full = (taken == width).nonzero().flatten() if width < latents else taken[:0]
+        if not groups.any(len(full) > 0):
+            return Chosen(keep(values, indices, taken), again)
+        if len(full):
+            again += len(full)
+            wider = min(4 * width, latents)
+            more = ops.encode(centred[full], W_enc, b_enc, wider, None)
+            values = F.pad(values, (0, wider - width)).index_copy_(0, full, more.values)
+            indices = F.pad(indices, (0, wider - width)).index_copy_(0, full, more.indices)
+
+
+def groups_of(rows: tuple[int, ...], k: int, count: int, world: World, device: torch.device) -> Groups:
+    """The groups that this rank's rows are in.
+
+    Args:
+        rows: This rank's rows in each of its groups; of one group or a part of it where the data axis is
+            longer than `count`.
+        k: Kept per row on average.
+        count: Groups of the whole batch.
+        world: The mesh.
+        device: Where the rows are.
+    """
+    if world.latent.size == 1 and count >= world.data.size:
+        return LocalGroups(rows, k)
+    return JoinedGroups.of(rows, k, count, world, device)
+
+
+class LocalGroups(NamedTuple):
+    """Groups whose rows and latents are all at hand; a top-k is cheaper than counting digits."""
+
+    rows: tuple[int, ...]
+    k: int
+
+    def taken(self, values: Tensor) -> Tensor:
+        """See `Groups.taken`."""
+        return (best_of_groups(values, self.k, self.rows) > 0).sum(1)
+
+    def any(self, flag: bool) -> bool:
+        """See `Groups.any`."""
+        return flag
+
+
+class JoinedGroups(NamedTuple):
+    """The groups that this rank's rows are in, and who else has rows or latents of them.
+
+    The order is that of one process: value descending, then row, then latent; where more entries equal the
+    edge than there is room for, the shards also tell how many each row has.
+    """
+
+    of_row: Tensor
+    """int64 [B], ascending."""
+    quotas: Tensor
+    """int64 [G]: entries kept of each."""
+    latent: Axis
+    data: Axis
+    """Alone where no group has rows on several ranks."""
+
+    @classmethod
+    def of(
+        cls, rows: tuple[int, ...], k: int, count: int, world: World, device: torch.device
+    ) -> JoinedGroups:
+        """The groups of a batch.
+
+        Args:
+            rows: This rank's rows in each of its groups; of one group or a part of it where the data axis
+                is longer than `count`.
+            k: Kept per row on average.
+            count: Groups of the whole batch.
+            world: The mesh.
+            device: Where the rows are.
+        """
+        sizes, data = torch.tensor(rows, device=device), Axis()
+        if count < world.data.size:
+            data, shared = world.data, sizes
+            sizes = shared.new_zeros(count)
+            sizes[data.rank * count // data.size] = shared[0]
+        of_row = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+        return cls(of_row, k * data.sum(sizes.clone()), world.latent, data)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over everybody who shares these groups, in place."""
+        return self.data.sum(self.latent.sum(tensor))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set for any of them."""
+        told = torch.tensor(flag, dtype=torch.uint8)
+        return bool(self.data.largest(self.latent.largest(told)))
+
+    def taken(self, values: Tensor) -> Tensor:
+        """How many int64 [B] of each row's first candidates [B, w], descending, are taken; all above 0."""
+        there = ~(values <= 0)
+        group = self.of_row[:, None].expand_as(there)
+        edge = edge_of(values[there], group[there], self.quotas, self.add)
+        bits = torch.where(there, order_bits(values), -1)
+        at = edge.bits[self.of_row][:, None]
+        above, tied = (bits > at).sum(1), (bits == at).sum(1)
+        if bool((edge.ties > edge.room).any()):
+            tied = self._first(tied, edge.room)
+        return above + tied
+
+    def _first(self, tied: Tensor, room: Tensor) -> Tensor:
+        """How many [B] of `tied` [B] entries of each row have room [G], by row, then by latent."""
+        shards = self.latent.gather(tied)
+        rows = shards.sum(0)
+        own = torch.zeros_like(room).index_add_(0, self.of_row, rows)
+        before = self.data.gather(own)[: self.data.rank].sum(0)  # ranks hold ascending rows
+        starts = own.cumsum(0) - own  # of each group among this rank's entries
+        earlier = rows.cumsum(0) - rows + (before - starts)[self.of_row] + shards[: self.latent.rank].sum(0)
+        return (room[self.of_row] - earlier).clamp_min(0).minimum(tied)

@@ -1,0 +1,192 @@
+"""The sparse route: a step without a dense product beside the encoder's, on a mesh of any size.
+
+The numbers of `winnow.trainer.step.spec` up to rounding, by hand instead of by autograd: the gradients share
+one sort of the codes, are made in blocks of latents that stay in cache while they are projected and measured,
+and are written to buffers that live as long as the run. `begin`, then `take` once for every micro-batch, then
+`end`.
+
+On a mesh four things cross: the global selection and the sum of the shards' reconstructions over `latent`,
+the gradients and a few sums over `data`. Everything divides by the weight of the whole batch. What has no
+latents (b_pre; a transcoder's b_dec and W_skip) is everywhere: every rank makes the same gradient for it, and
+the norm counts it once. On one process each of these does nothing.
+
+Legend: B rows of this rank's micro-batch, D width of the input, O width of the output, N latents.
+
+The product takes x - b_pre, a copy of [B, D], where the specification folds b_pre into b: that would read
+W_enc once more, and N is the larger.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from winnow.trainer.mesh.exchange import Gather, Part, dense_bytes, rows_bytes
+from winnow.trainer.mesh.topk import Codes, candidates
+from winnow.trainer.step.auxk import AuxK, DeadCodes
+from winnow.trainer.step.context import Model, Outcome, StepContext, Taken
+from winnow.trainer.step.gradients import DeadRows, Entries, Gradients, gathered, pulls_of
+from winnow.trainer.step.losses import Rows
+from winnow.trainer.step.prefixes import EntryPart, Reconstruction, reconstruct, widened
+from winnow.trainer.step.selection import BATCH_CANDIDATES, best_of_batch, best_of_rows, groups_of
+from winnow.trainer.step.spans import mark
+
+
+class _Encoded(NamedTuple):
+    """Candidates of each row, and what AuxK asked for."""
+
+    best: Codes
+    dead: DeadCodes
+
+
+def begin(ctx: StepContext, pieces: int) -> SparseStep:
+    """Open a step of so many micro-batches, the same number on every rank; the weights must not change."""
+    return SparseStep(ctx, pieces)
+
+
+class SparseStep:
+    """A step that is under way; see `begin`."""
+
+    def __init__(self, ctx: StepContext, pieces: int) -> None:
+        self._ctx, self._left = ctx, pieces
+        self._model = Model.of(ctx)
+        self._by_rows = self._sends_rows()
+        self._auxk = AuxK(self._model, by_rows=self._by_rows) if ctx.k_dead else None
+        summed_here = self._by_rows or ctx.world.data.size == 1
+        self._gradients = Gradients(self._model, None if summed_here else ctx.world.data)
+        self._loss = ctx.total.new_zeros(())
+        self._second_rounds = 0
+
+    @torch.no_grad()
+    def take(self, batch: Rows) -> Taken:
+        """Add a micro-batch: this rank's rows, weights above 0; B may be 0 on a mesh."""
+        ctx, model = self._ctx, self._model
+        self._left -= 1
+        centred = model.ops.low(batch.x - ctx.sae.b_pre.detach())
+        gather = Gather(ctx.world.data, centred, ctx.fullest) if self._by_rows else None
+        encoded = self._encode(centred)
+        mark("encode")
+        codes, made = self._reconstruct(batch, centred, encoded.best)
+        self._loss += made.loss
+        parts = made.parts
+        self._send(gather, parts)
+        part, dead = self._add_auxk(encoded.dead, centred, made.error, batch.weights)
+        if part is not None:
+            parts = [*parts, part]
+            self._send(gather, [part])
+        mark("decode")
+        pulls = pulls_of(parts)
+        skip = None if ctx.sae.W_skip is None else (pulls, batch.x)
+        if gather is not None:
+            entries, centred, pulls = gathered(model, gather)
+        else:
+            entries = [Entries.of(model, part) for part in parts if part.values.numel()]
+        self._gradients.add(entries, dead, centred, pulls, skip, last=not self._left)
+        mark("backward")
+        return Taken(made.y_hat, *codes)
+
+    @torch.no_grad()
+    def end(self) -> Outcome:
+        """Loss and norm of the whole step, whose gradients are then in `.grad`."""
+        assert not self._left, "a micro-batch is missing"
+        ctx, loss, second_rounds = self._ctx, self._loss, self._second_rounds
+        if ctx.world.data.size > 1:
+            told = torch.stack([loss.double(), loss.new_tensor(second_rounds, dtype=torch.float64)])
+            told = ctx.world.data.sum(told)
+            loss, second_rounds = told[0].to(loss.dtype), int(told[1])
+        auxk = self._auxk
+        if auxk is not None and auxk.value is not None:
+            loss += ctx.spec.auxk_coefficient * auxk.value
+        norm = self._gradients.end()
+        value, finite = (None, True) if auxk is None else (auxk.value, auxk.finite)
+        return Outcome(loss.item(), value, finite, norm, second_rounds)
+
+    # ---- the parts of `take` -----------------------------------------------------------------------
+
+    def _encode(self, centred: Tensor) -> _Encoded:
+        """This shard's best candidates of each row, in order, from its one dense product."""
+        ctx, ops = self._ctx, self._model.ops
+        m = min(self._candidates(), ctx.sae.latents)
+        wanted = None if self._auxk is None else self._auxk.wanted
+        if not len(centred):
+            values = ctx.total.new_empty(0, m)
+            return _Encoded(Codes(values, torch.empty_like(values, dtype=torch.int64)), None)
+        found = ops.encode(centred, self._model.W_enc, ctx.sae.b_enc.detach(), m, wanted)
+        return _Encoded(Codes(found.values, found.indices), found.dead)
+
+    def _candidates(self) -> int:
+        """Of each row."""
+        if self._ctx.sae.parts.traits.selects == "batch":
+            return BATCH_CANDIDATES * self._ctx.k
+        return self._widest
+
+    @property
+    def _widest(self) -> int:
+        """Latents per row of the widest selection by rows."""
+        ctx = self._ctx
+        return min(4 * ctx.k, ctx.spec.latents) if ctx.spec.multi_topk else ctx.k
+
+    def _reconstruct(self, batch: Rows, centred: Tensor, best: Codes) -> tuple[Codes, Reconstruction]:
+        """Selection, reconstruction and its gradients, without AuxK."""
+        ctx, model, latent = self._ctx, self._model, self._ctx.world.latent
+        batched = ctx.sae.parts.traits.selects == "batch"
+        if batched:
+            groups = groups_of(batch.groups, ctx.k, ctx.groups, ctx.world, centred.device)
+            b_enc = ctx.sae.b_enc.detach()
+            codes, again = best_of_batch(model.ops, best, centred, model.W_enc, b_enc, groups)
+        else:
+            codes, again = best_of_rows(best, ctx.k, ctx.kept_of_shards(ctx.k), latent)
+        self._second_rounds += again
+        scale = batch.weights / (ctx.total * ctx.constant)
+        made = reconstruct(model, batch, codes, scale, batched or latent.size > 1)
+        if ctx.spec.multi_topk:
+            wide, again = best_of_rows(best, self._widest, ctx.kept_of_shards(self._widest), latent)
+            self._second_rounds += again
+            part, loss = widened(model, batch, wide, scale)
+            made = made._replace(parts=[*made.parts, part], loss=made.loss + loss)
+        return codes, made
+
+    def _add_auxk(
+        self, found: DeadCodes, centred: Tensor, error: Tensor, weights: Tensor
+    ) -> tuple[EntryPart | None, DeadRows | None]:
+        """What AuxK adds to this micro-batch's gradients; `error` [B, O] is lost."""
+        if self._auxk is None:
+            return None, None
+        if self._ctx.spec.accumulate == 1:
+            return self._auxk.whole(found, centred, error.neg_(), weights)
+        self._auxk.add(found, centred, error.neg_(), weights)
+        return None, None if self._left else self._auxk.result()
+
+    # ---- rows or gradients over `data` -------------------------------------------------------------
+
+    def _sends_rows(self) -> bool:
+        """Whether rows and codes cross the data axis, as they do where that sends less than gradients.
+
+        Not with `accumulate`: gradients cross once, after the last micro-batch, when the rows are gone.
+        """
+        ctx = self._ctx
+        data, spec, sae = ctx.world.data, ctx.spec, ctx.sae
+        if data.size == 1 or spec.accumulate > 1 or ctx.world.exchange == "dense":
+            return False
+        batched = sae.parts.traits.selects == "batch"
+        k = 2 * ctx.k if batched else ctx.k  # a fuller row of a batch has twice k
+        widths = [k] * len(spec.prefixes) + ([self._widest] if spec.multi_topk else [])
+        widths += [ctx.k_dead] if ctx.k_dead else []
+        entries = [min(sae.latents, candidates(width, ctx.world.latent.size)) for width in widths]
+        size = ctx.total.element_size()
+        by_rows = rows_bytes(data.size, ctx.fullest, sae.d_model, sae.d_out, entries, size)
+        by_sums = dense_bytes(data.size, sae.latents, sae.d_model, sae.d_out, size)
+        return ctx.world.exchange == "rows" or by_rows < by_sums
+
+    def _send(self, gather: Gather | None, parts: list[EntryPart]) -> None:
+        """Begin to send parts to the other ranks of the data axis, while the step continues."""
+        if gather is None:
+            return
+        for part in parts:
+            values = part.values if part.chosen is None else torch.where(part.chosen, part.values, 0.0)
+            dz = values
+            if values.numel():
+                dz = Entries.of(self._model, part).in_rows(values)
+            gather.add(Part(values, dz, part.indices, part.grad, part.whole))

@@ -1,0 +1,84 @@
+"""The state of a run: everything that changes while training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from winnow.sae.model import Sae
+from winnow.trainer.kernels import Backend
+from winnow.trainer.mesh.shard import Shard
+from winnow.trainer.mesh.world import World
+from winnow.trainer.step.dead import DeadCounter
+from winnow.trainer.step.optim import Ema, ema_beta, make_adam
+from winnow.trainer.step.recipe import Recipe, choose_kernels
+
+
+@dataclass
+class Counts:
+    """Numbers a run carries along; all of them are checkpointed."""
+
+    step: int = 0
+    """Steps finished."""
+    tokens: int = 0
+    """Rows of weight above 0 trained on."""
+    tokens_before_last_epoch: int = 0
+    """`tokens` when the last epoch began."""
+    auxk_steps: int = 0
+    """Steps on which AuxK was active."""
+    auxk_nonfinite: int = 0
+    """Steps on which AuxK was not finite and counted as 0."""
+    seconds: float = 0.0
+    """Wall-clock spent in steps, waiting for data included."""
+    seconds_waiting: float = 0.0
+    """Of it, waiting for data."""
+
+
+class Run:
+    """Everything that changes while training: weights, Adam, moving average, dead counts, counts.
+
+    Args:
+        sae: An initialised SAE; on a mesh, of this rank's latents.
+        recipe: How it is trained.
+        loss_constant: From `winnow.sae.init.initialise`.
+        world: The mesh; alone where not given.
+    """
+
+    def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float, world: World | None = None) -> None:
+        self.recipe, self.loss_constant = recipe, loss_constant
+        self.shard = Shard(sae, world or World(), recipe.spec.latents)
+        self.kernels: Backend = choose_kernels(recipe.spec, sae.parts, self.device)
+        self.adam = make_adam(sae, recipe.spec)
+        self.ema = Ema(sae, ema_beta(recipe.spec, recipe.steps)) if recipe.spec.ema else None
+        self.dead = DeadCounter(sae.latents, self.device)
+        self.counts = Counts()
+        self.source: Sae | None = None
+        """The SAE that a new run begins from."""
+
+    @property
+    def sae(self) -> Sae:
+        """This rank's latents."""
+        return self.shard.sae
+
+    @property
+    def world(self) -> World:
+        """The mesh."""
+        return self.shard.world
+
+    @property
+    def batches(self) -> bool:
+        """Whether rows are selected together, and it matters which group of lanes they come from."""
+        return self.sae.parts.traits.selects == "batch"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.sae.W_enc.device
+
+    @property
+    def dead_share_of_last_epoch(self) -> float:
+        """Share of the latents never active over the last epoch so far; on a mesh, a collective."""
+        rows = max(1, self.counts.tokens - self.counts.tokens_before_last_epoch)
+        silent = self.world.latent.sum(torch.tensor(len(self.dead.silent(rows))))
+        return int(silent) / self.recipe.spec.latents

@@ -1,0 +1,166 @@
+"""One training step, top to bottom: what is dead, the gradients of every micro-batch, the update.
+
+Legend: B rows of this rank, D d_model, O width of the output, n latents of this shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from winnow.schemas.errors import NonFiniteError
+from winnow.trainer.step import sparse, spec
+from winnow.trainer.step.context import Outcome, StepContext
+from winnow.trainer.step.losses import Rows
+from winnow.trainer.step.optim import lr_at
+from winnow.trainer.step.report import StepReport, Tally
+from winnow.trainer.step.spans import mark
+from winnow.trainer.step.state import Run
+from winnow.trainer.step.update import fused_update, plain_update
+
+Step = sparse.SparseStep | spec.SpecStep
+"""A step that is under way: `take` for every micro-batch, then `end`."""
+
+
+def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> StepReport | None:
+    """Train on one batch.
+
+    Args:
+        run: The state, changed in place.
+        rows: Raw activations [B, D], on the SAE's device but where they are split (`accumulate`), whose
+            parts are moved there one by one; on a mesh, this rank's share of the batch.
+        weights: [B]; rows of weight 0 take part in nothing, whatever they hold.
+        target: A transcoder's raw target rows [B, O].
+
+    Returns:
+        None where every row has weight 0: nothing but the step number moves.
+
+    Raises:
+        NonFiniteError: The loss or the gradient is NaN or infinite; the weights are left as they were.
+    """
+    counts = run.counts
+    if counts.step == run.recipe.last_epoch_start:
+        counts.tokens_before_last_epoch = counts.tokens
+    ctx = StepContext.of(run, weights)
+    if not ctx.rows:
+        counts.step += 1
+        return None
+    pieces = micro_batches(run, rows, weights, target)
+    route = spec if ctx.kernels == "eager" else sparse
+    step = route.begin(ctx, len(pieces))
+    if run.recipe.spec.accumulate == 1:
+        (batch,) = (piece() for piece in pieces)
+        taken, tally = step.take(batch), None
+        active = run.dead.active(taken.values, taken.indices)
+        x, x_hat, values, weights = batch.y, taken.y_hat, taken.values, batch.weights
+    else:
+        tally = _take_all(run, step, pieces)
+        active, x = tally.active, rows.new_empty(0)
+        x_hat = values = weights = x
+    found = step.end()
+    lr = _update(run, ctx, found)
+    _count(run, ctx, found, active)
+    return StepReport(
+        found.loss,
+        found.auxk or 0.0,
+        found.grad_norm,
+        lr,
+        sum(ctx.dead_of_shards),
+        x,
+        x_hat,
+        values,
+        weights,
+        ctx.world,
+        found.second_rounds,
+        ctx.rows,
+        tally,
+    )
+
+
+def _take_all(run: Run, step: Step, pieces: list[Callable[[], Rows]]) -> Tally:
+    """Take every micro-batch, one in memory at a time."""
+    tally = Tally(run)
+
+    def take(batch: Rows) -> None:
+        tally.add(batch, step.take(batch))
+
+    for piece in pieces:
+        take(piece())
+    return tally
+
+
+def micro_batches(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None) -> list[Callable[[], Rows]]:
+    """The parts of a batch, each prepared on the device when called.
+
+    Those without a row of weight above 0 are left out, but on a mesh, where others may have one.
+    """
+    count, device = run.recipe.spec.accumulate, run.device
+
+    def ready(rows: Tensor, weights: Tensor, target: Tensor | None) -> Rows:
+        moved = None if target is None else target.to(device)
+        return prepare(run, rows.to(device), weights.to(device), moved)
+
+    targets = [None] * count if target is None else target.tensor_split(count)
+    parts = zip(rows.tensor_split(count), weights.tensor_split(count), targets, strict=True)
+    return [partial(ready, *part) for part in parts if run.world.meshed or bool((part[1] > 0).any())]
+
+
+@torch.no_grad()
+def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> Rows:
+    """A micro-batch normalised, without its rows of weight 0. Arguments as for `train_step`."""
+    keep = weights > 0
+    share = run.world.data.size * run.recipe.spec.accumulate
+    groups = max(1, run.recipe.spec.groups // share) if run.batches else 1
+    sizes = tuple(int(part.sum()) for part in keep.tensor_split(groups))
+    if sum(sizes) < len(rows):
+        rows, weights = rows[keep], weights[keep]
+        target = None if target is None else target[keep]
+    x = run.sae.normalise(rows)[0]
+    return Rows(x, x if target is None else run.sae.normalise_target(target), weights, sizes)
+
+
+def _update(run: Run, ctx: StepContext, found: Outcome) -> float:
+    """Change the weights by the gradients; gives the learning rate."""
+    _require_finite("loss", found.loss, ctx.step)
+    _require_finite("gradient norm", found.grad_norm, ctx.step)
+    lr = lr_at(ctx.step, run.recipe.steps, ctx.spec)
+    largest = ctx.spec.clip_norm
+    if ctx.kernels == "eager":
+        plain_update(run.sae, run.adam, run.ema, lr=lr, grad_norm=found.grad_norm, largest=largest)
+    else:
+        fused_update(
+            run.sae,
+            run.adam,
+            run.ema,
+            lr=lr,
+            grad_norm=found.grad_norm,
+            largest=largest,
+            moments=ctx.spec.moments,
+            step=ctx.step,
+        )
+    mark("update")
+    return lr
+
+
+def _count(run: Run, ctx: StepContext, found: Outcome, active: Tensor) -> None:
+    """Count a step in which the latents `active` uint8 [n] were, of this rank's rows."""
+    counts = run.counts
+    if found.auxk is not None:
+        counts.auxk_steps += 1
+        counts.auxk_nonfinite += not found.auxk_finite
+    run.dead.update(run.world.data.largest(active), ctx.rows)
+    counts.step += 1
+    counts.tokens += ctx.rows
+
+
+def _require_finite(what: str, value: float, step: int) -> None:
+    if not -float("inf") < value < float("inf"):
+        raise NonFiniteError(
+            f"the {what} of step {step} is not finite",
+            expected="a number",
+            got=value,
+            fix="Lower lr or set clip_norm, and train into another `out`",
+        )
