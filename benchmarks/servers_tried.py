@@ -244,7 +244,7 @@ def row(name: str, version: str, bucket: str) -> str:
     alone = fresh(bucket)
     single = attempt(lambda: alone.probe(single_writer=True))
     checks = {(True, False): "yes", (True, True): "no"}.get(
-        (alone._known.looked, alone._known.unchecked), "?"
+        (alone._server.looked, alone._server.unchecked), "?"
     )
     for what, said in (("probe", probe), ("probe of a single writer", single), ("repair", fast)):
         print(f"  {name}: {what}: {said}", file=sys.stderr)

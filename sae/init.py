@@ -125,25 +125,25 @@ def initialise(
     sae.b_pre.copy_(geometric_median(x, weights))
     constant = loss_constant(y, weights)
 
-    generator = torch.Generator().manual_seed(seed)
-    latents, part, output = place or Place.whole(sae)
-    sae.W_dec.copy_(_directions(sae.d_out, latents, generator, part, draw_all=sae.has_target))
-    sae.W_enc.copy_(_directions(sae.d_model, latents, generator, part) if sae.has_target else sae.W_dec)
+    place = place or Place.whole(sae)
+    _fill_directions(sae, place, seed)
     sae.b_enc.zero_()
-    sae.W_enc.mul_(_matching_scale(sae, output, x, y, weights) if encoder_norm is None else encoder_norm)
+    sae.W_enc.mul_(
+        _matching_scale(sae, place.output, x, y, weights) if encoder_norm is None else encoder_norm
+    )
     activation_of(sae.parts.activation).begin(sae)
     return constant
 
 
-def _fill_directions(sae: Sae, seed: int) -> None:
+def _fill_directions(sae: Sae, place: Place, seed: int) -> None:
     """Fill decoder and encoder with random unit rows, or with those of a shard's part of the latents."""
     # A generator of the CPU, so that every device starts with the same numbers.
     generator = torch.Generator().manual_seed(seed)
-    part, of = getattr(sae, "part", None), getattr(sae, "of", sae.latents)
-    sae.W_dec.copy_(_directions(sae.d_out, of, generator, part, draw_all=sae.has_target))
+    latents, part = place.latents, place.part
+    sae.W_dec.copy_(_directions(sae.d_out, latents, generator, part, draw_all=sae.has_target))
     # The directions of an input and of another hook's output have nothing in common: a transcoder's encoder
     # is not its decoder.
-    sae.W_enc.copy_(_directions(sae.d_model, of, generator, part) if sae.has_target else sae.W_dec)
+    sae.W_enc.copy_(_directions(sae.d_model, latents, generator, part) if sae.has_target else sae.W_dec)
 
 
 def counted_rows(

@@ -23,7 +23,7 @@ from winnow.schemas.training import SaeParts, TrainSpec
 from winnow.trainer.mesh.world import check_mesh
 from winnow.trainer.plan.memory import FLOAT, HALF, Memory, parameters, sae_memory
 from winnow.trainer.step.moments import BYTES
-from winnow.trainer.step.step import choose_kernels
+from winnow.trainer.step.recipe import choose_kernels
 
 GIB = 2**30
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from winnow.sae import metrics
 from winnow.trainer.mesh.world import World
-from winnow.trainer.step import losses
+from winnow.sae import metrics
 from winnow.trainer.step.context import Taken
 from winnow.trainer.step.state import Run
 
@@ -28,12 +29,12 @@ class Tally:
 
     def __init__(self, run: Run) -> None:
         self._dead = run.dead
-        self.fvu = losses.Fvu(run.sae.d_out, run.device)
-        self.l0 = losses.L0()
+        self.fvu = metrics.Fvu(run.sae.d_out, run.device)
+        self.l0 = metrics.L0()
         self.active = torch.zeros_like(run.dead.since, dtype=torch.uint8)
         """uint8 [n]: 1 where a latent was active."""
 
-    def add(self, batch: losses.Rows, taken: Taken) -> None:
+    def add(self, batch: Rows, taken: Taken) -> None:
         """Take in a micro-batch."""
         self.active |= self._dead.active(taken.values, taken.indices)
         self.l0.add(taken.values, batch.weights)
@@ -74,7 +75,7 @@ class StepReport:
         if self.tally is not None:
             sums = self.tally.fvu
         else:
-            sums = losses.Fvu(self.x.shape[1], self.x.device)
+            sums = metrics.Fvu(self.x.shape[1], self.x.device)
             sums.add(self.x, self.x_hat, self.weights)
         return (sums.over(self.world.data.sum) if self.world.meshed else sums).value
 
@@ -84,7 +85,7 @@ class StepReport:
         if self.tally is not None:
             count = self.tally.l0
         else:
-            count = losses.L0()
+            count = metrics.L0()
             count.add(self.values, self.weights)
         if self.world.meshed:  # every shard counted the rows
             return count.over(self.world.whole.sum).value * self.world.latent.size
