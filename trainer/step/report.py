@@ -12,8 +12,8 @@ from torch import Tensor
 
 from winnow.sae import metrics
 from winnow.trainer.mesh.world import World
-from winnow.sae import metrics
 from winnow.trainer.step.context import Taken
+from winnow.trainer.step.losses import Rows
 from winnow.trainer.step.state import Run
 
 TALLIED_ROWS = 256
