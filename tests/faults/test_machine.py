@@ -11,11 +11,10 @@ from hypothesis.stateful import get_state_machine_test
 
 from tests.support.machine import Harvest, OneThread, same_metadata
 from winnow.schemas.errors import MissingObject, StoreError, WinnowError
-from winnow.store import testing
 from winnow.store.check import repair, verify
 from winnow.store.read import fetch
 from winnow.store.records import commit
-from winnow.store.testing import make_attempt
+from winnow.store.testing import make_attempt, synthetic
 from winnow.store.write import writer
 
 MACHINE = settings(
@@ -84,7 +83,7 @@ def the_receipt_comes_before_the_shards():
             receipt = writer.UnitReceipt(
                 plan_fingerprint=plan.fingerprint,
                 unit=unit,
-                tokens_sha256=writer.tokens_digest(testing.synthetic_tokens(plan, unit)),
+                tokens_sha256=writer.tokens_digest(synthetic.synthetic_tokens(plan, unit)),
                 shards={name: make(plan, unit, name, everything[name])[1] for name in plan.spec.hooks},
                 attempt=make_attempt(),
             )
@@ -98,7 +97,7 @@ def the_receipt_comes_before_the_shards():
         everything.update(rows)
         return commit(root, plan, unit, rows, **facts)
 
-    return {(writer, "_store_shard"): early, (testing, "commit_unit"): commit_unit}
+    return {(writer, "_store_shard"): early, (synthetic, "commit_unit"): commit_unit}
 
 
 def an_adopted_shard_is_described_by_our_rows():
@@ -121,7 +120,7 @@ def a_seal_does_not_wait():
             return writer.UnitReceipt(
                 plan_fingerprint=plan.fingerprint,
                 unit=unit,
-                tokens_sha256=writer.tokens_digest(testing.synthetic_tokens(plan, unit)),
+                tokens_sha256=writer.tokens_digest(synthetic.synthetic_tokens(plan, unit)),
                 shards={},
                 void="not there yet",
                 attempt=make_attempt(),

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from winnow.cli import store as cli
 from winnow.schemas.errors import ConfigError, IntegrityError, StoreError
 from winnow.schemas.harvest import SLICES
-from winnow.store import ActivationStore, testing
+from winnow.store import ActivationStore
 from winnow.store.check.info import dataset_info
 from winnow.store.check.verify import LEVELS, Problem, damage, verify
 from winnow.store.format.layout import manifest_key, receipt_key, shard_key, slice_bytes, tokens_key
@@ -26,6 +26,7 @@ from winnow.store.testing import (
     FaultyStore,
     flip_bit,
     make_plan,
+    synthetic,
     synthetic_rows,
     write_dataset,
     write_plan,
@@ -264,7 +265,7 @@ def test_planned_tokens_are_compared_when_a_dataset_is_opened(tmp_path, monkeypa
     def other_tokens(*args, **facts):
         return real(*args, **facts | {"tokens_sha256": "ab" * 32})
 
-    monkeypatch.setattr(testing, "commit_unit", other_tokens)
+    monkeypatch.setattr(synthetic, "commit_unit", other_tokens)
     write_dataset(store, PLAN)
     with pytest.raises(IntegrityError, match=r"the receipt of unit 0 is for other tokens than were planned"):
         ActivationStore.over(store)
