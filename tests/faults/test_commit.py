@@ -215,7 +215,7 @@ def test_an_orphan_with_other_rows_is_refused(store: ObjectStore) -> None:
 def test_an_orphan_that_is_torn_is_refused(store: ObjectStore) -> None:
     with pytest.raises(Crash):
         write_unit(FaultyStore(store, {1: "truncate", 2: "crash_before"}), PLAN, 0)
-    with pytest.raises(IntegrityError, match=r"unit 0, hook 'resid_post.1'.*torn"):
+    with pytest.raises(IntegrityError, match=r"unit 0, hook 'resid_post.1'.*is incomplete"):
         write_unit(store, PLAN, 0)
 
 

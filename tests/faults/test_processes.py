@@ -16,13 +16,13 @@ import pytest
 
 from tests.conftest import S3Server
 from tests.support.pipeline import pipeline_config
+from winnow.common import clock
 from winnow.schemas.config import Config, StorageSpec
 from winnow.schemas.errors import StoreError, WinnowError
 from winnow.store.check.verify import verify
 from winnow.store.objects import local as local_objects
 from winnow.store.objects import open_store
 from winnow.store.testing import make_plan, write_dataset
-from winnow.store.write import writer
 
 HOOK = "resid_post.1"
 PLAN = make_plan(units=2, hooks={HOOK: 4})
@@ -131,7 +131,7 @@ def test_only_provenance_sees_the_time_of_day(tmp_path: Path, monkeypatch: pytes
         def now(cls, tz: object = None) -> datetime:  # noqa: ARG003
             return datetime(2031, 1, 1, tzinfo=UTC) - timedelta(hours=next(jumps))
 
-    monkeypatch.setattr(writer, "datetime", Jumping)
+    monkeypatch.setattr(clock, "datetime", Jumping)
     monkeypatch.setattr(time, "time", lambda: 4e9 - 3600 * next(jumps))
     store = open_store(str(tmp_path / "false"))
     store.probe()

@@ -102,7 +102,7 @@ def test_closing_ends_a_wait_at_once(tmp_path):
     stream.close()
     ended = threading.Event()
     ended.set()
-    with pytest.raises(StoreError, match="ended"):
+    with pytest.raises(StoreError, match="interrupted"):
         store.arrivals.wait(3, ended)
 
 
