@@ -29,7 +29,7 @@ GAUGES = {
     "winnow_run_step": ("step", "Steps finished"),
     "winnow_run_steps": ("steps", "Steps of the whole run"),
     "winnow_run_tokens": ("tokens", "Rows trained on"),
-    "winnow_run_tokens_per_second": ("tokens_per_s", "Rows a second of its own time"),
+    "winnow_run_tokens_per_second": ("tokens_per_s", "Rows per second of its own time"),
     "winnow_run_fvu": ("fvu", "FVU of the last batch that was logged; once finished, held out"),
     "winnow_run_waiting_share": ("waiting_share", "Share of the time spent waiting for data"),
     "winnow_run_seconds": ("seconds", "Wall-clock of its steps"),

@@ -87,7 +87,7 @@ class Attempt:
             line.strip() for line in self.log.read().decode(errors="replace").splitlines() if line.strip()
         ]
         errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines or ["it said nothing"])[-1].removeprefix("error: ")
+        return (errors or lines or ["it logged nothing"])[-1].removeprefix("error: ")
 
 
 @dataclass

@@ -103,7 +103,7 @@ def _watched(model: nn.Module, blocks: Sequence[str], found: dict[str, Tensor]) 
             def keep(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
                 value = output[0] if isinstance(output, (tuple, list)) and output else output
                 if isinstance(value, Tensor) and value.is_floating_point() and LENGTH in value.shape:
-                    # Some models put positions first, before the batch.
+                    # Not every block returns [windows, T, ...].
                     axis = value.shape.index(LENGTH)
                     found[path] = value.movedim(axis, 0)[: LENGTH - CHANGED].clone()
                 if path == blocks[-1]:

@@ -23,8 +23,6 @@ from winnow.schemas.errors import ConfigError
 _CONTROL, _USER_DEFINED = 3, 4
 """Token types of GGUF: special tokens, and added ones that are ordinary text (runs of spaces, `<think>`)."""
 
-# The rules are written as in the published files, to the last bracket: that is what makes them comparable.
-
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"

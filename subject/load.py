@@ -495,7 +495,7 @@ def device_of(spec: SubjectSpec) -> torch.device:
     if spec.device_map is not None:
         if not count or name != "auto":
             raise ConfigError(
-                f"subject.device_map {spec.device_map!r} lays the subject over several GPUs",
+                f"subject.device_map {spec.device_map!r} spreads the subject over several GPUs",
                 expected="GPUs that this process sees, and subject.device: auto",
                 got=f"{count} GPUs, subject.device: {name}",
                 fix="Leave device_map out, or set harvest.gpus_per_actor and use a machine with GPUs",

@@ -110,7 +110,7 @@ def chosen(store: ObjectStore, plan: HarvestPlan, subject: Subject, threads: int
     kind = kind_of(subject.device, threads)
     if store.size(batch_key(kind)) is None:
         size, rates = measure(subject, plan)
-        log.info("%d windows in a pass; tokens/s by size: %s", size, rates)
+        log.info("%d windows per pass; tokens/s by size: %s", size, rates)
         record = BatchRecord(plan_fingerprint=plan.fingerprint, batch_windows=size, tokens_per_s=rates)
         settle(store, batch_key(kind), record.to_json())
     # Read back also after measuring: of two workers that measured at once, one has created the record, and

@@ -125,8 +125,7 @@ class Brake:
                     expected="at most one, since rows are deleted behind it",
                     fix="Set train.epochs: 1, or harvest.follow.ring: false",
                 )
-        # Before the first follower arrives nothing has been passed, though `all` of no followers have passed
-        # it.
+        # Nothing may be deleted before the first follower has come.
         if not self._followers:
             return
         passed = min(f.units_passed for f in self._followers)

@@ -97,7 +97,7 @@ class RunLedger:
         # ran out.
         if facts.batch_windows != self.batch_windows:
             self.batch_windows = facts.batch_windows
-            say(f"harvest: {facts.batch_windows} windows in a pass of the LM")
+            say(f"harvest: {facts.batch_windows} windows per pass of the LM")
         self._last = time.monotonic()
         self.units += 1
         self.bytes += facts.bytes

@@ -116,8 +116,7 @@ class LocalRun:
             self._ledger.add(future.result())
             self._failures.succeeded(unit)
             return
-        # Under Ray an actor dies of it and is replaced; here this very process has no memory left, and a
-        # retry would fail the same way.
+        # This very process has no memory left: no fault of the unit, and a retry would fail the same way.
         if isinstance(error, MemoryError) or not isinstance(error, Exception):
             raise error
         known = error if isinstance(error, WinnowError) else WorkerError(f"unit {unit}", got=str(error)[:300])
