@@ -125,9 +125,7 @@ def forecast(
     seconds = to_do * unit_tokens / rate if rate else None
     probe = probe_requests(store)
     requests = _requests(spec, units, to_do, probe, planned=plan is not None, seconds=seconds or 0.0)
-    # Tokens are uint32, and their chunk ends with a crc32c of four bytes.
-    whole = units * (shard + unit_tokens * 4 + 4 + RECEIPT_BYTES * len(sites))
-    whole += min(units, MOMENT_UNITS) * MOMENT_BYTES * sum(site.d_model for site in sites)
+    whole = _dataset_bytes(spec, units, sites)
     hours = seconds / 3600 if seconds is not None else None
     return Forecast(
         units=units,
@@ -237,6 +235,14 @@ def _shard_bytes(spec: PlanSpec, site: HookSite) -> int:
     # and a crc32c of its own.
     rows_ = spec.windows_per_unit * (spec.context_length - spec.drop_leading)
     return rows_ * row_bytes(spec.dtype, site.d_model) + SLICES * 4 + SLICES * 16 + 4
+
+
+def _dataset_bytes(spec: PlanSpec, units: int, sites: tuple[HookSite, ...]) -> int:
+    shards = sum(_shard_bytes(spec, site) for site in sites)
+    # Tokens are uint32, and their chunk ends with a crc32c of four bytes.
+    tokens = spec.windows_per_unit * spec.context_length * 4 + 4
+    whole = units * (shards + tokens + RECEIPT_BYTES * len(sites))
+    return whole + min(units, MOMENT_UNITS) * MOMENT_BYTES * sum(site.d_model for site in sites)
 
 
 def _objects(spec: PlanSpec, units: int) -> int:
