@@ -229,7 +229,7 @@ def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parqu
 
 
 def _refuse_secrets(uri: str) -> None:
-    # A path such as `data/[part` is no URL, and therefore no URL with credentials.
+    # What is no URL has no credentials in it; `_match` says what is wrong with it.
     try:
         parts = urlsplit(uri)
     except ValueError:

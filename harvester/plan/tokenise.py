@@ -202,7 +202,7 @@ class DocumentTokenizer:
         for ids in self._text.encode_batch(texts):
             ids.append(self.join)
             made.append(np.array(ids, np.uint32))
-        # Here, before anything is stored: the LM would fail on such an id hours later, or read another row.
+        # Here, before anything is stored: the LM would fail on such an id hours later.
         largest = max(int(tokens.max()) for tokens in made)
         if largest >= self._identity.vocabulary:
             raise IntegrityError(
