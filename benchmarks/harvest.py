@@ -65,7 +65,7 @@ def measure(config: Config) -> dict[str, Any]:
     # Resolved here, since floor and harvest must run the same shape.
     if config.harvest.batch_windows == "auto":
         subject = Subject.load(section(config.subject, "subject"), until=plan.spec.hooks)
-        chosen = config.harvest.model_copy(update={"batch_windows": batching.measure(subject, plan)[0]})
+        chosen = config.harvest.model_copy(update={"batch_windows": batching.measure_batch(subject, plan)[0]})
         config = config.model_copy(update={"harvest": chosen})
         del subject
     # Different halves, so that the two floors together cover the windows of the harvest.

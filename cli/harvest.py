@@ -14,7 +14,7 @@ from winnow.common.figures import human_bytes
 from winnow.common.reporter import Progress, say
 from winnow.harvester.plan.planner import find_plan, make_plan, refuse_other
 from winnow.harvester.run import forecast as forecasts
-from winnow.harvester.run.driver import check_space, harvest
+from winnow.harvester.run.driver import check_store_space, harvest
 from winnow.harvester.run.ledger import account, read_ledger
 from winnow.harvester.run.mend import mend
 from winnow.schemas.config import Config, section
@@ -105,17 +105,17 @@ def harvest_command(
         store = open_store(cfg.root, cfg.storage)
         if forecast:
             found = forecasts.forecast(
-                cfg, store, find_plan(cfg, store), measure=lambda: forecasts.measured(cfg)
+                cfg, store, find_plan(cfg, store), measure=lambda: forecasts.measure_rate(cfg)
             )
             title = f"harvest of {store.uri}"
-            emit(found.model_dump(mode="json"), json, lambda: print_table(title, forecasts.rows(found)))
+            emit(found.model_dump(mode="json"), json, lambda: print_table(title, forecasts.table_rows(found)))
             return
         if repair:
             _repair(cfg, store)
         plan = ensure_plan(cfg, store)
         before = forecasts.forecast(cfg, store, plan)
         if before.units_to_do:
-            say(forecasts.line(before))
+            say(forecasts.summary_line(before))
         manifest = harvest(cfg, store, plan, accept_quarantined=accept_quarantined)
         facts = _harvest_facts(manifest, plan, store)
         emit(facts, json, lambda: _show_harvest(facts))
@@ -142,7 +142,7 @@ def ensure_plan(config: Config, store: ObjectStore) -> HarvestPlan:
     section(config.plan, "plan")
     plan = find_plan(config, store)
     if plan is not None:
-        check_space(plan, store, 0)
+        check_store_space(plan, store, 0)
         return plan
     with Progress("plan", None, "tokens") as bar:
         return make_plan(config, store, progress=lambda tokens, **facts: bar.update(tokens, **facts))

@@ -9,7 +9,7 @@ import typer
 
 from winnow.cli.console import emit, guard, print_table, stdout
 from winnow.common.reporter import say
-from winnow.jobs.runs import HEADER, Seen, find_runs, last_records, picture
+from winnow.jobs.runs import HEADER, RunView, find_runs, last_records, watch_rows
 from winnow.schemas.errors import ConfigError
 from winnow.store.objects import ObjectStore, open_store
 from winnow.trainer.run.status import allow_again, ask_to_stop, read_status
@@ -46,7 +46,7 @@ def runs_command(root: Root, json: AsJson = False) -> None:
         emit(facts, json, lambda: _show(root, found, jobs, job_rows(jobs)))
 
 
-def _show(root: str, found: list[Seen], jobs: list[dict[str, Any]], rows: list[list[str]]) -> None:
+def _show(root: str, found: list[RunView], jobs: list[dict[str, Any]], rows: list[list[str]]) -> None:
     if found:
         print_table(root, [seen.row() for seen in found], HEADER)
         for seen in found:
@@ -70,13 +70,13 @@ def watch_command(
     from rich.live import Live
     from rich.table import Table
 
-    def look(store: ObjectStore) -> tuple[Seen, Table]:
+    def look(store: ObjectStore) -> tuple[RunView, Table]:
         status = read_status(store)
         if status is None:
             raise ConfigError(f"{run} is no run", expected="a status.json that can be read", got="none")
-        seen = Seen("", status, False, time.time())
+        seen = RunView("", status, False, time.time())
         table = Table(show_header=False)
-        for label, value in picture(run, seen, last_records(store)):
+        for label, value in watch_rows(run, seen, last_records(store)):
             table.add_row(label, value)
         return seen, table
 

@@ -18,7 +18,16 @@ import typer
 
 from winnow.cli.console import guard
 from winnow.cli.service import submit_config
-from winnow.jobs.ray_job import STOP_SECONDS, Job, auth_token, connect, entrypoint, handed_on, run, sets_of
+from winnow.jobs.ray_job import (
+    STOP_SECONDS,
+    RayJob,
+    auth_token,
+    connect,
+    entrypoint,
+    handed_on,
+    run_job,
+    sets_of,
+)
 from winnow.schemas.errors import ConfigError
 
 
@@ -77,7 +86,7 @@ def submit_command(
         if to:
             enqueue(command, to, attempts)
             return
-        job = Job(
+        job = RayJob(
             entrypoint=entrypoint(command, working_dir, python),
             working_dir=working_dir,
             env_vars={"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **handed_on(env, os.environ)},
@@ -86,7 +95,7 @@ def submit_command(
             id=f"winnow-{command[0]}-{secrets.token_hex(4)}",
         )
         client = connect(address, auth_token(os.environ))
-        code = run(client, job, detach=detach)
+        code = run_job(client, job, detach=detach)
     raise typer.Exit(code)
 
 

@@ -99,7 +99,7 @@ def _session(settings: CrewSettings) -> Generator[None]:
             raise
         raise ConfigError(
             f"{settings.named.address} {address!r}: no Ray cluster can be joined there",
-            got=first_line(error),
+            got=last_line(error),
             fix="Start one (`ray start --head`), give its host:port, and set RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH if it asks for a token",
         ) from error
@@ -225,7 +225,7 @@ class Crew:
             # The sentence with its fix and exit code, not Ray's traceback around it.
             if isinstance(error.cause, WinnowError):
                 raise error.cause from error
-            raise WorkerError("loading the subject on a worker", got=first_line(error)) from error
+            raise WorkerError("loading the subject on a worker", got=last_line(error)) from error
         except RayActorError as error:
             if node_lost(error):
                 self.nodes_lost += 1
@@ -234,7 +234,7 @@ class Crew:
             # Not spawned again: a subject that does not fit in memory would kill each successor as well.
             raise WorkerError(
                 "a worker died while it loaded the subject",
-                got=first_line(error),
+                got=last_line(error),
                 fix=f"Look for memory: each of {self._named.actors} holds one copy of the model",
             ) from error
         self.members[number] = actor
@@ -262,7 +262,7 @@ class Crew:
                 "%s: a node is gone, %d actors are left: %s",
                 self._named.who,
                 len(self.members),
-                first_line(verdict),
+                last_line(verdict),
             )
         return gone
 
@@ -325,7 +325,7 @@ def _verdict(actor: Any, error: RayActorError) -> RayActorError | None:
     return error
 
 
-def first_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
     """The last line that is not blank, of an error from Ray, at most 300 characters."""
     # Ray's messages are tracebacks: the error itself is at their end.
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -38,7 +38,7 @@ _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KE
 
 
 @dataclass(frozen=True)
-class Job:
+class RayJob:
     """A job before it is submitted."""
 
     entrypoint: str
@@ -180,7 +180,9 @@ def connect(address: str, token: str | None) -> Any:
         ) from error
 
 
-def run(client: Any, job: Job, *, detach: bool = False, write: Callable[[str], object] | None = None) -> int:
+def run_job(
+    client: Any, job: RayJob, *, detach: bool = False, write: Callable[[str], object] | None = None
+) -> int:
     """Submit the job, follow its log, and return its exit code.
 
     Args:
@@ -220,7 +222,7 @@ def run(client: Any, job: Job, *, detach: bool = False, write: Callable[[str], o
     return 128 - code if code < 0 else code
 
 
-def _submit(client: Any, job: Job) -> None:
+def _submit(client: Any, job: RayJob) -> None:
     end = time.monotonic() + AGENT_SECONDS
     while True:
         try:

@@ -18,7 +18,7 @@ SILENT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Seen:
+class RunView:
     """A run, as its stored status describes it."""
 
     name: str
@@ -55,7 +55,7 @@ class Seen:
     def row(self) -> list[str]:
         """The run as a row of a table; see HEADER."""
         s = self.status
-        eta = clock(s.eta_seconds) if self.state == "training" and s.eta_seconds is not None else ""
+        eta = human_duration(s.eta_seconds) if self.state == "training" and s.eta_seconds is not None else ""
         return [
             self.name or ".",
             self.state,
@@ -71,17 +71,17 @@ class Seen:
 HEADER = ("run", "state", "done", "ETA", "N / K", "FVU", "tokens/s", "cost")
 
 
-def find_runs(root: ObjectStore, now: float | None = None) -> list[Seen]:
+def find_runs(root: ObjectStore, now: float | None = None) -> list[RunView]:
     """Every run in `root` or below it that has a status, by name."""
     now = time.time() if now is None else now
     # One listing finds the runs and the requests to stop them.
     keys = {key for key, _ in root.list()}
     names = [key.removesuffix(STATUS_KEY).rstrip("/") for key in keys if key.split("/")[-1] == STATUS_KEY]
-    found: list[Seen] = []
+    found: list[RunView] = []
     for name in sorted(names):
         status = read_status(root.child(name) if name else root)
         if status is not None:
-            found.append(Seen(name, status, f"{name}/{STOP_KEY}".lstrip("/") in keys, now))
+            found.append(RunView(name, status, f"{name}/{STOP_KEY}".lstrip("/") in keys, now))
     return found
 
 
@@ -99,7 +99,7 @@ def last_records(out: ObjectStore, count: int = 400) -> list[Record]:
     return records
 
 
-def clock(seconds: float) -> str:
+def human_duration(seconds: float) -> str:
     """`1:02:03`, or `2:03`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -117,7 +117,7 @@ def sparkline(values: list[float], width: int = 60) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span)] for value in picked)
 
 
-def picture(name: str, seen: Seen, records: list[Record]) -> list[list[str]]:
+def watch_rows(name: str, seen: RunView, records: list[Record]) -> list[list[str]]:
     """The rows that `winnow watch` shows of a run."""
     s = seen.status
     rows = [
@@ -126,7 +126,7 @@ def picture(name: str, seen: Seen, records: list[Record]) -> list[list[str]]:
         ["tokens", f"{s.tokens:,} at {s.tokens_per_s:,.0f}/s"],
     ]
     if s.eta_seconds is not None and seen.state == "training":
-        rows.append(["ETA", clock(s.eta_seconds)])
+        rows.append(["ETA", human_duration(s.eta_seconds)])
     if s.cost is not None:
         rows.append(["cost so far", f"{s.cost:,.2f} {s.currency}"])
     if records:

@@ -31,7 +31,7 @@ from winnow.subject.pretrained import (
     outline_model,
     tokenizer_digest,
 )
-from winnow.subject.splice import Replacement, next_token_loss, read, replaced
+from winnow.subject.splice import Replacement, next_token_loss, read_taps, replaced
 from winnow.subject.steps import Steps
 from winnow.subject.tokenizer import ControlTokens, TextTokenizer
 from winnow.subject.weights import Located, digest_files, locate
@@ -245,7 +245,7 @@ class Subject:
         taps = self._resolve(hooks)
         ids = self._ids(token_ids)
         with torch.no_grad():
-            found = read(self.model, taps, lambda: self._forward(ids), _shape(ids))
+            found = read_taps(self.model, taps, lambda: self._forward(ids), _shape(ids))
         # A module path may give what grows with T, such as attention's weights: its columns are no features.
         for hook, values in found.items():
             if values.shape[-1] != self._taps[hook][1]:
@@ -411,7 +411,7 @@ class Subject:
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         with torch.no_grad():
             # To the end of the pass if there are module paths, so that one that runs twice is refused here.
-            found = read(self.model, taps, lambda: self._body(ids), (1, 2), stop=named)
+            found = read_taps(self.model, taps, lambda: self._body(ids), (1, 2), stop=named)
         widths = {tap: found[tap.hook].shape[-1] for tap in taps}
         for tap, got in widths.items():
             if tap.named and got != width:

@@ -25,7 +25,7 @@ class _AllRead(Exception):
     """Ends the forward pass once every tap has been read, so that nothing later is computed."""
 
 
-def read(
+def read_taps(
     model: nn.Module,
     taps: Sequence[Tap],
     run: Callable[[], object],

@@ -30,7 +30,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import parse_hook
 from winnow.subject.hooks import resolve_hook
 from winnow.subject.load import Subject
-from winnow.subject.splice import Replacement, read, rebuilt, replaced
+from winnow.subject.splice import Replacement, read_taps, rebuilt, replaced
 from winnow.subject.steps import same_logits, trial_ids, turning_points
 
 log = logging.getLogger("winnow.harvester")
@@ -160,7 +160,7 @@ class Tail:
             if spares.blocks and self._first:
                 stack.callback(self._block(self._first - 1).register_forward_hook(keep).remove)
             stack.enter_context(torch.no_grad())
-            found = read(self._model, [self._tap], run, shape, stop=not logits)
+            found = read_taps(self._model, [self._tap], run, shape, stop=not logits)
         return Pass(ids, found[self.hook], made[0], made[1], keep_cache, cache)
 
     def _continued(self, start: Pass, window: int, first: int, stop: int, rows: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def locate(spec: SubjectSpec) -> Located:
     return Located(folder, weight_files(folder), folder.name if folder.parent.name == "snapshots" else None)
 
 
-def holds(spec: SubjectSpec, planned: SubjectIdentity) -> bool:
+def has_planned_files(spec: SubjectSpec, planned: SubjectIdentity) -> bool:
     """Whether the local files that `spec` names are `planned`'s, by the digests of weights and tokenizer.
 
     False for a hub id, whose files would have to be fetched first.

@@ -21,8 +21,8 @@ from winnow.cluster.crew import (
     CrewSettings,
     Named,
     cluster,
-    first_line,
     gpus_per_actor,
+    last_line,
     threads_per_actor,
 )
 from winnow.explorer.index.build import Hands, Recipe
@@ -132,12 +132,12 @@ def _hand_out(crew: Crew, step: str, todo: list[int], done: Callable[[], object]
             except RayActorError as error:
                 # `lost` is true if the node died or was unreachable for a moment: no fault of this number.
                 if not crew.lost(worker, error):
-                    _failed(tries, step, number, WorkerError(f"{step} {number}", got=first_line(error)))
+                    _failed(tries, step, number, WorkerError(f"{step} {number}", got=last_line(error)))
                 queue.append(number)
             except RayTaskError as error:
                 # Ray wraps what the worker raised; our own error carries the exit code and the fix.
                 known = error.cause if isinstance(error.cause, WinnowError) else None
-                _failed(tries, step, number, known or WorkerError(f"{step} {number}", got=first_line(error)))
+                _failed(tries, step, number, known or WorkerError(f"{step} {number}", got=last_line(error)))
                 queue.append(number)
             else:
                 done()

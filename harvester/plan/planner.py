@@ -243,9 +243,9 @@ def _moved(planned: SubjectIdentity, found: SubjectIdentity | SubjectSpec) -> di
         return {}
     if isinstance(found, SubjectSpec):
         # Here, not above: it imports transformers, which only a subject with another name needs.
-        from winnow.subject.weights import holds
+        from winnow.subject.weights import has_planned_files
 
-        same = holds(found, planned)
+        same = has_planned_files(found, planned)
     else:
         digests = found.weights_sha256, found.tokenizer_sha256
         same = digests == (planned.weights_sha256, planned.tokenizer_sha256)

@@ -75,7 +75,7 @@ def smallest_best(rate: Callable[[int], float], most: int) -> tuple[int, dict[in
     return min(size for size, found in rates.items() if found * GAIN >= best), rates
 
 
-def measure(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, float]]:
+def measure_batch(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, float]]:
     """Windows per pass with which this subject is fastest here, and tokens/s by size."""
     T = plan.spec.context_length
     vocabulary, cuda = plan.subject.vocabulary, subject.device.type == "cuda"
@@ -102,14 +102,14 @@ def measure(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, float]]
         return smallest_best(rate, most)
     finally:
         # The largest size tried left its memory in torch's cache, where other actors on the card lack it.
-        free(subject.device)
+        free_memory(subject.device)
 
 
-def chosen(store: ObjectStore, plan: HarvestPlan, subject: Subject, threads: int) -> int:
+def choose_batch(store: ObjectStore, plan: HarvestPlan, subject: Subject, threads: int) -> int:
     """The batch of this root for workers of this kind, measured if no worker has done so; see the module."""
     kind = kind_of(subject.device, threads)
     if store.size(batch_key(kind)) is None:
-        size, rates = measure(subject, plan)
+        size, rates = measure_batch(subject, plan)
         log.info("%d windows per pass; tokens/s by size: %s", size, rates)
         record = BatchRecord(plan_fingerprint=plan.fingerprint, batch_windows=size, tokens_per_s=rates)
         settle(store, batch_key(kind), record.to_json())
@@ -121,7 +121,9 @@ def chosen(store: ObjectStore, plan: HarvestPlan, subject: Subject, threads: int
     return min([size, *(int(name) for name in names if name.isdecimal() and int(name) > 0)])
 
 
-def remember_less(store: ObjectStore, plan: HarvestPlan, device: torch.device, threads: int, to: int) -> None:
+def record_smaller_batch(
+    store: ObjectStore, plan: HarvestPlan, device: torch.device, threads: int, to: int
+) -> None:
     """Record for later workers that memory ran out and `to` windows per pass are left."""
     # A record per size, since records are create-only: the smallest one counts.
     record = BatchRecord(plan_fingerprint=plan.fingerprint, batch_windows=to)
@@ -135,7 +137,7 @@ def kind_of(device: torch.device, threads: int) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
-def free(device: torch.device) -> None:
+def free_memory(device: torch.device) -> None:
     """Give the memory in torch's cache back to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

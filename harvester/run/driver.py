@@ -18,8 +18,8 @@ from winnow.cluster.crew import (
     CrewSettings,
     Named,
     cluster,
-    first_line,
     gpus_per_actor,
+    last_line,
     threads_per_actor,
 )
 from winnow.common.figures import human_bytes
@@ -27,7 +27,7 @@ from winnow.common.reporter import Progress, say
 from winnow.harvester.run.brake import Brake
 from winnow.harvester.run.failures import Failures
 from winnow.harvester.run.ledger import RunLedger, settle_account
-from winnow.harvester.run.single import LocalRun, accept, check_single_writer
+from winnow.harvester.run.single import LocalRun, check_single_writer, commit_voids
 from winnow.harvester.run.worker import UnitWorker
 from winnow.schemas.config import Config, section
 from winnow.schemas.errors import StoreError, WinnowError, WorkerError
@@ -68,7 +68,7 @@ def forecast_bytes(plan: HarvestPlan, units: int) -> int:
     return units * sum(plan.shard_bytes(site.name) for site in plan.sites)
 
 
-def check_space(
+def check_store_space(
     plan: HarvestPlan, store: ObjectStore, units: int, follow: FollowLimits | None = None
 ) -> None:
     """Check that a local root's disk has room for `units` more units, or for the ring.
@@ -112,7 +112,7 @@ def harvest(
         # Before the first unit: a server that ignores if-none-match would let two attempts at a unit
         # overwrite each other, and hours of harvest would rest on it.
         store.probe(single_writer=config.storage.single_writer)
-        check_space(plan, store, len(todo), config.harvest.follow)
+        check_store_space(plan, store, len(todo), config.harvest.follow)
         say(
             f"harvest: {len(todo)} of {plan.units} units to do, "
             f"{human_bytes(forecast_bytes(plan, len(todo)))} to write to {store.uri}"
@@ -121,7 +121,7 @@ def harvest(
         # Called when storage failed: "retry later" is useless on a full disk, which should end the harvest
         # with that sentence.
         def enough_space() -> None:
-            check_space(plan, store, plan.units - len(receipts_present(store, plan)))
+            check_store_space(plan, store, plan.units - len(receipts_present(store, plan)))
 
         failures = Failures(config.harvest, enough_space)
         with RunLedger(store, plan, failures) as ledger:
@@ -134,7 +134,7 @@ def harvest(
         if failures.quarantined:
             if not accept_quarantined:
                 raise failures.refusal(plan.units)
-            accept(store, plan, config.harvest, failures)
+            commit_voids(store, plan, config.harvest, failures)
     # Also if nothing was left to do: a run killed between the last receipt and the seal, or between the seal
     # and the account, is completed by the next one.
     manifest = seal(store, plan)
@@ -247,13 +247,13 @@ class _Run:
             if self._crew.lost(number, error):
                 self._queue.appendleft(unit)
                 return
-            self._failed(unit, WorkerError(f"unit {unit}: its actor died", got=first_line(error)), died=True)
+            self._failed(unit, WorkerError(f"unit {unit}: its actor died", got=last_line(error)), died=True)
         except RayTaskError as error:
             known = error.cause if isinstance(error.cause, WinnowError) else None
             # Python's own MemoryError leaves the actor alive; the unit is tried alone, as after a kill by the
             # kernel.
             starved = isinstance(error.cause, MemoryError)
-            self._failed(unit, known or WorkerError(f"unit {unit}", got=first_line(error)), died=starved)
+            self._failed(unit, known or WorkerError(f"unit {unit}", got=last_line(error)), died=starved)
         else:
             self._committed += 1
             self._failures.succeeded(unit)

@@ -144,7 +144,7 @@ def forecast(
     )
 
 
-def measured(config: Config) -> tuple[tuple[HookSite, ...], float]:
+def measure_rate(config: Config) -> tuple[tuple[HookSite, ...], float]:
     """The hooks' widths and one actor's tokens/s: the truncated LM over batches of arbitrary tokens."""
     import torch
 
@@ -178,7 +178,7 @@ def measured(config: Config) -> tuple[tuple[HookSite, ...], float]:
         torch.set_num_threads(before)
 
 
-def rows(found: Forecast) -> list[tuple[str, str]]:
+def table_rows(found: Forecast) -> list[tuple[str, str]]:
     """The forecast as lines of a table."""
     requests = found.requests
     lines = [
@@ -217,7 +217,7 @@ def human_hours(hours: float) -> str:
     return f"{hours * 3600:.0f} s"
 
 
-def line(found: Forecast) -> str:
+def summary_line(found: Forecast) -> str:
     """The forecast as one line, reported before the work."""
     parts = [
         f"{human_bytes(found.bytes)} in {found.objects:,} objects when finished",

@@ -124,7 +124,7 @@ class LocalRun:
             self._queue.append(unit)
 
 
-def accept(store: ObjectStore, plan: HarvestPlan, spec: HarvestSpec, failures: Failures) -> None:
+def commit_voids(store: ObjectStore, plan: HarvestPlan, spec: HarvestSpec, failures: Failures) -> None:
     """Commit every quarantined unit as void, with its cause."""
     # Only after the run: a unit that an attempt may still commit must not be declared void.
     digests = load_token_digests(store, plan)

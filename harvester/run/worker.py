@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from winnow.harvester.run.batching import chosen, free, out_of_memory, remember_less
+from winnow.harvester.run.batching import choose_batch, free_memory, out_of_memory, record_smaller_batch
 from winnow.harvester.run.copyout import CopyOut
 from winnow.harvester.run.ledger import UnitFacts
 from winnow.harvester.run.waiting import StorageWait
@@ -166,7 +166,7 @@ class UnitWorker:
 
     def _choose_batch(self) -> None:
         if not self._batch:
-            self._batch = chosen(self._store, self._plan, self._subject, self._threads)
+            self._batch = choose_batch(self._store, self._plan, self._subject, self._threads)
 
     def windows_done(self) -> int:
         """The number of windows run through the LM so far."""
@@ -249,11 +249,11 @@ class UnitWorker:
                 "harvest.gpus_per_actor, or a larger device",
             )
         self._batch //= 2
-        free(self._subject.device)
+        free_memory(self._subject.device)
         log.warning("memory ran out: %d windows per pass from here (%s)", self._batch, reason)
         # A number in the config is the user's promise of a shape: it holds for this process only.
         if self._auto:
-            remember_less(self._store, self._plan, self._subject.device, self._threads, self._batch)
+            record_smaller_batch(self._store, self._plan, self._subject.device, self._threads, self._batch)
 
     def _rows_once(self, unit: int, tokens: NDArray[np.uint32]) -> dict[str, NDArray[np.generic]]:
         plan, spec = self._plan, self._plan.spec

@@ -13,7 +13,7 @@ from tests.support.pipeline import pipeline_config
 from winnow.cli.harvest import ensure_plan
 from winnow.common.config_file import load_config
 from winnow.harvester.run import batching
-from winnow.harvester.run.batching import chosen, kind_of, out_of_memory, smallest_best
+from winnow.harvester.run.batching import choose_batch, kind_of, out_of_memory, smallest_best
 from winnow.harvester.run.worker import UnitWorker
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, NonFiniteError, WorkerError
@@ -142,7 +142,7 @@ def test_a_restart_does_not_measure_again(config: Config, monkeypatch: pytest.Mo
     record = batching.BatchRecord.from_json(store.get(CPU), origin=CPU)
     assert record.batch_windows in record.tokens_per_s
     assert min(record.tokens_per_s.values()) > 0
-    monkeypatch.setattr(batching, "measure", None)
+    monkeypatch.setattr(batching, "measure_batch", None)
     again = worker(config)
     assert again.run(0).batch_windows == record.batch_windows
     assert again.windows_done() == 64
@@ -155,11 +155,11 @@ def test_whoever_measures_first_decides(config: Config, monkeypatch: pytest.Monk
         record_that(store, 4)  # another actor was quicker
         return 32, {32: 1.0}
 
-    monkeypatch.setattr(batching, "measure", measured)
+    monkeypatch.setattr(batching, "measure_batch", measured)
     assert config.subject is not None
     plan = load_plan(store)
     subject = Subject.load(config.subject, until=plan.spec.hooks)
-    assert chosen(store, plan, subject, 1) == 4
+    assert choose_batch(store, plan, subject, 1) == 4
 
 
 @pytest.fixture

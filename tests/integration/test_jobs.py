@@ -81,8 +81,8 @@ def client(head: Head, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(("line", "code"), [("echo out; exit 7", 7), ("kill -9 $$", 137)])
 def test_the_exit_code_is_the_commands(client, tmp_path, line, code):
     written: list[str] = []
-    job = ray_job.Job(f"sh -c {shlex.quote(line)}", tmp_path, id=f"winnow-exit-{code}")
-    assert ray_job.run(client, job, write=written.append) == code
+    job = ray_job.RayJob(f"sh -c {shlex.quote(line)}", tmp_path, id=f"winnow-exit-{code}")
+    assert ray_job.run_job(client, job, write=written.append) == code
     assert ("out" in "".join(written)) == (code == 7)
 
 
@@ -96,17 +96,17 @@ def ctrl_c_works():
 
 @pytest.mark.usefixtures("ctrl_c_works")
 def test_ctrl_c_stops_the_job_and_a_detached_one_runs_on(client, tmp_path, capsys):
-    job = ray_job.Job("sh -c 'echo up; sleep 600'", tmp_path, id="winnow-stopped")
+    job = ray_job.RayJob("sh -c 'echo up; sleep 600'", tmp_path, id="winnow-stopped")
 
     def interrupt(text: str) -> None:
         if "up" in text:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        ray_job.run(client, job, write=interrupt)
+        ray_job.run_job(client, job, write=interrupt)
     assert client.get_job_status(job.id) == "STOPPED"
-    detached = ray_job.Job("sh -c 'sleep 600'", tmp_path, id="winnow-detached")
-    assert ray_job.run(client, detached, detach=True) == 0
+    detached = ray_job.RayJob("sh -c 'sleep 600'", tmp_path, id="winnow-detached")
+    assert ray_job.run_job(client, detached, detach=True) == 0
     assert capsys.readouterr().out == "winnow-detached\n"
     assert not client.get_job_status(detached.id).is_terminal()
     client.stop_job(detached.id)

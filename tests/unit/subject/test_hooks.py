@@ -13,7 +13,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisio
 from tests.support.tiny import ARCHITECTURES, OTHERS, tiny_config, tiny_model
 from winnow.schemas.errors import ConfigError
 from winnow.subject.hooks import LAYOUTS, Layout, find_layout, resolve_hook
-from winnow.subject.splice import next_token_loss, read, replaced
+from winnow.subject.splice import next_token_loss, read_taps, replaced
 
 LAYERS = 3
 TOWER = {
@@ -57,7 +57,7 @@ def test_the_parts_of_a_block_add_up(architecture: str, extra: dict[str, bool]) 
     names = [f"{s}.{n}" for n in range(LAYERS) for s in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
     taps = [resolve_hook(name, layout, modules) for name in names]
     tokens = ids()
-    found = read(model, taps, lambda: model(input_ids=tokens, use_cache=False), (2, 7))
+    found = read_taps(model, taps, lambda: model(input_ids=tokens, use_cache=False), (2, 7))
     assert list(found) == names
     for layer in range(LAYERS):
         pre, attention, mlp, post = (found[name] for name in names[4 * layer : 4 * layer + 4])
@@ -78,7 +78,7 @@ def test_replacing_an_addend_by_zero_removes_it_from_the_stream(architecture: st
     tap = resolve_hook("attn_out.1", layout, modules)
     after = [resolve_hook(name, layout, modules) for name in ("resid_pre.1", "mlp_out.1", "resid_post.1")]
     with replaced(model, {tap: torch.zeros_like}, (2, 7)):
-        found = read(model, after, lambda: model(input_ids=ids()), (2, 7), stop=False)
+        found = read_taps(model, after, lambda: model(input_ids=ids()), (2, 7), stop=False)
     torch.testing.assert_close(found["resid_post.1"], found["resid_pre.1"] + found["mlp_out.1"])
 
 
@@ -87,14 +87,14 @@ def test_rows_reach_the_replacement_window_by_window() -> None:
     model, layout, modules = build("gpt2")
     tap = resolve_hook("resid_pre.2", layout, modules)
     tokens, seen = ids(3, 5), []
-    rows = read(model, [tap], lambda: model(input_ids=tokens), (3, 5))["resid_pre.2"].reshape(15, 32)
+    rows = read_taps(model, [tap], lambda: model(input_ids=tokens), (3, 5))["resid_pre.2"].reshape(15, 32)
 
     def shift(x: torch.Tensor) -> torch.Tensor:
         seen.append(x.clone())
         return x.double() + 1.0  # another dtype is cast back
 
     with replaced(model, {tap: shift}, (3, 5)):
-        moved = read(model, [tap], lambda: model(input_ids=tokens), (3, 5), stop=False)["resid_pre.2"]
+        moved = read_taps(model, [tap], lambda: model(input_ids=tokens), (3, 5), stop=False)["resid_pre.2"]
     assert torch.equal(seen[0], rows)
     assert moved.dtype == torch.float32
     assert not model.get_submodule("transformer.h.2")._forward_pre_hooks, "hooks must be taken off again"
@@ -108,7 +108,7 @@ def test_reading_stops_at_the_last_tap_and_takes_the_hooks_off() -> None:
     taps = [resolve_hook(hook, layout, modules) for hook in ("attn_out.1", "resid_post.0")]
     hooks_before = sum(len(module._forward_hooks) for module in model.modules())
     with torch.no_grad():
-        read(model, taps, lambda: model(input_ids=ids()), (2, 7))
+        read_taps(model, taps, lambda: model(input_ids=ids()), (2, 7))
     assert "model.layers.1.self_attn" in ran
     assert not {name for name in ran if name.startswith(("model.layers.2", "model.layers.1.mlp"))}
     assert "model.norm" not in ran
@@ -129,7 +129,7 @@ def test_modules_that_give_no_activation_are_refused() -> None:
 
     def pass_(hook: str) -> None:
         tap = resolve_hook(hook, layout, modules)
-        read(model, [tap], lambda: model(input_ids=ids()), (2, 7), stop=False)
+        read_taps(model, [tap], lambda: model(input_ids=ids()), (2, 7), stop=False)
 
     with pytest.raises(ConfigError, match="does not run in a forward pass"):
         pass_("model.layers")
@@ -151,7 +151,7 @@ def test_a_module_that_runs_twice_is_refused() -> None:
     model, x = Twice(), torch.ones(1, 2, 3)
     tap = resolve_hook("act", Layout("twice", "blocks", 1), {"act"})
     with pytest.raises(ConfigError, match="runs more than once"):
-        read(model, [tap], lambda: model(x), (1, 2), stop=False)
+        read_taps(model, [tap], lambda: model(x), (1, 2), stop=False)
     with pytest.raises(ConfigError, match="runs more than once"), replaced(model, {tap: torch.neg}, (1, 2)):
         model(x)
 
@@ -212,13 +212,13 @@ def test_several_residual_streams_are_refused_and_what_can_be_read_is_named() ->
     assert "such as model.layers.1.self_attn or model.layers.1.mlp" in str(caught.value)
     tokens = ids()
     paths = [resolve_hook(f"model.layers.1.{part}", layout, modules) for part in ("self_attn", "mlp")]
-    found = read(model, paths, lambda: model(input_ids=tokens), (2, 7))
+    found = read_taps(model, paths, lambda: model(input_ids=tokens), (2, 7))
     assert [values.shape for values in found.values()] == [(2, 7, 32)] * 2
     unknowing = replace(layout, streams=1)  # where no config field says it, the tensors do
     with pytest.raises(
         ConfigError, match=r"more than one row for each token: expected one .*got \[2, 7, 4, 32\]"
     ):
-        read(
+        read_taps(
             model, [resolve_hook("resid_post.1", unknowing, modules)], lambda: model(input_ids=tokens), (2, 7)
         )
 
@@ -233,7 +233,7 @@ def test_the_text_part_of_a_larger_model_is_found_by_its_family() -> None:
     modules, tokens = {name for name, _ in gemma.named_modules()}, ids()
     names = ["resid_pre.1", "attn_out.1", "mlp_out.1", "resid_post.1"]
     taps = [resolve_hook(name, layout, modules) for name in names]
-    pre, attention, mlp, post = read(gemma, taps, lambda: gemma(input_ids=tokens), (2, 7)).values()
+    pre, attention, mlp, post = read_taps(gemma, taps, lambda: gemma(input_ids=tokens), (2, 7)).values()
     torch.testing.assert_close(post, pre + attention + mlp, rtol=1e-5, atol=1e-5)
 
     text = tiny_config("llama", layers=LAYERS)

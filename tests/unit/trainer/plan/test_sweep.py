@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from winnow.jobs.runs import find_runs, picture, sparkline
+from winnow.jobs.runs import find_runs, sparkline, watch_rows
 from winnow.schemas.base import validate
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError
@@ -101,7 +101,7 @@ def test_runs_are_found_with_their_states(tmp_path):
     records = [
         {"fvu": 0.5**n, "l0": 4.0, "dead_share": 0, "grad_norm": n, "share_encode": 1.0} for n in range(3)
     ]
-    shown = dict(picture("a", alone, records))
+    shown = dict(watch_rows("a", alone, records))
     assert shown["steps"] == "5 of 10 (50%)"
     assert shown["FVU"] == "0.25  █▅▁"
     assert shown["a step's time"] == "encode 100%"
