@@ -73,7 +73,7 @@ def page(
     """
     family = evaluation.families.get("n2g")
     if family is None:
-        raise ConfigError("family n2g", expected="it in the evaluation", got="it is not there")
+        raise ConfigError("family n2g", expected="its results in the evaluation", got="none")
     # The first ones: latents were drawn at random when they were explained, so none is picked for looking
     # good.
     shown = family.details["latents"][:count]

@@ -21,6 +21,7 @@ class SourceSpec(Contract):
     also with .gz, .bz2, .xz or .zst, which are unpacked whatever the format."""
     column: str = "text"
     """jsonl and Parquet: name of the field that contains the text."""
+    # Consecutive records only: to join them across a file, all of it would have to be in memory.
     group_by: tuple[str, ...] = ()
     """jsonl and Parquet: consecutive records of a file that agree in these fields are joined into one
     document. Empty, the default, makes each record a document."""

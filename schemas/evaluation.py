@@ -11,6 +11,7 @@ from winnow.schemas.base import Artefact, Contract, HookName, Sha256
 # The order matters: `compute` reads the figures of `downstream`, and `n2g` reuses its losses.
 FAMILIES = ("reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g", "judge")
 """Families of metrics, in the order in which they are measured and shown."""
+# The same names again, because a type cannot be made from a tuple's values.
 Family = Literal["reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g", "judge"]
 FigureId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$", max_length=80)]
 
@@ -126,9 +127,9 @@ class Figure(Contract):
     value: float | None
     """The number; null if there is none, and then `note` says why."""
     low: float | None = None
-    """Lower end of the 95 % interval."""
+    """Lower end of the 95 % interval; null for counts and for samples of one, which have none."""
     high: float | None = None
-    """Upper end of the 95 % interval."""
+    """Upper end of the 95 % interval; null if `low` is."""
     samples: int = Field(ge=0)
     """Size of the sample, in units of `unit`."""
     unit: str = "windows"

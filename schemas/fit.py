@@ -39,9 +39,7 @@ def check_dataset(name: str, card: SaeCard, plan: HarvestPlan) -> None:
         SaeMismatch: The SAE reads several hooks, or one that the dataset lacks, of another width or subject.
     """
     if card.with_hooks:
-        raise SaeMismatch(
-            f"the hooks of {name}", expected="one hook that it reads", got=", ".join(card.input_hooks)
-        )
+        raise SaeMismatch(f"the hooks of {name}", expected="one hook", got=", ".join(card.input_hooks))
     if card.hook not in plan.spec.hooks:
         held = f"one of {', '.join(plan.spec.hooks)}"
         raise mismatch("hook", name, expected=held, of="the dataset", got=card.hook, fix=TRAINED_ON)
@@ -70,7 +68,8 @@ def other_windows(name: str, card: SaeCard, plan: HarvestPlan) -> str | None:
     if card.window is None or card.window.bos == here.bos:
         return None
     return (
-        f"{name} was trained where {card.window.words}; in this dataset {here.words}: its activations differ"
+        f"{name} was trained on a dataset in which {card.window.words}; in this one {here.words}: its "
+        "activations differ"
     )
 
 
@@ -85,7 +84,7 @@ def check_autoencoder(name: str, parts: SaeParts) -> None:
             f"the hooks of {name}",
             expected="an autoencoder of one hook",
             got="a transcoder" if parts.d_out is not None else f"a crosscoder of {len(parts.widths)} hooks",
-            fix="Take an autoencoder; of other SAEs `winnow train` measures the held-out figures",
+            fix="Use an autoencoder; for other SAEs `winnow train` reports the held-out figures",
         )
 
 
@@ -136,7 +135,7 @@ def check_one_subject(names: list[str], subjects: list[SubjectIdentity]) -> None
                 expected=_subject(subjects[0].model, subjects[0].weights_sha256),
                 of=names[0],
                 got=_subject(subject.model, subject.weights_sha256),
-                fix="Take SAEs of one subject at a time",
+                fix="Use SAEs of one subject at a time",
             )
 
 

@@ -255,6 +255,7 @@ class HarvestPlan(Artefact):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
+        # Sites and hooks are paired by their place.
         if tuple(site.name for site in self.sites) != self.spec.hooks:
             raise ValueError("sites must name the spec's hooks in order")
         if self.units <= self.spec.validation_units:
@@ -266,6 +267,7 @@ class HarvestPlan(Artefact):
             check_shard_size(self.spec, site)
         return self
 
+    # Cached, because every receipt is compared with it.
     @cached_property
     def fingerprint(self) -> str:
         """The dataset's identity: SHA-256 of the canonical JSON of every field except `execution`."""
@@ -321,6 +323,7 @@ class HarvestPlan(Artefact):
 
     def split_units(self, split: str) -> range:
         """Return the unit numbers of the split `"train"`, `"validation"` or `"all"`."""
+        # Held-out units come first, so that every split is a range and they are harvested before any other.
         held_out = self.spec.validation_units
         splits = {
             "train": range(held_out, self.units),
@@ -434,6 +437,7 @@ class ManifestPart(Contract):
 
     key: RelativeKey
     """Key of the file below the root."""
+    # Bounded, because a part is read whole.
     bytes: int = Field(gt=0, le=1 << 30)
     """Its size."""
     sha256: Sha256

@@ -11,6 +11,7 @@ from winnow.schemas.config import Config
 
 JOBS = "jobs"
 """Folder of the queue below a service's root."""
+# From the config's content, so that submitting the same config twice makes one job.
 JobName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 """The first 16 digits of a config's digest: the same config is the same job."""
 

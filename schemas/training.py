@@ -59,7 +59,7 @@ class SaeParts(Contract):
         if self.centred and (self.d_out is not None or self.widths):
             raise ValueError("centred is a part of an autoencoder: what a transcoder reads folds into W_enc")
         if self.widths and (len(self.widths) < 2 or min(self.widths) < 1 or self.d_out is not None):
-            raise ValueError(f"widths are those of a crosscoder's two hooks or more, got {self.widths}")
+            raise ValueError(f"widths belong to a crosscoder, which has two hooks or more: got {self.widths}")
         _require_prefixes(self.matryoshka)
         return self
 
@@ -262,10 +262,12 @@ class TrainSpec(Contract):
         # 64: the slices of a shard (`schemas.harvest.SLICES`), of which a lane owns a whole number.
         if 64 % self.lanes:
             raise ValueError(f"lanes must divide 64, got {self.lanes}")
+        # Each lane gives every batch the same number of rows.
         if self.batch_rows % self.lanes:
             raise ValueError(
                 f"batch_rows must be a multiple of lanes: batch_rows={self.batch_rows}, lanes={self.lanes}"
             )
+        # Groups of whole lanes contain the same rows on any mesh, since a rank owns whole lanes.
         if self.lanes % self.groups:
             raise ValueError(
                 f"selection_groups must divide lanes: selection_groups={self.groups}, lanes={self.lanes}"
@@ -294,7 +296,7 @@ class TrainSpec(Contract):
             if dense and wanted:
                 raise ValueError(
                     f"{field}: {getattr(self, field)} needs the fused step, which `kernels: eager` and the "
-                    "activations relu and jumprelu have not"
+                    "activations relu and jumprelu do not have"
                 )
 
     def _coherent_parts(self) -> None:
@@ -341,6 +343,7 @@ class TrainSpec(Contract):
     @property
     def prefixes(self) -> tuple[int, ...]:
         """Numbers of leading latents that must reconstruct without the others; the last is N."""
+        # A size that equals N is N, and not a prefix of its own.
         return (*(size for size in self.matryoshka if size < self.latents), self.latents)
 
     @property
@@ -351,6 +354,7 @@ class TrainSpec(Contract):
     @property
     def output_hooks(self) -> tuple[str, ...]:
         """The hooks whose rows, joined, are reconstructed."""
+        # Autoencoders and crosscoders reconstruct what they read.
         return self.input_hooks if self.target_hook is None else (self.target_hook,)
 
     @property

@@ -24,7 +24,7 @@ class WindowRule(Contract):
     @model_validator(mode="after")
     def _coherent(self) -> Self:
         if self.bos_token is not None and not self.bos:
-            raise ValueError("bos_token stands beside bos: true only")
+            raise ValueError("bos_token needs bos: true")
         return self
 
     @classmethod
@@ -41,6 +41,7 @@ class WindowRule(Contract):
     @property
     def inside(self) -> WindowRule:
         """The rule for text that does not stand at the beginning of a window: the same without BOS."""
+        # BOS occurs once, at the beginning of a window.
         return WindowRule(control_tokens=self.control_tokens)
 
     @property

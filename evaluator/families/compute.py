@@ -71,7 +71,7 @@ def measure(law: ComputeLaw | None, downstream: Sequence[Figure]) -> Measured:
         )
         note = source.note
         if value is None and source.value is not None:
-            note = "the loss lies at or under the law's irreducible loss"
+            note = "the loss is at or below the law's irreducible loss"
         figures.append(
             Figure(
                 id=id, value=value, low=low, high=high, samples=source.samples, unit=source.unit, note=note

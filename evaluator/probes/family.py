@@ -136,7 +136,7 @@ def pooled(
     rule = setting.window.inside
     sequences = [setting.subject.encode(text, rule)[: setting.spec.probe_tokens] for text in texts]
     if any(not ids for ids in sequences):
-        raise ConfigError("probe tasks", expected="texts of a token at least", got="one that has none")
+        raise ConfigError("probe tasks", expected="texts of at least one token", got="a text without any")
     # Sparse until all texts are known: dense, it would be n x N, of which few latents are ever active.
     sparse: dict[int, tuple[Any, Any, Any]] = {}
     for codes in sequence_codes(setting, sequences, label):

@@ -255,7 +255,7 @@ def test_training_writes_it_on_the_card_and_exports_say_it(config, tmp_path):
 def test_an_sae_of_other_windows_is_warned_of(uri, tmp_path, caplog):
     plain = toy_config(tmp_path / "plain", units=1)
     Setting.open(uri, plain.root)
-    words = "was trained where windows begin with BOS; in this dataset windows begin with text"
+    words = "was trained on a dataset in which windows begin with BOS; in this one windows begin with text"
     assert words in caplog.text
 
 

@@ -62,7 +62,7 @@ def test_a_dataset_that_fits(fields):
 
 def test_several_hooks_fit_no_dataset_row():
     joined = card(with_hooks=("mlp_out.0",), d_model=12, parts=SaeParts(widths=(8, 4)))
-    with pytest.raises(SaeMismatch, match=r"the hooks of runs/a: expected one hook .*resid_post.1, mlp_o"):
+    with pytest.raises(SaeMismatch, match=r"the hooks of runs/a: expected one hook, got resid_post.1, mlp_o"):
         check_dataset("runs/a", joined, PLAN)
 
 
@@ -115,4 +115,4 @@ def test_windows_that_begin_otherwise_are_a_warning():
     assert other_windows("runs/a", card(window=here), PLAN) is None
     warning = other_windows("runs/a", card(window=other), PLAN)
     assert warning is not None
-    assert f"runs/a was trained where {other.words}; in this dataset {here.words}" in warning
+    assert f"runs/a was trained on a dataset in which {other.words}; in this one {here.words}" in warning
