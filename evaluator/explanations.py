@@ -29,13 +29,13 @@ SHOWN_PATTERNS = 6
 
 
 def main(
-    evaluated: Annotated[str, typer.Argument(help=f"Folder or URI that holds {EVALUATION_KEY}.")],
-    root: Annotated[str, typer.Option(help="The dataset it was measured on.")],
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("docs/results/explanations.md"),
-    latents: Annotated[int, typer.Option(min=1, help="How many, the first of the sample.")] = 10,
-    remarks: Annotated[Path | None, typer.Option(help="YAML: latent -> remark, and `summary`.")] = None,
+    evaluated: Annotated[str, typer.Argument(help=f"Folder or URI that contains {EVALUATION_KEY}.")],
+    root: Annotated[str, typer.Option(help="The dataset that it was measured on.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/results/explanations.md"),
+    latents: Annotated[int, typer.Option(min=1, help="Number of latents: the first of the sample.")] = 10,
+    remarks: Annotated[Path | None, typer.Option(help="YAML file: latent -> remark, and `summary`.")] = None,
 ) -> None:
-    """Write the page.
+    """Write a page of N2G explanations beside the text on which their latents are active.
 
     Example: `python -m winnow.evaluator.explanations runs/quickstart --root data/quickstart`
     """

@@ -12,7 +12,9 @@ from winnow.evaluator.probes.tasks import build_suite
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Made if absent; holds NAME.parquet and suite.json.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Created if absent. NAME.parquet and suite.json are written to it.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Build every task from texts that are installed here; the same versions give the same bytes.
