@@ -15,14 +15,14 @@ from winnow.common.reporter import say
 from winnow.evaluator.frontier import draw_frontiers
 from winnow.evaluator.report import (
     EVALUATION_KEY,
-    common,
     evaluate,
+    find_common_dataset,
+    list_notes,
     load_evaluation,
     name_of,
-    notes,
     require_one,
-    rows,
-    side_by_side,
+    tabulate,
+    tabulate_several,
 )
 from winnow.evaluator.setting import Setting
 from winnow.schemas.base import validate
@@ -127,8 +127,8 @@ def _show(found: Evaluation) -> None:
     for one in reversed(found.each):  # what was asked for stands last, over the prompt
         weights = "" if one.sae_sha256 == found.sae_sha256 else f", weights {one.sae_sha256[:12]}"
         title = f"{one.sae}: {one.hook}, N = {one.latents:,}, K = {one.k}{weights}; on {name_of(one)}"
-        print_table(title, rows(one), header=("definition", "value", "95 % interval", "sample"))
-        for line in notes(one):
+        print_table(title, tabulate(one), header=("definition", "value", "95 % interval", "sample"))
+        for line in list_notes(one):
             say(line)
     seconds = ", ".join(f"{name} {family.seconds:.0f} s" for name, family in found.families.items())
     say(f"measured in: {seconds}")
@@ -152,12 +152,12 @@ def compare_command(
         if len(saes) < 2:
             raise ConfigError("SAEs to compare", expected="two or more", got=len(saes))
         stored = [require_one(load_evaluation(open_store(uri)), uri) for uri in saes]
-        found = common(stored, saes)
+        found = find_common_dataset(stored, saes)
         labels = short_labels(saes)
         store = open_store(out)
         for kind, data in draw_frontiers(found, labels).items():
             store.put(f"frontier.{kind}", data)
-        table = side_by_side(found)
+        table = tabulate_several(found)
         value = {
             "saes": saes,
             "figures": {

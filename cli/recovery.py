@@ -12,7 +12,7 @@ from winnow.cli.console import emit, guard, print_table
 from winnow.common.reporter import Progress, say
 from winnow.evaluator.recovery import page
 from winnow.evaluator.recovery.task import Task
-from winnow.evaluator.recovery.train import FIRST_LR, VARIANTS, Figures, measure, train_variant
+from winnow.evaluator.recovery.train import FIRST_LR, VARIANTS, Figures, measure_run, train_variant
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.store.objects import ObjectStore, open_store
@@ -101,7 +101,7 @@ def recover(
                     seed: int, lr: float, variant: str = variant, n: int = latents, k: int = k
                 ) -> Figures:
                     task = Task(rows=rows, seed=seed)
-                    return measure(train_variant(variant, task, n, k, lr=lr), task)
+                    return measure_run(train_variant(variant, task, n, k, lr=lr), task)
 
                 fill_cell(store, records, Place(variant, latents, k, rows), seeds, run)
                 bar.advance(1)
@@ -161,7 +161,7 @@ def write(store: ObjectStore, records: Sequence[page.Record]) -> None:
     store.put(page.JSON_KEY, page.dump(records))
     remarks = store.get(page.REMARKS_KEY).decode() if store.size(page.REMARKS_KEY) is not None else ""
     store.put(page.PAGE_KEY, page.page_of(records, remarks).encode())
-    store.put(page.PLOT_KEY, page.draw(records))
+    store.put(page.PLOT_KEY, page.draw_intervals(records))
     curves = page.draw_curves(records)
     if curves is not None:
         store.put(page.CURVE_KEY, curves)

@@ -217,7 +217,7 @@ def show_interval(figure: Figure) -> str:
     return f"[{figure.low:.4g} … {figure.high:.4g}]"
 
 
-def rows(evaluation: Evaluation) -> list[list[str]]:
+def tabulate(evaluation: Evaluation) -> list[list[str]]:
     """Make the table of one evaluation: definition id, value, interval, sample."""
     return [
         [figure.id, show_value(figure), show_interval(figure), f"{figure.samples:,} {figure.unit}"]
@@ -226,7 +226,7 @@ def rows(evaluation: Evaluation) -> list[list[str]]:
     ]
 
 
-def notes(evaluation: Evaluation) -> list[str]:
+def list_notes(evaluation: Evaluation) -> list[str]:
     """List what a reader of the table must know."""
     lines = [f"{name}: {note}" for name, family in evaluation.families.items() for note in family.notes]
     # Figures of one family often share a note, such as how many windows were left out: it is told once.
@@ -259,7 +259,7 @@ def differences(one: FamilyResult, newest: FamilyResult) -> str:
     return ", ".join(other) or "other tasks or SAEs"
 
 
-def common(found: Sequence[Evaluation], uris: Sequence[str]) -> list[Evaluation]:
+def find_common_dataset(found: Sequence[Evaluation], uris: Sequence[str]) -> list[Evaluation]:
     """Find each SAE's evaluation on one dataset: the first SAE's newest on which all were evaluated.
 
     Raises:
@@ -289,9 +289,9 @@ def name_of(evaluation: Evaluation) -> str:
     return plan if evaluation.root is None else f"{evaluation.root} ({plan})"
 
 
-def side_by_side(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+def tabulate_several(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     """Make the table of several evaluations: a line per definition, a column per SAE."""
-    ids = list(dict.fromkeys(row[0] for evaluation in evaluations for row in rows(evaluation)))
+    ids = list(dict.fromkeys(row[0] for evaluation in evaluations for row in tabulate(evaluation)))
 
     def cell(evaluation: Evaluation, id: str) -> str:
         figure = evaluation.figure(id)

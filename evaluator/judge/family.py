@@ -26,7 +26,7 @@ from winnow.common.reporter import Progress
 from winnow.evaluator.activations import Activations, gather
 from winnow.evaluator.bootstrap import mean_figure
 from winnow.evaluator.judge.endpoint import Endpoint
-from winnow.evaluator.judge.snippets import Snippets, Where, wrong_marks
+from winnow.evaluator.judge.snippets import ActivePlaces, Snippets, wrong_marks
 from winnow.evaluator.n2g.family import choose, observed, train_units, unit_windows
 from winnow.evaluator.setting import Measured, Setting
 from winnow.schemas.errors import ConfigError
@@ -144,8 +144,8 @@ class Judged:
                 words[token] = cast(Any, setting.subject.tokenizer).decode([token])
             return words[token]
 
-        def held_out_activations(where: Where) -> Activations:
-            stream = (where.add(codes) for codes in setting.held_out_codes())
+        def held_out_activations(places: ActivePlaces) -> Activations:
+            stream = (places.add(codes) for codes in setting.held_out_codes())
             return gather(
                 stream, total, top=0, positives=judge.examples, context=context, seed=setting.spec.seed
             )
@@ -159,15 +159,15 @@ class Judged:
             self._found = gather(stream, total, top=judge.examples, positives=0, context=context)
             self.latents = choose(self._found, judge.latents, judge.examples, self._seed)
             windows = unit_windows(setting, units)
-            self._training = Where(self.latents, windows, context, total)
+            self._training = ActivePlaces(self.latents, windows, context, total)
             # A second pass: which latents to follow is known only after the first, and following all of them
             # would hold every activation in memory.
             for codes in setting.codes(units):
                 self._training.add(codes)
             self._first = windows.start
             self._seen = Snippets(setting.tokens(windows), judge.tokens, word)
-        # Held-out windows in one pass: `Where` takes note of the codes while `gather` draws from them.
-        self._testing = Where(self.latents, setting.windows, context, total)
+        # Held-out windows in one pass: `ActivePlaces` takes note of the codes while `gather` draws from them.
+        self._testing = ActivePlaces(self.latents, setting.windows, context, total)
         self._held_out = held_out_activations(self._testing)
         self._unseen = Snippets(setting.tokens(setting.windows), judge.tokens, word)
 

@@ -38,7 +38,7 @@ class Snippet:
         return re.sub(r"\s*\n\s*", " / ", "".join(parts) + ("»" if inside else "")).strip()
 
 
-class Where:
+class ActivePlaces:
     """The tokens of some windows on which chosen latents are active: bool [W, T] for one latent at a time."""
 
     def __init__(self, latents: NDArray[np.int64], windows: range, context: int, total: int) -> None:

@@ -175,7 +175,7 @@ def explain(setting: Setting, found: Activations, latents: NDArray[np.int64]) ->
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def judge(
+def score_tries(
     explained: Explained, fired: Firings, lookup: Lookup, held_out: Activations, tokens: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[dict[str, Any]]]:
     """Judge tries on held-out windows.
@@ -351,7 +351,7 @@ def measure(setting: Setting) -> Measured:
     # The held-out rows again, but only those tokens on which a trie has fired.
     places = _keys(fired.windows, fired.positions, context)
     lookup = Lookup(setting.held_out_codes(places), latents, total, context)
-    recall, precision, facts = judge(explained, fired, lookup, held_out, tokens)
+    recall, precision, facts = score_tries(explained, fired, lookup, held_out, tokens)
     options = {"seed": spec.seed, "unit": "latents"}
     figures = [
         mean_figure("n2g_recall", recall[~np.isnan(recall)], **options),

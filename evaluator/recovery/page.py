@@ -151,7 +151,7 @@ def _text(mean: float, half: float) -> str:
     return f"{mean:.3f}" if half == float("inf") else f"{mean:.3f} ± {half:.3f}"
 
 
-def draw(records: Sequence[Record]) -> bytes:
+def draw_intervals(records: Sequence[Record]) -> bytes:
     """Plot the matched cosine of every line of the tables with its interval, as PNG."""
     # Imported here: the tables and the search for a learning rate need no matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

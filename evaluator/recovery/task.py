@@ -88,7 +88,7 @@ class Task:
                 held = held[batch_rows:]
 
 
-def recovery(W_dec: NDArray[np.floating], truth: Rows) -> dict[str, float]:
+def measure_recovery(W_dec: NDArray[np.floating], truth: Rows) -> dict[str, float]:
     """Measure how well decoder rows [N, D] match the true directions [F, D].
 
     Returns:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from winnow.common.device import torch_settings
-from winnow.evaluator.recovery.task import BLOCK_ROWS, Task, recovery
+from winnow.evaluator.recovery.task import BLOCK_ROWS, Task, measure_recovery
 from winnow.sae.init import initialise
 from winnow.sae.metrics import L0, Fvu
 from winnow.sae.model import Sae
@@ -145,7 +145,7 @@ def _passes(task: Task, batch_rows: int) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def measure(run: Run, task: Task) -> Figures:
+def measure_run(run: Run, task: Task) -> Figures:
     """Compute the figures of a finished run's weights, its dead share and its steps with AuxK."""
     # BatchTopK has no selection over a batch outside training, only a threshold, which is calibrated first.
     if run.batches:
@@ -157,7 +157,7 @@ def measure(run: Run, task: Task) -> Figures:
 
 @torch.no_grad()
 def figures_of(sae: Sae, task: Task) -> Figures:
-    """Compute the `recovery` of an SAE's weights, and `fvu` and `l0` on fresh rows of the task."""
+    """Compute the recovery of an SAE's weights, and `fvu` and `l0` on fresh rows of the task."""
     # Blocks after the last one that was trained on: the same mixture, other rows.
     first = -(-task.rows // BLOCK_ROWS)
     fresh = replace(task, rows=(first + TEST_BLOCKS) * BLOCK_ROWS)
@@ -166,4 +166,4 @@ def figures_of(sae: Sae, task: Task) -> Figures:
         rows = torch.from_numpy(fresh.block(number)[0])
         fvu.add(rows, sae(rows))
         l0.add(sae.encode(rows)[0])
-    return recovery(sae.W_dec.numpy(), task.truth) | {"fvu": fvu.value, "l0": l0.value}
+    return measure_recovery(sae.W_dec.numpy(), task.truth) | {"fvu": fvu.value, "l0": l0.value}

@@ -15,7 +15,7 @@ from tests.support.evaluated import HOOK, identity_sae, permuted, random_sae, sa
 from winnow.cli.main import app
 from winnow.evaluator.bootstrap import figure, mean_figure
 from winnow.evaluator.families import compute, downstream, reconstruction, stability
-from winnow.evaluator.report import evaluate, notes
+from winnow.evaluator.report import evaluate, list_notes
 from winnow.evaluator.setting import Setting
 from winnow.sae import Sae
 from winnow.schemas.errors import ConfigError, SaeMismatch
@@ -286,7 +286,7 @@ def test_a_file_of_version_1_0_is_read_and_kept(toy, tmp_path):
     assert json.loads(old.to_json()) == made  # nothing is added to what it said
     found = evaluate(setting)
     assert found.earlier["reconstruction"] == (old.families["reconstruction"],)
-    assert "settings that are not known" in " ".join(notes(found))
+    assert "settings that are not known" in " ".join(list_notes(found))
 
 
 def test_saes_are_compared_on_the_dataset_that_all_have(toy, tmp_path):

@@ -10,7 +10,7 @@ from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config, zero
 from winnow.evaluator.families import ablation, compute, downstream
 from winnow.evaluator.heldout import measure_in_subject
 from winnow.evaluator.n2g import family as n2g
-from winnow.evaluator.report import evaluate, notes, rows
+from winnow.evaluator.report import evaluate, list_notes, tabulate
 from winnow.evaluator.setting import Setting
 from winnow.explorer.site.monitor import monitor
 from winnow.sae import Sae
@@ -45,9 +45,9 @@ def test_a_splice_that_no_prediction_follows_is_not_measurable(last_only, tmp_pa
         figure = found.figure(id)
         assert (figure.value, figure.low, figure.samples) == (None, None, 0)
         assert figure.note == NO_PREDICTION
-    shown = {row[0]: row[1:3] for row in rows(found)}
+    shown = {row[0]: row[1:3] for row in tabulate(found)}
     assert shown["delta_ce"] == ["none", ""]
-    (line,) = [line for line in notes(found) if line.endswith(NO_PREDICTION)]
+    (line,) = [line for line in list_notes(found) if line.endswith(NO_PREDICTION)]
     assert "delta_ce, kl" in line
     summary = measure_in_subject(last_only, Sae.load(uri), Setting.open(uri, last_only.root).dataset, HOOK)
     assert "delta_ce" not in summary

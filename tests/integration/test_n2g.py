@@ -72,7 +72,7 @@ def test_a_latent_that_stands_for_a_token_is_explained_by_it(made, explained):
     fired = n2g.fire(result.tries, tokens, setting.dataset.window_weights([HOOK], list(setting.windows)) > 0)
     lookup = n2g.Lookup(setting.held_out_codes(), result.latents, 48, 17)
     held_out = gather(setting.held_out_codes(), 48, top=0, positives=8, context=17)
-    recall, precision, facts = n2g.judge(result, fired, lookup, held_out, tokens)
+    recall, precision, facts = n2g.score_tries(result, fired, lookup, held_out, tokens)
     assert facts[0]["positives"] == 8
     places = {(int(w), int(p)) for w, p, slot in zip(*fired[:3], strict=True) if slot == 0}
     positives = {(w, p) for _, w, p in held_out.positives.of(KNOWN)}

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from winnow.cli.main import app
 from winnow.evaluator.recovery.page import best_lr, draw_curves, next_lr, page_of
-from winnow.evaluator.recovery.task import BLOCK_ROWS, Task, recovery
-from winnow.evaluator.recovery.train import VARIANTS, fields_of, measure, spec_of, train_on, train_variant
+from winnow.evaluator.recovery.task import BLOCK_ROWS, Task, measure_recovery
+from winnow.evaluator.recovery.train import VARIANTS, fields_of, measure_run, spec_of, train_on, train_variant
 
 
 def test_rows_are_what_the_task_says():
@@ -51,13 +51,13 @@ def test_equal_tasks_give_equal_rows_and_other_seeds_others():
 
 def test_figures_of_known_decoders():
     truth = Task().truth
-    assert list(recovery(3 * truth[::-1], truth).values()) == pytest.approx([1.0, 1.0, 1.0], abs=1e-6)
-    half = recovery(truth[:128], truth)
+    assert list(measure_recovery(3 * truth[::-1], truth).values()) == pytest.approx([1.0, 1.0, 1.0], abs=1e-6)
+    half = measure_recovery(truth[:128], truth)
     assert half["found"] == 0.5
     assert half["matched_cosine"] == pytest.approx(0.5, abs=1e-6)
     twice = np.repeat(truth[:128], 2, axis=0)  # every other latent is a copy: one to one, it finds half
-    assert recovery(twice, truth)["found"] == 0.5
-    assert recovery(-truth, truth)["found"] == 0.0
+    assert measure_recovery(twice, truth)["found"] == 0.5
+    assert measure_recovery(-truth, truth)["found"] == 0.0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -66,9 +66,9 @@ def test_every_variant_finds_more_than_it_began_with(variant):
     spec = spec_of(task, 24, 2, batch_rows=256, dead_after_tokens=1000, **fields_of(variant, 24, 2))
     small = {"batch_rows": 256, "dead_after_tokens": 1000}
     run = train_variant(variant, task, 24, 2, **small)
-    found = measure(run, task)
+    found = measure_run(run, task)
     assert run.counts.step == (48 if variant == "topk-pruned" else 96)
-    begun = measure(train_on(replace(task, rows=256), spec.model_copy(update={"lr": 1e-9})), task)
+    begun = measure_run(train_on(replace(task, rows=256), spec.model_copy(update={"lr": 1e-9})), task)
     assert found["matched_cosine"] > begun["matched_cosine"] + 0.1
     assert found["fvu"] < 0.5
     if spec.activation == "batchtopk":
