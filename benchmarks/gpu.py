@@ -1,19 +1,19 @@
-"""All that is asked of a GPU, in one command of under ten minutes.
+"""All measurements that need a GPU, in one command of under ten minutes.
 
     python -m benchmarks.gpu --json OUT [--rounds 15] [--no-tests] [--tiny]
 
 Needs torch, Triton, pydantic, safetensors, rich, typer and pyyaml, and pytest for the tests; no ray, zarr or
-transformers. The result is written after every part, so what was measured stays if a later part fails.
+transformers. The result is written after every part, so that earlier figures are kept if a later part fails.
 
-1. `tests`: `tests/gpu/test_triton.py`; a failure ends it here. `exact`: at full size, the largest
+1. `tests`: `tests/gpu/test_triton.py`; a failure ends the command. `exact`: at full size, the largest
    difference of each kernel from its dense equivalent on some rows, over the largest number, in float32 and
    bfloat16.
 2. `sizes`, for each number of rows B at D = 768, N = 131,072, K = 32, medians of paired ratios to torch's
    bfloat16 product of the shape into a reused buffer: `encode_topk_over_product`; `step_over_product` with
    bfloat16 products, float32 Adam, clipping and average; `step_over_product_dead10`;
-   `float32_step_over_product`. `items`: bytes and operations of the step's parts, what they would take at
-   the rates `card` was measured to have, and what they took.
-3. `memory`: peak bytes of a step over `winnow estimate`, here and at N = 1,048,576.
+   `float32_step_over_product`. `items`: bytes and operations of the step's parts, their seconds at the rates
+   measured as `card`, and their measured seconds.
+3. `memory`: peak bytes of a step over `winnow estimate`, at this size and at N = 1,048,576.
 """
 
 from __future__ import annotations
@@ -51,12 +51,13 @@ SIZES = [Size(65_536, 768, 131_072, 32), Size(16_384, 768, 131_072, 32)]
 MILLION = Size(16_384, 768, 1_048_576, 32)
 TINY, TINY_MILLION = [Size(64, 16, 256, 2)], Size(64, 16, 512, 2)
 CHECKED_ROWS = 256
-"""Rows whose dense equivalents are made."""
+"""Rows on which kernels are compared with their dense equivalents."""
 TESTS = ["-m", "pytest", "tests/gpu/test_triton.py", "--no-skips", "-q", "--confcutdir=tests/gpu"]
 
 
 def test() -> dict[str, Any]:
-    """Run the kernels' tests; their last line."""
+    """Run the kernels' tests; returns whether they passed, and their last line."""
+    # In a process of its own, whose GPU memory and settings end with it.
     done = subprocess.run(
         [sys.executable, *TESTS, "-p", "no:cacheprovider"],
         cwd=ROOT,
@@ -94,7 +95,7 @@ def exactness(size: Size, device: torch.device, backend: Backend, dtype: torch.d
 
 
 def card(size: Size, device: torch.device) -> dict[str, float]:
-    """What the card was measured to do: operations a second of a product, bytes a second of a copy."""
+    """Measured rates of the card: operations per second of a product, bytes per second of a copy."""
     x, W = (torch.randn(n, size.width, device=device).bfloat16() for n in (size.rows, size.latents))
     out = torch.empty(size.rows, size.latents, device=device, dtype=torch.bfloat16)
     source = torch.empty(min(2**28, size.rows * size.latents), device=device)
@@ -111,7 +112,7 @@ def _median(call: Callable[[], object], device: torch.device, rounds: int = 7) -
 
 
 def stepper(run: Run, rows: Tensor) -> Callable[[], object]:
-    """One step, with a tenth of the latents dead at its start where AuxK is on."""
+    """One step, with a tenth of the latents dead at its start if AuxK is on."""
     weights = torch.ones(len(rows), device=rows.device)
     silent = torch.arange(0, run.sae.latents, round(1 / DEAD_SHARE), device=run.device)
 
@@ -139,7 +140,8 @@ def ratios(
     }
     figures: dict[str, Any] = {**size._asdict(), "kernels": kernels, "quartiles": {}}
     floors: list[float] = []
-    for name, case in cases.items():  # one at a time in memory
+    # One run at a time in memory.
+    for name, case in cases.items():
         run = None
         if case is None:
             call: Callable[[], object] = lambda: encode_topk(half, W_half, b, size.k, kernels)  # noqa: E731
@@ -150,7 +152,8 @@ def ratios(
         for number in range(rounds + 2):
             below = seconds(lambda: torch.mm(half, W_half.T, out=out), device)
             above = seconds(call, device)
-            if number >= 2:  # the first ones compile and warm up
+            # The first two compile and warm up.
+            if number >= 2:
                 floors.append(below)
                 found.append(above / below)
         figures[name] = statistics.median(found)
@@ -166,8 +169,9 @@ def ratios(
 def items(
     size: Size, step: Callable[[], object], took: float, device: torch.device, rates: dict[str, float]
 ) -> dict[str, dict[str, float]]:
-    """The step's parts: operations, bytes, seconds at the card's rates, seconds taken."""
+    """The step's parts: operations, bytes, seconds at the card's rates, measured seconds."""
     B, D, N, K = size
+    # Least traffic: each matrix once per pass over it, rows of decoder gathered in 16 bits, sorting included.
     matrix, gathered = N * D * FLOAT, B * K * D * HALF
     need = {
         "encode": (2 * B * D * N, 2 * matrix + N * D * HALF * 2 + 4 * B * D * FLOAT),
@@ -184,6 +188,7 @@ def items(
     found: dict[str, dict[str, float]] = {}
     for name, (operations, size_bytes) in need.items():
         at_card = size_bytes / rates["bandwidth"]
+        # The only dense product, so the only part that arithmetic and not memory may limit.
         if name == "encode":
             at_card = max(at_card, operations / rates["bfloat16_flops"])
         taken = statistics.median(shares[name] or [0.0]) * took
@@ -193,14 +198,16 @@ def items(
 
 
 def memory(size: Size, device: torch.device, kernels: Backend, **fields: object) -> dict[str, Any]:
-    """Peak bytes of two steps over the estimate; the peak is null without CUDA's account."""
+    """Peak bytes of two steps over the estimate; the peak is None without CUDA's allocator."""
     _clear(device)
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
     run = make_run(size, kernels, device, auxk=False, **fields)
-    host = run.recipe.spec.accumulate > 1  # its parts travel one by one
+    # Accumulated micro-batches are sent to the GPU one by one; otherwise the next batch arrives during a step
+    # and is part of the peak.
+    host = run.recipe.spec.accumulate > 1
     rows = torch.randn(size.rows, size.width, device="cpu" if host else device)
-    _ahead = None if host else torch.empty_like(rows)  # a run's next rows arrive meanwhile
+    _ahead = None if host else torch.empty_like(rows)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     step = stepper(run, rows)
@@ -227,32 +234,33 @@ def _clear(device: torch.device) -> None:
 
 
 def main() -> None:
-    """Test, measure, write; exit 1 where a test fails."""
+    """Test, measure, write; exits with 1 if a test or a part fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--kernels", default="auto", help="under TRITON_INTERPRET=1 also triton on a CPU")
-    parser.add_argument("--no-tests", action="store_true", help="leave pytest out")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a test, on a CPU if need be")
+    parser.add_argument("--no-tests", action="store_true", help="do not run pytest")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a test; on a CPU without a GPU")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device; --tiny runs its logic on a CPU", file=sys.stderr)
         sys.exit(2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+    # Deterministic algorithms of cuBLAS require it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with torch_settings(device, torch.get_num_threads()):
         measure(args, device)
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> None:
-    """All parts, each written as it is done."""
+    """Measure all parts; each is written when it is done."""
     kernels = choose(args.kernels, device)
     sizes, million = (TINY, TINY_MILLION) if args.tiny else (SIZES, MILLION)
     started, figures = time.monotonic(), dict[str, Any]()
     failed: list[str] = []
 
     def keep(part: str, name: str, make: Callable[[], Any]) -> None:
-        """Measure and write; what fails is noted, and the rest goes on."""
+        """Measure and write one part; an error is recorded, and the other parts are still measured."""
         try:
             found = make()
         except Exception as error:

@@ -1,11 +1,11 @@
-"""Does clamping a latent make the subject say what the latent promotes?
+"""Whether clamping a latent makes the subject say what the latent promotes.
 
 Candidates come from the index alone: among latents that fire on 0.1 to 5 % of tokens, those whose most
-promoted token has the highest logit. On a few *training* windows the promoted tokens of each are watched
-beside random ones, since a strong clamp flattens the whole distribution and so raises every rare token: the
-latent is taken whose smaller of two figures, the rise and its excess over the random tokens', is largest. All
-figures are of held-out windows, run three ways: clean, with the latent clamped to a multiple of
-its largest activation at every position that is read, and with a steer of strength zero.
+promoted token has the highest logit. On a few *training* windows the promoted tokens of each are compared
+with random ones, since a strong clamp flattens the whole distribution and so raises every rare token. Of two
+figures, the rise and its excess over that of the random tokens, the smaller one decides: the latent for which
+it is largest is selected. All figures are of held-out windows, run three ways: clean, with the latent clamped
+to a multiple of its largest activation at every position that is read, and with a steer of strength zero.
 
 - `raise_nats`: rise of the mean log-probability of the latent's promoted tokens over all positions, averaged
   over windows, with a 95 % bootstrap interval over windows.
@@ -39,9 +39,9 @@ from winnow.subject.generate import Op, Steer, steered
 from winnow.subject.load import Subject
 
 PROMOTED = 8
-"""Promoted tokens whose log-probability is looked at."""
+"""Promoted tokens whose log-probability is measured."""
 RANDOM = 256
-"""Random tokens they are held against."""
+"""Random tokens with which they are compared."""
 CHOOSING_WINDOWS = 2
 """Training windows on which the candidates are tried."""
 DENSITY = (1e-3, 5e-2)
@@ -56,7 +56,7 @@ def candidates(table: FeatureTable, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Bench:
-    """A subject, an SAE and its index, and how strongly a latent is clamped."""
+    """A subject, an SAE and its index, and the strength of the clamp."""
 
     subject: Subject
     sae: Sae
@@ -64,12 +64,12 @@ class Bench:
     multiple: float
 
     def clamp(self, latent: int) -> Steer:
-        """The latent at a multiple of its largest activation."""
+        """A clamp of the latent to a multiple of its largest activation."""
         strength = self.multiple * float(self.table.column("largest")[latent])
         return self.steer(latent, "clamp", strength)
 
     def steer(self, latent: int, op: Op, strength: float) -> Steer:
-        """A change at every position that is read."""
+        """A steer at every position that is read."""
         return Steer(self.sae, latent, op, strength, skip=self.table.meta.drop_leading)
 
     def promoted(self, latent: int) -> list[int]:
@@ -77,7 +77,7 @@ class Bench:
         return self.table.latent(latent)["promoted_ids"][:PROMOTED]
 
     def run(self, tokens: NDArray[Any], steers: list[Steer]) -> Tensor:
-        """float32 [T, V] log-probabilities of one window [T], steered."""
+        """Log-probabilities of one window [T], steered, float32 [T, V]."""
         replace = {self.table.meta.hook: steered(steers, len(tokens))} if steers else None
         logits = self.subject.logits(tokens[None].astype(np.int64), replace)[0]
         return logits.float().log_softmax(1)
@@ -87,7 +87,8 @@ class Bench:
         return (moved - clean)[self.table.meta.drop_leading :, targets].mean().item()
 
     def choose(self, windows: list[NDArray[Any]], count: int, others: list[int]) -> int:
-        """The candidate whose promoted tokens rise most on some windows, alone and against `others`."""
+        """The candidate whose promoted tokens rise most on `windows`, alone and compared with `others`."""
+        # On training windows only: chosen on the held-out ones, the figures would be the best of 32 draws.
         clean = [self.run(tokens, []) for tokens in windows]
 
         def score(latent: int) -> float:
@@ -102,7 +103,7 @@ class Bench:
 def measure(
     sae_uri: str, root: str, index: str | None, *, windows: int, multiple: float, count: int, seed: int
 ) -> dict[str, Any]:
-    """Figures of one latent on held-out windows."""
+    """Measure one latent on held-out windows."""
     table = FeatureTable.open(index or f"{sae_uri.rstrip('/')}/features")
     dataset, meta = ActivationStore.open(root), table.meta
     bench = Bench(LazySubject(None, meta.subject).whole(), Sae.load(sae_uri), table, multiple)
@@ -112,6 +113,7 @@ def measure(
     others = np.random.default_rng(seed).choice(vocabulary, min(RANDOM, vocabulary), replace=False).tolist()
     latent = bench.choose([dataset.tokens(first + i) for i in range(CHOOSING_WINDOWS)], count, others)
     row, targets = table.latent(latent), bench.promoted(latent)
+    # Both ways to do nothing, at once: every logit must keep its bits.
     nothing = [bench.steer(latent, "add", 0.0), bench.steer(latent, "scale", 1.0)]
     rises: list[float] = []
     random: list[float] = []

@@ -1,28 +1,28 @@
-"""What a row costs to keep and to read, by dtype and codec, and what 8 bits would cost an SAE.
+"""The cost of storing and reading a row, by dtype and codec, and the cost of 8 bits to an SAE.
 
-`python -m benchmarks.storage_cost --root data/quickstart --json OUT` writes the dataset's training rows anew,
-in every dtype with every codec, and reads them by the stream (from the page cache, checked, as float32):
+`python -m benchmarks.storage_cost --root data/quickstart --json OUT` rewrites the dataset's training rows in
+every dtype with every codec, and reads them with the stream (from the page cache, verified, as float32):
 
 bytes_per_token
-    Shard bytes, checksums and index included, over rows of one hook.
+    Shard bytes, including checksums and index, over rows of one hook.
 read_tokens_per_s
-    Rows a second as the stream gives them (median over the rounds), on all cores.
+    Rows per second of the stream (median over the rounds), on all cores.
 read_cpu_over_raw
-    CPU seconds a row (medians over the rounds, each taken in turn) over those of raw bfloat16.
+    CPU seconds per row (medians over the rounds, each measured in turn) over those of raw bfloat16.
 write_cpu_over_raw
     CPU seconds to encode and commit a row over those of raw bfloat16.
 
-The rows are what `--root` holds: from a bfloat16 dataset, float32 rows end in 16 zero bits, which zstd
-removes as it never could from a float32 harvest (`--set plan.dtype=float32`); `source_dtype` says which.
+The rows are those of `--root`: from a bfloat16 dataset, float32 rows end in 16 zero bits, which zstd removes
+as it could not from a float32 harvest (`--set plan.dtype=float32`); `source_dtype` records it.
 
 `--train CONFIG [--set FIELD=VALUE ...]` trains an SAE with the config, once on the stream as it is and once
 for each of `--simulate int8 fp8_e4m3 fp8_e5m2`: the stream's training rows are rounded to that format and
-back (`simulate`), with one float32 scale a row, and everything else, seed and held-out rows too, is the same.
-`fvu_cost` and `delta_ce_cost` (with `--delta-ce`, which runs the subject) are differences to the first run.
-Without `--train` only bytes and times are measured, which want a quiet machine; with `--train-only` only the
-training, which does not mind a busy one.
+back (`simulate`), with one float32 scale per row, and everything else is the same, including seed and
+held-out rows. `fvu_cost` and `delta_ce_cost` (with `--delta-ce`, which runs the subject) are differences to
+the first run. Without `--train` only bytes and times are measured, which requires a quiet machine; with
+`--train-only` only the training, which does not.
 
-A format of 8 bits is worth having in the store if its `fvu_cost` is under 0.002; int8 is there.
+A format of 8 bits is worth having in the store if its `fvu_cost` is under 0.002; int8 is in the store.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--root", required=True, help="a sealed dataset with two training units or more")
     parser.add_argument("--hook", help="the first one by default")
-    parser.add_argument("--units", type=int, default=8, help="training units taken, at the most")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs read of each")
-    parser.add_argument("--batch-rows", type=int, default=64, help="rows in a batch that is read")
-    parser.add_argument("--train-only", action="store_true", help="leave out bytes and read times")
+    parser.add_argument("--units", type=int, default=8, help="largest number of training units")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs read per dtype and codec")
+    parser.add_argument("--batch-rows", type=int, default=64, help="rows per batch")
+    parser.add_argument("--train-only", action="store_true", help="do not measure bytes and read times")
     parser.add_argument("--train", type=Path, help="a config with a section `train`; its root is not used")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as `winnow train`")
     parser.add_argument("--simulate", nargs="*", choices=["int8", *FP8], default=["int8", *FP8])
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def storage(root: str, hook: str | None, units: int, rounds: int, batch_rows: int = 64) -> dict[str, Any]:
-    """A dataset's rows in every dtype with every codec: `figures[dtype][codec]`."""
+    """Measure a dataset's rows in every dtype with every codec: `figures[dtype][codec]`."""
     source = ActivationStore.open(root)
     hook = hook or source.hooks[0]
     taken = source.plan.split_units("train")[:units]
@@ -107,6 +107,7 @@ def storage(root: str, hook: str | None, units: int, rounds: int, batch_rows: in
                     "write_cpu": (time.process_time() - before) / plan.rows,
                 }
                 read[dtype, codec] = []
+        # One epoch of each per round, so that a drift of the machine affects all alike.
         for _ in range(rounds):
             for dtype, codec in read:
                 read[dtype, codec].append(_read(f"{folder}/{dtype}-{codec}", hook, batch_rows))
@@ -139,7 +140,7 @@ def _plan(like: HarvestPlan, units: int, hook: str, dtype: Dtype, codec: Compres
 
 
 def _read(root: str, hook: str, batch_rows: int) -> tuple[float, float]:
-    """CPU seconds a row, and seconds, of an epoch in which every group is read from the store."""
+    """CPU seconds and seconds per row of an epoch in which every group is read from the store."""
     store = ActivationStore.open(root)
     units = len(store.plan.split_units("train"))
     before, started = time.process_time(), time.perf_counter()
@@ -152,9 +153,9 @@ def _read(root: str, hook: str, batch_rows: int) -> tuple[float, float]:
 
 
 def simulate(name: str, rows: torch.Tensor) -> torch.Tensor:
-    """float32 rows [B, D] rounded to a format of 8 bits with one float32 scale a row, and back.
+    """Round float32 rows [B, D] to a format of 8 bits with one float32 scale per row, and back.
 
-    `int8` spreads -127..127 over a row's largest magnitude; the fp8 formats bring it to their largest value.
+    A row's largest magnitude becomes 127 of `int8`, or the largest value of an fp8 format.
     """
     most = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     if name == "int8":
@@ -165,7 +166,7 @@ def simulate(name: str, rows: torch.Tensor) -> torch.Tensor:
 
 
 class SimulatedStore(ActivationStore):
-    """A dataset whose training stream has been through a format; all else is as stored."""
+    """A dataset whose training stream is rounded to a format; everything else is as stored."""
 
     format = "int8"
 
@@ -198,7 +199,7 @@ class SimulatedStream:
 
 
 def training(config: Config, formats: list[str], *, delta_ce: bool) -> dict[str, Any]:
-    """Held-out figures of an SAE trained on the stream as it is, and on each simulated format."""
+    """Train an SAE on the stream as it is and on each simulated format; returns held-out figures."""
     assert config.train is not None
     after: loop.AfterTrain | None = measure_in_subject if delta_ce else None
     kept = ("fvu", "fvu_raw", "delta_ce", "delta_ce_low", "delta_ce_high", "l0", "steps")
@@ -217,6 +218,7 @@ def training(config: Config, formats: list[str], *, delta_ce: bool) -> dict[str,
 
 
 def _trained(config: Config, name: str, after: Callable[..., dict[str, float]] | None) -> dict[str, Any]:
+    # The training loop opens its dataset by this name; its validation rows do not pass the stream.
     real = loop.ActivationStore
     if name != "as_stored":
         loop.ActivationStore = type("Simulated", (SimulatedStore,), {"format": name})

@@ -1,4 +1,4 @@
-"""Streams beside the least that must be done for the same bytes."""
+"""Rates of streams over those of their floors (`benchmarks.floors`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from winnow.store.testing import write_dataset
 
 
 class SteadyStream:
-    """One endless stream; each call takes an epoch and gives its rate in stored bytes a second."""
+    """One endless stream; each call reads an epoch and returns its rate in stored bytes per second."""
 
     def __init__(self, store: ActivationStore, options: argparse.Namespace, dtype: Any = "stored") -> None:
         self.stream = store.stream(
@@ -36,10 +36,11 @@ class SteadyStream:
             dtype=dtype,
         )
         self.row_bytes = 2 * options.d_model
+        # The first epoch starts threads and buffers; training is measured in the steady state.
         self()
 
     def __call__(self) -> float:
-        """Take an epoch."""
+        """Read an epoch."""
         started = time.perf_counter()
         rows = 0
         for _ in range(self.stream.order.steps_per_epoch):
@@ -52,14 +53,15 @@ class SteadyStream:
 
 
 def cheap_rows(plan: HarvestPlan, unit: int, hook: str) -> np.ndarray:
-    """Rows that cost little to make and differ from unit to unit."""
+    """Rows that are cheap to make and differ from unit to unit."""
+    # Not random: only the bytes count, and random numbers are slow to draw.
     shape = (plan.rows_per_unit, plan.d_model(hook))
     column = np.arange(shape[0], dtype=np.float32)[:, None] / shape[0] + unit
     return np.broadcast_to(column, shape) * np.linspace(1, 2, shape[1], dtype=np.float32)
 
 
 def local_stream(root: str, plan: HarvestPlan, options: argparse.Namespace) -> dict[str, Any]:
-    """`local_stream_over_loop` and the bare reads beside it."""
+    """`local_stream_over_loop`, and the rate of bare reads."""
     write_dataset(open_store(root), plan, cheap_rows)
     store = ActivationStore.open(root)
 
@@ -89,13 +91,14 @@ def local_stream(root: str, plan: HarvestPlan, options: argparse.Namespace) -> d
 def s3_streams(plan: HarvestPlan, options: argparse.Namespace) -> dict[str, Any]:
     """`s3_stream_over_get` with the server on cores of its own, and `s3_shared_...` with it on all of ours.
 
-    A server that the environment names is where it is, and measured once.
+    A server that the environment names runs on its own machine, and is measured once.
     """
     result: dict[str, Any] = {}
     cores = sorted(os.sched_getaffinity(0))
     here, there = cores[: len(cores) // 2], cores[len(cores) // 2 :]
     outside = bool(os.environ.get("AWS_ENDPOINT_URL"))
-    with s3_root() as root:  # first: obstore has as many threads as there are cores when it is first used
+    # On all cores first: obstore starts as many threads as there are cores when it is first used.
+    with s3_root() as root:
         if root is not None:
             result |= s3_stream(f"{root}/data", plan, options, "s3" if outside else "s3_shared", least=True)
     if result and here and not outside:
@@ -107,7 +110,7 @@ def s3_streams(plan: HarvestPlan, options: argparse.Namespace) -> dict[str, Any]
 def s3_stream(
     root: str, plan: HarvestPlan, options: argparse.Namespace, name: str, *, least: bool = False
 ) -> dict[str, Any]:
-    """A stream from S3 over bare gets, and where asked the least there is to do over them."""
+    """A stream from S3 over bare gets, and with `least` the least work over them."""
     objects = open_store(root)
     assert isinstance(objects, S3Store)
     write_dataset(objects, plan, cheap_rows)

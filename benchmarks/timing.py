@@ -1,4 +1,4 @@
-"""Rates of a subject and of its floor, taken in turn in one process; which cores that runs on."""
+"""Rates of a subject and of its floor, measured alternately in one process, on chosen cores."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Rate = Callable[[], float]
-"""Does its work once and gives its rate in bytes a second."""
+"""Does its work once and returns its rate in bytes per second."""
 
 
 class Taken(NamedTuple):
-    """One run."""
+    """Figures of one run."""
 
     rate: float
+    """Bytes per second."""
     own: float
-    """CPU seconds a byte of this process."""
+    """CPU seconds of this process per byte."""
     server: float
-    """And of its children (MinIO)."""
+    """CPU seconds of its children (MinIO) per byte."""
 
 
 def in_turn(rounds: int, pair: Callable[[], AbstractContextManager[tuple[Rate, Rate]]]) -> dict[str, Any]:
-    """Ratios of rates of subject and floor; and of their bytes a CPU second, which other work moves less.
+    """Ratios of the rates of subject and floor, and of their bytes per CPU second.
 
     Args:
-        rounds: Floor, subject, floor; the ratio of a round is to the mean of its floors.
-        pair: Makes floor and subject anew for each round: which pages of memory they happen to get moves
-            either by a tenth, for as long as they keep them.
+        rounds: Number of rounds of floor, subject, floor; a round's ratio is to the mean of its floors.
+        pair: Makes floor and subject anew for each round.
     """
     floors: list[Taken] = []
     subjects: list[Taken] = []
     for _ in range(rounds):
+        # Anew, because the pages of memory that they happen to get change either rate by a tenth for as long
+        # as they keep them; around the subject, because machines drift.
         with pair() as (floor, subject):
             floors.append(_taken(floor))
             subjects.append(_taken(subject))
@@ -68,10 +70,12 @@ def _taken(run: Rate) -> Taken:
 
 
 def children_cpu() -> float:
-    """CPU seconds of this process's children so far, those that are running included; 0 without /proc."""
+    """CPU seconds of this process's children so far, including running ones; 0 without /proc."""
+    # `os.times` counts children only once they have ended, and the server still runs.
     seconds, ticks = 0.0, os.sysconf("SC_CLK_TCK")
     for place in Path("/proc").glob("[0-9]*/stat"):
         try:
+            # After the last bracket: a program's name, in brackets, may contain spaces and brackets.
             fields = place.read_text().rpartition(")")[2].split()
         except OSError:
             continue
@@ -82,11 +86,12 @@ def children_cpu() -> float:
 
 @contextmanager
 def kept_to(cores: list[int]) -> Generator[None]:
-    """All threads of this process on some cores, those they start as well."""
+    """Keep all threads of this process, and those that they start, on some cores."""
 
     def settle(on: list[int]) -> None:
+        # Thread by thread, because affinity belongs to a thread, not to the process.
         for task in Path("/proc/self/task").iterdir():
-            with suppress(ProcessLookupError):  # one that has just ended
+            with suppress(ProcessLookupError):  # a thread that has just ended
                 os.sched_setaffinity(int(task.name), on)
 
     before = sorted(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""A whole training step over the one dense product it cannot do without.
+"""A whole training step over the one dense product that it needs.
 
 The floor is `torch.mm(x, W_enc.T, out=...)` into a reused buffer. A round times the floor right before each
 case, and the figures are medians of the rounds' ratios, since shared machines drift.
@@ -10,7 +10,7 @@ case, and the figures are medians of the rounds' ratios, since shared machines d
   renormalisation, moving average and dead counts, without AuxK.
 - `step_over_product_dead10`: the same with a tenth of the latents dead and AuxK on, k_aux 256.
 - `eager_over_product`, `eager_over_product_dead10`: the eager step on the same tensors.
-- `quickstart`: all of it at the quickstart's size, where fixed costs show.
+- `quickstart`: all of these at the quickstart's size, where fixed costs show.
 - `peers`: the other libraries' own steps over the same product, by name, in their environment (after
   `make peers`; on a CPU); `winnow` is ours measured there, `peers_over_winnow` the quotients.
 """
@@ -62,7 +62,7 @@ DEAD_SHARE = 0.1
 
 
 def make_run(size: Size, kernels: str, device: torch.device, *, auxk: bool, **fields: object) -> Run:
-    """A run in mid-training: initialised, with Adam's and the average's state; `fields` win."""
+    """A run in mid-training: initialised, with the state of Adam and of the average; `fields` override."""
     spec = TrainSpec.model_validate(
         {
             "out": "unused",
@@ -71,6 +71,7 @@ def make_run(size: Size, kernels: str, device: torch.device, *, auxk: bool, **fi
             "k": size.k,
             "batch_rows": -(-size.rows // 64) * 64,
             "epochs": 10_000,
+            # Below every gradient's norm, so that clipping acts on every step that is timed.
             "clip_norm": 1e-4,
             "auxk_k": min(AUXK, size.latents),
             "auxk_coefficient": 1 / 32 if auxk else 0.0,
@@ -97,7 +98,8 @@ def cases_of(size: Size, device: torch.device, *, eager: bool) -> dict[str, Call
         run = make_run(size, kernels, device, auxk=auxk)
 
         def step() -> None:
-            run.dead.since[silent] = run.recipe.dead_after  # whatever the last step woke
+            # Again before each step: AuxK and Adam wake some of them.
+            run.dead.since[silent] = run.recipe.dead_after
             train_step(run, rows, weights)
 
         cases[name] = step
@@ -125,7 +127,8 @@ def measure(size: Size, rounds: int, device: torch.device, *, eager: bool) -> di
     for number in range(rounds + 1):
         for name, case in cases.items():
             below, above = seconds(product, device), seconds(case, device)
-            if number:  # the first round warms up
+            # The first round warms up.
+            if number:
                 floor.append(below)
                 ratios[name].append(above / below)
     figures: dict[str, Any] = {name: statistics.median(values) for name, values in ratios.items()}
@@ -138,7 +141,8 @@ def measure(size: Size, rounds: int, device: torch.device, *, eager: bool) -> di
 
 
 def peers_beside(size: str, rounds: int, threads: int) -> dict[str, Any]:
-    """What `benchmarks.peer_steps` measures in a process of its own."""
+    """The figures of `benchmarks.peer_steps`, in a process of its own."""
+    # There the peers' packages come first on the import path; here they must not.
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "peers.json"
         module = [sys.executable, "-m", "benchmarks.peer_steps", "--json", str(out), "--size", size]
@@ -148,7 +152,8 @@ def peers_beside(size: str, rounds: int, threads: int) -> dict[str, Any]:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """One call to its end on the device: wall-clock; with one CPU thread, that thread's own time."""
+    """Seconds of one call to its end on the device: wall-clock, or CPU time if there is one CPU thread."""
+    # A thread's CPU time is not affected by other work, but with several threads it would miss theirs.
     clock = time.thread_time if torch.get_num_threads() == 1 and device.type == "cpu" else time.perf_counter
     start = clock()
     call()
@@ -177,9 +182,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gc.disable()  # a collection in mid-round is nobody's cost
+    # A collection in mid-round would be charged to whichever case it falls into.
+    gc.disable()
     first, *rest = args.sizes
-    with torch_settings(device, torch.get_num_threads()):  # a run's own
+    # The settings of a training run.
+    with torch_settings(device, torch.get_num_threads()):
         result = measure(SIZES[first], args.rounds, device, eager=not args.no_eager)
         result |= {name: measure(SIZES[name], args.rounds, device, eager=not args.no_eager) for name in rest}
     result |= {"kernels": choose("auto", device), "threads": torch.get_num_threads(), "rounds": args.rounds}
