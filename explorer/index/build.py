@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from winnow.explorer.index import latents as found
+from winnow.explorer.index import latents as per_latent
 from winnow.explorer.index.blocks import Block, block_folder, firing_counts, make_block, merge
 from winnow.explorer.index.directions import DirectLogits, nearest, token_texts, unit_rows
 from winnow.explorer.index.subjects import LazySubject
@@ -56,14 +56,14 @@ from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import ObjectStore, open_store
 
-SPEC_KEY = "making.json"
+INPUTS_KEY = "making.json"
 """In the scratch folder: the inputs of the blocks and parts there."""
 
-Hands = Callable[[str, list[int], Callable[[], object]], None]
-"""Does the work: `hands("block" or "part", numbers, done)` makes each and calls `done()` after it."""
+MakeAll = Callable[[str, list[int], Callable[[], object]], None]
+"""Does the work: `make_all("block" or "part", numbers, done)` makes each and calls `done()` after it."""
 
 
-class Making(Contract):
+class IndexInputs(Contract):
     """The inputs of an unfinished index, so that results of other inputs are not mixed into it."""
 
     spec: IndexSpec
@@ -132,7 +132,7 @@ class Indexer:
         check_dataset("the SAE", card, plan)
         self.units = min(self.spec.units or plan.units, plan.units)
         self.parts = -(-card.latents // self.part_latents)
-        self.making = Making(
+        self.inputs = IndexInputs(
             spec=self.spec,
             sae_sha256=card.weights_sha256,
             plan_fingerprint=plan.fingerprint,
@@ -149,33 +149,33 @@ class Indexer:
             meta = FeatureIndex.from_json(self.out.get(INDEX_KEY), origin=f"{self.out.uri}/{INDEX_KEY}")
         except MissingObject:
             return None
-        there = Making(**{name: getattr(meta, name) for name in Making.model_fields})
+        there = IndexInputs(**{name: getattr(meta, name) for name in IndexInputs.model_fields})
         self._same(there, f"{self.out.uri} holds another index")
         return meta
 
     def run(
-        self, progress: Callable[[str, int, int], object] = lambda *_: None, hands: Hands | None = None
+        self, progress: Callable[[str, int, int], object] = lambda *_: None, make_all: MakeAll | None = None
     ) -> FeatureIndex:
         """Make the index, or what is missing of it.
 
         Args:
             progress: Called as `progress(step, done, total)` with `units` and then `latents`; the first call
                 of a step reports what existed already.
-            hands: Makes units and parts; None makes them in this process, one after another.
+            make_all: Makes units and parts; None makes them in this process, one after another.
         """
         meta = self.finished()
         if meta is not None:
             return meta
         # Before the first block: workers compare the mark with their own inputs (`require_claim`).
         self._claim()
-        hands = hands or self._alone
+        make_all = make_all or self._alone
         missing = [unit for unit in range(self.units) if not block_folder(self.scratch, unit).exists()]
-        self._step(hands, "block", missing, lambda left: progress("units", self.units - left, self.units))
+        self._step(make_all, "block", missing, lambda left: progress("units", self.units - left, self.units))
         # A part needs every block: one latent's activations are spread over all units.
         missing = [part for part in range(self.parts) if self.out.size(part_key(part)) is None]
         total = self.card.latents
         self._step(
-            hands,
+            make_all,
             "part",
             missing,
             lambda left: progress("latents", total - min(left * self.part_latents, total), total),
@@ -189,7 +189,7 @@ class Indexer:
         return meta
 
     @staticmethod
-    def _step(hands: Hands, step: str, todo: list[int], show: Callable[[int], object]) -> None:
+    def _step(make_all: MakeAll, step: str, todo: list[int], show: Callable[[int], object]) -> None:
         left = len(todo)
 
         def done() -> None:
@@ -199,7 +199,7 @@ class Indexer:
 
         # Also called if nothing is missing, so that a resumed command reports a complete step.
         show(left)
-        hands(step, todo, done)
+        make_all(step, todo, done)
 
     def _alone(self, step: str, todo: list[int], done: Callable[[], object]) -> None:
         for number in todo:
@@ -225,7 +225,7 @@ class Indexer:
     def part_maker(self, blocks: list[Block]) -> Callable[[int], bytes]:
         """A function from a part's number to its Parquet bytes."""
         counts = firing_counts(blocks)
-        windows = found.Windows([block.tokens for block in blocks], self.dataset.plan.spec.drop_leading)
+        windows = per_latent.Windows([block.tokens for block in blocks], self.dataset.plan.spec.drop_leading)
         W_dec = self.sae.W_dec.detach()
         # A second copy of the decoder (3.2 GB at N = 1,048,576, D = 768), so only if cosines are wanted.
         directions = unit_rows(W_dec.float()) if self.spec.neighbours else W_dec
@@ -249,7 +249,7 @@ class Indexer:
                     columns[f"{name}_logits"] = lists(list(scores), pa.float32())
             if self.spec.neighbours:
                 near = nearest(directions, first, stop, self.spec.neighbours)
-                together = found.coactive(blocks, start, row, counts, first, self.spec)
+                together = per_latent.coactive(blocks, start, row, counts, first, self.spec)
                 for name, each in (("cosine", near), ("coactive", together)):
                     columns[f"{name}_ids"] = lists(each.ids, pa.uint32())
                     # `lists` cuts ids at -1 by itself; scores have no such filler, so the ids decide.
@@ -266,19 +266,19 @@ class Indexer:
         row: NDArray[np.int64],
         value: NDArray[np.float32],
         first: int,
-        windows: found.Windows,
+        windows: per_latent.Windows,
     ) -> dict[str, Any]:
-        figures: list[found.Figures] = []
-        examples: list[found.Examples] = []
+        figures: list[per_latent.Figures] = []
+        examples: list[per_latent.Examples] = []
         # Per latent in Python: quantiles, draws and peaks are ragged, and a part has 1,024 latents at most.
         for i in range(len(start) - 1):
             mine = slice(start[i], start[i + 1])
             window, at = np.divmod(row[mine], windows.rows)
             # Rows are numbered without the dropped leading positions, tokens with them.
             tokens = windows.of(window, at + windows.drop)
-            figures.append(found.figures(value[mine], tokens, self.spec.bands))
-            choice = found.choose(row[mine], value[mine], self.spec, windows.rows, first + i)
-            examples.append(found.examples(row[mine], value[mine], choice, self.spec, windows))
+            figures.append(per_latent.figures(value[mine], tokens, self.spec.bands))
+            choice = per_latent.choose(row[mine], value[mine], self.spec, windows.rows, first + i)
+            examples.append(per_latent.examples(row[mine], value[mine], choice, self.spec, windows))
         return figure_columns(figures) | {"examples": example_column(examples)}
 
     def _enc_dec_cosine(self, first: int, stop: int) -> NDArray[np.float32]:
@@ -292,8 +292,8 @@ class Indexer:
             ConfigError: It sees none, or another index's.
         """
         # A folder of the same name on another node passes every other check, and its blocks would be lost.
-        mark = self.scratch / SPEC_KEY
-        if not mark.exists() or mark.read_bytes() != self.making.canonical():
+        mark = self.scratch / INPUTS_KEY
+        if not mark.exists() or mark.read_bytes() != self.inputs.canonical():
             raise ConfigError(
                 f"scratch folder {self.scratch} on a worker",
                 expected="the one that the command has marked: workers write their results to it",
@@ -304,20 +304,20 @@ class Indexer:
     def _claim(self) -> None:
         """Mark the scratch folder as this index's, or refuse another index's."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        mark = self.scratch / SPEC_KEY
+        mark = self.scratch / INPUTS_KEY
         if mark.exists():
-            there = Making.model_validate_json(mark.read_bytes())
+            there = IndexInputs.model_validate_json(mark.read_bytes())
             self._same(there, f"{self.scratch} holds another, unfinished index")
             return
         # Parts without a mark belong to an index whose scratch folder is gone: nothing says of which inputs,
         # and `run` would keep them as finished. They are deleted before the mark allows them to be kept.
         for key, _ in list(self.out.list("latents")):
             self.out.delete(key)
-        mark.write_bytes(self.making.canonical())
+        mark.write_bytes(self.inputs.canonical())
 
-    def _same(self, there: Making, what: str) -> None:
-        if there != self.making:
-            mine, other = self.making.model_dump(), there.model_dump()
+    def _same(self, there: IndexInputs, what: str) -> None:
+        if there != self.inputs:
+            mine, other = self.inputs.model_dump(), there.model_dump()
             differing = [name for name in mine if mine[name] != other[name]]
             raise ConfigError(
                 what,
@@ -333,7 +333,7 @@ class Indexer:
         texts = token_texts(self.subject.tokenizer, plan.subject.vocabulary)
         self.out.put(VOCABULARY_KEY, encode_table({"text": pa.array(texts, pa.string())}, len(texts)))
         meta = FeatureIndex(
-            **self.making.model_dump(),
+            **self.inputs.model_dump(),
             hook=self.card.hook,
             d_model=self.card.d_model,
             latents=self.card.latents,
@@ -348,7 +348,7 @@ class Indexer:
             windows=self.units * plan.spec.windows_per_unit,
             # Rows of weight above 0, not windows x T: densities are shares of what the SAE was trained on.
             rows=int(sum(int(block.read.sum()) for block in self._blocks)),
-            bin_count=found.BINS,
+            bin_count=per_latent.BINS,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         self.out.put(INDEX_KEY, meta.to_json())

@@ -25,7 +25,7 @@ from winnow.cluster.crew import (
     last_line,
     threads_per_actor,
 )
-from winnow.explorer.index.build import Hands, Recipe
+from winnow.explorer.index.build import MakeAll, Recipe
 from winnow.schemas.errors import WinnowError, WorkerError
 
 log = logging.getLogger("winnow.explorer")
@@ -65,7 +65,7 @@ class IndexWorker:
 @contextmanager
 def crew_of(
     recipe: Recipe, workers: int, threads: int = 0, gpus: float | None = None, address: str | None = None
-) -> Generator[Hands]:
+) -> Generator[MakeAll]:
     """Several workers in place of this process, for the duration of a `with`.
 
     Args:
@@ -95,7 +95,7 @@ def crew_of(
         # finds nothing missing starts no worker.
         crew: Crew | None = None
 
-        def hands(step: str, todo: list[int], done: Callable[[], object]) -> None:
+        def make_all(step: str, todo: list[int], done: Callable[[], object]) -> None:
             nonlocal crew
             if todo:
                 crew = crew or Crew(
@@ -104,12 +104,12 @@ def crew_of(
                     {"CPU": float(threads), "GPU": share},
                     settings,
                 )
-                _hand_out(crew, step, todo, done)
+                _distribute(crew, step, todo, done)
 
-        yield hands
+        yield make_all
 
 
-def _hand_out(crew: Crew, step: str, todo: list[int], done: Callable[[], object]) -> None:
+def _distribute(crew: Crew, step: str, todo: list[int], done: Callable[[], object]) -> None:
     """Have every number of `todo` made."""
     # The first worker opens the inputs, so a wrong address or scratch folder is reported before any work.
     crew.await_first()

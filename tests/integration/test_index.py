@@ -196,8 +196,8 @@ def test_two_workers_one_of_which_dies_make_the_same_bytes(site, tmp_path, monke
     )
     steps: list[tuple[str, int, int]] = []
     alone.open().run()
-    with crew.crew_of(shared, 2, threads=1) as hands:
-        meta = shared.open().run(lambda *step: steps.append(step), hands)
+    with crew.crew_of(shared, 2, threads=1) as make_all:
+        meta = shared.open().run(lambda *step: steps.append(step), make_all)
     assert (tmp_path / "died").exists()
     assert "tried again" in caplog.text
     assert files_of(tmp_path / "shared") == files_of(tmp_path / "alone")
