@@ -1,6 +1,6 @@
-"""`decode_grad_values` on a GPU: a program for each row takes its K dots, a few latents at a time.
+"""`decode_grad_values` on a GPU: each program computes LATENTS of a row's K dots.
 
-Legend: B rows, D width, K entries a row. Sums are taken in float32.
+Legend: B rows, D width, K entries per row. Sums are taken in float32.
 """
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
@@ -17,8 +17,10 @@ LATENTS = 16
 
 @triton.jit
 def _dots(grad, indices, W_dec, out, K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    # 64 bits: row * D and latent * D pass 2**31
     row = tl.program_id(0).to(tl.int64)
     entry = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # masked entries name latent 0, a valid address, although `inside` keeps it from being read
     latent = tl.load(indices + row * K + entry, mask=entry < K, other=0)
     total = tl.zeros([BLOCK_K], dtype=tl.float32)
     for left in range(0, D, BLOCK_D):

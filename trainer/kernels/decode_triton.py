@@ -1,6 +1,6 @@
-"""`decode` on a GPU: a program for each row and block of D gathers the row's K directions.
+"""`decode` on a GPU: one program per row and block of D gathers the row's K directions.
 
-Legend: B rows, D width, K entries a row. Sums are taken in float32, entry by entry.
+Legend: B rows, D width, K entries per row. Sums are taken in float32, entry by entry.
 """
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
@@ -16,9 +16,11 @@ LARGEST_BLOCK = 1024
 
 @triton.jit
 def _decode(values, indices, W_dec, out, K, D, BLOCK_D: tl.constexpr):
+    # 64 bits: row * D and latent * D pass 2**31 (at D = 768 from 2.8 M rows or latents)
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    # one entry after another: a fixed order of the sum, so the same bits every run
     for entry in range(K):
         value = tl.load(values + row * K + entry).to(tl.float32)
         latent = tl.load(indices + row * K + entry)
@@ -28,9 +30,10 @@ def _decode(values, indices, W_dec, out, K, D, BLOCK_D: tl.constexpr):
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """See `winnow.trainer.kernels.decode`; `dtype` is the result's type, W_dec's where not given."""
+    """See `winnow.trainer.kernels.decode`; `dtype` is the result's type, None takes W_dec's."""
     width = W_dec.shape[1]
     out = W_dec.new_empty(len(values), width, dtype=dtype or W_dec.dtype)
+    # an empty grid cannot be launched
     if out.numel():
         block = block_of(width, LARGEST_BLOCK)
         grid = (len(values), cdiv(width, block))

@@ -1,12 +1,12 @@
 """`encode_topk` on a GPU by seed and sweep.
 
 Seed: the exact k-th best of the first N/16 columns, tau, is a lower bound for the k-th best of all. Sweep:
-one pass of products keeps what reaches tau, about 16 k a row, in slots for each row and stripe of columns,
-placed by prefix sums: no atomics, and never [B, N]. A top-k over the slots ends it. A row that overflows a
-stripe's slots, or fell short of k because seed and sweep round differently, is done again by `exact` and
+one pass of products keeps what reaches tau, about 16 k per row, in slots per row and stripe of columns,
+placed by prefix sums: no atomics, and never [B, N]. A top-k over the slots follows. A row that overflows a
+stripe's slots, or has fewer than k because seed and sweep round differently, is redone by `exact` and
 counted.
 
-Legend: B rows, D width, N latents, K kept a row, S stripes of columns, C slots of a stripe.
+Legend: B rows, D width, N latents, K kept per row, S stripes of columns, C slots of a stripe.
 """
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
@@ -22,21 +22,23 @@ from winnow.trainer.kernels.best import best, sort_pairs
 from winnow.trainer.kernels.reference import accumulator
 from winnow.trainer.kernels.support_triton import cdiv, interpreted, launch, power_of_two
 
+# compiled for sm_90 in bfloat16, the sweep of these blocks takes 255 registers and spills 1,424 bytes (one
+# block per SM); with 64 columns it does not spill (228 registers), but there are twice as many blocks
 ROWS, COLUMNS, DEPTH = 128, 128, 32
 """Block of one product."""
 STRIPE = 8
 """Blocks of columns that one program sweeps."""
 SEED_SHARE = 16
 SEED_PER_KEPT = 8
-"""The seed is N / SEED_SHARE columns, and at least this many for each one kept."""
+"""The seed is N / SEED_SHARE columns, and at least this many per latent kept."""
 SLOT_BYTES = 1 << 28
-"""Slots held at a time; rows are swept in chunks of that size."""
+"""Bytes of slots held at a time; rows are swept in chunks of that size."""
 EXACT_COLUMNS = 8192
 EXACT_ROWS = 2048
 
 
 class Counted(NamedTuple):
-    """Codes, and how many rows had to be done again."""
+    """Codes, and the number of rows that had to be redone."""
 
     values: Tensor
     indices: Tensor
@@ -67,6 +69,7 @@ def _sweep(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     threshold = tl.load(tau + row, mask=row < B, other=float("inf"))
     found = tl.zeros([ROWS], dtype=tl.int32)
+    # every row has its own slots in every stripe, so programs never share one: no atomics, a fixed order
     home = (row.to(tl.int64) * stripes + stripe) * SLOTS
     for block in range(STRIPE):
         column = (stripe * STRIPE + block) * COLUMNS + tl.arange(0, COLUMNS)
@@ -80,6 +83,7 @@ def _sweep(
             if WIDEN:  # the interpreter has no bfloat16 to multiply in
                 x_part = x_part.to(tl.float32)
                 W_part = W_part.to(tl.float32)
+            # "ieee": float32 operands are multiplied in float32, not silently in TF32
             z = tl.dot(x_part, W_part, z, input_precision="ieee")
         z += tl.load(b + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
         inside = (row < B)[:, None] & (column < N)[None, :]
@@ -91,6 +95,7 @@ def _sweep(
         tl.store(values + home[:, None] + slot, z, mask=keep)
         tl.store(ids + home[:, None] + slot, column[None, :] + tl.zeros_like(slot), mask=keep)
         found += tl.sum(one, axis=1)
+    # also the hits beyond the slots: a count above SLOTS is how the host learns of an overflow
     tl.store(counts + row.to(tl.int64) * stripes + stripe, found, mask=row < B)
 
 
@@ -102,9 +107,9 @@ def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def encode_topk_counted(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> Counted:
-    """`encode_topk`, with the number of rows that were done again.
+    """`encode_topk`, with the number of rows that were redone.
 
-    float64, and dictionaries too small for a seed, are not swept: `exact` does them.
+    float64, and dictionaries too small for a seed, are not swept but left to `exact`.
     """
     latents = len(W_enc)
     seed = max(-(-latents // SEED_SHARE), SEED_PER_KEPT * k)
@@ -123,6 +128,8 @@ def encode_topk_counted(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> Counted:
 
 def _slots(latents: int, seed: int, k: int) -> int:
     """Slots of a stripe: the expected number of hits and six standard deviations."""
+    # expected if active latents are spread evenly. Simulated with N = 131,072 and K = 64: a prefix of 1,024
+    # latents with 17 of the 64 overflows in every row, one with 5 in 27 % of them, a random order in none
     expected = k * latents / seed * min(1.0, STRIPE * COLUMNS / latents)
     return power_of_two(math.ceil(expected + 6 * math.sqrt(expected) + 4))
 
@@ -131,7 +138,9 @@ def _swept(x: Tensor, W_enc: Tensor, b: Tensor, k: int, seed: int, stripes: int,
     rows, device = len(x), x.device
     pilot = torch.addmm(b[:seed].to(x.dtype), x, W_enc[:seed].T).float()
     tau = pilot.topk(k, dim=1, sorted=False).values.amin(1)
-    tau -= 4 * torch.finfo(x.dtype).eps * tau.abs()  # the pilot is rounded to x's type
+    # the pilot is rounded to x's type, the sweep is not: a little lower, or the sweep would miss the k-th
+    tau -= 4 * torch.finfo(x.dtype).eps * tau.abs()
+    # freed before the slots are made (268 MB for 8,192 rows at N = 131,072)
     del pilot
     values = torch.full((rows, stripes * slots), -torch.inf, device=device)
     ids = torch.zeros(rows, stripes * slots, dtype=torch.int32, device=device)
@@ -158,8 +167,10 @@ def _swept(x: Tensor, W_enc: Tensor, b: Tensor, k: int, seed: int, stripes: int,
         WIDEN=interpreted(),
         num_warps=8,
     )
-    kept, at = best(values, k)  # slots stand in the order of their columns, so earlier is lower
+    # slots are in the order of their columns, so among equals the earlier position is the lower latent
+    kept, at = best(values, k)
     kept, indices = sort_pairs(kept, ids.gather(1, at).long())
+    # too many hits for a stripe's slots, or too few in all (tau was too high by a rounding)
     again = ((counts > slots).any(1) | (counts.sum(1) < k)).nonzero().flatten()
     if len(again):
         kept[again], indices[again] = exact(x[again], W_enc, b, k)

@@ -1,8 +1,8 @@
 """`segment_grad` on a GPU: sums over sorted entries, without atomics.
 
-A latent with up to CHUNK entries is summed by one program for each block of D. A hot one is cut into chunks
-of CHUNK entries, whose partial sums another program adds in order: the load is even, and the bits are the
-same every run.
+A latent with up to CHUNK entries is summed by one program per block of D. A hot one is split into chunks of
+CHUNK entries, whose partial sums another program adds in order: the load is even, and the bits are the same
+every run.
 
 Legend: B rows, D width, N latents, E entries (B*K), H chunks of hot latents.
 """
@@ -36,6 +36,7 @@ def _whole(values, row, ends, rows, out, D, CHUNK: tl.constexpr, BLOCK_D: tl.con
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     low = tl.load(ends + latent)
     high = tl.load(ends + latent + 1)
+    # a hot latent would keep one program busy long after all others: `_chunk` and `_join` do it
     if high - low <= CHUNK:
         total = _sum_entries(values, row, rows, low, high, d, D, BLOCK_D)
         tl.store(out + latent * D + d, total.to(out.dtype.element_ty), mask=d < D)
@@ -48,10 +49,12 @@ def _chunk(
     chunk = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     latent = tl.load(latents + chunk)
+    # the grid is an upper bound: programs past the last chunk find no owner
     if latent < N:
         low = tl.load(ends + latent) + (chunk - tl.load(first + latent)) * CHUNK
         high = tl.minimum(low + CHUNK, tl.load(ends + latent + 1))
         total = _sum_entries(values, row, rows, low, high, d, D, BLOCK_D)
+        # in float32 whatever the rows are: a partial sum is not rounded before it is added
         tl.store(partial + chunk * D + d, total, mask=d < D)
 
 
@@ -71,7 +74,7 @@ def _join(first, partial, out, D, BLOCK_D: tl.constexpr):
 def segment_sums(
     values: Tensor, segments: Segments, rows: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """[N, D] of type `dtype` (rows' where not given), from values [E] in the segments' order."""
+    """Sums [N, D] of type `dtype` (None takes rows'), from values [E] in the segments' order."""
     latents, width = len(segments.ends) - 1, rows.shape[1]
     out = rows.new_empty(latents, width, dtype=dtype or rows.dtype)
     if not out.numel():
@@ -92,11 +95,12 @@ def segment_sums(
         BLOCK_D=block,
     )
     if len(values) <= CHUNK:
-        return out  # nothing can be hot
+        return out  # no latent can be hot
     counts = segments.ends.diff()
     chunks = torch.where(counts > CHUNK, (counts + CHUNK - 1).div(CHUNK, rounding_mode="floor"), 0)
     first = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
-    # at most two chunks for each CHUNK entries: a bound that needs no number from the GPU
+    # a hot latent of n entries has at most 2 n / CHUNK chunks: a bound that needs no number from the GPU, and
+    # therefore no wait for it
     most = 2 * len(values) // CHUNK
     owner = torch.searchsorted(first[1:], torch.arange(most, device=rows.device), right=True)
     partial = torch.empty(most, width, dtype=torch.float32, device=rows.device)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share. Importing this module needs Triton; whoever asks for it has chosen it."""
+"""What the Triton kernels share. Importing this module needs Triton, so only a run that chose it does."""
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ def interpreted() -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel; Triton's own types tell a checker nothing."""
+    """Run a kernel on a grid."""
+    # in one place, because Triton's own types tell a type checker nothing
     kernel[grid](*arguments, **constants)
 
 
 def cdiv(size: int, by: int) -> int:
-    """Size / by, rounded up."""
+    """`size / by`, rounded up."""
     return -(-size // by)
 
 
@@ -35,5 +36,5 @@ def power_of_two(size: int) -> int:
 
 
 def block_of(size: int, largest: int) -> int:
-    """The power of two that holds `size`, at least 16 and at most `largest`."""
+    """The smallest power of two not less than `size`, but at least 16 and at most `largest`."""
     return min(largest, max(16, power_of_two(size)))
