@@ -1,8 +1,8 @@
-"""The sparse operations of a training step: after the encoder's product nothing dense is left.
+"""The sparse operations of a training step, whose only dense product is the encoder's.
 
-One operation a file, each with a CPU path (torch alone) and a Triton path (`*_triton.py`, imported only
-when asked for); `dispatch` chooses between them by name, `reference` holds the dense equivalents that
-tests and benchmarks compare with. See docs/kernels.md for what they cost.
+One operation per file, each with a CPU path (torch alone) and a Triton path (`*_triton.py`, imported only
+if it is chosen); `dispatch` chooses between them by name, `reference` holds the dense equivalents that
+tests and benchmarks compare with. docs/kernels.md has their measured times.
 """
 
 from winnow.trainer.kernels.decode import decode

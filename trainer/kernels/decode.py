@@ -2,7 +2,7 @@
 
 Equivalent to `reference.decode`: `scatter(values) @ W_dec`.
 
-Legend: B rows, D width, N latents, K entries a row.
+Legend: B rows, D width, N latents, K entries per row.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from winnow.trainer.kernels.segment_grad import decode_grad_weight
 
 @torch.library.custom_op("winnow::decode", mutates_args=())
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str) -> Tensor:
-    """Codes to rows.
+    """Turn codes into rows.
 
     Args:
         values: [B, K].
@@ -52,6 +52,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG001
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values, indices, W_dec = ctx.saved_tensors
     wants_values, _, wants_W, _ = ctx.needs_input_grad
+    # the dots come in the accumulator's type, which for half precision is not the values'
     dv = decode_grad_values(grad, indices, W_dec, ctx.backend).to(values.dtype) if wants_values else None
     dW = decode_grad_weight(values, indices, grad, len(W_dec), ctx.backend) if wants_W else None
     return dv, None, dW, None
@@ -62,6 +63,7 @@ decode.register_autograd(_backward, setup_context=_setup)
 
 def decode_cpu(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """`decode` by torch's weighted embedding bag, which sums each row's K entries in order."""
+    # with K = 0 torch 2.13's `embedding_bag` fails ("step must be nonzero")
     if not indices.numel():
         return W_dec.new_zeros(len(values), W_dec.shape[1])
     weights = values.to(W_dec.dtype)

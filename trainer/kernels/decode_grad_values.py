@@ -2,7 +2,7 @@
 
 Equivalent to `reference.decode_grad_values`: `(grad @ W_dec.T).gather(indices)`.
 
-Legend: B rows, D width, N latents, K entries a row.
+Legend: B rows, D width, N latents, K entries per row.
 """
 
 import torch
@@ -16,7 +16,7 @@ from winnow.trainer.kernels.segment_grad import Segments, segments_of
 
 @torch.library.custom_op("winnow::decode_grad_values", mutates_args=())
 def decode_grad_values(grad: Tensor, indices: Tensor, W_dec: Tensor, backend: str) -> Tensor:
-    """Dots of each row with its latents' directions.
+    """Compute the dots of each row with its latents' directions.
 
     Args:
         grad: [B, D].
@@ -44,15 +44,14 @@ def _(grad: Tensor, indices: Tensor, W_dec: Tensor, backend: str) -> Tensor:  # 
 
 
 def decode_grad_values_cpu(grad: Tensor, segments: Segments, W_dec: Tensor) -> Tensor:
-    """The dots [B*K] in the order of `segments`.
-
-    Walking latent by latent reads each direction once and gathers rows of `grad`, which are fewer and
-    stay in cache: a third of the time of walking row by row. The primitive is the one behind torch's
-    gradient of `embedding_bag` by its per_sample_weights, with latents as bags of rows.
-    """
+    """Compute the dots [B*K] in the order of `segments`."""
     kind = accumulator(W_dec.dtype)
     if not segments.order.numel():
         return grad.new_empty(0, dtype=kind)
+    # latent by latent: each direction is read once, and the gathered operand is the batch, which fits in
+    # cache, not the decoder: 16 to 25 ms against 48 to 58 row by row (docs/kernels.md).
+    # The primitive is torch's gradient of `embedding_bag` by its per_sample_weights, which no public function
+    # offers; here latents are bags of rows
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         W_dec.to(kind), grad.to(kind), segments.row, segments.ends[:-1], segments.latent, 0
     )

@@ -1,4 +1,4 @@
-"""Which implementation runs: chosen by name, once, and never swapped behind anyone's back.
+"""Which implementation runs: chosen by name, once, and never replaced silently.
 
 - `eager`: the dense equivalents of `reference`, and for a training step the plain eager one.
 - `cpu`: torch's own sparse primitives, for tensors on the CPU.
@@ -22,16 +22,17 @@ _LOG = logging.getLogger("winnow.kernels")
 
 
 def choose(kernels: str, device: torch.device) -> Backend:
-    """The backend of a run, logged once.
+    """Choose and log the backend of a run.
 
     Args:
         kernels: `auto` (`cpu` on the CPU, `triton` on a GPU) or a backend's name.
-        device: Where the tensors live.
+        device: The device of the tensors.
 
     Raises:
-        ConfigError: Another name, or a backend that does not run on this device.
+        ConfigError: Unknown name, or a backend that does not run on this device.
         DependencyMissing: Triton is chosen and not installed.
     """
+    # no fallback to another backend: it would compute the same step, only slower, and nobody would notice
     wanted = ("triton" if device.type == "cuda" else "cpu") if kernels == "auto" else kernels
     for backend in BACKENDS:
         if backend == wanted:
@@ -46,6 +47,7 @@ def _require(backend: Backend, device: torch.device) -> None:
         raise ConfigError(
             "kernels: cpu", expected="tensors on the CPU", got=device, fix="Set kernels: auto, or device: cpu"
         )
+    # under Triton's interpreter (TRITON_INTERPRET=1) the tests run the kernels on a CPU
     if backend == "triton" and device.type != "cuda" and not triton_module("support").interpreted():
         raise ConfigError(
             "kernels: triton",
@@ -53,12 +55,13 @@ def _require(backend: Backend, device: torch.device) -> None:
             got=device,
             fix="Set kernels: auto, or device: cuda",
         )
+    # imported now, so that a missing Triton is an error before the first step
     if backend == "triton":
         triton_module("support")
 
 
 def triton_module(name: str) -> ModuleType:
-    """The module `winnow.trainer.kernels.<name>_triton`.
+    """Import the module `winnow.trainer.kernels.<name>_triton`.
 
     Raises:
         DependencyMissing: Triton is not installed.
@@ -66,6 +69,7 @@ def triton_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"winnow.trainer.kernels.{name}_triton")
     except ModuleNotFoundError as error:
+        # only a missing Triton has this remedy; another missing module is a fault of the installation
         if (error.name or "").partition(".")[0] != "triton":
             raise
         raise DependencyMissing(
@@ -77,5 +81,5 @@ def triton_module(name: str) -> ModuleType:
 
 
 def unknown(backend: str) -> ConfigError:
-    """What a custom op raises for a backend it does not know."""
+    """The error of a custom op for an unknown backend."""
     return ConfigError("backend", expected=f"one of {', '.join(BACKENDS)}", got=repr(backend))

@@ -1,8 +1,8 @@
-"""Dense equivalents of every kernel: what tests and benchmarks import, and the backend `eager`.
+"""Dense equivalents of every kernel, for tests, benchmarks and the backend `eager`.
 
-Legend: B rows, D width, N latents, K entries a row.
+Legend: B rows, D width, N latents, K entries per row.
 
-Each holds [B, N]; none knows a trick. In half precision the sums are taken in float32.
+Each holds [B, N] and is as plain as its formula. In half precision sums are taken in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def scatter(values: Tensor, indices: Tensor, latents: int) -> Tensor:
-    """Codes [B, K] as a dense [B, N]; a latent named twice in a row counts twice."""
+    """Codes [B, K] as a dense [B, N]; a latent that a row names twice counts twice."""
+    # added, not assigned: an empty slot, of value 0, must not erase an entry of the latent that it names
     dense = values.new_zeros(len(values), latents, dtype=accumulator(values.dtype))
     return dense.scatter_add_(1, indices, values.to(dense.dtype))
 
@@ -25,6 +26,7 @@ def scatter(values: Tensor, indices: Tensor, latents: int) -> Tensor:
 def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`(x @ W_enc.T + b).topk(k)`, ordered by value descending, then index ascending."""
     kind = accumulator(x.dtype)
+    # a stable sort and not `topk`, which may choose any of the equals at the edge
     values, indices = (x.to(kind) @ W_enc.to(kind).T + b.to(kind)).sort(dim=1, descending=True, stable=True)
     return values[:, :k].contiguous(), indices[:, :k].contiguous()
 

@@ -4,10 +4,10 @@ Equivalent to `reference.segment_grad`: `scatter(values).T @ rows`. For W_dec th
 the rows the gradient of the reconstruction; for W_enc the values are the codes' gradient and the rows the
 encoder's input.
 
-The B*K entries are sorted by latent, stably, so by row inside one, and every latent's segment is summed
-in that order: no atomics, the same bits every run.
+The B*K entries are sorted by latent, stably, so that each latent's entries stay in the order of rows, and
+are summed in that order: no atomics, the same bits every run.
 
-Legend: B rows, D width, N latents, K entries a row.
+Legend: B rows, D width, N latents, K entries per row.
 """
 
 from typing import NamedTuple, Self
@@ -19,17 +19,18 @@ from torch import Tensor
 from winnow.trainer.kernels import reference
 from winnow.trainer.kernels.dispatch import triton_module, unknown
 
+# 2 MiB: an optimiser pass over whole gradients took 87 ms of thread time, block by block 35 (docs/kernels.md)
 BLOCK_BYTES = 2 << 20
-"""Sums made at a time on the CPU: small enough to stay in cache until they are used or stored."""
+"""Bytes of the sums computed at a time on the CPU: small enough to stay in cache until they are used."""
 GPU_BLOCK_BYTES = 1 << 28
-"""The same on a GPU, where a block only bounds the memory that passing tensors take."""
+"""The same on a GPU, where a block only bounds the memory of temporary tensors."""
 
 
 class Segments(NamedTuple):
     """The E entries of codes [B, K], B*K or some of them, sorted by latent."""
 
     order: Tensor
-    """int64 [E]: where each sorted entry stands in the flattened codes."""
+    """int64 [E]: the position of each sorted entry in the flattened codes."""
     row: Tensor
     """int64 [E]: its row."""
     latent: Tensor
@@ -38,23 +39,25 @@ class Segments(NamedTuple):
     """int64 [N + 1]: latent n's entries are ends[n] up to ends[n + 1]."""
 
     def of(self, block: slice) -> Self:
-        """Those of a slice of the latents, as if there were no others; entries keep their places."""
+        """The segments of a slice of the latents, as if there were no others; positions stay the same."""
         return self._replace(ends=self.ends[block.start : block.stop + 1])
 
 
 def segments_of(indices: Tensor, latents: int, chosen: Tensor | None = None) -> Segments:
-    """Sort the entries of indices int64 [B, K]; of them only those `chosen`, bool [B, K], where given."""
+    """Sort the entries of indices int64 [B, K]; if `chosen`, bool [B, K], is given, only those."""
     flat = indices.flatten()
     places = None if chosen is None else chosen.flatten().nonzero().flatten()
+    # stable, so that a latent's entries are added in the order of rows: the same bits every run
     latent, order = (flat if places is None else flat[places]).sort(stable=True)
     ends = F.pad(torch.bincount(latent, minlength=latents).cumsum(0), (1, 0))
     order = order if places is None else places[order]
+    # `max`: codes without slots (K = 0) would divide by 0
     return Segments(order, order.div(max(1, indices.shape[1]), rounding_mode="floor"), latent, ends)
 
 
 @torch.library.custom_op("winnow::segment_grad", mutates_args=())
 def segment_grad(values: Tensor, indices: Tensor, rows: Tensor, latents: int, backend: str) -> Tensor:
-    """For each latent the sum of `rows` weighted by its values.
+    """Sum `rows`, weighted by each latent's values, for every latent.
 
     Args:
         values: [B, K].
@@ -87,7 +90,7 @@ decode_grad_weight = encode_grad_weight = segment_grad
 
 
 def segment_sums_cpu(values: Tensor, segments: Segments, rows: Tensor) -> Tensor:
-    """[N, D] from values [B*K] in the segments' order."""
+    """Sums [N, D] from values [B*K] in the segments' order."""
     latents = len(segments.ends) - 1
     sums = rows.new_empty(latents, rows.shape[1])
     for block in latent_blocks(latents, rows):
@@ -96,13 +99,13 @@ def segment_sums_cpu(values: Tensor, segments: Segments, rows: Tensor) -> Tensor
 
 
 def latent_blocks(latents: int, rows: Tensor, block_bytes: int = BLOCK_BYTES) -> list[slice]:
-    """The N latents cut into slices whose sums of rows [B, D] take `block_bytes`."""
+    """Cut the N latents into slices whose sums of rows [B, D] take `block_bytes`."""
     size = max(1, block_bytes // max(1, rows.shape[1] * rows.element_size()))
     return [slice(first, min(first + size, latents)) for first in range(0, latents, size)]
 
 
 def segment_block_cpu(values: Tensor, segments: Segments, rows: Tensor, block: slice) -> Tensor:
-    """The sums of a slice of the latents: latents are bags of rows."""
+    """Sums of a slice of the latents, each a bag of rows."""
     low, high = int(segments.ends[block.start]), int(segments.ends[block.stop])
     if low == high:
         return rows.new_zeros(block.stop - block.start, rows.shape[1])

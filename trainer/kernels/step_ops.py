@@ -1,9 +1,9 @@
-"""What the fused training step asks of a backend: the operations below their autograd.
+"""The operations that the fused training step needs from a backend, without their autograd.
 
-Beside what the custom ops offer, the step shares one sort between its gradients, takes them in blocks
-of latents, and takes the dead latents' codes from the same pass over the encoder.
+Unlike the custom ops, they share one sort between the step's gradients, compute these in blocks of latents,
+and compute the dead latents' codes in the same pass over the encoder.
 
-Legend: B rows, D width, N latents, K kept a row, M dead latents, E entries (B*K).
+Legend: B rows, D width, N latents, K kept per row, M dead latents, E entries (B*K).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from winnow.trainer.kernels.segment_grad import GPU_BLOCK_BYTES, Segments, laten
 
 
 class Dead(NamedTuple):
-    """The dead latents whose codes AuxK wants."""
+    """The dead latents whose codes AuxK needs."""
 
     ids: Tensor
     """int64 [M], ascending, M >= 1."""
     k: int
-    """Kept a row, at most M."""
+    """Latents kept per row, at most M."""
     dense: bool
-    """Whether pre-activations [B, M] are wanted, or codes (values [B, k], positions in ids [B, k])."""
+    """Return pre-activations [B, M]; if False codes (values [B, k], positions in ids [B, k])."""
 
 
 class Codes(NamedTuple):
-    """The best K latents a row, and what was asked for of the dead ones."""
+    """The best K latents per row, and the dead latents' pre-activations or codes as `Dead` asks."""
 
     values: Tensor
     indices: Tensor
@@ -54,9 +54,9 @@ class StepOps(NamedTuple):
     sums: Callable[[Tensor, Segments, Tensor, slice], Tensor]
     """values [E], segments, rows [B, D], a block of latents -> their sums."""
     blocks: Callable[[int, Tensor], list[slice]]
-    """N, rows: the blocks to ask for."""
+    """N, rows -> the blocks of latents for `sums`."""
     low: Callable[[Tensor], Tensor]
-    """A matrix as the operations above take it: itself, or rounded to bfloat16."""
+    """A matrix as the operations above take it: unchanged, or rounded to bfloat16."""
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         """The product of two matrices, rounded as `low` does, in `a`'s type."""
@@ -65,10 +65,8 @@ class StepOps(NamedTuple):
 
 
 def aligned(rows: int, columns: int, like: Tensor) -> Tensor:
-    """An empty [rows, columns] each of whose rows starts at a multiple of 64 bytes.
-
-    The library's product into rows that do not took twice the time: [4096, 576] x [576, 1639], 88 ms not 44.
-    """
+    """An empty [rows, columns], each row of which starts at a multiple of 64 bytes."""
+    # the library's product into other rows took twice the time: [4096, 576] x [576, 1639], 88 ms, not 44
     step = 64 // like.element_size()
     return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
 
@@ -76,11 +74,11 @@ def aligned(rows: int, columns: int, like: Tensor) -> Tensor:
 def step_ops(backend: Backend, compute_dtype: ComputeDtype = "float32") -> StepOps:
     """The operations of `cpu` or `triton`.
 
-    With `bfloat16` their operands are rounded by `low`, sums stay in float32 and so does what they give. The
-    CPU, whose primitives would round the sums too, keeps rounded operands in the type they had.
+    With `bfloat16` their operands are rounded by `low`; sums and results stay in float32.
     """
     half = compute_dtype == "bfloat16"
     if backend == "cpu":
+        # rounded to bfloat16's numbers but kept in float32: torch's primitives would round the sums too
         low = _rounded if half else _as_it_is
         return StepOps(encode_cpu, decode_cpu, dots_cpu, segment_block_cpu, latent_blocks, low)
     encode, decode = triton_module("encode_topk").encode_topk, triton_module("decode").decode
@@ -91,7 +89,9 @@ def step_ops(backend: Backend, compute_dtype: ComputeDtype = "float32") -> StepO
         values, indices = encode(x, W_enc, b, k)
         if dead is None:
             return Codes(values, indices, None)
-        W_dead, b_dead = W_enc[dead.ids], b[dead.ids]  # compacted: the cost falls with their number
+        # the sweep keeps nothing below tau, so the dead latents need a product of their own; over compacted
+        # rows its cost falls with their number
+        W_dead, b_dead = W_enc[dead.ids], b[dead.ids]
         if not dead.dense:
             return Codes(values, indices, encode(x, W_dead, b_dead, dead.k))
         z = torch.addmm(b_dead.to(x.dtype), x, W_dead.T)
@@ -112,17 +112,17 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _rounded(tensor: Tensor) -> Tensor:
-    """To bfloat16's numbers, in the type it had."""
+    """Round to bfloat16's numbers, keeping the type."""
     return tensor.to(torch.bfloat16).to(tensor.dtype)
 
 
 def dots_cpu(grad: Tensor, indices: Tensor, segments: Segments, W_dec: Tensor) -> Tensor:  # noqa: ARG001
-    """`decode_grad_values_cpu`, which walks the segments."""
+    """`decode_grad_values_cpu`, which works in the order of the segments."""
     return decode_grad_values_cpu(grad, segments, W_dec)
 
 
 def encode_cpu(x: Tensor, W_enc: Tensor, b: Tensor, k: int, dead: Dead | None) -> Codes:
-    """One pass over the encoder for both top-k's."""
+    """Compute both top-k's in one pass over the encoder."""
     if dead is None:
         return Codes(*encode_topk_cpu(x, W_enc, b, k), None)
     if dead.dense:
@@ -133,11 +133,13 @@ def encode_cpu(x: Tensor, W_enc: Tensor, b: Tensor, k: int, dead: Dead | None) -
 
         return Codes(*encode_topk_cpu(x, W_enc, b, k, Watch(dead.ids, keep)), z)
 
+    # one running best per tile of rows, because a tile's columns arrive in several calls
     running: dict[int, Best] = {}
 
     def feed(rows: slice, columns: slice, part: Tensor) -> None:
         running.setdefault(rows.start, Best(dead.k)).feed(part, columns.start)
 
     values, indices = encode_topk_cpu(x, W_enc, b, k, Watch(dead.ids, feed))
+    # unordered codes are enough, because AuxK only sums over them
     found = [running[first].codes() for first in sorted(running)]
     return Codes(values, indices, (torch.cat([v for v, _ in found]), torch.cat([i for _, i in found])))
