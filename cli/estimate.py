@@ -13,7 +13,7 @@ from winnow.schemas.config import Config, section
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
-from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, rows_of
+from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, table_rows
 from winnow.trainer.run.start import plan_order, resolve_recipe
 
 
@@ -66,7 +66,7 @@ def estimate_command(
             currency=prices.currency if prices else "USD",
         )
         volume = data_volume(rows / max(1.0, spec.epochs), width)
-        emit(as_json(found, volume), json, lambda: print_table(f"{config}", rows_of(found, volume)))
+        emit(as_json(found, volume), json, lambda: print_table(f"{config}", table_rows(found, volume)))
 
 
 def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tuple[float, int]:

@@ -12,7 +12,7 @@ from winnow.common.reporter import say
 from winnow.jobs.runs import HEADER, RunView, find_runs, last_records, watch_rows
 from winnow.schemas.errors import ConfigError
 from winnow.store.objects import ObjectStore, open_store
-from winnow.trainer.run.status import allow_again, ask_to_stop, read_status
+from winnow.trainer.run.status import ask_to_stop, read_status, withdraw_stop
 
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URI that holds runs")]
 RunUri = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI (its train.out)")]
@@ -117,7 +117,7 @@ def resume_command(run: RunUri) -> None:
     Example: `winnow resume runs/quickstart`
     """
     with guard():
-        if not allow_again(open_store(run)):
+        if not withdraw_stop(open_store(run)):
             raise ConfigError(
                 f"{run} was not asked to stop", fix="Run its command again if it is not training"
             )

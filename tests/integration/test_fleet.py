@@ -120,7 +120,7 @@ def test_one_that_is_not_finite_stops_alone_and_is_named(config, alone, tmp_path
     assert (tmp_path / "wide" / WEIGHTS).read_bytes() == alone["wide"]
     status = json.loads((tmp_path / "seed" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 12)
-    assert "The others go on" in caplog.text
+    assert "The others continue" in caplog.text
 
 
 @pytest.mark.parametrize("fields", [{"threads": 2}, {"out": "same"}])

@@ -239,7 +239,7 @@ def what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) ->
         [(count, {"latents": latents}) for latents in _halved(spec.latents)],
     ]
     found = [next((way for way in each if fits(*way)), None) for each in ways]
-    said = [_say(*way) for way in found if way is not None]
+    said = [_describe(*way) for way in found if way is not None]
     return "What fits: " + "; or ".join(said) if said else "Take a GPU with more memory"
 
 
@@ -248,7 +248,7 @@ def _halved(size: int) -> list[int]:
     return [size >> times for times in range(1, size.bit_length())]
 
 
-def _say(gpus: int, change: dict[str, Any]) -> str:
+def _describe(gpus: int, change: dict[str, Any]) -> str:
     ((field, value),) = change.items()
     if field == "mesh":
         return f"{gpus} such GPUs with mesh.latent: {value['latent']}"
@@ -263,7 +263,7 @@ def data_volume(
     return {"bytes": size, "shards": math.ceil(size / shard_bytes)}
 
 
-def rows_of(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
+def table_rows(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
     """Rows of the table that the command prints."""
     memory = found.memory
     parts = ", ".join(f"{name} {seconds * 1000:,.1f}" for name, seconds in found.seconds.items() if seconds)

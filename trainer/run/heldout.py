@@ -103,7 +103,7 @@ def calibration_rows(dataset: ActivationStore, spec: TrainSpec) -> list[tuple[Te
     return found
 
 
-def candidates(run: Run) -> dict[str, Shard]:
+def candidate_saes(run: Run) -> dict[str, Shard]:
     """The finished run's SAEs: `raw` (the weights as they are) and `ema`, if an average is kept."""
     found = {"raw": run.shard}
     if run.ema is not None:

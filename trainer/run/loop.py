@@ -29,7 +29,7 @@ from winnow.trainer.mesh.rows import SharedRows
 from winnow.trainer.mesh.world import Launch, World, check_mesh, open_world
 from winnow.trainer.run.member import Member
 from winnow.trainer.run.publish import Summary, finished_summary, put_summary
-from winnow.trainer.run.start import begin, identity_of, plan_order, resolve_recipe
+from winnow.trainer.run.start import identity_of, initialise_runs, plan_order, resolve_recipe
 from winnow.trainer.run.status import asked_to_stop
 from winnow.trainer.run.telemetry import Record
 from winnow.trainer.run.transfer import Ready, Transfer
@@ -219,7 +219,7 @@ def next_pass(members: Sequence[Member]) -> tuple[list[Member], int]:
     """
     # members part when a kill comes between their checkpoints; joining again is what keeps one read for all
     last = min(members, key=lambda member: member.step)
-    stream = [member for member in members if member.shares == last.shares]
+    stream = [member for member in members if member.stream_key == last.stream_key]
     together = [member for member in stream if member.step == last.step]
     ends = [member.recipe.steps for member in together]
     return together, min(ends + [member.step for member in stream if member.step > last.step])
@@ -252,8 +252,8 @@ def take_steps(
             f"units are shuffled together, {human_bytes(stream.memory_bytes)} of memory"
         )
         if first.is_new:
-            begin([m.run for m in members], stream)
-        # only now: a stop during `begin` must not save weights that are not initialised
+            initialise_runs([m.run for m in members], stream)
+        # only now: a stop during `initialise_runs` must not save weights that are not initialised
         for member in members:
             member.is_new = False
         batches = stack.enter_context(_transfer(members, stream, until))
@@ -370,7 +370,7 @@ class _Together:
         for member in [member for member in self.running if member.failure is not None]:
             self.running.remove(member)
             if not self._alone:
-                log.warning("%s: %s The others go on.", member.spec.out, member.failure)
+                log.warning("%s: %s The others continue.", member.spec.out, member.failure)
 
     def end_step(self, step: int, is_time: bool, *, last: bool) -> bool:
         """Stop, or begin checkpoints, if all ranks agree on it.

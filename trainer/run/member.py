@@ -22,8 +22,8 @@ from winnow.trainer.mesh.world import World
 from winnow.trainer.run.checkpoint_files import Saver
 from winnow.trainer.run.loggers import Loggers
 from winnow.trainer.run.publish import Summary, publish
-from winnow.trainer.run.start import identity_of, stand, stream_state
-from winnow.trainer.run.status import StatusWriter, allow_again, asked_to_stop
+from winnow.trainer.run.start import identity_of, restore_or_create, stream_state
+from winnow.trainer.run.status import StatusWriter, asked_to_stop, withdraw_stop
 from winnow.trainer.run.telemetry import Record
 from winnow.trainer.run.warm_start import load_source
 from winnow.trainer.step import Recipe
@@ -60,7 +60,7 @@ class Member:
         self._files = out
         self.out = out if world.leads else Witness(out)
         self._identity: SaeIdentity = identity_of(dataset)
-        self.run, self.telemetry, self.is_new = stand(
+        self.run, self.telemetry, self.is_new = restore_or_create(
             recipe, dataset, order, self._identity, self.out, device, world=world, extend=extend
         )
         # now, not at the first step: a source that does not fit is an error before anything is written
@@ -94,7 +94,7 @@ class Member:
             # storage that cannot be written to is found before hours of work, not at the first checkpoint
             self._files.probe(single_writer=True)
             if world.leads:
-                allow_again(self.out)
+                withdraw_stop(self.out)
                 self._loggers = Loggers(self.spec, self.out, self.step)
                 cleanup.callback(self._loggers.close)
             self.status.write("training")
@@ -126,7 +126,7 @@ class Member:
         return self.run.counts.step
 
     @property
-    def shares(self) -> tuple[tuple[str, ...], LaneOrder]:
+    def stream_key(self) -> tuple[tuple[str, ...], LaneOrder]:
         """Hooks and order, equal for members that one stream can feed."""
         return self.spec.read_hooks, self.order
 

@@ -16,7 +16,7 @@ from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import ObjectStore
 from winnow.trainer.run.checkpoint import require_same_run
-from winnow.trainer.run.heldout import calibration_rows, candidates, heldout_figures
+from winnow.trainer.run.heldout import calibration_rows, candidate_saes, heldout_figures
 from winnow.trainer.run.start import planned_as
 from winnow.trainer.run.telemetry import PLOT_KEY, Telemetry, draw_curves
 from winnow.trainer.run.threshold import calibrate
@@ -34,7 +34,7 @@ def publish(
 ) -> Summary:
     """Evaluate raw and averaged weights on the held-out rows, publish the better, write the summary."""
     spec, counts = run.recipe.spec, run.counts
-    saes = candidates(run)
+    saes = candidate_saes(run)
     if run.batches:
         with run.world.together():
             rows = calibration_rows(dataset, spec)

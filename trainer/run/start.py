@@ -79,7 +79,7 @@ def rows_of(batch: Batch, spec: TrainSpec) -> tuple[Tensor, Tensor | None]:
     return rows, batch.rows[spec.target_hook] if spec.target_hook else None
 
 
-def stand(
+def restore_or_create(
     recipe: Recipe,
     dataset: ActivationStore,
     order: LaneOrder,
@@ -90,7 +90,7 @@ def stand(
     world: World,
     extend: bool = False,
 ) -> tuple[Run, Telemetry, bool]:
-    """Load the newest checkpoint's state, or make a new one that `begin` must fill.
+    """Load the newest checkpoint's state, or make a new one that `initialise_runs` must fill.
 
     Returns:
         The run, its telemetry, and whether it is new.
@@ -156,7 +156,7 @@ def planned_as(before: TrainSpec, now: TrainSpec, extend: bool) -> TrainSpec:
     return before.model_copy(update={"epochs": now.epochs})
 
 
-def begin(runs: Sequence[Run], batches: SharedRows) -> None:
+def initialise_runs(runs: Sequence[Run], batches: SharedRows) -> None:
     """Initialise new runs, each from the first `sample_rows` rows of its stream."""
     specs = [run.recipe.spec for run in runs]
     needs = [

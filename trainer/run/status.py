@@ -88,7 +88,7 @@ def ask_to_stop(out: ObjectStore) -> None:
     out.put(STOP_KEY, b'{"kind": "winnow.stop"}\n')
 
 
-def allow_again(out: ObjectStore) -> bool:
+def withdraw_stop(out: ObjectStore) -> bool:
     """Remove the mark of `ask_to_stop`; returns whether there was one."""
     there = out.size(STOP_KEY) is not None
     if there:

@@ -74,7 +74,7 @@ class Transfer(Closing):
     def __next__(self) -> Ready:
         """The next batch, ready for work queued on the device's current CUDA stream from now on."""
         if self._thread is None:
-            return self._here(self._take())
+            return self._on_device(self._take())
         now = self._next or self._start(self._thread)
         self._next = None
         if isinstance(now, Exception):
@@ -116,14 +116,14 @@ class Transfer(Closing):
 
     def _send(self, batch: Batch) -> _Sent:
         if self._stream is None:
-            return _Sent(self._here(batch), None)
+            return _Sent(self._on_device(batch), None)
         with torch.cuda.stream(self._stream):
-            sent = self._here(batch)
+            sent = self._on_device(batch)
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
         return _Sent(sent, arrived)
 
-    def _here(self, batch: Batch) -> Ready:
+    def _on_device(self, batch: Batch) -> Ready:
         rows, target = rows_of(batch, self._spec)
         if self._whole:
             rows, target = self._move(rows), None if target is None else self._move(target)

@@ -14,7 +14,7 @@ from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import MeshSpec, TrainSpec
 from winnow.trainer.mesh.world import Axis, World, check_mesh
-from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, largest_shard, rows_of
+from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, largest_shard, table_rows
 from winnow.trainer.plan.memory import fleet_memory, sae_memory
 from winnow.trainer.step import Recipe, Run, train_step
 
@@ -101,7 +101,7 @@ def test_the_papers_large_run_needs_a_mesh_and_is_told_which():
     assert data_volume(40e9, 768)["bytes"] == pytest.approx(61.44e12)
     told = as_json(found, data_volume(40e9, 768))
     assert json.loads(json.dumps(told))["step_seconds"] == pytest.approx(found.step_seconds)
-    assert any("assumed" in row[1] for row in rows_of(found, data_volume(40e9, 768)))
+    assert any("assumed" in row[1] for row in table_rows(found, data_volume(40e9, 768)))
 
 
 def test_packed_moments_fit_where_float32_does_not():
