@@ -430,7 +430,7 @@ def test_a_planner_that_is_killed_leaves_no_spill_and_can_go_on(tmp_path):
     (tmp_path / "config.json").write_text(config.model_dump_json())
     program = """
         import os, signal, sys
-        from harvester import planner
+        from winnow.harvester.plan import planner
         from winnow.subject.testing import byte_subject
         from winnow.schemas.config import Config
         from winnow.store.objects import open_store

@@ -15,7 +15,7 @@ from winnow.subject import Subject
 CHILD = """
 import sys
 import numpy as np
-from harvester import Subject
+from winnow import Subject
 subject = Subject.load(sys.argv[1], until=["resid_post.1"])
 subject.activations(np.zeros((1, 8), np.int64), ["resid_post.1"])
 print("ready", flush=True)
