@@ -27,9 +27,10 @@ import torch
 from starlette.testclient import TestClient
 
 from benchmarks.report import write_report
-from winnow.cli.explore import Place, open_desk
 from winnow.explorer.index.build import Indexer, open_index_store
 from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.place import Place
+from winnow.explorer.site.desk import open_desk
 from winnow.explorer.site.serve import make_app
 from winnow.sae.model import Sae
 from winnow.schemas.config import StorageSpec

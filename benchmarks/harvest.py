@@ -23,12 +23,11 @@ import torch
 
 from benchmarks.ceiling import measure_ceiling
 from benchmarks.report import write_report
-from winnow.cli.harvest import ensure_plan
 from winnow.common.config_file import load_config
 from winnow.common.cores import cores_each
 from winnow.common.reporter import reporting
 from winnow.harvester.run import batching
-from winnow.harvester.run.driver import harvest
+from winnow.harvester.run.driver import ensure_plan, harvest
 from winnow.harvester.run.ledger import read_ledger
 from winnow.schemas.config import Config, section
 from winnow.store.objects import ObjectStore, open_store

@@ -25,9 +25,9 @@ import torch
 
 from benchmarks.peer_trainers import BATCH_PEERS, PEERS, Job
 from benchmarks.peers import environment, installed
-from winnow.cli.recovery import Place, fill_cell, read_records
 from winnow.common.reporter import reporting, say
 from winnow.evaluator.recovery.page import page_of
+from winnow.evaluator.recovery.runs import Cell, fill_cell, read_records
 from winnow.evaluator.recovery.task import Task
 from winnow.evaluator.recovery.train import DEAD_AFTER, Figures, figures_of
 from winnow.sae.formats.convert import import_sae
@@ -82,7 +82,7 @@ def recover(
                 say(f"{name}: N = {n}, K = {k}, seed {seed}, lr {lr:g}")
                 return train_peer(name, Task(rows=rows, seed=seed), n, k, lr)
 
-            fill_cell(store, records, Place(name, latents, k, rows), seeds, run)
+            fill_cell(store, records, Cell(name, latents, k, rows), seeds, run)
     print(page_of(records))
 
 

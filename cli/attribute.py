@@ -5,18 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from winnow.cli.console import emit, guard, print_table
-from winnow.common.config_file import load_config
 from winnow.common.reporter import say
-from winnow.evaluator.attribution import attribute, logit_difference, without
-from winnow.evaluator.setting import Setting
-from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError
-from winnow.schemas.window import WindowRule
-from winnow.subject.load import Subject
 
 HELP = """Show which latents make the subject say a token after a prompt.
 
@@ -53,72 +46,17 @@ def command(
 ) -> None:
     """Attribute; the help text is `HELP`."""
     with guard():
+        from winnow.common.config_file import load_config
+        from winnow.evaluator.prompt import attribute_prompt
+        from winnow.evaluator.setting import Setting
+        from winnow.schemas.config import Config
+
         if (config is None) == (root is None):
             raise ConfigError("the dataset", expected="--root URI or --config FILE, one of them")
         settings = load_config(config, []) if config else Config(root=root or "")
         setting = Setting.open(sae, settings.root, subject=settings.subject, storage=settings.storage)
-        found = told(setting, prompt, answer, against, top, skip)
+        found = attribute_prompt(setting, prompt, answer, against, top, skip)
         emit(found, as_json, lambda: show(found))
-
-
-def told(
-    setting: Setting, prompt: str, answer: str, against: str | None, top: int, skip: int | None = None
-) -> dict[str, Any]:
-    """The effects of the latents active in a prompt; see `HELP`.
-
-    Returns:
-        JSON: `bos` (whether it goes before the prompt, as in the dataset), `metric` of the clean pass,
-        `latents` and `error` (sums of the effects), `effects` (position, token, latent, code, first_order,
-        ablated), the largest first.
-
-    Raises:
-        ConfigError: No prompt, one longer than the subject takes, or an answer that is not one token.
-    """
-    subject, sae, hook = setting.subject, setting.sae, setting.hook
-    rule, ids = setting.window, subject.encode(prompt, setting.window)
-    skip = setting.dataset.plan.spec.drop_leading if skip is None else skip
-    if len(ids) <= skip:
-        raise ConfigError("--prompt", expected=f"more than {skip - rule.bos} tokens", got=len(ids) - rule.bos)
-    one, other = token_of(subject, "--answer", answer), None
-    if against is not None:
-        other = token_of(subject, "--against", against)
-    metric, tokens = logit_difference(one, other), torch.tensor(ids)
-    found = attribute(subject, {hook: sae}, tokens[None], metric)[hook]
-    places = [(position, slot) for _, position, slot in found.top(top, skip=skip)]
-    ablated = without(subject, hook, sae, tokens, places, metric).tolist()
-    effects = [
-        {
-            "position": position,
-            "token": subject.tokenizer.decode([ids[position]]),
-            "latent": int(found.indices[0, position, slot]),
-            "code": float(found.values[0, position, slot]),
-            "first_order": float(found.effects[0, position, slot]),
-            "ablated": lost,
-        }
-        for (position, slot), lost in zip(places, ablated, strict=True)
-    ]
-    return {
-        "hook": hook,
-        "prompt": prompt,
-        "bos": rule.bos,
-        "answer": answer,
-        "against": against,
-        "metric": float(metric(subject.logits(tokens[None]))),
-        "latents": float(found.effects[0, skip:].sum()),
-        "error": float(found.error[0, skip:].sum()),
-        "effects": effects,
-    }
-
-
-def token_of(subject: Subject, name: str, text: str) -> int:
-    """The id of a text that is one token; ConfigError with its pieces where it is not."""
-    ids = subject.encode(text, WindowRule(control_tokens="token"))
-    if len(ids) != 1:
-        pieces = [subject.tokenizer.decode([piece]) for piece in ids]
-        raise ConfigError(
-            name, expected="one token of the subject's", got=repr(pieces), fix="Most words begin with a space"
-        )
-    return ids[0]
 
 
 def show(found: dict[str, Any]) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from winnow.cli.console import emit, guard, print_table
-from winnow.common.config_file import load_config
-from winnow.schemas.config import Config, section
 from winnow.schemas.errors import ConfigError
-from winnow.schemas.training import TrainSpec
-from winnow.store import ActivationStore
-from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, table_rows
-from winnow.trainer.run.start import plan_order, resolve_recipe
+
+if TYPE_CHECKING:
+    from winnow.schemas.config import Config
+    from winnow.schemas.training import TrainSpec
+
+CARDS = "a100-40gb or a100-80gb or h100 or h200 or l4 or l40s or rtx-4090"
+"""The keys of `winnow.trainer.plan.estimate.GPUS`, whose module imports torch."""
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def estimate_command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with a section `train`")],
-    gpu: Annotated[str, typer.Option(help=" or ".join(sorted(GPUS)))] = "h100",
+    gpu: Annotated[str, typer.Option(help=CARDS)] = "h100",
     count: Annotated[int, typer.Option(help="GPUs; `train.mesh` says how they share the work", min=1)] = 1,
     tokens: Annotated[
         float,
@@ -51,6 +52,10 @@ def estimate_command(
     Example: `winnow estimate configs/paper-16m.yaml --gpu h100 --count 16 --tokens 40e9 --d-model 768`
     """
     with guard():
+        from winnow.common.config_file import load_config
+        from winnow.schemas.config import section
+        from winnow.trainer.plan.estimate import as_json, data_volume, estimate, table_rows
+
         settings = load_config(config, set or [])
         spec = section(settings.train, "train")
         rows, width = _size(settings, spec, tokens, d_model)
@@ -71,6 +76,9 @@ def estimate_command(
 
 def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tuple[float, int]:
     """Rows of the run and their width, as given or as the dataset says."""
+    from winnow.store import ActivationStore
+    from winnow.trainer.run.start import plan_order, resolve_recipe
+
     if spec.with_hooks or spec.target_hook is not None:
         raise ConfigError("the estimate", expected="an SAE of one hook", got="a transcoder or crosscoder")
     if tokens and d_model:

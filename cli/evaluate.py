@@ -5,36 +5,24 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from winnow.cli.console import emit, guard, print_table
-from winnow.common.config_file import load_config
 from winnow.common.reporter import say
-from winnow.evaluator.frontier import draw_frontiers
-from winnow.evaluator.report import (
-    EVALUATION_KEY,
-    evaluate,
-    find_common_dataset,
-    list_notes,
-    load_evaluation,
-    name_of,
-    require_one,
-    tabulate,
-    tabulate_several,
-)
-from winnow.evaluator.setting import Setting
-from winnow.schemas.base import validate
-from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError
-from winnow.schemas.evaluation import FAMILIES, EvaluateSpec, Evaluation
-from winnow.store.objects import open_store
+
+if TYPE_CHECKING:
+    from winnow.schemas.config import Config
+    from winnow.schemas.evaluation import Evaluation
 
 JUDGE_KEY_VARIABLE = "WINNOW_JUDGE_KEY"
+FAMILIES = "reconstruction, downstream, compute, stability, ablation, probes, n2g, judge"
+"""Those of `winnow.schemas.evaluation`, which a help need not import."""
 EVALUATE_HELP = f"""Measure a trained SAE on the windows its dataset held out.
 
-Families: {", ".join(FAMILIES)}; each figure's definition stands in docs/evaluation.md. Writes
+Families: {FAMILIES}; each figure's definition stands in docs/evaluation.md. Writes
 `evaluation.json` beside the SAE after every family and prints a table. Stop it whenever you like: families
 that are finished are kept, and measured again only with --again or other settings. Figures of other settings
 and of other datasets stay in it.
@@ -74,7 +62,7 @@ def evaluate_command(
         str | None, typer.Option(help="A folder of Parquet tasks (text, label[, split]) for `probes`.")
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help=f"Where {EVALUATION_KEY} goes, if not beside the SAE.")
+        str | None, typer.Option(help="Where evaluation.json goes, if not beside the SAE.")
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure finished families anew.")] = False,
     set_: Annotated[
@@ -89,6 +77,10 @@ def evaluate_command(
 ) -> None:
     """Measure a trained SAE; the help text is `EVALUATE_HELP`."""
     with guard():
+        from winnow.evaluator.report import evaluate
+        from winnow.schemas.base import validate
+        from winnow.schemas.evaluation import EvaluateSpec
+
         settings = _config(config, root, set_ or [])
         options: dict[str, Any] = {
             "metrics": metrics.split(",") if metrics is not None else None,
@@ -99,19 +91,16 @@ def evaluate_command(
         given = {name: value for name, value in options.items() if value is not None}
         raw = settings.evaluate.model_dump() | given
         spec = validate(EvaluateSpec, raw, origin="the options of `winnow evaluate`")
-        setting = Setting.open(
-            sae,
-            settings.root,
-            spec,
-            subject=settings.subject,
-            storage=settings.storage,
-            judge_key=os.environ.get(JUDGE_KEY_VARIABLE),
-        )
-        found = evaluate(setting, out=out, again=again)
+        settings = settings.model_copy(update={"evaluate": spec})
+        key = os.environ.get(JUDGE_KEY_VARIABLE)
+        found = evaluate(sae, settings, out=out, again=again, judge_key=key)
         emit(found.model_dump(mode="json"), as_json, lambda: _show(found))
 
 
 def _config(path: Path | None, root: str | None, sets: list[str]) -> Config:
+    from winnow.common.config_file import load_config
+    from winnow.schemas.config import Config
+
     if path is not None:
         return load_config(path, [*sets, *([f"root={json.dumps(root)}"] if root else [])])
     if root is None:
@@ -124,6 +113,8 @@ def _config(path: Path | None, root: str | None, sets: list[str]) -> Config:
 
 
 def _show(found: Evaluation) -> None:
+    from winnow.evaluator.report import list_notes, name_of, tabulate
+
     for one in reversed(found.each):  # what was asked for stands last, over the prompt
         weights = "" if one.sae_sha256 == found.sae_sha256 else f", weights {one.sae_sha256[:12]}"
         title = f"{one.sae}: {one.hook}, N = {one.latents:,}, K = {one.k}{weights}; on {name_of(one)}"
@@ -149,6 +140,15 @@ def compare_command(
     Example: `winnow compare runs/k16 runs/k32 runs/k64 --out runs/frontier`
     """
     with guard():
+        from winnow.evaluator.frontier import draw_frontiers
+        from winnow.evaluator.report import (
+            find_common_dataset,
+            load_evaluation,
+            require_one,
+            tabulate_several,
+        )
+        from winnow.store.objects import open_store
+
         if len(saes) < 2:
             raise ConfigError("SAEs to compare", expected="two or more", got=len(saes))
         stored = [require_one(load_evaluation(open_store(uri)), uri) for uri in saes]

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from winnow.cli.console import emit, guard, print_table
-from winnow.common.config_file import load_config
-from winnow.common.reporter import Progress, say
-from winnow.evaluator.report import load_evaluation
-from winnow.explorer.index.build import Recipe
-from winnow.explorer.index.subjects import LazySubject
-from winnow.explorer.index.table import FeatureTable
-from winnow.explorer.site.explained import from_evaluation
-from winnow.schemas.base import validate
-from winnow.schemas.config import StorageSpec
-from winnow.schemas.errors import ConfigError, StoreError
-from winnow.schemas.features import FeatureIndex, IndexSpec
-from winnow.schemas.fit import check_one_subject, mismatch, other_windows
-from winnow.schemas.subject import SubjectSpec
-from winnow.schemas.window import WindowRule
-from winnow.store import ActivationStore
-from winnow.store.objects import open_store
+from winnow.common.reporter import say
 
 if TYPE_CHECKING:
-    from winnow.explorer.site.api import Desk
-    from winnow.explorer.site.exhibit import Exhibit
-
-log = logging.getLogger("winnow.explorer")
+    from winnow.schemas.features import FeatureIndex
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN_VARIABLE = "WINNOW_EXPLORER_TOKEN"
@@ -54,32 +32,11 @@ Root = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
 
 
-class Place(NamedTuple):
-    """Where the dataset and the subject are, as the options say."""
-
-    root: str | None
-    subject: SubjectSpec | None
-    storage: StorageSpec
-
-    @classmethod
-    def of(cls, config: Path | None, root: str | None) -> Place:
-        """Read the config, if there is one."""
-        if config is None:
-            return cls(root, None, StorageSpec())
-        settings = load_config(config, [f"root={root}"] if root else [])
-        return cls(settings.root, settings.subject, settings.storage)
-
-
 def register(app: typer.Typer) -> None:
     """Add the explorer's commands to `app`."""
     app.command("index")(index_command)
     app.command("explore")(explore_command)
     app.command("export-features")(export_command)
-
-
-def default_index(sae: str) -> str:
-    """Where the index of an SAE lies unless somebody says otherwise."""
-    return sae.rstrip("/") + "/features"
 
 
 def index_command(
@@ -130,6 +87,11 @@ def index_command(
     Example: `winnow index runs/quickstart --config configs/quickstart.yaml`
     """
     with guard():
+        from winnow.explorer.index.make import Staff, make_index
+        from winnow.explorer.place import Place, default_index
+        from winnow.schemas.base import validate
+        from winnow.schemas.features import IndexSpec
+
         spec = validate(
             IndexSpec,
             {"units": units, "top": top, "logits": logits, "neighbours": neighbours},
@@ -137,49 +99,8 @@ def index_command(
         )
         place = Place.of(config, root)
         where = out or default_index(sae)
-        meta = build_index(sae, place, where, scratch, spec, Staff(workers, threads, gpus, ray_address))
+        meta = make_index(sae, place, where, scratch, spec, Staff(workers, threads, gpus, ray_address))
         emit(meta.model_dump(mode="json"), as_json, lambda: _show(meta, where))
-
-
-class Staff(NamedTuple):
-    """Who makes an index; see the options of `winnow index`."""
-
-    workers: int = 1
-    threads: int = 0
-    gpus: float | None = None
-    ray_address: str | None = None
-
-
-ALONE = Staff()
-
-
-def build_index(
-    sae_uri: str, place: Place, out: str, scratch: str | None, spec: IndexSpec, staff: Staff = ALONE
-) -> FeatureIndex:
-    """What `winnow index` does, with progress on stderr."""
-    if place.root is None:
-        raise ConfigError("the dataset", expected="--root ROOT or --config FILE", got="neither")
-    recipe = Recipe(sae_uri, place.root, out, scratch, spec, place.subject, place.storage)
-    indexer = recipe.open()
-    if (warning := other_windows(sae_uri, indexer.card, indexer.dataset.plan)) is not None:
-        log.warning(warning)
-    with ExitStack() as crew, ExitStack() as stack:
-        bars: dict[str, Progress] = {}
-
-        def progress(step: str, done: int, total: int) -> None:
-            if step not in bars:
-                stack.pop_all().close()
-                bars[step] = stack.enter_context(Progress(f"index, {step}", total, step, done))
-            bars[step].update(done)
-
-        hands = None
-        if staff.workers > 1 and indexer.finished() is None:
-            from winnow.explorer.index.crew import (
-                crew_of,  # Ray is slow to import, and one worker does without
-            )
-
-            hands = crew.enter_context(crew_of(recipe, *staff))
-        return indexer.run(progress, hands)
 
 
 def _show(meta: FeatureIndex, out: str) -> None:
@@ -227,6 +148,8 @@ def explore_command(
     Example: `winnow explore runs/quickstart --config configs/quickstart.yaml`
     """
     with guard():
+        from winnow.explorer.place import Place
+        from winnow.explorer.site.desk import open_desk
         from winnow.explorer.site.serve import listen, make_app, serve
 
         place = Place.of(config, root)
@@ -238,85 +161,6 @@ def explore_command(
         say(f"explorer: {address}{f'?token={token}' if token else ''}  (Ctrl-C ends it)")
         with listener:
             serve(make_app(desk, token), listener)
-
-
-def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int) -> Desk:
-    """What a server of these SAEs shows.
-
-    Raises:
-        ConfigError: An SAE is not indexed.
-        SaeMismatch: They belong to different subjects.
-    """
-    from winnow.explorer.site.api import Desk
-    from winnow.explorer.site.exhibit import Exhibit
-    from winnow.explorer.site.lane import Lane
-
-    where = [*(index or []), *(default_index(sae) for sae in saes[len(index or []) :])]
-    exhibits: list[Exhibit] = []
-    for sae, folder in zip(saes, where, strict=True):
-        table = FeatureTable.open(folder, place.storage)
-        add_explanations(table, sae, place.storage)
-        exhibits.append(Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage))
-    check_one_subject(
-        [exhibit.uri for exhibit in exhibits], [exhibit.table.meta.subject for exhibit in exhibits]
-    )
-    meta = exhibits[0].table.meta
-    root = place.root or meta.root
-
-    @cache
-    def dataset() -> ActivationStore:
-        found = ActivationStore.open(root, place.storage)
-        if found.plan.fingerprint != meta.plan_fingerprint:
-            raise mismatch(
-                "plan",
-                f"the dataset at {root}",
-                expected=meta.plan_fingerprint,
-                of="the index",
-                got=found.plan.fingerprint,
-                fix="Give the dataset that was indexed as --root",
-            )
-        return found
-
-    at_hand = dataset
-    try:
-        dataset()
-    except (StoreError, ConfigError) as error:
-        log.warning("explorer: the dataset is not at hand, so ablations take pasted text only (%s)", error)
-        at_hand = None
-    for exhibit in exhibits:
-        exhibit.window = window_rule(exhibit, at_hand)
-    return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats), at_hand)
-
-
-def window_rule(exhibit: Exhibit, dataset: Callable[[], ActivationStore] | None) -> WindowRule:
-    """How an SAE's windows begin: as its index says, else (an index of before) as its dataset's plan does.
-
-    Where neither is there, texts are read without BOS, and that is said.
-    """
-    meta = exhibit.table.meta
-    if meta.window is not None:
-        return meta.window
-    if dataset is not None and dataset().plan.fingerprint == meta.plan_fingerprint:
-        return WindowRule.of(dataset().plan)
-    if meta.subject.bos_token_id is not None:
-        log.warning(
-            "explorer: the index of %s does not say whether windows begin with BOS: texts are read without "
-            "it; `--root` with its dataset, or indexing anew, tells",
-            exhibit.name,
-        )
-    return WindowRule()
-
-
-def add_explanations(table: FeatureTable, sae: str, storage: StorageSpec) -> None:
-    """Add those of this SAE's evaluations that lie beside it, first that of the index's dataset."""
-    stored = load_evaluation(open_store(sae, storage))
-    evaluations = [one for one in stored.each if one.sae_sha256 == table.meta.sae_sha256] if stored else []
-    evaluations.sort(key=lambda one: one.plan_fingerprint != table.meta.plan_fingerprint)
-    for evaluation in evaluations:
-        for each in from_evaluation(evaluation):
-            known = table.explanations.setdefault(each.latent, [])
-            if each not in known:
-                known.append(each)
 
 
 def export_command(
@@ -334,8 +178,12 @@ def export_command(
     Example: `winnow export-features runs/quickstart --latents 3,10-12 --out site`
     """
     with guard():
+        from winnow.explorer.index.table import FeatureTable
+        from winnow.explorer.place import Place, default_index
+        from winnow.explorer.site.desk import add_explanations
         from winnow.explorer.site.exhibit import Exhibit
         from winnow.explorer.site.export import export, parse_latents
+        from winnow.schemas.window import WindowRule
 
         place = Place.of(config, None)
         table = FeatureTable.open(index or default_index(sae), place.storage)

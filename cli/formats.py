@@ -10,13 +10,15 @@ import typer
 
 from winnow.cli.console import emit, guard
 from winnow.common.reporter import say
-from winnow.sae.formats.convert import READERS, UNKNOWN_HOOK, WRITERS, export_sae, import_sae
 
 log = logging.getLogger("winnow.trainer")
 
+READ = "openai, saelens, sparsify, dictionary_learning, gemma-scope"
+WRITTEN = f"{READ}, saebench, neuronpedia"
+"""The keys of `READERS` and `WRITERS` in `winnow.sae.formats.convert`, which imports torch."""
 IMPORT_HELP = """Turn another library's sparse autoencoder into one of Winnow's.
 
-What comes out is read by `trainer.Sae.load` and by every command. It gives the same reconstructions as the
+What comes out is read by `winnow.Sae.load` and by every command. It gives the same reconstructions as the
 library it came from. Nothing in the files is ever run: a `.pt` that wants to is refused.
 """
 EXPORT_HELP = """Write an SAE of Winnow's in another library's files.
@@ -39,7 +41,7 @@ def register(app: typer.Typer) -> None:
         source: Annotated[
             Path, typer.Argument(metavar="SRC", help="The file or folder of the other library.")
         ],
-        format_name: Annotated[str, typer.Option("--from", metavar="FORMAT", help=", ".join(READERS))],
+        format_name: Annotated[str, typer.Option("--from", metavar="FORMAT", help=READ)],
         out: Annotated[str, typer.Option(help="Folder or URI that becomes the SAE's address.")],
         hook: Annotated[
             str | None, typer.Option(help="Where it reads, such as `resid_post.9`; the files often say.")
@@ -55,6 +57,8 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="Print the SAE's card on stdout.")] = False,
     ) -> None:
         with guard():
+            from winnow.sae.formats.convert import UNKNOWN_HOOK, import_sae
+
             card = import_sae(source, format_name, out, hook=hook, target_hook=target_hook, centred=centred)
             if card.hook == UNKNOWN_HOOK:
                 log.warning("the files do not say where this SAE reads; --hook would")
@@ -69,7 +73,7 @@ def register(app: typer.Typer) -> None:
     )
     def export(
         sae: Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI of the SAE.")],
-        format_name: Annotated[str, typer.Option("--to", metavar="FORMAT", help=", ".join(WRITERS))],
+        format_name: Annotated[str, typer.Option("--to", metavar="FORMAT", help=WRITTEN)],
         out: Annotated[Path, typer.Option(help="Folder to write into; must be empty or absent.")],
         model: Annotated[
             str | None,
@@ -78,5 +82,7 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="Print the files as JSON on stdout.")] = False,
     ) -> None:
         with guard():
+            from winnow.sae.formats.convert import export_sae
+
             files = [str(file) for file in export_sae(sae, format_name, out, model=model)]
             emit({"files": files}, as_json, lambda: say("\n".join(files)))

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from winnow.cli.console import emit, guard, print_table
-from winnow.common.config_file import load_config
 from winnow.common.figures import human_bytes
-from winnow.common.reporter import Progress, say
-from winnow.harvester.plan.planner import find_plan, make_plan, refuse_other
-from winnow.harvester.run import forecast as forecasts
-from winnow.harvester.run.driver import check_store_space, harvest
-from winnow.harvester.run.ledger import account, read_ledger
-from winnow.harvester.run.mend import mend
-from winnow.schemas.config import Config, section
-from winnow.schemas.harvest import HarvestManifest, HarvestPlan
-from winnow.store.check.info import bad_records, token_rows
-from winnow.store.objects import ObjectStore, open_store
-from winnow.store.read.reader import load_plan
+from winnow.common.reporter import say
+
+if TYPE_CHECKING:
+    from winnow.schemas.config import Config
+    from winnow.schemas.harvest import HarvestManifest, HarvestPlan
+    from winnow.store.objects import ObjectStore
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
@@ -52,6 +46,10 @@ def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> No
     Example: `winnow plan configs/quickstart.yaml --set root=s3://bucket/data`
     """
     with guard():
+        from winnow.common.config_file import load_config
+        from winnow.harvester.run.driver import ensure_plan
+        from winnow.store.objects import open_store
+
         cfg = load_config(config, set)
         store = open_store(cfg.root, cfg.storage)
         plan = ensure_plan(cfg, store)
@@ -101,6 +99,12 @@ def harvest_command(
     """
     logging.getLogger("ray").setLevel(logging.WARNING)
     with guard():
+        from winnow.common.config_file import load_config
+        from winnow.harvester.plan.planner import find_plan
+        from winnow.harvester.run import forecast as forecasts
+        from winnow.harvester.run.driver import ensure_plan, harvest
+        from winnow.store.objects import open_store
+
         cfg = load_config(config, [*set, "storage.single_writer=true"] if single_writer else set)
         store = open_store(cfg.root, cfg.storage)
         if forecast:
@@ -122,6 +126,10 @@ def harvest_command(
 
 
 def _repair(config: Config, store: ObjectStore) -> None:
+    from winnow.harvester.plan.planner import refuse_other
+    from winnow.harvester.run.mend import mend
+    from winnow.store.read.reader import load_plan
+
     plan = load_plan(store)
     refuse_other(plan, config, store)
     report = mend(config, store, plan)
@@ -133,19 +141,6 @@ def _repair(config: Config, store: ObjectStore) -> None:
         f"repair: {len(report.restored)} objects written, {len(report.revised)} units with a new receipt, "
         + ("a new manifest" if report.manifest else "the manifest stands")
     )
-
-
-def ensure_plan(config: Config, store: ObjectStore) -> HarvestPlan:
-    """The root's plan if it is whole and fits the config, else a freshly made or completed one."""
-    section(config.subject, "subject")
-    section(config.corpus, "corpus")
-    section(config.plan, "plan")
-    plan = find_plan(config, store)
-    if plan is not None:
-        check_store_space(plan, store, 0)
-        return plan
-    with Progress("plan", None, "tokens") as bar:
-        return make_plan(config, store, progress=lambda tokens, **facts: bar.update(tokens, **facts))
 
 
 def _plan_facts(plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
@@ -171,6 +166,8 @@ def _plan_facts(plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
 
 
 def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
+    from winnow.store.check.info import bad_records, token_rows
+
     facts = _plan_facts(plan, store)
     print_table(
         f"plan {plan.fingerprint[:12]} at {store.uri}",
@@ -193,6 +190,8 @@ def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
 
 
 def _harvest_facts(manifest: HarvestManifest, plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
+    from winnow.harvester.run.ledger import account, read_ledger
+
     ledger = read_ledger(store)
     return {
         "root": store.uri,

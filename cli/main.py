@@ -1,40 +1,159 @@
-"""The `winnow` command: the packages' commands under one name."""
+"""The `winnow` command: a table of its commands, each imported when it is called.
+
+The stages' libraries take some 7 s of CPU to import. The list of commands, `--version` and the completion of
+names read the table only; a command's own help imports its module, and its work imports the rest.
+"""
 
 from __future__ import annotations
 
-import typer
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
 
-from winnow.cli.attribute import register as register_attribution
-from winnow.cli.evaluate import register as register_evaluator
-from winnow.cli.explore import register as register_explorer
-from winnow.cli.formats import register as register_formats
-from winnow.cli.harvest import register as register_harvester
-from winnow.cli.recovery import register as register_recovery
-from winnow.cli.scaling import register as register_scaling
-from winnow.cli.store import register as register_store
-from winnow.cli.submit import register as register_jobs
-from winnow.cli.train import register_all as register_trainer
-from winnow.evaluator.heldout import measure_in_subject
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_group
+
+
+class Entry(NamedTuple):
+    """A command before its module is imported."""
+
+    module: str
+    """Below `winnow.cli`; its `register(app)` adds the command to an app."""
+    line: str
+    """The first paragraph of the command's help: what the list of commands says about it."""
+
+
+# Their order is that of the list. A test compares each line with the command's help.
+COMMANDS = {
+    "plan": Entry(
+        "harvest", "Read the corpus, tokenise and shuffle it into windows, and write the dataset's plan."
+    ),
+    "harvest": Entry("harvest", "Run the subject model over the planned windows and store its activations."),
+    "train": Entry("train", "Train a TopK sparse autoencoder on a harvested dataset."),
+    "sweep": Entry("train", "Train a grid of TopK sparse autoencoders from one read of a dataset."),
+    "runs": Entry(
+        "runs",
+        "List the runs below a folder: state, progress, ETA, FVU, speed, cost; and a trainer service's jobs.",
+    ),
+    "watch": Entry(
+        "runs", "Show a run while it trains, wherever it does: progress, curves, where a step's time goes."
+    ),
+    "stop": Entry(
+        "runs",
+        "Ask a run to make a checkpoint and end, wherever it trains; within about 5 s and a step.",
+    ),
+    "resume": Entry(
+        "runs",
+        "Let a stopped run go on: a service takes it up; without one, the command that started it does.",
+    ),
+    "estimate": Entry(
+        "estimate",
+        "Say what a run takes on some GPUs: memory, step time, tokens/s, hours, money. Trains nothing.",
+    ),
+    "serve-trainer": Entry(
+        "service",
+        "Train what `winnow submit CONFIG --to ROOT` puts into the queue, each job in its own processes.",
+    ),
+    "import": Entry("formats", "Turn another library's sparse autoencoder into one of Winnow's."),
+    "export": Entry("formats", "Write an SAE of Winnow's in another library's files."),
+    "evaluate": Entry("evaluate", "Measure a trained SAE on the windows its dataset held out."),
+    "compare": Entry(
+        "evaluate", "Put evaluated SAEs side by side and draw their L0 / FVU / delta-CE frontiers."
+    ),
+    "attribute": Entry("attribute", "Show which latents make the subject say a token after a prompt."),
+    "recovery": Entry(
+        "recovery",
+        "Train SAEs on synthetic rows whose true directions are known, and see how many they find.",
+    ),
+    "info": Entry("store", "Say what a dataset is and how far it has come. Digests in full: --json."),
+    "verify": Entry("store", "Say what is missing, torn or rotten; exit with 1 where anything is."),
+    "index": Entry(
+        "explore", "Index an SAE's latents: best windows, random windows, histograms, logits, neighbours."
+    ),
+    "explore": Entry(
+        "explore",
+        "Look at SAEs in the browser: what each latent fires on, what it promotes, what it does to the text.",
+    ),
+    "export-features": Entry(
+        "explore",
+        "Take latents along: a self-contained HTML page, and JSON for OpenAI's sae-viewer and for "
+        "Neuronpedia.",
+    ),
+    "scaling": Entry(
+        "scaling",
+        "Fit scaling laws to the SAEs of a sweep, and say how well they predict the largest ones.",
+    ),
+    "submit": Entry(
+        "submit",
+        "Put a config into a trainer service's queue, or run a Winnow command as a job on a Ray cluster.",
+    ),
+}
+
+
+class ListedCommand(TyperCommand):
+    """A command known by its line; parsing its arguments imports its module and hands over to it."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context of the real command, which is `context.command` from there on."""
+        assert self.name is not None
+        return load_command(self.name).make_context(info_name, args, parent, **extra)
+
+
+class ListedCommands(TyperGroup):
+    """The group of `COMMANDS`."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        for name, entry in COMMANDS.items():
+            self.add_command(ListedCommand(name, help=entry.line))
+
+
+@cache
+def load_command(name: str) -> Any:
+    """Import a command's module and build the command from it.
+
+    Args:
+        name: A key of `COMMANDS`.
+
+    Returns:
+        A `typer.core.TyperCommand`.
+    """
+    group = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False)
+    import_module(f"winnow.cli.{COMMANDS[name].module}").register(group)
+    return get_group(group).commands[name]
+
 
 app = typer.Typer(
     name="winnow",
+    cls=ListedCommands,
     help="From a language model's activations to sparse, readable features.",
     epilog="Start: `winnow plan`, `harvest`, `train` with configs/quickstart.yaml.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-register_harvester(app)
-register_trainer(app, after_train=measure_in_subject)
-register_formats(app)
-register_evaluator(app)
-register_attribution(app)
-register_recovery(app)
-register_store(app)
-register_explorer(app)
-register_scaling(app)
-register_jobs(app)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from winnow import __version__
+
+        typer.echo(f"winnow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def group_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version of Winnow and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of `winnow` itself; its help is that of `app`."""
+    del version  # its callback has done the work
 
 
 def main() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from winnow.cli.console import emit, guard, print_table, stdout
 from winnow.common.reporter import say
-from winnow.jobs.runs import HEADER, RunView, find_runs, last_records, watch_rows
 from winnow.schemas.errors import ConfigError
-from winnow.store.objects import ObjectStore, open_store
-from winnow.trainer.run.status import ask_to_stop, read_status, withdraw_stop
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from winnow.jobs.runs import Seen
+    from winnow.store.objects import ObjectStore
 
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URI that holds runs")]
 RunUri = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI (its train.out)")]
@@ -35,9 +38,11 @@ def runs_command(root: Root, json: AsJson = False) -> None:
 
     Example: `winnow runs runs/`
     """
-    from winnow.jobs.queue import job_facts, job_rows
-
     with guard():
+        from winnow.jobs.queue import job_facts, job_rows
+        from winnow.jobs.runs import find_runs
+        from winnow.store.objects import open_store
+
         store = open_store(root)
         found, jobs = find_runs(store), job_facts(store)
         if not found and not jobs:
@@ -46,7 +51,9 @@ def runs_command(root: Root, json: AsJson = False) -> None:
         emit(facts, json, lambda: _show(root, found, jobs, job_rows(jobs)))
 
 
-def _show(root: str, found: list[RunView], jobs: list[dict[str, Any]], rows: list[list[str]]) -> None:
+def _show(root: str, found: list[Seen], jobs: list[dict[str, Any]], rows: list[list[str]]) -> None:
+    from winnow.jobs.runs import HEADER
+
     if found:
         print_table(root, [seen.row() for seen in found], HEADER)
         for seen in found:
@@ -67,30 +74,37 @@ def watch_command(
 
     Example: `winnow watch runs/quickstart`
     """
-    from rich.live import Live
-    from rich.table import Table
-
-    def look(store: ObjectStore) -> tuple[RunView, Table]:
-        status = read_status(store)
-        if status is None:
-            raise ConfigError(f"{run} is no run", expected="a status.json that can be read", got="none")
-        seen = RunView("", status, False, time.time())
-        table = Table(show_header=False)
-        for label, value in watch_rows(run, seen, last_records(store)):
-            table.add_row(label, value)
-        return seen, table
-
     with guard():
+        from rich.live import Live
+
+        from winnow.store.objects import open_store
+
         store = open_store(run)
-        seen, table = look(store)
+        seen, table = _look(run, store)
         if once or not stdout.is_terminal:
             stdout.print(table)
             return
         with Live(table, console=stdout) as live:
             while seen.state == "training":
                 time.sleep(every)
-                seen, table = look(store)
+                seen, table = _look(run, store)
                 live.update(table)
+
+
+def _look(run: str, store: ObjectStore) -> tuple[Seen, Table]:
+    from rich.table import Table
+
+    from winnow.jobs.runs import Seen, last_records, picture
+    from winnow.trainer.run.status import read_status
+
+    status = read_status(store)
+    if status is None:
+        raise ConfigError(f"{run} is no run", expected="a status.json that can be read", got="none")
+    seen = Seen("", status, False, time.time())
+    table = Table(show_header=False)
+    for label, value in picture(run, seen, last_records(store)):
+        table.add_row(label, value)
+    return seen, table
 
 
 def stop_command(run: RunUri) -> None:
@@ -101,6 +115,9 @@ def stop_command(run: RunUri) -> None:
     Example: `winnow stop runs/quickstart`
     """
     with guard():
+        from winnow.store.objects import open_store
+        from winnow.trainer.run.status import ask_to_stop, read_status
+
         store = open_store(run)
         status = read_status(store)
         if status is None:
@@ -117,7 +134,10 @@ def resume_command(run: RunUri) -> None:
     Example: `winnow resume runs/quickstart`
     """
     with guard():
-        if not withdraw_stop(open_store(run)):
+        from winnow.store.objects import open_store
+        from winnow.trainer.run.status import allow_again
+
+        if not allow_again(open_store(run)):
             raise ConfigError(
                 f"{run} was not asked to stop", fix="Run its command again if it is not training"
             )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json as json_text
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from winnow.cli.console import emit, guard, print_table
 from winnow.common.reporter import say
-from winnow.evaluator.scaling.laws import mean_error
-from winnow.evaluator.scaling.report import Laws, Sweep, as_json, fit_laws, page, read_sweep
-from winnow.store.objects import open_store
+
+if TYPE_CHECKING:
+    from winnow.evaluator.scaling.report import Laws, Sweep
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +40,9 @@ def scaling_command(
     Example: `winnow scaling runs/sweep --out docs/results`
     """
     with guard():
+        from winnow.evaluator.scaling.report import as_json, fit_laws, read_sweep
+        from winnow.store.objects import open_store
+
         store = open_store(runs)
         sweep = read_sweep(store)
         laws = fit_laws(sweep, seed=seed, bootstraps=bootstraps)
@@ -50,6 +53,8 @@ def scaling_command(
 def write(sweep: Sweep, laws: Laws, runs: str, out: Path | None) -> None:
     """Write page, numbers and pictures into `out`, or beside the runs."""
     from winnow.evaluator.scaling.plots import draw_laws
+    from winnow.evaluator.scaling.report import as_json, page
+    from winnow.store.objects import open_store
 
     target = open_store(str(out) if out is not None else runs)
     name = runs if not Path(runs).is_absolute() else "RUNS"
@@ -65,6 +70,8 @@ def write(sweep: Sweep, laws: Laws, runs: str, out: Path | None) -> None:
 
 def show(sweep: Sweep, laws: Laws) -> None:
     """The tables for people."""
+    from winnow.evaluator.scaling.laws import mean_error
+
     rows = [
         [name, f"{v['value']:.4g}", f"{v['low']:.4g} … {v['high']:.4g}"]
         for name, v in laws.joint.named().items()

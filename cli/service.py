@@ -6,15 +6,10 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from winnow.cli.console import emit, guard
-from winnow.common.config_file import load_config
 from winnow.common.reporter import say
-from winnow.jobs.queue import Queue
-from winnow.schemas.errors import ConfigError
-from winnow.store.objects import open_store
 
 
 def register(app: typer.Typer) -> None:
@@ -43,10 +38,13 @@ def serve_command(
 
     Example: `winnow serve-trainer s3://bucket/trainer --port 9400`
     """
-    from winnow.jobs.prometheus import serving
-    from winnow.jobs.service import Service
-
     with guard():
+        import torch
+
+        from winnow.jobs.prometheus import serving
+        from winnow.jobs.service import Service, slots
+        from winnow.store.objects import open_store
+
         store = open_store(root)
         store.probe()  # does it keep what claims rely on?
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -58,25 +56,12 @@ def serve_command(
         say("all runs have a checkpoint or are finished")
 
 
-def slots(gpus: str, seen: int, workers: int) -> list[str]:
-    """The service's devices: the GPUs asked for, or places on the CPU.
-
-    Raises:
-        ConfigError: A GPU that is not there.
-    """
-    if gpus == "none" or (gpus == "all" and not seen):
-        return [f"cpu{number}" for number in range(workers)]
-    if gpus == "all":
-        return [str(number) for number in range(seen)]
-    chosen = [part.strip() for part in gpus.split(",")]
-    wrong = [part for part in chosen if not part.isdecimal() or int(part) >= seen]
-    if wrong or len(set(chosen)) < len(chosen):
-        raise ConfigError("--gpus", expected=f"numbers below {seen}, `all` or `none`", got=gpus)
-    return chosen
-
-
 def submit_config(config: Path, root: str, sets: list[str], attempts: int, as_json: bool) -> None:
     """Put a config into the queue below `root` and say what its name is."""
+    from winnow.common.config_file import load_config
+    from winnow.jobs.queue import Queue
+    from winnow.store.objects import open_store
+
     store = open_store(root)
     name, new = Queue(store).submit(load_config(config, sets), attempts)
     told = f"job {name} is in the queue of {root}" if new else f"job {name} is there already: same config"

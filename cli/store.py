@@ -5,19 +5,18 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from winnow.cli.console import emit, guard, print_table, stdout
 from winnow.common.figures import human_bytes
 from winnow.common.reporter import Progress, say
-from winnow.schemas.config import StorageSpec
-from winnow.store.check.info import DatasetInfo, bad_records, dataset_info, token_rows
-from winnow.store.check.repair import repair
-from winnow.store.check.verify import LEVELS, Problem, damage, verify
-from winnow.store.format.layout import PLAN_KEY
-from winnow.store.objects import ObjectStore, open_store
+
+if TYPE_CHECKING:
+    from winnow.store.check.info import DatasetInfo
+    from winnow.store.check.verify import Problem
+    from winnow.store.objects import ObjectStore
 
 
 def register(app: typer.Typer) -> None:
@@ -51,6 +50,8 @@ def info_command(
     Example: winnow info data/quickstart
     """
     with guard():
+        from winnow.store.check.info import dataset_info
+
         found = dataset_info(_open(uri, allow_http, timeout_seconds))
         emit(found.model_dump(mode="json"), json, lambda: _show_info(found))
 
@@ -85,6 +86,10 @@ def verify_command(
     Example: winnow verify s3://bucket/run7 --level full
     """
     with guard():
+        from winnow.store.check.info import dataset_info
+        from winnow.store.check.repair import repair
+        from winnow.store.check.verify import damage, verify
+
         store = _open(uri, allow_http, timeout_seconds)
         if repair_:
             level = LevelChoice.FULL
@@ -115,10 +120,15 @@ def verify_command(
 
 
 def _open(uri: str, allow_http: bool, timeout_seconds: float) -> ObjectStore:
+    from winnow.schemas.config import StorageSpec
+    from winnow.store.objects import open_store
+
     return open_store(uri, StorageSpec(allow_http=allow_http, timeout_seconds=timeout_seconds))
 
 
 def _show_info(found: DatasetInfo) -> None:
+    from winnow.store.check.info import bad_records, token_rows
+
     progress = f"{found.units_committed} of {found.units} units"
     rows: list[tuple[str, object]] = [
         ("state", f"{found.state} ({progress})" if found.state != "sealed" else f"sealed ({progress})"),
@@ -156,6 +166,8 @@ def _show_info(found: DatasetInfo) -> None:
 def _show_problems(
     uri: str, level: str, problems: list[Problem], facts: DatasetInfo | None, repaired: bool
 ) -> None:
+    from winnow.store.check.verify import LEVELS, damage
+
     for problem in problems:
         stdout.print(str(problem), markup=False, soft_wrap=True)
     broken = len(damage(problems))
@@ -173,6 +185,8 @@ def _show_problems(
 
 def _advice(uri: str, broken: list[Problem], repaired: bool) -> list[str]:
     """What mends the problems, the cheapest first."""
+    from winnow.store.format.layout import PLAN_KEY
+
     if any(problem.key == PLAN_KEY for problem in broken):
         return [f"nothing else says what {PLAN_KEY} held: put back a copy of it, byte for byte"]
     again = "`winnow harvest CONFIG --repair` makes again {}, from corpus and subject"

@@ -18,16 +18,6 @@ import typer
 
 from winnow.cli.console import guard
 from winnow.cli.service import submit_config
-from winnow.jobs.ray_job import (
-    STOP_SECONDS,
-    RayJob,
-    auth_token,
-    connect,
-    entrypoint,
-    handed_on,
-    run_job,
-    sets_of,
-)
 from winnow.schemas.errors import ConfigError
 
 
@@ -82,6 +72,16 @@ def submit_command(
     Example: `winnow submit --address http://head:8265 -- harvest run.yaml --set root=s3://bucket/data`
     """
     with guard():
+        from winnow.jobs.ray_job import (
+            STOP_SECONDS,
+            RayJob,
+            auth_token,
+            connect,
+            entrypoint,
+            handed_on,
+            run_job,
+        )
+
         command, to = _with_to(command, to)
         if to:
             enqueue(command, to, attempts)
@@ -115,6 +115,8 @@ def enqueue(command: Sequence[str], root: str, attempts: int) -> None:
     Raises:
         ConfigError: Anything else on the command line, or a config that cannot be trained.
     """
+    from winnow.jobs.ray_job import sets_of
+
     config, *rest = command
     sets = sets_of(rest)
     known = {"--set", "--json", *sets, *(f"--set={value}" for value in sets)}

@@ -5,28 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.cli import estimate as estimate_cli
-from winnow.cli import runs as runs_cli
-from winnow.cli import service as service_cli
 from winnow.cli.console import emit, guard, print_table
-from winnow.common.config_file import load_config
 from winnow.common.figures import human_bytes
 from winnow.common.reporter import say
-from winnow.schemas.training import TrainSpec
-from winnow.store import ActivationStore
-from winnow.trainer.mesh.world import launch_of, only_the_first_tells
-from winnow.trainer.plan.sweep import grid_specs, require_room
-from winnow.trainer.run.loop import AfterTrain, train, train_fleet
-from winnow.trainer.run.publish import Summary
+
+if TYPE_CHECKING:
+    from winnow.schemas.training import TrainSpec
+    from winnow.trainer.run.loop import AfterTrain
+    from winnow.trainer.run.publish import Summary
 
 HELP = """Train a TopK sparse autoencoder on a harvested dataset.
 
 Reads the config's `root` (the dataset) and its section `train`; writes into `train.out`:
-`sae.safetensors` and `sae.json` (what `trainer.Sae.load` reads), `summary.json`, `metrics.jsonl`,
+`sae.safetensors` and `sae.json` (what `winnow.Sae.load` reads), `summary.json`, `metrics.jsonl`,
 `loss.png` and `checkpoints/`.
 
 Stop it whenever you like: the same command goes on from the newest checkpoint and ends with the very
@@ -46,12 +41,18 @@ Stop and run again as with `winnow train`; finished ones are skipped.
 SWEEP_EPILOG = "Example: `winnow sweep configs/sweep.yaml --set sweep.grid.k=[8,16]`"
 
 
-def register(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
+def register(app: typer.Typer) -> None:
+    """Add the commands `train` and `sweep` to an app."""
+    register_train(app)
+    register_sweep(app)
+
+
+def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
     """Add the command `train` to an app.
 
     Args:
         app: The app.
-        after_train: Adds the figures that need the subject model; see `winnow.trainer.run.loop.train`.
+        subject_figures: Add the figures that need the subject model, and the evaluator with it.
     """
 
     @app.command("train", help=HELP, epilog=EPILOG)
@@ -80,16 +81,21 @@ def register(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
         # cuBLAS needs this before its first product to give the same bits every run
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard():
+            from winnow.common.config_file import load_config
+            from winnow.trainer.mesh.world import launch_of, only_the_first_tells
+            from winnow.trainer.run.loop import train
+
             settings = load_config(config, set_ or [])
             launch = launch_of(os.environ)
+            after_train = _measure_in_subject() if subject_figures else None
             with only_the_first_tells(launch):
                 summary = train(settings, after_train=after_train, extend=extend, launch=launch)
             if launch.rank == 0:
                 emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
 
 
-def register_sweep(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
-    """Add the command `sweep` to an app; arguments as in `register`."""
+def register_sweep(app: typer.Typer) -> None:
+    """Add the command `sweep` to an app."""
 
     @app.command("sweep", help=SWEEP_HELP, epilog=SWEEP_EPILOG)
     def command(
@@ -109,6 +115,11 @@ def register_sweep(app: typer.Typer, after_train: AfterTrain | None = None) -> N
     ) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard():
+            from winnow.common.config_file import load_config
+            from winnow.store import ActivationStore
+            from winnow.trainer.plan.sweep import grid_specs, require_room
+            from winnow.trainer.run.loop import train_fleet
+
             settings = load_config(config, set_ or [])
             specs = grid_specs(settings)
             dataset = ActivationStore.open(
@@ -119,7 +130,8 @@ def register_sweep(app: typer.Typer, after_train: AfterTrain | None = None) -> N
             )
             need = require_room(specs, dataset)
             say(f"{len(specs)} SAEs, {human_bytes(need)} of memory for them")
-            summaries = train_fleet(settings, specs, after_train=after_train if subject_figures else None)
+            after_train = _measure_in_subject() if subject_figures else None
+            summaries = train_fleet(settings, specs, after_train=after_train)
             found = {spec.out: summary for spec, summary in zip(specs, summaries, strict=True)}
             emit(found, as_json, lambda: show_sweep(found, specs))
 
@@ -140,20 +152,17 @@ def show_sweep(found: dict[str, Summary], specs: Sequence[TrainSpec]) -> None:
     print_table("sweep", rows, ("SAE", "latents", "k", "FVU", "L0", "dead"))
 
 
-def register_all(app: typer.Typer, after_train: AfterTrain | None = None) -> None:
-    """Add every command of the trainer."""
-    register(app, after_train)
-    register_sweep(app, after_train)
-    runs_cli.register(app)
-    estimate_cli.register(app)
-    service_cli.register(app)
-
-
-def make_app(after_train: AfterTrain | None = None) -> typer.Typer:
-    """An app with the one command `train`."""
+def make_app() -> typer.Typer:
+    """An app with the one command `train`, without the figures that need the subject model."""
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-    register(app, after_train)
+    register_train(app, subject_figures=False)
     return app
+
+
+def _measure_in_subject() -> AfterTrain:
+    from winnow.evaluator.heldout import measure_in_subject
+
+    return measure_in_subject
 
 
 def show(summary: Summary, out: str) -> None:

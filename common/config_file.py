@@ -14,7 +14,7 @@ from winnow.schemas.errors import ConfigError
 T = TypeVar("T")
 
 
-def load_config(path: Path, sets: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, sets: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `--set dotted.key=value` overrides.
 
     Args:
@@ -26,7 +26,7 @@ def load_config(path: Path, sets: Sequence[str] = ()) -> Config:
     """
     where = f"config {path}"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             where, expected="a readable YAML file", got=error.strerror, fix="Give its path"

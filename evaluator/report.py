@@ -16,6 +16,7 @@ from winnow.evaluator.probes.tasks import tasks_identity
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.model import CARD_KEY
 from winnow.schemas.base import canonical_json, sha256_hex
+from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, MissingObject
 from winnow.schemas.evaluation import FAMILIES, Evaluation, Family, FamilyResult, Figure
 from winnow.schemas.training import SaeCard
@@ -126,7 +127,42 @@ def load_evaluation(store: ObjectStore) -> Evaluation | None:
     return Evaluation.from_json(data, origin=f"{store.uri}/{EVALUATION_KEY}")
 
 
-def evaluate(setting: Setting, *, out: str | None = None, again: bool = False) -> Evaluation:
+def evaluate(
+    sae: str, config: Config, *, out: str | None = None, again: bool = False, judge_key: str | None = None
+) -> Evaluation:
+    """Measure a trained SAE on the windows its dataset held out; `evaluation.json` is written beside it.
+
+    It is written after every family, so an evaluation that was stopped resumes; what was measured of other
+    datasets and with other settings stays in it. `figure(name)` of what comes back looks up a figure.
+
+    Args:
+        sae: Folder or URI of the SAE.
+        config: `root` (the dataset), `subject`, `storage` and the section `evaluate` are read. Without
+            `subject` it is the one that the dataset's plan names.
+        out: Folder or URI of `evaluation.json`; None: beside the SAE.
+        again: Measure also what an earlier run finished with the same settings.
+        judge_key: The key of the endpoint `evaluate.judge`; it is written nowhere.
+
+    Returns:
+        The evaluation of this dataset.
+
+    Raises:
+        ConfigError: No dataset there, or a family lacks what it needs.
+        SaeMismatch: Another subject, hook or width than the dataset's.
+        IntegrityError, StoreError: SAE, data or an earlier evaluation cannot be read.
+    """
+    setting = Setting.open(
+        sae,
+        config.root,
+        config.evaluate,
+        subject=config.subject,
+        storage=config.storage,
+        judge_key=judge_key,
+    )
+    return evaluate_setting(setting, out=out, again=again)
+
+
+def evaluate_setting(setting: Setting, *, out: str | None = None, again: bool = False) -> Evaluation:
     """Measure every chosen family and write `evaluation.json` after each.
 
     Args:

@@ -29,7 +29,7 @@ from typing import IO
 
 from winnow.common.reporter import say
 from winnow.jobs.queue import Job, Queue, awaits_harvest, is_stopped
-from winnow.schemas.errors import StoreError
+from winnow.schemas.errors import ConfigError, StoreError
 from winnow.schemas.service import PERMANENT, STOPPED, JobBeat, JobClaim
 from winnow.store.objects import ObjectStore
 
@@ -387,3 +387,20 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def slots(gpus: str, seen: int, workers: int) -> list[str]:
+    """The service's devices: the GPUs asked for, or places on the CPU.
+
+    Raises:
+        ConfigError: A GPU that is not there.
+    """
+    if gpus == "none" or (gpus == "all" and not seen):
+        return [f"cpu{number}" for number in range(workers)]
+    if gpus == "all":
+        return [str(number) for number in range(seen)]
+    chosen = [part.strip() for part in gpus.split(",")]
+    wrong = [part for part in chosen if not part.isdecimal() or int(part) >= seen]
+    if wrong or len(set(chosen)) < len(chosen):
+        raise ConfigError("--gpus", expected=f"numbers below {seen}, `all` or `none`", got=gpus)
+    return chosen

@@ -24,6 +24,7 @@ from winnow.cluster.crew import (
 )
 from winnow.common.figures import human_bytes
 from winnow.common.reporter import Progress, say
+from winnow.harvester.plan.planner import find_plan, make_plan
 from winnow.harvester.run.brake import Brake
 from winnow.harvester.run.failures import Failures
 from winnow.harvester.run.ledger import RunLedger, settle_account
@@ -87,6 +88,19 @@ def check_store_space(
             got=human_bytes(free),
             fix="Free space, choose another root, or lower plan.train_units",
         )
+
+
+def ensure_plan(config: Config, store: ObjectStore) -> HarvestPlan:
+    """The root's plan if it is whole and fits the config, else a freshly made or completed one."""
+    section(config.subject, "subject")
+    section(config.corpus, "corpus")
+    section(config.plan, "plan")
+    plan = find_plan(config, store)
+    if plan is not None:
+        check_store_space(plan, store, 0)
+        return plan
+    with Progress("plan", None, "tokens") as bar:
+        return make_plan(config, store, progress=lambda tokens, **facts: bar.update(tokens, **facts))
 
 
 def harvest(

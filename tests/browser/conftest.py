@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from winnow.cli.explore import Place, open_desk
+from winnow.explorer.place import Place
+from winnow.explorer.site.desk import open_desk
 from winnow.explorer.site.serve import listen, make_app, server
 from winnow.schemas.config import StorageSpec
 

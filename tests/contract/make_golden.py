@@ -43,12 +43,11 @@ from typer.testing import CliRunner
 
 import winnow.trainer.run.loop as loop
 from tests.support.pipeline import pipeline_config
-from winnow.cli.harvest import ensure_plan
 from winnow.cli.main import app
 from winnow.common.config_file import load_config
 from winnow.explorer.index.table import FeatureTable
 from winnow.explorer.site.exhibit import Exhibit
-from winnow.harvester.run.driver import harvest
+from winnow.harvester.run.driver import ensure_plan, harvest
 from winnow.jobs.queue import Queue, job_facts
 from winnow.sae.model import Sae
 from winnow.schemas.config import Config

@@ -18,8 +18,8 @@ import yaml
 from typer.testing import CliRunner
 
 from winnow.cli.main import app
-from winnow.cli.submit import entrypoint
 from winnow.common.config_file import load_config
+from winnow.jobs.ray_job import entrypoint
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "docker/Dockerfile"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tests.faults.test_harvest_kill import kill_tree
 from tests.support.pipeline import pipeline_config
-from winnow.cli.harvest import ensure_plan
 from winnow.common.config_file import load_config
+from winnow.harvester.run.driver import ensure_plan
 from winnow.harvester.run.worker import UnitWorker
 from winnow.schemas.config import Config
 from winnow.schemas.harvest import HarvestPlan

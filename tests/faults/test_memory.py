@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import winnow.cli.harvest
 import winnow.harvester.plan.planner
 import winnow.harvester.run.driver
 from tests.faults.test_follow import make_alone

@@ -18,12 +18,11 @@ from typer.testing import CliRunner
 
 from tests.support.planted import OTHER_HOOK, planted_config, planted_rows
 from winnow.cli.main import app
-from winnow.cli.service import slots
 from winnow.common.config_file import load_config
 from winnow.jobs import service as service_module
 from winnow.jobs.prometheus import metrics_text
 from winnow.jobs.queue import Queue, job_facts
-from winnow.jobs.service import Service, machine_id
+from winnow.jobs.service import Service, machine_id, slots
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.store import ActivationStore

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 def test_every_peer_learns_on_the_task_and_its_results_are_kept(tmp_path, capsys, monkeypatch):
     from benchmarks import recovery_peers
     from benchmarks.peer_trainers import BATCH_PEERS, PEERS
-    from winnow.cli.recovery import read_records
+    from winnow.evaluator.recovery.runs import read_records
 
     monkeypatch.setattr("winnow.evaluator.recovery.page.LEARNING_RATES", (0.003, 0.01, 0.03))
     peers = [name for name in (*PEERS, *BATCH_PEERS) if name != "sae-lens-sparse"]

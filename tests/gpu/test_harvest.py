@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.support.pipeline import pipeline_config
-from winnow.cli.harvest import ensure_plan
 from winnow.common.config_file import load_config
+from winnow.harvester.run.driver import ensure_plan
 from winnow.harvester.run.worker import UnitWorker
 from winnow.store.format.layout import row_permutation
 from winnow.store.objects import open_store

@@ -30,10 +30,9 @@ from ray.cluster_utils import Cluster
 
 from tests.support.gated_worker import FREE_UNITS, GATE, GatedWorker
 from tests.support.pipeline import pipeline_config
-from winnow.cli.harvest import ensure_plan
 from winnow.common.config_file import load_config
 from winnow.harvester.run import driver
-from winnow.harvester.run.driver import harvest
+from winnow.harvester.run.driver import ensure_plan, harvest
 from winnow.harvester.run.ledger import read_ledger
 from winnow.harvester.run.worker import UnitWorker
 from winnow.schemas.config import Config

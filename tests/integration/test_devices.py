@@ -16,12 +16,12 @@ from ray.cluster_utils import Cluster
 from tests.support.pipeline import pipeline_config
 from tests.support.reserved import Reserved
 from tests.support.tiny import ARCHITECTURES, make_subject
-from winnow.cli.harvest import ensure_plan
 from winnow.cluster import crew as cluster
 from winnow.cluster.crew import Crew, CrewSettings, no_room
 from winnow.common.config_file import load_config
 from winnow.harvester.plan import planner
 from winnow.harvester.run import driver
+from winnow.harvester.run.driver import ensure_plan
 from winnow.harvester.run.worker import UnitWorker
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError

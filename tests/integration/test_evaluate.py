@@ -15,7 +15,7 @@ from tests.support.evaluated import HOOK, identity_sae, permuted, random_sae, sa
 from winnow.cli.main import app
 from winnow.evaluator.bootstrap import figure, mean_figure
 from winnow.evaluator.families import compute, downstream, reconstruction, stability
-from winnow.evaluator.report import evaluate, list_notes
+from winnow.evaluator.report import evaluate_setting
 from winnow.evaluator.setting import Setting
 from winnow.sae import Sae
 from winnow.schemas.errors import ConfigError, SaeMismatch
@@ -202,7 +202,7 @@ def test_the_command_writes_resumes_and_compares(toy, tmp_path, monkeypatch):
 
 def evaluate_again(uri, toy, more):
     spec = EvaluateSpec(metrics=("reconstruction",), windows=4 if "--windows" in more else 8, law=LAW)
-    evaluate(Setting.open(uri, toy.root, spec, subject=toy.subject), again="--again" in more)
+    evaluate_setting(Setting.open(uri, toy.root, spec, subject=toy.subject), again="--again" in more)
 
 
 def test_a_killed_evaluation_keeps_what_was_finished(toy, tmp_path, monkeypatch):
@@ -215,10 +215,10 @@ def test_a_killed_evaluation_keeps_what_was_finished(toy, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setitem(__import__("winnow.evaluator.report", fromlist=["x"]).MEASURES, "downstream", die)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(setting)
+            evaluate_setting(setting)
     kept = Evaluation.from_json((tmp_path / "sae" / "evaluation.json").read_bytes(), origin="test")
     assert list(kept.families) == ["reconstruction"]
-    found = evaluate(setting)
+    found = evaluate_setting(setting)
     assert found.families["reconstruction"] == kept.families["reconstruction"]
     assert "downstream" in found.families
 
@@ -276,7 +276,7 @@ def test_other_settings_and_other_weights_keep_what_was_measured(toy, tmp_path, 
 def test_a_file_of_version_1_0_is_read_and_kept(toy, tmp_path):
     uri = save_sae(toy, tmp_path / "sae", random_sae())
     setting = Setting.open(uri, toy.root, EvaluateSpec(metrics=("reconstruction",), windows=4))
-    made = json.loads(evaluate(setting).to_json())
+    made = json.loads(evaluate_setting(setting).to_json())
     for old in (made, family := made["families"]["reconstruction"]):
         for name in ("root", "settings", "others", "earlier"):
             old.pop(name, None)
@@ -284,7 +284,7 @@ def test_a_file_of_version_1_0_is_read_and_kept(toy, tmp_path):
     (tmp_path / "sae" / "evaluation.json").write_text(json.dumps(made))
     old = stored(tmp_path / "sae")
     assert json.loads(old.to_json()) == made  # nothing is added to what it said
-    found = evaluate(setting)
+    found = evaluate_setting(setting)
     assert found.earlier["reconstruction"] == (old.families["reconstruction"],)
     assert "settings that are not known" in " ".join(list_notes(found))
 
@@ -295,14 +295,14 @@ def test_saes_are_compared_on_the_dataset_that_all_have(toy, tmp_path):
     for uri, roots in zip(uris, ((toy.root, other.root), (toy.root,)), strict=True):
         for root in roots:
             spec = EvaluateSpec(metrics=("reconstruction",), windows=4)
-            evaluate(Setting.open(uri, root, spec, subject=toy.subject))
+            evaluate_setting(Setting.open(uri, root, spec, subject=toy.subject))
     code, out, err = winnow("compare", *uris, "--out", tmp_path / "cmp", "--json")
     assert code == 0, err
     shared = stored(tmp_path / "one").on(stored(tmp_path / "two").plan_fingerprint)
     assert f"compared on the dataset {toy.root}" in err
     assert json.loads(out)["figures"]["l0"][0] == shared.figure("l0").model_dump(mode="json")
     (tmp_path / "one" / "evaluation.json").unlink()
-    evaluate(Setting.open(uris[0], other.root, spec, subject=toy.subject))
+    evaluate_setting(Setting.open(uris[0], other.root, spec, subject=toy.subject))
     code, _, err = winnow("compare", *uris, "--out", tmp_path / "cmp")
     assert code == 2
     assert "another plan fingerprint" in err

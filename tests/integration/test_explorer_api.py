@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from starlette.testclient import TestClient
 
 from tests.support.explorer_site import HOOK, LATENTS, Site, make_dataset, make_site
-from winnow.cli.explore import Place, add_explanations, open_desk
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import INDEX_KEY, FeatureTable
+from winnow.explorer.place import Place
 from winnow.explorer.site.api import MAX_TEXT, Desk, SteerBody, steering
+from winnow.explorer.site.desk import add_explanations, open_desk
 from winnow.explorer.site.exhibit import Exhibit
 from winnow.explorer.site.lane import Busy, Lane
 from winnow.explorer.site.serve import make_app

@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.pipeline import pipeline_config
-from winnow.cli.harvest import ensure_plan
 from winnow.cli.main import app
 from winnow.common.config_file import load_config
 from winnow.harvester.run import forecast as forecasts
 from winnow.harvester.run import ledger as ledgers
+from winnow.harvester.run.driver import ensure_plan
 from winnow.harvester.run.forecast import forecast
 from winnow.harvester.run.ledger import RunLedger, UnitFacts, read_ledger, settle_account
 from winnow.harvester.run.waiting import StorageWait

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from tests.support.pipeline import pipeline_config
 from tests.support.tiny import make_subject
-from winnow.cli.harvest import ensure_plan
 from winnow.cli.main import app
 from winnow.common.config_file import load_config
+from winnow.harvester.run.driver import ensure_plan
 from winnow.harvester.run.single import local_worker
 from winnow.store import ActivationStore
 from winnow.store.check.verify import verify

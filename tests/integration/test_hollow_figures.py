@@ -10,7 +10,7 @@ from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config, zero
 from winnow.evaluator.families import ablation, compute, downstream
 from winnow.evaluator.heldout import measure_in_subject
 from winnow.evaluator.n2g import family as n2g
-from winnow.evaluator.report import evaluate, list_notes, tabulate
+from winnow.evaluator.report import evaluate_setting
 from winnow.evaluator.setting import Setting
 from winnow.explorer.site.monitor import monitor
 from winnow.sae import Sae
@@ -37,7 +37,7 @@ def toy(tmp_path_factory):
 
 def test_a_splice_that_no_prediction_follows_is_not_measurable(last_only, tmp_path, told):
     uri = save_sae(last_only, tmp_path / "sae", random_sae())
-    found = evaluate(Setting.open(uri, last_only.root, SPEC))
+    found = evaluate_setting(Setting.open(uri, last_only.root, SPEC))
     hollow = {"ce_clean", "ce_patched", "delta_ce", "kl", "loss_recovered_zero", "loss_recovered_mean"}
     hollow |= {"n2g_simulated_delta_ce", "n2g_zeroed_delta_ce", "n2g_recovered"}
     hollow |= {"compute_equivalent", "compute_equivalent_anchored"}

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from tests.support.dying_indexer import MARK, DyingWorker
 from tests.support.explorer_site import HOOK, LATENTS, SPEC, Site, make_site
-from winnow.cli.explore import Place
 from winnow.cli.main import app
 from winnow.explorer.index import build as index_module
 from winnow.explorer.index import crew
@@ -19,6 +18,7 @@ from winnow.explorer.index.build import Indexer, Recipe, open_index_store
 from winnow.explorer.index.latents import TOP_BAND
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import FeatureTable, part_key
+from winnow.explorer.place import Place
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError, IntegrityError, SaeMismatch
 from winnow.schemas.training import SaeIdentity, SaeParts

@@ -14,7 +14,7 @@ from winnow.evaluator.activations import gather
 from winnow.evaluator.n2g import family as n2g
 from winnow.evaluator.n2g import learn as n2g_learn
 from winnow.evaluator.n2g.tries import WILDCARD
-from winnow.evaluator.report import evaluate
+from winnow.evaluator.report import evaluate_setting
 from winnow.evaluator.setting import Setting
 from winnow.sae import Sae
 from winnow.schemas.errors import ConfigError
@@ -169,7 +169,7 @@ def test_the_family_end_to_end(made):
 
 def test_the_page_shows_explanations_beside_windows_and_remarks(made, tmp_path):
     setting = made[0](metrics=("n2g",))
-    evaluation = evaluate(setting, out=str(tmp_path / "evaluated"))
+    evaluation = evaluate_setting(setting, out=str(tmp_path / "evaluated"))
     first = evaluation.families["n2g"].details["latents"][0]
     (tmp_path / "remarks.yaml").write_text(f"{first['latent']}: Reads like grain.\nsummary: All of it.\n")
     arguments = [str(tmp_path / "evaluated"), "--root", setting.dataset.store.uri, "--latents", "3"]

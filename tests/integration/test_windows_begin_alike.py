@@ -14,15 +14,17 @@ from tests.support.bos_subject import BOS, bos_config
 from tests.support.evaluated import HOOK, random_sae, toy_config
 from tests.support.explorer_site import SPEC
 from tests.support.pipeline import pipeline_config
-from winnow.cli.attribute import told
-from winnow.cli.explore import Place, build_index, open_desk
 from winnow.cli.main import app
 from winnow.evaluator import sequences
 from winnow.evaluator.judge import family as judge
 from winnow.evaluator.n2g import family as n2g
 from winnow.evaluator.n2g import learn as n2g_learn
 from winnow.evaluator.probes.family import pooled
+from winnow.evaluator.prompt import attribute_prompt
 from winnow.evaluator.setting import Setting
+from winnow.explorer.index.make import make_index
+from winnow.explorer.place import Place
+from winnow.explorer.site.desk import open_desk
 from winnow.explorer.site.monitor import monitor
 from winnow.explorer.site.reading import read_tokens, tokenise
 from winnow.explorer.site.serve import make_app
@@ -83,7 +85,7 @@ def text_of(setting, number: int) -> str:
 
 @pytest.fixture(scope="module")
 def desk(config, uri):
-    build_index(uri, Place(config.root, config.subject, config.storage), f"{uri}/features", None, SPEC)
+    make_index(uri, Place(config.root, config.subject, config.storage), f"{uri}/features", None, SPEC)
     return open_desk([uri], None, Place(config.root, config.subject, config.storage), seats=4)
 
 
@@ -149,7 +151,7 @@ def test_the_card_tells_the_monitor_in_python(setting, stored):
 def test_attribution_reads_what_is_stored_and_says_so(config, uri, setting, stored):
     text, tokens, _, dense = stored
     answer = setting.subject.tokenizer.decode([setting.dataset.tokens(1)[3]])
-    found = told(setting, text, answer, None, 30)
+    found = attribute_prompt(setting, text, answer, None, 30)
     assert found["bos"] is True
     for effect in found["effects"]:
         assert effect["position"] > 0

@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.support.pipeline import pipeline_config
 from tests.support.tiny import EOS, make_subject, make_tokenizer
-from winnow.cli.harvest import ensure_plan
 from winnow.common.config_file import load_config
-from winnow.harvester.run.driver import harvest
+from winnow.harvester.run.driver import ensure_plan, harvest
 from winnow.schemas.config import Config
 from winnow.store.objects import open_store
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from tests.support.pipeline import pipeline_config
-from winnow.cli.harvest import ensure_plan
 from winnow.common.config_file import load_config
-from winnow.harvester.run.driver import harvest
+from winnow.harvester.run.driver import ensure_plan, harvest
 from winnow.sae import Sae
 from winnow.schemas.config import Config
 from winnow.schemas.training import SaeIdentity

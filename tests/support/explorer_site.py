@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from tests.support.pipeline import pipeline_config
-from winnow.cli.explore import Place, build_index
-from winnow.cli.harvest import ensure_plan
 from winnow.common.config_file import load_config
-from winnow.harvester.run.driver import harvest
+from winnow.explorer.index.make import make_index
+from winnow.explorer.place import Place
+from winnow.harvester.run.driver import ensure_plan, harvest
 from winnow.sae.model import Sae
 from winnow.schemas.config import Config
 from winnow.schemas.features import IndexSpec
@@ -62,6 +62,6 @@ def make_site(folder: Path) -> Site:
         dataset = ActivationStore.open(config.root)
         sae = random_sae(dataset.d_model(HOOK), LATENTS, K, seed)
         sae.save(open_store(uri), hook=HOOK)
-        build_index(uri, Place.of(path, None), f"{uri}/features", None, SPEC)
+        make_index(uri, Place.of(path, None), f"{uri}/features", None, SPEC)
         saes.append(uri)
     return Site(path, config, config.root, (saes[0], saes[1]))

@@ -25,7 +25,7 @@ def write(tmp_path, text):
 def test_sets_win_over_the_file_and_are_yaml(tmp_path):
     path = write(tmp_path, "root: a\nharvest: {actors: 2}\n")
     config = load_config(
-        path,
+        str(path),  # a path or its text
         ["root=b", "harvest.batch_windows=4", "storage.allow_http=true", "harvest.temp_dir=null"],
     )
     assert config.root == "b"

@@ -88,7 +88,7 @@ def test_the_command_writes_results_and_goes_on_where_it_was(tmp_path, monkeypat
     assert runs[2]["lr"] == best["lr"]
     assert "± " in (tmp_path / "recovery.md").read_text()
     assert (tmp_path / "recovery.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr("winnow.cli.recovery.train_variant", None)  # nothing is left to train
+    monkeypatch.setattr("winnow.evaluator.recovery.runs.train_variant", None)  # nothing is left to train
     (tmp_path / "recovery.remarks.md").write_text("What a person says.\n")
     assert CliRunner().invoke(app, [*arguments, "--seeds", "2"]).exit_code == 0
     assert (tmp_path / "recovery.md").read_text().endswith("\nWhat a person says.\n")

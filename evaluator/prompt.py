@@ -1,0 +1,73 @@
+"""What `winnow attribute` does: the effects of latents on what the subject says after a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from winnow.evaluator.attribution import attribute, logit_difference, without
+from winnow.evaluator.setting import Setting
+from winnow.schemas.errors import ConfigError
+from winnow.schemas.window import WindowRule
+from winnow.subject.load import Subject
+
+
+def attribute_prompt(
+    setting: Setting, prompt: str, answer: str, against: str | None, top: int, skip: int | None = None
+) -> dict[str, Any]:
+    """The effects of the latents active in a prompt; see `winnow attribute --help`.
+
+    Returns:
+        JSON: `bos` (whether it goes before the prompt, as in the dataset), `metric` of the clean pass,
+        `latents` and `error` (sums of the effects), `effects` (position, token, latent, code, first_order,
+        ablated), the largest first.
+
+    Raises:
+        ConfigError: No prompt, one longer than the subject takes, or an answer that is not one token.
+    """
+    subject, sae, hook = setting.subject, setting.sae, setting.hook
+    rule, ids = setting.window, subject.encode(prompt, setting.window)
+    skip = setting.dataset.plan.spec.drop_leading if skip is None else skip
+    if len(ids) <= skip:
+        raise ConfigError("--prompt", expected=f"more than {skip - rule.bos} tokens", got=len(ids) - rule.bos)
+    one, other = single_token(subject, "--answer", answer), None
+    if against is not None:
+        other = single_token(subject, "--against", against)
+    metric, tokens = logit_difference(one, other), torch.tensor(ids)
+    found = attribute(subject, {hook: sae}, tokens[None], metric)[hook]
+    places = [(position, slot) for _, position, slot in found.top(top, skip=skip)]
+    ablated = without(subject, hook, sae, tokens, places, metric).tolist()
+    effects = [
+        {
+            "position": position,
+            "token": subject.tokenizer.decode([ids[position]]),
+            "latent": int(found.indices[0, position, slot]),
+            "code": float(found.values[0, position, slot]),
+            "first_order": float(found.effects[0, position, slot]),
+            "ablated": lost,
+        }
+        for (position, slot), lost in zip(places, ablated, strict=True)
+    ]
+    return {
+        "hook": hook,
+        "prompt": prompt,
+        "bos": rule.bos,
+        "answer": answer,
+        "against": against,
+        "metric": float(metric(subject.logits(tokens[None]))),
+        "latents": float(found.effects[0, skip:].sum()),
+        "error": float(found.error[0, skip:].sum()),
+        "effects": effects,
+    }
+
+
+def single_token(subject: Subject, name: str, text: str) -> int:
+    """The id of a text that is one token; ConfigError with its pieces where it is not."""
+    ids = subject.encode(text, WindowRule(control_tokens="token"))
+    if len(ids) != 1:
+        pieces = [subject.tokenizer.decode([piece]) for piece in ids]
+        raise ConfigError(
+            name, expected="one token of the subject's", got=repr(pieces), fix="Most words begin with a space"
+        )
+    return ids[0]
