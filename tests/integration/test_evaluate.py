@@ -15,7 +15,7 @@ from tests.support.evaluated import HOOK, identity_sae, permuted, random_sae, sa
 from winnow.cli.main import app
 from winnow.evaluator.bootstrap import figure, mean_figure
 from winnow.evaluator.families import compute, downstream, reconstruction, stability
-from winnow.evaluator.report import evaluate_setting
+from winnow.evaluator.report import evaluate_setting, list_notes
 from winnow.evaluator.setting import Setting
 from winnow.sae import Sae
 from winnow.schemas.errors import ConfigError, SaeMismatch

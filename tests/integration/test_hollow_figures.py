@@ -10,7 +10,7 @@ from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config, zero
 from winnow.evaluator.families import ablation, compute, downstream
 from winnow.evaluator.heldout import measure_in_subject
 from winnow.evaluator.n2g import family as n2g
-from winnow.evaluator.report import evaluate_setting
+from winnow.evaluator.report import evaluate_setting, list_notes, tabulate
 from winnow.evaluator.setting import Setting
 from winnow.explorer.site.monitor import monitor
 from winnow.sae import Sae
