@@ -14,7 +14,7 @@ from winnow.schemas.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from winnow.jobs.runs import Seen
+    from winnow.jobs.runs import RunView
     from winnow.store.objects import ObjectStore
 
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URI that holds runs")]
@@ -51,7 +51,7 @@ def runs_command(root: Root, json: AsJson = False) -> None:
         emit(facts, json, lambda: _show(root, found, jobs, job_rows(jobs)))
 
 
-def _show(root: str, found: list[Seen], jobs: list[dict[str, Any]], rows: list[list[str]]) -> None:
+def _show(root: str, found: list[RunView], jobs: list[dict[str, Any]], rows: list[list[str]]) -> None:
     from winnow.jobs.runs import HEADER
 
     if found:
@@ -91,18 +91,18 @@ def watch_command(
                 live.update(table)
 
 
-def _look(run: str, store: ObjectStore) -> tuple[Seen, Table]:
+def _look(run: str, store: ObjectStore) -> tuple[RunView, Table]:
     from rich.table import Table
 
-    from winnow.jobs.runs import Seen, last_records, picture
+    from winnow.jobs.runs import RunView, last_records, watch_rows
     from winnow.trainer.run.status import read_status
 
     status = read_status(store)
     if status is None:
         raise ConfigError(f"{run} is no run", expected="a status.json that can be read", got="none")
-    seen = Seen("", status, False, time.time())
+    seen = RunView("", status, False, time.time())
     table = Table(show_header=False)
-    for label, value in picture(run, seen, last_records(store)):
+    for label, value in watch_rows(run, seen, last_records(store)):
         table.add_row(label, value)
     return seen, table
 
@@ -135,9 +135,9 @@ def resume_command(run: RunUri) -> None:
     """
     with guard():
         from winnow.store.objects import open_store
-        from winnow.trainer.run.status import allow_again
+        from winnow.trainer.run.status import withdraw_stop
 
-        if not allow_again(open_store(run)):
+        if not withdraw_stop(open_store(run)):
             raise ConfigError(
                 f"{run} was not asked to stop", fix="Run its command again if it is not training"
             )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from winnow.common.reporter import Progress
 from winnow.evaluator.recovery import page
 from winnow.evaluator.recovery.task import Task
-from winnow.evaluator.recovery.train import FIRST_LR, Figures, measure, train_variant
+from winnow.evaluator.recovery.train import FIRST_LR, Figures, measure_run, train_variant
 from winnow.schemas.errors import IntegrityError
 from winnow.store.objects import ObjectStore
 
@@ -51,7 +51,7 @@ def recover(
                     seed: int, lr: float, variant: str = variant, n: int = latents, k: int = k
                 ) -> Figures:
                     task = Task(rows=rows, seed=seed)
-                    return measure(train_variant(variant, task, n, k, lr=lr), task)
+                    return measure_run(train_variant(variant, task, n, k, lr=lr), task)
 
                 fill_cell(store, records, Cell(variant, latents, k, rows), seeds, run)
                 bar.advance(1)
@@ -111,7 +111,7 @@ def write_results(store: ObjectStore, records: Sequence[page.Record]) -> None:
     store.put(page.JSON_KEY, page.dump(records))
     remarks = store.get(page.REMARKS_KEY).decode() if store.size(page.REMARKS_KEY) is not None else ""
     store.put(page.PAGE_KEY, page.page_of(records, remarks).encode())
-    store.put(page.PLOT_KEY, page.draw(records))
+    store.put(page.PLOT_KEY, page.draw_intervals(records))
     curves = page.draw_curves(records)
     if curves is not None:
         store.put(page.CURVE_KEY, curves)
