@@ -93,13 +93,11 @@ class AuxK:
         return codes if dense is None else dense.zero_().scatter_(1, codes.indices, codes.values)
 
     def _given(self, z: Tensor | Codes) -> Tensor:
-        """What the kept codes of all shards reconstruct [b, O]; lost with `_pulled`."""
+        """What the kept codes of all shards reconstruct [b, O]; by place in the dead in micro-batches."""
         if isinstance(z, Tensor):
             given, latent = self._model.ops.mm(z, self._W), self._world.latent
             return given if latent.size == 1 else latent.sum(given.contiguous())  # its rows have gaps
-        if self._apart:
-            return self._model.decode(*z, self._W)
-        return self._model.decode(z.values, self._dead.ids[z.indices])
+        return self._model.decode(*z, self._W if self._apart else None)
 
     # ---- a batch in one piece ----------------------------------------------------------------------
 
@@ -115,6 +113,8 @@ class AuxK:
             weights: [b].
         """
         z = self._kept(found, len(weights))
+        if not isinstance(z, Tensor):
+            z = Codes(z.values, self._dead.ids[z.indices])
         data, total = self._world.data, self._model.ctx.total
         mean = data.sum(weights @ e) / total
         spread = weights @ squares(e - mean)
@@ -127,7 +127,7 @@ class AuxK:
         grad = error.mul_((2 * self._coefficient / spread * weights)[:, None])
         if isinstance(z, Tensor):
             return None, self._of_dense(z, grad, centred)
-        return EntryPart(z.values, self._dead.ids[z.indices], grad, self._there(z)), None
+        return EntryPart(*z, grad, self._there(z)), None
 
     def _there(self, z: Codes) -> Tensor | None:
         """Which slots hold a code, where some are empty as a rule."""
