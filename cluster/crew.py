@@ -24,10 +24,10 @@ WAIT_NOTE_SECONDS = 30.0
 """Seconds between messages while no actor is ready."""
 # Only handles, unit numbers and receipts' facts go through Ray: rows are written straight to the store.
 # Ray's own default would reserve a share of the machine's memory.
-LOCAL_OBJECTS_BYTES = 80 * 2**20
+_LOCAL_OBJECTS_BYTES = 80 * 2**20
 """Size of Ray's object store on this machine."""
 
-VERDICT_SECONDS = 30.0
+_VERDICT_SECONDS = 30.0
 """Time limit for an actor that cannot be reached to answer again or to be confirmed dead."""
 
 # Ray has no error class for the death of a node: only the message tells it from a crash of the actor,
@@ -84,7 +84,7 @@ def _session(settings: CrewSettings) -> Generator[None]:
     if not address:  # Ray would count the machine's cores, whatever this process may use of them
         local = {
             "include_dashboard": False,
-            "object_store_memory": LOCAL_OBJECTS_BYTES,
+            "object_store_memory": _LOCAL_OBJECTS_BYTES,
             "num_cpus": usable_cores(),
         }
     try:
@@ -227,7 +227,7 @@ class Crew:
                 raise error.cause from error
             raise WorkerError("loading the subject on a worker", got=last_line(error)) from error
         except RayActorError as error:
-            if node_lost(error):
+            if _node_lost(error):
                 self.nodes_lost += 1
                 self._spawn()
                 return
@@ -253,7 +253,7 @@ class Crew:
         verdict = _verdict(actor, error)
         if verdict is None:
             return True
-        gone = self._fallen[number] = node_lost(verdict)
+        gone = self._fallen[number] = _node_lost(verdict)
         del self.members[number]
         self._spawn()
         if gone:
@@ -302,7 +302,7 @@ def _amounts(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)
 
 
-def node_lost(error: RayActorError) -> bool:
+def _node_lost(error: RayActorError) -> bool:
     """Whether the actor's whole node is gone, and not only its process."""
     text = str(error).lower()
     return error.preempted or any(words in text for words in _NODE_LOST)
@@ -312,10 +312,10 @@ def _verdict(actor: Any, error: RayActorError) -> RayActorError | None:
     """Why an actor died; None if it answers again."""
     # Ray says "unavailable" first, and knows only after a while that a node has died: deciding at once
     # would count a lost node against the unit.
-    end = time.monotonic() + VERDICT_SECONDS
+    end = time.monotonic() + _VERDICT_SECONDS
     while isinstance(error, ActorUnavailableError) and time.monotonic() < end:
         try:
-            ray.get(actor.__ray_ready__.remote(), timeout=VERDICT_SECONDS)
+            ray.get(actor.__ray_ready__.remote(), timeout=_VERDICT_SECONDS)
             return None
         except GetTimeoutError:
             break

@@ -8,12 +8,12 @@ from pathlib import Path, PurePosixPath
 
 from winnow.schemas.errors import ConfigError, DependencyMissing
 
-SCHEME = "package://"
+_SCHEME = "package://"
 
 
 def is_package_uri(uri: str) -> bool:
     """Return whether `uri` names files of an installed distribution."""
-    return uri.startswith(SCHEME)
+    return uri.startswith(_SCHEME)
 
 
 def resolve_package(uri: str) -> list[Path]:
@@ -34,7 +34,7 @@ def resolve_package(uri: str) -> list[Path]:
         ConfigError: The URI is malformed, or nothing in the distribution matches.
         DependencyMissing: The distribution is not installed.
     """
-    name, _, pattern = uri.removeprefix(SCHEME).partition("/")
+    name, _, pattern = uri.removeprefix(_SCHEME).partition("/")
     if not is_package_uri(uri) or not name or not pattern or "**" in pattern or ".." in pattern:
         raise ConfigError(
             f"{uri!r} is not a package URI", expected="package://DISTRIBUTION/FILE or .../*.txt"

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from winnow.common.figures import human_rate
 
-PLAIN_SECONDS = 10.0
+_PLAIN_SECONDS = 10.0
 """Interval of the plain lines of one `Progress`."""
 
 
@@ -140,7 +140,7 @@ class Lines:
         seconds: Interval of the lines of one progress.
     """
 
-    def __init__(self, seconds: float = PLAIN_SECONDS) -> None:
+    def __init__(self, seconds: float = _PLAIN_SECONDS) -> None:
         self._seconds = seconds
 
     def say(self, message: str) -> None:

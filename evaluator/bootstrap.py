@@ -11,8 +11,8 @@ from winnow.schemas.evaluation import Figure
 
 # A percentile bootstrap makes no assumption on the shape, and figures such as a single latent's ablation
 # sparsity are heavy-tailed.
-DRAWS = 1000
-QUANTILES = (0.025, 0.975)
+_DRAWS = 1000
+_QUANTILES = (0.025, 0.975)
 
 
 def figure(
@@ -52,11 +52,11 @@ def figure(
             draw = np.random.default_rng(seed)
             # Samples are drawn whole, all columns together, so that a ratio keeps its numerators and
             # denominators paired.
-            drawn = [statistic(*table[:, draw.integers(0, n, n)].mean(1)) for _ in range(DRAWS)]
+            drawn = [statistic(*table[:, draw.integers(0, n, n)].mean(1)) for _ in range(_DRAWS)]
             # A draw in which nothing varies has no ratio. It is left out rather than spoiling both ends.
             finite = np.array([each for each in drawn if np.isfinite(each)])
             if len(finite):
-                low, high = (float(edge) for edge in np.quantile(finite, QUANTILES))
+                low, high = (float(edge) for edge in np.quantile(finite, _QUANTILES))
     return Figure(id=id, value=value, low=low, high=high, samples=n, unit=unit, note=note)
 
 

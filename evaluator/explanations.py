@@ -25,7 +25,7 @@ from winnow.subject.load import Subject
 BEFORE, AFTER = 14, 4
 """Tokens shown around the one on which a latent is active: more before it, since the model has read only
 those."""
-SHOWN_PATTERNS = 6
+_SHOWN_PATTERNS = 6
 
 
 def main(
@@ -47,13 +47,13 @@ def main(
             raise ConfigError("--root", expected="a dataset of the evaluation", got="another one")
         # Only the tokenizer is needed; `until` keeps the blocks above the hook from being loaded for it.
         tokenizer = Subject.load(subject_spec_of(dataset.plan), until=[evaluation.hook]).tokenizer
-        notes = read_remarks(remarks)
+        notes = _read_remarks(remarks)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page(evaluation, dataset, tokenizer, latents, notes), encoding="utf-8")
         say(f"written: {out}")
 
 
-def read_remarks(path: Path | None) -> dict[str, str]:
+def _read_remarks(path: Path | None) -> dict[str, str]:
     """Read remarks by latent (as text) and `summary`; raise ConfigError if the file is not such a mapping."""
     if path is None:
         return {}
@@ -110,7 +110,7 @@ def section(fact: dict[str, Any], dataset: ActivationStore, tokenizer: Any, rema
     """Write the section of one latent: its n-grams, windows and remark."""
     lines = ["", f"## Latent {fact['latent']}", "", f"N-grams: {', '.join(patterns(fact)) or 'none'}.", ""]
     for place in fact["top"]:
-        text = window_text(dataset.tokens(place["window"]).tolist(), place["position"], tokenizer)
+        text = _window_text(dataset.tokens(place["window"]).tolist(), place["position"], tokenizer)
         lines.append(f"- {place['value']:.3f}, window {place['window']}: {text}")
     if remark:
         lines += ["", f"*Remark:* {remark}"]
@@ -122,11 +122,11 @@ def patterns(fact: dict[str, Any]) -> list[str]:
     return [
         f"`{''.join('▢' if token is None else _visible(token) for token in entry['tokens'])}`"
         f" ({entry['value']:.2f})"
-        for entry in fact["patterns"][:SHOWN_PATTERNS]
+        for entry in fact["patterns"][:_SHOWN_PATTERNS]
     ]
 
 
-def window_text(ids: list[int], position: int, tokenizer: Any) -> str:
+def _window_text(ids: list[int], position: int, tokenizer: Any) -> str:
     """Render the tokens around a position on one line of Markdown, that one in bold."""
     first, stop = max(position - BEFORE, 0), position + AFTER + 1
     # Runs of tokens are decoded together: a character may be made of the bytes of several.

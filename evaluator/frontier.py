@@ -17,7 +17,7 @@ AXES = {
     "fvu_normalised": "FVU, normalised space",
     "delta_ce": "delta CE, nats",
 }
-PANELS = (("l0", "fvu_normalised"), ("l0", "delta_ce"), ("fvu_normalised", "delta_ce"))
+_PANELS = (("l0", "fvu_normalised"), ("l0", "delta_ce"), ("fvu_normalised", "delta_ce"))
 
 
 def draw_frontiers(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> dict[str, bytes]:
@@ -32,7 +32,7 @@ def draw_frontiers(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> 
     # Figure and canvas by hand: pyplot would choose a backend for the whole process and keep every figure
     # alive.
     picture = Picture(figsize=(13, 4.2), layout="constrained")
-    for axes, (across, up) in zip(picture.subplots(1, 3), PANELS, strict=True):
+    for axes, (across, up) in zip(picture.subplots(1, 3), _PANELS, strict=True):
         _panel(axes, evaluations, labels, across, up)
     out: dict[str, bytes] = {}
     for kind, canvas in (("png", FigureCanvasAgg), ("svg", FigureCanvasSVG)):

@@ -31,9 +31,9 @@ def attribute_prompt(
     skip = setting.dataset.plan.spec.drop_leading if skip is None else skip
     if len(ids) <= skip:
         raise ConfigError("--prompt", expected=f"more than {skip - rule.bos} tokens", got=len(ids) - rule.bos)
-    one, other = single_token(subject, "--answer", answer), None
+    one, other = _single_token(subject, "--answer", answer), None
     if against is not None:
-        other = single_token(subject, "--against", against)
+        other = _single_token(subject, "--against", against)
     metric, tokens = logit_difference(one, other), torch.tensor(ids)
     found = attribute(subject, {hook: sae}, tokens[None], metric)[hook]
     places = [(position, slot) for _, position, slot in found.top(top, skip=skip)]
@@ -62,7 +62,7 @@ def attribute_prompt(
     }
 
 
-def single_token(subject: Subject, name: str, text: str) -> int:
+def _single_token(subject: Subject, name: str, text: str) -> int:
     """The id of a text that is one token; ConfigError with its pieces where it is not."""
     ids = subject.encode(text, WindowRule(control_tokens="token"))
     if len(ids) != 1:

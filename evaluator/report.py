@@ -23,7 +23,7 @@ from winnow.schemas.training import SaeCard
 from winnow.store.objects import ObjectStore, open_store
 
 EVALUATION_KEY = "evaluation.json"
-DEFINITIONS = "v2"
+_DEFINITIONS = "v2"
 """Changed whenever a definition changes: it is part of every digest, so that all results are measured
 again."""
 
@@ -52,7 +52,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 none: it affects float noise only."""
 
 
-def chosen_families(setting: Setting) -> list[Family]:
+def _chosen_families(setting: Setting) -> list[Family]:
     """List the requested families, or all that have what they need, in the order of measurement.
 
     Raises:
@@ -71,15 +71,15 @@ def chosen_families(setting: Setting) -> list[Family]:
     return [name for name in FAMILIES if name in wanted]
 
 
-def settings_of(setting: Setting, family: Family) -> dict[str, Any]:
+def _settings_of(setting: Setting, family: Family) -> dict[str, Any]:
     """Return everything in the spec that a family's figures depend on."""
     spec = setting.spec.model_dump(mode="json")
-    return {"definitions": DEFINITIONS} | {name: spec[name] for name in ("seed", *DEPENDS[family])}
+    return {"definitions": _DEFINITIONS} | {name: spec[name] for name in ("seed", *DEPENDS[family])}
 
 
-def settings_digest(setting: Setting, family: Family) -> str:
+def _settings_digest(setting: Setting, family: Family) -> str:
     """Compute the digest of everything that a family's figures depend on."""
-    facts = settings_of(setting, family)
+    facts = _settings_of(setting, family)
     facts |= {"family": family, "sae": setting.card.weights_sha256}
     # The dataset's digest beside the plan's: it is null until the set is sealed, and figures of a part of the
     # dataset are then not taken for figures of all of it.
@@ -96,7 +96,7 @@ def _card(uri: str, setting: Setting) -> SaeCard:
     return SaeCard.from_json(open_store(uri, setting.storage).get(CARD_KEY), origin=f"{uri}/{CARD_KEY}")
 
 
-def new_evaluation(setting: Setting) -> Evaluation:
+def _new_evaluation(setting: Setting) -> Evaluation:
     """Make an evaluation without any family."""
     plan, identity = setting.dataset.plan, setting.card.identity
     return Evaluation(
@@ -178,11 +178,11 @@ def evaluate_setting(setting: Setting, *, out: str | None = None, again: bool = 
         IntegrityError, StoreError: Data or an earlier evaluation cannot be read.
     """
     store = open_store(out or setting.uri, setting.storage)
-    blank = new_evaluation(setting)
+    blank = _new_evaluation(setting)
     # All digests before the first measurement: computing them also reads tasks and other SAEs, so that a
     # missing one is an error now and not after hours.
     digests: dict[Family, str] = {
-        family: settings_digest(setting, family) for family in chosen_families(setting)
+        family: _settings_digest(setting, family) for family in _chosen_families(setting)
     }
     found = resumed(blank, load_evaluation(store))
     for family, digest in digests.items():
@@ -221,7 +221,7 @@ def _result(setting: Setting, family: Family, digest: str, found: Evaluation) ->
     measured = _measure(setting, family, found.families)
     return FamilyResult(
         settings_sha256=digest,
-        settings=settings_of(setting, family),
+        settings=_settings_of(setting, family),
         figures=tuple(measured.figures),
         details=measured.details,
         notes=measured.notes,
@@ -239,14 +239,14 @@ def _measure(setting: Setting, family: Family, kept: dict[Family, FamilyResult])
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def show_value(figure: Figure | None) -> str:
+def _show_value(figure: Figure | None) -> str:
     """Format a figure's value with four significant digits."""
     if figure is None:
         return ""
     return "none" if figure.value is None else format(figure.value, ".4g")
 
 
-def show_interval(figure: Figure) -> str:
+def _show_interval(figure: Figure) -> str:
     """Format an interval as `[low … high]`; empty if there is none."""
     if figure.low is None or figure.high is None:
         return ""
@@ -256,7 +256,7 @@ def show_interval(figure: Figure) -> str:
 def tabulate(evaluation: Evaluation) -> list[list[str]]:
     """Make the table of one evaluation: definition id, value, interval, sample."""
     return [
-        [figure.id, show_value(figure), show_interval(figure), f"{figure.samples:,} {figure.unit}"]
+        [figure.id, _show_value(figure), _show_interval(figure), f"{figure.samples:,} {figure.unit}"]
         for family in evaluation.families.values()
         for figure in family.figures
     ]
@@ -332,7 +332,7 @@ def tabulate_several(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     def cell(evaluation: Evaluation, id: str) -> str:
         figure = evaluation.figure(id)
         return " ".join(
-            part for part in (show_value(figure), show_interval(figure) if figure else "") if part
+            part for part in (_show_value(figure), _show_interval(figure) if figure else "") if part
         )
 
     return [[id, *(cell(evaluation, id) for evaluation in evaluations)] for id in ids]

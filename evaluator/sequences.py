@@ -18,11 +18,11 @@ from winnow.common.reporter import Progress
 from winnow.evaluator.setting import Setting
 from winnow.schemas.errors import ConfigError
 
-BATCH_TOKENS = 2048
+_BATCH_TOKENS = 2048
 """Tokens per pass, including prefixes and padding."""
 
 
-class SequenceCodes(NamedTuple):
+class _SequenceCodes(NamedTuple):
     """The codes of one sequence, without its prefix."""
 
     number: int
@@ -46,7 +46,7 @@ def prefix_tokens(setting: Setting) -> list[int]:
 
 def sequence_codes(
     setting: Setting, sequences: Sequence[Sequence[int]], label: str
-) -> Iterator[SequenceCodes]:
+) -> Iterator[_SequenceCodes]:
     """Run sequences, shortest first, and yield their codes; every sequence needs at least one token.
 
     A row whose norm exceeds the plan's `sink_multiple` times its batch's median has no codes, as in training.
@@ -77,7 +77,7 @@ def sequence_codes(
             first = 0
             for number in batch:
                 part = slice(first, first + len(sequences[number]))
-                yield SequenceCodes(number, values[part], indices[part])
+                yield _SequenceCodes(number, values[part], indices[part])
                 first = part.stop
             bar.advance(len(rows))
 
@@ -88,13 +88,13 @@ def _take(order: list[int], sequences: Sequence[Sequence[int]], prefix: int) -> 
     while count < len(order):
         # Ascending order: the last sequence that is taken is the widest, and all are padded to it.
         width = len(sequences[order[count]]) + prefix
-        if (count + 1) * width > BATCH_TOKENS:
+        if (count + 1) * width > _BATCH_TOKENS:
             break
         count += 1
     return order[:count], order[count:]
 
 
-def value_at_end(codes: SequenceCodes, latent: int) -> float:
+def value_at_end(codes: _SequenceCodes, latent: int) -> float:
     """Return the value of one latent at a sequence's last token; 0 if it is inactive."""
     found = codes.values[-1][codes.indices[-1] == latent]
     return float(found.max()) if len(found) else 0.0

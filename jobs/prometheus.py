@@ -22,10 +22,10 @@ from winnow.store.objects import open_store
 from winnow.trainer.run.status import read_status
 
 # As long as a lease: a loop that turns more slowly loses its jobs to other services.
-STUCK_SECONDS = 60.0
+_STUCK_SECONDS = 60.0
 """Seconds without a turn after which the loop counts as stuck."""
-JOB_STATES = ("waiting", "running", "stopped", "finished", "failed")
-GAUGES = {
+_JOB_STATES = ("waiting", "running", "stopped", "finished", "failed")
+_GAUGES = {
     "winnow_run_step": ("step", "Steps finished"),
     "winnow_run_steps": ("steps", "Steps of the whole run"),
     "winnow_run_tokens": ("tokens", "Rows trained on"),
@@ -37,9 +37,9 @@ GAUGES = {
 }
 
 
-def is_healthy(service: Service) -> bool:
+def _is_healthy(service: Service) -> bool:
     """Whether the service's loop turns."""
-    return time.monotonic() - service.last_turn < STUCK_SECONDS
+    return time.monotonic() - service.last_turn < _STUCK_SECONDS
 
 
 def metrics_text(service: Service) -> str:
@@ -47,7 +47,7 @@ def metrics_text(service: Service) -> str:
     facts = job_facts(service.store)
     states = Counter(fact["state"] for fact in facts)
     lines = ["# HELP winnow_jobs Jobs of the queue", "# TYPE winnow_jobs gauge"]
-    lines += [f'winnow_jobs{{state="{state}"}} {states[state]}' for state in JOB_STATES]
+    lines += [f'winnow_jobs{{state="{state}"}} {states[state]}' for state in _JOB_STATES]
     lines += ["# HELP winnow_devices Devices of this service", "# TYPE winnow_devices gauge"]
     free = len(service.free)
     lines += [f'winnow_devices{{state="free"}} {free}']
@@ -61,7 +61,7 @@ def metrics_text(service: Service) -> str:
         for out in attempt.job.outs
         if (status := _status(out, attempt.job.job.config.storage)) is not None
     ]
-    for name, (attribute, help_text) in GAUGES.items():
+    for name, (attribute, help_text) in _GAUGES.items():
         lines += [f"# HELP {name} {help_text}", f"# TYPE {name} gauge"]
         for job, out, status in runs:
             value = getattr(status, attribute)
@@ -97,7 +97,7 @@ def serving(service: Service, port: int) -> Iterator[int]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/healthz":
-                healthy = is_healthy(service)
+                healthy = _is_healthy(service)
                 self._answer(200 if healthy else 503, "ok\n" if healthy else "the loop is stuck\n")
             elif self.path == "/metrics":
                 try:

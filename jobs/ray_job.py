@@ -21,7 +21,7 @@ from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, StoreError, WorkerError
 
 COMMANDS = ("plan", "harvest", "train", "sweep", "verify", "info")
-EXCLUDES = (
+_EXCLUDES = (
     ".git", ".venv", "/data", "/runs", "/build", "/dist", "__pycache__", "*.egg-info",
     ".pytest_cache", ".ruff_cache", ".hypothesis", ".import_linter_cache", ".env",
 )  # fmt: skip
@@ -29,9 +29,9 @@ EXCLUDES = (
 STOP_SECONDS = 30
 """Time limit for a stopped job to end by itself: a trainer writes a checkpoint."""
 # A head that answers may not have an agent yet that starts jobs.
-AGENT_SECONDS = 60
+_AGENT_SECONDS = 60
 """Time limit for a starting cluster to accept the job."""
-RECONNECTS = 5
+_RECONNECTS = 5
 """How many times in a row a broken log stream is resumed."""
 # By the names that such variables usually have; a warning against a mistake, no proof of anything.
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
@@ -223,7 +223,7 @@ def run_job(
 
 
 def _submit(client: Any, job: RayJob) -> None:
-    end = time.monotonic() + AGENT_SECONDS
+    end = time.monotonic() + _AGENT_SECONDS
     while True:
         try:
             client.submit_job(
@@ -231,7 +231,7 @@ def _submit(client: Any, job: RayJob) -> None:
                 submission_id=job.id,
                 runtime_env={
                     "working_dir": str(job.working_dir.resolve()),
-                    "excludes": list(EXCLUDES),
+                    "excludes": list(_EXCLUDES),
                     "env_vars": job.env_vars,
                 },
                 entrypoint_num_cpus=job.cpus or None,
@@ -265,7 +265,7 @@ async def _follow(client: Any, job_id: str, write: Callable[[str], object]) -> N
                     write(new)
                     seen, broken = at, 0
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
-            if (broken := broken + 1) > RECONNECTS:
+            if (broken := broken + 1) > _RECONNECTS:
                 raise StoreError(
                     f"the log of job {job_id} broke off {broken} times", got=_brief(str(error)),
                     fix="The job may still run: see the dashboard",

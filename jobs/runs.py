@@ -13,7 +13,7 @@ from winnow.store.objects import ObjectStore
 from winnow.trainer.run.status import STATUS_KEY, STOP_KEY, read_status
 from winnow.trainer.run.telemetry import METRICS_KEY, Record
 
-SILENT_SECONDS = 60.0
+_SILENT_SECONDS = 60.0
 """Silence after which a training run counts as lost: killed, or its machine is gone."""
 
 
@@ -39,7 +39,7 @@ class RunView:
         """`training`, `stopping`, `finished`, `stopped`, `failed`, or `lost`."""
         if self.status.state != "training":
             return self.status.state
-        if self.silent_seconds > SILENT_SECONDS:
+        if self.silent_seconds > _SILENT_SECONDS:
             return "lost"
         return "stopping" if self.stopping else "training"
 
@@ -55,7 +55,7 @@ class RunView:
     def row(self) -> list[str]:
         """The run as a row of a table; see HEADER."""
         s = self.status
-        eta = human_duration(s.eta_seconds) if self.state == "training" and s.eta_seconds is not None else ""
+        eta = _human_duration(s.eta_seconds) if self.state == "training" and s.eta_seconds is not None else ""
         return [
             self.name or ".",
             self.state,
@@ -99,7 +99,7 @@ def last_records(out: ObjectStore, count: int = 400) -> list[Record]:
     return records
 
 
-def human_duration(seconds: float) -> str:
+def _human_duration(seconds: float) -> str:
     """`1:02:03`, or `2:03`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -126,7 +126,7 @@ def watch_rows(name: str, seen: RunView, records: list[Record]) -> list[list[str
         ["tokens", f"{s.tokens:,} at {s.tokens_per_s:,.0f}/s"],
     ]
     if s.eta_seconds is not None and seen.state == "training":
-        rows.append(["ETA", human_duration(s.eta_seconds)])
+        rows.append(["ETA", _human_duration(s.eta_seconds)])
     if s.cost is not None:
         rows.append(["cost so far", f"{s.cost:,.2f} {s.currency}"])
     if records:

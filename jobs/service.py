@@ -41,7 +41,7 @@ BEAT_SECONDS = 5.0
 # By our own clock from when we last saw it change: clocks of different machines are never compared.
 LEASE_SECONDS = 60.0
 """Seconds without renewal after which a lease has expired."""
-KILL_SECONDS = 120.0
+_KILL_SECONDS = 120.0
 """Time limit for a worker that was asked to end to write its checkpoint."""
 
 
@@ -311,7 +311,7 @@ class Service:
             # One of a group has failed: the others wait in a collective for it, in vain.
             if None in codes and any(codes):
                 self._ask_to_end([attempt])
-            if attempt.asked_to_end and time.monotonic() - attempt.asked_to_end > KILL_SECONDS:
+            if attempt.asked_to_end and time.monotonic() - attempt.asked_to_end > _KILL_SECONDS:
                 attempt.signal(signal.SIGKILL)
             if attempt.code is not None:
                 self._record(attempt, attempt.code)

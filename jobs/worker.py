@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         job = next((job for job in queue.jobs() if job.name == name), None)
         if job is None:
             raise ConfigError(f"{root} has no job {name}")
-        config = on_this_device(job.job.config)
+        config = _on_this_device(job.job.config)
         specs = grid_specs(config) if config.sweep is not None else [section(config.train, "train")]
         launch = launch_of(os.environ)
         with reporting_to_console(), only_the_first_tells(launch):
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         return 1
 
 
-def on_this_device(config: Config) -> Config:
+def _on_this_device(config: Config) -> Config:
     """The config for a process that sees only its own GPUs, which are numbered from 0."""
     train = section(config.train, "train")
     if train.device.startswith("cuda:"):

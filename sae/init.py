@@ -21,7 +21,7 @@ CHUNK_ROWS = 4096
 """Rows encoded at once when the encoder is scaled."""
 # A multiple of 16: torch draws normals in groups of 16, so blocks of whole groups hold the same numbers as
 # one draw of all rows (blocks of 4,095 rows of 3 do not).
-DRAWN_ROWS = 4096
+_DRAWN_ROWS = 4096
 """Random directions drawn at a time."""
 
 
@@ -204,8 +204,8 @@ def _directions(
     """
     # In blocks, so that a shard never holds all rows; those before its part are drawn and dropped.
     kept: list[Tensor] = []
-    for first in range(0, latents if draw_all else part.stop, DRAWN_ROWS):
-        rows = torch.randn(min(DRAWN_ROWS, latents - first), width, generator=generator, dtype=torch.float32)
+    for first in range(0, latents if draw_all else part.stop, _DRAWN_ROWS):
+        rows = torch.randn(min(_DRAWN_ROWS, latents - first), width, generator=generator, dtype=torch.float32)
         kept.append(rows[max(0, part.start - first) : max(0, part.stop - first)])
     return F.normalize(torch.cat(kept), dim=1)
 

@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 
 __all__ = ["PARAMETERS", "Sae", "Scale", "encode_topk", "sum_by_latent"]
 
-WEIGHTS_KEY = "sae.safetensors"
+_WEIGHTS_KEY = "sae.safetensors"
 CARD_KEY = "sae.json"
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_pre")
 """The trained tensors that every SAE has, in the optimiser's order; see `Sae.parameter_names` for all of
 them."""
-LARGEST_REST_BYTES = 1 << 26
+_LARGEST_REST_BYTES = 1 << 26
 """Bytes in a weights file beside the matrices: header, biases, constants."""
 SMALLEST_NORM = 1e-12
 """Least norm that a row is divided by, so that a constant row stays 0 and does not become NaN."""
@@ -354,7 +354,7 @@ class Sae(nn.Module):
         card = SaeCard.model_validate(facts)
         # The card last: an SAE exists once its card does, and a kill in between leaves no card with a digest
         # of weights that are not there.
-        store.put(WEIGHTS_KEY, data)
+        store.put(_WEIGHTS_KEY, data)
         store.put(CARD_KEY, card.to_json())
         self.card = card
         return card
@@ -383,10 +383,10 @@ class Sae(nn.Module):
         store = open_store(uri, storage or StorageSpec())
         card = SaeCard.from_json(store.get(CARD_KEY), origin=f"{uri}/{CARD_KEY}")
         # Bounded by the card, since the file is read whole: a wrong one of any size would fill the memory.
-        data = store.get(WEIGHTS_KEY, limit=_largest_file(card))
+        data = store.get(_WEIGHTS_KEY, limit=_largest_file(card))
         if sha256_hex(data) != card.weights_sha256:
             raise IntegrityError(
-                f"{uri}/{WEIGHTS_KEY} is not the file that {CARD_KEY} describes",
+                f"{uri}/{_WEIGHTS_KEY} is not the file that {CARD_KEY} describes",
                 expected=f"sha256 {card.weights_sha256}",
                 got=sha256_hex(data),
                 fix="Publish or copy the two files together again",
@@ -394,7 +394,7 @@ class Sae(nn.Module):
         try:
             tensors = safetensors.torch.load(data)
         except SafetensorError as error:
-            raise IntegrityError(f"{uri}/{WEIGHTS_KEY} is not safetensors", got=error) from error
+            raise IntegrityError(f"{uri}/{_WEIGHTS_KEY} is not safetensors", got=error) from error
         sae = cls(card.d_model, card.latents, card.k, card.normalize, card.parts, device=device)
         sae.fill(tensors)
         sae.card = card
@@ -406,4 +406,4 @@ def _largest_file(card: SaeCard) -> int:
     d_out = card.parts.d_out or card.d_model
     # Encoder, decoder, bias and threshold per latent, 4 bytes per number.
     numbers = card.latents * (card.d_model + d_out + 2) + (d_out * card.d_model if card.parts.skip else 0)
-    return 4 * numbers + LARGEST_REST_BYTES
+    return 4 * numbers + _LARGEST_REST_BYTES

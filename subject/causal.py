@@ -21,7 +21,7 @@ from winnow.subject.pretrained import first_line
 # No width that models have, so that the axis of positions is recognised wherever a block's output has it.
 LENGTH = 13
 """T."""
-CHANGED = 6
+_CHANGED = 6
 """Positions at the end whose tokens differ in the second pass."""
 # Most models give the same bits. If experts get other numbers of rows, tiny models of every architecture of
 # transformers 5.23 moved by 1e-7 at most in float32; encoders without `is_decoder` moved by 2e-2 and more.
@@ -48,7 +48,7 @@ def check_causal(
     # differently, usually are the first ids.
     ids = (vocabulary // 4 + torch.arange(LENGTH) * max(1, vocabulary // 64)) % vocabulary
     other = ids.clone()
-    other[-CHANGED:] = (ids[-CHANGED:] + max(1, vocabulary // 5)) % vocabulary
+    other[-_CHANGED:] = (ids[-_CHANGED:] + max(1, vocabulary // 5)) % vocabulary
     before, after = (_outputs(model, blocks, run, tokens[None], name) for tokens in (ids, other))
     if not before:
         raise ConfigError(
@@ -105,7 +105,7 @@ def _watched(model: nn.Module, blocks: Sequence[str], found: dict[str, Tensor]) 
                 if isinstance(value, Tensor) and value.is_floating_point() and LENGTH in value.shape:
                     # Not every block returns [windows, T, ...].
                     axis = value.shape.index(LENGTH)
-                    found[path] = value.movedim(axis, 0)[: LENGTH - CHANGED].clone()
+                    found[path] = value.movedim(axis, 0)[: LENGTH - _CHANGED].clone()
                 if path == blocks[-1]:
                     raise _Enough
 

@@ -34,7 +34,7 @@ from winnow.schemas.subject import HOOK_SITES, parse_hook
 log = logging.getLogger("winnow.harvester")
 
 
-class BlockPaths(NamedTuple):
+class _BlockPaths(NamedTuple):
     """Paths of an architecture's blocks, and of the modules whose outputs a block adds."""
 
     blocks: str
@@ -42,13 +42,13 @@ class BlockPaths(NamedTuple):
     mlp: str
 
 
-_LLAMA = BlockPaths("model.layers", "self_attn", "mlp")
+_LLAMA = _BlockPaths("model.layers", "self_attn", "mlp")
 # The norms, not the attention and the MLP before them: what a block adds is the norm's output.
-_POST_NORM = BlockPaths("model.layers", "post_attention_layernorm", "post_feedforward_layernorm")
+_POST_NORM = _BlockPaths("model.layers", "post_attention_layernorm", "post_feedforward_layernorm")
 
-LAYOUTS: dict[str, BlockPaths] = {
-    "gpt2": BlockPaths("transformer.h", "attn", "mlp"),
-    "gpt_neox": BlockPaths("gpt_neox.layers", "attention", "mlp"),
+LAYOUTS: dict[str, _BlockPaths] = {
+    "gpt2": _BlockPaths("transformer.h", "attn", "mlp"),
+    "gpt_neox": _BlockPaths("gpt_neox.layers", "attention", "mlp"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,

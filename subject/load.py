@@ -104,7 +104,7 @@ class Subject:
         spec = validate(SubjectSpec, spec, origin="subject")
         device = device_of(spec)
         located = locate(spec)
-        model = load_model(located.folder, spec, dtype_of(spec, device))
+        model = load_model(located.folder, spec, _dtype_of(spec, device))
         config = model.config.get_text_config()
         layout = find_layout(model, config)
         # Before truncation: names of modules that are dropped can still be told from names that never
@@ -151,7 +151,7 @@ class Subject:
             ConfigError: Nothing loadable is there.
         """
         located = locate(spec)
-        model = outline_model(located.folder, spec, dtype_of(spec, torch.device("cuda" if gpu else "cpu")))
+        model = outline_model(located.folder, spec, _dtype_of(spec, torch.device("cuda" if gpu else "cpu")))
         layout = find_layout(model, model.config.get_text_config())
         modules = frozenset(name for name, _ in model.named_modules() if name)
         return cls(spec, located, model, layout, modules, None, torch.device("meta"))
@@ -520,7 +520,7 @@ def device_of(spec: SubjectSpec) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
-def dtype_of(spec: SubjectSpec, device: torch.device) -> torch.dtype:
+def _dtype_of(spec: SubjectSpec, device: torch.device) -> torch.dtype:
     """The dtype of a subject on a device."""
     if spec.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -50,7 +50,7 @@ def effect_sparsity(logits: Tensor, clean: Tensor) -> Tensor:
     return out
 
 
-def mean_moved(shares: NDArray[np.float64]) -> float:
+def _mean_moved(shares: NDArray[np.float64]) -> float:
     """Compute the mean of the shares that are numbers; NaN if nothing moved at all."""
     moved = shares[~np.isnan(shares)]
     return float(moved.mean()) if len(moved) else float("nan")
@@ -106,7 +106,7 @@ def sample_rows(setting: Setting, draw: np.random.Generator) -> list[tuple[int, 
     return [(window, int(draw.choice(positions))) for window, positions in chosen]
 
 
-def ablate_row(
+def _ablate_row(
     setting: Setting, window: int, position: int, draw: np.random.Generator
 ) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
     """Ablate sampled latents, and as many channels, at one position, one at a time.
@@ -150,15 +150,15 @@ def measure(setting: Setting) -> Measured:
     rows = sample_rows(setting, draw)
     with torch.no_grad(), Progress("ablation", len(rows), "rows") as bar:
         for window, position in rows:
-            count, latents, channels = ablate_row(setting, window, position, draw)
+            count, latents, channels = _ablate_row(setting, window, position, draw)
             active.append(count)
             bar.advance(1)
             # Nothing was ablated. The row still counts among those that were sampled, and the note says so.
             if not count:
                 continue
             every += latents.tolist()
-            latent_means.append(mean_moved(latents))
-            channel_means.append(mean_moved(channels))
+            latent_means.append(_mean_moved(latents))
+            channel_means.append(_mean_moved(channels))
     moved, channels = np.array(latent_means, np.float64), np.array(channel_means, np.float64)
     # The ratio is of means over the same rows, hence only over those on which both have moved something.
     latents, both = moved[~np.isnan(moved)], ~(np.isnan(moved) | np.isnan(channels))

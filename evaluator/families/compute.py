@@ -14,7 +14,7 @@ from winnow.evaluator.setting import Measured
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import ComputeLaw, Figure
 
-DOUBT_NATS = 0.1
+_DOUBT_NATS = 0.1
 """If the law misses the subject's own clean loss by more than this, a note says so: it was then fitted on
 other text, or is another family's."""
 
@@ -79,7 +79,7 @@ def measure(law: ComputeLaw | None, downstream: Sequence[Figure]) -> Measured:
         )
     notes = [describe(law)]
     clean = found["ce_clean"].value
-    if clean is not None and abs(clean - own) > DOUBT_NATS:
+    if clean is not None and abs(clean - own) > _DOUBT_NATS:
         notes.append(
             f"the law gives the subject {own:.3f} nats where it has {clean:.3f} on these windows: read the "
             "anchored figure"

@@ -18,11 +18,11 @@ from winnow.sae.metrics import L0, Fvu
 from winnow.schemas.errors import IntegrityError
 from winnow.schemas.evaluation import Figure
 
-EDGES = np.arange(-7.0, 0.51, 0.5)
+_EDGES = np.arange(-7.0, 0.51, 0.5)
 """Edges of the density histogram in half decades: log10 of the share of rows."""
 
 
-class WindowSums:
+class _WindowSums:
     """Sums per window, from which the bootstrap of an FVU follows. Memory: W x D."""
 
     def __init__(self, windows: int, d_model: int) -> None:
@@ -63,7 +63,7 @@ def measure(setting: Setting) -> Measured:
     """
     sae, count, seed = setting.sae, len(setting.windows), setting.spec.seed
     spaces = {"fvu_normalised": Fvu(sae.d_model, setting.device), "fvu_raw": Fvu(sae.d_model, setting.device)}
-    sums = {name: WindowSums(count, sae.d_model) for name in spaces}
+    sums = {name: _WindowSums(count, sae.d_model) for name in spaces}
     l0, active = L0(), np.zeros(count)
     firings = torch.zeros(sae.latents, dtype=torch.int64, device=setting.device)
     total = count * setting.dataset.plan.rows_per_window
@@ -95,14 +95,14 @@ def measure(setting: Setting) -> Measured:
     figures = [sums[name].figure(name, fvu, seed) for name, fvu in spaces.items()]
     made = figure("l0", lambda a, n: a / n, active[rows_in > 0], rows_in[rows_in > 0], seed=seed)
     figures.append(made.model_copy(update={"value": l0.value}))
-    figures += dead_shares(setting, firings.cpu().numpy(), int(rows_in.sum()))
+    figures += _dead_shares(setting, firings.cpu().numpy(), int(rows_in.sum()))
     details = histogram(firings.cpu().numpy(), rows_in.sum())
     details["rows"] = int(rows_in.sum())
     details["rows_left_out"] = int(total - rows_in.sum())
     return Measured(figures, details)
 
 
-def dead_shares(setting: Setting, firings: NDArray[np.int64], rows: int) -> list[Figure]:
+def _dead_shares(setting: Setting, firings: NDArray[np.int64], rows: int) -> list[Figure]:
     """Make the figures of latents silent on the split, and by the trainer's count if the card has it."""
     silent = Figure(
         id="dead_share",
@@ -123,7 +123,7 @@ def histogram(firings: NDArray[np.int64], rows: float) -> dict[str, Any]:
     """Count latents by log10 of the share of rows on which they are active, and silent ones separately."""
     # Silent latents have no logarithm, and clipping would hide them in the lowest bin.
     shares = np.log10(firings[firings > 0] / rows)
-    counts, edges = np.histogram(np.clip(shares, EDGES[0], EDGES[-1]), EDGES)
+    counts, edges = np.histogram(np.clip(shares, _EDGES[0], _EDGES[-1]), _EDGES)
     return {
         "density_log10_edges": edges.tolist(),
         "density_latents": counts.tolist(),

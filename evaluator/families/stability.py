@@ -19,9 +19,9 @@ from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.fit import check_same_place
 
-MAX_BYTES = 4 << 30
+_MAX_BYTES = 4 << 30
 """Largest N x M matrix of cosines that is made, in bytes, including scipy's copy."""
-CLOSE = 0.9
+_CLOSE = 0.9
 """A pair above this counts as the same direction."""
 
 
@@ -42,14 +42,14 @@ def matched_cosines(first: Tensor, second: Tensor) -> NDArray[np.float64]:
         float64 [min(N, M)]: the cosine of each pair.
 
     Raises:
-        ConfigError: The matrix of cosines would be larger than `MAX_BYTES`.
+        ConfigError: The matrix of cosines would be larger than `_MAX_BYTES`.
     """
     # 12: four bytes of float32, and eight of the float64 copy that scipy makes.
     needed = len(first) * len(second) * 12
-    if needed > MAX_BYTES:
+    if needed > _MAX_BYTES:
         raise ConfigError(
             "one-to-one matching",
-            expected=f"at most {human_bytes(MAX_BYTES)} of cosines",
+            expected=f"at most {human_bytes(_MAX_BYTES)} of cosines",
             got=f"{human_bytes(needed)} for {len(first):,} x {len(second):,} latents",
             fix="Compare smaller dictionaries, or leave `stability` out",
         )
@@ -86,7 +86,7 @@ def measure(setting: Setting) -> Measured:
     options = {"unit": "latents", "seed": setting.spec.seed}
     figures = [
         mean_figure("stability_matched_cosine", matched, **options),
-        mean_figure("stability_matched_over_0_9", (matched > CLOSE).astype(float), **options),
+        mean_figure("stability_matched_over_0_9", (matched > _CLOSE).astype(float), **options),
         mean_figure("stability_best_cosine", nearest, **options),
     ]
     return Measured(figures, {"against": details})

@@ -14,8 +14,8 @@ from winnow.schemas.errors import ConfigError, EndpointError
 from winnow.schemas.evaluation import JudgeSpec
 
 # An answer is a sentence or a short list; a longer reply is cut off rather than read into memory.
-MAX_REPLY_BYTES = 1 << 20
-TRIES = 5
+_MAX_REPLY_BYTES = 1 << 20
+_TRIES = 5
 """Times that a request is sent while the endpoint is busy or fails (408, 429, 5xx, no connection)."""
 # Plain http is acceptable only to these: nobody else sees the key on its way.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -47,7 +47,7 @@ class Endpoint:
         self.requests = 0
         """Number of its answers."""
         retry = Retry(
-            TRIES - 1,
+            _TRIES - 1,
             backoff_factor=0.5,
             status_forcelist=(408, 429, 500, 502, 503, 504),
             # None is every method: urllib3 does not repeat a POST by itself, but a question changes nothing.
@@ -87,7 +87,7 @@ class Endpoint:
                 stream=True,
                 allow_redirects=False,
             ) as reply:
-                data = reply.raw.read(MAX_REPLY_BYTES + 1, decode_content=True)
+                data = reply.raw.read(_MAX_REPLY_BYTES + 1, decode_content=True)
                 status = reply.status_code
         except (requests.RequestException, OSError) as error:
             raise EndpointError(
@@ -101,7 +101,7 @@ class Endpoint:
             kind = EndpointError if status >= 500 or status in (408, 429) else ConfigError
             raise kind(f"{self._url} refuses", expected="status 200", got=f"{status}: {said}")
         try:
-            found: Any = json.loads(data[:MAX_REPLY_BYTES])
+            found: Any = json.loads(data[:_MAX_REPLY_BYTES])
             text = found["choices"][0]["message"]["content"]
             used = (found.get("usage") or {}).get("total_tokens") or 0
             self.tokens += int(used)

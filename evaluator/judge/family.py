@@ -32,19 +32,19 @@ from winnow.evaluator.setting import Measured, Setting
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import JudgeSpec
 
-MAX_SENTENCE = 400
+_MAX_SENTENCE = 400
 """Characters of an explanation that are kept: a sentence was asked for, and whatever follows is not one."""
-EXPLAIN = (
+_EXPLAIN = (
     "You study one feature of a language model. You are shown snippets of text; the tokens on which the "
     "feature is active are between « and ». Say in one short sentence what they have in common: the words, "
     "the meaning or the position that activates the feature. Answer with the sentence alone."
 )
-DETECT = (
+_DETECT = (
     "You are told what activates a feature of a language model, and shown numbered snippets of text. For "
     "each, decide whether the feature is active somewhere in it. Answer with a JSON list alone, 1 for active "
     "and 0 for not, one number a snippet."
 )
-FUZZ = (
+_FUZZ = (
     "You are told what activates a feature of a language model, and shown numbered snippets of text in which "
     "tokens are marked between « and ». For each, decide whether the marked tokens are those that activate "
     "the feature. Answer with a JSON list alone, 1 for right and 0 for wrong, one number a snippet."
@@ -118,7 +118,7 @@ def read_explanations(path: str, latents: int) -> dict[int, str]:
                 expected=f'{{"latent": 0 to {latents - 1}, "text": "..."}}',
                 got=line[:80],
             ) from error
-        found[latent] = text.strip()[:MAX_SENTENCE]
+        found[latent] = text.strip()[:_MAX_SENTENCE]
     return found
 
 
@@ -181,7 +181,7 @@ class Judged:
             for _, window, position in self._found.top.of(latent)
         ]
         listed = "\n".join(f"{i}. {each.text(each.fires)}" for i, each in enumerate(shown, start=1))
-        return " ".join(self._endpoint.ask(EXPLAIN, listed).split())[:MAX_SENTENCE]
+        return " ".join(self._endpoint.ask(_EXPLAIN, listed).split())[:_MAX_SENTENCE]
 
     def scored(self, slot: int, latent: int) -> dict[str, Any]:
         """Judge one latent: its sentence, `detection` and `fuzzing` (None: nothing to ask, or no answer)."""
@@ -203,8 +203,8 @@ class Judged:
             "latent": latent,
             "text": sentence,
             "positives": len(positive),
-            "detection": quiz(self._endpoint, DETECT, sentence, detection),
-            "fuzzing": quiz(self._endpoint, FUZZ, sentence, fuzzing),
+            "detection": quiz(self._endpoint, _DETECT, sentence, detection),
+            "fuzzing": quiz(self._endpoint, _FUZZ, sentence, fuzzing),
         }
 
 

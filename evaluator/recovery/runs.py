@@ -56,7 +56,7 @@ def recover(
                 fill_cell(store, records, Cell(variant, latents, k, rows), seeds, run)
                 bar.advance(1)
     if records:
-        write_results(store, records)  # the remarks may be new
+        _write_results(store, records)  # the remarks may be new
     return records
 
 
@@ -81,7 +81,7 @@ def fill_cell(
         wanted = cell._asdict() | {"seed": seed, "lr": lr}
         if not any(wanted.items() <= record.items() for record in records):
             records.append(wanted | run(seed, lr))
-            write_results(store, records)
+            _write_results(store, records)
 
     def mine() -> list[page.Record]:
         return [record for record in records if cell._asdict().items() <= record.items()]
@@ -106,7 +106,7 @@ def read_records(store: ObjectStore) -> list[page.Record]:
         raise IntegrityError(f"{store.uri}/{page.JSON_KEY} holds no results", fix="Delete it") from error
 
 
-def write_results(store: ObjectStore, records: Sequence[page.Record]) -> None:
+def _write_results(store: ObjectStore, records: Sequence[page.Record]) -> None:
     """Write results, page and picture."""
     store.put(page.JSON_KEY, page.dump(records))
     remarks = store.get(page.REMARKS_KEY).decode() if store.size(page.REMARKS_KEY) is not None else ""

@@ -26,7 +26,7 @@ from winnow.trainer.step import Recipe, Run, train_step
 DEAD_AFTER = 2000
 """Rows without activation after which a latent is dead: the rarest direction occurs about 10 times in as
 many."""
-TEST_BLOCKS = 2
+_TEST_BLOCKS = 2
 """Blocks of fresh rows on which FVU and L0 are measured; as many training blocks calibrate a threshold."""
 Figures = dict[str, float]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -149,7 +149,7 @@ def measure_run(run: Run, task: Task) -> Figures:
     """Compute the figures of a finished run's weights, its dead share and its steps with AuxK."""
     # BatchTopK has no selection over a batch outside training, only a threshold, which is calibrated first.
     if run.batches:
-        train = [torch.from_numpy(task.block(number)[0]) for number in range(TEST_BLOCKS)]
+        train = [torch.from_numpy(task.block(number)[0]) for number in range(_TEST_BLOCKS)]
         calibrate(run.shard, [(rows, torch.ones(len(rows))) for rows in train])
     figures = figures_of(run.sae, task) | {"dead_share": run.dead_share_of_last_epoch}
     return figures | {"steps": float(run.counts.step), "auxk_steps": float(run.counts.auxk_steps)}
@@ -160,9 +160,9 @@ def figures_of(sae: Sae, task: Task) -> Figures:
     """Compute the recovery of an SAE's weights, and `fvu` and `l0` on fresh rows of the task."""
     # Blocks after the last one that was trained on: the same mixture, other rows.
     first = -(-task.rows // BLOCK_ROWS)
-    fresh = replace(task, rows=(first + TEST_BLOCKS) * BLOCK_ROWS)
+    fresh = replace(task, rows=(first + _TEST_BLOCKS) * BLOCK_ROWS)
     fvu, l0 = Fvu(task.d_model), L0()
-    for number in range(first, first + TEST_BLOCKS):
+    for number in range(first, first + _TEST_BLOCKS):
         rows = torch.from_numpy(fresh.block(number)[0])
         fvu.add(rows, sae(rows))
         l0.add(sae.encode(rows)[0])

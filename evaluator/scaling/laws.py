@@ -25,15 +25,15 @@ from scipy.optimize import least_squares
 from winnow.schemas.errors import ConfigError
 
 Array = NDArray[np.float64]
-SOFT = 0.02
+_SOFT = 0.02
 """Errors of log L beyond this count linearly, not squared: a run that went wrong must not bend the law."""
 # The sum of two exponentials has local optima, so that one start may end in a bad fit.
-STARTS = 24
-BOOTSTRAPS = 400
-LOWEST = -14.0
+_STARTS = 24
+_BOOTSTRAPS = 400
+_LOWEST = -14.0
 """Lower bound of z. An irreducible term of 1e-6 is as good as none, and without a bound z would run off to
 minus infinity."""
-SAME_SLOPE_LOSS = 0.02
+_SAME_SLOPE_LOSS = 0.02
 """A cell has converged if twice the tokens would lower its loss by less than this share."""
 
 
@@ -56,11 +56,11 @@ class Cell(NamedTuple):
     def converged(self) -> bool:
         """Whether more tokens would hardly help."""
         # NaN compares as False: an SAE with too few lines has not been shown to converge.
-        return self.gain < SAME_SLOPE_LOSS
+        return self.gain < _SAME_SLOPE_LOSS
 
 
 @dataclass(frozen=True)
-class Law:
+class _Law:
     """A sum of exponentials of terms that are linear in the parameters."""
 
     names: tuple[str, ...]
@@ -107,14 +107,14 @@ def _compute(x: Array) -> list[Array]:
 
 # Bounds are wide: they keep the fit from overflowing, and only z's lower one is ever meant to be reached.
 FREE = (-60.0, 60.0)
-JOINT = Law(
+JOINT = _Law(
     ("a", "bk", "bn", "g", "z", "h"),
     _joint,
     ((-2, 4), (-1.5, 0.5), (-1, 0), (-0.1, 0.1), (-8, -1), (-1, 0.2)),
-    (FREE, (-5, 5), (-5, 5), (-2, 2), (LOWEST, 2), (-3, 3)),
+    (FREE, (-5, 5), (-5, 5), (-2, 2), (_LOWEST, 2), (-3, 3)),
 )
-PLAIN = Law(("a", "bk", "bn"), _plain, ((-2, 4), (-1, 0), (-1, 0)), (FREE, (-5, 5), (-5, 5)))
-COMPUTE = Law(("a", "b", "z"), _compute, ((0, 20), (-1, 0), (-8, -1)), (FREE, (-5, 0), (LOWEST, 2)))
+PLAIN = _Law(("a", "bk", "bn"), _plain, ((-2, 4), (-1, 0), (-1, 0)), (FREE, (-5, 5), (-5, 5)))
+COMPUTE = _Law(("a", "b", "z"), _compute, ((0, 20), (-1, 0), (-8, -1)), (FREE, (-5, 0), (_LOWEST, 2)))
 """Here x is log C."""
 
 
@@ -122,7 +122,7 @@ COMPUTE = Law(("a", "b", "z"), _compute, ((0, 20), (-1, 0), (-8, -1)), (FREE, (-
 class Fit:
     """A fitted law."""
 
-    law: Law
+    law: _Law
     parameters: Array
     """In the order of the law's names."""
     rms: float
@@ -142,7 +142,7 @@ class Fit:
         return {name: {"value": float(v), "low": float(a), "high": float(b)} for name, v, a, b in rows}
 
 
-def fit(law: Law, x: Array, loss: Array, *, seed: int = 0, bootstraps: int = BOOTSTRAPS) -> Fit:
+def fit(law: _Law, x: Array, loss: Array, *, seed: int = 0, bootstraps: int = _BOOTSTRAPS) -> Fit:
     """Fit a law to losses.
 
     Args:
@@ -166,7 +166,7 @@ def fit(law: Law, x: Array, loss: Array, *, seed: int = 0, bootstraps: int = BOO
     if not (np.isfinite(loss).all() and (loss > 0).all()):
         raise ConfigError("the losses of the sweep", expected="numbers above 0", got=loss.tolist())
     draw = np.random.default_rng(seed)
-    starts = [draw.uniform(*zip(*law.starts, strict=True)) for _ in range(STARTS)]
+    starts = [draw.uniform(*zip(*law.starts, strict=True)) for _ in range(_STARTS)]
     log_loss: Array = np.log(np.asarray(loss, dtype=float))
     best = _best(law, x, log_loss, starts)
     predicted: Array = np.log(law.value(best, x))
@@ -176,7 +176,7 @@ def fit(law: Law, x: Array, loss: Array, *, seed: int = 0, bootstraps: int = BOO
     # Errors are drawn anew onto the predictions; the points themselves are a designed grid, not a sample. Two
     # starts, the best fit and another: all 24 for each of 400 draws would take twelve times as long.
     again = [
-        _best(law, x, predicted + draw.choice(wide, count), [best, starts[number % STARTS]])
+        _best(law, x, predicted + draw.choice(wide, count), [best, starts[number % _STARTS]])
         for number in range(bootstraps)
     ]
     nan = np.full(size, np.nan)
@@ -184,7 +184,7 @@ def fit(law: Law, x: Array, loss: Array, *, seed: int = 0, bootstraps: int = BOO
     return Fit(law, best, float(np.sqrt(np.mean(errors**2))), low, high)
 
 
-def _best(law: Law, x: Array, log_loss: Array, starts: Sequence[Array]) -> Array:
+def _best(law: _Law, x: Array, log_loss: Array, starts: Sequence[Array]) -> Array:
     low, high = (np.array(side, dtype=float) for side in zip(*law.bounds, strict=True))
 
     terms = law.terms(x)
@@ -195,7 +195,7 @@ def _best(law: Law, x: Array, log_loss: Array, starts: Sequence[Array]) -> Array
             jac=lambda p: _sum(p, terms)[1],  # pyright: ignore[reportArgumentType]
             bounds=(low, high),
             loss="soft_l1",
-            f_scale=SOFT,
+            f_scale=_SOFT,
             # Parameters differ in scale: a is of the order of 1, g of 0.1.
             x_scale="jac",
             max_nfev=300,

@@ -35,9 +35,9 @@ from winnow.schemas.training import SaeCard
 from winnow.store.objects import ObjectStore
 from winnow.trainer.run.telemetry import METRICS_KEY
 
-SMOOTH_LINES = 5
+_SMOOTH_LINES = 5
 """Lines of telemetry that a curve averages over: a line is one batch, and so noisy."""
-LAST_LINES = 5
+_LAST_LINES = 5
 """Lines of telemetry whose mean is the final training loss."""
 
 
@@ -113,7 +113,7 @@ def _cell(card: SaeCard, lines: Sequence[dict[str, Any]]) -> tuple[Cell, Curve]:
     steady = [line for line in lines if line["lr"] == max(line["lr"] for line in lines)]
     tokens = np.array([line["tokens"] for line in steady], dtype=float)
     loss = np.array([line["fvu"] for line in steady], dtype=float)
-    last = float(np.mean([line["fvu"] for line in lines[-LAST_LINES:]]))
+    last = float(np.mean([line["fvu"] for line in lines[-_LAST_LINES:]]))
     held_out = card.metrics[f"fvu_normalised.{card.weights}"]
     cell = Cell(
         latents=card.latents,
@@ -124,8 +124,8 @@ def _cell(card: SaeCard, lines: Sequence[dict[str, Any]]) -> tuple[Cell, Curve]:
         overfit=held_out / last,
     )
     # In the first lines the loss falls so fast that the running mean lags behind it.
-    skip = min(SMOOTH_LINES, len(tokens))
-    return cell, Curve(card.latents, card.k, flop * tokens[skip:], smoothed(loss, SMOOTH_LINES)[skip:])
+    skip = min(_SMOOTH_LINES, len(tokens))
+    return cell, Curve(card.latents, card.k, flop * tokens[skip:], smoothed(loss, _SMOOTH_LINES)[skip:])
 
 
 def fit_laws(sweep: Sweep, *, seed: int = 0, bootstraps: int = 400) -> Laws:

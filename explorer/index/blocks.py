@@ -30,7 +30,7 @@ from winnow.store import ActivationStore
 from winnow.store.format import layout
 
 # 2^26 float32 are 268 MB: the largest temporary of the map step, whatever N is (docs/explorer.md, "Memory").
-ENCODED_NUMBERS = 1 << 26
+_ENCODED_NUMBERS = 1 << 26
 """Largest rows x latents that one call of `encode` may hold densely."""
 READ_BYTES = 1 << 26
 """Bytes of rows read at a time, as float32."""
@@ -107,7 +107,7 @@ def _encode_unit(
     device, size = sae.W_dec.device, dataset.plan.rows_per_unit
     # At least a slice per read: a slice is what the store fetches and verifies.
     chunk = max(dataset.plan.rows_per_slice, READ_BYTES // (4 * sae.d_model))
-    step = max(1, ENCODED_NUMBERS // sae.latents)
+    step = max(1, _ENCODED_NUMBERS // sae.latents)
     parts: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
     for first in range(0, size, chunk):
         stop = min(first + chunk, size)

@@ -56,7 +56,7 @@ from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import ObjectStore, open_store
 
-INPUTS_KEY = "making.json"
+_INPUTS_KEY = "making.json"
 """In the scratch folder: the inputs of the blocks and parts there."""
 
 MakeAll = Callable[[str, list[int], Callable[[], object]], None]
@@ -292,7 +292,7 @@ class Indexer:
             ConfigError: It sees none, or another index's.
         """
         # A folder of the same name on another node passes every other check, and its blocks would be lost.
-        mark = self.scratch / INPUTS_KEY
+        mark = self.scratch / _INPUTS_KEY
         if not mark.exists() or mark.read_bytes() != self.inputs.canonical():
             raise ConfigError(
                 f"scratch folder {self.scratch} on a worker",
@@ -304,7 +304,7 @@ class Indexer:
     def _claim(self) -> None:
         """Mark the scratch folder as this index's, or refuse another index's."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        mark = self.scratch / INPUTS_KEY
+        mark = self.scratch / _INPUTS_KEY
         if mark.exists():
             there = IndexInputs.model_validate_json(mark.read_bytes())
             self._same(there, f"{self.scratch} holds another, unfinished index")

@@ -30,7 +30,7 @@ from winnow.schemas.errors import WinnowError, WorkerError
 
 log = logging.getLogger("winnow.explorer")
 
-ATTEMPTS = 3
+_ATTEMPTS = 3
 """Attempts per unit or part; those that end with the death of a node do not count."""
 POLL_SECONDS = 1.0
 NAMED = Named("index", "--workers", "--threads", "--gpus", "--ray-address")
@@ -147,6 +147,6 @@ def _failed(tries: Counter[int], step: str, number: int, error: WinnowError) -> 
     """Count a failure; raise `error` if it was the last attempt or no attempt can help."""
     tries[number] += 1
     # Exit code 2 is a wrong setting: it would fail again in the same way.
-    if tries[number] >= ATTEMPTS or error.exit_code == 2:
+    if tries[number] >= _ATTEMPTS or error.exit_code == 2:
         raise error
     log.warning("index: %s %d failed (%dx), tried again: %s", step, number, tries[number], error)

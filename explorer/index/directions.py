@@ -17,7 +17,7 @@ from winnow.explorer.index.latents import Near
 from winnow.schemas.errors import ConfigError
 from winnow.subject.load import Subject
 
-LOGIT_NUMBERS = 1 << 24
+_LOGIT_NUMBERS = 1 << 24
 """Largest rows x V of logits held at once: 67 MB of float32."""
 COSINE_COLUMNS = 1 << 14
 """Latents that a part is compared with at a time: with 1,024 per part, also 67 MB."""
@@ -52,7 +52,7 @@ class DirectLogits:
     def __init__(self, subject: Subject) -> None:
         if subject.truncated:
             raise ConfigError("direct logits", expected="the whole subject", fix="Load it without `until`")
-        self._norm = final_norm(subject)
+        self._norm = _final_norm(subject)
         self._head: Any = subject.model.get_output_embeddings()
         self._device, self._dtype = subject.device, subject.dtype
 
@@ -70,7 +70,7 @@ class DirectLogits:
     def extremes(self, directions: Tensor, count: int) -> Promoted:
         """The `count` most promoted and most suppressed tokens of each direction [P, D]."""
         width = self._head.weight.shape[0]
-        step = max(1, LOGIT_NUMBERS // width)
+        step = max(1, _LOGIT_NUMBERS // width)
         count = min(count, width)
         kept: list[list[Tensor]] = [[], [], [], []]
         for first in range(0, len(directions), step):
@@ -82,7 +82,7 @@ class DirectLogits:
         return Promoted(up_ids.astype(np.uint32), up, down_ids.astype(np.uint32), down)
 
 
-def final_norm(subject: Subject) -> nn.Module:
+def _final_norm(subject: Subject) -> nn.Module:
     """The norm between the last block and the unembedding.
 
     It is the one module beside the list of blocks whose class is called a norm and whose parameters are

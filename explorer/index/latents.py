@@ -16,7 +16,7 @@ from winnow.explorer.index.blocks import Block
 from winnow.schemas.features import IndexSpec
 
 BINS = 40
-TOP_TOKENS = 8
+_TOP_TOKENS = 8
 TOP_BAND = -1
 """Band number of examples that are chosen as the strongest, not drawn from a band."""
 
@@ -93,7 +93,7 @@ def figures(value: NDArray[np.float32], tokens: NDArray[np.uint32], bands: int) 
     ids, where = np.unique(tokens, return_inverse=True)
     mass = np.bincount(where, weights=exact)
     # Ties by id: a resumed or divided index must give the same bytes.
-    best = np.lexsort((ids, -mass))[:TOP_TOKENS]
+    best = np.lexsort((ids, -mass))[:_TOP_TOKENS]
     return Figures(
         len(value),
         largest,
@@ -106,7 +106,7 @@ def figures(value: NDArray[np.float32], tokens: NDArray[np.uint32], bands: int) 
     )
 
 
-class Choice(NamedTuple):
+class _Choice(NamedTuple):
     """Entries of one latent that become examples: their numbers and bands."""
 
     entry: NDArray[np.int64]
@@ -115,7 +115,7 @@ class Choice(NamedTuple):
 
 def choose(
     row: NDArray[np.int64], value: NDArray[np.float32], spec: IndexSpec, window_rows: int, latent: int
-) -> Choice:
+) -> _Choice:
     """The examples of one latent: its best windows exactly, then a draw from each band of its activations.
 
     Band j holds the entries between the quantiles j/bands and (j+1)/bands. A latent with fewer entries than
@@ -129,7 +129,7 @@ def choose(
         latent: Number of the latent, which seeds its draws.
     """
     if not len(row):
-        return Choice(np.zeros(0, np.int64), np.zeros(0, np.int8))
+        return _Choice(np.zeros(0, np.int64), np.zeros(0, np.int8))
     # One example per window: the strongest tokens of a latent are often neighbours in one text.
     window = row // window_rows
     starts = np.flatnonzero(np.diff(window, prepend=-1))
@@ -150,7 +150,7 @@ def choose(
             # Sorted: `order` is by value, so a band's examples are shown from weak to strong.
             entries += order[low + np.sort(picked)].tolist()
             bands += [band] * len(picked)
-    return Choice(np.asarray(entries, np.int64), np.asarray(bands, np.int8))
+    return _Choice(np.asarray(entries, np.int64), np.asarray(bands, np.int8))
 
 
 class Examples(NamedTuple):
@@ -170,7 +170,7 @@ class Examples(NamedTuple):
 
 
 def examples(
-    row: NDArray[np.int64], value: NDArray[np.float32], choice: Choice, spec: IndexSpec, windows: Windows
+    row: NDArray[np.int64], value: NDArray[np.float32], choice: _Choice, spec: IndexSpec, windows: Windows
 ) -> Examples:
     """Cut the context of the chosen entries out of their windows."""
     window, at = np.divmod(row[choice.entry], windows.rows)

@@ -28,17 +28,17 @@ from winnow.store.objects import ObjectStore, open_store
 INDEX_KEY = "index.json"
 SUMMARY_KEY = "summary.parquet"
 VOCABULARY_KEY = "vocabulary.parquet"
-EXPLANATIONS_KEY = "explanations.jsonl"
+_EXPLANATIONS_KEY = "explanations.jsonl"
 # A part is what one worker holds in memory: its share of all codes, and co-activation (docs/explorer.md,
 # "Memory"). A row group is what one page reads: 15 ms at the 95th percentile (benchmarks/explorer.py).
 PART_LATENTS, GROUP_LATENTS = 1024, 16
 SUMMARY_TOKENS = 6
 """Promoted and firing tokens per latent in the summary."""
 # Neighbouring latents share a part, so paging through them parses its footer once.
-CACHED_FOOTERS = 64
+_CACHED_FOOTERS = 64
 # The server loads the summary and the explanations whole; a larger file would exhaust its memory.
-MAX_TABLE_BYTES = 1 << 32
-MAX_EXPLANATIONS_BYTES = 1 << 28
+_MAX_TABLE_BYTES = 1 << 32
+_MAX_EXPLANATIONS_BYTES = 1 << 28
 
 SCALARS = ("fires", "largest", "mean", "mean_square", "enc_dec_cosine", "token_share", "logit_peak")
 """Columns of the summary that are numbers."""
@@ -163,9 +163,9 @@ class FeatureTable:
 
     def __init__(self, store: ObjectStore, meta: FeatureIndex) -> None:
         self.store, self.meta = store, meta
-        vocabulary = decode_table(store.get(VOCABULARY_KEY, MAX_TABLE_BYTES), VOCABULARY_KEY)
+        vocabulary = decode_table(store.get(VOCABULARY_KEY, _MAX_TABLE_BYTES), VOCABULARY_KEY)
         self.texts: list[str] = vocabulary.column("text").to_pylist()
-        self.summary = decode_table(store.get(SUMMARY_KEY, MAX_TABLE_BYTES), SUMMARY_KEY).combine_chunks()
+        self.summary = decode_table(store.get(SUMMARY_KEY, _MAX_TABLE_BYTES), SUMMARY_KEY).combine_chunks()
         if self.summary.num_rows != meta.latents:
             raise IntegrityError(SUMMARY_KEY, expected=f"{meta.latents} rows", got=self.summary.num_rows)
         self.explanations = _read_explanations(store, meta.latents)
@@ -233,7 +233,7 @@ class FeatureTable:
     def _remember(self, part: int, footer: Any) -> None:
         with self._lock:
             self._footers[part] = footer
-            while len(self._footers) > CACHED_FOOTERS:
+            while len(self._footers) > _CACHED_FOOTERS:
                 self._footers.popitem(last=False)
 
     def column(self, name: str) -> NDArray[Any]:
@@ -247,10 +247,10 @@ class FeatureTable:
 
 def _read_explanations(store: ObjectStore, latents: int) -> dict[int, list[Explanation]]:
     found: dict[int, list[Explanation]] = {}
-    if store.size(EXPLANATIONS_KEY) is None:
+    if store.size(_EXPLANATIONS_KEY) is None:
         return found
-    for number, line in enumerate(store.get(EXPLANATIONS_KEY, MAX_EXPLANATIONS_BYTES).splitlines(), 1):
-        origin = f"{EXPLANATIONS_KEY}, line {number}"
+    for number, line in enumerate(store.get(_EXPLANATIONS_KEY, _MAX_EXPLANATIONS_BYTES).splitlines(), 1):
+        origin = f"{_EXPLANATIONS_KEY}, line {number}"
         try:
             one = validate(Explanation, json.loads(line), origin=origin)
         except ValueError as error:

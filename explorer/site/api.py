@@ -29,18 +29,18 @@ from winnow.subject.generate import Steer
 # What one request may cost; with the eight seats (`--seats`) this bounds how long the last one waits. The
 # page takes its own limits from here (`/api/site`).
 MAX_TEXT = 4000
-MAX_NEW_TOKENS = 200
-MAX_EDITS = 8
+_MAX_NEW_TOKENS = 200
+_MAX_EDITS = 8
 # A feature page offers 36 examples, each of which can be ablated: a few latents' worth.
-CACHED_ABLATIONS = 256
-TOP_PER_TOKEN = 8
+_CACHED_ABLATIONS = 256
+_TOP_PER_TOKEN = 8
 
-SaeNumber = Annotated[int, Path(ge=0, le=63, description="Which SAE, as listed by /api/site")]
+_SaeNumber = Annotated[int, Path(ge=0, le=63, description="Which SAE, as listed by /api/site")]
 Axis = Literal["density", "largest", "mean", "token_share", "logit_peak", "enc_dec_cosine"]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 # Any SAE's numbers; whether this SAE has the latent is checked by `Desk.latent`, with a message that says
 # which ones it has.
-LatentNumber = Annotated[int, Field(ge=0, lt=1 << 31)]
+_LatentNumber = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class _Body(BaseModel):
@@ -48,22 +48,22 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class TextBody(_Body):
+class _TextBody(_Body):
     """A text to read."""
 
     text: Text
 
 
-class MonitorBody(TextBody):
+class _MonitorBody(_TextBody):
     """A text, and the latents to monitor on it."""
 
-    latents: Annotated[list[LatentNumber], Field(min_length=1, max_length=MAX_LATENTS)]
+    latents: Annotated[list[_LatentNumber], Field(min_length=1, max_length=MAX_LATENTS)]
 
 
-class AblateBody(_Body):
+class _AblateBody(_Body):
     """A latent, and the text or the dataset's window in which it is ablated."""
 
-    latent: LatentNumber
+    latent: _LatentNumber
     text: Text | None = None
     window: Annotated[int | None, Field(ge=0, lt=1 << 32)] = None
 
@@ -72,7 +72,7 @@ class Edit(_Body):
     """One change of one latent."""
 
     sae: Annotated[int, Field(ge=0, le=63)] = 0
-    latent: LatentNumber
+    latent: _LatentNumber
     op: Literal["clamp", "scale", "add", "ablate"] = "clamp"
     # JSON parsers accept Infinity, which would make every logit NaN.
     strength: Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)] = 0.0
@@ -82,8 +82,8 @@ class SteerBody(_Body):
     """What to generate, clean and steered with the same random numbers."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-    edits: Annotated[list[Edit], Field(max_length=MAX_EDITS)]
-    tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 40
+    edits: Annotated[list[Edit], Field(max_length=_MAX_EDITS)]
+    tokens: Annotated[int, Field(ge=1, le=_MAX_NEW_TOKENS)] = 40
     temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 0.8
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
 
@@ -151,7 +151,7 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
             "limits": {
                 "text": MAX_TEXT,
                 "tokens": MAX_TOKENS,
-                "new_tokens": MAX_NEW_TOKENS,
+                "new_tokens": _MAX_NEW_TOKENS,
                 "latents": MAX_LATENTS,
             },
             "windows": desk.dataset is not None,
@@ -159,7 +159,7 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
 
     @router.get("/saes/{sae}/map", summary="Coordinates of latents")
     def points(
-        sae: SaeNumber,
+        sae: _SaeNumber,
         x: Axis = "density",
         y: Axis = "token_share",
         q: Annotated[str, Query(max_length=200)] = "",
@@ -171,7 +171,7 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
 
     @router.get("/saes/{sae}/latents", summary="A list of latents")
     def listing(
-        sae: SaeNumber,
+        sae: _SaeNumber,
         q: Annotated[str, Query(max_length=200)] = "",
         low: Annotated[float, Query(ge=0, le=1)] = 0.0,
         high: Annotated[float, Query(ge=0, le=1)] = 1.0,
@@ -184,12 +184,12 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
         return exhibit.page(exhibit.find(q, low, high), sort, descending, offset, limit)
 
     @router.get("/saes/{sae}/brief/{latent}", summary="A latent in one line")
-    def brief(sae: SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
+    def brief(sae: _SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
         exhibit = desk.exhibit(sae)
         return exhibit.brief(desk.latent(exhibit, latent))
 
     @router.get("/saes/{sae}/features/{latent}", summary="A latent's page")
-    def feature(sae: SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
+    def feature(sae: _SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
         return desk.exhibit(sae).feature(latent)
 
 
@@ -197,12 +197,12 @@ def _add_comparisons(router: APIRouter, desk: Desk) -> None:
     """Routes about two SAEs: they need the decoders, not the subject."""
 
     @router.get("/compare/{one}/{other}", summary="How well the directions of two SAEs match")
-    def compare(one: SaeNumber, other: SaeNumber) -> dict[str, Any]:
+    def compare(one: _SaeNumber, other: _SaeNumber) -> dict[str, Any]:
         return overview(desk.exhibit(one), desk.exhibit(other))
 
     @router.get("/compare/{one}/{other}/{latent}", summary="A latent's nearest latents in another SAE")
     def nearest(
-        one: SaeNumber, other: SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]
+        one: _SaeNumber, other: _SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]
     ) -> dict[str, Any]:
         left, right = desk.exhibit(one), desk.exhibit(other)
         return {
@@ -215,7 +215,7 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
     """Routes that run the subject, one request at a time."""
 
     @router.post("/saes/{sae}/text", summary="Which latents fire on a text, token by token")
-    def text(sae: SaeNumber, body: TextBody) -> dict[str, Any]:
+    def text(sae: _SaeNumber, body: _TextBody) -> dict[str, Any]:
         exhibit = desk.exhibit(sae)
         with desk.lane.visit():
             subject = desk.subject.whole()
@@ -229,10 +229,10 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
                 sink_multiple=meta.sink_multiple,
             )
         # Described outside the lane: the next request has the model meanwhile.
-        return describe_reading(exhibit, reading)
+        return _describe_reading(exhibit, reading)
 
     @router.post("/saes/{sae}/monitor", summary="Chosen latents over a text")
-    def watch(sae: SaeNumber, body: MonitorBody) -> MonitorReport:
+    def watch(sae: _SaeNumber, body: _MonitorBody) -> MonitorReport:
         exhibit = desk.exhibit(sae)
         with desk.lane.visit():
             subject = desk.subject.whole()
@@ -249,7 +249,7 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
             )
 
     @router.post("/saes/{sae}/ablate", summary="How predictions on a text change without a latent")
-    def effects(sae: SaeNumber, body: AblateBody) -> dict[str, Any]:
+    def effects(sae: _SaeNumber, body: _AblateBody) -> dict[str, Any]:
         return ablation(desk, sae, body)
 
     @router.post("/steer", summary="Generate clean and steered; one JSON object per line")
@@ -257,12 +257,12 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
         return steering(desk, body)
 
 
-def describe_reading(exhibit: Exhibit, reading: Any) -> dict[str, Any]:
+def _describe_reading(exhibit: Exhibit, reading: Any) -> dict[str, Any]:
     """Describe a reading for the page: the strongest latents of each token, and of the whole text."""
     tokens: list[dict[str, Any]] = []
     columns = (reading.ids, reading.values, reading.indices, reading.read.tolist())
     for number, values, indices, read in zip(*columns, strict=True):
-        best = values.topk(min(TOP_PER_TOKEN, len(values)))
+        best = values.topk(min(_TOP_PER_TOKEN, len(values)))
         latents = indices[best.indices].tolist()
         active = [[n, round(v, 5)] for n, v in zip(latents, best.values.tolist(), strict=True) if v > 0]
         tokens.append({"token": exhibit.table.texts[number], "read": read, "latents": active})
@@ -288,7 +288,7 @@ def describe_reading(exhibit: Exhibit, reading: Any) -> dict[str, Any]:
     }
 
 
-def ablation(desk: Desk, sae: int, body: AblateBody) -> dict[str, Any]:
+def ablation(desk: Desk, sae: int, body: _AblateBody) -> dict[str, Any]:
     """The effects of one latent on one text, computed or from the cache.
 
     Raises:
@@ -316,7 +316,7 @@ def ablation(desk: Desk, sae: int, body: AblateBody) -> dict[str, Any]:
         found = ablate(subject, own, reading, body.latent, drop_leading=meta.drop_leading)
     reply = _described(exhibit, ids, found)
     desk.ablations[key] = reply
-    while len(desk.ablations) > CACHED_ABLATIONS:
+    while len(desk.ablations) > _CACHED_ABLATIONS:
         desk.ablations.popitem(last=False)
     return reply
 

@@ -64,11 +64,11 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
         log.warning("explorer: the dataset is not at hand, so ablations take pasted text only (%s)", error)
         at_hand = None
     for exhibit in exhibits:
-        exhibit.window = window_rule(exhibit, at_hand)
+        exhibit.window = _window_rule(exhibit, at_hand)
     return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats), at_hand)
 
 
-def window_rule(exhibit: Exhibit, dataset: Callable[[], ActivationStore] | None) -> WindowRule:
+def _window_rule(exhibit: Exhibit, dataset: Callable[[], ActivationStore] | None) -> WindowRule:
     """How an SAE's windows begin: as its index says, else (an index of before) as its dataset's plan does.
 
     Where neither is there, texts are read without BOS, and that is said.

@@ -33,11 +33,11 @@ AXES = {
     "enc_dec_cosine": "cosine of encoder and decoder row",
 }
 """The axes of the map, and their descriptions."""
-MAX_POINTS = 100_000
+_MAX_POINTS = 100_000
 """Points sent to the map; of more latents a fixed random choice is sent."""
-LABEL_TOKENS = 3
+_LABEL_TOKENS = 3
 # 512 x N cosines are 2 GB of float32 at a million latents; all pairs would be N^2.
-SAMPLED = 512
+_SAMPLED = 512
 """Latents whose best match in another SAE the overview of two SAEs looks up."""
 
 
@@ -117,11 +117,11 @@ class Exhibit:
         return found if latents is None else np.intersect1d(found, latents)
 
     def points(self, x: str, y: str, found: NDArray[np.int64]) -> dict[str, Any]:
-        """The map: numbers and coordinates of latents, at most `MAX_POINTS`."""
+        """The map: numbers and coordinates of latents, at most `_MAX_POINTS`."""
         # One seed, so that the same filters show the same points when the axes change.
         shown = found
-        if len(found) > MAX_POINTS:
-            shown = np.sort(np.random.default_rng(0).choice(found, MAX_POINTS, replace=False))
+        if len(found) > _MAX_POINTS:
+            shown = np.sort(np.random.default_rng(0).choice(found, _MAX_POINTS, replace=False))
         return {
             "total": len(found),
             "latents": shown.tolist(),
@@ -148,8 +148,8 @@ class Exhibit:
             "largest": float(table.column("largest")[number]),
             "token_share": float(table.column("token_share")[number]),
             "explanation": explained[0].text if explained else None,
-            "fires_on": self.words(table.summary.column("token_ids")[number].as_py()[:LABEL_TOKENS]),
-            "promotes": self.words(table.summary.column("promoted")[number].as_py()[:LABEL_TOKENS]),
+            "fires_on": self.words(table.summary.column("token_ids")[number].as_py()[:_LABEL_TOKENS]),
+            "promotes": self.words(table.summary.column("promoted")[number].as_py()[:_LABEL_TOKENS]),
         }
 
     def words(self, ids: list[int]) -> list[str]:
@@ -236,7 +236,7 @@ def matches(one: Exhibit, other: Exhibit, latent: int, count: int) -> list[dict[
 def overview(one: Exhibit, other: Exhibit) -> dict[str, Any]:
     """Histogram of the best cosine in `other` of up to 512 random latents of `one`, and 12 of the pairs."""
     _comparable(one, other)
-    draw = np.random.default_rng(0).permutation(one.table.meta.latents)[:SAMPLED]
+    draw = np.random.default_rng(0).permutation(one.table.meta.latents)[:_SAMPLED]
     best = (one.directions[torch.from_numpy(draw)] @ other.directions.T).max(1)
     counts, _ = np.histogram(best.values.numpy(), bins=40, range=(0, 1))
     order = np.argsort(-best.values.numpy())

@@ -20,11 +20,11 @@ from winnow.explorer.site.exhibit import Exhibit
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import parse_hook
 
-STYLE = Path(__file__).parents[1] / "static" / "style.css"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_STYLE = Path(__file__).parents[1] / "static" / "style.css"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 # Every latent of an export is held in memory until all three forms are written, and is a file of its own.
-MAX_EXPORTED = 10_000
-OPENAI_BIN = 0.2
+_MAX_EXPORTED = 10_000
+_OPENAI_BIN = 0.2
 """Width of a bin of the sae-viewer's histogram, which is fixed in its code; its bins have whole numbers."""
 Row = dict[str, Any]
 
@@ -49,8 +49,8 @@ def parse_latents(text: str, latents: int) -> list[int]:
             raise ConfigError(
                 "--latents", expected=f"0 to {latents - 1}, low before high", got=part.strip()[:40]
             )
-        if len(chosen) + last - first + 1 > MAX_EXPORTED:
-            raise ConfigError("--latents", expected=f"at most {MAX_EXPORTED} at once", got=text[:80])
+        if len(chosen) + last - first + 1 > _MAX_EXPORTED:
+            raise ConfigError("--latents", expected=f"at most {_MAX_EXPORTED} at once", got=text[:80])
         chosen += range(first, last + 1)
     return chosen
 
@@ -62,7 +62,7 @@ def export(exhibit: Exhibit, latents: Sequence[int], out: Path) -> list[Path]:
     files = {out / "features.html": html_page(exhibit, rows)}
     for row in rows:
         files[out / "openai" / "atoms" / f"{row['latent']}.json"] = _json(openai_feature(exhibit, row))
-    files[out / "neuronpedia" / "batch-0.json"] = _json(neuronpedia_batch(exhibit, rows))
+    files[out / "neuronpedia" / "batch-0.json"] = _json(_neuronpedia_batch(exhibit, rows))
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -113,7 +113,7 @@ def openai_bins(counts: Sequence[int], largest: float) -> list[tuple[int, float]
     A count is divided among the bins that its width overlaps, so counts need not be whole; their sum is
     preserved. Empty bins are left out.
     """
-    width = largest / len(counts) / OPENAI_BIN  # in units of the viewer's bins
+    width = largest / len(counts) / _OPENAI_BIN  # in units of the viewer's bins
     bins: dict[int, float] = {}
     for i, count in enumerate(counts):
         low, high = i * width, (i + 1) * width
@@ -125,7 +125,7 @@ def openai_bins(counts: Sequence[int], largest: float) -> list[tuple[int, float]
     return sorted(bins.items())
 
 
-def neuronpedia_batch(exhibit: Exhibit, rows: Iterable[Row]) -> Row:
+def _neuronpedia_batch(exhibit: Exhibit, rows: Iterable[Row]) -> Row:
     """A batch of dashboards for Neuronpedia."""
     meta = exhibit.table.meta
     named = parse_hook(meta.hook)
@@ -196,9 +196,9 @@ def html_page(exhibit: Exhibit, rows: Sequence[Row]) -> str:
     title = escape(f"Latents of {exhibit.name}")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE.read_text(encoding='utf-8')}</style></head><body><main><h1>{title}</h1>"
+        f"<style>{_STYLE.read_text(encoding='utf-8')}</style></head><body><main><h1>{title}</h1>"
         f'<p class="soft">{escape(meta.hook)} of {escape(meta.subject.model.rsplit("/", 1)[-1])}; '
         f"{meta.rows:,} rows of {meta.windows:,} windows read"
         f"{'; windows begin with BOS' if exhibit.window.bos else ''}. Hover a token for its value.</p>"

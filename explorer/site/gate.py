@@ -19,10 +19,10 @@ from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # The largest honest body is a text of 4,000 characters, up to 48 kB if JSON escapes every one of them.
-MAX_BODY_BYTES = 64 * 1024
-COOKIE = "winnow_token"
+_MAX_BODY_BYTES = 64 * 1024
+_COOKIE = "winnow_token"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-HEADERS = {
+_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -56,7 +56,7 @@ class Gate:
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
         headers = Headers(scope=scope)
@@ -78,8 +78,8 @@ class Gate:
             return _no(403, "Requests from other sites are refused")
         length = headers.get("content-length", "0")
         # At most 12 digits: `int` raises on a number of more than 4,300, which would be a server error.
-        if not length.isdecimal() or len(length) > 12 or int(length) > MAX_BODY_BYTES:
-            return _no(413, f"A request's body is at most {MAX_BODY_BYTES} bytes")
+        if not length.isdecimal() or len(length) > 12 or int(length) > _MAX_BODY_BYTES:
+            return _no(413, f"A request's body is at most {_MAX_BODY_BYTES} bytes")
         return self._without_token(scope, headers)
 
     def _without_token(self, scope: Scope, headers: Headers) -> JSONResponse | RedirectResponse | None:
@@ -91,7 +91,7 @@ class Gate:
         if given is not None and self._right(given):
             rest = urlencode([(key, value) for key, value in query if key != "token"])
             reply = RedirectResponse("/" + (f"?{rest}" if rest else ""), 303)
-            reply.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
+            reply.set_cookie(_COOKIE, self._token, httponly=True, samesite="strict")
             return reply
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
         if self._right(bearer) or self._right(_cookie(headers.get("cookie", ""))):
@@ -114,7 +114,7 @@ def _name(host: str) -> str:
 def _cookie(header: str) -> str:
     """The token in a Cookie header; empty if there is none or the header is malformed."""
     try:
-        morsel = SimpleCookie(header).get(COOKIE)
+        morsel = SimpleCookie(header).get(_COOKIE)
     except CookieError:
         return ""
     return morsel.value if morsel else ""
@@ -133,7 +133,7 @@ def _bounded(receive: Receive) -> Receive:
         nonlocal seen
         message = await receive()
         seen += len(message.get("body", b""))
-        if seen > MAX_BODY_BYTES:
+        if seen > _MAX_BODY_BYTES:
             return {"type": "http.disconnect"}
         return message
 

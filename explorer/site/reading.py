@@ -18,7 +18,7 @@ from winnow.subject.generate import Steer, steered
 from winnow.subject.load import Subject
 from winnow.subject.splice import next_token_loss
 
-VOTES = 4
+_VOTES = 4
 """Tokens listed on each side of an ablation."""
 
 
@@ -132,7 +132,7 @@ def ablate(subject: Subject, sae: Sae, reading: Reading, latent: int, *, drop_le
     # Rounding makes the KL of equal distributions slightly negative.
     kl = (before.exp() * (before - after)).sum(1).clamp_min(0)
     moved = after.exp() - before.exp()
-    high, low = moved.topk(VOTES), moved.topk(VOTES, largest=False)
+    high, low = moved.topk(_VOTES), moved.topk(_VOTES, largest=False)
     return Ablation(
         reading.of(latent).tolist(),
         [*change.tolist(), None],

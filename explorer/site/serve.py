@@ -17,14 +17,14 @@ from winnow.schemas.errors import ConfigError, StoreError, WinnowError
 
 log = logging.getLogger("winnow.explorer")
 
-STATIC = Path(__file__).parents[1] / "static"
+_STATIC = Path(__file__).parents[1] / "static"
 KINDS = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-RETRY_SECONDS = 3
+_RETRY_SECONDS = 3
 
 
 def make_app(desk: Desk, token: str | None = None) -> FastAPI:
@@ -52,7 +52,7 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
     @app.exception_handler(WinnowError)
     def refused(_: Request, error: WinnowError) -> JSONResponse:
         if isinstance(error, Busy):
-            return JSONResponse({"error": str(error)}, 503, {"Retry-After": str(RETRY_SECONDS)})
+            return JSONResponse({"error": str(error)}, 503, {"Retry-After": str(_RETRY_SECONDS)})
         if isinstance(error, ConfigError):
             return JSONResponse({"error": str(error)}, 400)
         # The text of any other error may contain addresses of storage: it goes to the log, not to visitors.
@@ -61,7 +61,7 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
         return JSONResponse({"error": f"Reading {kind} failed; the server's log says more"}, 500)
 
     # Registered after the router, so that `/api/...` is never taken for a file's name.
-    files = load_files()
+    files = _load_files()
 
     @app.get("/", include_in_schema=False)
     @app.get("/{name}", include_in_schema=False)
@@ -74,11 +74,11 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
     return app
 
 
-def load_files() -> dict[str, tuple[bytes, str]]:
+def _load_files() -> dict[str, tuple[bytes, str]]:
     """Bytes and media type of the page's files by name, read once: no request names a path."""
     return {
         path.name: (path.read_bytes(), KINDS[path.suffix])
-        for path in sorted(STATIC.iterdir())
+        for path in sorted(_STATIC.iterdir())
         if path.suffix in KINDS
     }
 

@@ -208,7 +208,7 @@ def missing_tokens(plan: HarvestPlan, store: ObjectStore) -> list[int]:
     return [unit for unit in range(plan.units) if tokens_key(unit) not in have]
 
 
-def plan_differences(
+def _plan_differences(
     plan: HarvestPlan,
     config: Config,
     identity: SubjectIdentity | None = None,
@@ -277,7 +277,7 @@ def refuse_other(
     Raises:
         PlanMismatch: It is not; the differing fields are named.
     """
-    lines = plan_differences(plan, config, identity, sites)
+    lines = _plan_differences(plan, config, identity, sites)
     if lines:
         retokenised = any(line.startswith("subject.tokenizer_sha256") for line in lines)
         raise PlanMismatch(

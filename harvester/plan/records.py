@@ -23,7 +23,7 @@ CHUNK_BYTES = 2**16
 MAX_RECORD_BYTES = 64 * 2**20
 """Longest line of a jsonl file."""
 # Few, since a row may hold a book.
-PARQUET_ROWS = 64
+_PARQUET_ROWS = 64
 """Rows decoded together."""
 _BOM = codecs.BOM_UTF8
 
@@ -83,7 +83,7 @@ def parquet_records(reading: Reading) -> Iterator[Record]:
         columns = _text_and_groups(parquet.schema_arrow, file)
         row, rows = 0, max(parquet.metadata.num_rows, 1)
         # Without Arrow's threads: reading is one stage of three, and the cores are the tokenizer's.
-        for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
+        for batch in parquet.iter_batches(_PARQUET_ROWS, columns=columns, use_threads=False):
             # Arrow's own values, which compare whatever their type; Python has no year 40,000 or nanoseconds
             groups = [_plain_column(batch.column(name)) for name in source.group_by]
             for index, value in enumerate(_texts(_plain_column(batch.column(source.column)))):

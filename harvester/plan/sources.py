@@ -30,8 +30,8 @@ from winnow.store.objects.s3 import s3_endpoint
 BLOCK_BYTES = 8 * 2**20
 """Read-ahead of a remote file."""
 
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-FORMATS: dict[str, Literal["txt", "jsonl", "parquet"]] = {
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+_FORMATS: dict[str, Literal["txt", "jsonl", "parquet"]] = {
     ".txt": "txt",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -206,14 +206,14 @@ def _listed(filesystem: AbstractFileSystem, path: str) -> dict[str, dict[str, An
 def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parquet"], str | None]:
     # By the name alone: reading the first bytes would be a request per file of a remote corpus.
     name = PurePosixPath(path.replace("\\", "/"))
-    compression = COMPRESSIONS.get(name.suffix.lower())
+    compression = _COMPRESSIONS.get(name.suffix.lower())
     if compression:
         name = name.with_suffix("")
-    kind = FORMATS.get(name.suffix.lower()) if source.format == "auto" else source.format
+    kind = _FORMATS.get(name.suffix.lower()) if source.format == "auto" else source.format
     if kind is None:
         raise ConfigError(
             f"corpus file {path}: its format cannot be told from its name",
-            expected=f"one of {', '.join(FORMATS)} (and {', '.join(COMPRESSIONS)})",
+            expected=f"one of {', '.join(_FORMATS)} (and {', '.join(_COMPRESSIONS)})",
             got=repr(name.suffix),
             fix="Set the source's format to txt, jsonl or parquet",
         )

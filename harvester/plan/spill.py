@@ -22,27 +22,27 @@ from winnow.common.hashing import keyed_hash
 from winnow.harvester.plan.packing import Tokens
 from winnow.schemas.errors import StoreError
 
-BUCKET_BYTES = 16 * 2**20
+_BUCKET_BYTES = 16 * 2**20
 """Target size of a bucket; sorting takes about twice that in memory."""
 # Each bucket takes PIECE_BYTES of the buffer: 4,096 of them are a buffer of 64 MiB, and beyond a spill of
 # 64 GiB it is the buckets that grow.
-MAX_BUCKETS = 4096
-BUCKETS_WHEN_UNKNOWN = 1024
-HASH_BYTES = 8
-PIECE_BYTES = 16 * 2**10
+_MAX_BUCKETS = 4096
+_BUCKETS_WHEN_UNKNOWN = 1024
+_HASH_BYTES = 8
+_PIECE_BYTES = 16 * 2**10
 """Smallest share of the buffer per bucket, so that buckets are not read back in tiny pieces."""
 
 
 def record_bytes(context_length: int, dtype: np.dtype[np.generic]) -> int:
     """Size of one window on disk."""
-    return HASH_BYTES + context_length * dtype.itemsize
+    return _HASH_BYTES + context_length * dtype.itemsize
 
 
 def bucket_count(spill_bytes: int | None) -> int:
     """The number of buckets, a power of two, for a forecast of `spill_bytes` (None: unknown)."""
     if spill_bytes is None:
-        return BUCKETS_WHEN_UNKNOWN
-    return 1 << min(max(spill_bytes // BUCKET_BYTES, 0).bit_length(), MAX_BUCKETS.bit_length() - 1)
+        return _BUCKETS_WHEN_UNKNOWN
+    return 1 << min(max(spill_bytes // _BUCKET_BYTES, 0).bit_length(), _MAX_BUCKETS.bit_length() - 1)
 
 
 def check_space(folder: str, needed: int, what: str) -> None:
@@ -82,9 +82,9 @@ class WindowSpill:
         key: int,
         *,
         folder: str,
-        buckets: int = BUCKETS_WHEN_UNKNOWN,
+        buckets: int = _BUCKETS_WHEN_UNKNOWN,
         keep: int | None = None,
-        buffer_bytes: int = BUCKET_BYTES,
+        buffer_bytes: int = _BUCKET_BYTES,
     ) -> None:
         if buckets < 1 or buckets & (buckets - 1):
             raise ValueError(f"buckets must be a power of two, got {buckets}")
@@ -95,7 +95,7 @@ class WindowSpill:
         self._pieces: list[list[tuple[int, int]]] = [[] for _ in range(buckets)]  # (offset, windows)
         self._sizes = np.zeros(buckets, np.int64)
         self._open = buckets
-        room = max(buffer_bytes, buckets * PIECE_BYTES) // self._record.itemsize
+        room = max(buffer_bytes, buckets * _PIECE_BYTES) // self._record.itemsize
         self._buffer = np.empty(max(room, 1), self._record)
         self._filled = 0
         self.windows = 0

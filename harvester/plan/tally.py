@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # The plan stores them, and it must not grow with a corpus of bad records.
-BAD_NAMED = 5
+_BAD_NAMED = 5
 """How many of the records left out are named: the first ones."""
 
 
@@ -80,7 +80,7 @@ class Tally:
     def leave_out(self, where: str, reason: str) -> None:
         """Count one record that was left out."""
         self.bad[reason] = self.bad.get(reason, 0) + 1
-        if len(self.bad_first) < BAD_NAMED:
+        if len(self.bad_first) < _BAD_NAMED:
             self.bad_first.append(f"{where}: {reason}")
 
     def sha256(self) -> str:

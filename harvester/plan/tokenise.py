@@ -21,14 +21,14 @@ from winnow.subject.tokenizer import TextTokenizer
 BATCH_CHARS = 2**21
 """Characters tokenised together: enough for every core, and few enough to keep memory flat (the tokenizer
 takes about 30 bytes for each while it works)."""
-BATCH_DOCUMENTS = 4096
-AHEAD = 2
+_BATCH_DOCUMENTS = 4096
+_AHEAD = 2
 """Most batches waiting between two stages."""
 
 T = TypeVar("T")
 
 
-def read_ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
+def read_ahead(items: Iterable[T], depth: int = _AHEAD) -> Generator[T, None, None]:
     """Yield `items`, which are computed in a thread of their own, at most `depth` of them ahead.
 
     An error in `items` is raised here; closing the generator early ends the thread.
@@ -84,7 +84,7 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
     for text in documents:
         batch.append(text)
         characters += len(text)
-        if characters >= BATCH_CHARS or len(batch) == BATCH_DOCUMENTS:
+        if characters >= BATCH_CHARS or len(batch) == _BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -108,7 +108,7 @@ TURN_ENDS = frozenset(
     }
 )
 """Tokens that end a turn of a chat, not a document."""
-DOCUMENT_ENDS = (
+_DOCUMENT_ENDS = (
     "<|endoftext|>",
     "<|end_of_text|>",
     "<eos>",
@@ -168,7 +168,7 @@ class DocumentTokenizer:
             return "eos"
         # Special tokens only: a vocabulary may hold `</s>` as ordinary text.
         special = self._text.special
-        return next((token for token in DOCUMENT_ENDS if token in special), "eos")
+        return next((token for token in _DOCUMENT_ENDS if token in special), "eos")
 
     def _found(self, field: str, token: str) -> int:
         """The id of `eos`, of `bos` or of a token's text; ConfigError if there is none."""

@@ -25,12 +25,12 @@ from winnow.subject.load import Subject
 
 log = logging.getLogger("winnow.harvester")
 
-GAIN = 1.05
+_GAIN = 1.05
 """How many times as fast a larger batch must be to be worth its memory."""
 # Two, not one: a single slow measurement must not end the search.
 PATIENCE = 2
 """Sizes without gain, one after another, that end the search."""
-MOST_TOKENS = 1 << 20
+_MOST_TOKENS = 1 << 20
 """Largest batch in tokens, however fast."""
 MEASURE_SECONDS = 0.2
 """Shortest time that one size is measured for."""
@@ -45,7 +45,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def smallest_best(rate: Callable[[int], float], most: int) -> tuple[int, dict[int, float]]:
-    """The smallest of 1, 2, 4, ... that is as fast as any, within `GAIN`.
+    """The smallest of 1, 2, 4, ... that is as fast as any, within `_GAIN`.
 
     Args:
         rate: Measures a size, in tokens/s; raises torch's error if memory runs out, which ends the
@@ -67,12 +67,12 @@ def smallest_best(rate: Callable[[int], float], most: int) -> tuple[int, dict[in
             if not rates or not out_of_memory(error):
                 raise
             break
-        idle = 0 if found > GAIN * max(rates.values(), default=0.0) else idle + 1
+        idle = 0 if found > _GAIN * max(rates.values(), default=0.0) else idle + 1
         rates[size] = found
         size *= 2
     # The smallest within GAIN, not the fastest: the rest of the memory is left to whoever shares the device.
     best = max(rates.values())
-    return min(size for size, found in rates.items() if found * GAIN >= best), rates
+    return min(size for size, found in rates.items() if found * _GAIN >= best), rates
 
 
 def measure_batch(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, float]]:
@@ -97,7 +97,7 @@ def measure_batch(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, f
             passes += 1
         return passes * tokens.numel() / (time.perf_counter() - start)
 
-    most = max(1, min(plan.spec.windows_per_unit, MOST_TOKENS // T))
+    most = max(1, min(plan.spec.windows_per_unit, _MOST_TOKENS // T))
     try:
         return smallest_best(rate, most)
     finally:

@@ -63,13 +63,13 @@ def crew_settings(config: Config) -> CrewSettings:
     )
 
 
-def forecast_bytes(plan: HarvestPlan, units: int) -> int:
+def _forecast_bytes(plan: HarvestPlan, units: int) -> int:
     """Bytes that `units` more units will take in the store."""
     # Uncompressed, even with plan.compress: how far rows shrink is known only once they exist.
     return units * sum(plan.shard_bytes(site.name) for site in plan.sites)
 
 
-def check_store_space(
+def _check_store_space(
     plan: HarvestPlan, store: ObjectStore, units: int, follow: FollowLimits | None = None
 ) -> None:
     """Check that a local root's disk has room for `units` more units, or for the ring.
@@ -77,7 +77,7 @@ def check_store_space(
     Raises:
         StoreError: It has not.
     """
-    need, free = forecast_bytes(plan, units), store.free_bytes()
+    need, free = _forecast_bytes(plan, units), store.free_bytes()
     # A ring deletes behind its followers: datasets larger than the disk are what it is for.
     if follow is not None and follow.ring:
         need = min(need, follow.high_water_bytes)
@@ -97,7 +97,7 @@ def ensure_plan(config: Config, store: ObjectStore) -> HarvestPlan:
     section(config.plan, "plan")
     plan = find_plan(config, store)
     if plan is not None:
-        check_store_space(plan, store, 0)
+        _check_store_space(plan, store, 0)
         return plan
     with Progress("plan", None, "tokens") as bar:
         return make_plan(config, store, progress=lambda tokens, **facts: bar.update(tokens, **facts))
@@ -126,16 +126,16 @@ def harvest(
         # Before the first unit: a server that ignores if-none-match would let two attempts at a unit
         # overwrite each other, and hours of harvest would rest on it.
         store.probe(single_writer=config.storage.single_writer)
-        check_store_space(plan, store, len(todo), config.harvest.follow)
+        _check_store_space(plan, store, len(todo), config.harvest.follow)
         say(
             f"harvest: {len(todo)} of {plan.units} units to do, "
-            f"{human_bytes(forecast_bytes(plan, len(todo)))} to write to {store.uri}"
+            f"{human_bytes(_forecast_bytes(plan, len(todo)))} to write to {store.uri}"
         )
 
         # Called when storage failed: "retry later" is useless on a full disk, which should end the harvest
         # with that sentence.
         def enough_space() -> None:
-            check_store_space(plan, store, plan.units - len(receipts_present(store, plan)))
+            _check_store_space(plan, store, plan.units - len(receipts_present(store, plan)))
 
         failures = Failures(config.harvest, enough_space)
         with RunLedger(store, plan, failures) as ledger:

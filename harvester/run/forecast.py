@@ -23,15 +23,15 @@ from winnow.store.objects.probe import probe_requests
 from winnow.store.read.reader import receipts_present
 from winnow.store.records.parts import PART_UNITS
 
-LIST_KEYS = 1000
+_LIST_KEYS = 1000
 """Keys per page of a listing: what S3 returns for one request."""
 MEASURE_BATCHES, MEASURE_SECONDS = 3, 5.0
 """Fewest batches and shortest time that the rate is measured over; both must be reached."""
-RECEIPT_BYTES = 4096
+_RECEIPT_BYTES = 4096
 """Size of a receipt per hook."""
-MOMENT_BYTES = 44
+_MOMENT_BYTES = 44
 """Size of the two moments of one dimension, as JSON, in the first receipts."""
-FIXED_OBJECTS = 5
+_FIXED_OBJECTS = 5
 """plan.json, the root's zarr.json, token digests, manifest.json, ledger.json."""
 
 
@@ -194,7 +194,7 @@ def table_rows(found: Forecast) -> list[tuple[str, str]]:
         source = "earlier runs" if found.rate_from == "ledger" else "the LM here, alone, x actors"
         lines += [
             ("rate", f"{found.tokens_per_second:,.0f} tokens/s ({source})"),
-            ("time", human_hours(found.hours)),
+            ("time", _human_hours(found.hours)),
             ("storage must take", f"{human_bytes(found.bytes_per_second or 0)}/s"),
         ]
     if found.money:
@@ -209,7 +209,7 @@ def table_rows(found: Forecast) -> list[tuple[str, str]]:
     return lines
 
 
-def human_hours(hours: float) -> str:
+def _human_hours(hours: float) -> str:
     """`2.5 days`, `3.2 h`, `4.0 min` or `12 s`."""
     for size, unit in ((24.0, "days"), (1.0, "h"), (1 / 60, "min")):
         if hours >= size:
@@ -224,7 +224,7 @@ def summary_line(found: Forecast) -> str:
         f"{found.requests.puts:,} puts and {found.requests.gets:,} gets to go",
     ]
     if found.hours is not None:
-        parts.append(f"{human_hours(found.hours)} at the rate so far")
+        parts.append(f"{_human_hours(found.hours)} at the rate so far")
     if found.money:
         parts.append(f"{found.money.total:,.2f} {found.money.currency}")
     return "forecast: " + ", ".join(parts)
@@ -241,14 +241,14 @@ def _dataset_bytes(spec: PlanSpec, units: int, sites: tuple[HookSite, ...]) -> i
     shards = sum(_shard_bytes(spec, site) for site in sites)
     # Tokens are uint32, and their chunk ends with a crc32c of four bytes.
     tokens = spec.windows_per_unit * spec.context_length * 4 + 4
-    whole = units * (shards + tokens + RECEIPT_BYTES * len(sites))
-    return whole + min(units, MOMENT_UNITS) * MOMENT_BYTES * sum(site.d_model for site in sites)
+    whole = units * (shards + tokens + _RECEIPT_BYTES * len(sites))
+    return whole + min(units, MOMENT_UNITS) * _MOMENT_BYTES * sum(site.d_model for site in sites)
 
 
 def _objects(spec: PlanSpec, units: int) -> int:
     arrays = 3 + len(spec.hooks)  # a zarr.json each: tokens, token digests, activations, hooks
     # Per unit: a shard per hook, the token chunk, the receipt.
-    return FIXED_OBJECTS + arrays + math.ceil(units / PART_UNITS) + units * (len(spec.hooks) + 2)
+    return _FIXED_OBJECTS + arrays + math.ceil(units / PART_UNITS) + units * (len(spec.hooks) + 2)
 
 
 def _requests(
@@ -260,7 +260,7 @@ def _requests(
     # Successful first attempts only: what retries and repairs add cannot be foreseen.
     puts = probe[0] + to_do * (len(spec.hooks) + 1) + math.ceil(units / PART_UNITS) + 1 + ledger
     gets = probe[1] + 3 + 2 * to_do + units + ledger  # tokens and their digests, then every receipt
-    lists = 3 * math.ceil(units / LIST_KEYS)  # tokens, receipts, receipts again to seal
+    lists = 3 * math.ceil(units / _LIST_KEYS)  # tokens, receipts, receipts again to seal
     if not planned:
         puts += 3 + 3 + len(spec.hooks) + units  # plan, root, digests; arrays; tokens
         lists += 1

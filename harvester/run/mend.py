@@ -37,7 +37,7 @@ def mend(config: Config, store: ObjectStore, plan: HarvestPlan) -> RepairReport:
         StoreError: Storage fails, or something else writes.
     """
     # Tokens first: rows are recomputed from them.
-    tokens = mend_tokens(config, store, plan)
+    tokens = _mend_tokens(config, store, plan)
     worker = local_worker(config, store, plan)
 
     def remake(unit: int) -> tuple[Mapping[str, Stored], Attempt]:
@@ -50,7 +50,7 @@ def mend(config: Config, store: ObjectStore, plan: HarvestPlan) -> RepairReport:
     return report
 
 
-def mend_tokens(config: Config, store: ObjectStore, plan: HarvestPlan) -> list[str]:
+def _mend_tokens(config: Config, store: ObjectStore, plan: HarvestPlan) -> list[str]:
     """Recompute missing and damaged token chunks from the corpus.
 
     Returns:

@@ -28,7 +28,7 @@ from winnow.store.write.writer import commit_void
 
 log = logging.getLogger("winnow.harvester")
 
-UNITS_HELD = 2
+_UNITS_HELD = 2
 """Units in this process at once: one in the LM, one being committed."""
 
 
@@ -95,11 +95,11 @@ class LocalRun:
         flying: dict[Future[UnitFacts], int] = {}
         # Threads, as inside an actor: one unit is committed while the LM, behind the worker's lock, runs the
         # next.
-        pool = ThreadPoolExecutor(UNITS_HELD, thread_name_prefix="winnow-unit")
+        pool = ThreadPoolExecutor(_UNITS_HELD, thread_name_prefix="winnow-unit")
         try:
             with Progress("harvest", plan.units * unit_tokens, "tokens", done_before) as bar:
                 while self._queue or flying:
-                    while self._queue and len(flying) < UNITS_HELD:
+                    while self._queue and len(flying) < _UNITS_HELD:
                         unit = self._queue.popleft()
                         flying[pool.submit(worker.run, unit)] = unit
                     for future in wait(flying, return_when=FIRST_COMPLETED).done:

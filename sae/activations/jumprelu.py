@@ -11,7 +11,7 @@ from winnow.sae.activations.base import Activation, DenseCodes, Latents
 from winnow.sae.codes import jump_relu, step_above
 from winnow.schemas.activations import traits_of
 
-FIRST_THRESHOLD = 0.001
+_FIRST_THRESHOLD = 0.001
 """Where the thresholds start, in the normalised space (the paper's)."""
 
 
@@ -27,7 +27,7 @@ class JumpReLU(Activation):
 
     def begin(self, sae: Latents) -> None:
         """See `Activation.begin`."""
-        sae.threshold.fill_(FIRST_THRESHOLD)
+        sae.threshold.fill_(_FIRST_THRESHOLD)
 
     def codes(self, sae: Latents, pre: Tensor, bandwidth: float) -> DenseCodes:
         """See `Activation.codes`; counts active latents."""

@@ -44,13 +44,13 @@ WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
     "saebench": saelens.write_with_subject,
     "neuronpedia": saelens.write_with_subject,
 }
-HOOK_MODULES = (sparsify.write, dictionary_learning.write)
+_HOOK_MODULES = (sparsify.write, dictionary_learning.write)
 """Writers whose libraries read the own outputs of modules, before any norm that follows."""
 UNKNOWN_HOOK = "unknown"
 """The hook of an SAE whose files do not name one."""
 
 
-def read_plain(
+def _read_plain(
     source: Path, format_name: str, *, transcoder: bool = False, centred: bool | None = None
 ) -> Plain:
     """Read another library's files.
@@ -103,7 +103,7 @@ def import_sae(
             existing SAE in `out`.
         IntegrityError: Files that are damaged or whose shapes do not fit.
     """
-    plain = read_plain(source, format_name, transcoder=target_hook is not None, centred=centred)
+    plain = _read_plain(source, format_name, transcoder=target_hook is not None, centred=centred)
     if target_hook is not None and not plain.transcoder:
         raise ConfigError("--target-hook", expected="a transcoder", got=f"an autoencoder in {source}")
     sae, store = to_sae(plain), open_store(out, storage)
@@ -155,7 +155,7 @@ def export_sae(
     # Only now: an SAE that was refused leaves no empty folder.
     out.mkdir(parents=True, exist_ok=True)
     write(plain, out)
-    for note in hooked_note(plain.hook) if write in HOOK_MODULES else ():
+    for note in hooked_note(plain.hook) if write in _HOOK_MODULES else ():
         log.warning("%s", note)
     return sorted(out.iterdir())
 

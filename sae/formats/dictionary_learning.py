@@ -29,15 +29,15 @@ from winnow.schemas.errors import ConfigError, IntegrityError
 
 NAME = "dictionary_learning"
 WEIGHTS, CONFIG = "ae.pt", "config.json"
-LINEAR = {
+_LINEAR = {
     "AutoEncoderTopK": "topk",
     "BatchTopKSAE": "batchtopk",
     "AutoEncoder": "relu",
     "AutoEncoderNew": "relu",
 }
-MATRICES = {"MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu"}
+_MATRICES = {"MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu"}
 # Per class, what its state dict holds beside the matrices: a tensor of no class is refused, not ignored.
-WEIGHTS_OF = {
+_WEIGHTS_OF = {
     "AutoEncoderTopK": {"b_dec", "k", "threshold"},
     "BatchTopKSAE": {"b_dec", "k", "threshold"},
     "AutoEncoder": {"bias"},
@@ -45,8 +45,8 @@ WEIGHTS_OF = {
     "MatryoshkaBatchTopKSAE": {"k", "threshold", "group_sizes"},
     "JumpReluAutoEncoder": {"threshold"},
 }
-OF_LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
-OF_MATRICES = {"W_enc", "b_enc", "W_dec", "b_dec"}
+_OF_LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
+_OF_MATRICES = {"W_enc", "b_enc", "W_dec", "b_dec"}
 USED = words("activation_dim dict_class dict_size k layer lm_name submodule_name winnow_hook")
 OF_TRAINING = words(
     """
@@ -71,11 +71,11 @@ def read(path: Path) -> Plain:
     config, origin = read_json(path / CONFIG), path / CONFIG
     trainer, buffer = (config.get(name) or {} for name in ("trainer", "buffer"))
     name, file = trainer.get("dict_class"), path / WEIGHTS
-    known = LINEAR | MATRICES
+    known = _LINEAR | _MATRICES
     if name not in known:
         raise ConfigError(f"{path / CONFIG}: dict_class", expected=", ".join(known), got=name)
     state, activation = read_pt(file), known[name]
-    refuse_tensors(state, WEIGHTS_OF[name] | (OF_LINEAR if name in LINEAR else OF_MATRICES), file)
+    refuse_tensors(state, _WEIGHTS_OF[name] | (_OF_LINEAR if name in _LINEAR else _OF_MATRICES), file)
     # TopK has a threshold in its files too, of an option that uses it in place of the K best: not needed.
     threshold = take(state, "threshold", file) if activation in ("batchtopk", "jumprelu") else None
     # -1 is the library's initial value: training ended before the threshold was estimated.
@@ -84,7 +84,7 @@ def read(path: Path) -> Plain:
             f"{file}: no threshold was estimated in training",
             fix="Train past its `threshold_start_step`: without one the library cannot encode either",
         )
-    W_enc, b_enc, W_dec, b_dec = _linear(state, file) if name in LINEAR else _matrices(state, file)
+    W_enc, b_enc, W_dec, b_dec = _linear(state, file) if name in _LINEAR else _matrices(state, file)
     for field, size in zip(("dict_size", "activation_dim"), W_enc.shape, strict=True):
         require_size(origin, field, trainer.get(field), size)
     taken = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")

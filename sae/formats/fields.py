@@ -15,8 +15,8 @@ from winnow.schemas.errors import ConfigError
 
 # Values of an option that is off. A field unknown to us that is off changes nothing, and notes on such fields
 # would hide the one that matters. 0 equals False here, and is off too.
-SAYS_NOTHING: tuple[object, ...] = (None, False, "", "none", [], {})
-SHOWN_LENGTH = 60
+_SAYS_NOTHING: tuple[object, ...] = (None, False, "", "none", [], {})
+_SHOWN_LENGTH = 60
 """Characters of a value in a note."""
 
 
@@ -30,7 +30,7 @@ def unknown_fields(fields: Mapping[str, Any], known: Collection[str], origin: Pa
     odd = [
         f"{name}: {_short(value)}"
         for name, value in fields.items()
-        if name not in known and value not in SAYS_NOTHING
+        if name not in known and value not in _SAYS_NOTHING
     ]
     return (f"{origin}: ignored, since Winnow does not know them: {', '.join(odd)}",) if odd else ()
 
@@ -64,4 +64,4 @@ def require_size(origin: Path, name: str, said: object, found: int) -> None:
 
 def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= SHOWN_LENGTH else text[: SHOWN_LENGTH - 1] + "…"
+    return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 1] + "…"

@@ -31,17 +31,17 @@ from winnow.schemas.errors import ConfigError, IntegrityError
 
 NAME = "gemma-scope"
 FILE, SECOND_FILE, CONFIG = "params.npz", "params.safetensors", "config.json"
-ARRAYS = {"W_enc", "b_enc", "threshold", "W_dec", "b_dec"}
-SKIP = "affine_skip_connection"
+_ARRAYS = {"W_enc", "b_enc", "threshold", "W_dec", "b_dec"}
+_SKIP = "affine_skip_connection"
 USED = words("affine_connection architecture hf_hook_point_in hf_hook_point_out model_name type width")
 OF_TRAINING = words("l0")
 SITES = {"res": "resid_post", "mlp": "mlp_out", "resid_post": "resid_post", "mlp_out": "mlp_out"}
 # Names of the published repositories and their folders: the files of Gemma Scope 1 themselves name no hook.
-FIRST_PATH = re.compile(r"gemma-scope-[^/]*-(res|mlp|att|transcoders)/layer_(\d+)/")
-SECOND_PATH = re.compile(r"/(resid_post|mlp_out|attn_out|transcoder)(?:_all)?/layer_(\d+)_")
-POINT = re.compile(r"(.*layers\.(\d+)(?:\.(\w+(?:\.\w+)*))?)\.(input|output)")
-HEADS_NOTE = "it reads the input of layer {}'s o_proj, all heads joined, which is no hook that Winnow reads"
-NORMED_NOTE = (
+_FIRST_PATH = re.compile(r"gemma-scope-[^/]*-(res|mlp|att|transcoders)/layer_(\d+)/")
+_SECOND_PATH = re.compile(r"/(resid_post|mlp_out|attn_out|transcoder)(?:_all)?/layer_(\d+)_")
+_POINT = re.compile(r"(.*layers\.(\d+)(?:\.(\w+(?:\.\w+)*))?)\.(input|output)")
+_HEADS_NOTE = "it reads the input of layer {}'s o_proj, all heads joined, which is no hook that Winnow reads"
+_NORMED_NOTE = (
     "it reads the input of layer {}'s MLP after the norm and before the norm's gain, which is no hook that "
     "Winnow reads"
 )
@@ -55,7 +55,7 @@ def read(path: Path, *, transcoder: bool = False) -> Plain:
     read_arrays = read_safetensors if path.suffix == ".safetensors" else read_npz
     # `w_enc` and `w_dec` of Gemma Scope 2 get the capitals of the first.
     arrays = {re.sub(r"^w_", "W_", name): array for name, array in read_arrays(path).items()}
-    refuse_tensors(arrays, ARRAYS | {SKIP}, path)
+    refuse_tensors(arrays, _ARRAYS | {_SKIP}, path)
     W_enc, W_dec = take(arrays, "W_enc", path).T, take(arrays, "W_dec", path)
     # A cross-layer transcoder decodes to several layers at once: [N, layers, O].
     if W_dec.ndim != 2:
@@ -68,8 +68,8 @@ def read(path: Path, *, transcoder: bool = False) -> Plain:
         raise ConfigError(f"{origin}: architecture", expected="jump_relu", got=architecture)
     require_size(origin, "width", config.get("width"), len(W_enc))
     # Without its skip the transcoder would run, and give other numbers.
-    if config.get("affine_connection") and SKIP not in arrays:
-        raise IntegrityError(f"{origin}: affine_connection", expected=f"a tensor {SKIP} in {path.name}")
+    if config.get("affine_connection") and _SKIP not in arrays:
+        raise IntegrityError(f"{origin}: affine_connection", expected=f"a tensor {_SKIP} in {path.name}")
     hook, target, across, notes = _place(path, config)
     return Plain(
         activation="jumprelu",
@@ -79,8 +79,8 @@ def read(path: Path, *, transcoder: bool = False) -> Plain:
         b_in=torch.zeros(W_enc.shape[1]),
         b_out=take(arrays, "b_dec", path),
         threshold=take(arrays, "threshold", path),
-        W_skip=take(arrays, SKIP, path).T if SKIP in arrays else None,
-        transcoder=transcoder or across or SKIP in arrays or W_dec.shape[1] != W_enc.shape[1],
+        W_skip=take(arrays, _SKIP, path).T if _SKIP in arrays else None,
+        transcoder=transcoder or across or _SKIP in arrays or W_dec.shape[1] != W_enc.shape[1],
         hook=hook,
         target_hook=target,
         model=config.get("model_name"),
@@ -96,7 +96,7 @@ def _place(path: Path, config: dict[str, Any]) -> tuple[str | None, str | None, 
         hook, notes = _point(points[0])
         target, more = _point(points[1]) if across else (None, ())
         return hook, target, across, (*notes, *more)
-    match = FIRST_PATH.search(path.resolve().as_posix()) or SECOND_PATH.search(path.resolve().as_posix())
+    match = _FIRST_PATH.search(path.resolve().as_posix()) or _SECOND_PATH.search(path.resolve().as_posix())
     if not match:
         return None, None, False, ()
     kind, layer = match.groups()
@@ -104,15 +104,15 @@ def _place(path: Path, config: dict[str, Any]) -> tuple[str | None, str | None, 
         return f"{SITES[kind]}.{layer}", None, False, ()
     # The target is a hook of Winnow's even if the input is none: it is imported with a note, for `--hook`.
     if kind == "transcoders":
-        return None, f"mlp_out.{layer}", True, (NORMED_NOTE.format(layer),)
+        return None, f"mlp_out.{layer}", True, (_NORMED_NOTE.format(layer),)
     if kind == "transcoder":
         return f"model.layers.{layer}.pre_feedforward_layernorm", f"mlp_out.{layer}", True, ()
-    return None, None, False, (HEADS_NOTE.format(layer),)
+    return None, None, False, (_HEADS_NOTE.format(layer),)
 
 
 def _point(name: object) -> tuple[str | None, tuple[str, ...]]:
     """A place such as `model.layers.9.output` as a hook, or a note on one that Winnow does not read."""
-    match = POINT.fullmatch(str(name))
+    match = _POINT.fullmatch(str(name))
     if match:
         path, layer, module, side = match.groups()
         if not module:

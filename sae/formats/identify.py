@@ -20,7 +20,7 @@ LAYOUTS = {
     "dictionary_learning": "a folder with config.json and ae.pt",
     "gemma-scope": "params.npz or params.safetensors with W_enc, b_enc, W_dec, b_dec and threshold",
 }
-FILES: dict[str, tuple[tuple[str, ...], ...]] = {
+_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "openai": (("autoencoder.pt",),),
     "saelens": (("cfg.json", "sae_weights.safetensors"),),
     "sparsify": (("cfg.json", "sae.safetensors"),),
@@ -28,13 +28,13 @@ FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "gemma-scope": (("params.npz",), ("params.safetensors",)),
 }
 """The files of a folder of each format: all of one of the tuples."""
-NOBODYS = (Kind.LFS, Kind.MARKUP, Kind.EMPTY, Kind.GGUF)
+_NOBODYS = (Kind.LFS, Kind.MARKUP, Kind.EMPTY, Kind.GGUF)
 """Kinds that no importer reads, whatever the file's name is."""
 OWN = ("sae.json", "sae.safetensors")
-LONE = {"openai": (Kind.TORCH, Kind.PICKLE), "gemma-scope": (Kind.NPZ, Kind.SAFETENSORS, Kind.PICKLE)}
+_LONE = {"openai": (Kind.TORCH, Kind.PICKLE), "gemma-scope": (Kind.NPZ, Kind.SAFETENSORS, Kind.PICKLE)}
 """Formats of one file, which may have any name; the reader itself says what is wrong with a pickle."""
 # The kind belongs to the sign: W_enc, W_dec and threshold alone are dictionary_learning's and Gemma Scope's.
-SIGNS: tuple[tuple[str, Kind, set[str]], ...] = (
+_SIGNS: tuple[tuple[str, Kind, set[str]], ...] = (
     ("openai", Kind.TORCH, {"encoder.weight", "latent_bias", "pre_bias"}),
     ("dictionary_learning", Kind.TORCH, {"encoder.weight", "encoder.bias", "decoder.weight"}),
     ("dictionary_learning", Kind.TORCH, {"W_enc", "W_dec", "b_dec", "threshold"}),
@@ -66,15 +66,15 @@ def require_format(path: Path, name: str) -> None:
         return
     kind = kind_of_file(path)
     # A file in a folder of a known format is what its folder says; only a lone one is judged by its tensors.
-    if kind not in NOBODYS:
-        found = [other for other in _formats_in(path.parent) if path.name in sum(FILES[other], ())]
+    if kind not in _NOBODYS:
+        found = [other for other in _formats_in(path.parent) if path.name in sum(_FILES[other], ())]
         if name in found:
             return
         if found:
             raise _other(path, f"a file of {LAYOUTS[found[0]]}", name, found[0])
     tensors = _tensors_of(path, kind)
-    likely = [other for other, its_kind, some in SIGNS if its_kind is kind and some <= set(tensors)]
-    if kind in LONE.get(name, ()) and (not likely or name in likely):
+    likely = [other for other, its_kind, some in _SIGNS if its_kind is kind and some <= set(tensors)]
+    if kind in _LONE.get(name, ()) and (not likely or name in likely):
         return
     others = [other for other in likely if other != name]
     raise ConfigError(
@@ -109,7 +109,7 @@ def _formats_in(folder: Path) -> list[str]:
     def has(files: tuple[str, ...]) -> bool:
         return all((folder / file).is_file() for file in files)
 
-    return [name for name, choices in FILES.items() if any(has(files) for files in choices)]
+    return [name for name, choices in _FILES.items() if any(has(files) for files in choices)]
 
 
 def _other(path: Path, what: str, asked: str, found: str) -> ConfigError:

@@ -23,7 +23,7 @@ from winnow.sae.formats.names import is_lens_name, parse_lens
 
 CENTRES = "center_writing_weights"
 SAME_ROWS = ("fold_ln", "fold_value_biases", "center_unembed", "refactor_factored_attn_matrices")
-SAME_MODEL = (
+_SAME_MODEL = (
     "n_devices",
     "device",
     "device_map",
@@ -46,13 +46,13 @@ SAME_MODEL = (
     "use_hook_mlp_in",
 )
 """Options of `from_pretrained` that leave the rows unchanged, except for rounding."""
-UNPROCESSED_SINCE = (3, 19, 2)
+_UNPROCESSED_SINCE = (3, 19, 2)
 """The first SAELens that loads models without processing; earlier ones centred all that have LayerNorm."""
 # By name, since the file says nothing of the norm, and the subject itself is not loaded for an import.
 RMS = re.compile(
     r"gemma|llama|mistral|mixtral|qwen|phi-?[34]|olmo-?[23]|olmoe|smollm|deepseek|gpt-oss|yi-|granite", re.I
 )
-LAYER_NORM = re.compile(
+_LAYER_NORM = re.compile(
     r"gpt-?2|pythia|gpt-neo|gpt-j|\bopt-|gelu-|solu-|attn-only|tiny-?stories|bloom|stablelm|phi-?[12]\b|othello",
     re.I,
 )
@@ -82,7 +82,7 @@ class Loading:
     def notes(self, hooks: tuple[str | None, ...]) -> tuple[str, ...]:
         """Notes on options, and on places that Winnow cannot read, for an SAE of these hooks."""
         found: list[str] = []
-        known = {*SAME_MODEL, *SAME_ROWS, CENTRES} if self.lens else set(SAME_MODEL)
+        known = {*_SAME_MODEL, *SAME_ROWS, CENTRES} if self.lens else set(_SAME_MODEL)
         other = {k: v for k, v in self.options.items() if k not in known and v not in (None, False, {}, "")}
         if other:
             said = ", ".join(f"{name}: {value!r}" for name, value in other.items())
@@ -104,10 +104,10 @@ def read_loading(about: Mapping[str, Any]) -> Loading:
     # The version that trained it, not the one that converted its file: training is what centred the rows.
     version = _version(about.get("sae_lens_training_version")) or _version(about.get("sae_lens_version"))
     model = str(about.get("model_name") or "")
-    processed = None if version is None else version < UNPROCESSED_SINCE
+    processed = None if version is None else version < _UNPROCESSED_SINCE
     # From before SAELens recorded its version, recognised by a field of that time: published for GPT-2, and
     # all centred.
-    if version is None and "hook_point" in about and LAYER_NORM.search(model):
+    if version is None and "hook_point" in about and _LAYER_NORM.search(model):
         processed = True
     return Loading(
         options=options if isinstance(options, dict) else {},

@@ -8,10 +8,10 @@ LENS = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)"
 LENS_ANY = re.compile(r"(?:.*\.)?hook_\w+")
 OURS = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out)\.(\d+)")
 HOOK = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-MODULE = re.compile(r"(?P<head>(?:\w+\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<rest>[\w.]+))?")
+_MODULE = re.compile(r"(?P<head>(?:\w+\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<rest>[\w.]+))?")
 HEADS = {"layers": "model.", "h": "transformer.", "blocks": "transformer."}
 """Prefixes in a causal LM of lists of blocks whose names are relative to the base model."""
-ADDED = {"mlp": "mlp_out", "self_attn": "attn_out", "attn": "attn_out", "attention": "attn_out"}
+_ADDED = {"mlp": "mlp_out", "self_attn": "attn_out", "attn": "attn_out", "attention": "attn_out"}
 """Modules whose output a block adds to the stream, directly or after a norm."""
 
 
@@ -43,7 +43,7 @@ def module_path(name: str) -> str | None:
 
     Whether the subject has the path is checked when it is read, with an error that names similar ones.
     """
-    match = MODULE.fullmatch(name)
+    match = _MODULE.fullmatch(name)
     if not match:
         return None
     head = match["head"] or HEADS[match["list"]]
@@ -60,7 +60,7 @@ def from_module(name: str) -> tuple[str | None, str | None]:
 
     `layers.9` is a block: `resid_pre.9` and `resid_post.9`. Of any other module Winnow reads the output only.
     """
-    match = MODULE.fullmatch(name)
+    match = _MODULE.fullmatch(name)
     if match and not match["rest"]:
         return f"resid_pre.{match['layer']}", f"resid_post.{match['layer']}"
     return None, module_path(name)
@@ -68,8 +68,8 @@ def from_module(name: str) -> tuple[str | None, str | None]:
 
 def added_note(hook: str | None) -> tuple[str, ...]:
     """A note on a hook at a module whose output some families norm before they add it."""
-    match = MODULE.fullmatch(hook or "")
-    site = ADDED.get(match["rest"] or "") if match else None
+    match = _MODULE.fullmatch(hook or "")
+    site = _ADDED.get(match["rest"] or "") if match else None
     if match is None or site is None:
         return ()
     return (
@@ -81,7 +81,7 @@ def added_note(hook: str | None) -> tuple[str, ...]:
 def hooked_note(hook: str | None) -> tuple[str, ...]:
     """A note on an SAE of `attn_out` or `mlp_out` for a library that hooks modules; see `added_note`."""
     match = OURS.fullmatch(hook or "")
-    if match is None or match[1] not in ADDED.values():
+    if match is None or match[1] not in _ADDED.values():
         return ()
     norm = "post_attention_layernorm" if match[1] == "attn_out" else "post_feedforward_layernorm"
     return (

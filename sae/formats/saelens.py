@@ -35,17 +35,17 @@ NAME = "saelens"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 # Added to the standard deviation by the library's layer norm; imported SAEs keep it exactly.
 EPSILON = 1e-5
-LAYOUT = "6.0.0"
+_LAYOUT = "6.0.0"
 """The first SAELens that reads this layout."""
-CENTRED_NOTE = (
+_CENTRED_NOTE = (
     "its subject was loaded with center_writing_weights: each row's mean over D is removed before encoding "
     "and added to the reconstruction"
 )
-CENTRED_TARGET_NOTE = (
+_CENTRED_TARGET_NOTE = (
     "its target was centred (center_writing_weights): its output lacks each target row's mean over D, which "
     "it was never shown"
 )
-UNKNOWN_CENTRING_NOTE = (
+_UNKNOWN_CENTRING_NOTE = (
     "neither an option nor a version tells whether its rows were centred (center_writing_weights), as "
     "TransformerLens does by default to models with LayerNorm, and SAELens did before 3.19.2; they are taken "
     "as not centred: --centred or --not-centred says which"
@@ -155,9 +155,9 @@ def _matrices(
 
 def _centring_notes(of_input: bool | None, of_target: bool | None) -> tuple[str, ...]:
     """Notes on centred rows: of the input, of a transcoder's target, or of not knowing."""
-    notes = [CENTRED_NOTE] if of_input else []
-    notes += [CENTRED_TARGET_NOTE] if of_target else []
-    return (*notes, UNKNOWN_CENTRING_NOTE) if None in (of_input, of_target) else tuple(notes)
+    notes = [_CENTRED_NOTE] if of_input else []
+    notes += [_CENTRED_TARGET_NOTE] if of_target else []
+    return (*notes, _UNKNOWN_CENTRING_NOTE) if None in (of_input, of_target) else tuple(notes)
 
 
 def _hook(about: dict[str, Any], *names: str) -> str | None:
@@ -232,7 +232,7 @@ def write_with_subject(plain: Plain, folder: Path) -> None:
 def _config(plain: Plain, architecture: str) -> dict[str, Any]:
     latents, width = plain.W_enc.shape
     metadata = {
-        "sae_lens_version": LAYOUT,
+        "sae_lens_version": _LAYOUT,
         "model_name": plain.model,
         "hook_name": to_lens(plain.hook),
         "hook_layer": layer_of(plain.hook),

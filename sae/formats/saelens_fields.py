@@ -59,8 +59,8 @@ OF_TRAINING = words("""
     """)
 """Fields about training, data and devices, which do not affect what the SAE computes."""
 # Values of `seqpos_slice` that select every position.
-ALL_POSITIONS = (None, [], [None], [None, None], [0, None], [None, None, None])
-NORMALISATIONS = {
+_ALL_POSITIONS = (None, [], [None], [None, None], [0, None], [None, None, None])
+_NORMALISATIONS = {
     "expected_average_only_in": "Its factor is not in the files: fold it with SAELens first",
     "constant_norm_rescale": "It scales each row to one norm and does not centre it: Winnow has no such part",
     "covariance_whitening": "Its matrices are not in the files: fold them with SAELens first",
@@ -105,7 +105,7 @@ def is_layer_normed(config: Mapping[str, Any], origin: Path) -> bool:
     # A bool in old files; version 6 reads it this way.
     mode = "expected_average_only_in" if mode is True else mode
     if mode not in ("none", "layer_norm"):
-        fix = NORMALISATIONS.get(mode, "Winnow does not know it")
+        fix = _NORMALISATIONS.get(mode, "Winnow does not know it")
         raise ConfigError(
             f"{origin}: normalize_activations", expected="none or layer_norm", got=mode, fix=fix
         )
@@ -120,7 +120,7 @@ def notes_on(config: Mapping[str, Any], about: Mapping[str, Any], origin: Path) 
     for name in ("hook_head_index", "hook_point_head_index", "hook_head_index_out"):
         if about.get(name) is not None:
             notes.append(f"it reads one head alone ({name}: {about[name]}), which Winnow does not read")
-    if (slice_ := about.get("seqpos_slice")) not in ALL_POSITIONS:
+    if (slice_ := about.get("seqpos_slice")) not in _ALL_POSITIONS:
         notes.append(f"its rows came from the positions {slice_} of each context alone (seqpos_slice)")
     if tokens := about.get("exclude_special_tokens"):
         which = "special tokens" if tokens is True else f"the tokens {tokens}"

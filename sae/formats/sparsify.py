@@ -23,7 +23,7 @@ NAME = "sparsify"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 USED = words("activation d_in expansion_factor k num_latents signed skip_connection transcode")
 OF_TRAINING = words("multi_topk normalize_decoder")
-TENSORS = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
+_TENSORS = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
 
 
 def read(path: Path) -> Plain:
@@ -37,7 +37,7 @@ def read(path: Path) -> Plain:
     if not isinstance(config.get("k"), int):
         raise IntegrityError(f"{path / CONFIG}: k", expected="a number", got=config.get("k"))
     file, transcode, skip = path / WEIGHTS, bool(config.get("transcode")), bool(config.get("skip_connection"))
-    refuse_tensors(tensors, TENSORS | ({"W_skip"} if skip else set()), file)
+    refuse_tensors(tensors, _TENSORS | ({"W_skip"} if skip else set()), file)
     W_enc, b_dec = take(tensors, "encoder.weight", file), take(tensors, "b_dec", file)
     # 0 latents in the config means `expansion_factor` times the width.
     for name, size in zip(("num_latents", "d_in"), W_enc.shape, strict=True):

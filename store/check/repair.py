@@ -53,7 +53,7 @@ from winnow.store.write.writer import gather, make_shard, read_orphan, tokens_di
 Remake = Callable[[int], tuple[Mapping[str, Stored], Attempt]]
 """Unit -> (hook -> its rows [R, D] as stored, computed anew; the attempt that did it)."""
 
-MANIFEST_KEY = re.compile(r"manifest(?:\.r([1-9]\d*))?\.json")
+_MANIFEST_KEY = re.compile(r"manifest(?:\.r([1-9]\d*))?\.json")
 _WRONG = (IntegrityError, MissingObject, UnsupportedVersion, NonFiniteError)
 
 
@@ -296,7 +296,7 @@ class _Repair:
 
     def manifests(self) -> None:
         """Seal again if the manifest no longer agrees with the receipts."""
-        present = [MANIFEST_KEY.fullmatch(key) for key, _ in self.store.list()]
+        present = [_MANIFEST_KEY.fullmatch(key) for key, _ in self.store.list()]
         revisions = sorted(int(match[1] or 0) for match in present if match)
         if not revisions:
             return  # not sealed: that is for the harvest

@@ -22,7 +22,7 @@ RING_DIR = "ring"
 BATCHES_DIR = "batches"
 TOKENS_ARRAY = "tokens"
 TOKEN_DIGESTS_ARRAY = "token_digests"
-ACTIVATIONS_GROUP = "activations"
+_ACTIVATIONS_GROUP = "activations"
 # Fill values are NaN, so that a missing shard shows in any zarr reader, which takes it for no error.
 BFLOAT16_NAN = 0x7FC0
 """fill_value of bfloat16 arrays, which are stored as uint16."""
@@ -67,7 +67,7 @@ def batches_prefix(kind: str) -> str:
 
 def array_key(hook: str) -> str:
     """Key of the zarr array of a hook's rows."""
-    return f"{ACTIVATIONS_GROUP}/{hook}"
+    return f"{_ACTIVATIONS_GROUP}/{hook}"
 
 
 def shard_key(hook: str, unit: int) -> str:

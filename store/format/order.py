@@ -22,12 +22,12 @@ from winnow.schemas.training import StreamState
 from winnow.store.format.layout import keyed_permutations, philox_key
 
 # Part of checkpoints: a changed order needs a new name, or old runs would resume on other batches.
-ALGORITHM = "lanes.v2"
+_ALGORITHM = "lanes.v2"
 """Name and version of this order; golden vectors in the tests pin what it yields."""
 # At 1.05 a batch estimates as well as one with 5 % fewer independent rows.
 LARGEST_DESIGN_EFFECT = 1.05
 """Largest design effect that is accepted."""
-WINDOW_CORRELATION = 0.1
+_WINDOW_CORRELATION = 0.1
 """Assumed correlation of two rows of one window in what a batch estimates."""
 
 
@@ -275,13 +275,13 @@ class LaneOrder:
     @property
     def design_effect(self) -> float:
         """Variance of a batch's mean over that of B independent draws: 1 + (B-1) * 0.1 * excess."""
-        return 1 + (self.batch_rows - 1) * WINDOW_CORRELATION * self.excess
+        return 1 + (self.batch_rows - 1) * _WINDOW_CORRELATION * self.excess
 
     @property
     def group_units_needed(self) -> int:
         """The smallest U whose design effect is at most `LARGEST_DESIGN_EFFECT`."""
         # The product with 1e-9 more: rounding must not ask for one unit more than `design_effect` does.
-        allowed = (LARGEST_DESIGN_EFFECT - 1) / (max(self.batch_rows - 1, 1) * WINDOW_CORRELATION)
+        allowed = (LARGEST_DESIGN_EFFECT - 1) / (max(self.batch_rows - 1, 1) * _WINDOW_CORRELATION)
         most_groups = 1 + int(allowed * len(self.units) * self.windows_per_unit * (1 + 1e-9))
         return -(-len(self.units) // most_groups)
 
@@ -291,7 +291,7 @@ class LaneOrder:
             plan_fingerprint=plan_fingerprint,
             split=split,
             hooks=tuple(hooks),
-            algorithm=ALGORITHM,
+            algorithm=_ALGORITHM,
             seed=self.seed,
             lanes=self.lanes,
             group_units=self.group_units,

@@ -39,13 +39,13 @@ from winnow.store.objects.keys import Keys
 from winnow.store.objects.signing import OTHER_HEADERS, put_headers
 
 # A URL is used at once, but the server's clock may differ by as much as S3 allows, which is 15 minutes.
-URL_LIFE = timedelta(minutes=15)
+_URL_LIFE = timedelta(minutes=15)
 """Validity of a signed URL."""
-IDLE_CONNECTIONS = 32
+_IDLE_CONNECTIONS = 32
 """Connections kept open between requests."""
 REFUSED = (400, 401, 403, 405, 411, 501)
 """Statuses of a server that refuses a request, or its form."""
-MOMENTARY = frozenset(
+_MOMENTARY = frozenset(
     {
         "BadDigest",
         "ExpiredToken",
@@ -62,10 +62,10 @@ MOMENTARY = frozenset(
 # One refusal may be chance; without a limit every read would pay for a request that always fails.
 REFUSALS = 3
 """Refused first tries in a row, each of which obstore then got through, before first tries are abandoned."""
-PIECES_TOGETHER = 1024
+_PIECES_TOGETHER = 1024
 """Pieces sent in one call (Linux's IOV_MAX)."""
 # A body from a hostile server must not fill the memory; S3's error documents are far shorter.
-MAX_REPLY = 1 << 16
+_MAX_REPLY = 1 << 16
 """Most bytes that are read of a reply to a put, or of a refusal."""
 
 Method = Literal["GET", "PUT"]
@@ -221,13 +221,13 @@ class Direct:
 
     def _signed(self, method: Method, path: str) -> SplitResult:
         try:
-            return urlsplit(obstore.sign(self._client, method, path, URL_LIFE))
+            return urlsplit(obstore.sign(self._client, method, path, _URL_LIFE))
         except BaseError:
             raise _Unsuitable("nothing to sign with") from None  # the cause may quote a secret
 
     def _keep(self, connection: HTTPConnection, reply: HTTPResponse, opened: ExitStack) -> None:
         """Keep a connection for the next request instead of closing it, unless there are enough."""
-        if not reply.will_close and len(self._idle) < IDLE_CONNECTIONS:
+        if not reply.will_close and len(self._idle) < _IDLE_CONNECTIONS:
             reply.close()
             opened.pop_all()
             self._idle.append(connection)
@@ -273,10 +273,10 @@ def _is_range(reply: HTTPResponse, start: int, end: int) -> bool:
 
 def _refusal(reply: HTTPResponse) -> tuple[str | None, str | None]:
     """Return the reason if a server refuses the form of a request, otherwise None; and S3's code."""
-    said = reply.read(MAX_REPLY)
+    said = reply.read(_MAX_REPLY)
     found = re.search(rb"<Code>(\w{1,64})</Code>", said)
     code = found[1].decode() if found else None
-    if reply.status not in REFUSED or code in MOMENTARY:
+    if reply.status not in REFUSED or code in _MOMENTARY:
         return None, code
     return f"{reply.status} {code or reply.reason}", code
 
@@ -291,7 +291,7 @@ def _send(connection: HTTPConnection, pieces: Sequence[Data], deadline: float) -
     left = [memoryview(piece).cast("B") for piece in pieces]
     while left:
         if _plain(connection):
-            sent = connection.sock.sendmsg(left[:PIECES_TOGETHER])
+            sent = connection.sock.sendmsg(left[:_PIECES_TOGETHER])
         else:
             sent = len(left[0])
             connection.sock.sendall(left[0])

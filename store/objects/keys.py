@@ -89,7 +89,7 @@ def find_keys() -> Keys | None:
 
 def _configured() -> Callable[[], tuple[str, str, str | None]]:
     with _as_store_errors():
-        found = aws_session().get_credentials()
+        found = _aws_session().get_credentials()
     if found is None:
         raise _missing("no AWS_ACCESS_KEY_ID, no profile in ~/.aws and no instance role")
 
@@ -116,7 +116,7 @@ def aws_setting(name: str) -> str | None:
     from botocore.configprovider import ConfiguredEndpointProvider  # pyright: ignore[reportMissingTypeStubs]
 
     with _as_store_errors():
-        session = aws_session()
+        session = _aws_session()
         if name == "region":
             return session.get_config_variable("region")
         if session.get_config_variable("ignore_configured_endpoint_urls"):
@@ -126,7 +126,7 @@ def aws_setting(name: str) -> str | None:
         return ConfiguredEndpointProvider(session.full_config, told, "s3").provide()
 
 
-def aws_session() -> Any:
+def _aws_session() -> Any:
     """Return botocore's view of environment and files."""
     # Imported late: with keys in the environment nothing needs botocore.
     import botocore.session  # pyright: ignore[reportMissingTypeStubs]

@@ -19,7 +19,7 @@ from winnow.store.objects.direct import Direct
 from winnow.store.objects.keys import aws_setting, find_keys
 from winnow.store.objects.s3_store import S3Store
 
-MAX_PREFIX_BYTES = 1024 - MAX_KEY - 1
+_MAX_PREFIX_BYTES = 1024 - MAX_KEY - 1
 """Longest prefix of a root."""
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 
@@ -34,7 +34,7 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
             got="credentials inside the URI" if "@" in bucket or ":" in bucket else repr(bucket[:80]),
             fix="Credentials belong in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)",
         )
-    check_prefix(prefix)
+    _check_prefix(prefix)
     env = os.environ
     endpoint, plain = s3_endpoint(storage.allow_http)
     keys = find_keys()
@@ -71,7 +71,7 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
     return S3Store(client, bucket, prefix, direct, storage.single_writer)
 
 
-def check_prefix(prefix: str) -> None:
+def _check_prefix(prefix: str) -> None:
     """Raise ConfigError if a root's prefix cannot begin the keys of its objects; S3 takes all others."""
     wrong = ""
     # The S3 client and URLs normalise empty names, `.` and `..` away; the client refuses control characters.
@@ -79,12 +79,12 @@ def check_prefix(prefix: str) -> None:
         wrong = "a name that is empty, '.' or '..' between two slashes"
     elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in prefix):
         wrong = "a control character, or one that is no Unicode"
-    elif len(prefix.encode()) > MAX_PREFIX_BYTES:
+    elif len(prefix.encode()) > _MAX_PREFIX_BYTES:
         wrong = f"{len(prefix.encode())} bytes"
     if wrong:
         raise ConfigError(
             f"root has the prefix {prefix[:80]!r}",
-            expected=f"names between single slashes, at most {MAX_PREFIX_BYTES} bytes (a key has 1,024, of "
+            expected=f"names between single slashes, at most {_MAX_PREFIX_BYTES} bytes (a key has 1,024, of "
             f"which the store's own names may take {MAX_KEY})",
             got=wrong,
         )

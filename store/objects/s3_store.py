@@ -54,7 +54,7 @@ log = logging.getLogger("winnow.store")
 
 
 @dataclass
-class ServerFacts:
+class _ServerFacts:
     """Facts about a server, learnt once and shared by all stores of one client."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -76,10 +76,10 @@ class S3Store(ObjectStore):
         prefix: str,
         direct: Direct,
         single_writer: bool = False,
-        server: ServerFacts | None = None,
+        server: _ServerFacts | None = None,
     ) -> None:
         self._client, self._bucket, self._prefix = client, bucket, prefix
-        self._direct, self._single_writer, self._server = direct, single_writer, server or ServerFacts()
+        self._direct, self._single_writer, self._server = direct, single_writer, server or _ServerFacts()
         self._process = os.getpid()
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
 

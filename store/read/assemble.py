@@ -27,7 +27,7 @@ ASSEMBLING = 2
 """Threads that assemble, unless those that read do."""
 # Waking a thread costs as much as gathering a small batch, so several are handed over together. Three runs of
 # 2.5 MiB (and slices received 2 MiB at a time) gave 0.81 of the bare loop's rate, two of 4 MiB 0.75.
-RUN_BYTES = 5 * 2**19
+_RUN_BYTES = 5 * 2**19
 """Bytes of a run of batches, about; at least one batch."""
 RUN_BATCHES = 8
 """Most batches in a run."""
@@ -67,7 +67,7 @@ class Assembler:
         self, pool: ThreadPoolExecutor | None, widen: Widen | None, batch_bytes: int, hooks: int
     ) -> None:
         self.widen = widen
-        self.run = min(max(1, RUN_BYTES // batch_bytes), RUN_BATCHES)
+        self.run = min(max(1, _RUN_BYTES // batch_bytes), RUN_BATCHES)
         """Batches assembled by one task."""
         self._most = (RUNS_AHEAD + 2) * hooks
         # The threads that read a local root assemble too: more threads than cores pass the interpreter's lock

@@ -23,10 +23,10 @@ from winnow.store.format.layout import shard_key
 
 log = logging.getLogger("winnow.store")
 # Other processes fill the folder too, so a process's own sum goes wrong; listing the folder is slow.
-RECOUNT_BYTES = 1 << 30
+_RECOUNT_BYTES = 1 << 30
 """Bytes written until the folder's content is counted again."""
 # Writing one slice takes no hour: an older unfinished file is a killed process's.
-STALE_SECONDS = 3600.0
+_STALE_SECONDS = 3600.0
 """Age at which an unfinished file is removed."""
 
 
@@ -35,7 +35,7 @@ class SliceCache:
 
     Args:
         folder: Created if it does not exist.
-        max_bytes: Most bytes in the folder. Processes that fill it together may exceed it by `RECOUNT_BYTES`
+        max_bytes: Most bytes in the folder. Processes that fill it together may exceed it by `_RECOUNT_BYTES`
             each.
         plan: The dataset's plan.
     """
@@ -121,7 +121,7 @@ class SliceCache:
     def _room(self, size: int) -> bool:
         """Reserve room for `size` bytes; False if there is none."""
         with self._lock:
-            if self._written >= RECOUNT_BYTES:
+            if self._written >= _RECOUNT_BYTES:
                 self._count()
             if self._held + size > self._max:
                 self._evict(size)
@@ -137,7 +137,7 @@ class SliceCache:
         for path in self._top.glob("*/*") if self._top.is_dir() else ():
             with suppress(OSError):
                 facts = path.stat()
-                if path.name.startswith(".") and time.time() - facts.st_mtime > STALE_SECONDS:
+                if path.name.startswith(".") and time.time() - facts.st_mtime > _STALE_SECONDS:
                     path.unlink()  # a killed process left it
                     continue
                 found.append((facts.st_mtime, facts.st_size, path))

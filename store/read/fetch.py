@@ -21,7 +21,7 @@ from winnow.store.read.cache import SliceCache
 from winnow.store.records.index import ReceiptIndex
 
 # A bit flipped on the way is gone at the next try; one in storage is not.
-REFETCHES = 2
+_REFETCHES = 2
 """Times that a slice which fails its check is fetched again before it counts as damaged."""
 # Less would ask for the interpreter's lock more often; much more would have left the CPU's cache when it is
 # checked.
@@ -56,7 +56,7 @@ def fetch_slices(
 
     Raises:
         MissingObject: The shard does not exist.
-        IntegrityError: A slice still differs from the receipt after `REFETCHES`, or the shard's length does.
+        IntegrityError: A slice still differs from the receipt after `_REFETCHES`, or the shard's length does.
             The content of `places` is then undefined.
     """
     slices = _Slices(store, plan, index, hook, unit, first, places, cache)
@@ -132,14 +132,14 @@ class _Slices:
     def check_or_refetch(self, number: int) -> int:
         """Check a slice, fetching it again while it is bad; return the bytes read for that."""
         size = self.starts[number + 1] - self.starts[number]
-        for fetched in range(REFETCHES):
+        for fetched in range(_REFETCHES):
             with suppress(IntegrityError):
                 self._check(number)
                 return fetched * size
             for _ in self.read(number, number + 1, [range(number, number + 1)]):
                 pass
         self._check(number)
-        return REFETCHES * size
+        return _REFETCHES * size
 
     def _check(self, number: int) -> None:
         """Check a received slice and unpack it; IntegrityError if it is wrong."""
@@ -162,7 +162,7 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield numbers[first], numbers[stop - 1] + 1
 
 
-def name_slices(hook: str, unit: int, first: int, stop: int) -> str:
+def _name_slices(hook: str, unit: int, first: int, stop: int) -> str:
     """Name slices for messages: `unit 3, hook 'resid_post.9', slice 7` (or `slices 0-63`)."""
     slices = f"slice {first}" if stop == first + 1 else f"slices {first}-{stop - 1}"
     return f"unit {unit}, hook {hook!r}, {slices}"
@@ -179,7 +179,7 @@ def _read(
 ) -> Iterator[None]:
     """Read slices [first, stop) into `parts`; an error says what is wrong with their shard."""
     key = shard_key(hook, unit)
-    where = name_slices(hook, unit, first, stop)
+    where = _name_slices(hook, unit, first, stop)
     try:
         yield from store.read_into(key, starts[first], parts)
     except MissingObject as error:

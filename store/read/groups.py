@@ -26,7 +26,7 @@ from winnow.store.records.index import ReceiptIndex
 # Large, so that there are few requests to sign, answer and parse; a group still has several to be in flight.
 REQUEST_BYTES = 16 * 2**20
 """Bytes of one range request for slices, about."""
-SHUFFLED_TOGETHER = 16
+_SHUFFLED_TOGETHER = 16
 """Lanes that one task shuffles."""
 
 
@@ -58,12 +58,12 @@ class Turns:
             slots = {unit: number for number, unit in enumerate(order.units)}
             self._slots = np.array([slots[unit] for unit in order.units_of(epoch, group)], dtype=np.int64)
         self._rows = np.empty((order.steps_in(group), len(lanes), order.lane_batch), np.int64)
-        firsts = range(0, len(lanes), SHUFFLED_TOGETHER)
+        firsts = range(0, len(lanes), _SHUFFLED_TOGETHER)
         self.shuffles = [pool.submit(self._shuffle, epoch, group, lanes, first) for first in firsts]
 
     def _shuffle(self, epoch: int, group: int, lanes: range, first: int) -> None:
         size = self._order.lane_unit_rows
-        some = self._order.lane_permutations(epoch, group, lanes[first : first + SHUFFLED_TOGETHER])
+        some = self._order.lane_permutations(epoch, group, lanes[first : first + _SHUFFLED_TOGETHER])
         for number, rows in enumerate(some, first):
             taken = self._rows[:, number]
             rows = rows[: taken.size]  # the rest is the group's tail, which is dropped

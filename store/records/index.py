@@ -19,7 +19,7 @@ from winnow.store.format.shards import INDEX_BYTES, packed_bound
 
 
 @dataclass
-class HookColumns:
+class _HookColumns:
     """One hook's facts by unit."""
 
     crc32c: NDArray[np.uint32]
@@ -77,7 +77,7 @@ class ReceiptIndex:
         self.token_sha256 = np.zeros((plan.units, 32), dtype=np.uint8)
         shape, packed = (plan.units, SLICES), plan.spec.compress != "none"
         self.hooks = {
-            name: HookColumns(
+            name: _HookColumns(
                 crc32c=np.zeros(shape, dtype=np.uint32),
                 lengths=np.zeros(shape, dtype=np.uint32) if packed else None,
                 sum_squares=np.zeros(plan.units),

@@ -53,7 +53,7 @@ PART_GROUP = 1000
 # Both limits are for hostile files: a few KB of Parquet can claim to unpack to any size.
 MAX_GROUP_BYTES = 1 << 29
 """Largest row group that is unpacked, in bytes."""
-MAX_FOOTER_BYTES = 1 << 24
+_MAX_FOOTER_BYTES = 1 << 24
 """Longest string, and most entries of a list, in a part's footer."""
 
 _SCHEMA: Any = pa.schema(
@@ -269,8 +269,8 @@ def _open(store: ObjectStore, part: ManifestPart) -> Any:
     try:
         file = pq.ParquetFile(
             io.BytesIO(body),
-            thrift_string_size_limit=MAX_FOOTER_BYTES,
-            thrift_container_size_limit=MAX_FOOTER_BYTES,
+            thrift_string_size_limit=_MAX_FOOTER_BYTES,
+            thrift_container_size_limit=_MAX_FOOTER_BYTES,
         )
     except pa.ArrowException as error:
         raise IntegrityError(f"{origin} is not readable Parquet", got=str(error)[:200]) from error

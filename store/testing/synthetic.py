@@ -31,7 +31,7 @@ from winnow.store.format.shards import Stored, to_stored
 from winnow.store.objects import ObjectStore
 from winnow.store.write.writer import commit_unit, create_dataset, put_tokens, seal, tokens_digest
 
-RowsFn = Callable[[HarvestPlan, int, str], NDArray[np.float32]]
+_RowsFn = Callable[[HarvestPlan, int, str], NDArray[np.float32]]
 """(plan, unit, hook) -> float32 [R, D] in stored order."""
 VOCABULARY = 500
 """Token ids of synthetic data are below this."""
@@ -159,14 +159,14 @@ def make_attempt() -> Attempt:
     )
 
 
-def stored_rows(plan: HarvestPlan, unit: int, rows_fn: RowsFn | None = None) -> dict[str, Stored]:
+def stored_rows(plan: HarvestPlan, unit: int, rows_fn: _RowsFn | None = None) -> dict[str, Stored]:
     """Hook -> [R, D] in the dtype on disk: what `commit_unit` takes."""
     make = rows_fn or synthetic_rows
     return {hook: to_stored(make(plan, unit, hook), plan.spec.dtype) for hook in plan.spec.hooks}
 
 
 def write_unit(
-    store: ObjectStore, plan: HarvestPlan, unit: int, rows_fn: RowsFn | None = None
+    store: ObjectStore, plan: HarvestPlan, unit: int, rows_fn: _RowsFn | None = None
 ) -> UnitReceipt:
     """Commit one unit of a synthetic dataset; `rows_fn` as in `write_dataset`."""
     return commit_unit(
@@ -189,7 +189,7 @@ def write_plan(store: ObjectStore, plan: HarvestPlan) -> None:
 def write_dataset(
     store: ObjectStore,
     plan: HarvestPlan,
-    rows_fn: RowsFn | None = None,
+    rows_fn: _RowsFn | None = None,
     *,
     units: Sequence[int] | None = None,
 ) -> HarvestManifest | None:

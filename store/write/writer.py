@@ -66,10 +66,10 @@ from winnow.store.records.manifest import find_manifest, load_manifest
 from winnow.store.records.parts import PART_UNITS, DatasetDigest, encode_part
 
 # Receipts are small: reading them is waiting for replies, not work for the cores.
-RECEIPT_THREADS = 16
+_RECEIPT_THREADS = 16
 """Receipts that `seal` reads at the same time."""
 
-OnProgress = Callable[[int, int], object]
+_OnProgress = Callable[[int, int], object]
 """Called with (done, total)."""
 
 
@@ -104,7 +104,7 @@ def create_dataset(store: ObjectStore, plan: HarvestPlan, token_digests: NDArray
     # The plan first: it is the identity, and of two harvests on one root the later one is refused here.
     found = settle(store, PLAN_KEY, plan.to_json())
     if found is not None:
-        plan = same_plan(plan, HarvestPlan.from_json(found, origin=f"{store.uri}/{PLAN_KEY}"), store.uri)
+        plan = _same_plan(plan, HarvestPlan.from_json(found, origin=f"{store.uri}/{PLAN_KEY}"), store.uri)
     for key, body in zarr_objects(plan).items():
         found = settle(store, key, body)
         # Another zarr release words its metadata differently: no reason to refuse a root.
@@ -117,7 +117,7 @@ def create_dataset(store: ObjectStore, plan: HarvestPlan, token_digests: NDArray
     return plan
 
 
-def same_plan(wanted: HarvestPlan, found: HarvestPlan, where: str) -> HarvestPlan:
+def _same_plan(wanted: HarvestPlan, found: HarvestPlan, where: str) -> HarvestPlan:
     """Return `found` if the fingerprints agree; otherwise PlanMismatch with the differing fields."""
     # The stored plan and not ours: all who harvest a root have the same plan, also outside the fingerprint.
     if found.fingerprint == wanted.fingerprint:
@@ -388,7 +388,7 @@ def _check_unit(plan: HarvestPlan, unit: int) -> None:
 # Seal
 
 
-def seal(store: ObjectStore, plan: HarvestPlan, progress: OnProgress | None = None) -> HarvestManifest:
+def seal(store: ObjectStore, plan: HarvestPlan, progress: _OnProgress | None = None) -> HarvestManifest:
     """Gather every receipt and put manifest.json.
 
     Safe to repeat, and from several processes at once: the stored manifest is returned.
@@ -411,7 +411,7 @@ def seal(store: ObjectStore, plan: HarvestPlan, progress: OnProgress | None = No
 
 
 def gather(
-    store: ObjectStore, plan: HarvestPlan, *, repair: bool = False, progress: OnProgress | None = None
+    store: ObjectStore, plan: HarvestPlan, *, repair: bool = False, progress: _OnProgress | None = None
 ) -> HarvestManifest:
     """Put the parts, from every unit's receipt of highest revision; returns the manifest that names them.
 
@@ -436,7 +436,7 @@ def gather(
         return load_receipt(store, plan, unit, receipts[unit])
 
     total_bytes, sinks, void = 0, dict.fromkeys(plan.spec.hooks, 0), list[int]()
-    with ThreadPoolExecutor(RECEIPT_THREADS, thread_name_prefix="winnow-seal") as pool:
+    with ThreadPoolExecutor(_RECEIPT_THREADS, thread_name_prefix="winnow-seal") as pool:
         # A part at a time, and units in order, as the dataset's digest wants them.
         for first in range(0, plan.units, PART_UNITS):
             units = range(first, min(first + PART_UNITS, plan.units))

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SPARSE_BLOCK = 16
+_SPARSE_BLOCK = 16
 """Columns per kept entry from which a first block is filtered before its top-k."""
-HITS_PER_KEPT = 8
+_HITS_PER_KEPT = 8
 """A block with more hits per kept entry is sorted whole, because tau did not filter it."""
 _NO_HITS = 0x0101010101010101  # eight times True, as one integer
 _LAST = 2**63 - 1
@@ -42,7 +42,7 @@ class Best:
         """
         if self.values is None or self.values.shape[1] < self.k:
             # no tau yet: group maxima give one, which costs less than the top-k over the block that it saves
-            wide = z.shape[1] >= SPARSE_BLOCK * self.k
+            wide = z.shape[1] >= _SPARSE_BLOCK * self.k
             found = self._hits(z, first, _lower_bound(z, self.k), strict=False) if wide else None
         else:
             # strict: a later column that only equals tau loses to the k earlier ones
@@ -90,7 +90,7 @@ class Best:
         # compares what is *below*, so that NaN, for which every comparison is false, is a hit
         (torch.le if strict else torch.lt)(z, tau[:, None], out=mask[:size].view(rows, columns))
         words = mask.view(torch.int64).ne(_NO_HITS).nonzero().flatten()
-        limit = HITS_PER_KEPT * self.k + 8
+        limit = _HITS_PER_KEPT * self.k + 8
         # on words first: a block that tau does not filter would otherwise list most of its entries below
         if len(words) > rows * limit:
             return None

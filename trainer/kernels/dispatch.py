@@ -17,7 +17,7 @@ import torch
 from winnow.schemas.errors import ConfigError, DependencyMissing
 
 Backend = Literal["eager", "cpu", "triton"]
-BACKENDS: tuple[Backend, ...] = ("eager", "cpu", "triton")
+_BACKENDS: tuple[Backend, ...] = ("eager", "cpu", "triton")
 _LOG = logging.getLogger("winnow.kernels")
 
 
@@ -34,7 +34,7 @@ def choose(kernels: str, device: torch.device) -> Backend:
     """
     # no fallback to another backend: it would compute the same step, only slower, and nobody would notice
     wanted = ("triton" if device.type == "cuda" else "cpu") if kernels == "auto" else kernels
-    for backend in BACKENDS:
+    for backend in _BACKENDS:
         if backend == wanted:
             _require(backend, device)
             _LOG.info("kernels: %s on %s (asked for: %s)", backend, device, kernels)
@@ -82,4 +82,4 @@ def triton_module(name: str) -> ModuleType:
 
 def unknown(backend: str) -> ConfigError:
     """The error of a custom op for an unknown backend."""
-    return ConfigError("backend", expected=f"one of {', '.join(BACKENDS)}", got=repr(backend))
+    return ConfigError("backend", expected=f"one of {', '.join(_BACKENDS)}", got=repr(backend))

@@ -71,7 +71,7 @@ def segment_grad(values: Tensor, indices: Tensor, rows: Tensor, latents: int, ba
     """
     if backend == "cpu":
         segments = segments_of(indices, latents)
-        return segment_sums_cpu(values.flatten()[segments.order], segments, rows)
+        return _segment_sums_cpu(values.flatten()[segments.order], segments, rows)
     if backend == "triton":
         segments = segments_of(indices, latents)
         module = triton_module("segment_grad")
@@ -89,7 +89,7 @@ def _(values: Tensor, indices: Tensor, rows: Tensor, latents: int, backend: str)
 decode_grad_weight = encode_grad_weight = segment_grad
 
 
-def segment_sums_cpu(values: Tensor, segments: Segments, rows: Tensor) -> Tensor:
+def _segment_sums_cpu(values: Tensor, segments: Segments, rows: Tensor) -> Tensor:
     """Sums [N, D] from values [B*K] in the segments' order."""
     latents = len(segments.ends) - 1
     sums = rows.new_empty(latents, rows.shape[1])

@@ -80,7 +80,7 @@ def step_ops(backend: Backend, compute_dtype: ComputeDtype = "float32") -> StepO
     if backend == "cpu":
         # rounded to bfloat16's numbers but kept in float32: torch's primitives would round the sums too
         low = _rounded if half else _as_it_is
-        return StepOps(encode_cpu, decode_cpu, dots_cpu, segment_block_cpu, latent_blocks, low)
+        return StepOps(_encode_cpu, decode_cpu, _dots_cpu, segment_block_cpu, latent_blocks, low)
     encode, decode = triton_module("encode_topk").encode_topk, triton_module("decode").decode
     dots = triton_module("decode_grad_values").decode_grad_values
     sums = triton_module("segment_grad").segment_sums
@@ -116,12 +116,12 @@ def _rounded(tensor: Tensor) -> Tensor:
     return tensor.to(torch.bfloat16).to(tensor.dtype)
 
 
-def dots_cpu(grad: Tensor, indices: Tensor, segments: Segments, W_dec: Tensor) -> Tensor:  # noqa: ARG001
+def _dots_cpu(grad: Tensor, indices: Tensor, segments: Segments, W_dec: Tensor) -> Tensor:  # noqa: ARG001
     """`decode_grad_values_cpu`, which works in the order of the segments."""
     return decode_grad_values_cpu(grad, segments, W_dec)
 
 
-def encode_cpu(x: Tensor, W_enc: Tensor, b: Tensor, k: int, dead: Dead | None) -> Codes:
+def _encode_cpu(x: Tensor, W_enc: Tensor, b: Tensor, k: int, dead: Dead | None) -> Codes:
     """Compute both top-k's in one pass over the encoder."""
     if dead is None:
         return Codes(*encode_topk_cpu(x, W_enc, b, k), None)

@@ -25,10 +25,10 @@ from winnow.trainer.plan.memory import FLOAT, HALF, Memory, parameters, sae_memo
 from winnow.trainer.step.moments import BYTES
 from winnow.trainer.step.recipe import choose_kernels
 
-GIB = 2**30
+_GIB = 2**30
 
 
-class Gpu(NamedTuple):
+class _Gpu(NamedTuple):
     """A card's constants. Rates are the data sheet's, dense, without sparsity."""
 
     memory: float
@@ -45,13 +45,13 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "a100-40gb": Gpu(40e9, 19.5e12, 312e12, 1.555e12, 300e9, "data sheet: NVIDIA A100 SXM"),
-    "a100-80gb": Gpu(80e9, 19.5e12, 312e12, 2.039e12, 300e9, "data sheet: NVIDIA A100 SXM"),
-    "h100": Gpu(80e9, 67e12, 989e12, 3.35e12, 450e9, "data sheet: NVIDIA H100 SXM"),
-    "h200": Gpu(141e9, 67e12, 989e12, 4.8e12, 450e9, "data sheet: NVIDIA H200 SXM"),
-    "l4": Gpu(24e9, 30.3e12, 121e12, 0.3e12, 32e9, "data sheet: NVIDIA L4"),
-    "l40s": Gpu(48e9, 91.6e12, 362e12, 0.864e12, 32e9, "data sheet: NVIDIA L40S"),
-    "rtx-4090": Gpu(24e9, 82.6e12, 165e12, 1.008e12, 32e9, "data sheet: GeForce RTX 4090"),
+    "a100-40gb": _Gpu(40e9, 19.5e12, 312e12, 1.555e12, 300e9, "data sheet: NVIDIA A100 SXM"),
+    "a100-80gb": _Gpu(80e9, 19.5e12, 312e12, 2.039e12, 300e9, "data sheet: NVIDIA A100 SXM"),
+    "h100": _Gpu(80e9, 67e12, 989e12, 3.35e12, 450e9, "data sheet: NVIDIA H100 SXM"),
+    "h200": _Gpu(141e9, 67e12, 989e12, 4.8e12, 450e9, "data sheet: NVIDIA H200 SXM"),
+    "l4": _Gpu(24e9, 30.3e12, 121e12, 0.3e12, 32e9, "data sheet: NVIDIA L4"),
+    "l40s": _Gpu(48e9, 91.6e12, 362e12, 0.864e12, 32e9, "data sheet: NVIDIA L40S"),
+    "rtx-4090": _Gpu(24e9, 82.6e12, 165e12, 1.008e12, 32e9, "data sheet: GeForce RTX 4090"),
 }
 EFFICIENCY = {
     "product": (0.75, "assumed: a large product's share of the float32 rate; not measured"),
@@ -60,7 +60,7 @@ EFFICIENCY = {
     "memory": (0.92, "assumed: what driver, context and the allocator leave of the card; not measured"),
 }
 """Constant -> its value and source. No GPU has been measured yet; docs/estimate.md says how to do it."""
-GATHERS = 5
+_GATHERS = 5
 """Passes over K rows of D numbers per row of the batch: decoding, the gradients of the values, and the
 sums for W_dec and W_enc, one of which reads and writes."""
 # fewer than the code makes: on `meta` tensors 48 passes over an [N, D] were counted for both matrices
@@ -69,7 +69,7 @@ UPDATE_PASSES = 14
 """Times that every weight's number is read or written: gradient written, projected (2), clipped (1);
 Adam reads four and writes three; renormalisation 1; the moving average 2."""
 
-MOMENT_PASSES = 4
+_MOMENT_PASSES = 4
 """Those of UPDATE_PASSES that read or write Adam's moments: fewer bytes if they are packed."""
 
 
@@ -148,7 +148,7 @@ def estimate(
     # only for its refusals; a missing Triton is none, because the machine that estimates need not train
     with suppress(DependencyMissing):
         choose_kernels(spec, SaeParts(activation=spec.activation), torch.device("cuda"))
-    memory = one_gpu(spec, d_model, data, latent)
+    memory = _one_gpu(spec, d_model, data, latent)
     available = int(card.memory * EFFICIENCY["memory"][0])
     if memory.total > available:
         raise ConfigError(
@@ -156,7 +156,7 @@ def estimate(
             expected=f"at most {human_bytes(available)}",
             got=f"{human_bytes(memory.total)} ({human_bytes(memory.standing)} for weights, gradients, Adam "
             f"and average, {human_bytes(memory.step)} for a step)",
-            fix=what_would_fit(spec, d_model, available, count),
+            fix=_what_would_fit(spec, d_model, available, count),
         )
     return Estimate(
         gpu=gpu,
@@ -175,7 +175,7 @@ def estimate(
     )
 
 
-def one_gpu(spec: TrainSpec, d_model: int, data: int, latent: int) -> Memory:
+def _one_gpu(spec: TrainSpec, d_model: int, data: int, latent: int) -> Memory:
     """Memory of the GPU of a mesh that holds the largest shard."""
     # a run fits only if every shard does
     shard = largest_shard(spec.latents, latent)
@@ -187,7 +187,7 @@ def largest_shard(latents: int, shards: int) -> int:
     return -(-latents // shards)
 
 
-def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: int) -> dict[str, float]:
+def step_seconds(spec: TrainSpec, d_model: int, card: _Gpu, data: int, latent: int) -> dict[str, float]:
     """Seconds of a step by part; the module's docstring says what is counted."""
     rows, latents = spec.batch_rows / data, largest_shard(spec.latents, latent)
     bandwidth = card.bandwidth * EFFICIENCY["bandwidth"][0]
@@ -195,7 +195,7 @@ def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: in
     active = spec.k * (5 if spec.multi_topk else 1) / latent
     size = parameters(d_model, latents) * FLOAT
     passes = UPDATE_PASSES if spec.ema else UPDATE_PASSES - 2
-    passes -= MOMENT_PASSES * (1 - BYTES[spec.moments] / FLOAT)
+    passes -= _MOMENT_PASSES * (1 - BYTES[spec.moments] / FLOAT)
     half = spec.compute_dtype == "bfloat16"
     operand, flops = (HALF, card.half_flops) if half else (FLOAT, card.flops)
     sent = 0.0
@@ -211,20 +211,20 @@ def step_seconds(spec: TrainSpec, d_model: int, card: Gpu, data: int, latent: in
     return {
         "encoder product": 2 * rows * d_model * latents / (flops * EFFICIENCY["product"][0]),
         "top-k": rows * latents * FLOAT * 2 / bandwidth,
-        "sparse gathers and sums": GATHERS * rows * active * d_model * operand / bandwidth,
+        "sparse gathers and sums": _GATHERS * rows * active * d_model * operand / bandwidth,
         "update": passes * size / bandwidth,
         "between GPUs": sent / (card.link * EFFICIENCY["link"][0]),
     }
 
 
-def what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) -> str:
+def _what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) -> str:
     """Name the smallest changes that would fit, each of them one that training accepts."""
 
     def fits(gpus: int, change: dict[str, Any]) -> bool:
         # validated as a run's spec: advice that training refuses is worse than none
         try:
             changed = TrainSpec.model_validate(spec.model_dump() | change)
-            return one_gpu(changed, d_model, *check_mesh(changed, gpus)).total <= available
+            return _one_gpu(changed, d_model, *check_mesh(changed, gpus)).total <= available
         except (ConfigError, ValidationError):
             return False
 

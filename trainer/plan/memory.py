@@ -27,9 +27,9 @@ HALF = 2
 ROWS_ENCODING, ROWS_GRADIENTS = 3, 6
 """Tensors [B, D] held while rows are encoded: the batch as read, normalised, centred; and, while gradients
 are computed, also the reconstruction, its error and its gradient."""
-ENTRY_BYTES = 36
+_ENTRY_BYTES = 36
 """Bytes per active latent of a row: value 4, index 8, and the peak of sorting them by latent."""
-TILE_BYTES = 1024 * 4096 * FLOAT
+_TILE_BYTES = 1024 * 4096 * FLOAT
 """Bytes of the encoder's tile of pre-activations; a mask of one byte per number is held beside it."""
 # copies of the constants of `encode_topk_triton`, which cannot be imported without Triton
 SWEEP_SLOT_BYTES, SWEEP_SEED_SHARE = 1 << 28, 16
@@ -68,13 +68,13 @@ def parameters(d_model: int, latents: int) -> int:
     return 2 * latents * d_model + latents + d_model
 
 
-def moments_bytes(kind: MomentsDtype, d_model: int, latents: int) -> int:
+def _moments_bytes(kind: MomentsDtype, d_model: int, latents: int) -> int:
     """Bytes of Adam's two moments: packed for matrices, with one scale per row for `int8`; biases float32."""
     matrices, scales = 2 * latents * d_model, 2 * latents if kind == "int8" else 0
     return 2 * (matrices * BYTES[kind] + (scales + parameters(d_model, latents) - matrices) * FLOAT)
 
 
-def sweep_bytes(spec: TrainSpec, rows: int, latents: int, k: int) -> int:
+def _sweep_bytes(spec: TrainSpec, rows: int, latents: int, k: int) -> int:
     """Bytes that `encode_topk` holds on a GPU: a pilot's pre-activations or a sweep's slots."""
     seed = max(-(-latents // SWEEP_SEED_SHARE), 8 * k)
     # too few latents for a sweep: the tiles of `exact`, with a mask
@@ -118,15 +118,15 @@ def sae_memory(
     wide = min(4 * k, latents) if spec.multi_topk else 0
     kept, one = k + wide, rows * d_model * FLOAT
     if device == "cuda":
-        encoding = ROWS_ENCODING * one + sweep_bytes(spec, rows, latents, max(k, wide))
+        encoding = ROWS_ENCODING * one + _sweep_bytes(spec, rows, latents, max(k, wide))
         block = GPU_BLOCK_BYTES
     else:
-        tile = min(TILE_BYTES, min(rows, 1024) * min(latents, 4096) * FLOAT)
+        tile = min(_TILE_BYTES, min(rows, 1024) * min(latents, 4096) * FLOAT)
         encoding, block = ROWS_ENCODING * one + tile * 5 // 4, BLOCK_BYTES
     # two blocks, because the sums of W_dec and W_enc are made side by side
     gradients = ROWS_GRADIENTS * one + 2 * min(block, size // 2)
     # the larger, because encoding has ended when gradients begin; codes live through both
-    step = max(encoding, gradients) + rows * kept * ENTRY_BYTES
+    step = max(encoding, gradients) + rows * kept * _ENTRY_BYTES
     if device == "cuda" and spec.accumulate == 1:
         step += one  # the next step's rows, which are copied meanwhile (`Transfer`)
     # rounded copies of both matrices and of the rows; a CPU keeps them in float32 (`step_ops`)
@@ -135,7 +135,7 @@ def sae_memory(
     return Memory(
         weights=size,
         gradients=size,
-        moments=moments_bytes(spec.moments, d_model, latents),
+        moments=_moments_bytes(spec.moments, d_model, latents),
         average=size if spec.ema else 0,
         counts=8 * latents,
         step=step,

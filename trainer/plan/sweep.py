@@ -43,9 +43,9 @@ def grid_specs(config: Config) -> list[TrainSpec]:
         k, latents = fields["k"], fields["latents"]
         if isinstance(k, int) and isinstance(latents, int) and k > latents:
             continue
-        name = folder_name(dict(zip(sweep.grid, values, strict=True)))
+        name = _folder_name(dict(zip(sweep.grid, values, strict=True)))
         fields["out"] = f"{sweep.out.rstrip('/')}/{name}"
-        # `folder_name` replaces characters, so two values can come out the same
+        # `_folder_name` replaces characters, so two values can come out the same
         if name in specs:
             raise ConfigError("sweep.grid", expected="combinations of different names", got=name)
         specs[name] = validate(TrainSpec, fields, origin=f"sweep.grid at {name}")
@@ -54,7 +54,7 @@ def grid_specs(config: Config) -> list[TrainSpec]:
     return list(specs.values())
 
 
-def folder_name(values: dict[str, Any]) -> str:
+def _folder_name(values: dict[str, Any]) -> str:
     """`latents-512_k-8`: fields and values, in characters that every storage accepts."""
     return "_".join(
         f"{field}-{re.sub('[^A-Za-z0-9._-]+', '-', str(value))}" for field, value in values.items()

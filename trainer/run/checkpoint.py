@@ -14,8 +14,8 @@ from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.training import SaeIdentity, TrainSpec
 from winnow.trainer.step import Counts, Run
 
-FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
-FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb", "accumulate"}
+_FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
+_FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb", "accumulate"}
 """Spec fields that may change between a run and its resume; `device`, `threads` and `accumulate` change float
 noise only."""
 
@@ -26,7 +26,7 @@ def differing_fields(before: TrainSpec, now: TrainSpec) -> list[str]:
     return [
         f"{key}: {old[key]!r} -> {new[key]!r}"
         for key in old
-        if key not in FREE_FIELDS and old[key] != new[key]
+        if key not in _FREE_FIELDS and old[key] != new[key]
     ]
 
 

@@ -41,10 +41,10 @@ from winnow.trainer.step import Run
 
 log = logging.getLogger("winnow.trainer")
 
-STATE = "state.safetensors"
+_STATE = "state.safetensors"
 LARGEST_FILE_BYTES = 4 << 30
 """Longest file that is written, in bytes: S3 accepts at most 5 GiB in one put."""
-LARGEST_READ_BYTES = 1 << 40
+_LARGEST_READ_BYTES = 1 << 40
 """A file longer than this is refused unread."""
 _PLACE = re.compile(r"^checkpoints/(\d{12})/(.+)$")
 
@@ -164,7 +164,7 @@ def write_checkpoint(out: ObjectStore, index: CheckpointIndex, tensors: Tensors,
 def _files(tensors: Tensors, latents: int, world: World) -> Iterator[tuple[str, Tensors, range | None]]:
     """Yield this rank's files: name, content, and which of the N latents it holds."""
     if world.leads:
-        yield STATE, {name: t for name, t in tensors.items() if not has_latents(name, t)}, None
+        yield _STATE, {name: t for name, t in tensors.items() if not has_latents(name, t)}, None
     with_rows = {name: t for name, t in tensors.items() if has_latents(name, t)}
     shard, place, ranks = world.part(latents), world.data.rank, world.data.size
     mine = range(place * len(shard) // ranks, (place + 1) * len(shard) // ranks)
@@ -244,7 +244,7 @@ def newest_checkpoint(out: ObjectStore, world: World | None = None) -> tuple[Che
 def _read(out: ObjectStore, folder: str, world: World) -> tuple[CheckpointIndex, Tensors]:
     """Read the index, and the state of this rank's shard from whichever files hold it."""
     index = CheckpointIndex.from_json(out.get(f"{folder}/index.json"), origin=f"{folder}/index.json")
-    part, state = world.part(index.spec.latents), _file(out, folder, index, STATE)
+    part, state = world.part(index.spec.latents), _file(out, folder, index, _STATE)
     # checkpoints of version 1.0 have everything in one file
     if not index.rows:
         return index, {n: t[part.start : part.stop] if has_latents(n, t) else t for n, t in state.items()}
@@ -268,7 +268,7 @@ def _read(out: ObjectStore, folder: str, world: World) -> tuple[CheckpointIndex,
 def _file(out: ObjectStore, folder: str, index: CheckpointIndex, name: str) -> Tensors:
     if name not in index.files:
         raise IntegrityError(f"{folder}/index.json", expected=f"the file {name}", got=sorted(index.files))
-    data = out.get(f"{folder}/{name}", limit=LARGEST_READ_BYTES)
+    data = out.get(f"{folder}/{name}", limit=_LARGEST_READ_BYTES)
     if sha256_hex(data) != index.files[name]:
         raise IntegrityError(f"{folder}/{name}", expected=f"sha256 {index.files[name]}", got=sha256_hex(data))
     try:

@@ -23,11 +23,11 @@ log = logging.getLogger("winnow.trainer")
 
 CHUNK_ROWS = 8192
 """Rows read and reconstructed at a time."""
-CALIBRATION_ROWS = 65_536
+_CALIBRATION_ROWS = 65_536
 """Training rows from which BatchTopK's threshold is computed, rounded up to whole units."""
 
 
-def heldout_rows(
+def _heldout_rows(
     dataset: ActivationStore, *hooks: str, target: str | None = None, units: range | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """Yield all rows of the validation units in stored order.
@@ -60,7 +60,7 @@ def heldout_figures(
 ) -> dict[str, float]:
     """Measure `fvu_normalised`, `fvu_raw` and `l0` on the held-out rows of weight above 0.
 
-    Arguments as for `heldout_rows`. For a transcoder, both FVUs are those of its target.
+    Arguments as for `_heldout_rows`. For a transcoder, both FVUs are those of its target.
 
     Raises:
         IntegrityError: There is no such row, or a stored one is damaged.
@@ -68,7 +68,7 @@ def heldout_figures(
     sae, world = shard.sae, shard.world
     device = sae.W_enc.device
     normalised, raw, l0 = Fvu(sae.d_out, device), Fvu(sae.d_out, device), L0()
-    for rows, wanted, weights in world.each(heldout_rows(dataset, *hooks, target=target)):
+    for rows, wanted, weights in world.each(_heldout_rows(dataset, *hooks, target=target)):
         rows, weights = rows.to(device), weights.to(device)
         x, scale = sae.normalise(rows)
         y = x if wanted is None else sae.normalise_target(wanted.to(device))
@@ -95,10 +95,10 @@ def calibration_rows(dataset: ActivationStore, spec: TrainSpec) -> list[tuple[Te
     if not train:
         log.warning("the training rows are deleted: the threshold is taken from the held-out rows")
         train = list(dataset.plan.split_units("validation"))
-    wanted = -(-CALIBRATION_ROWS // dataset.plan.rows_per_unit)
+    wanted = -(-_CALIBRATION_ROWS // dataset.plan.rows_per_unit)
     found: list[tuple[Tensor, Tensor]] = []
     for unit in train[:wanted]:
-        for rows, _, weights in heldout_rows(dataset, *spec.input_hooks, units=range(unit, unit + 1)):
+        for rows, _, weights in _heldout_rows(dataset, *spec.input_hooks, units=range(unit, unit + 1)):
             found.append((rows, weights))
     return found
 

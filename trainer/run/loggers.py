@@ -20,12 +20,12 @@ from winnow.store.objects import ObjectStore
 
 log = logging.getLogger("winnow.trainer")
 
-WANDB_KEY = "wandb.json"
+_WANDB_KEY = "wandb.json"
 """Holds the run's id, so that a resumed run continues the same curves."""
-SELF_DESCRIBING = {"step", "time"}
+_SELF_DESCRIBING = {"step", "time"}
 
 
-class Logger(Protocol):
+class _Logger(Protocol):
     """Takes telemetry lines."""
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ class TensorBoard:
     def log(self, record: Mapping[str, Any]) -> None:
         """Write a line's figures."""
         for key, value in record.items():
-            if key not in SELF_DESCRIBING:
+            if key not in _SELF_DESCRIBING:
                 self._writer.add_scalar(f"train/{key}", value, record["step"], record["time"])
 
     def close(self) -> None:
@@ -77,9 +77,9 @@ class WandB:
     def __init__(self, project: str, name: str, spec: TrainSpec, out: ObjectStore) -> None:
         wandb = _require("wandb", "train.wandb")
         # an id of our own, stored before it is used: a run killed in between resumes under the same one
-        if out.size(WANDB_KEY) is None:
-            out.put(WANDB_KEY, json.dumps({"id": secrets.token_hex(8)}).encode())
-        known = json.loads(out.get(WANDB_KEY))["id"]
+        if out.size(_WANDB_KEY) is None:
+            out.put(_WANDB_KEY, json.dumps({"id": secrets.token_hex(8)}).encode())
+        known = json.loads(out.get(_WANDB_KEY))["id"]
         config = spec.model_dump(mode="json")
         # it ignores steps that it already has; a resumed run sends those past its checkpoint again, with the
         # same figures
@@ -87,7 +87,7 @@ class WandB:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Send a line's figures."""
-        figures = {key: value for key, value in record.items() if key not in SELF_DESCRIBING}
+        figures = {key: value for key, value in record.items() if key not in _SELF_DESCRIBING}
         self._run.log(figures, step=record["step"])
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class Loggers:
     """
 
     def __init__(self, spec: TrainSpec, out: ObjectStore, step: int) -> None:
-        self._open: dict[str, Logger] = {}
+        self._open: dict[str, _Logger] = {}
         name = out.uri.rstrip("/").rpartition("/")[2] or "run"
         if spec.tensorboard is not None:
             folder = spec.tensorboard

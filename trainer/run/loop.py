@@ -202,7 +202,7 @@ def _run(
     """Take all remaining steps, pass by pass; yields each SAE's summary as soon as it is published."""
     left = list(members)
     while left:
-        together, until = next_pass(left)
+        together, until = _next_pass(left)
         if together[0].step < until:
             take_steps(together, dataset, until, alone, lost)
         for member in together:
@@ -211,7 +211,7 @@ def _run(
         left = [m for m in left if m.failure is None and m.step < m.recipe.steps]
 
 
-def next_pass(members: Sequence[Member]) -> tuple[list[Member], int]:
+def _next_pass(members: Sequence[Member]) -> tuple[list[Member], int]:
     """Choose the members that take the next steps together, and the step up to which they do.
 
     Of one stream, the members furthest behind run until the first of them ends, or until they reach the
@@ -276,7 +276,7 @@ def take_steps(
             together.drop_failed()
             rate = stream.bytes_read / (now - opened)
             for member, (report, shares) in reports.items():
-                member.log(make_record(member, report) | shares | {"bytes_read_per_s": rate})
+                member.log(_make_record(member, report) | shares | {"bytes_read_per_s": rate})
             if reports:
                 _show(bar, step, steps, spec.batch_rows, {m: r for m, (r, _) in reports.items()})
             is_time = now - last_checkpoint >= spec.checkpoint_seconds
@@ -446,7 +446,7 @@ def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member,
     bar.update(step * rows, step=f"{step}/{steps}", **shown)
 
 
-def make_record(member: Member, report: StepReport) -> Record:
+def _make_record(member: Member, report: StepReport) -> Record:
     """Build one line of telemetry."""
     run, counts = member.run, member.run.counts
     return {

@@ -23,7 +23,7 @@ from winnow.trainer.run.threshold import calibrate
 from winnow.trainer.step import Run
 
 SUMMARY_KEY = "summary.json"
-LEFT_OUT = ("delta_ce", "loss_recovered_zero", "loss_recovered_mean")
+_LEFT_OUT = ("delta_ce", "loss_recovered_zero", "loss_recovered_mean")
 """Figures that need the subject model and are therefore added by the evaluator."""
 
 Summary = dict[str, Any]
@@ -78,7 +78,7 @@ def publish(
         "weights": best,
         "sae_sha256": card.weights_sha256,
         "hook": spec.target_hook or "+".join(spec.input_hooks),
-        "left_out": list(LEFT_OUT),
+        "left_out": list(_LEFT_OUT),
     }
     if telemetry.records and run.world.leads:
         title = f"{spec.hook}: N = {spec.latents:,}, K = {spec.k}, held-out FVU {summary['fvu']:.3f}"

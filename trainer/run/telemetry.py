@@ -15,7 +15,7 @@ log = logging.getLogger("winnow.trainer")
 
 METRICS_KEY = "metrics.jsonl"
 PLOT_KEY = "loss.png"
-FLUSH_SECONDS = 10.0
+_FLUSH_SECONDS = 10.0
 """Seconds after which the next line stores the file again."""
 
 Record = dict[str, Any]
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 class Telemetry:
     """`metrics.jsonl`: one line per record, each with its `step`; no step appears twice.
 
-    The file is stored every `FLUSH_SECONDS`, before each checkpoint, and at the end.
+    The file is stored every `_FLUSH_SECONDS`, before each checkpoint, and at the end.
 
     Args:
         out: The run's folder.
@@ -55,7 +55,7 @@ class Telemetry:
     def log(self, record: Record) -> None:
         """Add a line."""
         self.records.append(record)
-        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+        if time.monotonic() - self._flushed >= _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:

@@ -14,7 +14,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.trainer.mesh.edge import nth_best
 from winnow.trainer.mesh.shard import Shard
 
-CANDIDATES = 4
+_CANDIDATES = 4
 """First guess of how many times K the row with the most active latents has above the threshold."""
 
 
@@ -39,7 +39,7 @@ def calibrate(shard: Shard, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     kept = [x for x in kept if len(x)]
     if not kept:
         raise ConfigError("the rows for the threshold", expected="some of weight above 0", got="none")
-    quota, width = sae.k * sum(map(len, kept)), CANDIDATES * sae.k
+    quota, width = sae.k * sum(map(len, kept)), _CANDIDATES * sae.k
     while True:
         width = min(width, sae.latents)
         # of this shard alone: the search joins the shards itself
