@@ -22,17 +22,13 @@ from typing import Any
 import torch
 
 MODULES = {
-    "training": ("winnow.schemas.training", "winnow.schemas.training"),
-    "step": ("winnow.trainer.step", "winnow.trainer.step"),
-    "sae": ("winnow.sae.model", "winnow.trainer.sae", "winnow.sae.model"),
-    "init": ("winnow.sae.init", "winnow.trainer.init", "winnow.sae.init"),
-    "checkpoint": (
-        "winnow.trainer.run.checkpoint",
-        "winnow.trainer.checkpoint",
-        "winnow.trainer.run.checkpoint",
-    ),
-    "shard": ("winnow.trainer.mesh.shard", "winnow.trainer.mesh.shard", "winnow.trainer.run.checkpoint"),
-    "world": ("winnow.trainer.mesh.world", "winnow.trainer.mesh.world", "trainer.parallel"),
+    "training": ("winnow.schemas.training", "schemas.training"),
+    "step": ("winnow.trainer.step", "trainer.step"),
+    "sae": ("winnow.sae.model", "winnow.trainer.sae", "trainer.sae"),
+    "init": ("winnow.sae.init", "winnow.trainer.init", "trainer.init"),
+    "checkpoint": ("winnow.trainer.run.checkpoint", "winnow.trainer.checkpoint", "trainer.checkpoint"),
+    "shard": ("winnow.trainer.mesh.shard", "trainer.mesh.shard", "trainer.checkpoint"),
+    "world": ("winnow.trainer.mesh.world", "trainer.mesh.world", "trainer.parallel"),
 }
 """Where a module is, newest address first."""
 
