@@ -106,8 +106,25 @@ def initialise(
         NonFiniteError: The sample holds NaN or infinity.
     """
     sample, weights, target = counted_rows(sae, sample, weights, target)
-    # In this order: normalising needs the constants, the biases need normalised rows, and the encoder's scale
-    # needs the biases.
+    # Constants and biases first: the encoder's scale needs them.
+    x, y = _fill_constants_and_biases(sae, sample, weights, target)
+    constant = loss_constant(y, weights)
+
+    place = place or Place.whole(sae)
+    _fill_directions(sae, place, seed)
+    sae.b_enc.zero_()
+    sae.W_enc.mul_(
+        _matching_scale(sae, place.output, x, y, weights) if encoder_norm is None else encoder_norm
+    )
+    activation_of(sae.parts.activation).begin(sae)
+    return constant
+
+
+def _fill_constants_and_biases(
+    sae: Sae, sample: Tensor, weights: Tensor, target: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the normalised rows [B, D] and those to be reconstructed [B, O]: a transcoder's target's."""
+    # In this order: normalising needs the constants, and the biases need normalised rows.
     if sae.normalize_mode == "dataset":
         mean, scale = _constants(sample, weights, sae.parts.widths or (sae.d_model,))
         sae.input_mean.copy_(mean)
@@ -123,16 +140,7 @@ def initialise(
         y = sae.normalise_target(target)
         sae.b_dec.copy_(geometric_median(y, weights))
     sae.b_pre.copy_(geometric_median(x, weights))
-    constant = loss_constant(y, weights)
-
-    place = place or Place.whole(sae)
-    _fill_directions(sae, place, seed)
-    sae.b_enc.zero_()
-    sae.W_enc.mul_(
-        _matching_scale(sae, place.output, x, y, weights) if encoder_norm is None else encoder_norm
-    )
-    activation_of(sae.parts.activation).begin(sae)
-    return constant
+    return x, y
 
 
 def _fill_directions(sae: Sae, place: Place, seed: int) -> None:
