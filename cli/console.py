@@ -1,4 +1,4 @@
-"""What every command shares: the config file, errors as exit codes, what it reports, tables.
+"""What every command shares: messages and progress on stderr, errors as exit codes, results and tables.
 
 Results go to stdout, everything else to stderr, so that `--json` leaves one object for a program.
 """
@@ -28,6 +28,9 @@ from winnow.common.figures import human_rate
 from winnow.common.reporter import Display, Lines, Progress, reporting
 from winnow.schemas.errors import WinnowError
 
+# No markup, highlighting or emoji codes: files and roots may be named like `[red]` or `:bug:`, and are shown
+# as they are. Lines are printed with `soft_wrap`: in a pipe or file rich would break them at 80 columns, also
+# inside a path.
 stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
 stdout = Console(highlight=False, markup=False, emoji=False)
 
@@ -45,6 +48,7 @@ class Bar:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
+            # Last: facts vary in length, and what stands behind them would jump.
             TextColumn("{task.fields[facts]}", style="dim"),
             console=stderr,
         )
@@ -65,12 +69,13 @@ class Bar:
 
     def close(self, finished: bool) -> None:
         """Leave the bar as it is, whether or not the work is finished."""
+        # A bar that ends short of its total already shows that.
         del finished
         self._bar.stop()
 
 
 class ConsoleReporter(Lines):
-    """What commands report through: a live bar on a terminal, plain lines elsewhere."""
+    """The reporter of all commands: a live bar on a terminal, plain lines elsewhere."""
 
     def say(self, message: str) -> None:
         """Print the line on stderr, above a live bar."""
@@ -78,13 +83,15 @@ class ConsoleReporter(Lines):
 
     def begin(self, progress: Progress) -> Display:
         """See `common.reporter.Reporter`."""
+        # Off a terminal rich shows a bar only once, at its end; a job's log gets a line every 10 s instead.
         return Bar(progress) if stderr.is_terminal else super().begin(progress)
 
 
 class _Records(logging.Handler):
-    """Prints a log record as a line, such as `warning: ...`; the console puts it above a live bar."""
+    """Prints a log record as a line, such as `warning: ...`, above a live bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        # Through rich, not a StreamHandler, whose lines would be written across the live bar.
         try:
             message = f"{record.levelname.lower()}: {self.format(record)}"
             stderr.print(message, markup=False, soft_wrap=True)
@@ -92,13 +99,15 @@ class _Records(logging.Handler):
             self.handleError(record)
 
 
+# INFO holds details for a program's own log; what people should see comes through `say`.
 _RECORDS = _Records(logging.WARNING)
 _LOGGER = logging.getLogger("winnow")
 
 
 @contextmanager
 def reporting_to_console() -> Generator[None]:
-    """Show on stderr what library code tells, warnings too, until the block ends."""
+    """Show messages, progress and warnings of library code on stderr until the block ends."""
+    # Blocks nest: one handler for all, or each warning would be shown once per block.
     outermost = _RECORDS not in _LOGGER.handlers
     _LOGGER.addHandler(_RECORDS)
     try:
@@ -111,9 +120,9 @@ def reporting_to_console() -> Generator[None]:
 
 @contextmanager
 def guard() -> Generator[None]:
-    """A command's work is reported on stderr, and what it raises becomes an exit code.
+    """Report a command's work on stderr, and turn its errors into exit codes.
 
-    A `WinnowError` becomes a sentence on stderr and its exit code; no memory 1, Ctrl-C 130.
+    A `WinnowError` becomes a sentence on stderr and its own exit code; lack of memory gives 1, Ctrl-C 130.
     """
     try:
         with reporting_to_console():
@@ -122,6 +131,7 @@ def guard() -> Generator[None]:
         stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
     except MemoryError as error:
+        # A sentence in place of a traceback: the question is what was lost, and nothing was.
         detail = f" ({' '.join(str(error).split())})" if str(error) else ""
         stderr.print(
             f"error: this process ran out of memory{detail}. What it had stored is kept: give it more "
@@ -132,13 +142,15 @@ def guard() -> Generator[None]:
         )
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        stderr.print("interrupted: run the same command again to go on", style="yellow")
+        stderr.print("interrupted: run the same command again to resume", style="yellow")
+        # 128 + SIGINT, as a shell says it.
         raise typer.Exit(130) from error
 
 
 def emit(value: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    """The command's result: one JSON object on stdout, or `show()` for people."""
+    """Write the command's result to stdout: one JSON object, or whatever `show()` prints for people."""
     if as_json:
+        # Past rich, which would wrap it. Keys are sorted, so that two results can be compared by diff.
         sys.stdout.write(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
         sys.stdout.flush()
     else:
@@ -146,8 +158,9 @@ def emit(value: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> N
 
 
 def print_table(title: str, rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
-    """A small table on stdout."""
+    """Print a small table on stdout."""
     stdout.print(title, style="bold", markup=False, soft_wrap=True)
+    # The title is a line above, since rich would wrap a table's own title at the table's width.
     table = Table(show_header=bool(header))
     for index in range(len(rows[0]) if rows else len(header)):
         table.add_column(header[index] if header else "", justify="left" if index == 0 else "right")

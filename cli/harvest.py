@@ -40,8 +40,8 @@ def register(app: typer.Typer) -> None:
 def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> None:  # noqa: B006
     """Read the corpus, tokenise and shuffle it into windows, and write the dataset's plan.
 
-    Streams: memory stays flat however large the corpus is. Run again, it finds the plan and does
-    nothing, or fills in what an interrupted run left out. `winnow harvest` does this by itself.
+    Streams the corpus: memory stays flat however large it is. Run again, it finds the plan and does nothing,
+    or completes what an interrupted run left out. `winnow harvest` plans by itself.
 
     Example: `winnow plan configs/quickstart.yaml --set root=s3://bucket/data`
     """
@@ -62,21 +62,21 @@ def harvest_command(
     json: AsJson = False,
     forecast: Annotated[
         bool,
-        typer.Option("--forecast", help="Say what is left to do and what it takes; write nothing, then stop"),
+        typer.Option("--forecast", help="Print the remaining work and its cost, then exit; writes nothing"),
     ] = False,
     accept_quarantined: Annotated[
         bool,
         typer.Option(
             "--accept-quarantined",
-            help="Try the units that are left once more, and commit those that fail again as void: their "
-            "rows keep their places with weight 0",
+            help="Try the remaining units once more, and commit those that fail again as void: their rows "
+            "keep their places with weight 0",
         ),
     ] = False,
     single_writer: Annotated[
         bool,
         typer.Option(
             "--single-writer",
-            help="For a store without if-none-match that nobody else writes to: make the units in this "
+            help="For a store without if-none-match that nothing else writes to: harvest the units in this "
             "process, one after another (sets storage.single_writer)",
         ),
     ] = False,
@@ -84,45 +84,61 @@ def harvest_command(
         bool,
         typer.Option(
             "--repair",
-            help="First make again what is missing, torn or rotten, from corpus and subject. Nobody else "
-            "may write to the root meanwhile",
+            help="First recompute what is missing, incomplete or corrupted, from corpus and subject. "
+            "Nothing else may write to the root meanwhile",
         ),
     ] = False,
 ) -> None:
     """Run the subject model over the planned windows and store its activations.
 
-    Plans first where no plan is there. Interrupt or kill it at any point: the same command goes on
-    where it stopped, and units that have a receipt are never run again. Refuses a root that holds
-    another plan.
+    Plans first if there is no plan. May be interrupted or killed at any time: the same command resumes, and
+    units that have a receipt are never run again. Refuses a root that holds another plan.
 
     Example: `winnow harvest configs/quickstart.yaml --set harvest.actors=2`
     """
+    # At INFO Ray prints its start and its dashboard's address between our lines.
     logging.getLogger("ray").setLevel(logging.WARNING)
     with guard():
         from winnow.common.config_file import load_config
-        from winnow.harvester.plan.planner import find_plan
-        from winnow.harvester.run import forecast as forecasts
-        from winnow.harvester.run.driver import ensure_plan, harvest
         from winnow.store.objects import open_store
 
+        # Last, so that the option wins over a --set.
         cfg = load_config(config, [*set, "storage.single_writer=true"] if single_writer else set)
         store = open_store(cfg.root, cfg.storage)
+        # First: a forecast writes nothing, not even a plan, and repairs nothing.
         if forecast:
-            found = forecasts.forecast(
-                cfg, store, find_plan(cfg, store), measure=lambda: forecasts.measure_rate(cfg)
-            )
-            title = f"harvest of {store.uri}"
-            emit(found.model_dump(mode="json"), json, lambda: print_table(title, forecasts.table_rows(found)))
+            _forecast(cfg, store, json)
             return
+        # Before the plan is ensured: a repair needs the stored plan and must not make one.
         if repair:
             _repair(cfg, store)
-        plan = ensure_plan(cfg, store)
-        before = forecasts.forecast(cfg, store, plan)
-        if before.units_to_do:
-            say(forecasts.summary_line(before))
-        manifest = harvest(cfg, store, plan, accept_quarantined=accept_quarantined)
-        facts = _harvest_facts(manifest, plan, store)
-        emit(facts, json, lambda: _show_harvest(facts))
+        _harvest(cfg, store, accept_quarantined, json)
+
+
+def _forecast(config: Config, store: ObjectStore, json: bool) -> None:
+    from winnow.harvester.plan.planner import find_plan
+    from winnow.harvester.run import forecast as forecasts
+
+    # Measuring runs the subject: it is called only if the ledger has no rate.
+    found = forecasts.forecast(
+        config, store, find_plan(config, store), measure=lambda: forecasts.measure_rate(config)
+    )
+    title = f"harvest of {store.uri}"
+    emit(found.model_dump(mode="json"), json, lambda: print_table(title, forecasts.table_rows(found)))
+
+
+def _harvest(config: Config, store: ObjectStore, accept_quarantined: bool, json: bool) -> None:
+    from winnow.harvester.run import forecast as forecasts
+    from winnow.harvester.run.driver import ensure_plan, harvest
+
+    plan = ensure_plan(config, store)
+    # After planning, which fixes the number of units; nothing to say about a harvest that is complete.
+    before = forecasts.forecast(config, store, plan)
+    if before.units_to_do:
+        say(forecasts.summary_line(before))
+    manifest = harvest(config, store, plan, accept_quarantined=accept_quarantined)
+    facts = _harvest_facts(manifest, plan, store)
+    emit(facts, json, lambda: _show_harvest(facts))
 
 
 def _repair(config: Config, store: ObjectStore) -> None:
@@ -131,15 +147,16 @@ def _repair(config: Config, store: ObjectStore) -> None:
     from winnow.store.read.reader import load_plan
 
     plan = load_plan(store)
+    # Tokens and rows are recomputed from this config: with another plan none would be the stored ones.
     refuse_other(plan, config, store)
     report = mend(config, store, plan)
     for key in report.restored:
         say(f"repair: {key} was written anew")
     for key in report.removed:
-        say(f"repair: {key} was removed, the harvest makes its unit again")
+        say(f"repair: {key} was removed; the harvest runs its unit again")
     say(
         f"repair: {len(report.restored)} objects written, {len(report.revised)} units with a new receipt, "
-        + ("a new manifest" if report.manifest else "the manifest stands")
+        + ("a new manifest" if report.manifest else "the manifest is unchanged")
     )
 
 
@@ -161,6 +178,7 @@ def _plan_facts(plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
         "duplicates_dropped": facts.duplicates_dropped,
         "bad_records": facts.bad_records,
         "bad_first": facts.bad_first,
+        # Before compression, whose gain only the receipts will tell.
         "bytes": sum(plan.shard_bytes(site.name) for site in plan.sites) * plan.units,
     }
 
@@ -192,6 +210,7 @@ def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
 def _harvest_facts(manifest: HarvestManifest, plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
     from winnow.harvester.run.ledger import account, read_ledger
 
+    # Rates come from the ledger, not from this process: units of earlier, interrupted runs count too.
     ledger = read_ledger(store)
     return {
         "root": store.uri,
@@ -211,6 +230,7 @@ def _harvest_facts(manifest: HarvestManifest, plan: HarvestPlan, store: ObjectSt
 
 
 def _show_harvest(facts: dict[str, Any]) -> None:
+    # A ledger may be lost or empty; then there is no rate, and a 0 would be false.
     rate, kept = facts["tokens_per_s"], facts["tokens_account"]
     print_table(
         f"dataset {facts['dataset_sha256'][:12]} at {facts['root']}",

@@ -20,23 +20,22 @@ if TYPE_CHECKING:
 
 HELP = """Train a TopK sparse autoencoder on a harvested dataset.
 
-Reads the config's `root` (the dataset) and its section `train`; writes into `train.out`:
-`sae.safetensors` and `sae.json` (what `winnow.Sae.load` reads), `summary.json`, `metrics.jsonl`,
-`loss.png` and `checkpoints/`.
+Reads the config's `root` (the dataset) and its section `train`; writes to `train.out`: `sae.safetensors` and
+`sae.json` (read by `winnow.Sae.load`), `summary.json`, `metrics.jsonl`, `loss.png` and `checkpoints/`.
 
-Stop it whenever you like: the same command goes on from the newest checkpoint and ends with the very
+May be interrupted at any time: the same command resumes from the newest checkpoint and ends with exactly the
 same weights. A finished run is only shown again.
 
 On several GPUs or machines: `torchrun --nproc-per-node 8 -m winnow.trainer CONFIG --set train.mesh.latent=4`
-splits the latents over 4 ranks and the batch over 2. Another mesh may go on where this one stopped.
+splits the latents over 4 ranks and the batch over 2. The run may resume on another mesh.
 """
 EPILOG = "Example: `winnow train configs/quickstart.yaml --set train.k=64 --set train.out=runs/k64`"
 
 SWEEP_HELP = """Train a grid of TopK sparse autoencoders from one read of a dataset.
 
 Reads the config's `root`, its section `train` (the base) and its section `sweep` (`out`, and a `grid` of
-fields of `train`). Each SAE has its own folder below `sweep.out` and is what `winnow train` would give.
-Stop and run again as with `winnow train`; finished ones are skipped.
+fields of `train`). Each SAE has its own folder below `sweep.out`, with the same results as `winnow train`.
+May be interrupted like `winnow train`: the same command resumes, and skips finished SAEs.
 """
 SWEEP_EPILOG = "Example: `winnow sweep configs/sweep.yaml --set sweep.grid.k=[8,16]`"
 
@@ -73,12 +72,13 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
             bool,
             typer.Option(
                 "--extend",
-                help="Train the run in `out` on, up to a larger `epochs`. Its learning rate becomes that of "
-                "the new schedule: after a decay it goes back up.",
+                help="Continue the run in `out` up to a larger `epochs`. The learning rate becomes that of "
+                "the new schedule: after a decay it rises again.",
             ),
         ] = False,
     ) -> None:
-        # cuBLAS needs this before its first product to give the same bits every run
+        # Before torch is imported: cuBLAS reads it at its first product and needs it to give the same bits in
+        # every run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard():
             from winnow.common.config_file import load_config
@@ -88,6 +88,8 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
             settings = load_config(config, set_ or [])
             launch = launch_of(os.environ)
             after_train = _measure_in_subject() if subject_figures else None
+            # torchrun merges the ranks' output: each line would come once per rank, and --json print several
+            # objects.
             with only_the_first_tells(launch):
                 summary = train(settings, after_train=after_train, extend=extend, launch=launch)
             if launch.rank == 0:
@@ -110,9 +112,11 @@ def register_sweep(app: typer.Typer) -> None:
             bool, typer.Option("--json", help="Print the summaries as one JSON object on stdout.")
         ] = False,
         subject_figures: Annotated[
+            # Off, unlike in `train`: they cost a pass of the subject over held-out windows per SAE.
             bool, typer.Option("--subject-figures", help="Also run the subject model for each SAE.")
         ] = False,
     ) -> None:
+        # As in `train`: each SAE must get the bits that `train` alone would give it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard():
             from winnow.common.config_file import load_config
@@ -122,12 +126,14 @@ def register_sweep(app: typer.Typer) -> None:
 
             settings = load_config(config, set_ or [])
             specs = grid_specs(settings)
+            # One read serves the whole grid, so the first spec says how to follow a harvest.
             dataset = ActivationStore.open(
                 settings.root,
                 settings.storage,
                 follow=specs[0].follow,
                 timeout_seconds=specs[0].follow_seconds,
             )
+            # Before the first step: all SAEs train at once, and a lack of memory would end every one.
             need = require_room(specs, dataset)
             say(f"{len(specs)} SAEs, {human_bytes(need)} of memory for them")
             after_train = _measure_in_subject() if subject_figures else None
@@ -137,7 +143,7 @@ def register_sweep(app: typer.Typer) -> None:
 
 
 def show_sweep(found: dict[str, Summary], specs: Sequence[TrainSpec]) -> None:
-    """A line for each SAE of a sweep."""
+    """Print one row per SAE of a sweep."""
     rows = [
         [
             spec.out,
@@ -153,7 +159,7 @@ def show_sweep(found: dict[str, Summary], specs: Sequence[TrainSpec]) -> None:
 
 
 def make_app() -> typer.Typer:
-    """An app with the one command `train`, without the figures that need the subject model."""
+    """Return an app whose only command is `train`, without the figures that need the subject model."""
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
     register_train(app, subject_figures=False)
     return app
@@ -166,9 +172,11 @@ def _measure_in_subject() -> AfterTrain:
 
 
 def show(summary: Summary, out: str) -> None:
-    """The table at the end of a run."""
+    """Print the table at the end of a run."""
 
     def figure(key: str, form: str) -> list[str]:
+        # Which figures there are depends on held-out units and on the subject: what was not measured gets no
+        # row.
         return [format(summary[key], form)] if key in summary else []
 
     def row(label: str, key: str, form: str, note: str = "") -> list[list[Any]]:
@@ -194,6 +202,7 @@ def show(summary: Summary, out: str) -> None:
         *row("harvest, tokens/s", "harvest_tokens_per_s", ",.0f"),
     ]
     print_table(f"{summary['hook']} → {out}", rows)
+    # Said, since the same config gives a longer table under `winnow train`.
     if summary["left_out"]:
         say(
             f"left out: {', '.join(summary['left_out'])} (they need the subject model: "
