@@ -1,4 +1,4 @@
-"""`winnow attribute`: which latents make the subject say it."""
+"""`winnow attribute`: which latents make the subject predict a token."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from winnow.cli.console import emit, guard, print_table
 from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError
 
-HELP = """Show which latents make the subject say a token after a prompt.
+HELP = """Show which latents make the subject predict a token after a prompt.
 
 For every latent active anywhere in the prompt: its first-order effect, code x gradient, on the
 log-probability of --answer (or on its logit over that of --against), from one backward pass with the SAE
-spliced in and its error kept; and, for the largest, what is really lost when that latent alone is taken away.
-Positive: it speaks for the answer. The line below the table says how much lies in the SAE's error, which no
-latent explains. The prompt begins as the dataset's windows do: with BOS where its plan says so.
+spliced in and its error kept; and, for the largest, the actual loss when that latent alone is set to 0. A
+positive effect favours the answer. The line below the table gives the part in the SAE's error, which no
+latent explains. The prompt begins as the dataset's windows do: with BOS if its plan says so.
 """
 EPILOG = (
     "Example: `winnow attribute runs/quickstart --root data/quickstart --prompt "
@@ -32,12 +32,12 @@ def register(app: typer.Typer) -> None:
 
 def command(
     sae: Annotated[str, typer.Argument(metavar="SAE_URI", help="Folder or URI with sae.json.")],
-    prompt: Annotated[str, typer.Option(help="Text; the answer is the token after its last one.")],
-    answer: Annotated[str, typer.Option(help="One token, a leading space included.")],
+    prompt: Annotated[str, typer.Option(help="Text before the answer.")],
+    answer: Annotated[str, typer.Option(help="One token, including a leading space.")],
     against: Annotated[str | None, typer.Option(help="One token to compare with.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with `root`, if not --root.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with `root`, in place of --root.")] = None,
     root: Annotated[str | None, typer.Option(help="The dataset the SAE was trained on.")] = None,
-    top: Annotated[int, typer.Option(min=1, max=512, help="Effects shown, the largest.")] = 15,
+    top: Annotated[int, typer.Option(min=1, max=512, help="Number of effects shown, largest first.")] = 15,
     skip: Annotated[
         int | None,
         typer.Option(min=0, help="Leading positions left out; default the plan's `drop_leading`."),
@@ -45,12 +45,14 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Attribute; the help text is `HELP`."""
+    # In every command the imports stand here: a help needs none of them.
     with guard():
         from winnow.common.config_file import load_config
         from winnow.evaluator.prompt import attribute_prompt
         from winnow.evaluator.setting import Setting
         from winnow.schemas.config import Config
 
+        # Not both: an SAE fits one dataset, and which one was meant would be a guess.
         if (config is None) == (root is None):
             raise ConfigError("the dataset", expected="--root URI or --config FILE, one of them")
         settings = load_config(config, []) if config else Config(root=root or "")
@@ -64,6 +66,7 @@ def show(found: dict[str, Any]) -> None:
     what = f"log P({found['answer']!r})"
     if found["against"] is not None:
         what = f"logit({found['answer']!r}) - logit({found['against']!r})"
+    # Tokens as literals: a leading space or a newline is part of them.
     lines = [
         [
             f"{effect['position']} {effect['token']!r}",
@@ -80,4 +83,5 @@ def show(found: dict[str, Any]) -> None:
         say("no latent that is active on the prompt has an effect: there is nothing to attribute")
     if found["bos"]:
         say("BOS goes before the prompt, as before each window of the dataset")
+    # Shown even if the error's part is large: the effects above explain no more than the rest.
     say(f"first order: all latents {found['latents']:+.4f}, the SAE's error {found['error']:+.4f}")

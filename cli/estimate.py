@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from winnow.schemas.training import TrainSpec
 
 CARDS = "a100-40gb or a100-80gb or h100 or h200 or l4 or l40s or rtx-4090"
-"""The keys of `winnow.trainer.plan.estimate.GPUS`, whose module imports torch."""
+"""The keys of `winnow.trainer.plan.estimate.GPUS`, whose module imports torch; a test compares them."""
 
 
 def register(app: typer.Typer) -> None:
@@ -26,14 +26,17 @@ def register(app: typer.Typer) -> None:
 def estimate_command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with a section `train`")],
     gpu: Annotated[str, typer.Option(help=CARDS)] = "h100",
-    count: Annotated[int, typer.Option(help="GPUs; `train.mesh` says how they share the work", min=1)] = 1,
+    count: Annotated[
+        int, typer.Option(help="Number of GPUs; `train.mesh` says how they share the work", min=1)
+    ] = 1,
+    # A float, so that `40e9` can be given.
     tokens: Annotated[
         float,
-        typer.Option(help="Rows of the whole run; by default from the dataset and `train.epochs`", min=0),
+        typer.Option(help="Rows of the whole run; default from the dataset and `train.epochs`", min=0),
     ] = 0,
-    d_model: Annotated[int, typer.Option(help="Width of the rows; by default the dataset's", min=0)] = 0,
+    d_model: Annotated[int, typer.Option(help="Width of the rows; default the dataset's", min=0)] = 0,
     price: Annotated[
-        float, typer.Option(help="For one GPU for an hour; by default `prices.trainer_hour`", min=0)
+        float, typer.Option(help="Price of one GPU per hour; default `prices.trainer_hour`", min=0)
     ] = 0,
     set: Annotated[
         list[str] | None,
@@ -43,11 +46,11 @@ def estimate_command(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")] = False,
 ) -> None:
-    """Say what a run takes on some GPUs: memory, step time, tokens/s, hours, money. Trains nothing.
+    """Estimate a run on some GPUs: memory, step time, tokens/s, hours, cost. Trains nothing.
 
-    Memory is arithmetic that tests hold against torch's own account. Time is reckoned from the card's data
-    sheet and from shares of it that are assumed, not measured. A run that does not fit is refused, with what
-    would. With --tokens and --d-model no dataset is needed.
+    Memory comes from formulas that tests compare with torch's own account; time comes from the card's data
+    sheet and from assumed, not measured, shares of it. A run that does not fit is refused, and the message
+    says what would fit. With --tokens and --d-model no dataset is needed.
 
     Example: `winnow estimate configs/paper-16m.yaml --gpu h100 --count 16 --tokens 40e9 --d-model 768`
     """
@@ -70,17 +73,20 @@ def estimate_command(
             price=hour or None,
             currency=prices.currency if prices else "USD",
         )
+        # Later epochs read the same rows again: the data is that of one.
         volume = data_volume(rows / max(1.0, spec.epochs), width)
         emit(as_json(found, volume), json, lambda: print_table(f"{config}", table_rows(found, volume)))
 
 
 def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tuple[float, int]:
-    """Rows of the run and their width, as given or as the dataset says."""
+    """Return the rows of the run and their width, as given or from the dataset."""
     from winnow.store import ActivationStore
     from winnow.trainer.run.start import plan_order, resolve_recipe
 
+    # The options and the formulas know one width, that of one hook.
     if spec.with_hooks or spec.target_hook is not None:
         raise ConfigError("the estimate", expected="an SAE of one hook", got="a transcoder or crosscoder")
+    # An estimate mostly comes before the harvest, when there is no dataset to open.
     if tokens and d_model:
         return tokens, d_model
     dataset = ActivationStore.open(settings.root, settings.storage)

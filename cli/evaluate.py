@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 JUDGE_KEY_VARIABLE = "WINNOW_JUDGE_KEY"
 FAMILIES = "reconstruction, downstream, compute, stability, ablation, probes, n2g, judge"
-"""Those of `winnow.schemas.evaluation`, which a help need not import."""
+"""The names of `winnow.schemas.evaluation`, which a help need not import; a test compares the two."""
 EVALUATE_HELP = f"""Measure a trained SAE on the windows its dataset held out.
 
-Families: {FAMILIES}; each figure's definition stands in docs/evaluation.md. Writes
-`evaluation.json` beside the SAE after every family and prints a table. Stop it whenever you like: families
-that are finished are kept, and measured again only with --again or other settings. Figures of other settings
-and of other datasets stay in it.
+Families: {FAMILIES}; docs/evaluation.md defines each figure. Writes
+`evaluation.json` beside the SAE after every family and prints a table. May be interrupted at any time:
+finished families are kept, and measured again only with --again or other settings. Figures of other settings
+and of other datasets stay in the file.
 
 The dataset comes from --root or from a config's `root`; sample sizes, tasks and the law of `compute` from
 its section `evaluate`. `judge` asks a language model at `evaluate.judge.endpoint` (its key:
-{JUDGE_KEY_VARIABLE}); nothing is sent anywhere unless that is set.
+{JUDGE_KEY_VARIABLE}); nothing is sent anywhere unless the endpoint is set.
 """
 EVALUATE_EPILOG = (
     "Example: `winnow evaluate runs/quickstart --config configs/quickstart.yaml --metrics reconstruction,n2g`"
@@ -48,23 +48,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 def evaluate_command(
     sae: Annotated[str, typer.Argument(metavar="SAE_URI", help="Folder or URI with sae.json.")],
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with `root` and, if wanted, `subject` and `evaluate`.")
+        Path | None, typer.Option(help="YAML file with `root`; optionally `subject` and `evaluate`.")
     ] = None,
-    root: Annotated[str | None, typer.Option(help="The dataset, over the config's.")] = None,
+    root: Annotated[str | None, typer.Option(help="The dataset; overrides the config's.")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Families, comma-separated; all that have what they need by default.")
+        str | None, typer.Option(help="Families, comma-separated; default all whose inputs are there.")
     ] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="Held-out windows used at the most.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Maximum number of held-out windows.")] = None,
     against: Annotated[
         list[str] | None, typer.Option(help="An SAE of another seed, for `stability`; repeatable.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="A folder of Parquet tasks (text, label[, split]) for `probes`.")
+        str | None, typer.Option(help="Folder of Parquet tasks (text, label[, split]) for `probes`.")
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="Where evaluation.json goes, if not beside the SAE.")
+        str | None, typer.Option(help="Folder for evaluation.json; default beside the SAE.")
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure finished families anew.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure finished families again.")] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -88,10 +88,13 @@ def evaluate_command(
             "against": against,
             "tasks": tasks,
         }
+        # Options that were not given leave the config's values.
         given = {name: value for name, value in options.items() if value is not None}
         raw = settings.evaluate.model_dump() | given
+        # Validated on its own: `model_copy` checks nothing.
         spec = validate(EvaluateSpec, raw, origin="the options of `winnow evaluate`")
         settings = settings.model_copy(update={"evaluate": spec})
+        # From the environment only: other users see a process's options, and a shell keeps them.
         key = os.environ.get(JUDGE_KEY_VARIABLE)
         found = evaluate(sae, settings, out=out, again=again, judge_key=key)
         emit(found.model_dump(mode="json"), as_json, lambda: _show(found))
@@ -102,11 +105,13 @@ def _config(path: Path | None, root: str | None, sets: list[str]) -> Config:
     from winnow.schemas.config import Config
 
     if path is not None:
+        # Last, so that it wins, and quoted: the value of a --set is YAML, where `runs/a #1` holds a comment.
         return load_config(path, [*sets, *([f"root={json.dumps(root)}"] if root else [])])
     if root is None:
         raise ConfigError(
-            "the dataset", expected="--root URI or --config FILE", got="neither", fix="Name where it lies"
+            "the dataset", expected="--root URI or --config FILE", got="neither", fix="Name its root"
         )
+    # Without a config they would be dropped silently.
     if sets:
         raise ConfigError("--set", expected="it together with --config", got="no config")
     return Config(root=root)
@@ -115,7 +120,8 @@ def _config(path: Path | None, root: str | None, sets: list[str]) -> Config:
 def _show(found: Evaluation) -> None:
     from winnow.evaluator.report import list_notes, name_of, tabulate
 
-    for one in reversed(found.each):  # what was asked for stands last, over the prompt
+    # What was asked for comes last, right above the shell's prompt.
+    for one in reversed(found.each):
         weights = "" if one.sae_sha256 == found.sae_sha256 else f", weights {one.sae_sha256[:12]}"
         title = f"{one.sae}: {one.hook}, N = {one.latents:,}, K = {one.k}{weights}; on {name_of(one)}"
         print_table(title, tabulate(one), header=("definition", "value", "95 % interval", "sample"))
@@ -132,10 +138,10 @@ def compare_command(
     ] = "runs/compare",
     as_json: Json = False,
 ) -> None:
-    """Put evaluated SAEs side by side and draw their L0 / FVU / delta-CE frontiers.
+    """Compare evaluated SAEs and draw their L0 / FVU / delta-CE frontiers.
 
-    Each SAE must have been through `winnow evaluate` on one and the same dataset: on different held-out
-    windows they do not compare, and are refused.
+    `winnow evaluate` must have measured all of them on the same dataset: figures of different held-out
+    windows cannot be compared and are refused.
 
     Example: `winnow compare runs/k16 runs/k32 runs/k64 --out runs/frontier`
     """
@@ -151,6 +157,7 @@ def compare_command(
 
         if len(saes) < 2:
             raise ConfigError("SAEs to compare", expected="two or more", got=len(saes))
+        # All are read and found comparable before the first file is written.
         stored = [require_one(load_evaluation(open_store(uri)), uri) for uri in saes]
         found = find_common_dataset(stored, saes)
         labels = short_labels(saes)
@@ -173,9 +180,10 @@ def compare_command(
 
 
 def short_labels(uris: list[str]) -> list[str]:
-    """Each URI without the folders that all of them begin with."""
+    """Return each URI without the folders that all of them begin with."""
     parts = [PurePosixPath(uri.rstrip("/")).parts for uri in uris]
     common = 0
+    # At least the last folder stays: it is the label.
     while all(len(part) > common + 1 for part in parts) and len({part[common] for part in parts}) == 1:
         common += 1
     return ["/".join(part[common:]) for part in parts]

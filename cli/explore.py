@@ -13,11 +13,11 @@ from winnow.cli.console import emit, guard, print_table
 from winnow.common.reporter import say
 
 if TYPE_CHECKING:
-    from winnow.schemas.features import FeatureIndex
+    from winnow.schemas.features import FeatureIndex, IndexSpec
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN_VARIABLE = "WINNOW_EXPLORER_TOKEN"
-"""Environment variable with the token to ask for; a new one is made where it is not set."""
+"""Environment variable with the token that requests must carry; if it is not set, one is drawn."""
 
 SaeUri = Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI of a published SAE")]
 ConfigFile = Annotated[
@@ -27,7 +27,7 @@ ConfigFile = Annotated[
     ),
 ]
 Root = Annotated[
-    str | None, typer.Option("--root", metavar="ROOT", help="The dataset, a folder or URI; over the config's")
+    str | None, typer.Option("--root", metavar="ROOT", help="The dataset's folder or URI; overrides `root`")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
 
@@ -44,63 +44,71 @@ def index_command(
     config: ConfigFile = None,
     root: Root = None,
     out: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="Where the index goes; default SAE/features")
+        str | None, typer.Option("--out", metavar="DIR", help="Folder of the index; default SAE/features")
     ] = None,
     scratch: Annotated[
         str | None,
         typer.Option(
-            "--scratch", metavar="DIR", help="Local folder for codes while it is made; default OUT/scratch"
+            "--scratch", metavar="DIR", help="Local folder for intermediate codes; default OUT/scratch"
         ),
     ] = None,
     units: Annotated[
         int | None, typer.Option(help="Read this many units of the dataset; default all")
     ] = None,
-    top: Annotated[int, typer.Option(help="Best windows kept a latent")] = 16,
+    top: Annotated[int, typer.Option(help="Best windows kept per latent")] = 16,
     logits: Annotated[
-        int, typer.Option(help="Promoted and suppressed tokens kept a latent; 0 does without the subject")
+        int, typer.Option(help="Promoted and suppressed tokens kept per latent; 0 skips the subject")
     ] = 12,
     neighbours: Annotated[
-        int, typer.Option(help="Nearest latents kept, by cosine and by co-activation")
+        int, typer.Option(help="Nearest latents kept per latent, by cosine and by co-activation")
     ] = 12,
     workers: Annotated[
-        int, typer.Option(min=1, help="Workers, through Ray where there are several; 1 is this process")
+        int, typer.Option(min=1, help="Workers, Ray actors if more than one; 1 runs in this process")
     ] = 1,
     threads: Annotated[
-        int, typer.Option(min=0, help="CPU threads of a worker; 0 shares a machine's cores")
+        int, typer.Option(min=0, help="CPU threads per worker; 0 divides a machine's cores")
     ] = 0,
     gpus: Annotated[
         float | None,
-        typer.Option(min=0, help="GPUs of a worker, or a share of one; default one where there are any"),
+        typer.Option(min=0, help="GPUs per worker, or a share of one; default one if there are any"),
     ] = None,
     ray_address: Annotated[
         str | None,
-        typer.Option(envvar="RAY_ADDRESS", help="A running Ray cluster, auto or host:6379; default its own"),
+        typer.Option(
+            envvar="RAY_ADDRESS", help="A running Ray cluster, auto or host:6379; default a new one"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Index an SAE's latents: best windows, random windows, histograms, logits, neighbours.
 
     Encodes the dataset's stored activations once; the subject model is loaded for its unembedding only.
-    Memory stays flat however many latents or rows there are. Interrupt it whenever you like: the same
-    command goes on where it stopped, and a finished index is only shown again.
+    Memory stays flat however many latents or rows there are. May be interrupted at any time: the same
+    command resumes, and a finished index is only shown again.
 
     Example: `winnow index runs/quickstart --config configs/quickstart.yaml`
     """
     with guard():
         from winnow.explorer.index.make import Staff, make_index
         from winnow.explorer.place import Place, default_index
-        from winnow.schemas.base import validate
-        from winnow.schemas.features import IndexSpec
 
-        spec = validate(
-            IndexSpec,
-            {"units": units, "top": top, "logits": logits, "neighbours": neighbours},
-            origin="the options",
-        )
+        spec = _make_spec(units, top, logits, neighbours)
         place = Place.of(config, root)
         where = out or default_index(sae)
         meta = make_index(sae, place, where, scratch, spec, Staff(workers, threads, gpus, ray_address))
         emit(meta.model_dump(mode="json"), as_json, lambda: _show(meta, where))
+
+
+def _make_spec(units: int | None, top: int, logits: int, neighbours: int) -> IndexSpec:
+    from winnow.schemas.base import validate
+    from winnow.schemas.features import IndexSpec
+
+    # Bounds are the schema's, not typer's, so that the library refuses the same values in the same words.
+    return validate(
+        IndexSpec,
+        {"units": units, "top": top, "logits": logits, "neighbours": neighbours},
+        origin="the options",
+    )
 
 
 def _show(meta: FeatureIndex, out: str) -> None:
@@ -110,6 +118,7 @@ def _show(meta: FeatureIndex, out: str) -> None:
             ("latents", f"{meta.latents:,}"),
             ("windows read", f"{meta.windows:,}"),
             ("rows read", f"{meta.rows:,}"),
+            # Absent in an index made before this was recorded.
             *([("how they begin", meta.window.words)] if meta.window else []),
             ("made", meta.created),
         ],
@@ -119,31 +128,33 @@ def _show(meta: FeatureIndex, out: str) -> None:
 def explore_command(
     saes: Annotated[
         list[str],
-        typer.Argument(metavar="SAE...", help="Published SAEs that are indexed; two can be compared"),
+        typer.Argument(metavar="SAE...", help="Published SAEs with an index; two can be compared"),
     ],
     config: ConfigFile = None,
     root: Root = None,
     index: Annotated[
         list[str] | None,
         typer.Option(
-            "--index", metavar="DIR", help="Where an SAE's index is, in the SAEs' order; default SAE/features"
+            "--index",
+            metavar="DIR",
+            help="Folder of an SAE's index, in the SAEs' order; default SAE/features",
         ),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free")] = 8517,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one")] = 8517,
     host: Annotated[
         str,
         typer.Option(
-            help="Where to listen. Beyond loopback a token is asked for; it is printed at the start"
+            help="Address to listen on. Beyond loopback requests need a token, printed at the start"
         ),
     ] = "127.0.0.1",
     seats: Annotated[
-        int, typer.Option(min=1, help="Requests at the model at once, waiting ones included")
+        int, typer.Option(min=1, help="Requests to the model at a time, waiting ones included")
     ] = 8,
 ) -> None:
     """Look at SAEs in the browser: what each latent fires on, what it promotes, what it does to the text.
 
-    Serves on this machine only, and needs no network. The subject model is loaded when something first asks
-    for it (a text, a steered generation, an ablation).
+    Listens on this machine only by default, and needs no network. The subject model is loaded when it is
+    first needed (for a text, a steered generation, an ablation).
 
     Example: `winnow explore runs/quickstart --config configs/quickstart.yaml`
     """
@@ -154,8 +165,12 @@ def explore_command(
 
         place = Place.of(config, root)
         desk = open_desk(saes, index, place, seats)
+        # Beyond loopback anybody on the network could read the dataset's texts and occupy the model.
         token = None if host in LOOPBACK else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+        # Bound before the address is printed: port 0 gets its number here, and nobody is sent to an address
+        # that is in use.
         listener = listen(host, port)
+        # A URL takes an IPv6 address in brackets only.
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}/"
         say(f"explorer: {address}{f'?token={token}' if token else ''}  (Ctrl-C ends it)")
@@ -165,15 +180,17 @@ def explore_command(
 
 def export_command(
     sae: SaeUri,
-    latents: Annotated[str, typer.Option(metavar="LIST", help="Such as 3,10-12, or all (at most 10,000)")],
+    latents: Annotated[
+        str, typer.Option(metavar="LIST", help="3,10-12 for instance, or all (at most 10,000)")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Local folder for the files")],
     index: Annotated[
-        str | None, typer.Option("--index", metavar="DIR", help="Where the index is; default SAE/features")
+        str | None, typer.Option("--index", metavar="DIR", help="Folder of the index; default SAE/features")
     ] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take latents along: a self-contained HTML page, and JSON for OpenAI's sae-viewer and for Neuronpedia.
+    """Export latents: a self-contained HTML page, and JSON for OpenAI's sae-viewer and for Neuronpedia.
 
     Example: `winnow export-features runs/quickstart --latents 3,10-12 --out site`
     """
@@ -189,6 +206,8 @@ def export_command(
         table = FeatureTable.open(index or default_index(sae), place.storage)
         add_explanations(table, sae, place.storage)
         exhibit = Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage)
+        # An index made before this was recorded counts as one of windows without BOS; the explorer's server
+        # would ask the dataset, which an export does not open.
         exhibit.window = table.meta.window or WindowRule()
         files = export(exhibit, parse_latents(latents, table.meta.latents), out)
         facts = {"files": len(files), "page": str(files[0])}

@@ -18,13 +18,13 @@ WRITTEN = f"{READ}, saebench, neuronpedia"
 """The keys of `READERS` and `WRITERS` in `winnow.sae.formats.convert`, which imports torch."""
 IMPORT_HELP = """Turn another library's sparse autoencoder into one of Winnow's.
 
-What comes out is read by `winnow.Sae.load` and by every command. It gives the same reconstructions as the
-library it came from. Nothing in the files is ever run: a `.pt` that wants to is refused.
+`winnow.Sae.load` and every command read the result. Its reconstructions are those of the other library. No
+code in the files is ever run: a `.pt` that needs it is refused.
 """
-EXPORT_HELP = """Write an SAE of Winnow's in another library's files.
+EXPORT_HELP = """Write an SAE of Winnow's in another library's format.
 
-Dataset normalisation is folded into the weights. A format that has no place for a part of the SAE refuses it
-and says why: rows that are each normalised on their own (`normalize: layer`) need openai, saelens, saebench
+Dataset normalisation is folded into the weights. If the format cannot hold a part of the SAE, the export is
+refused and the message says why: per-row normalisation (`normalize: layer`) needs openai, saelens, saebench
 or neuronpedia.
 """
 
@@ -42,16 +42,16 @@ def register(app: typer.Typer) -> None:
             Path, typer.Argument(metavar="SRC", help="The file or folder of the other library.")
         ],
         format_name: Annotated[str, typer.Option("--from", metavar="FORMAT", help=READ)],
-        out: Annotated[str, typer.Option(help="Folder or URI that becomes the SAE's address.")],
+        out: Annotated[str, typer.Option(help="Folder or URI to write the SAE to.")],
         hook: Annotated[
-            str | None, typer.Option(help="Where it reads, such as `resid_post.9`; the files often say.")
+            str | None, typer.Option(help="Hook of its input, such as `resid_post.9`; the files often say.")
         ] = None,
-        target_hook: Annotated[str | None, typer.Option(help="Where a transcoder's output belongs.")] = None,
+        target_hook: Annotated[str | None, typer.Option(help="Hook of a transcoder's output.")] = None,
         centred: Annotated[
             bool | None,
             typer.Option(
                 "--centred/--not-centred",
-                help="SAELens: whether TransformerLens had centred its rows; the files often say.",
+                help="SAELens: whether TransformerLens centred its rows; the files often say.",
             ),
         ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print the SAE's card on stdout.")] = False,
@@ -60,8 +60,9 @@ def register(app: typer.Typer) -> None:
             from winnow.sae.formats.convert import UNKNOWN_HOOK, import_sae
 
             card = import_sae(source, format_name, out, hook=hook, target_hook=target_hook, centred=centred)
+            # A warning only: weights can be used without a hook; what reads a dataset needs it.
             if card.hook == UNKNOWN_HOOK:
-                log.warning("the files do not say where this SAE reads; --hook would")
+                log.warning("the files do not say at which hook this SAE reads: give it as --hook")
             kind = "transcoder" if card.parts.d_out else "SAE"
             sizes = f"{card.parts.activation} {kind}, D = {card.d_model:,}, N = {card.latents:,}"
             emit(card.model_dump(mode="json"), as_json, lambda: say(f"{sizes}, {card.hook} → {out}"))
@@ -77,7 +78,7 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path, typer.Option(help="Folder to write into; must be empty or absent.")],
         model: Annotated[
             str | None,
-            typer.Option(help="The subject as that library names it; default: as the SAE's card does."),
+            typer.Option(help="That library's name of the subject; default the one in the SAE's card."),
         ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print the files as JSON on stdout.")] = False,
     ) -> None:

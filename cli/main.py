@@ -1,7 +1,8 @@
 """The `winnow` command: a table of its commands, each imported when it is called.
 
 The stages' libraries take some 7 s of CPU to import. The list of commands, `--version` and the completion of
-names read the table only; a command's own help imports its module, and its work imports the rest.
+names read the table only; a command's own help imports its module, and its work imports the rest: inside the
+function, below `guard()`.
 """
 
 from __future__ import annotations
@@ -41,33 +42,31 @@ COMMANDS = {
     ),
     "stop": Entry(
         "runs",
-        "Ask a run to make a checkpoint and end, wherever it trains; within about 5 s and a step.",
+        "Ask a run to write a checkpoint and exit, wherever it trains; takes about 5 s and a step.",
     ),
     "resume": Entry(
         "runs",
-        "Let a stopped run go on: a service takes it up; without one, the command that started it does.",
+        "Let a stopped run resume: a service restarts it; without one, run its own command again.",
     ),
     "estimate": Entry(
         "estimate",
-        "Say what a run takes on some GPUs: memory, step time, tokens/s, hours, money. Trains nothing.",
+        "Estimate a run on some GPUs: memory, step time, tokens/s, hours, cost. Trains nothing.",
     ),
     "serve-trainer": Entry(
         "service",
         "Train what `winnow submit CONFIG --to ROOT` puts into the queue, each job in its own processes.",
     ),
     "import": Entry("formats", "Turn another library's sparse autoencoder into one of Winnow's."),
-    "export": Entry("formats", "Write an SAE of Winnow's in another library's files."),
+    "export": Entry("formats", "Write an SAE of Winnow's in another library's format."),
     "evaluate": Entry("evaluate", "Measure a trained SAE on the windows its dataset held out."),
-    "compare": Entry(
-        "evaluate", "Put evaluated SAEs side by side and draw their L0 / FVU / delta-CE frontiers."
-    ),
-    "attribute": Entry("attribute", "Show which latents make the subject say a token after a prompt."),
+    "compare": Entry("evaluate", "Compare evaluated SAEs and draw their L0 / FVU / delta-CE frontiers."),
+    "attribute": Entry("attribute", "Show which latents make the subject predict a token after a prompt."),
     "recovery": Entry(
         "recovery",
-        "Train SAEs on synthetic rows whose true directions are known, and see how many they find.",
+        "Train SAEs on synthetic rows whose true directions are known, and count how many they recover.",
     ),
-    "info": Entry("store", "Say what a dataset is and how far it has come. Digests in full: --json."),
-    "verify": Entry("store", "Say what is missing, torn or rotten; exit with 1 where anything is."),
+    "info": Entry("store", "Describe a dataset and its progress. Digests in full: --json."),
+    "verify": Entry("store", "List what is missing, incomplete or corrupted; exit with 1 if anything is."),
     "index": Entry(
         "explore", "Index an SAE's latents: best windows, random windows, histograms, logits, neighbours."
     ),
@@ -77,12 +76,11 @@ COMMANDS = {
     ),
     "export-features": Entry(
         "explore",
-        "Take latents along: a self-contained HTML page, and JSON for OpenAI's sae-viewer and for "
-        "Neuronpedia.",
+        "Export latents: a self-contained HTML page, and JSON for OpenAI's sae-viewer and for Neuronpedia.",
     ),
     "scaling": Entry(
         "scaling",
-        "Fit scaling laws to the SAEs of a sweep, and say how well they predict the largest ones.",
+        "Fit scaling laws to the SAEs of a sweep, and report how well they predict the largest ones.",
     ),
     "submit": Entry(
         "submit",
@@ -92,10 +90,12 @@ COMMANDS = {
 
 
 class ListedCommand(TyperCommand):
-    """A command known by its line; parsing its arguments imports its module and hands over to it."""
+    """A command of which only its line is known; parsing arguments imports and builds the real one."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """The context of the real command, which is `context.command` from there on."""
+        """Return the context of the real command, which is `context.command` from there on."""
+        # The one door that a run, a help and the completion of options all pass; `invoke` would be too late
+        # for the last two.
         assert self.name is not None
         return load_command(self.name).make_context(info_name, args, parent, **extra)
 
@@ -121,6 +121,7 @@ def load_command(name: str) -> Any:
     """
     group = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False)
     import_module(f"winnow.cli.{COMMANDS[name].module}").register(group)
+    # Not typer's `get_command`: if a module registers one command only, it returns that command, no group.
     return get_group(group).commands[name]
 
 
@@ -137,6 +138,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
+        # Computed when it is asked for: reading the metadata takes twice as long as importing `winnow`.
         from winnow import __version__
 
         typer.echo(f"winnow {__version__}")

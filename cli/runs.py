@@ -33,8 +33,8 @@ def register(app: typer.Typer) -> None:
 def runs_command(root: Root, json: AsJson = False) -> None:
     """List the runs below a folder: state, progress, ETA, FVU, speed, cost; and a trainer service's jobs.
 
-    States: training, stopping, stopped, finished, failed, lost (it was killed: the same command goes on
-    from its last checkpoint). The cost is that of `prices.trainer_hour`.
+    States: training, stopping, stopped, finished, failed, lost (it was killed: the same command resumes from
+    its last checkpoint). The cost is reckoned from `prices.trainer_hour`.
 
     Example: `winnow runs runs/`
     """
@@ -45,6 +45,7 @@ def runs_command(root: Root, json: AsJson = False) -> None:
 
         store = open_store(root)
         found, jobs = find_runs(store), job_facts(store)
+        # Jobs alone are no error: a queue is filled before its first run has a status.
         if not found and not jobs:
             raise ConfigError(f"{root} holds no runs", expected="folders with a status.json", got="none")
         facts: dict[str, Any] = {"runs": [seen.facts() for seen in found], "jobs": jobs}
@@ -56,6 +57,7 @@ def _show(root: str, found: list[RunView], jobs: list[dict[str, Any]], rows: lis
 
     if found:
         print_table(root, [seen.row() for seen in found], HEADER)
+        # Below the table: a cause is a sentence and would make its column too wide.
         for seen in found:
             if seen.status.cause:
                 say(f"{seen.name or root}: {seen.status.cause}")
@@ -65,12 +67,12 @@ def _show(root: str, found: list[RunView], jobs: list[dict[str, Any]], rows: lis
 
 def watch_command(
     run: RunUri,
-    every: Annotated[float, typer.Option(help="Seconds between two looks", min=0.2)] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two updates", min=0.2)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show it once and exit")] = False,
 ) -> None:
     """Show a run while it trains, wherever it does: progress, curves, where a step's time goes.
 
-    Ends with the run. Ctrl-C ends the view and leaves the run alone.
+    Exits when the run ends. Ctrl-C ends the view only; the run continues.
 
     Example: `winnow watch runs/quickstart`
     """
@@ -81,10 +83,12 @@ def watch_command(
 
         store = open_store(run)
         seen, table = _look(run, store)
+        # In a file or pipe a live view would be one whole table after another.
         if once or not stdout.is_terminal:
             stdout.print(table)
             return
         with Live(table, console=stdout) as live:
+            # Ends with a killed run too: without a sign of life its state becomes `lost`.
             while seen.state == "training":
                 time.sleep(every)
                 seen, table = _look(run, store)
@@ -100,6 +104,7 @@ def _look(run: str, store: ObjectStore) -> tuple[RunView, Table]:
     status = read_status(store)
     if status is None:
         raise ConfigError(f"{run} is no run", expected="a status.json that can be read", got="none")
+    # Never `stopping`: a view ends with the state `training`, but a run that was asked to stop still trains.
     seen = RunView("", status, False, time.time())
     table = Table(show_header=False)
     for label, value in watch_rows(run, seen, last_records(store)):
@@ -108,9 +113,9 @@ def _look(run: str, store: ObjectStore) -> tuple[RunView, Table]:
 
 
 def stop_command(run: RunUri) -> None:
-    """Ask a run to make a checkpoint and end, wherever it trains; within about 5 s and a step.
+    """Ask a run to write a checkpoint and exit, wherever it trains; takes about 5 s and a step.
 
-    A service does not take it up again before `winnow resume`.
+    A service does not restart it before `winnow resume`.
 
     Example: `winnow stop runs/quickstart`
     """
@@ -122,14 +127,15 @@ def stop_command(run: RunUri) -> None:
         status = read_status(store)
         if status is None:
             raise ConfigError(f"{run} is no run", expected="a status.json that can be read", got="none")
+        # The mark would stay in the folder and stop a later `winnow train --extend`.
         if status.state == "finished":
             raise ConfigError(f"{run} is finished", fix="There is nothing to stop")
         ask_to_stop(store)
-        say(f"{run} is asked to stop; `winnow runs` shows when it has")
+        say(f"{run} was asked to stop; `winnow runs` shows when it has")
 
 
 def resume_command(run: RunUri) -> None:
-    """Let a stopped run go on: a service takes it up; without one, the command that started it does.
+    """Let a stopped run resume: a service restarts it; without one, run its own command again.
 
     Example: `winnow resume runs/quickstart`
     """
@@ -137,8 +143,9 @@ def resume_command(run: RunUri) -> None:
         from winnow.store.objects import open_store
         from winnow.trainer.run.status import withdraw_stop
 
+        # An error, since this command starts nothing: silence would promise a run that nobody restarts.
         if not withdraw_stop(open_store(run)):
             raise ConfigError(
                 f"{run} was not asked to stop", fix="Run its command again if it is not training"
             )
-        say(f"{run} may go on: its service takes it up, or the command that started it")
+        say(f"{run} may resume: its service restarts it; without one, run its own command again")

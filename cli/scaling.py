@@ -24,18 +24,18 @@ def register(app: typer.Typer) -> None:
 def scaling_command(
     runs: Annotated[str, typer.Argument(metavar="RUNS", help="Folder or URI of a sweep (its sweep.out)")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for scaling.md, .json, .png, .svg; beside the runs by default")
+        Path | None, typer.Option(help="Folder for scaling.md, .json, .png, .svg; default beside the runs")
     ] = None,
-    bootstraps: Annotated[int, typer.Option(help="Draws for the intervals", min=20)] = 400,
-    seed: Annotated[int, typer.Option(help="Of the fits' starts and of the draws", min=0)] = 0,
+    bootstraps: Annotated[int, typer.Option(help="Bootstrap draws for the intervals", min=20)] = 400,
+    seed: Annotated[int, typer.Option(help="Seed of the fits' starts and of the draws", min=0)] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")] = False,
 ) -> None:
-    """Fit scaling laws to the SAEs of a sweep, and say how well they predict the largest ones.
+    """Fit scaling laws to the SAEs of a sweep, and report how well they predict the largest ones.
 
     L(N, K) = exp(a + bk log K + bn log N + g log K log N) + exp(z + h log K), and L(C) with an irreducible
     term; robust fits in log space with bootstrap intervals. The SAEs of the largest N are held out and
-    predicted from the others, beside a plain power law and the nearest SAE. Which cells have converged is
-    said.
+    predicted from the others, and compared with the predictions of a plain power law and of the nearest SAE.
+    Reports which cells have converged.
 
     Example: `winnow scaling runs/sweep --out docs/results`
     """
@@ -46,17 +46,19 @@ def scaling_command(
         store = open_store(runs)
         sweep = read_sweep(store)
         laws = fit_laws(sweep, seed=seed, bootstraps=bootstraps)
-        write(sweep, laws, runs, out)
+        # Before the tables: a broken pipe must not lose the fits.
+        write_report(sweep, laws, runs, out)
         emit(as_json(sweep, laws), json, lambda: show(sweep, laws))
 
 
-def write(sweep: Sweep, laws: Laws, runs: str, out: Path | None) -> None:
-    """Write page, numbers and pictures into `out`, or beside the runs."""
+def write_report(sweep: Sweep, laws: Laws, runs: str, out: Path | None) -> None:
+    """Write page, numbers and pictures to `out`, or beside the runs."""
     from winnow.evaluator.scaling.plots import draw_laws
     from winnow.evaluator.scaling.report import as_json, page
     from winnow.store.objects import open_store
 
     target = open_store(str(out) if out is not None else runs)
+    # The page names the command that made it, without a path of this machine: it is meant to be published.
     name = runs if not Path(runs).is_absolute() else "RUNS"
     command = "winnow scaling " + shlex.quote(name) + (" --out docs/results" if out is not None else "")
     pictures = draw_laws(sweep, laws)
@@ -69,7 +71,7 @@ def write(sweep: Sweep, laws: Laws, runs: str, out: Path | None) -> None:
 
 
 def show(sweep: Sweep, laws: Laws) -> None:
-    """The tables for people."""
+    """Print the tables."""
     from winnow.evaluator.scaling.laws import mean_error
 
     rows = [
@@ -79,6 +81,7 @@ def show(sweep: Sweep, laws: Laws) -> None:
     print_table(
         f"L(N, K) of {len(sweep.cells)} SAEs, rms error {laws.joint.rms:.2%}", rows, ("", "value", "95 %")
     )
+    # Beside two simpler predictors: the nearest SAE needs no fit, so a law is of use only if it beats that.
     held = laws.held_out
     errors = [
         [label, f"{mean_error([getattr(each, name) for each in held]):.2%}"]

@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command("verify")(verify_command)
 
 
+# A copy: typer needs the choices when the command is defined, and the module of the originals imports numpy.
 class LevelChoice(Enum):
     """The levels of `winnow.store.check.verify`, for typer."""
 
@@ -35,17 +36,17 @@ class LevelChoice(Enum):
 
 
 Uri = Annotated[str, typer.Argument(help="The dataset's root: a local path, file:// or s3://bucket/prefix.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 AllowHttp = Annotated[
     bool, typer.Option("--allow-http", help="Permit an http:// endpoint beyond this machine's loopback.")
 ]
-Timeout = Annotated[float, typer.Option(help="Longest wait for one request, in seconds.", min=0.1)]
+Timeout = Annotated[float, typer.Option(help="Time limit of one request, in seconds.", min=0.1)]
 
 
 def info_command(
     uri: Uri, json: Json = False, allow_http: AllowHttp = False, timeout_seconds: Timeout = 60.0
 ) -> None:
-    """Say what a dataset is and how far it has come. Digests in full: --json.
+    """Describe a dataset and its progress. Digests in full: --json.
 
     Example: winnow info data/quickstart
     """
@@ -61,47 +62,43 @@ def verify_command(
     level: Annotated[
         LevelChoice,
         typer.Option(
-            help="list: every object is there. size: and has its length. index: and every shard's index is "
-            "sound. full: and every byte is what was committed."
+            help="list: every object exists. size: and has its length. index: and every shard's index is "
+            "valid. full: and every byte is the committed one."
         ),
     ] = LevelChoice.LIST,
     json: Json = False,
     allow_http: AllowHttp = False,
     timeout_seconds: Timeout = 60.0,
-    threads: Annotated[int, typer.Option(help="Shards read at a time.", min=1)] = 4,
+    threads: Annotated[int, typer.Option(help="Number of shards read at a time.", min=1)] = 4,
     repair_: Annotated[
         bool,
         typer.Option(
             "--repair",
-            help="First put right what the rest of the dataset tells: metadata, receipts, checksums, "
-            "manifests. Nobody else may write meanwhile. Sets --level full. Lost rows and tokens need "
+            help="First restore what the rest of the dataset determines: metadata, receipts, checksums, "
+            "manifests. Nothing else may write meanwhile. Sets --level full. Lost rows and tokens need "
             "`winnow harvest CONFIG --repair`.",
         ),
     ] = False,
 ) -> None:
-    """Say what is missing, torn or rotten; exit with 1 where anything is.
+    """List what is missing, incomplete or corrupted; exit with 1 if anything is.
 
-    A dataset that is not sealed yet is checked as far as it goes. Without --repair nothing is changed.
+    If the dataset is not sealed yet, the committed part is checked. Without --repair nothing is changed.
 
     Example: winnow verify s3://bucket/run7 --level full
     """
     with guard():
         from winnow.store.check.info import dataset_info
         from winnow.store.check.repair import repair
-        from winnow.store.check.verify import damage, verify
+        from winnow.store.check.verify import damage
 
         store = _open(uri, allow_http, timeout_seconds)
+        # The whole dataset is read after a repair: only then is it known to be sound.
         if repair_:
             level = LevelChoice.FULL
             for key in repair(store).restored:
                 say(f"repair: {key} was written anew")
-        with Progress(f"verify --level {level.value}", None, "shards") as bar:
-
-            def report(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done)
-
-            problems = verify(store, level.value, report, threads)
+        problems = _verify(store, level, threads)
+        # Without its plan a dataset has no state to report; the problem itself says so.
         facts = dataset_info(store) if not any(p.key == "plan.json" for p in problems) else None
         broken = damage(problems)
         value = {
@@ -115,8 +112,22 @@ def verify_command(
             "strays": [problem.key for problem in problems if problem.stray],
         }
         emit(value, json, lambda: _show_problems(store.uri, level.value, problems, facts, repair_))
+    # After the result is written: a program wants the JSON of a damaged dataset most of all.
     if broken:
         raise typer.Exit(1)
+
+
+def _verify(store: ObjectStore, level: LevelChoice, threads: int) -> list[Problem]:
+    from winnow.store.check.verify import verify
+
+    with Progress(f"verify --level {level.value}", None, "shards") as bar:
+
+        def report(done: int, total: int) -> None:
+            # The number of shards is known only after plan and receipts are read.
+            bar.total = total
+            bar.update(done)
+
+        return verify(store, level.value, report, threads)
 
 
 def _open(uri: str, allow_http: bool, timeout_seconds: float) -> ObjectStore:
@@ -139,7 +150,7 @@ def _show_info(found: DatasetInfo) -> None:
         *bad_records(found.bad_records, found.bad_first),
         ("corpus tokens", f"{found.corpus_tokens:,}"),
         ("hooks", ", ".join(f"{hook} (D = {width})" for hook, width in found.hooks.items())),
-        ("rows a hook", f"{found.rows:,}"),
+        ("rows per hook", f"{found.rows:,}"),
         (
             "unit",
             f"{found.windows_per_unit} windows of {found.context_length} tokens, "
@@ -151,6 +162,7 @@ def _show_info(found: DatasetInfo) -> None:
         ("activations", f"{human_bytes(found.stored_bytes)} of {human_bytes(found.planned_bytes)}"),
         ("plan fingerprint", f"{found.plan_fingerprint[:16]}..."),
     ]
+    # Known once the dataset is sealed.
     if found.sinks is not None:
         marked = ", ".join(f"{hook}: {count:,}" for hook, count in found.sinks.items())
         rows += [
@@ -170,6 +182,7 @@ def _show_problems(
 
     for problem in problems:
         stdout.print(str(problem), markup=False, soft_wrap=True)
+    # Strays are printed but are no damage: no plan, receipt or manifest names them, so nothing reads them.
     broken = len(damage(problems))
     if facts and facts.state != "sealed":
         say(f"{uri} is {facts.state}: {facts.units_committed} of {facts.units} units are committed")
@@ -184,12 +197,13 @@ def _show_problems(
 
 
 def _advice(uri: str, broken: list[Problem], repaired: bool) -> list[str]:
-    """What mends the problems, the cheapest first."""
+    """Return lines on what repairs the problems, cheapest first."""
     from winnow.store.format.layout import PLAN_KEY
 
     if any(problem.key == PLAN_KEY for problem in broken):
         return [f"nothing else says what {PLAN_KEY} held: put back a copy of it, byte for byte"]
     again = "`winnow harvest CONFIG --repair` makes again {}, from corpus and subject"
+    # `verify --repair` cannot recompute rows and tokens, and has nothing left to do if it just ran.
     if repaired or all(problem.lost for problem in broken):
         return [again.format("what is damaged")]
     cheap = (

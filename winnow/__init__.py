@@ -51,11 +51,13 @@ def __getattr__(name: str) -> Any:
         found = getattr(import_module(_PLACES[name]), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Kept, so that later accesses find it without this function.
     globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
+    # Without it completion in a notebook would offer only what was imported already.
     return __all__
 
 

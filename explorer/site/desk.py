@@ -61,7 +61,7 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
     try:
         dataset()
     except (StoreError, ConfigError) as error:
-        log.warning("explorer: the dataset is not at hand, so ablations take pasted text only (%s)", error)
+        log.warning("explorer: the dataset cannot be opened, so ablations take pasted text only (%s)", error)
         at_hand = None
     for exhibit in exhibits:
         exhibit.window = _window_rule(exhibit, at_hand)
