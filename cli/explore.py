@@ -27,7 +27,8 @@ ConfigFile = Annotated[
     ),
 ]
 Root = Annotated[
-    str | None, typer.Option("--root", metavar="ROOT", help="The dataset's folder or URI; overrides `root`")
+    str | None,
+    typer.Option("--root", metavar="ROOT", help="The dataset: folder or URI; overrides the config's"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
 

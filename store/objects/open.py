@@ -8,8 +8,6 @@ from urllib.parse import unquote
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError
 from winnow.store.objects.base import ObjectStore
-from winnow.store.objects.local import LocalStore
-from winnow.store.objects.s3 import open_s3
 
 
 def open_store(uri: str, storage: StorageSpec | None = None) -> ObjectStore:
@@ -23,6 +21,10 @@ def open_store(uri: str, storage: StorageSpec | None = None) -> ObjectStore:
         ConfigError: Another scheme, no bucket, or a plain `http://` endpoint beyond loopback.
         StoreError: S3 credentials are missing.
     """
+    # Imported when needed: a training step alone needs this package's types, on machines without obstore.
+    from winnow.store.objects.local import LocalStore
+    from winnow.store.objects.s3 import open_s3
+
     storage = storage or StorageSpec()
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     if scheme is None:

@@ -66,7 +66,7 @@ def test_gpu_where_torch_and_triton_are_almost_all_there_is(tmp_path):
     out = tmp_path / "gpu.json"
     arguments = ["--tiny", "--no-tests", "--rounds", "1", "--json", str(out)]
     subprocess.run(
-        [sys.executable, "-c", BLOCKED.format(absent=absent | {"s3fs", "scipy"}, arguments=arguments)],
+        [sys.executable, "-c", BLOCKED.format(absent=absent | {"s3fs", "scipy", "typer", "rich"}, arguments=arguments)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,

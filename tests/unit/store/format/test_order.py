@@ -209,11 +209,11 @@ def test_rows_of_a_batch_come_evenly_from_the_units_and_slots_of_a_group():
 def test_ten_to_the_twelve_rows_cost_nothing():
     order = LaneOrder(range(8_000_000), 2000, 1024, 16384, 0, 64, 64)
     assert len(order.units) * order.rows_per_unit > 10**12
-    started = time.perf_counter()
+    started = time.process_time()
     for step in range(0, order.steps_per_epoch, order.steps_per_epoch // 1000):
         place = order.locate(step)
         assert len(set(order.units_of(3, place.group))) == 64
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(
