@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Place(NamedTuple):
         """Read the config, if there is one."""
         if config is None:
             return cls(root, None, StorageSpec())
-        settings = load_config(config, [f"root={root}"] if root else [])
+        settings = load_config(config, [f"root={json.dumps(root)}"] if root else [])
         return cls(settings.root, settings.subject, settings.storage)
 
 

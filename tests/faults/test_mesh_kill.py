@@ -66,7 +66,7 @@ def test_a_rank_killed_in_mid_step_stops_the_other_and_another_mesh_goes_on(conf
             rank.wait()
     told = " ".join((tmp_path / "log-0").read_text().split())
     assert "another rank of the mesh is lost" in told
-    assert "it goes on from the newest checkpoint" in told
+    assert "it resumes from the newest checkpoint" in told
     assert not (out / "summary.json").exists()
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]

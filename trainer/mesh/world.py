@@ -28,8 +28,8 @@ from winnow.schemas.training import TrainSpec
 
 T = TypeVar("T")
 SILENCE = timedelta(minutes=15)
-"""A collective that takes longer has lost a rank: every other one stops."""
-AGAIN = "Start the same command again, on this mesh or another: it goes on from the newest checkpoint"
+"""Collective timeout; on expiry a rank is presumed lost and the others stop."""
+AGAIN = "Start the same command again, on this mesh or another: it resumes from the newest checkpoint"
 
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch renamed it
