@@ -28,11 +28,13 @@ from winnow.trainer.step.context import Model
 from winnow.trainer.step.gradients import DeadRows, zero_where_cut
 from winnow.trainer.step.prefixes import EntryPart, squares
 
+# twelve is a CPU's: with a tenth of the latents dead, four dense products of 0.1 each beat gathers
+# (docs/kernels.md). For an H100 about 270 was reckoned, but no GPU was measured
 DENSE_AUX = 12
-"""AuxK works on dense [B, M] up to this many dead latents for each one kept: a gathered multiplication
-costs about as much as twelve of a product. Beyond, on codes."""
+"""Most dead latents per latent kept for which AuxK works on dense [B, M]; beyond it, on codes. A gathered
+multiplication costs about as much as twelve of a product."""
 DeadCodes = Tensor | tuple[Tensor, Tensor] | None
-"""As in `step_ops.Codes`; None where this shard has no dead latent or this rank no row."""
+"""As in `step_ops.Codes`; None if this shard has no dead latent or this rank no row."""
 
 
 class AuxK:
@@ -47,7 +49,9 @@ class AuxK:
         ctx, ids = model.ctx, model.ctx.dead
         self._model, self._world, self._k = model, ctx.world, ctx.k_dead
         self._coefficient = ctx.spec.auxk_coefficient
+        # only codes can be sent to the other data ranks
         dense = not by_rows and sum(ctx.dead_of_shards) <= DENSE_AUX * ctx.k_dead
+        # this shard may hold fewer dead latents than are kept of all
         self._dead = Dead(ids, min(ctx.k_dead, len(ids)), dense)
         self._apart = ctx.spec.accumulate > 1
         self.value: float | None = None
@@ -56,6 +60,7 @@ class AuxK:
         self._rows: DeadRows | None = None
         if self._apart:
             count, width = len(ids), ctx.sae.d_out
+            # in float32 also if the products are in bfloat16, like every sum over micro-batches
             zeros = partial(model.W_dec.new_zeros, dtype=accumulator(model.W_dec.dtype))
             self._error = self._spread = self._weight = zeros(())
             self._mean = zeros(width)
@@ -64,12 +69,12 @@ class AuxK:
 
     @cached_property
     def _W(self) -> Tensor:
-        """The dead latents' decoder rows [M, O]; a copy, which codes of a whole batch do without."""
+        """The dead latents' decoder rows [M, O]; a copy, made only if it is used."""
         return self._model.W_dec[self._dead.ids]
 
     @property
     def wanted(self) -> Dead | None:
-        """What the encoder is asked for."""
+        """The dead latents that the encoder computes codes of."""
         return self._dead if len(self._dead.ids) else None
 
     # ---- which codes -------------------------------------------------------------------------------
@@ -81,12 +86,14 @@ class AuxK:
             keep_best(found, self._dead.k)
             return found
         if found is None:
+            # no dead latent or no row here, but the collectives below need every shard
             empty = self._model.ctx.total.new_empty(rows, self._dead.k)
             found = empty, torch.empty_like(empty, dtype=torch.int64)
         if local:
             assert isinstance(found, tuple)
             return Codes(found[0].relu_(), found[1])
         dense = found if isinstance(found, Tensor) else None
+        # `count_kept` needs them in order, and the encoder gives codes of dead latents unordered
         values, places = sort_pairs(*(found if dense is None else best(dense, self._dead.k)))
         available = [min(self._k, count) for count in self._model.ctx.dead_of_shards]
         codes = keep(values, places, count_kept(values, self._k, available, self._world.latent).kept)
@@ -96,7 +103,8 @@ class AuxK:
         """What the kept codes of all shards reconstruct [b, O]; by place in the dead in micro-batches."""
         if isinstance(z, Tensor):
             given, latent = self._model.ops.mm(z, self._W), self._world.latent
-            return given if latent.size == 1 else latent.sum(given.contiguous())  # its rows have gaps
+            # `mm` pads rows to 64 bytes, and collectives take contiguous tensors
+            return given if latent.size == 1 else latent.sum(given.contiguous())
         return self._model.decode(*z, self._W if self._apart else None)
 
     # ---- a batch in one piece ----------------------------------------------------------------------
@@ -114,8 +122,10 @@ class AuxK:
         """
         z = self._kept(found, len(weights))
         if not isinstance(z, Tensor):
+            # this part joins the step's entries, whose indices count all latents of the shard
             z = Codes(z.values, self._dead.ids[z.indices])
         data, total = self._world.data, self._model.ctx.total
+        # summed over all ranks before anything is divided: a mean of ranks' ratios would be another term
         mean = data.sum(weights @ e) / total
         spread = weights @ squares(e - mean)
         error = self._given(z).sub_(e)
@@ -130,7 +140,7 @@ class AuxK:
         return EntryPart(*z, grad, self._there(z)), None
 
     def _there(self, z: Codes) -> Tensor | None:
-        """Which slots hold a code, where some are empty as a rule."""
+        """Which slots hold a code; None if empty slots are rare, as on one process."""
         return None if self._world.latent.size == 1 else z.values > 0
 
     def _settle(self, value: float) -> None:
@@ -143,7 +153,8 @@ class AuxK:
         """Take in a micro-batch; arguments as for `whole`."""
         z = self._kept(found, len(weights))
         e_hat = self._given(z)
-        if not len(weights):  # others have rows
+        # not before the collectives in `_kept` and `_given`: other ranks have rows and wait there
+        if not len(weights):
             return
         self._add_moments(e, weights)
         error = e_hat.sub_(e)
@@ -161,6 +172,7 @@ class AuxK:
             moments = data.sum(
                 torch.cat([torch.stack([self._weight, self._error]), self._weight * self._mean])
             )
+            # the spread about the joint mean: each rank's own, and that of its mean
             apart = self._mean - moments[2:] / moments[0]
             self._error = moments[1]
             self._spread = data.sum(self._spread + self._weight * (apart @ apart))
@@ -172,7 +184,8 @@ class AuxK:
         return self._rows
 
     def _add_moments(self, e: Tensor, weights: Tensor) -> None:
-        """Weighted mean and spread of all rows so far, from those of the parts: nothing cancels."""
+        """Weighted mean and spread of all rows so far, from those of the micro-batches."""
+        # not sum(e^2) - sum(e)^2 / n, whose difference cancels in float32
         weight, mean = weights.sum(), mean_row(e, weights)
         total = self._weight + weight
         apart = mean - self._mean
@@ -190,7 +203,7 @@ class AuxK:
         return DeadRows(self._dead.ids, mm(z.T, grad), mm(dz.T, centred), dz.sum(0))
 
     def _of_codes(self, z: Codes, grad: Tensor, centred: Tensor) -> DeadRows | None:
-        """From codes [b, k] by place in the dead; None where there are none."""
+        """From codes [b, k] by place in the dead; None if there are none."""
         if not z.values.numel():
             return None
         ops, count = self._model.ops, len(self._W)
@@ -207,6 +220,7 @@ class AuxK:
 
 def keep_best(z: Tensor, k: int) -> None:
     """Cut z [B, M] to the best k of each row that are above 0, in place."""
+    # tile by tile: a top-k needs copies of its input, and a tile without more than k positives needs none
     for part in z.split(ROW_TILE):
         if k < z.shape[1] and int((part > 0).sum(1, dtype=torch.int32).max()) > k:
             values, at = best(part, k)

@@ -4,7 +4,7 @@ Legend: B rows, D width of the input, O width of the output, N latents, n latent
 codes, E entries of codes.
 
 With g the gradient of the reconstruction and z the codes: dW_dec = scatter(z)^T g, dz = (g W_dec^T) at
-the codes' places and 0 where a negative was cut, dW_enc = scatter(dz)^T (x - b_pre), db_enc = sum_b dz,
+the codes' places, 0 if a negative was cut, dW_enc = scatter(dz)^T (x - b_pre), db_enc = sum_b dz,
 db_pre = sum_b g - db_enc W_enc. They are written to the parameters' `.grad`, which lives from step to step.
 """
 
@@ -43,7 +43,7 @@ class Entries(NamedTuple):
         return cls(segments, values, dz, grad)
 
     def in_rows(self, like: Tensor) -> Tensor:
-        """`dz` in the places of the codes [B, S], 0 in those it does not flow through."""
+        """`dz` in the places of the codes [B, S]; 0 for those that no gradient flows through."""
         dz = torch.zeros_like(like)
         dz.view(-1)[self.segments.order] = self.dz
         return dz
@@ -68,7 +68,7 @@ class Gradients:
 
     Args:
         model: The step's; its SAE's `.grad`s are overwritten.
-        over: The data axis where each rank's sums are its own rows'; null where they are of all rows.
+        over: The data axis if each rank sums its own rows only; None if its sums are of all rows.
     """
 
     def __init__(self, model: Model, over: Axis | None) -> None:
@@ -76,6 +76,7 @@ class Gradients:
         self._model, self._over = model, over
         own = (sae.W_enc, sae.b_enc, sae.W_dec)
         self._W_enc, self._b_enc, self._W_dec = (gradient_buffer(parameter) for parameter in own)
+        # the output's bias first (a transcoder's b_dec, else b_pre), a linear path last: `add` relies on it
         self._biases = [gradient_buffer(p) for p in (sae.b_dec, sae.b_pre, sae.W_skip) if p is not None]
         self._first = True
         self._travels: list[Pending] = []
@@ -91,7 +92,7 @@ class Gradients:
         *,
         last: bool,
     ) -> None:
-        """Add what one micro-batch gives.
+        """Add the gradients of one micro-batch.
 
         Args:
             entries: Codes that a gradient flows through.
@@ -99,10 +100,11 @@ class Gradients:
             centred: The encoder's input [B, D] of the entries' rows.
             pulls: Gradient of the whole output [B, O].
             skip: That and the normalised rows [B, D], of this rank's own rows, for a linear path.
-            last: Nothing comes after this.
+            last: Whether this is the last micro-batch.
         """
         b_enc, sae = self._b_enc, self._model.ctx.sae
         if self._first:
+            # not the matrices: the first micro-batch overwrites them, which saves a pass over [N, D]
             for grad in (b_enc, *self._biases):
                 grad.zero_()
         for part in entries:
@@ -115,7 +117,8 @@ class Gradients:
         travels = self._over is not None and last
         if travels:
             self._send(b_enc, self._biases[0])
-        # apart where they travel: the decoder's while the encoder's are made
+        # one after the other if they travel: the decoder's is sent while the encoder's is computed;
+        # projection and norm, which need the whole sum, are then left to `end`
         for names in (("W_dec",), ("W_enc",)) if travels else (("W_dec", "W_enc"),):
             self._add_blocks(names, entries, dead, centred, finish=last and not travels)
             if travels:
@@ -131,11 +134,13 @@ class Gradients:
         *,
         finish: bool,
     ) -> None:
-        """Add to the matrices' gradients; the sums of one block of latents after the other."""
+        """Add to the matrices' gradients, one block of latents after the other."""
         ops, latents = self._model.ops, self._model.ctx.sae.latents
         blocks = ops.blocks(latents, centred)
+        # dead ids ascend, so those of a block are one slice
         cuts = cuts_of(dead.ids, [0, *(block.stop for block in blocks)]) if dead is not None else []
         for number, block in enumerate(blocks):
+            # a block that no entry reaches is still written: its buffer holds the previous step's gradient
             here = [part for part in entries if part.reaches(block)] or entries[:1]
             made: dict[str, Tensor] = {}
             for name in names:
@@ -147,11 +152,13 @@ class Gradients:
                 total = torch.zeros_like(kept) if total is None else total
                 if dead is not None:
                     some = slice(cuts[number], cuts[number + 1])
+                    # ids are distinct, so the order of additions, and with it the bits, is fixed
                     total.index_add_(0, dead.ids[some] - block.start, getattr(dead, name)[some])
                 if not self._first:
                     total += kept
                 made[name] = total
             if finish:
+                # before the copy to `.grad`, while the block is in cache
                 self._project(block, made["W_dec"], made["W_enc"])
             for name in names:
                 getattr(self, f"_{name}")[block] = made[name]
@@ -159,6 +166,7 @@ class Gradients:
     def _project(self, block: slice, decoder: Tensor, encoder: Tensor) -> None:
         """Take from a block of the decoder's gradient what is parallel to its rows, and measure both."""
         directions = self._model.ctx.sae.W_dec[block]
+        # not einsum: 0.37 ms per block against 0.07 (docs/kernels.md)
         along = torch.linalg.vecdot(decoder, directions)
         decoder.addcmul_(directions, along[:, None], value=-1.0)
         self._norms += [decoder.norm(), encoder.norm()]
@@ -172,15 +180,19 @@ class Gradients:
         ctx = self._model.ctx
         sae, world = ctx.sae, ctx.world
         if sae.W_skip is not None:
+            # always of this rank's own rows, since a gather sends the centred rows only
             self._travels.append(world.data.sum_start(self._biases[-1]))
         for travel in self._travels:
             travel.wait()
         if self._over is not None:
             for block in self._model.ops.blocks(sae.latents, self._W_enc):
                 self._project(block, self._W_dec[block], self._W_enc[block])
+        # the encoder reads x - b_pre, so b_pre's gradient has this second term, of all shards; it comes after
+        # the waits, so that it is also of all ranks
         through_encoder = torch.mv(sae.W_enc.detach().T, self._b_enc)
         gradient_buffer(sae.b_pre).sub_(world.latent.sum(through_encoder))
-        everywhere = [grad.norm() for grad in self._biases]  # every rank has the same
+        # replicated, so counted once and left out of the sum over shards
+        everywhere = [grad.norm() for grad in self._biases]
         if world.latent.size == 1:
             return torch.stack([self._b_enc.norm(), *everywhere, *self._norms]).norm().item()
         own = torch.stack([self._b_enc.norm(), *self._norms]).double().square().sum()
@@ -201,6 +213,7 @@ def gathered(model: Model, gather: Gather) -> tuple[list[Entries], Tensor, Tenso
     entries: list[Entries] = []
     for part in parts:
         if part.values.numel():
+            # ranks pad rows to the fullest of them and codes to the widest, with 0
             segments = segments_of(part.indices, model.ctx.sae.latents, part.values > 0)
             values, dz = (codes.flatten()[segments.order] for codes in (part.values, part.dz))
             entries.append(Entries(segments, values, dz, model.ops.low(part.grad)))
@@ -209,12 +222,15 @@ def gathered(model: Model, gather: Gather) -> tuple[list[Entries], Tensor, Tenso
 
 
 def zero_where_cut(grad: Tensor, values: Tensor) -> Tensor:
-    """The gradient through a cut of negatives to 0: 0 where values are not above 0; in place."""
+    """The gradient through a cut of negatives to 0: 0 unless the value is above 0; in place."""
+    # torch's own backward of relu writes in place and needs no mask
     return torch.ops.aten.threshold_backward.grad_input(grad, values, 0, grad_input=grad)
 
 
 def gradient_buffer(parameter: Tensor) -> Tensor:
     """The parameter's `.grad`, which lives from step to step."""
     if parameter.grad is None:
+        # once per run: a fresh tensor above 32 MiB is mapped and faulted in anew, 17 ms for 38 MB, while the
+        # sums that fill it take 11 (docs/kernels.md)
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

@@ -1,9 +1,9 @@
 """The reconstruction loss, and the rows of a step.
 
-Legend: B rows, D d_model, N latents, M dead latents, K active latents a row.
+Legend: B rows, D d_model, N latents, M dead latents, K active latents per row.
 
-Every function takes row weights [B]. Rows of weight 0 must not reach a sum even when they hold garbage
-(0 * inf is NaN), so `present` drops them first; sums are divided by the sum of weights.
+Every function takes row weights [B], of rows that `winnow.trainer.step.train.prepare` has kept; sums are
+divided by the sum of weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ def reconstruction_loss(
 ) -> Tensor:
     """Squared error per row over `constant`, so that predicting the mean costs about 1.
 
-    `total` [] is the weight of all rows, where these are some of them.
+    `total` [] is the weight of all rows, if these are only some of them.
     """
+    # by the weight of the whole batch: a mean of ranks' means would weigh a row by its rank
     return sum_squares(x - x_hat, weights) / ((weights.sum() if total is None else total) * constant)
 
 
@@ -31,7 +32,7 @@ class Rows(NamedTuple):
     x: Tensor
     """[B, D]: what is read."""
     y: Tensor
-    """[B, O]: what is reconstructed; x itself but for a transcoder."""
+    """[B, O]: what is reconstructed; x itself except for a transcoder."""
     weights: Tensor
     """[B]."""
     groups: tuple[int, ...]

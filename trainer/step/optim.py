@@ -28,14 +28,16 @@ def lr_at(step: int, steps: int, spec: TrainSpec) -> float:
     last `decay_fraction`: the step after the last would have rate 0.
     """
     warmup, decay = spec.warmup_fraction * steps, spec.decay_fraction * steps
+    # + 1, so that the first step does not have rate 0
     rising = (step + 1) / warmup if warmup > 0 else 1.0
     falling = (steps - step) / decay if decay > 0 else 1.0
     return peak_lr(spec) * min(1.0, rising, falling)
 
 
 def make_adam(sae: Sae, spec: TrainSpec) -> torch.optim.Adam:
-    """Adam over every trained tensor; fused, which is deterministic and spares passes over memory."""
+    """Adam over every trained tensor."""
     parameters = [getattr(sae, name) for name in sae.parameter_names]
+    # fused is deterministic and saves passes over memory
     return torch.optim.Adam(
         parameters, lr=peak_lr(spec), betas=spec.adam_betas, eps=spec.adam_eps, fused=True
     )
@@ -45,6 +47,7 @@ def make_adam(sae: Sae, spec: TrainSpec) -> torch.optim.Adam:
 def project_decoder_gradient(sae: Sae) -> None:
     """Remove from each decoder row's gradient the part parallel to the (unit) row."""
     if sae.W_dec.grad is not None:
+        # rows are unit, so this is not divided by their squared norm
         along = (sae.W_dec.grad * sae.W_dec).sum(dim=1, keepdim=True)
         sae.W_dec.grad.addcmul_(sae.W_dec, along, value=-1.0)
 
@@ -59,7 +62,7 @@ def renormalise_decoder(W_dec: Tensor) -> None:
 def clip_gradients(parameters: Iterable[Tensor], largest: float | None, norm: float | None = None) -> float:
     """Scale all gradients so that their joint norm is at most `largest`; give the norm before.
 
-    `norm` is given where these are not all: on a mesh.
+    `norm` is the joint norm, if these are not all gradients: on a mesh.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).item() if norm is None else norm
@@ -92,6 +95,7 @@ class Ema:
 
     def weights(self) -> dict[str, Tensor]:
         """The corrected average by parameter name, decoder rows renormalised; after one step or more."""
+        # the sums began at 0; and an average of unit rows is shorter than 1
         correction = 1 - self.beta**self.steps
         averages = {name: total / correction for name, total in self.sums.items()}
         renormalise_decoder(averages["W_dec"])
@@ -100,4 +104,5 @@ class Ema:
 
 def ema_beta(spec: TrainSpec, steps: int) -> float:
     """The spec's beta, or min(0.999, 1 - 20/steps), at least 0."""
+    # a memory of a twentieth of the run: 0.999 cost 0.06 of FVU on a run of 700 steps
     return spec.ema_beta if spec.ema_beta is not None else max(0.0, min(0.999, 1 - 20 / steps))

@@ -2,8 +2,7 @@
 
 Legend: B rows of this rank, O width of the output, S slots of codes, N latents of all shards.
 
-On a mesh a prefix may end before this shard's latents or begin behind them: its part then has no codes
-here, but the sum over the shards is taken all the same.
+On a mesh a prefix may end before this shard's latents or begin after them: its part then has no codes here.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ class EntryPart(NamedTuple):
     grad: Tensor
     """[B, O]: of the reconstruction made from these codes."""
     chosen: Tensor | None = None
-    """bool [B, S]: the entries it flows through; null for all."""
+    """bool [B, S]: the entries it flows through; None for all."""
     whole: bool = False
     """Whether `grad` is a gradient of the whole output, bias and linear path included."""
 
 
 class Reconstruction(NamedTuple):
-    """What codes give, and how it is pulled."""
+    """A reconstruction from codes, its error and loss, and the codes with their gradients."""
 
     parts: list[EntryPart]
     y_hat: Tensor
@@ -44,20 +43,18 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(model: Model, batch: Rows, codes: Codes, scale: Tensor, padded: bool) -> Reconstruction:
-    """See `spec.prefix_loss`.
-
-    A latent's code reaches every prefix it is in, so the gradient of its part is the sum over those: the
-    first part's is the gradient of the bias. With one prefix there is one part, and the plain loss.
+    """Reconstruct by every prefix; see `spec.prefix_loss`. With one prefix: one part, and the plain loss.
 
     Args:
         model: The step's.
         batch: B rows.
         codes: At least 0.
         scale: [B]: the rows' weights over the whole batch's and the loss constant.
-        padded: Whether codes have empty slots as a rule; those are then left out of the gradients.
+        padded: Whether many slots may be empty; those are then left out of the gradients.
     """
     ctx, values, indices = model.ctx, *codes
     sizes, own = ctx.spec.prefixes, ctx.shard.part
+    # a mean over prefixes, not the paper's sum: learning rate, clipping and AuxK keep their scale
     share = (2 / len(sizes) * scale)[:, None]
     y_hat = error = batch.y
     some: list[Codes] = []
@@ -67,19 +64,24 @@ def reconstruct(model: Model, batch: Rows, codes: Codes, scale: Tensor, padded: 
     for number, (first, stop) in enumerate(pairwise((0, *sizes))):
         low, high = max(first, own.start) - own.start, min(stop, own.stop) - own.start
         mask = None
+        # without codes of this shard, but not skipped: `decode` below is a collective
         part = Codes(values[:, :0], indices[:, :0]) if low >= high else codes
+        # full codes of a whole shard need no mask, and the sort of their entries is then plain
         if low < high and (padded or high - low < len(own)):
             mask = values > 0
         if mask is not None and high - low < len(own):
             mask &= (indices >= low) & (indices < high)
             part = Codes(torch.where(mask, values, 0.0), indices)
         decoded = model.decode(*part)
+        # prefixes are nested, so each adds only its own latents; the bias is in the first
         y_hat = y_hat + decoded if number else ctx.sae.add_bias(decoded, batch.x).detach()
         error = y_hat - batch.y
         loss += scale @ squares(error) / len(sizes)
         some.append(part)
         grads.append(error * share)
         chosen.append(mask)
+    # a code reaches every prefix that contains its latent, so its gradient is the sum over those; the first
+    # part's is thus the gradient of the whole output
     for number in reversed(range(len(grads) - 1)):
         grads[number] += grads[number + 1]
     parts = [EntryPart(*part, grad, mask) for part, grad, mask in zip(some, grads, chosen, strict=True)]
@@ -92,6 +94,7 @@ def widened(model: Model, batch: Rows, wide: Codes, scale: Tensor) -> tuple[Entr
     error = model.ctx.sae.add_bias(model.decode(*wide), batch.x).detach().sub_(batch.y)
     loss = scale @ squares(error) / 8
     chosen = None if model.ctx.world.latent.size == 1 else wide.values > 0
+    # 2/8: the derivative of an eighth of the square
     return EntryPart(*wide, error.mul_((scale / 4)[:, None]), chosen, whole=True), loss
 
 

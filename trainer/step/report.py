@@ -1,4 +1,4 @@
-"""What a step tells of itself.
+"""What a step reports.
 
 Legend: B rows of this rank, O width of the output, n latents of this shard, K active latents per row.
 """
@@ -16,15 +16,16 @@ from winnow.trainer.step.context import Taken
 from winnow.trainer.step.losses import Rows
 from winnow.trainer.step.state import Run
 
+# a float64 copy of this many rows is still in cache when it is summed
 TALLIED_ROWS = 256
-"""Rows whose squares are summed in float64 at a time: small enough to stay in cache."""
+"""Rows whose squares are summed in float64 at a time."""
 
 
 class Tally:
-    """What is known of a step's rows once they are gone, micro-batch by micro-batch.
+    """Sums over a step's rows, micro-batch by micro-batch, that outlive the rows.
 
     Args:
-        run: Whose step it is.
+        run: The run that takes the step.
     """
 
     def __init__(self, run: Run) -> None:
@@ -32,7 +33,7 @@ class Tally:
         self.fvu = metrics.Fvu(run.sae.d_out, run.device)
         self.l0 = metrics.L0()
         self.active = torch.zeros_like(run.dead.since, dtype=torch.uint8)
-        """uint8 [n]: 1 where a latent was active."""
+        """uint8 [n]: 1 if the latent was active."""
 
     def add(self, batch: Rows, taken: Taken) -> None:
         """Take in a micro-batch."""
@@ -45,7 +46,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step found."""
+    """The results of one step."""
 
     loss: float
     """The whole loss: reconstruction (over the constant) and AuxK."""
@@ -67,7 +68,7 @@ class StepReport:
     rows: int
     """Rows of weight above 0 in the whole batch."""
     tally: Tally | None = None
-    """Of all micro-batches, where there are several: the tensors above are then empty."""
+    """Of all micro-batches, if there are several: the tensors above are then empty."""
 
     @property
     def fvu(self) -> float:
@@ -77,6 +78,7 @@ class StepReport:
         else:
             sums = metrics.Fvu(self.x.shape[1], self.x.device)
             sums.add(self.x, self.x_hat, self.weights)
+        # computed when read, not per step: only logged steps are asked, and each asks every rank
         return (sums.over(self.world.data.sum) if self.world.meshed else sums).value
 
     @property
@@ -87,6 +89,7 @@ class StepReport:
         else:
             count = metrics.L0()
             count.add(self.values, self.weights)
-        if self.world.meshed:  # every shard counted the rows
+        if self.world.meshed:
+            # each of the S shards counted every row, but only its own latents
             return count.over(self.world.whole.sum).value * self.world.latent.size
         return count.value

@@ -1,10 +1,10 @@
 """Which latents are kept: of each row the best k, or of whole groups of rows the best k per row.
 
-Legend: B rows of this rank, w candidates of each, G groups of rows, S shards, k kept per row, N latents,
+Legend: B rows of this rank, w candidates per row, G groups of rows, S shards, k kept per row, N latents,
 n of this shard.
 
-Both choices are exact. Where this rank has all latents and all rows of a group, nothing is asked of others
-(`best_of_rows` slices, `LocalGroups`); otherwise the ranks settle it together (`mesh.topk`, `JoinedGroups`).
+Both choices are exact. If this rank has all latents and all rows of a group, it selects alone (`best_of_rows`
+slices, `LocalGroups`); otherwise the ranks select together (`mesh.topk`, `JoinedGroups`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from winnow.trainer.mesh.topk import Codes, count_kept, keep
 from winnow.trainer.mesh.world import Axis, World
 
 BATCH_CANDIDATES = 4
-"""BatchTopK looks at this many times K latents of each row before it looks at all of a row."""
+"""Candidates per row that BatchTopK considers first, as a multiple of K; rows that need more get more."""
 
 
 class Chosen(NamedTuple):
@@ -42,6 +42,7 @@ def best_of_rows(found: Codes, k: int, available: list[int], latent: Axis) -> Ch
         latent: The latent axis.
     """
     if latent.size == 1:
+        # Multi-TopK gives 4k candidates, of which the slice would keep the strides
         return Chosen(Codes(found.values[:, :k].relu_().contiguous(), found.indices[:, :k].contiguous()), 0)
     values = found.values[:, :k]
     counts = count_kept(values, k, available, latent)
@@ -65,9 +66,8 @@ def best_of_batch(
 ) -> Chosen:
     """The best k per row of each group of rows, from candidates of each row.
 
-    The k-th best of any part is a lower bound for that of the whole, so a row whose last candidate is not
-    taken has no more to give. The others are encoded again, with four times the candidates, until that
-    holds on every rank: exact, whatever the rows.
+    Rows whose candidates are all taken are encoded again with more of them, until no rank has any: exact,
+    whatever the rows.
 
     Args:
         ops: The backend.
@@ -83,11 +83,15 @@ def best_of_batch(
     (values, indices), latents, again = found, len(W_enc), 0
     while True:
         taken, width = groups.taken(values), values.shape[1]
+        # the k-th best of a part is a lower bound for that of the whole, so a row whose last candidate is not
+        # taken has no more to give
         full = (taken == width).nonzero().flatten() if width < latents else taken[:0]
+        # the same answer on every rank, since the next round is a collective
         if not groups.any(len(full) > 0):
             return Chosen(keep(values, indices, taken), again)
         if len(full):
             again += len(full)
+            # only the full rows are encoded again, four times as wide, so that few rounds suffice
             wider = min(4 * width, latents)
             more = ops.encode(centred[full], W_enc, b_enc, wider, None)
             values = F.pad(values, (0, wider - width)).index_copy_(0, full, more.values)
@@ -98,7 +102,7 @@ def groups_of(rows: tuple[int, ...], k: int, count: int, world: World, device: t
     """The groups that this rank's rows are in.
 
     Args:
-        rows: This rank's rows in each of its groups; of one group or a part of it where the data axis is
+        rows: This rank's rows in each of its groups; of one group or a part of it if the data axis is
             longer than `count`.
         k: Kept per row on average.
         count: Groups of the whole batch.
@@ -111,13 +115,14 @@ def groups_of(rows: tuple[int, ...], k: int, count: int, world: World, device: t
 
 
 class LocalGroups(NamedTuple):
-    """Groups whose rows and latents are all at hand; a top-k is cheaper than counting digits."""
+    """Groups whose rows and latents are all on this rank."""
 
     rows: tuple[int, ...]
     k: int
 
     def taken(self, values: Tensor) -> Tensor:
         """See `Groups.taken`."""
+        # alone a top-k is cheaper than the digit counts of `edge_of`
         return (best_of_groups(values, self.k, self.rows) > 0).sum(1)
 
     def any(self, flag: bool) -> bool:
@@ -128,8 +133,7 @@ class LocalGroups(NamedTuple):
 class JoinedGroups(NamedTuple):
     """The groups that this rank's rows are in, and who else has rows or latents of them.
 
-    The order is that of one process: value descending, then row, then latent; where more entries equal the
-    edge than there is room for, the shards also tell how many each row has.
+    The order is that of one process: value descending, then row, then latent.
     """
 
     of_row: Tensor
@@ -138,7 +142,7 @@ class JoinedGroups(NamedTuple):
     """int64 [G]: entries kept of each."""
     latent: Axis
     data: Axis
-    """Alone where no group has rows on several ranks."""
+    """Of one rank if no group has rows on several."""
 
     @classmethod
     def of(
@@ -147,7 +151,7 @@ class JoinedGroups(NamedTuple):
         """The groups of a batch.
 
         Args:
-            rows: This rank's rows in each of its groups; of one group or a part of it where the data axis
+            rows: This rank's rows in each of its groups; of one group or a part of it if the data axis
                 is longer than `count`.
             k: Kept per row on average.
             count: Groups of the whole batch.
@@ -158,6 +162,7 @@ class JoinedGroups(NamedTuple):
         if count < world.data.size:
             data, shared = world.data, sizes
             sizes = shared.new_zeros(count)
+            # consecutive ranks share a group, as consecutive lanes do
             sizes[data.rank * count // data.size] = shared[0]
         of_row = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
         return cls(of_row, k * data.sum(sizes.clone()), world.latent, data)
@@ -168,18 +173,22 @@ class JoinedGroups(NamedTuple):
 
     def any(self, flag: bool) -> bool:
         """Whether it is set for any of them."""
+        # one axis after the other reaches all ranks that share the groups
         told = torch.tensor(flag, dtype=torch.uint8)
         return bool(self.data.largest(self.latent.largest(told)))
 
     def taken(self, values: Tensor) -> Tensor:
         """How many int64 [B] of each row's first candidates [B, w], descending, are taken; all above 0."""
+        # not `values > 0`: NaN counts as largest, as in torch, and so reaches the loss and stops the run
         there = ~(values <= 0)
         group = self.of_row[:, None].expand_as(there)
         edge = edge_of(values[there], group[there], self.quotas, self.add)
+        # -1 is below every edge, so what is not above 0 is never taken
         bits = torch.where(there, order_bits(values), -1)
         at = edge.bits[self.of_row][:, None]
         above, tied = (bits > at).sum(1), (bits == at).sum(1)
         if bool((edge.ties > edge.room).any()):
+            # only then do shards exchange counts per row: the edge alone settles all other groups
             tied = self._first(tied, edge.room)
         return above + tied
 
@@ -188,7 +197,9 @@ class JoinedGroups(NamedTuple):
         shards = self.latent.gather(tied)
         rows = shards.sum(0)
         own = torch.zeros_like(room).index_add_(0, self.of_row, rows)
-        before = self.data.gather(own)[: self.data.rank].sum(0)  # ranks hold ascending rows
+        # ranks hold ascending rows, so the entries of earlier ranks come first
+        before = self.data.gather(own)[: self.data.rank].sum(0)
         starts = own.cumsum(0) - own  # of each group among this rank's entries
+        # and shards ascending latents, so of one row the entries of earlier shards come first
         earlier = rows.cumsum(0) - rows + (before - starts)[self.of_row] + shards[: self.latent.rank].sum(0)
         return (room[self.of_row] - earlier).clamp_min(0).minimum(tied)

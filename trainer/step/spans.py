@@ -1,7 +1,7 @@
-"""Where a step's time goes: marks in the step's code, timed only on the steps that are sampled.
+"""How a step's time is spent: marks in the step's code, timed only on the steps that are sampled.
 
-`with sampling(device) as spans:` around a step; inside it `mark("encode")` gives the time since the last
-mark to `encode`. Outside a sampled step a mark costs one comparison.
+`with sampling(device) as spans:` around a step; inside it `mark("encode")` attributes the time since
+the last mark to `encode`. Outside a sampled step a mark costs one comparison.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class Spans:
         self.mark("")
 
     def mark(self, name: str) -> None:
-        """What was done since the last mark was `name`."""
+        """Attribute the time since the last mark to `name`."""
         if self._cuda:
+            # recorded, not waited for: a wait at each mark would stall the stream that it measures
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append((name, event))
@@ -43,16 +44,18 @@ class Spans:
     def _between(self, before: Any, after: Any) -> float:
         if not self._cuda:
             return after - before
+        # an event has no time before the stream has reached it
         after.synchronize()
         return before.elapsed_time(after) / 1000
 
 
+# not a parameter of every function in the step, and not shared with other threads
 _active: ContextVar[Spans | None] = ContextVar("winnow_spans", default=None)
 
 
 @contextmanager
 def sampling(device: torch.device, wanted: bool = True) -> Iterator[Spans | None]:
-    """Time the marks inside; with `wanted` False, nothing."""
+    """Time the marks inside; if `wanted` is False, nothing."""
     spans = Spans(device) if wanted else None
     token = _active.set(spans)
     try:
@@ -62,7 +65,7 @@ def sampling(device: torch.device, wanted: bool = True) -> Iterator[Spans | None
 
 
 def mark(name: str) -> None:
-    """Give the time since the last mark to `name`, where this step is sampled."""
+    """Attribute the time since the last mark to `name`, if this step is sampled."""
     spans = _active.get()
     if spans is not None:
         spans.mark(name)

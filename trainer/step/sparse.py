@@ -1,19 +1,16 @@
 """The sparse route: a step without a dense product beside the encoder's, on a mesh of any size.
 
 The numbers of `winnow.trainer.step.spec` up to rounding, by hand instead of by autograd: the gradients share
-one sort of the codes, are made in blocks of latents that stay in cache while they are projected and measured,
-and are written to buffers that live as long as the run. `begin`, then `take` once for every micro-batch, then
-`end`.
+one sort of the codes, are computed in blocks of latents that stay in cache while they are projected and
+measured, and are written to buffers that live as long as the run. `begin`, then `take` once per micro-batch,
+then `end`.
 
 On a mesh four things cross: the global selection and the sum of the shards' reconstructions over `latent`,
 the gradients and a few sums over `data`. Everything divides by the weight of the whole batch. What has no
-latents (b_pre; a transcoder's b_dec and W_skip) is everywhere: every rank makes the same gradient for it, and
-the norm counts it once. On one process each of these does nothing.
+latents (b_pre; a transcoder's b_dec and W_skip) is replicated: every rank computes the same gradient for it,
+and the norm counts it once. On one process each of these does nothing.
 
 Legend: B rows of this rank's micro-batch, D width of the input, O width of the output, N latents.
-
-The product takes x - b_pre, a copy of [B, D], where the specification folds b_pre into b: that would read
-W_enc once more, and N is the larger.
 """
 
 from __future__ import annotations
@@ -35,14 +32,14 @@ from winnow.trainer.step.spans import mark
 
 
 class _Encoded(NamedTuple):
-    """Candidates of each row, and what AuxK asked for."""
+    """Candidates per row, and the codes that AuxK asked for."""
 
     best: Codes
     dead: DeadCodes
 
 
 def begin(ctx: StepContext, pieces: int) -> SparseStep:
-    """Open a step of so many micro-batches, the same number on every rank; the weights must not change."""
+    """Open a step of `pieces` micro-batches, as many on every rank; the weights must not change."""
     return SparseStep(ctx, pieces)
 
 
@@ -52,8 +49,10 @@ class SparseStep:
     def __init__(self, ctx: StepContext, pieces: int) -> None:
         self._ctx, self._left = ctx, pieces
         self._model = Model.of(ctx)
+        # decided before the first row, from numbers that every rank knows: all ranks choose alike
         self._by_rows = self._sends_rows()
         self._auxk = AuxK(self._model, by_rows=self._by_rows) if ctx.k_dead else None
+        # gathered rows are those of all ranks, so their sums are whole
         summed_here = self._by_rows or ctx.world.data.size == 1
         self._gradients = Gradients(self._model, None if summed_here else ctx.world.data)
         self._loss = ctx.total.new_zeros(())
@@ -64,6 +63,8 @@ class SparseStep:
         """Add a micro-batch: this rank's rows, weights above 0; B may be 0 on a mesh."""
         ctx, model = self._ctx, self._model
         self._left -= 1
+        # a copy of [B, D]; folding b_pre into b, as the specification does, would read W_enc once more, and N
+        # is the larger as a rule
         centred = model.ops.low(batch.x - ctx.sae.b_pre.detach())
         gather = Gather(ctx.world.data, centred, ctx.fullest) if self._by_rows else None
         encoded = self._encode(centred)
@@ -71,6 +72,7 @@ class SparseStep:
         codes, made = self._reconstruct(batch, centred, encoded.best)
         self._loss += made.loss
         parts = made.parts
+        # before AuxK is computed, so that the exchange and AuxK overlap
         self._send(gather, parts)
         part, dead = self._add_auxk(encoded.dead, centred, made.error, batch.weights)
         if part is not None:
@@ -82,6 +84,7 @@ class SparseStep:
         if gather is not None:
             entries, centred, pulls = gathered(model, gather)
         else:
+            # a prefix that ends before this shard has no codes here
             entries = [Entries.of(model, part) for part in parts if part.values.numel()]
         self._gradients.add(entries, dead, centred, pulls, skip, last=not self._left)
         mark("backward")
@@ -93,11 +96,13 @@ class SparseStep:
         assert not self._left, "a micro-batch is missing"
         ctx, loss, second_rounds = self._ctx, self._loss, self._second_rounds
         if ctx.world.data.size > 1:
+            # one collective for both; float64 holds the count exactly
             told = torch.stack([loss.double(), loss.new_tensor(second_rounds, dtype=torch.float64)])
             told = ctx.world.data.sum(told)
             loss, second_rounds = told[0].to(loss.dtype), int(told[1])
         auxk = self._auxk
         if auxk is not None and auxk.value is not None:
+            # after the sum, since AuxK's value is already that of all ranks' rows
             loss += ctx.spec.auxk_coefficient * auxk.value
         norm = self._gradients.end()
         value, finite = (None, True) if auxk is None else (auxk.value, auxk.finite)
@@ -111,13 +116,14 @@ class SparseStep:
         m = min(self._candidates(), ctx.sae.latents)
         wanted = None if self._auxk is None else self._auxk.wanted
         if not len(centred):
+            # a rank without rows still takes part in the collectives that follow
             values = ctx.total.new_empty(0, m)
             return _Encoded(Codes(values, torch.empty_like(values, dtype=torch.int64)), None)
         found = ops.encode(centred, self._model.W_enc, ctx.sae.b_enc.detach(), m, wanted)
         return _Encoded(Codes(found.values, found.indices), found.dead)
 
     def _candidates(self) -> int:
-        """Of each row."""
+        """Candidates per row."""
         if self._ctx.sae.parts.traits.selects == "batch":
             return BATCH_CANDIDATES * self._ctx.k
         return self._widest
@@ -139,11 +145,14 @@ class SparseStep:
         else:
             codes, again = best_of_rows(best, ctx.k, ctx.kept_of_shards(ctx.k), latent)
         self._second_rounds += again
+        # by the whole batch's weight, so that micro-batches and ranks simply add up
         scale = batch.weights / (ctx.total * ctx.constant)
+        # BatchTopK and shards leave slots empty, TopK on one process only if fewer than k values are positive
         made = reconstruct(model, batch, codes, scale, batched or latent.size > 1)
         if ctx.spec.multi_topk:
             wide, again = best_of_rows(best, self._widest, ctx.kept_of_shards(self._widest), latent)
             self._second_rounds += again
+            # 4K is a selection of its own on a mesh, from the candidates already at hand
             part, loss = widened(model, batch, wide, scale)
             made = made._replace(parts=[*made.parts, part], loss=made.loss + loss)
         return codes, made
@@ -151,7 +160,7 @@ class SparseStep:
     def _add_auxk(
         self, found: DeadCodes, centred: Tensor, error: Tensor, weights: Tensor
     ) -> tuple[EntryPart | None, DeadRows | None]:
-        """What AuxK adds to this micro-batch's gradients; `error` [B, O] is lost."""
+        """What AuxK adds to this micro-batch's gradients; `error` [B, O] is overwritten."""
         if self._auxk is None:
             return None, None
         if self._ctx.spec.accumulate == 1:
@@ -162,7 +171,7 @@ class SparseStep:
     # ---- rows or gradients over `data` -------------------------------------------------------------
 
     def _sends_rows(self) -> bool:
-        """Whether rows and codes cross the data axis, as they do where that sends less than gradients.
+        """Whether rows and codes cross the data axis: if that sends less than gradients would.
 
         Not with `accumulate`: gradients cross once, after the last micro-batch, when the rows are gone.
         """
@@ -174,6 +183,7 @@ class SparseStep:
         k = 2 * ctx.k if batched else ctx.k  # a fuller row of a batch has twice k
         widths = [k] * len(spec.prefixes) + ([self._widest] if spec.multi_topk else [])
         widths += [ctx.k_dead] if ctx.k_dead else []
+        # an estimate: how many a shard keeps per row is known only after the selection
         entries = [min(sae.latents, candidates(width, ctx.world.latent.size)) for width in widths]
         size = ctx.total.element_size()
         by_rows = rows_bytes(data.size, ctx.fullest, sae.d_model, sae.d_out, entries, size)
@@ -186,6 +196,7 @@ class SparseStep:
             return
         for part in parts:
             values = part.values if part.chosen is None else torch.where(part.chosen, part.values, 0.0)
+            # dz is sent, too: without it every rank would compute the dots of all ranks' rows
             dz = values
             if values.numel():
                 dz = Entries.of(self._model, part).in_rows(values)

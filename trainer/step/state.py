@@ -32,7 +32,7 @@ class Counts:
     seconds: float = 0.0
     """Wall-clock spent in steps, waiting for data included."""
     seconds_waiting: float = 0.0
-    """Of it, waiting for data."""
+    """The part of `seconds` spent waiting for data."""
 
 
 class Run:
@@ -42,10 +42,11 @@ class Run:
         sae: An initialised SAE; on a mesh, of this rank's latents.
         recipe: How it is trained.
         loss_constant: From `winnow.sae.init.initialise`.
-        world: The mesh; alone where not given.
+        world: The mesh; one process if not given.
     """
 
     def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float, world: World | None = None) -> None:
+        # measured once, at the start: from batch to batch it would change the scale of the loss
         self.recipe, self.loss_constant = recipe, loss_constant
         self.shard = Shard(sae, world or World(), recipe.spec.latents)
         self.kernels: Backend = choose_kernels(recipe.spec, sae.parts, self.device)
@@ -54,7 +55,7 @@ class Run:
         self.dead = DeadCounter(sae.latents, self.device)
         self.counts = Counts()
         self.source: Sae | None = None
-        """The SAE that a new run begins from."""
+        """The SAE that a new run starts from, if any."""
 
     @property
     def sae(self) -> Sae:
@@ -79,6 +80,8 @@ class Run:
     @property
     def dead_share_of_last_epoch(self) -> float:
         """Share of the latents never active over the last epoch so far; on a mesh, a collective."""
+        # at least 1: a latent is silent for 0 rows at any time
         rows = max(1, self.counts.tokens - self.counts.tokens_before_last_epoch)
+        # every data rank has the same counts, so only shards are summed
         silent = self.world.latent.sum(torch.tensor(len(self.dead.silent(rows))))
         return int(silent) / self.recipe.spec.latents

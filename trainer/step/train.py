@@ -22,7 +22,7 @@ from winnow.trainer.step.state import Run
 from winnow.trainer.step.update import fused_update, plain_update
 
 Step = sparse.SparseStep | spec.SpecStep
-"""A step that is under way: `take` for every micro-batch, then `end`."""
+"""A step that is under way: `take` per micro-batch, then `end`."""
 
 
 def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> StepReport | None:
@@ -30,21 +30,23 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
 
     Args:
         run: The state, changed in place.
-        rows: Raw activations [B, D], on the SAE's device but where they are split (`accumulate`), whose
-            parts are moved there one by one; on a mesh, this rank's share of the batch.
+        rows: Raw activations [B, D], on the SAE's device unless they are split (`accumulate`): its parts are
+            moved there one by one. On a mesh, this rank's share of the batch.
         weights: [B]; rows of weight 0 take part in nothing, whatever they hold.
         target: A transcoder's raw target rows [B, O].
 
     Returns:
-        None where every row has weight 0: nothing but the step number moves.
+        None if every row has weight 0: nothing but the step number changes.
 
     Raises:
         NonFiniteError: The loss or the gradient is NaN or infinite; the weights are left as they were.
     """
     counts = run.counts
+    # before the step, whose rows belong to the last epoch
     if counts.step == run.recipe.last_epoch_start:
         counts.tokens_before_last_epoch = counts.tokens
     ctx = StepContext.of(run, weights)
+    # every sum would be divided by a weight of 0
     if not ctx.rows:
         counts.step += 1
         return None
@@ -52,11 +54,13 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     route = spec if ctx.kernels == "eager" else sparse
     step = route.begin(ctx, len(pieces))
     if run.recipe.spec.accumulate == 1:
+        # in one piece the rows stay for telemetry, which reads them on logged steps only
         (batch,) = (piece() for piece in pieces)
         taken, tally = step.take(batch), None
         active = run.dead.active(taken.values, taken.indices)
         x, x_hat, values, weights = batch.y, taken.y_hat, taken.values, batch.weights
     else:
+        # rows of micro-batches are gone afterwards, so they are tallied on every step
         tally = _take_all(run, step, pieces)
         active, x = tally.active, rows.new_empty(0)
         x_hat = values = weights = x
@@ -84,6 +88,7 @@ def _take_all(run: Run, step: Step, pieces: list[Callable[[], Rows]]) -> Tally:
     """Take every micro-batch, one in memory at a time."""
     tally = Tally(run)
 
+    # a function, so that a micro-batch's tensors are freed before the next one is prepared
     def take(batch: Rows) -> None:
         tally.add(batch, step.take(batch))
 
@@ -95,7 +100,7 @@ def _take_all(run: Run, step: Step, pieces: list[Callable[[], Rows]]) -> Tally:
 def micro_batches(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None) -> list[Callable[[], Rows]]:
     """The parts of a batch, each prepared on the device when called.
 
-    Those without a row of weight above 0 are left out, but on a mesh, where others may have one.
+    Those without a row of weight above 0 are left out, except on a mesh.
     """
     count, device = run.recipe.spec.accumulate, run.device
 
@@ -105,6 +110,7 @@ def micro_batches(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None
 
     targets = [None] * count if target is None else target.tensor_split(count)
     parts = zip(rows.tensor_split(count), weights.tensor_split(count), targets, strict=True)
+    # on a mesh other ranks may have rows in it, and all must make the same number of collectives
     return [partial(ready, *part) for part in parts if run.world.meshed or bool((part[1] > 0).any())]
 
 
@@ -112,18 +118,22 @@ def micro_batches(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None
 def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> Rows:
     """A micro-batch normalised, without its rows of weight 0. Arguments as for `train_step`."""
     keep = weights > 0
+    # with fewer groups than shares, a group spans several ranks (see `selection.JoinedGroups`)
     share = run.world.data.size * run.recipe.spec.accumulate
     groups = max(1, run.recipe.spec.groups // share) if run.batches else 1
+    # before rows are dropped: groups are fixed lanes of the batch, and rows of weight 0 have no quota
     sizes = tuple(int(part.sum()) for part in keep.tensor_split(groups))
     if sum(sizes) < len(rows):
         rows, weights = rows[keep], weights[keep]
         target = None if target is None else target[keep]
+    # dropped first, since garbage in a row of weight 0 would survive the weight: 0 * inf is NaN
     x = run.sae.normalise(rows)[0]
     return Rows(x, x if target is None else run.sae.normalise_target(target), weights, sizes)
 
 
 def _update(run: Run, ctx: StepContext, found: Outcome) -> float:
     """Change the weights by the gradients; gives the learning rate."""
+    # before anything changes, so that weights, moments and average stay as they were
     _require_finite("loss", found.loss, ctx.step)
     _require_finite("gradient norm", found.grad_norm, ctx.step)
     lr = lr_at(ctx.step, run.recipe.steps, ctx.spec)
@@ -151,12 +161,14 @@ def _count(run: Run, ctx: StepContext, found: Outcome, active: Tensor) -> None:
     if found.auxk is not None:
         counts.auxk_steps += 1
         counts.auxk_nonfinite += not found.auxk_finite
+    # active on any rank's rows is active; only now, since the dead latents are fixed for the whole step
     run.dead.update(run.world.data.largest(active), ctx.rows)
     counts.step += 1
     counts.tokens += ctx.rows
 
 
 def _require_finite(what: str, value: float, step: int) -> None:
+    # NaN fails every comparison, so one test covers both
     if not -float("inf") < value < float("inf"):
         raise NonFiniteError(
             f"the {what} of step {step} is not finite",

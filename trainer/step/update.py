@@ -1,21 +1,23 @@
 """One pass over the parameters after the gradients are known: clipping, Adam, renormalisation, average.
 
-The same numbers as the parts of `winnow.trainer.step.optim` one after the other. Each of those reads and
-writes whole [N, D] tensors; here a block of latents goes through all of them while it is in cache.
+The same numbers as the parts of `winnow.trainer.step.optim` one after the other.
 
 Legend: D d_model, N latents.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.optim.adam import adam as functional_adam
 
 from winnow.sae.activations import activation_of
 from winnow.sae.model import Sae
 from winnow.schemas.training import MomentsDtype
 from winnow.trainer.kernels.segment_grad import BLOCK_BYTES, GPU_BLOCK_BYTES, latent_blocks
-from winnow.trainer.step.moments import PACKED, new_state, pack_moments, unpack_moments
+from winnow.trainer.step.moments import PACKED, Moments, State, new_state, pack_moments, unpack_moments
 from winnow.trainer.step.optim import Ema, clip_gradients, renormalise_decoder
 
 
@@ -35,19 +37,20 @@ def fused_update(
 
     Args:
         sae: The model, with projected gradients.
-        adam: Holds the state, in torch's own form, so that checkpoints do not tell who wrote it.
-        ema: The moving average, where one is kept.
+        adam: Holds the state, in torch's own form, whichever update writes it.
+        ema: The moving average, if one is kept.
         lr: Learning rate of this step.
         grad_norm: Joint norm of all gradients.
-        largest: Norm to clip to; null never clips.
-        moments: How Adam's are kept; see `winnow.trainer.step.moments`.
-        step: Its number, for the draws of packed moments.
+        largest: Norm to clip to; None never clips.
+        moments: How Adam's moments are stored; see `winnow.trainer.step.moments`.
+        step: The step's number, from which packed moments draw their rounding.
     """
     group = adam.param_groups[0]
     group["lr"] = lr
     shrink = largest / grad_norm if largest is not None and grad_norm > largest else None
     if ema is not None:
         ema.steps += 1
+    # from the step's number, not from a generator that runs on: a resumed run draws the same bits
     draws = torch.Generator(sae.W_enc.device).manual_seed(step)
     size = BLOCK_BYTES if sae.W_enc.device.type == "cpu" else GPU_BLOCK_BYTES
     blocks = latent_blocks(sae.latents, sae.W_enc, size)
@@ -56,33 +59,43 @@ def fused_update(
         state = adam.state[parameter]
         if not state:
             state |= new_state(parameter.detach(), moments if name in PACKED else "float32")
+        # a block goes through everything while it is in cache: 35 ms of thread time instead of 87 for passes
+        # over whole [N, D] tensors (docs/kernels.md)
         for block in blocks if name in ("W_enc", "W_dec") else [slice(None)]:
             weights, grad = parameter.detach()[block], parameter.grad[block]
             if shrink is not None:
                 grad.mul_(shrink)
             unpacked = unpack_moments(state, block, weights)
-            functional_adam(
-                [weights],
-                [grad],
-                [unpacked.first],
-                [unpacked.second],
-                [],
-                [state["step"].clone()],  # every block takes the same step
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=lr,
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
-            )
+            _adam(group, weights, grad, unpacked, state, lr=lr)
             pack_moments(state, block, unpacked, draws)
             if name == "W_dec":
                 renormalise_decoder(weights)
+            # last, since the average is of the weights as the step leaves them
             if ema is not None:
                 ema.sums[name][block].lerp_(weights, 1 - ema.beta)
         state["step"] += 1
+
+
+def _adam(
+    group: dict[str, Any], weights: Tensor, grad: Tensor, unpacked: Moments, state: State, *, lr: float
+) -> None:
+    """Take one step of torch's fused Adam on a block, in place."""
+    functional_adam(
+        [weights],
+        [grad],
+        [unpacked.first],
+        [unpacked.second],
+        [],
+        [state["step"].clone()],  # every block takes the same step
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr,
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
 def plain_update(
@@ -92,7 +105,8 @@ def plain_update(
 
     Arguments as there. Thresholds are not clipped.
     """
-    names = [name for name in sae.parameter_names if name != "threshold"]  # its scale is the bandwidth's
+    # a threshold's gradient has the scale of the bandwidth, which must not decide how all others are clipped
+    names = [name for name in sae.parameter_names if name != "threshold"]
     clip_gradients([getattr(sae, name) for name in names], largest, grad_norm)
     for group in adam.param_groups:
         group["lr"] = lr
