@@ -17,22 +17,23 @@ from winnow.common.closing import Closing
 from winnow.store.read.torch_stream import Batch, Stream
 from winnow.trainer.mesh.world import World
 
+# long enough to cost nothing, short enough that a stop or a lost rank is noticed while a harvest is slow
 IDLE_SECONDS = 1.0
-"""Between two calls of `idle`."""
+"""Seconds between two calls of `idle`."""
 
 
 class SharedRows(Closing):
-    """An iterator of a data rank's batches, the same on all its shards; every rank of the mesh takes as many.
+    """An iterator of a data rank's batches, the same on all its shards; every rank takes equally many.
 
     Args:
-        open_stream: Gives the stream; called on the ranks that read.
+        open_stream: Opens the stream; called only on the ranks that read.
         widths: D of each hook.
         rows: B.
         first: Step of the first batch.
-        device: Where batches are wanted where they travel; a lone reader's stay in the host's memory.
+        device: Where batches are put if they are sent; a lone reader's stay in host memory.
         world: The mesh. Data that one rank cannot read stops all of them.
-        idle: For a dataset that is followed: called every second, on every rank, while the rows are awaited;
-            what it raises ends the wait. A collective may be inside.
+        idle: For a dataset that is followed: called every second, on every rank, while rows are awaited. An
+            exception ends the wait. It may contain a collective.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class SharedRows(Closing):
         self._device, self._world, self._idle = device, world, idle
         self._seen: deque[Batch] = deque()
         self._stream: Stream | None = None
+        # a store that one rank cannot open stops all of them; the others would wait for its first batch
         with world.together():
             if world.latent.rank == 0:
                 self._stream = open_stream()
@@ -60,12 +62,13 @@ class SharedRows(Closing):
         return self._seen.popleft() if self._seen else self._take()
 
     def peek(self, count: int) -> list[Batch]:
-        """The first batches, which come again."""
+        """The next batches, which the iterator will still return."""
         while len(self._seen) < count:
             self._seen.append(self._take())
         return list(self._seen)[:count]
 
     def _take(self) -> Batch:
+        # before `next`, which blocks until the harvest has written more: no rank could then notice a stop
         while self._idle is not None and self._awaited():
             self._idle()
         with self._world.together():
@@ -76,15 +79,17 @@ class SharedRows(Closing):
             return batch
         device, spread = self._device, self._world.latent.spread
         if batch is None:
+            # of the shapes that the reader sends; a broadcast fills it in place
             rows = {n: torch.empty(self._rows, width, device=device) for n, width in self._widths.items()}
             batch = Batch(rows, torch.empty(self._rows, device=device), self._step - 1)
         rows = {hook: spread(batch.rows[hook].to(device)) for hook in self._widths}
         return Batch(rows, spread(batch.weights.to(device)), batch.step)
 
     def _awaited(self) -> bool:
-        """Whether a rank still awaits its rows, after a second of it."""
+        """Whether any rank still awaits its rows, after waiting for up to `IDLE_SECONDS`."""
         with self._world.together():
             ready = self._stream is None or self._stream.ready(IDLE_SECONDS)
+        # all ranks leave the wait in the same round, since `idle` may contain a collective
         return self._world.any(not ready)[0]
 
     @property
@@ -98,6 +103,6 @@ class SharedRows(Closing):
         return self._stream.memory_bytes if self._stream is not None else 0
 
     def close(self) -> None:
-        """Stop reading and let the buffers go."""
+        """Stop reading and free the buffers."""
         if self._stream is not None:
             self._stream.close()

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from winnow.store.objects import Data, Digest, ObjectStore, Pieces, Ready
 
 
+# so that every rank runs the same code: none of it asks who may write, and only the leading rank's store does
 class Witness(ObjectStore):
-    """A folder that another rank writes to: reads are as ever, writes do nothing.
+    """A folder that another rank writes to: reads are unchanged, writes do nothing.
 
     Args:
         store: The folder.
@@ -22,6 +23,7 @@ class Witness(ObjectStore):
     ) -> bool:
         """Nothing."""
         del key, data, ready, digest
+        # as if it had been created: the caller then proceeds as the rank that writes does
         return True
 
     def put(self, key: str, data: Data) -> None:
@@ -58,4 +60,5 @@ class Witness(ObjectStore):
 
     def child(self, prefix: str) -> ObjectStore:
         """See `ObjectStore.child`."""
+        # a folder inside it is no more this rank's to write
         return Witness(self._store.child(prefix))
