@@ -1,6 +1,6 @@
-"""From pre-activations to codes: which latents are active, and how gradients pass the choice.
+"""From pre-activations to codes: which latents are active, and how gradients pass through the selection.
 
-Legend: B rows, D width of the input, N latents, K active latents a row, S slots of padded codes.
+Legend: B rows, D width of the input, N latents, K active latents per row, S slots of padded codes.
 
 *Codes* are `(values [B, S], indices [B, S])`; a slot of value 0 is an inactive latent.
 """
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# 256 MiB: with a threshold a row has no fixed number of codes, so no running top-k can bound the memory
 DENSE_BYTES = 1 << 28
 """Pre-activations held at once when rows are encoded with a threshold, in bytes."""
 Codes = tuple[Tensor, Tensor]
@@ -26,7 +27,7 @@ def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> Codes:
         x: [B, D].
         W_enc: [N, D].
         b: [N].
-        k: Latents kept a row.
+        k: Latents kept per row.
 
     Returns:
         values [B, k] descending, indices int64 [B, k] (non-differentiable).
@@ -41,7 +42,7 @@ def encode_batchtopk(x: Tensor, W_enc: Tensor, b: Tensor, k: int, groups: Sequen
         x: [B, D].
         W_enc: [N, D].
         b: [N].
-        k: Kept for each row on average.
+        k: Kept per row on average.
         groups: Rows of each group, in order; their sum is B.
 
     Returns:
@@ -59,9 +60,12 @@ def best_of_groups(z: Tensor, k: int, groups: Sequence[int]) -> Tensor:
     for part in z.relu().split(list(groups)):
         flat, quota = part.flatten(), k * len(part)
         if 0 < quota < len(flat):
+            # only the smallest is wanted, so the order is not computed
             edge = flat.topk(quota, sorted=False).values.min()
             above, ties = flat > edge, flat == edge
+            # all above the edge, and of the entries equal to it as many as there is room for, in order
             room = quota - above.sum()
+            # not `flat >= edge`, false for NaN, which counts as largest, as in torch, and must reach the loss
             chosen = ~(flat < edge) if bool(ties.sum() <= room) else above | (ties & (ties.cumsum(0) <= room))
             part = torch.where(chosen, flat, 0.0).view_as(part)
         kept.append(part)
@@ -74,6 +78,7 @@ def encode_above(x: Tensor, W_enc: Tensor, b: Tensor, threshold: Tensor | float)
     Never holds more than DENSE_BYTES of [B, N] at once. Differentiable by x and the weights, not by the
     threshold.
     """
+    # at least one row, however wide
     rows = max(1, DENSE_BYTES // (W_enc.element_size() * len(W_enc)))
     parts = [
         _sparse(some, W_enc, b, lambda z: padded(torch.where(z > threshold, z, 0.0)))
@@ -82,6 +87,7 @@ def encode_above(x: Tensor, W_enc: Tensor, b: Tensor, threshold: Tensor | float)
     slots = max((values.shape[1] for values, _ in parts), default=1)
     widened = [_widen(codes, slots) for codes in parts]
     if not widened:
+        # one slot, as `padded` gives it without rows
         return x.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=x.device)
     return torch.cat([v for v, _ in widened]), torch.cat([i for _, i in widened])
 
@@ -89,6 +95,7 @@ def encode_above(x: Tensor, W_enc: Tensor, b: Tensor, threshold: Tensor | float)
 def padded(z: Tensor) -> Codes:
     """Dense codes z [B, N] >= 0 as padded ones: S is the most active latents of any row, at least 1."""
     slots = max(1, int((z > 0).sum(1).max())) if len(z) else 1
+    # the active ones, since z is at least 0; the rest of the slots have value 0 and count as empty
     values, indices = z.topk(slots, dim=1)
     return values, indices
 
@@ -99,23 +106,27 @@ def _widen(codes: Codes, slots: int) -> Codes:
 
 
 def _sparse(x: Tensor, W_enc: Tensor, b: Tensor, choose: Callable[[Tensor], Codes]) -> Codes:
+    # the dense [B, N] is not saved for the backward: `_CodesAt` has the gradient of the kept codes only
     with torch.no_grad():
         values, indices = choose(torch.addmm(b, x, W_enc.T))
     return _CodesAt.apply(x, W_enc, b, values.relu(), indices), indices  # pyright: ignore[reportReturnType]
 
 
 class _CodesAt(torch.autograd.Function):
-    """Given codes; plain autograd would spend a second dense product on a gradient that is K/N full."""
+    """The identity on codes, with a sparse gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_enc: Tensor, b: Tensor, values: Tensor, indices: Tensor) -> Tensor:  # noqa: ARG004
+        # plain autograd would spend a second dense product on a gradient of which K/N is not 0
         ctx.save_for_backward(x, W_enc, values, indices)
+        # autograd does not take an input itself for an output
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, values, indices = ctx.saved_tensors
         wants_x, wants_W, wants_b, *_ = ctx.needs_input_grad
+        # the cut of negatives to 0, and empty slots
         dz = torch.where(values > 0, grads[0], 0.0)
         dx = F.embedding_bag(indices, W_enc, per_sample_weights=dz, mode="sum") if wants_x else None
         dW = sum_by_latent(dz, indices, x, len(W_enc)) if wants_W else None
@@ -126,8 +137,7 @@ class _CodesAt(torch.autograd.Function):
 def sum_by_latent(values: Tensor, indices: Tensor, rows: Tensor, latents: int) -> Tensor:
     """`scatter(values).T @ rows`: for each latent the sum of `rows` weighted by its values.
 
-    Entries are sorted by latent (stably, so by row inside one) and every latent's segment is summed in
-    that order: no atomics, the same bits every run.
+    Entries are sorted by latent, and the segment of each is summed in the order of rows.
 
     Args:
         values: [B, k].
@@ -139,6 +149,7 @@ def sum_by_latent(values: Tensor, indices: Tensor, rows: Tensor, latents: int) -
         [N, D].
     """
     flat = indices.flatten()
+    # stable, so that the entries of a latent stay in the order of rows: no atomics, the same bits every run
     order = flat.argsort(stable=True)
     ends = torch.bincount(flat, minlength=latents).cumsum(0)
     starts = F.pad(ends[:-1], (1, 0))
@@ -182,6 +193,7 @@ class _JumpReLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         pre, threshold = ctx.saved_tensors
         (grad,) = grads
+        # the true derivative is 0 almost everywhere: a window about the threshold stands in for the jump
         near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(grad)
         return grad * (pre > threshold), -(threshold / ctx.bandwidth) * (near * grad).sum(0), None
 

@@ -11,5 +11,6 @@ __all__ = ["Activation", "DenseCodes", "activation_of"]
 
 
 def activation_of(name: str) -> Activation:
-    """The activation of a name; ValueError where there is none."""
+    """The activation of a name; raises ValueError if there is none."""
+    # by its module's name, not from a table: a new activation is one file
     return importlib.import_module(f"{__name__}.{traits_of(name).name}").ACTIVATION

@@ -1,4 +1,4 @@
-"""What an activation must say of itself.
+"""The interface of an activation.
 
 Legend: B rows, D width of the input, N latents, K active latents per row, S slots of padded codes.
 """
@@ -14,7 +14,7 @@ from winnow.schemas.activations import Traits
 
 
 class Latents(Protocol):
-    """What an activation may ask of an SAE or of a shard of one."""
+    """What an activation may read of an SAE or of a shard of one."""
 
     # Properties, so that a module's parameters fit; a protocol, because the model imports the activations.
     @property
@@ -24,7 +24,7 @@ class Latents(Protocol):
 
     @property
     def threshold(self) -> Tensor:
-        """[] or [N], as the activation's traits say."""
+        """[] or [N], according to the activation's traits."""
         ...
 
     @property
@@ -38,8 +38,9 @@ class DenseCodes(NamedTuple):
 
     values: Tensor
     """[B, N], at least 0."""
+    # JumpReLU counts with a gradient of its own, which the values cannot carry
     counted: Tensor | None = None
-    """[B]: what the sparsity term counts per row, where that is not made of the values."""
+    """[B]: what the sparsity term counts per row, unless that follows from the values."""
 
 
 class Activation:
@@ -55,26 +56,28 @@ class Activation:
 
     def select(self, sae: Latents, x: Tensor, b: Tensor) -> Codes:
         """Padded codes of normalised rows x [B, D]; b [N] is what the encoder's product is added to."""
+        # outside training a threshold defines the codes; one that keeps the best by number overrides this
         return encode_above(x, sae.W_enc, b, self.floor(sae))
 
     # ---- training of dense codes -------------------------------------------------------------------
 
     def begin(self, sae: Latents) -> None:
-        """Fill what a new SAE holds for it beside the weights."""
+        """Initialise what a new SAE holds for it besides the weights."""
 
     def codes(self, sae: Latents, pre: Tensor, bandwidth: float) -> DenseCodes:
         """Codes of pre-activations [B, N] cut at 0."""
         raise NotImplementedError
 
     def default_sparsity(self, d_model: int) -> float:  # noqa: ARG002
-        """Weight of the sparsity term where the spec does not say; 0 where it has none."""
+        """Weight of the sparsity term, unless the spec sets it; 0 if there is no such term."""
         return 0.0
 
+    # with JumpReLU's (L0/K - 1)^2 the ranks' L0 must be summed before the square
     joint: ClassVar[bool] = False
-    """Whether the sparsity term is not linear in the rows, and so is one of all ranks' rows together."""
+    """Whether the sparsity term is not linear in the rows, and is therefore one term of all ranks' rows."""
 
     def counted(self, codes: DenseCodes) -> Tensor:
-        """What the sparsity term counts per row [B], of the latents at hand."""
+        """What the sparsity term counts per row [B], over this shard's latents."""
         raise NotImplementedError
 
     def sparsity(self, counted: Tensor, total: Tensor, k: int, constant: float, weight: float) -> Tensor:
@@ -90,4 +93,4 @@ class Activation:
         raise NotImplementedError
 
     def after_step(self, sae: Latents) -> None:
-        """Bring back into bounds what an update may have moved out of them."""
+        """Bring parameters back into bounds after an update."""

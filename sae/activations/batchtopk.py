@@ -15,6 +15,7 @@ class BatchTopK(Activation):
 
     def floor(self, sae: Latents) -> Tensor | float:
         """See `Activation.floor`."""
+        # one threshold in place of the batch: a row's codes must not depend on the rows beside it
         return sae.threshold.detach()
 
 

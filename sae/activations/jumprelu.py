@@ -12,7 +12,7 @@ from winnow.sae.codes import jump_relu, step_above
 from winnow.schemas.activations import traits_of
 
 _FIRST_THRESHOLD = 0.001
-"""Where the thresholds start, in the normalised space (the paper's)."""
+"""Initial thresholds, in the normalised space (the paper's value)."""
 
 
 class JumpReLU(Activation):
@@ -31,6 +31,7 @@ class JumpReLU(Activation):
 
     def codes(self, sae: Latents, pre: Tensor, bandwidth: float) -> DenseCodes:
         """See `Activation.codes`; counts active latents."""
+        # counted by steps, not from the values: the thresholds need a gradient of L0
         active = step_above(pre, sae.threshold, bandwidth).sum(1)
         return DenseCodes(jump_relu(pre, sae.threshold, bandwidth), active)
 
@@ -49,6 +50,7 @@ class JumpReLU(Activation):
 
     def after_step(self, sae: Latents) -> None:
         """See `Activation.after_step`: thresholds stay at or above 0."""
+        # below 0 a latent could be active with a negative value, and codes are at least 0
         sae.threshold.detach().clamp_(min=0)
 
 

@@ -1,7 +1,6 @@
 """ReLU with an L1 term: all latents above 0 (Anthropic, April 2024).
 
-The term is weight * sum |z| per row, over sqrt(constant) so that the scale of the rows cancels. The decoder's
-rows have unit norm, so no latent escapes it by a long direction.
+The term is weight * sum |z| per row, over sqrt(constant).
 """
 
 from __future__ import annotations
@@ -31,10 +30,13 @@ class ReLU(Activation):
 
     def counted(self, codes: DenseCodes) -> Tensor:
         """See `Activation.counted`: |z|, summed."""
+        # codes are at least 0, so |z| is z
         return codes.values.sum(1)
 
     def sparsity(self, counted: Tensor, total: Tensor, k: int, constant: float, weight: float) -> Tensor:  # noqa: ARG002
         """See `Activation.sparsity`."""
+        # the root cancels the scale of the rows; the decoder's have unit norm, so that no latent evades the
+        # term by a long direction
         return weight * counted / (total * constant**0.5)
 
 

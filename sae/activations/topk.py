@@ -16,6 +16,7 @@ class TopK(Activation):
 
     def select(self, sae: Latents, x: Tensor, b: Tensor) -> Codes:
         """See `Activation.select`; S is K."""
+        # also outside training: K per row needs no threshold
         return encode_topk(x, sae.W_enc, b, sae.k)
 
 
