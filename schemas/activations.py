@@ -1,7 +1,7 @@
 """What a spec must know of an activation before any weight exists; the code is in `sae.activations`.
 
-Winnow's own stand in a table, so that reading a spec imports no torch. Any other name is looked for as a
-module of that package, whose `ACTIVATION.traits` it then has: a new activation is one file.
+Winnow's own are in a table, so that reading a spec imports no torch. Any other name is looked up as a module
+of that package, whose `ACTIVATION.traits` apply: a new activation is one file.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Traits(NamedTuple):
 
     name: str
     selects: Literal["row", "batch"] | None = None
-    """Whether it keeps the K best of each row, or on average of a batch's rows: then it has the sparse route.
-    Null where a latent is active whatever the others are: codes are dense."""
+    """Whether it keeps the K largest of each row, or K per row on average over a batch; it then has the sparse
+    route. None if a latent is active regardless of the others, so that codes are dense."""
     threshold: Literal["one", "each"] | None = None
-    """What else an SAE holds for it: one number, set after training, or a trained one for each latent."""
+    """What else an SAE holds for it: one number that is set after training, or a trained one per latent."""
 
 
 OWN = {
@@ -38,7 +38,7 @@ OWN = {
 
 
 def traits_of(name: str) -> Traits:
-    """The traits of an activation; ValueError where there is none of that name."""
+    """Return the traits of an activation; ValueError if there is none of that name."""
     if name in OWN:
         return OWN[name]
     try:
