@@ -20,8 +20,8 @@ class Traits(NamedTuple):
 
     name: str
     selects: Literal["row", "batch"] | None = None
-    """Whether it keeps the K largest of each row, or K per row on average over a batch; it then has the sparse
-    route. None if a latent is active regardless of the others, so that codes are dense."""
+    """Whether it keeps the K largest of each row, or K per row on average over a batch; then it has the
+    sparse route. None if a latent is active regardless of the others, so that codes are dense."""
     threshold: Literal["one", "each"] | None = None
     """What else an SAE holds for it: one number that is set after training, or a trained one per latent."""
 
