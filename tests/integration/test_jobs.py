@@ -22,6 +22,7 @@ from winnow.schemas.errors import ConfigError, WinnowError
 
 REPO = Path(__file__).parents[2]
 CANARY = "canary-7f3a91c2"
+CONFIG = "work/config.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,15 @@ def head() -> Iterator[Head]:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a user has it: the code, a config, a subject, a corpus; and what must not travel."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("common", "schemas", "store", "harvester", "trainer", "evaluator", "explorer"):
-        shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("winnow.py", "ray_job.py"):
-        shutil.copy(REPO / name, folder)
-    path = pipeline_config(folder, units=2, train={"epochs": 1, "out": str(folder / "elsewhere" / "run")})
+    caches = shutil.ignore_patterns("__pycache__")
+    # A clone's `winnow/` holds links to its rooms; copied as links, they point into this folder.
+    shutil.copytree(REPO / "winnow", folder / "winnow", symlinks=True, ignore=caches)
+    for link in (REPO / "winnow").iterdir():
+        if link.is_symlink():
+            shutil.copytree(link, folder / link.name, ignore=caches)
+    # Not beside the rooms, one of which is called `subject` like the pipeline's model.
+    out = str(folder / "elsewhere" / "run")
+    path = pipeline_config((folder / CONFIG).parent, units=2, train={"epochs": 1, "out": out})
     config = yaml.safe_load(path.read_text())
     config["root"] = str(folder / "elsewhere" / "data")
     path.write_text(yaml.safe_dump(config))
@@ -54,7 +59,7 @@ def environment(head: Head) -> dict[str, str]:
 
 def test_make_harvest_and_make_train_as_jobs(head, project):
     arguments = [
-        f"CONFIG={project / 'config.yaml'}",
+        f"CONFIG={project / CONFIG}",
         f"RAY_ADDRESS={head.url}",
         f"JOB=--working-dir {project}",
     ]
@@ -76,6 +81,17 @@ def test_make_harvest_and_make_train_as_jobs(head, project):
 def client(head: Head, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return ray_job.connect(head.url, head.token)
+
+
+def test_the_rooms_that_a_clone_links_to_travel_with_it(client, project):
+    written: list[str] = []
+    code = "import os, winnow.store, winnow.trainer as t; print(os.path.relpath(t.__file__))"
+    # `-E`: without PYTHONPATH, which names this repository here.
+    line = shlex.join([sys.executable, "-E", "-c", code])
+    assert (
+        ray_job.run_job(client, ray_job.RayJob(line, project, id="winnow-rooms"), write=written.append) == 0
+    )
+    assert "winnow/trainer/__init__.py" in "".join(written).split()
 
 
 @pytest.mark.parametrize(("line", "code"), [("echo out; exit 7", 7), ("kill -9 $$", 137)])
@@ -134,17 +150,18 @@ def test_a_missing_or_wrong_token_is_said_in_words(head, token, code):
 def test_what_would_fail_there_is_refused_here(project, tmp_path, command, words):
     outside = tmp_path / "config.yaml"
     outside.write_text("root: s3://bucket/x")
-    places = {"{outside}": str(outside), "{config}": str(project / "config.yaml")}
+    places = {"{outside}": str(outside), "{config}": str(project / CONFIG)}
     with pytest.raises(WinnowError, match=words):
         ray_job.entrypoint([places.get(word, word) for word in command], project, "python")
 
 
 def test_the_command_that_runs_there(project):
     line = ray_job.entrypoint(
-        ["train", str(project / "config.yaml"), "--set", "train.k=8", "--json"], project, "python3.11"
+        ["train", str(project / CONFIG), "--set", "train.k=8", "--json"], project, "python3.11"
     )
     assert (
-        line == "python3.11 -m winnow train config.yaml --set train.k=8 --json --set harvest.ray_address=auto"
+        line
+        == "python3.11 -m winnow train work/config.yaml --set train.k=8 --json --set harvest.ray_address=auto"
     )
 
 
