@@ -256,7 +256,7 @@ def row(name: str, version: str, bucket: str) -> str:
 
 def main() -> None:
     """Test the servers that the command line names, or all."""
-    logging.getLogger("store").setLevel(logging.ERROR)
+    logging.getLogger("winnow.store").setLevel(logging.ERROR)
     wanted = sys.argv[1:] or list(SERVERS)
     print("| server | probe | conformance | checks the signed digest | repair |\n|---|---|---|---|---|")
     for name in wanted:

@@ -11,7 +11,7 @@ import typer
 from winnow.cli.console import emit, guard
 from winnow.common.reporter import say
 
-log = logging.getLogger("winnow.trainer")
+log = logging.getLogger("winnow.cli")
 
 READ = "openai, saelens, sparsify, dictionary_learning, gemma-scope"
 WRITTEN = f"{READ}, saebench, neuronpedia"

@@ -18,7 +18,7 @@ from winnow.common.cores import cores_each, usable_cores
 from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
 
-log = logging.getLogger("winnow.harvester")
+log = logging.getLogger("winnow.cluster")
 
 WAIT_NOTE_SECONDS = 30.0
 """Seconds between messages while no actor is ready."""

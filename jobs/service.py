@@ -33,7 +33,7 @@ from winnow.schemas.errors import ConfigError, StoreError
 from winnow.schemas.service import PERMANENT, STOPPED, JobBeat, JobClaim
 from winnow.store.objects import ObjectStore
 
-log = logging.getLogger("winnow.trainer")
+log = logging.getLogger("winnow.jobs")
 
 # A twelfth of a lease, so that a few renewals may fail before a run is lost to another service.
 BEAT_SECONDS = 5.0

@@ -31,7 +31,7 @@ from torch import nn
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import HOOK_SITES, parse_hook
 
-log = logging.getLogger("winnow.harvester")
+log = logging.getLogger("winnow.subject")
 
 
 class _BlockPaths(NamedTuple):

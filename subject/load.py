@@ -36,7 +36,7 @@ from winnow.subject.steps import Steps
 from winnow.subject.tokenizer import ControlTokens, TextTokenizer
 from winnow.subject.weights import Located, digest_files, locate
 
-log = logging.getLogger("winnow.harvester")
+log = logging.getLogger("winnow.subject")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -20,7 +20,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import SubjectSpec
 from winnow.subject.gguf_tokenizer import gguf_tokenizer
 
-log = logging.getLogger("winnow.harvester")
+log = logging.getLogger("winnow.subject")
 
 # Whatever transformers, safetensors and a model's own code raise for files or configs that they cannot read.
 _LOAD_ERRORS = (

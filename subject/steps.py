@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
-log = logging.getLogger("winnow.harvester")
+log = logging.getLogger("winnow.subject")
 
 Kept = dict[str, Any]
 """The cache that a model returned, by the name of the argument that takes it back."""

@@ -33,7 +33,7 @@ from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement, read_taps, rebuilt, replaced
 from winnow.subject.steps import same_logits, trial_ids, turning_points
 
-log = logging.getLogger("winnow.harvester")
+log = logging.getLogger("winnow.subject")
 
 _TRIAL = 12
 """Positions of the windows of the trial."""

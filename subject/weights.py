@@ -29,7 +29,7 @@ from winnow.schemas.errors import ConfigError, StoreError
 from winnow.schemas.subject import SubjectIdentity, SubjectSpec
 from winnow.subject.pretrained import convert, first_line, load_tokenizer, tokenizer_digest
 
-log = logging.getLogger("winnow.harvester")
+log = logging.getLogger("winnow.subject")
 
 CONVERSION = "v2"
 """Version of what a conversion writes; part of the cache key."""

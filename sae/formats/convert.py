@@ -27,7 +27,7 @@ from winnow.schemas.window import WindowRule
 from winnow.store.objects import open_store
 
 T = TypeVar("T")
-log = logging.getLogger("winnow.trainer")
+log = logging.getLogger("winnow.sae")
 READERS: Mapping[str, Callable[[Path], Plain]] = {
     openai.NAME: openai.read,
     saelens.NAME: saelens.read,

@@ -18,7 +18,7 @@ from winnow.schemas.errors import ConfigError, DependencyMissing
 
 Backend = Literal["eager", "cpu", "triton"]
 _BACKENDS: tuple[Backend, ...] = ("eager", "cpu", "triton")
-_LOG = logging.getLogger("winnow.kernels")
+_LOG = logging.getLogger("winnow.trainer")
 
 
 def choose(kernels: str, device: torch.device) -> Backend:

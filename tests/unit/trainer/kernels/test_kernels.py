@@ -221,7 +221,7 @@ def test_gradients_are_the_same_bits_every_run():
 
 def test_the_choice_is_explicit_and_logged(caplog):
     cpu = torch.device("cpu")
-    with caplog.at_level(logging.INFO, "winnow.kernels"):
+    with caplog.at_level(logging.INFO, "winnow.trainer"):
         assert choose("auto", cpu) == "cpu"
     assert "cpu on cpu" in caplog.text
     assert choose("eager", cpu) == "eager"
