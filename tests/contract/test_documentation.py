@@ -1,0 +1,55 @@
+"""The documentation names what exists: links, paths of the repository, names that are imported."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "docs/results/*.md", "docker/*.md", "findings/*.md")
+    for path in ROOT.glob(pattern)
+)
+# The part of the changelog on earlier versions names their files.
+TEXTS = {path: path.read_text(encoding="utf-8").split("## [0.1.0]")[0] for path in PAGES}
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("[a-z]*/__init__.py"))
+FOLDERS += ["configs", "docker", "docs", "findings"]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@each_page
+def test_paths_in_backticks_exist(page: Path) -> None:
+    # A name in capitals, or a star, stands for something of the reader's.
+    paths = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[a-z0-9_/.\-]*)`", TEXTS[page])
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+@each_page
+def test_names_that_a_page_imports_exist(page: Path) -> None:
+    for module, names in re.findall(r"^from (winnow[\w.]*) import ([\w, ]+)", TEXTS[page], re.MULTILINE):
+        for name in names.split(","):
+            assert hasattr(import_module(module), name.strip()), (module, name)
