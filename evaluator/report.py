@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -128,7 +129,12 @@ def load_evaluation(store: ObjectStore) -> Evaluation | None:
 
 
 def evaluate(
-    sae: str, config: Config, *, out: str | None = None, again: bool = False, judge_key: str | None = None
+    sae: str | os.PathLike[str],
+    config: Config,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    again: bool = False,
+    judge_key: str | None = None,
 ) -> Evaluation:
     """Measure a trained SAE on the windows its dataset held out; `evaluation.json` is written beside it.
 
@@ -152,7 +158,7 @@ def evaluate(
         IntegrityError, StoreError: SAE, data or an earlier evaluation cannot be read.
     """
     setting = Setting.open(
-        sae,
+        os.fspath(sae),
         config.root,
         config.evaluate,
         subject=config.subject,
@@ -162,7 +168,9 @@ def evaluate(
     return evaluate_setting(setting, out=out, again=again)
 
 
-def evaluate_setting(setting: Setting, *, out: str | None = None, again: bool = False) -> Evaluation:
+def evaluate_setting(
+    setting: Setting, *, out: str | os.PathLike[str] | None = None, again: bool = False
+) -> Evaluation:
     """Measure every chosen family and write `evaluation.json` after each.
 
     Args:

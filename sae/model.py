@@ -359,6 +359,11 @@ class Sae(nn.Module):
         self.card = card
         return card
 
+    def extra_repr(self) -> str:
+        """What `repr` shows: torch itself shows submodules only, and an SAE has none."""
+        activation = self.parts.activation
+        return f"d_model={self.d_model}, latents={self.latents}, k={self.k}, activation={activation!r}"
+
     @classmethod
     def load(
         cls,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from urllib.parse import unquote
 
@@ -10,7 +11,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.store.objects.base import ObjectStore
 
 
-def open_store(uri: str, storage: StorageSpec | None = None) -> ObjectStore:
+def open_store(uri: str | os.PathLike[str], storage: StorageSpec | None = None) -> ObjectStore:
     """Open the object store at `uri`.
 
     Args:
@@ -25,7 +26,7 @@ def open_store(uri: str, storage: StorageSpec | None = None) -> ObjectStore:
     from winnow.store.objects.local import LocalStore
     from winnow.store.objects.s3 import open_s3
 
-    storage = storage or StorageSpec()
+    uri, storage = os.fspath(uri), storage or StorageSpec()
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     if scheme is None:
         return LocalStore(uri)

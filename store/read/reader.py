@@ -5,6 +5,7 @@ Letters: D d_model, T context length, W windows in a unit.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -157,7 +158,7 @@ class ActivationStore:
     @classmethod
     def open(
         cls,
-        uri: str,
+        uri: str | os.PathLike[str],
         storage: StorageSpec | None = None,
         *,
         follow: bool = False,

@@ -30,6 +30,7 @@ from tests.contract.make_golden import (
     queue_facts,
     run_facts,
 )
+from winnow import ActivationStore, evaluate
 from winnow.common.config_file import load_config
 from winnow.explorer.index.build import Recipe
 from winnow.explorer.index.table import FeatureTable
@@ -143,3 +144,11 @@ def test_a_service_takes_over_what_an_earlier_one_left(copy, monkeypatch):
     assert attempts == {"run": ("finished", 2), "stopped": ("finished", 2), "waiting": ("finished", 1)}
     require_same_weights(copy / "stopped")
     assert Sae.load(str(copy / "waiting")).card.spec.seed == 1
+
+
+def test_what_lies_in_a_folder_opens_by_its_path_too(copy: Path) -> None:
+    sets = [f"root={copy / 'data'}", "evaluate.metrics=[reconstruction]"]
+    found = evaluate(copy / "run", load_config(copy / "config.yaml", sets), out=copy / "figures")
+    assert json.loads((copy / "figures" / "evaluation.json").read_text()) == json.loads(found.to_json())
+    assert ActivationStore.open(copy / "data").hooks == (HOOK,)
+    assert repr(Sae.load(copy / "run")) == "Sae(d_model=16, latents=48, k=4, activation='topk')"
