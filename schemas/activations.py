@@ -41,11 +41,17 @@ def traits_of(name: str) -> Traits:
     """Return the traits of an activation; ValueError if there is none of that name."""
     if name in OWN:
         return OWN[name]
-    try:
-        assert re.fullmatch(r"[a-z][a-z0-9_]*", name)
-        return importlib.import_module(f"{ROOM}.{name}").ACTIVATION.traits
-    except (AssertionError, AttributeError, ModuleNotFoundError):
-        raise ValueError(f"activation is one of {', '.join(sorted(OWN))}, or a module of {ROOM}") from None
+    module = f"{ROOM}.{name}"
+    # The pattern first: the name may come from a card of anybody's, and must not reach outside the package.
+    if re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        try:
+            return importlib.import_module(module).ACTIVATION.traits
+        except ModuleNotFoundError as error:
+            if error.name != module:  # the activation's own file lacks something
+                raise
+        except AttributeError:  # a module of the package that is no activation
+            pass
+    raise ValueError(f"activation is one of {', '.join(sorted(OWN))}, or a module of {ROOM}")
 
 
 def _known(name: str) -> str:

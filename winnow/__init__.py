@@ -1,6 +1,7 @@
 """From a language model's activations to sparse, readable features.
 
-The names below are what most programs need; the rooms (`winnow.store`, `winnow.trainer`, ...) hold the rest::
+The names below are what most programs need. The rooms hold the rest, and are imported by their names
+(`import winnow.store`, `from winnow.trainer.run.loop import train_fleet`)::
 
     from winnow import ActivationStore, Sae, Subject, evaluate, load_config, reporting, train
 """
