@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from winnow.common.lazy import lazy_getattr
 
 if TYPE_CHECKING:
     from winnow.sae.model import Sae as Sae
 
-_PLACES = {"Sae": "winnow.sae.model"}
 __all__ = ["Sae"]  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> Any:  # importing the package alone must not load torch
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+# Lazy, since importing the package alone must not load torch, which takes seconds.
+__getattr__ = lazy_getattr(__name__, {"Sae": "winnow.sae.model"})
 
 
 def __dir__() -> list[str]:
