@@ -16,6 +16,7 @@ One class, with parts (`winnow.schemas.training.SaeParts`):
   file of `winnow.sae.activations`.
 - A *transcoder* has a target, another hook's rows y: `y_hat = W_dec^T z + b_dec`, and with `skip`
   `+ W_skip x` (W_skip is [O, D]).
+  A layer of a cross-layer transcoder has several, whose rows are joined (`winnow.sae.sets`).
 - A *crosscoder* reads and reconstructs several hooks: its rows are their rows, joined, each normalised with
   its own constants.
 - `matryoshka`: prefixes of the latents that were trained to reconstruct on their own.
@@ -123,9 +124,10 @@ class Sae(nn.Module):
         scales = (len(self.parts.widths),) if self.parts.widths else ()
         self.register_buffer("input_mean", zeros(d_model))
         self.register_buffer("input_scale", zeros(scales) + 1)
+        several = self.parts.target_widths
         if self.has_target:
             self.register_buffer("target_mean", zeros(self.d_out))
-            self.register_buffer("target_scale", zeros(()) + 1)
+            self.register_buffer("target_scale", zeros((len(several),) if several else ()) + 1)
 
     @property
     def has_target(self) -> bool:
@@ -177,13 +179,21 @@ class Sae(nn.Module):
     def normalise_target(self, y: Tensor) -> Tensor:
         """Normalise raw rows [B, O] of the target hook to what a transcoder is trained to predict."""
         y = y.to(self.W_enc.dtype)
-        return (y - self.target_mean) / self.target_scale if self._scales_target else y
+        return (y - self.target_mean) / self.target_norm if self._scales_target else y
+
+    @property
+    def target_norm(self) -> Tensor:
+        """What a transcoder's rows of the target are divided by: [], or with several targets [O]."""
+        if not self.parts.target_widths:
+            return self.target_scale
+        widths = torch.tensor(self.parts.target_widths, device=self.target_scale.device)
+        return self.target_scale.repeat_interleave(widths)
 
     def restore(self, x: Tensor, scale: Scale) -> Tensor:
         """Bring normalised output [B, O] back to the raw space of the rows of `scale`, or of the target."""
         # A transcoder's target has its own constants: the norm of an input row says nothing about it.
         if self.has_target:
-            return x * self.target_scale + self.target_mean if self._scales_target else x
+            return x * self.target_norm + self.target_mean if self._scales_target else x
         # Without a pass over the rows: multiplying by 1 and adding 0 would copy them.
         raw = self.normalize_mode == "none" and not self.parts.centred
         return x if raw else x * scale.norm + scale.mean
@@ -311,6 +321,7 @@ class Sae(nn.Module):
         *,
         hook: str,
         target_hook: str | None = None,
+        with_targets: tuple[str, ...] = (),
         with_hooks: tuple[str, ...] = (),
         weights: str = "raw",
         identity: SaeIdentity | None = None,
@@ -325,6 +336,7 @@ class Sae(nn.Module):
             store: The folder or prefix that becomes the SAE's address.
             hook: The hook whose rows it reads.
             target_hook: A transcoder's target.
+            with_targets: Its other targets, of a layer of a cross-layer transcoder.
             with_hooks: A crosscoder's other hooks.
             weights: Which weights these are, `raw` or `ema`.
             identity: Dataset and subject that they were trained on.
@@ -340,6 +352,7 @@ class Sae(nn.Module):
             "k": self.k,
             "hook": hook,
             "target_hook": target_hook,
+            "with_targets": with_targets,
             "with_hooks": with_hooks,
             "normalize": self.normalize_mode,
             "parts": self.parts,

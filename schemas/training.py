@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, model_validator
 
 from winnow.schemas.activations import Activation, Traits, traits_of
-from winnow.schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256
+from winnow.schemas.base import Artefact, Contract, HookName, Sha256
+from winnow.schemas.layers import WRITES, SetSpec, layer_folder
 from winnow.schemas.window import WindowRule
 
 Normalize = Literal["layer", "dataset", "none"]
@@ -25,6 +26,9 @@ class SaeParts(Contract):
     their own threshold."""
     d_out: int | None = Field(default=None, gt=0)
     """Of a transcoder: width of the target's rows. Null if the SAE reconstructs its input."""
+    target_widths: tuple[int, ...] = Field(default=(), exclude_if=lambda widths: not widths)
+    """Of a layer of a cross-layer transcoder with several targets: their widths, which add up to `d_out`.
+    Their rows are concatenated in this order, each normalised by its own constants. Empty for one target."""
     target_normalize: Literal["dataset", "none"] | None = None
     """Of a transcoder: how the target's rows are normalised, as in `TrainSpec.normalize`. Null otherwise."""
     skip: bool = False
@@ -60,6 +64,9 @@ class SaeParts(Contract):
             raise ValueError("centred is a part of an autoencoder: what a transcoder reads folds into W_enc")
         if self.widths and (len(self.widths) < 2 or min(self.widths) < 1 or self.d_out is not None):
             raise ValueError(f"widths belong to a crosscoder, which has two hooks or more: got {self.widths}")
+        several = self.target_widths
+        if several and (len(several) < 2 or min(several) < 1 or sum(several) != self.d_out):
+            raise ValueError(f"target_widths are two or more and add up to d_out, got {several}")
         _require_prefixes(self.matryoshka)
         return self
 
@@ -126,6 +133,10 @@ class TrainSpec(Contract):
     with_hooks: tuple[HookName, ...] = ()
     """Makes a crosscoder: further hooks, whose rows are concatenated with those of `hook`. The same latents
     read and reconstruct all of them, each normalised by its own constants."""
+    set: SetSpec | None = Field(default=None, exclude_if=lambda of: of is None)
+    """Makes a transcoder set, one dictionary of `latents` and `k` for every layer of a range, trained
+    together from one read: `{layers: all, cross: false, reads: resid_mid}` (`SetSpec`). `hook` and
+    `target_hook` are then left out, since they follow from it."""
     matryoshka: tuple[int, ...] = ()
     """Ascending numbers of latents: for each, that many leading latents must also reconstruct without the
     others (Bussmann et al. 2025). All `latents` together are always the last of them. Empty trains only
@@ -248,6 +259,17 @@ class TrainSpec(Contract):
         """Seed of the stream's order."""
         return self.seed if self.order_seed is None else self.order_seed
 
+    @model_validator(mode="before")
+    @classmethod
+    def _hooks_of_set(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or cast("dict[str, Any]", raw).get("set") is None:
+            return raw
+        fields = cast("dict[str, Any]", raw)
+        of = SetSpec.model_validate(fields["set"])
+        # The first layer's stand for the whole set; `layer_spec` gives those of the others.
+        implied = {"hook": of.read_hook(of.first), "target_hook": f"{WRITES}.{of.first}"}
+        return implied | {"normalize": "dataset"} | fields
+
     @model_validator(mode="after")
     def _coherent(self) -> Self:
         # Everything that a step would trip over later is refused here, before a dataset is opened.
@@ -273,8 +295,29 @@ class TrainSpec(Contract):
                 f"selection_groups must divide lanes: selection_groups={self.groups}, lanes={self.lanes}"
             )
         self._coherent_parts()
+        self._coherent_set()
         self._coherent_step()
         return self
+
+    def _coherent_set(self) -> None:
+        if self.set is None:
+            return
+        site, _, layer = self.hook.partition(".")
+        known = site == self.set.reads and layer.isdecimal() and self.target_hook == f"{WRITES}.{layer}"
+        if not known or (self.set.layers != "all" and int(layer) not in self.set.range):
+            raise ValueError("hook and target_hook follow from `set`: leave them out")
+        if self.normalize == "layer":
+            raise ValueError(
+                "a set needs normalize: dataset or none, since attributions are linear in what a layer reads"
+            )
+        refused = {"with_hooks": bool(self.with_hooks), "init_from": self.init_from is not None}
+        if self.set.cross:
+            refused |= {"matryoshka": bool(self.matryoshka), "multi_topk": self.multi_topk, "skip": self.skip}
+            refused["activation"] = self.traits.selects is None
+        for field, there in refused.items():
+            if there:
+                kind = "a cross-layer set" if self.set.cross else "a set"
+                raise ValueError(f"{field}: {getattr(self, field)} does not go with {kind}")
 
     def _coherent_step(self) -> None:
         if self.batch_rows % self.accumulate:
@@ -355,20 +398,40 @@ class TrainSpec(Contract):
     def output_hooks(self) -> tuple[str, ...]:
         """The hooks whose rows, joined, are reconstructed."""
         # Autoencoders and crosscoders reconstruct what they read.
-        return self.input_hooks if self.target_hook is None else (self.target_hook,)
+        return self.target_hooks or self.input_hooks
+
+    @property
+    def target_hooks(self) -> tuple[str, ...]:
+        """The hooks that a transcoder predicts: one, or those of this layer of a cross-layer set."""
+        if self.set is not None and self.set.layers != "all":
+            return self.set.target_hooks(self.layer)
+        return () if self.target_hook is None else (self.target_hook,)
+
+    @property
+    def layer(self) -> int:
+        """Of a set: the layer that these fields are of."""
+        return int(self.hook.rpartition(".")[2])
+
+    def layer_spec(self, layer: int) -> TrainSpec:
+        """Of a set whose layers are resolved: the spec of one layer, written to a folder below `out`."""
+        assert self.set is not None, "only a set has layers"
+        hooks = {"hook": self.set.read_hook(layer), "target_hook": f"{WRITES}.{layer}"}
+        return self.model_copy(update={**hooks, "out": f"{self.out.rstrip('/')}/{layer_folder(layer)}"})
 
     @property
     def read_hooks(self) -> tuple[str, ...]:
         """Every hook that is read from the dataset."""
         # Not input_hooks + output_hooks: a crosscoder's outputs are its inputs, and would be read twice.
-        return self.input_hooks if self.target_hook is None else (self.hook, self.target_hook)
+        return self.input_hooks + self.target_hooks
 
     def parts(self, widths: dict[str, int]) -> SaeParts:
         """Return what the SAE is made of, given each hook's width."""
         target = self.target_hook
+        targets = tuple(widths[hook] for hook in self.target_hooks)
         return SaeParts(
             activation=self.activation,
-            d_out=None if target is None else widths[target],
+            d_out=sum(targets) or None,
+            target_widths=targets if len(targets) > 1 else (),
             target_normalize=cast("Literal['dataset', 'none']", self.target_normalize) if target else None,
             skip=self.skip,
             widths=tuple(widths[hook] for hook in self.input_hooks) if self.with_hooks else (),
@@ -413,49 +476,6 @@ class SaeIdentity(Contract):
     """Digest of the subject's weights; SAEs and datasets are matched by it, not by the name."""
 
 
-class CheckpointRows(Contract):
-    """A file of a checkpoint that contains some latents' rows of every tensor that has latents."""
-
-    file: RelativeKey
-    """Name of the file beside the index."""
-    first: int = Field(ge=0)
-    """The first latent in it."""
-    stop: int = Field(gt=0)
-    """The latent after the last in it."""
-
-
-class CheckpointIndex(Artefact):
-    """`checkpoints/<step>/index.json`: create-only, written after the state it names is durable."""
-
-    kind: Literal["winnow.checkpoint"] = "winnow.checkpoint"
-    version: str = "1.1"
-    """1.1 moved the latents' rows into files of their own; 1.0 had one file."""
-    step: int = Field(ge=0)
-    """Steps finished."""
-    spec: TrainSpec
-    """The spec that the run was started with."""
-    identity: SaeIdentity
-    """What it was trained on."""
-    stream: StreamState
-    """Position of the stream after those steps."""
-    files: dict[RelativeKey, Sha256]
-    """Names of the safetensors files beside the index -> their digests."""
-    # By latents, not by ranks, so that any number of processes can read what any number wrote.
-    rows: tuple[CheckpointRows, ...] = ()
-    """Which of the files contain which latents: together all latents, each once. The rest of the state is in
-    one further file."""
-    world: int = Field(default=1, gt=0)
-    """Number of processes that wrote it; any number can read it."""
-    threads: int
-    """CPU threads per process. With another number, a resume is not bit-identical."""
-    device: str
-    """Device that it was trained on."""
-    tokens: int
-    """Rows trained on so far."""
-    created: str
-    """When it was written: UTC, ISO 8601."""
-
-
 class SaeCard(Artefact):
     """`sae.json`: everything that is needed to use `sae.safetensors`, and where it came from."""
 
@@ -474,6 +494,9 @@ class SaeCard(Artefact):
     """The other hooks of a crosscoder, in the order in which rows are concatenated."""
     target_hook: HookName | None = None
     """Hook that a transcoder reconstructs; null for other SAEs."""
+    with_targets: tuple[HookName, ...] = Field(default=(), exclude_if=lambda hooks: not hooks)
+    """Of a layer of a cross-layer transcoder: the later layers' hooks that it contributes to, in the order in
+    which their rows are concatenated after those of `target_hook`."""
     # Stored with the SAE and applied by it, so that no user can feed it rows in another scale.
     normalize: Normalize
     """How it normalises its input (`TrainSpec.normalize`)."""
@@ -515,6 +538,8 @@ class SaeCard(Artefact):
         widths = self.parts.widths
         if (len(widths) or 1) != 1 + len(self.with_hooks) or (widths and sum(widths) != self.d_model):
             raise ValueError(f"parts.widths {widths} do not fit the hooks, or d_model {self.d_model}")
+        if (len(self.parts.target_widths) or 1) != 1 + len(self.with_targets):
+            raise ValueError(f"parts.target_widths do not fit the targets: {self.parts.target_widths}")
         return self
 
     @property
@@ -525,4 +550,9 @@ class SaeCard(Artefact):
     @property
     def output_hooks(self) -> tuple[str, ...]:
         """The hooks whose rows, joined, are reconstructed."""
-        return self.input_hooks if self.target_hook is None else (self.target_hook,)
+        return self.target_hooks or self.input_hooks
+
+    @property
+    def target_hooks(self) -> tuple[str, ...]:
+        """The hooks that a transcoder predicts, its own layer's first; none for other SAEs."""
+        return () if self.target_hook is None else (self.target_hook, *self.with_targets)

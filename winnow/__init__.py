@@ -3,7 +3,8 @@
 The names below are what most programs need. The rooms hold the rest, and are imported by their names
 (`import winnow.store`, `from winnow.trainer.run.loop import train_fleet`)::
 
-    from winnow import ActivationStore, Sae, Subject, evaluate, load_config, reporting, train
+    from winnow import ActivationStore, Sae, Subject, TranscoderSet
+    from winnow import evaluate, load_config, reporting, train
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from winnow.common.reporter import reporting as reporting
     from winnow.evaluator.report import evaluate as evaluate
     from winnow.sae.model import Sae as Sae
+    from winnow.sae.sets import TranscoderSet as TranscoderSet
     from winnow.store.read.reader import ActivationStore as ActivationStore
     from winnow.subject.load import Subject as Subject
     from winnow.trainer.run.loop import train as train
@@ -26,6 +28,7 @@ _PLACES = {
     "ActivationStore": "winnow.store.read.reader",
     "Sae": "winnow.sae.model",
     "Subject": "winnow.subject.load",
+    "TranscoderSet": "winnow.sae.sets",
     "evaluate": "winnow.evaluator.report",
     "load_config": "winnow.common.config_file",
     "reporting": "winnow.common.reporter",
@@ -35,6 +38,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "ActivationStore",
     "Sae",
     "Subject",
+    "TranscoderSet",
     "__version__",
     "evaluate",
     "load_config",

@@ -23,8 +23,8 @@ from tests.support.planted import (
 from winnow.cli.train import make_app
 from winnow.common.config_file import load_config
 from winnow.sae import Sae
+from winnow.schemas.checkpoint import CheckpointIndex
 from winnow.schemas.errors import ConfigError, IntegrityError, NonFiniteError
-from winnow.schemas.training import CheckpointIndex
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
 from winnow.store.testing import make_plan, write_dataset
