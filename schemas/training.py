@@ -419,6 +419,18 @@ class TrainSpec(Contract):
         return self.model_copy(update={**hooks, "out": f"{self.out.rstrip('/')}/{layer_folder(layer)}"})
 
     @property
+    def stream_hooks(self) -> tuple[str, ...]:
+        """Every hook of the run's stream: of a set, those of all its layers."""
+        return self.read_hooks if self.set is None else self.set.hooks
+
+    @property
+    def place(self) -> str:
+        """Where it reads, for people: its hook, or a set's site and layers."""
+        if self.set is None or self.set.layers == "all":
+            return self.hook
+        return f"{self.set.reads}.{self.set.range.start}-{self.set.range.stop - 1}"
+
+    @property
     def read_hooks(self) -> tuple[str, ...]:
         """Every hook that is read from the dataset."""
         # Not input_hooks + output_hooks: a crosscoder's outputs are its inputs, and would be read twice.

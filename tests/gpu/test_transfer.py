@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from winnow.schemas.training import TrainSpec
 from winnow.store.read.torch_stream import Batch
 from winnow.trainer.run.transfer import Transfer
 
@@ -15,7 +14,6 @@ STEPS, ROWS, WIDTH = 12, 4096, 512
 def test_rows_arrive_while_the_gpu_computes(device):
     if device.type != "cuda":
         pytest.skip("a CPU copies nothing")
-    spec = TrainSpec(out="x", hook="h.1", latents=32, k=4, batch_rows=ROWS, epochs=1)
 
     def batches():
         for step in range(STEPS):
@@ -25,13 +23,14 @@ def test_rows_arrive_while_the_gpu_computes(device):
 
     busy = torch.randn(4096, 4096, device=device)
     sums = []
-    with Transfer(batches(), STEPS, spec, device) as ready:
-        for rows, weights, _ in ready:
+    with Transfer(batches(), STEPS, device) as ready:
+        for found, weights, _ in ready:
+            rows = found.pop("h.1")
             assert rows.is_cuda
             assert weights.is_cuda
             for _ in range(20):  # the GPU is behind the host by now
                 busy = torch.tanh(busy @ busy)
             sums.append(torch.stack([rows.min(), rows.max(), weights.min(), weights.max()]))
             del rows, weights  # their memory may be given away as soon as it is read
-    for step, found in enumerate(torch.stack(sums).tolist()):
-        assert found == [step, step, step + 0.5, step + 0.5]
+    for step, seen in enumerate(torch.stack(sums).tolist()):
+        assert seen == [step, step, step + 0.5, step + 0.5]

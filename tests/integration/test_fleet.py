@@ -7,6 +7,7 @@ import json
 import pytest
 
 import winnow.trainer.run.loop as loop
+import winnow.trainer.run.member as member
 from tests.support.planted import HOOK, OTHER_HOOK, planted_config
 from winnow.common.config_file import load_config
 from winnow.schemas.errors import ConfigError, NonFiniteError
@@ -70,7 +71,7 @@ def test_a_fleet_gives_every_sae_the_bits_it_has_alone_from_one_read_a_stream(
         assert sum(shares) == pytest.approx(1)
         assert lines[-1]["bytes_read_per_s"] > 0
         assert json.loads((tmp_path / name / "status.json").read_text())["state"] == "finished"
-    monkeypatch.setattr(loop, "train_step", None)
+    monkeypatch.setattr(member, "train_step", None)
     assert train_fleet(config, specs_of(config, tmp_path)) == summaries, "finished ones are skipped"
 
 
@@ -80,7 +81,7 @@ class Stopped(Exception):
 
 def test_members_that_were_killed_at_different_steps_catch_up_and_join(config, alone, tmp_path, monkeypatch):
     specs = [spec.model_copy(update={"checkpoint_seconds": 0}) for spec in specs_of(config, tmp_path)]
-    original = loop.train_step
+    original = member.train_step
 
     def step(run, rows, weights):
         if run.recipe.spec.out.endswith("fast") and run.counts.step == 9:
@@ -88,7 +89,7 @@ def test_members_that_were_killed_at_different_steps_catch_up_and_join(config, a
         return original(run, rows, weights)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(member, "train_step", step)
         with pytest.raises(Stopped):
             train_fleet(config, specs[:4])
     newest = tmp_path / "wide" / "checkpoints"
@@ -107,13 +108,13 @@ def test_members_that_were_killed_at_different_steps_catch_up_and_join(config, a
 
 
 def test_one_that_is_not_finite_stops_alone_and_is_named(config, alone, tmp_path, monkeypatch, caplog):
-    original = loop.train_step
+    original = member.train_step
 
     def step(run, rows, weights):
         sick = run.recipe.spec.normalize == "none" and run.counts.step == 12
         return original(run, rows * (1e30 if sick else 1), weights)
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(member, "train_step", step)
     grid = {name: GRID[name] for name in ("wide", "seed")}
     with pytest.raises(NonFiniteError, match=r"1 of 2 SAEs failed.*seed.*step 12.*units \["):
         train_fleet(config, specs_of(config, tmp_path, grid))

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import winnow.trainer.run.loggers as loggers
-import winnow.trainer.run.loop as loop
+import winnow.trainer.run.member as member
 from tests.support.planted import planted_config
 from winnow.cli.train import make_app
 from winnow.common.config_file import load_config
@@ -28,7 +28,7 @@ def config(tmp_path):
 
 def interrupt(monkeypatch, config, steps: int) -> None:
     """Train and break off after `steps`."""
-    taken, real = [0], loop.train_step
+    taken, real = [0], member.train_step
 
     def step(*args):
         if taken[0] == steps:
@@ -37,7 +37,7 @@ def interrupt(monkeypatch, config, steps: int) -> None:
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(member, "train_step", step)
         with pytest.raises(Stopped):
             train(config)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import winnow.trainer.run.loop as loop
+import winnow.trainer.run.member as member
 from tests.support.planted import (
     D_MODEL,
     HOOK,
@@ -66,14 +66,14 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, steps: int):
     """Make the step number `steps` fail like a killed process: nothing is saved on the way out."""
-    original = loop.train_step
+    original = member.train_step
 
     def step(run, *batch):
         if run.counts.step == steps:
             raise Stopped
         return original(run, *batch)
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(member, "train_step", step)
 
 
 def lines(out) -> list[dict]:
@@ -266,7 +266,7 @@ def test_another_spec_or_dataset_in_the_same_out_is_refused(config_of, tmp_path,
 
 def test_sigterm_makes_a_checkpoint_and_says_how_to_go_on(whole, config_of, tmp_path, monkeypatch, told):
     assert threading.current_thread() is threading.main_thread()
-    original, handler = loop.train_step, signal.getsignal(signal.SIGTERM)
+    original, handler = member.train_step, signal.getsignal(signal.SIGTERM)
 
     def step(run, rows, weights):
         if run.counts.step == 9:
@@ -274,7 +274,7 @@ def test_sigterm_makes_a_checkpoint_and_says_how_to_go_on(whole, config_of, tmp_
         return original(run, rows, weights)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(member, "train_step", step)
         with pytest.raises(KeyboardInterrupt):
             train(config_of())
     assert "stopped after step 10 of 48; a checkpoint is kept" in told
@@ -287,12 +287,12 @@ def test_sigterm_makes_a_checkpoint_and_says_how_to_go_on(whole, config_of, tmp_
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(config_of, tmp_path, monkeypatch):
-    original = loop.train_step
+    original = member.train_step
 
     def step(run, rows, weights):
         return original(run, rows * (1e30 if run.counts.step == 12 else 1), weights)
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(member, "train_step", step)
     with pytest.raises(NonFiniteError, match=r"step 12 .*units \[.*checkpoint of step 12 is kept"):
         train(config_of(normalize="none", checkpoint_seconds=0))
     assert (tmp_path / "run" / "checkpoints" / "000000000012" / "index.json").exists()

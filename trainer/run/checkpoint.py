@@ -12,7 +12,7 @@ from torch import Tensor
 
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.training import SaeIdentity, TrainSpec
-from winnow.trainer.step import Counts, Run
+from winnow.trainer.step import Counts, Run, SetRun
 
 _FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
 _FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb", "accumulate"}
@@ -23,10 +23,11 @@ noise only."""
 def differing_fields(before: TrainSpec, now: TrainSpec) -> list[str]:
     """List `field: before -> now` for each field that decides a run's result and differs."""
     old, new = before.model_dump(), now.model_dump()
+    # some fields are left out of the dump while they have their default
     return [
-        f"{key}: {old[key]!r} -> {new[key]!r}"
-        for key in old
-        if key not in _FREE_FIELDS and old[key] != new[key]
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in old | new
+        if key not in _FREE_FIELDS and old.get(key) != new.get(key)
     ]
 
 
@@ -52,8 +53,16 @@ def require_same_run(spec: TrainSpec, identity: SaeIdentity, now: TrainSpec, dat
 # ---- state to tensors and back -------------------------------------------------------------------
 
 
-def pack(run: Run) -> dict[str, Tensor]:
+def pack(run: Run | SetRun) -> dict[str, Tensor]:
     """Copy every tensor and number of a run by name to the CPU; on a mesh, those of this rank's shard."""
+    return {
+        f"{prefix}{name}": tensor
+        for prefix, part in run.parts.items()
+        for name, tensor in _pack_one(part).items()
+    }
+
+
+def _pack_one(run: Run) -> dict[str, Tensor]:
     tensors = {f"sae.{name}": tensor for name, tensor in run.sae.tensors().items()}
     for name in run.sae.parameter_names:
         state = run.adam.state.get(getattr(run.sae, name))
@@ -73,12 +82,17 @@ def pack(run: Run) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def unpack(run: Run, tensors: dict[str, Tensor]) -> None:
+def unpack(run: Run | SetRun, tensors: dict[str, Tensor]) -> None:
     """Put the tensors of `pack` back into a new run of the same recipe.
 
     Raises:
         IntegrityError: Names or shapes do not fit this run.
     """
+    for prefix, part in run.parts.items():
+        _unpack_one(part, _below(prefix, tensors))
+
+
+def _unpack_one(run: Run, tensors: dict[str, Tensor]) -> None:
     try:
         run.sae.fill(_below("sae.", tensors))
         for name in run.sae.parameter_names:

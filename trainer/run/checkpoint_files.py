@@ -38,7 +38,7 @@ from winnow.store.records.commit import settle
 from winnow.trainer.mesh.shard import has_latents
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.checkpoint import pack
-from winnow.trainer.step import Run
+from winnow.trainer.step import Run, SetRun
 
 log = logging.getLogger("winnow.trainer")
 
@@ -66,7 +66,7 @@ class Saver:
     `save` or `wait`. On a mesh every rank calls the same methods.
     """
 
-    def __init__(self, out: ObjectStore, run: Run, identity: SaeIdentity, threads: int) -> None:
+    def __init__(self, out: ObjectStore, run: Run | SetRun, identity: SaeIdentity, threads: int) -> None:
         self._out, self._run, self._identity, self._threads = out, run, identity, threads
         self._pending: Future[None] | None = None
 

@@ -1,4 +1,4 @@
-"""Training, top to bottom: one SAE, or a fleet of them fed by one pass over the stream.
+"""Training, top to bottom: one SAE or transcoder set, or a fleet of them fed by one pass over the stream.
 
 SAEs with the same stream (hook, batch, lanes, groups and order seed) take their steps together: each batch
 is read once and given to all. Every SAE has its own folder, checkpoints, telemetry and end, and its weights
@@ -25,19 +25,27 @@ from winnow.schemas.errors import ConfigError, NonFiniteError, WorkerError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
+from winnow.store.read.torch_stream import Batch
 from winnow.trainer.mesh.rows import SharedRows
 from winnow.trainer.mesh.world import Launch, World, check_mesh, open_world
 from winnow.trainer.run.member import Member
 from winnow.trainer.run.publish import Summary, finished_summary, put_summary
-from winnow.trainer.run.start import identity_of, initialise_runs, plan_order, resolve_recipe
+from winnow.trainer.run.start import (
+    identity_of,
+    initialise_runs,
+    plan_order,
+    resolve_recipe,
+    resolve_set,
+)
 from winnow.trainer.run.status import asked_to_stop
 from winnow.trainer.run.telemetry import Record
-from winnow.trainer.run.transfer import Ready, Transfer
-from winnow.trainer.step import StepReport, train_step
+from winnow.trainer.run.transfer import Transfer
+from winnow.trainer.step import SetReport, StepReport
 from winnow.trainer.step.spans import sampling
 
 log = logging.getLogger("winnow.trainer")
 
+Report = StepReport | SetReport
 AfterTrain = Callable[[Config, Sae, ActivationStore, str], dict[str, float]]
 """`after_train(config, sae, dataset, hook)` returns further figures for the summary."""
 
@@ -109,6 +117,8 @@ def train_fleet(
         check_mesh(spec, launch.size)
     device = resolve_device(first.device, launch.local_rank if launch.size > 1 else None)
     identity = identity_of(dataset)
+    # now, since the number of the subject's layers is part of what a run is compared by
+    specs = [resolve_set(spec, dataset) for spec in specs]
     found: dict[str, Summary] = {}
     with torch_settings(device, cpu_threads(first)), ExitStack() as cleanup:
         todo, members = [], []
@@ -166,7 +176,8 @@ def _add_figures(
     after_train: AfterTrain,
 ) -> None:
     """Add the missing figures to a published summary, also in storage."""
-    if summary["left_out"]:
+    # a set's are measured by `winnow evaluate`, layer by layer and all at once
+    if summary["left_out"] and spec.set is None:
         sae = Sae.load(spec.out, device=device, storage=config.storage)
         summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
         put_summary(open_store(spec.out, config.storage), summary)
@@ -291,7 +302,7 @@ def _transfer(members: Sequence[Member], stream: SharedRows, until: int) -> Tran
     whole = any(member.spec.accumulate == 1 for member in members)
     # a follower prefetches nothing: a step must not wait for rows that are not harvested yet
     ahead = False if first.spec.follow else None
-    return Transfer(stream, until - first.step, first.spec, first.run.device, whole=whole, ahead=ahead)
+    return Transfer(stream, until - first.step, first.run.device, whole=whole, ahead=ahead)
 
 
 class _Together:
@@ -315,7 +326,7 @@ class _Together:
         return SharedRows(
             # a function, because only the first shard of a data rank opens it: one read for all shards
             lambda: dataset.stream(
-                spec.read_hooks,
+                spec.stream_hooks,
                 split="train",
                 batch_rows=spec.batch_rows,
                 seed=spec.stream_seed,
@@ -326,7 +337,7 @@ class _Together:
                 start_step=first.step,
                 steps=until,
             ),
-            {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks},
+            {hook: dataset.plan.d_model(hook) for hook in spec.stream_hooks},
             spec.batch_rows // world.data.size,
             first.step,
             first.run.device,
@@ -336,8 +347,8 @@ class _Together:
         )
 
     def take_one(
-        self, batch: Ready, step: int
-    ) -> tuple[dict[Member, float], dict[Member, tuple[StepReport, dict[str, float]]]]:
+        self, batch: Batch, step: int
+    ) -> tuple[dict[Member, float], dict[Member, tuple[Report, dict[str, float]]]]:
         """Take one step of every running member; one whose loss is not finite fails alone.
 
         Args:
@@ -348,8 +359,7 @@ class _Together:
             Seconds of each member, and for those that log this step its report and the shares of its parts.
         """
         own: dict[Member, float] = {}
-        reports: dict[Member, tuple[StepReport, dict[str, float]]] = {}
-        wanted = () if batch.target is None else (batch.target,)
+        reports: dict[Member, tuple[Report, dict[str, float]]] = {}
         for member in self.running:
             started = time.monotonic()
             # the last step is always logged: the curves reach the end of the run
@@ -357,7 +367,7 @@ class _Together:
             report = None
             with sampling(self._first.run.device, logged) as spans:
                 try:
-                    report = train_step(member.run, batch.rows, batch.weights, *wanted)
+                    report = member.take(batch)
                 except NonFiniteError as error:
                     member.fail(error)
             if report is not None and spans is not None:
@@ -435,7 +445,7 @@ class _Together:
         raise KeyboardInterrupt
 
 
-def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member, StepReport]) -> None:
+def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member, Report]) -> None:
     """Show the figures of a single SAE, or the range of a fleet's FVU."""
     records = [member.telemetry.records[-1] for member in reports]
     if len(records) == 1:
@@ -446,32 +456,41 @@ def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member,
     bar.update(step * rows, step=f"{step}/{steps}", **shown)
 
 
-def _make_record(member: Member, report: StepReport) -> Record:
+def _make_record(member: Member, report: Report) -> Record:
     """Build one line of telemetry."""
     run, counts = member.run, member.run.counts
-    return {
-        "step": counts.step,
-        "time": round(time.time(), 3),
-        "epoch": round(counts.step / run.recipe.steps_per_epoch, 4),
-        "tokens": counts.tokens,
-        "loss": report.loss,
-        "fvu": report.fvu,
-        "l0": report.l0,
-        "dead_share": report.dead / run.recipe.spec.latents,
-        "auxk": report.auxk,
-        "auxk_steps": counts.auxk_steps,
-        "auxk_nonfinite_steps": counts.auxk_nonfinite,
-        "grad_norm": report.grad_norm,
-        "lr": report.lr,
-        "tokens_per_s": counts.tokens / counts.seconds if counts.seconds else 0.0,
-        "seconds": counts.seconds,
-        "seconds_waiting_for_data": counts.seconds_waiting,
-    } | ({} if not run.world.meshed else _of_the_mesh(run.world, report))
+    return (
+        {
+            "step": counts.step,
+            "time": round(time.time(), 3),
+            "epoch": round(counts.step / run.recipe.steps_per_epoch, 4),
+            "tokens": counts.tokens,
+            "loss": report.loss,
+            "fvu": report.fvu,
+            "l0": report.l0,
+            "dead_share": report.dead / run.latents,
+            "auxk": report.auxk,
+            "auxk_steps": counts.auxk_steps,
+            "auxk_nonfinite_steps": counts.auxk_nonfinite,
+            "grad_norm": report.grad_norm,
+            "lr": report.lr,
+            "tokens_per_s": counts.tokens / counts.seconds if counts.seconds else 0.0,
+            "seconds": counts.seconds,
+            "seconds_waiting_for_data": counts.seconds_waiting,
+        }
+        | ({} if not run.world.meshed else _of_the_mesh(run.world, report))
+        | _of_layers(report)
+    )
 
 
-def _of_the_mesh(world: World, report: StepReport) -> Record:
+def _of_the_mesh(world: World, report: Report) -> Record:
     """Second rounds per row of this step, and bytes that this rank has sent so far."""
     return {
         "second_rounds": report.second_rounds / report.rows,
         "bytes_sent": world.data.bytes_sent + world.latent.bytes_sent,
     }
+
+
+def _of_layers(report: Report) -> Record:
+    """Of a set: each layer's FVU in this batch."""
+    return {f"fvu.{n}": fvu for n, fvu in report.fvu_of.items()} if isinstance(report, SetReport) else {}

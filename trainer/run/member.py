@@ -1,6 +1,6 @@
-"""One SAE of a training process: its folder, its state, its end.
+"""One SAE or transcoder set of a training process: its folder, its state, its end.
 
-A process trains one SAE or several (a fleet). They share the stream; everything else is here.
+A process trains one or several (a fleet). They share the stream; everything else is here.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from winnow.store import ActivationStore
 from winnow.store.format.order import LaneOrder
 from winnow.store.objects import ObjectStore
 from winnow.store.read.follow import Follower
+from winnow.store.read.torch_stream import Batch
 from winnow.trainer.mesh.witness import Witness
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.checkpoint_files import Saver
 from winnow.trainer.run.loggers import Loggers
 from winnow.trainer.run.publish import Summary, publish
-from winnow.trainer.run.start import identity_of, restore_or_create, stream_state
+from winnow.trainer.run.publish_set import publish_set
+from winnow.trainer.run.start import identity_of, restore_or_create, rows_of, stream_state
 from winnow.trainer.run.status import StatusWriter, asked_to_stop, withdraw_stop
 from winnow.trainer.run.telemetry import Record
 from winnow.trainer.run.warm_start import load_source
-from winnow.trainer.step import Recipe
+from winnow.trainer.step import Recipe, Run, SetReport, SetRun, StepReport, train_set, train_step
 
 
 class Member:
-    """One SAE that is being trained.
+    """One SAE, or one set of a transcoder per layer, that is being trained.
 
     Args:
         config: `storage` and `prices` are read.
@@ -64,7 +66,7 @@ class Member:
             recipe, dataset, order, self._identity, self.out, device, world=world, extend=extend
         )
         # now, not at the first step: a source that does not fit is an error before anything is written
-        if self.is_new and self.spec.init_from is not None:
+        if self.is_new and self.spec.init_from is not None and isinstance(self.run, Run):
             self.run.source = load_source(
                 self.spec.init_from, self.run.sae, config.storage, self.spec.latents
             )
@@ -128,7 +130,14 @@ class Member:
     @property
     def stream_key(self) -> tuple[tuple[str, ...], LaneOrder]:
         """Hooks and order, equal for members that one stream can feed."""
-        return self.spec.read_hooks, self.order
+        return self.spec.stream_hooks, self.order
+
+    def take(self, batch: Batch) -> StepReport | SetReport | None:
+        """Train on one batch; see `train_step`, whose errors it raises."""
+        if isinstance(self.run, SetRun):
+            return train_set(self.run, batch.rows, batch.weights)
+        rows, target = rows_of(batch.rows, self.spec)
+        return train_step(self.run, rows, batch.weights, target)
 
     def fail(self, error: NonFiniteError) -> None:
         """Record that the run cannot continue: which units its rows come from, and what is saved."""
@@ -159,7 +168,7 @@ class Member:
         self._kept = self.step
         # telemetry first: lines past a checkpoint are cut on resume, but missing ones never come back
         self.telemetry.flush()
-        state = stream_state(self._dataset, self.order, self.spec.read_hooks, self.step)
+        state = stream_state(self._dataset, self.order, self.spec.stream_hooks, self.step)
         # after the index, not now: the ring deletes what the follower has passed, and a resume would need it
         follower, step = self.follower, self.step
         self.saver.save(state, then=lambda: follower.at(step) if follower is not None else None)
@@ -168,7 +177,9 @@ class Member:
         """Evaluate and write the SAE, and mark the run as finished."""
         self.saver.wait()
         # identity is asked for again: a harvest that was followed may have been sealed meanwhile
-        summary = publish(self.run, self.telemetry, self._dataset, identity_of(self._dataset), self.out)
+        facts = self.telemetry, self._dataset, identity_of(self._dataset), self.out
+        run = self.run
+        summary = publish_set(run, *facts) if isinstance(run, SetRun) else publish(run, *facts)
         if self.follower is not None:
             self.follower.at(self.step, finished=True)
         self.status.fvu = summary["fvu"]

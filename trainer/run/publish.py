@@ -10,7 +10,9 @@ import json
 from typing import Any
 
 from winnow.sae.model import CARD_KEY
+from winnow.sae.sets import SET_KEY
 from winnow.schemas.errors import ConfigError, IntegrityError
+from winnow.schemas.sets import SetCard
 from winnow.schemas.training import SaeCard, SaeIdentity, TrainSpec
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
@@ -20,7 +22,7 @@ from winnow.trainer.run.heldout import calibration_rows, candidate_saes, heldout
 from winnow.trainer.run.start import planned_as
 from winnow.trainer.run.telemetry import PLOT_KEY, Telemetry, draw_curves
 from winnow.trainer.run.threshold import calibrate
-from winnow.trainer.step import Run
+from winnow.trainer.step import Counts, Run
 
 SUMMARY_KEY = "summary.json"
 _LEFT_OUT = ("delta_ce", "loss_recovered_zero", "loss_recovered_mean")
@@ -68,13 +70,7 @@ def publish(
         "fvu_raw": figures[best]["fvu_raw"],
         "l0": figures[best]["l0"],
         "dead_share": dead_share,
-        "tokens": counts.tokens,
-        "steps": counts.step,
-        "train_tokens_per_s": counts.tokens / counts.seconds if counts.seconds else 0.0,
-        "seconds_training": counts.seconds,
-        "seconds_waiting_for_data": counts.seconds_waiting,
-        "auxk_steps": counts.auxk_steps,
-        "auxk_nonfinite_steps": counts.auxk_nonfinite,
+        **counted(counts),
         "weights": best,
         "sae_sha256": card.weights_sha256,
         "hook": spec.target_hook or "+".join(spec.input_hooks),
@@ -86,6 +82,19 @@ def publish(
     # last, because its presence says that the run is finished
     put_summary(out, summary)
     return summary
+
+
+def counted(counts: Counts) -> Summary:
+    """What a summary says of a run's length and speed."""
+    return {
+        "tokens": counts.tokens,
+        "steps": counts.step,
+        "train_tokens_per_s": counts.tokens / counts.seconds if counts.seconds else 0.0,
+        "seconds_training": counts.seconds,
+        "seconds_waiting_for_data": counts.seconds_waiting,
+        "auxk_steps": counts.auxk_steps,
+        "auxk_nonfinite_steps": counts.auxk_nonfinite,
+    }
 
 
 def put_summary(out: ObjectStore, summary: Summary) -> None:
@@ -104,9 +113,10 @@ def finished_summary(
         ConfigError: `out` holds a finished run of another spec or dataset.
         IntegrityError: Its card or summary is damaged.
     """
-    if out.size(CARD_KEY) is None or out.size(SUMMARY_KEY) is None:
+    key, kind = (CARD_KEY, SaeCard) if spec.set is None else (SET_KEY, SetCard)
+    if out.size(key) is None or out.size(SUMMARY_KEY) is None:
         return None
-    card = SaeCard.from_json(out.get(CARD_KEY), origin=f"{out.uri}/{CARD_KEY}")
+    card = kind.from_json(out.get(key), origin=f"{out.uri}/{key}")
     if card.spec is None or card.identity is None:
         raise ConfigError(
             f"{out.uri} holds an SAE that was not trained there", fix="Train into another `out`"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,14 +18,13 @@ from winnow.schemas.training import SaeIdentity, StreamState, TrainSpec
 from winnow.store import ActivationStore
 from winnow.store.format.order import LaneOrder, group_units_for
 from winnow.store.objects import ObjectStore
-from winnow.store.read.torch_stream import Batch
 from winnow.trainer.mesh.rows import SharedRows
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.checkpoint import require_same_run, unpack
 from winnow.trainer.run.checkpoint_files import newest_checkpoint
 from winnow.trainer.run.telemetry import Telemetry
 from winnow.trainer.run.warm_start import warm_start
-from winnow.trainer.step import Recipe, Run
+from winnow.trainer.step import Recipe, Run, SetRun
 from winnow.trainer.step.optim import Ema
 
 log = logging.getLogger("winnow.trainer")
@@ -34,9 +34,9 @@ def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
     """Plan the order of the rows; ConfigError if hook, batch, lanes or groups do not fit the dataset."""
     plan = dataset.plan
     # only for its error: a hook that the plan lacks is named before anything else can fail
-    for hook in spec.read_hooks:
+    for hook in spec.stream_hooks:
         plan.d_model(hook)
-    unit_bytes = sum(plan.shard_bytes(hook) for hook in spec.read_hooks)
+    unit_bytes = sum(plan.shard_bytes(hook) for hook in spec.stream_hooks)
     units = spec.group_units or group_units_for(
         spec.group_bytes, unit_bytes=unit_bytes, units=len(plan.split_units("train"))
     )
@@ -48,11 +48,30 @@ def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
 def resolve_recipe(spec: TrainSpec, dataset: ActivationStore, order: LaneOrder) -> Recipe:
     """Resolve the spec's null fields for a dataset; ConfigError if the two disagree."""
     d_model = sum(dataset.plan.d_model(hook) for hook in spec.input_hooks)
+    if spec.set is not None:
+        _require_one_width({hook: dataset.plan.d_model(hook) for hook in spec.set.hooks})
     recipe = Recipe.resolve(spec, d_model, order.steps_per_epoch)
     if recipe.steps < 1:
         least = f"at least {1 / order.steps_per_epoch:.3g}, which is one step"
         raise ConfigError("epochs", expected=least, got=spec.epochs)
     return recipe
+
+
+def resolve_set(spec: TrainSpec, dataset: ActivationStore) -> TrainSpec:
+    """The spec with a set's `layers: all` resolved for the dataset's subject; any other spec as it is.
+
+    Raises:
+        ConfigError: The subject has not all of the layers.
+    """
+    if spec.set is None:
+        return spec
+    of = spec.set.of(dataset.plan.subject.layers)
+    return spec.model_copy(update={"set": of})
+
+
+def _require_one_width(widths: Mapping[str, int]) -> None:
+    if len(set(widths.values())) > 1:
+        raise ConfigError("the widths D of a set's hooks", expected="one width", got=dict(widths))
 
 
 def identity_of(dataset: ActivationStore) -> SaeIdentity:
@@ -72,11 +91,11 @@ def stream_state(
     return order.state(dataset.plan.fingerprint, "train", hooks, step)
 
 
-def rows_of(batch: Batch, spec: TrainSpec) -> tuple[Tensor, Tensor | None]:
-    """A batch's raw input rows [B, D], joined if there are several hooks, and a transcoder's target rows."""
-    inputs = [batch.rows[hook] for hook in spec.input_hooks]
-    rows = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
-    return rows, batch.rows[spec.target_hook] if spec.target_hook else None
+def rows_of(rows: Mapping[str, Tensor], spec: TrainSpec) -> tuple[Tensor, Tensor | None]:
+    """Raw input rows [B, D], joined if there are several hooks, and a transcoder's target rows, by hook."""
+    inputs = [rows[hook] for hook in spec.input_hooks]
+    joined = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
+    return joined, rows[spec.target_hook] if spec.target_hook else None
 
 
 def restore_or_create(
@@ -89,7 +108,7 @@ def restore_or_create(
     *,
     world: World,
     extend: bool = False,
-) -> tuple[Run, Telemetry, bool]:
+) -> tuple[Run | SetRun, Telemetry, bool]:
     """Load the newest checkpoint's state, or make a new one that `initialise_runs` must fill.
 
     Returns:
@@ -100,25 +119,21 @@ def restore_or_create(
         IntegrityError: Every checkpoint is damaged.
     """
     spec = recipe.spec
-    widths = {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks}
-    d_model = sum(widths[hook] for hook in spec.input_hooks)
-    parts = spec.parts(widths)
-    held = len(world.part(spec.latents))
-    sae = Sae(d_model, held, spec.k, spec.normalize, parts, device=device)
-    run = Run(sae, recipe, loss_constant=1.0, world=world)
+    run = _new_run(recipe, dataset, device, world)
     found = newest_checkpoint(out, world)
     if found is None:
         return run, Telemetry(out), True
     index, tensors = found
     require_same_run(planned_as(index.spec, spec, extend), index.identity, spec, identity)
-    now = stream_state(dataset, order, spec.read_hooks, index.step)
+    now = stream_state(dataset, order, spec.stream_hooks, index.step)
     # with another order a resumed run would repeat some rows and never see others
     if index.stream != now:
         raise ConfigError("the order of the rows has changed", expected=index.stream, got=now)
     unpack(run, tensors)
-    if spec.epochs > index.spec.epochs and run.ema is not None:
+    for part in run.parts.values() if spec.epochs > index.spec.epochs else ():
         # beta follows from the number of steps, and sums taken with another beta have another bias
-        run.ema = Ema(run.sae, run.ema.beta)
+        if part.ema is not None:
+            part.ema = Ema(part.sae, part.ema.beta)
     threads = cpu_threads(spec)
     # a warning and not an error: the number of threads only changes the order of sums, thus the last bits
     if (index.threads, index.device) != (threads, str(run.device)):
@@ -132,6 +147,24 @@ def restore_or_create(
         )
     say(f"resuming from the checkpoint at step {index.step} of {recipe.steps}")
     return run, Telemetry.resume(out, index.step), False
+
+
+def _new_run(recipe: Recipe, dataset: ActivationStore, device: torch.device, world: World) -> Run | SetRun:
+    """A run whose weights are 0, or those of a set's layers."""
+    spec = recipe.spec
+    if spec.set is not None:
+        layers = {layer: replace(recipe, spec=spec.layer_spec(layer)) for layer in spec.set.range}
+        return SetRun(recipe, {n: _new_layer(own, dataset, device, world) for n, own in layers.items()})
+    return _new_layer(recipe, dataset, device, world)
+
+
+def _new_layer(recipe: Recipe, dataset: ActivationStore, device: torch.device, world: World) -> Run:
+    spec = recipe.spec
+    widths = {hook: dataset.plan.d_model(hook) for hook in spec.read_hooks}
+    d_model = sum(widths[hook] for hook in spec.input_hooks)
+    held = len(world.part(spec.latents))
+    sae = Sae(d_model, held, spec.k, spec.normalize, spec.parts(widths), device=device)
+    return Run(sae, recipe, loss_constant=1.0, world=world)
 
 
 def planned_as(before: TrainSpec, now: TrainSpec, extend: bool) -> TrainSpec:
@@ -156,7 +189,7 @@ def planned_as(before: TrainSpec, now: TrainSpec, extend: bool) -> TrainSpec:
     return before.model_copy(update={"epochs": now.epochs})
 
 
-def initialise_runs(runs: Sequence[Run], batches: SharedRows) -> None:
+def initialise_runs(runs: Sequence[Run | SetRun], batches: SharedRows) -> None:
     """Initialise new runs, each from the first `sample_rows` rows of its stream."""
     specs = [run.recipe.spec for run in runs]
     needs = [
@@ -166,27 +199,27 @@ def initialise_runs(runs: Sequence[Run], batches: SharedRows) -> None:
     # peeked, not taken: the first steps train on the same rows
     drawn = batches.peek(max(needs))
     for run, spec, need in zip(runs, specs, needs, strict=True):
-        rows, targets = zip(*(rows_of(batch, spec) for batch in drawn[:need]), strict=True)
-        weights = [batch.weights for batch in drawn[:need]]
 
-        def sample(parts: Sequence[Tensor], run: Run = run, size: int = spec.sample_rows) -> Tensor:
+        def sample(parts: Sequence[Tensor], run: Run | SetRun = run, size: int = spec.sample_rows) -> Tensor:
             # of the whole batch on every rank, so that all initialise with the same bits
             whole = [run.world.data.gather(part).flatten(0, 1) for part in parts]
             return torch.cat(whole)[:size].to(run.device)
 
-        x, w = sample(rows), sample(weights)
-        target = sample(targets) if spec.target_hook else None
-        if run.source is None:
-            run.loss_constant = initialise(
-                run.sae,
-                x,
-                w,
-                spec.seed,
-                target,
-                encoder_norm=spec.first_encoder_norm,
-                place=run.shard.place,
-            )
-        else:
-            run.loss_constant = warm_start(run.sae, run.source, x, w, target, place=run.shard.place)
-            # a whole second SAE, not needed again
-            run.source = None
+        weights = sample([batch.weights for batch in drawn[:need]])
+        for part in run.parts.values():
+            own = part.recipe.spec
+            hooks = {hook: sample([batch.rows[hook] for batch in drawn[:need]]) for hook in own.read_hooks}
+            _initialise_one(part, *rows_of(hooks, own), weights)
+
+
+def _initialise_one(run: Run, x: Tensor, target: Tensor | None, weights: Tensor) -> None:
+    """Initialise a run from raw rows [B, D], a transcoder's target rows, and their weights [B]."""
+    spec, place = run.recipe.spec, run.shard.place
+    if run.source is None:
+        run.loss_constant = initialise(
+            run.sae, x, weights, spec.seed, target, encoder_norm=spec.first_encoder_norm, place=place
+        )
+    else:
+        run.loss_constant = warm_start(run.sae, run.source, x, weights, target, place=place)
+        # a whole second SAE, not needed again
+        run.source = None

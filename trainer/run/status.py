@@ -10,7 +10,7 @@ from winnow.schemas.config import PricesSpec
 from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
 from winnow.schemas.service import RunState, RunStatus
 from winnow.store.objects import ObjectStore
-from winnow.trainer.step import Run
+from winnow.trainer.step import Run, SetRun
 
 STATUS_KEY = "status.json"
 STOP_KEY = "stop.json"
@@ -28,7 +28,7 @@ class StatusWriter:
         prices: For `cost`; without a price per hour it is null.
     """
 
-    def __init__(self, out: ObjectStore, run: Run, prices: PricesSpec | None = None) -> None:
+    def __init__(self, out: ObjectStore, run: Run | SetRun, prices: PricesSpec | None = None) -> None:
         self._out, self._run = out, run
         self._prices = prices if prices and prices.trainer_hour else None
         # of this process: the time left follows from its own speed, not from that before a resume elsewhere
@@ -56,7 +56,7 @@ class StatusWriter:
             tokens=counts.tokens,
             latents=recipe.spec.latents,
             k=recipe.spec.k,
-            hook=recipe.spec.hook,
+            hook=recipe.spec.place,
             fvu=self.fvu,
             tokens_per_s=counts.tokens / seconds if seconds else 0.0,
             seconds=seconds,

@@ -1,7 +1,4 @@
-"""A step's rows on the device; on a GPU they are copied while the step before them computes.
-
-Legend: B rows, D width of the input, O width of the output.
-"""
+"""A step's rows on the device; on a GPU they are copied while the step before them computes."""
 
 from __future__ import annotations
 
@@ -13,24 +10,11 @@ import torch
 from torch import Tensor
 
 from winnow.common.closing import Closing
-from winnow.schemas.training import TrainSpec
 from winnow.store.read.torch_stream import Batch
-from winnow.trainer.run.start import rows_of
-
-
-class Ready(NamedTuple):
-    """The input of one step."""
-
-    rows: Tensor
-    """Raw [B, D]."""
-    weights: Tensor
-    """[B], always on the device."""
-    target: Tensor | None
-    """A transcoder's raw [B, O]."""
 
 
 class _Sent(NamedTuple):
-    batch: Ready
+    batch: Batch
     arrived: torch.cuda.Event | None
 
 
@@ -44,10 +28,9 @@ class Transfer(Closing):
     Args:
         batches: Batches of the store, in the host's memory or on the device.
         count: Number of batches to take; no more are requested.
-        spec: Names the hooks of rows and targets.
         device: The device of the step.
-        whole: Move rows, targets and weights; if False only the weights, for a step that moves its rows
-            part by part (`accumulate`).
+        whole: Move rows and weights; if False only the weights, for a step that moves its rows part by part
+            (`accumulate`).
         ahead: See above; None means only on a GPU.
     """
 
@@ -55,23 +38,22 @@ class Transfer(Closing):
         self,
         batches: Iterator[Batch],
         count: int,
-        spec: TrainSpec,
         device: torch.device,
         *,
         whole: bool = True,
         ahead: bool | None = None,
     ) -> None:
-        self._batches, self._left, self._spec, self._device = batches, count, spec, device
+        self._batches, self._left, self._device = batches, count, device
         self._whole = whole
         self._ahead = device.type == "cuda" if ahead is None else ahead
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and self._ahead else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="winnow-transfer") if self._ahead else None
         self._next: Future[_Sent] | Exception | None = None
 
-    def __iter__(self) -> Iterator[Ready]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Ready:
+    def __next__(self) -> Batch:
         """The next batch, ready for work queued on the device's current CUDA stream from now on."""
         if self._thread is None:
             return self._on_device(self._take())
@@ -87,8 +69,8 @@ class Transfer(Closing):
             current = torch.cuda.current_stream(self._device)
             # the GPU waits for the copy, not the host, which can go on queueing the step
             current.wait_event(arrived)
-            for tensor in batch:
-                if tensor is not None and tensor.is_cuda:
+            for tensor in (*batch.rows.values(), batch.weights):
+                if tensor.is_cuda:
                     # otherwise the allocator, which knows only the copying stream, gives the memory to a
                     # later batch while the step still reads it
                     tensor.record_stream(current)
@@ -123,11 +105,9 @@ class Transfer(Closing):
             arrived.record(self._stream)
         return _Sent(sent, arrived)
 
-    def _on_device(self, batch: Batch) -> Ready:
-        rows, target = rows_of(batch, self._spec)
-        if self._whole:
-            rows, target = self._move(rows), None if target is None else self._move(target)
-        return Ready(rows, self._move(batch.weights), target)
+    def _on_device(self, batch: Batch) -> Batch:
+        rows = {hook: self._move(t) if self._whole else t for hook, t in batch.rows.items()}
+        return Batch(rows, self._move(batch.weights), batch.step)
 
     def _move(self, tensor: Tensor) -> Tensor:
         if self._stream is None or tensor.is_cuda:

@@ -2,7 +2,19 @@
 
 from winnow.trainer.step.recipe import Recipe, dead_after_rows, power_of_two_near
 from winnow.trainer.step.report import StepReport
+from winnow.trainer.step.sets import SetReport, SetRun, train_set
 from winnow.trainer.step.state import Counts, Run
 from winnow.trainer.step.train import train_step
 
-__all__ = ["Counts", "Recipe", "Run", "StepReport", "dead_after_rows", "power_of_two_near", "train_step"]
+__all__ = [
+    "Counts",
+    "Recipe",
+    "Run",
+    "SetReport",
+    "SetRun",
+    "StepReport",
+    "dead_after_rows",
+    "power_of_two_near",
+    "train_set",
+    "train_step",
+]

@@ -63,6 +63,16 @@ class Run:
         return self.shard.sae
 
     @property
+    def parts(self) -> dict[str, Run]:
+        """Prefix of the names in a checkpoint -> a run: itself, where a set has one per layer."""
+        return {"": self}
+
+    @property
+    def latents(self) -> int:
+        """Latents of all shards."""
+        return self.shard.latents
+
+    @property
     def world(self) -> World:
         """The mesh."""
         return self.shard.world
