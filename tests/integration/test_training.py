@@ -268,10 +268,10 @@ def test_sigterm_makes_a_checkpoint_and_says_how_to_go_on(whole, config_of, tmp_
     assert threading.current_thread() is threading.main_thread()
     original, handler = member.train_step, signal.getsignal(signal.SIGTERM)
 
-    def step(run, rows, weights):
+    def step(run, rows, weights, *target):
         if run.counts.step == 9:
             signal.raise_signal(signal.SIGTERM)
-        return original(run, rows, weights)
+        return original(run, rows, weights, *target)
 
     with monkeypatch.context() as patch:
         patch.setattr(member, "train_step", step)
@@ -289,8 +289,8 @@ def test_sigterm_makes_a_checkpoint_and_says_how_to_go_on(whole, config_of, tmp_
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(config_of, tmp_path, monkeypatch):
     original = member.train_step
 
-    def step(run, rows, weights):
-        return original(run, rows * (1e30 if run.counts.step == 12 else 1), weights)
+    def step(run, rows, weights, *target):
+        return original(run, rows * (1e30 if run.counts.step == 12 else 1), weights, *target)
 
     monkeypatch.setattr(member, "train_step", step)
     with pytest.raises(NonFiniteError, match=r"step 12 .*units \[.*checkpoint of step 12 is kept"):
