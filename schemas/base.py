@@ -29,8 +29,8 @@ RelativeKey = Annotated[
 """Key of an object below a root. No part of it begins with a dot, so no key leaves the root."""
 
 HookName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+([.][A-Za-z0-9_]+)*$", max_length=200)]
-"""Where activations are read: `resid_pre`, `resid_post`, `attn_out` or `mlp_out` with a layer's number
-(`resid_post.9`), or the dotted path of a module of the subject."""
+"""Where activations are read: `resid_pre`, `attn_out`, `resid_mid`, `mlp_in`, `mlp_out` or `resid_post` with
+a layer's number (`resid_post.9`), or the dotted path of a module of the subject."""
 
 
 def sha256_hex(data: bytes | bytearray | memoryview) -> str:

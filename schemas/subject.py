@@ -9,7 +9,7 @@ from pydantic import Field
 
 from winnow.schemas.base import Contract, HookName, Sha256
 
-HOOK_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+HOOK_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "resid_mid", "mlp_in")
 """Sites that every common architecture has; any other place is named by a dotted module path."""
 
 # Anchored at both ends: `model.resid_post.9` is a module path, not a named site.

@@ -23,7 +23,8 @@ from winnow.schemas.subject import HookSite, SubjectIdentity, SubjectSpec
 from winnow.schemas.window import WindowRule
 from winnow.subject.causal import check_causal
 from winnow.subject.generate import GeneratedToken, Steer, generate
-from winnow.subject.hooks import Layout, Tap, find_layout, resolve_hook
+from winnow.subject.hooks import Tap, resolve_hook
+from winnow.subject.layout import Layout, find_layout
 from winnow.subject.pretrained import (
     attention_of,
     load_model,
@@ -265,7 +266,8 @@ class Subject:
             token_ids: Integers [W, T]. The result has W*T*V numbers: pass few windows.
             replace: hook -> fn; fn gets the activation as rows [W*T, D] (window by window, in the LM's
                 dtype) and returns rows of the same shape, which replace it. At `attn_out` and
-                `mlp_out` they are added to the residual stream.
+                `mlp_out` they are added to the residual stream; at `resid_mid` they replace the stream;
+                at `mlp_in` only the MLP reads them.
             grad: Keep the graph, so that the logits have gradients with respect to what `replace` returns;
                 the LM's own weights have none.
 

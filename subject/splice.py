@@ -88,15 +88,19 @@ def replaced(model: nn.Module, replace: Mapping[Tap, Replacement], shape: tuple[
             raise ConfigError(f"hook {tap.hook!r}: {tap.path} runs more than once in a forward pass")
         ran.add(tap.hook)
         rows = _rows(tap, value, shape)
-        new = replace[tap](rows)
+        # A copy: `fn` may keep its rows, and the tensor is about to be overwritten.
+        new = replace[tap](rows.clone() if tap.in_place else rows)
         if new.shape != rows.shape:
             raise ValueError(
                 f"the replacement at {tap.hook} must return {tuple(rows.shape)}, got {tuple(new.shape)}"
             )
-        return new.to(device=value.device, dtype=value.dtype).reshape(value.shape)
+        new = new.to(device=value.device, dtype=value.dtype).reshape(value.shape)
+        return value.copy_(new) if tap.in_place else new
 
     with ExitStack() as stack:
-        for tap in replace:
+        # Those in place first: OLMo 2 gives its MLP the stream, and once `mlp_in` is replaced at the same
+        # module the tensor there is no longer the stream's.
+        for tap in sorted(replace, key=lambda tap: not tap.in_place):
             stack.enter_context(_attached(model, tap, swap))
         yield
     # A replacement that never took place must not be mistaken for one without effect.

@@ -412,7 +412,7 @@ def test_several_residual_streams_are_refused_with_and_without_weights(
     (mlp,) = subject.activations(IDS, ["model.layers.1.mlp"]).values()
     assert mlp.shape == (3, 16, 32)
     monkeypatch.setattr(
-        "winnow.subject.hooks._STREAMS", ("no_such_field",)
+        "winnow.subject.layout._STREAMS", ("no_such_field",)
     )  # an architecture that is yet to come
     with pytest.raises(
         ConfigError, match=r"more than one row for each token|another width .* D = 32, got D = 128"

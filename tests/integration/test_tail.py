@@ -47,7 +47,17 @@ def test_patched_and_continued_equal_the_whole_pass_on_every_architecture(subjec
     check_continued(subject, "resid_post.1", tail, start)
 
 
-HOOKS = ["resid_pre.0", "resid_pre.1", "resid_post.0", "resid_post.2", "attn_out.1", "mlp_out.1", "mlp_out.0"]
+HOOKS = [
+    "resid_pre.0",
+    "resid_pre.1",
+    "resid_post.0",
+    "resid_post.2",
+    "attn_out.1",
+    "mlp_out.1",
+    "mlp_out.0",
+    "resid_mid.1",
+    "mlp_in.1",
+]
 
 
 @pytest.mark.parametrize("hook", [*HOOKS, "model.layers.1.input_layernorm", "model.norm"])

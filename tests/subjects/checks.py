@@ -223,6 +223,22 @@ class _Examination:
             whole = self.rows.get(f"resid_post.{layer}")
             if whole is not None and all(part is not None for part in parts):
                 _same(f"resid_post.{layer}", sum(parts), whole)  # pyright: ignore
+            self.middle(layer)
+
+    def middle(self, layer: int) -> None:
+        """What the norm of the MLP reads and gives."""
+        pre, attention, middle, given = (
+            self.rows.get(f"{site}.{layer}") for site in ("resid_pre", "attn_out", "resid_mid", "mlp_in")
+        )
+        block = self.subject.layout.block
+        if block is None or pre is None or attention is None or middle is None or given is None:
+            return
+        _same(f"resid_mid.{layer}", middle, pre if block.parallel else pre + attention)
+        norm = self.subject.layout.path(layer, "mlp_norm")
+        with torch.no_grad():
+            _same(
+                f"mlp_in.{layer}", given, self.subject.model.get_submodule(norm)(middle) if norm else middle
+            )
 
     def batches(self) -> None:
         logits = self.subject.logits(self.ids)
@@ -296,7 +312,7 @@ class _Examination:
 
     def tail(self) -> str:
         """Whole windows patched from the hook on, and one row changed with a cache; each right or refused."""
-        hooks = [f"{site}.{layer}" for site, layer in zip(HOOK_SITES, (2, 1, 2, 1), strict=True)]
+        hooks = [f"{site}.{layer}" for site, layer in zip(HOOK_SITES, (2, 1, 2, 1, 1, 2), strict=True)]
         hooks = [hook for hook in hooks if hook in self.hooks]
         if not hooks:
             return "—"

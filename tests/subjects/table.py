@@ -20,6 +20,7 @@ import transformers
 
 from tests.subjects.catalogue import CLASSES, SUBJECTS
 from tests.subjects.checks import Row, examine
+from winnow.schemas.subject import HOOK_SITES
 
 PAGE = Path(__file__).parents[2] / "docs" / "subjects.md"
 
@@ -34,7 +35,9 @@ of their forms, was loaded with `subject.attention: auto` and compared with the 
 - **attention**: what `auto` selects.
 - **sites**: where activations can be read and replaced, on every layer unless some are named. If a site is
   replaced by itself, every logit is bit-identical; if it is replaced by zeros, the next block receives zeros;
-  and `resid_post = resid_pre + attn_out + mlp_out` if all are present. A site that is not named is refused.
+  and `resid_post = resid_pre + attn_out + mlp_out` and `resid_mid = resid_pre + attn_out` (`resid_pre` where
+  attention and MLP run in parallel) if all are present, and the MLP's norm of `resid_mid` is `mlp_in`. A site
+  that is not named is refused.
   Module paths can be read on every subject that loads.
 - **truncation**: a subject loaded only up to a hook gives the same bits as the whole subject.
 - **generation**: `cached`, or a whole pass for each token. The logits of every step are those of a whole pass
@@ -55,7 +58,7 @@ def line(row: Row) -> str:
     parts: dict[str, list[str]] = {}
     for what, text in row.notes:
         # Where a block adds its parts is known of few architectures: the page says so once.
-        if row.sites in ("—", "none") or what not in ("attn_out", "mlp_out"):
+        if row.sites in ("—", "none") or what not in HOOK_SITES[2:]:
             parts.setdefault(text, []).append(what)
     why = [text if what == ["note"] else f"{', '.join(what)}: {text}" for text, what in parts.items()]
     why += [f"**FAULT** {fault}" for fault in row.faults]

@@ -9,7 +9,7 @@ import pytest
 from tests.subjects.checks import examine
 
 RESIDUAL = "resid_pre, resid_post"
-ALL = "resid_pre, resid_post, attn_out, mlp_out"
+ALL = "resid_pre, resid_post, attn_out, mlp_out, resid_mid, mlp_in"
 
 FAMILIES = {
     "bamba": (RESIDUAL, "right", "cached", "right"),

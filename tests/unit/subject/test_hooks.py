@@ -12,7 +12,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisio
 
 from tests.support.tiny import ARCHITECTURES, OTHERS, tiny_config, tiny_model
 from winnow.schemas.errors import ConfigError
-from winnow.subject.hooks import LAYOUTS, Layout, find_layout, resolve_hook
+from winnow.subject.hooks import resolve_hook
+from winnow.subject.layout import LAYOUTS, Layout, find_layout
 from winnow.subject.splice import next_token_loss, read_taps, replaced
 
 LAYERS = 3
@@ -20,7 +21,7 @@ TOWER = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
     "image_size": 16, "patch_size": 4,
 }  # fmt: skip
-LLAMA = Layout("llama", "model.layers", 30, "self_attn", "mlp")
+LLAMA = Layout("llama", "model.layers", 30, LAYOUTS["llama"].block)
 MODULES = frozenset(
     ["model", "model.embed_tokens", "model.layers", "model.norm", "lm_head"]
     + [f"model.layers.{n}" for n in range(30)]
@@ -42,7 +43,7 @@ def test_every_architecture_of_the_table_is_tested() -> None:
     assert set(LAYOUTS) == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize(
+every_block = pytest.mark.parametrize(
     ("architecture", "extra"),
     [
         *((name, {}) for name in ARCHITECTURES),
@@ -50,6 +51,9 @@ def test_every_architecture_of_the_table_is_tested() -> None:
         ("stablelm", {"use_parallel_residual": True}),
     ],
 )
+
+
+@every_block
 @torch.no_grad()
 def test_the_parts_of_a_block_add_up(architecture: str, extra: dict[str, bool]) -> None:
     """Each part is what reaches the residual stream, and the identity replacement changes no bit."""
@@ -69,6 +73,104 @@ def test_the_parts_of_a_block_add_up(architecture: str, extra: dict[str, bool]) 
     clean = model(input_ids=tokens, use_cache=False).logits
     with replaced(model, {tap: lambda rows: rows for tap in taps}, (2, 7)):
         assert torch.equal(model(input_ids=tokens, use_cache=False).logits, clean)
+
+
+@every_block
+@torch.no_grad()
+def test_the_places_inside_a_block_fit_together(architecture: str, extra: dict[str, bool]) -> None:
+    """Whatever is read is what the layout's own modules make of what is read before them."""
+    model, layout, modules = build(architecture, **extra)
+    sites = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out")
+    taps = [resolve_hook(f"{site}.{n}", layout, modules) for n in range(LAYERS) for site in sites]
+    tokens = ids()
+    found = read_taps(model, taps, lambda: model(input_ids=tokens, use_cache=False), (2, 7))
+    for layer in range(LAYERS):
+
+        def run(part: str, rows: torch.Tensor, layer: int = layer) -> torch.Tensor:
+            path = layout.path(layer, part)
+            return rows if path is None else model.get_submodule(path)(rows)
+
+        pre, attention, mid, given, mlp = (found[f"{site}.{layer}"] for site in sites)
+        assert torch.equal(mid, pre if layout.block.parallel else pre + attention)
+        torch.testing.assert_close(run("mlp_norm", mid), given, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(run("mlp_post_norm", run("mlp", given)), mlp, rtol=1e-5, atol=1e-5)
+    clean = model(input_ids=tokens, use_cache=False).logits
+    with replaced(model, {tap: lambda rows: rows for tap in taps}, (2, 7)):
+        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, clean)
+
+
+@every_block
+@torch.no_grad()
+def test_the_attention_and_the_ends_are_where_the_layout_says(
+    architecture: str, extra: dict[str, bool]
+) -> None:
+    """Attention reads the norm of `resid_pre`; final norm and unembedding make logits of the last stream."""
+    model, layout, modules = build(architecture, **extra)
+    assert model.get_submodule(layout.embedding) is model.get_input_embeddings()
+    module = model.get_submodule(layout.path(1, "attention"))
+    read: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    taps = [resolve_hook(name, layout, modules) for name in ("resid_pre.1", "attn_out.1", "resid_post.2")]
+    logits: list[torch.Tensor] = []
+
+    def run() -> None:
+        logits.append(model(input_ids=ids(), use_cache=False).logits)
+
+    pre, _, last = read_taps(model, taps, run, (2, 7), stop=False).values()
+    handle.remove()
+    norm = layout.path(1, "attention_norm")
+    torch.testing.assert_close(read[0], pre if norm is None else model.get_submodule(norm)(pre))
+    made = model.get_submodule(layout.unembedding)(model.get_submodule(layout.final_norm)(last))
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    torch.testing.assert_close(made if cap is None else cap * (made / cap).tanh(), logits[0])
+
+
+@every_block
+@torch.no_grad()
+def test_a_replaced_middle_is_the_stream_and_a_replaced_mlp_in_is_not(
+    architecture: str, extra: dict[str, bool]
+) -> None:
+    model, layout, modules = build(architecture, **extra)
+    names = ("resid_pre.1", "attn_out.1", "resid_mid.1", "mlp_in.1", "mlp_out.1", "resid_post.1")
+    tap = {name: resolve_hook(name, layout, modules) for name in names}
+    tokens, kept = ids(), []
+
+    def moved(rows: torch.Tensor) -> torch.Tensor:
+        kept.append(rows)
+        return rows.flip(-1) * 0.5
+
+    def run(place: str, *read: str) -> list[torch.Tensor]:
+        with replaced(model, {tap[place]: moved}, (2, 7)):
+            taps = [tap[name] for name in read]
+            return list(read_taps(model, taps, lambda: model(input_ids=tokens), (2, 7), stop=False).values())
+
+    clean = read_taps(model, list(tap.values()), lambda: model(input_ids=tokens), (2, 7))
+    mlp, post = run("resid_mid.1", "mlp_out.1", "resid_post.1")
+    assert torch.equal(kept[0].view_as(clean["resid_mid.1"]), clean["resid_mid.1"]), "rows that it may keep"
+    middle = moved(clean["resid_mid.1"])
+    if not layout.block.parallel:  # in parallel attention reads it too
+        torch.testing.assert_close(post, middle + mlp, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(mlp, clean["mlp_out.1"])
+    attention, mlp, post = run("mlp_in.1", "attn_out.1", "mlp_out.1", "resid_post.1")
+    assert torch.equal(attention, clean["attn_out.1"])
+    assert not torch.allclose(mlp, clean["mlp_out.1"])
+    torch.testing.assert_close(post, clean["resid_pre.1"] + attention + mlp, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_stream_and_the_input_of_an_mlp_without_a_norm_are_replaced_apart() -> None:
+    """OLMo 2's MLP is given the stream's own tensor: in either order both replacements take place."""
+    model, layout, modules = build("olmo2")
+    middle, given, mlp = (resolve_hook(f"{s}.1", layout, modules) for s in ("resid_mid", "mlp_in", "mlp_out"))
+    post = resolve_hook("resid_post.1", layout, modules)
+    for order in ((middle, given), (given, middle)):
+        fns = {middle: torch.zeros_like, given: torch.ones_like}
+        with replaced(model, {tap: fns[tap] for tap in order}, (2, 7)):
+            found = read_taps(model, [mlp, post], lambda: model(input_ids=ids()), (2, 7), stop=False)
+        assert torch.equal(found["resid_post.1"], found["mlp_out.1"])
+        assert found["mlp_out.1"].abs().sum() > 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gemma2", "olmo2"])
@@ -161,6 +263,9 @@ def test_names_resolve_to_modules() -> None:
     assert (pre.path, pre.reads_input, pre.layer) == ("model.layers.9", True, 9)
     assert (post.path, post.reads_input, post.layer) == ("model.layers.9", False, 9)
     assert resolve_hook("attn_out.0", LLAMA, MODULES).path == "model.layers.0.self_attn"
+    mid, given = (resolve_hook(f"{site}.9", LLAMA, MODULES) for site in ("resid_mid", "mlp_in"))
+    assert (mid.path, mid.reads_input) == ("model.layers.9.post_attention_layernorm", True)
+    assert (given.path, given.reads_input, given.layer, given.named) == ("model.layers.9.mlp", True, 9, True)
     path = resolve_hook("model.layers.3.mlp.act_fn", LLAMA, MODULES)
     assert (path.path, path.layer, path.named) == ("model.layers.3.mlp.act_fn", 3, False)
     assert resolve_hook("lm_head", LLAMA, MODULES).layer is None
@@ -171,7 +276,7 @@ def test_names_resolve_to_modules() -> None:
     [
         ("resid_pst.3", "Near ones: resid_post.3"),
         ("resid_post.03", "Near ones: resid_post."),
-        ("resid_post", "resid_pre|resid_post|attn_out|mlp_out with a layer from 0 to 29"),
+        ("resid_post", "resid_pre|resid_post|attn_out|mlp_out|resid_mid|mlp_in with a layer from 0 to 29"),
         ("resid_post.-1", "is not a place in this llama subject"),
         ("model.layers.3.mpl", "Near ones: model.layers.3.mlp"),
         ("", "is not a place"),
@@ -196,6 +301,11 @@ def test_an_unknown_architecture_is_discovered_and_said(caplog: pytest.LogCaptur
     assert resolve_hook("resid_post.1", layout, modules).path == "model.layers.1"
     with pytest.raises(ConfigError, match=r"attn output is not known.*block 1 is model.layers.1"):
         resolve_hook("attn_out.1", layout, modules)
+    for site in ("resid_mid", "mlp_in"):
+        with pytest.raises(ConfigError, match=r"where 'novel' has the norm of its MLP is not known"):
+            resolve_hook(f"{site}.1", layout, modules)
+    assert (layout.path(1, "mlp"), layout.final_norm) == (None, None)
+    assert (layout.embedding, layout.unembedding) == ("model.embed_tokens", "lm_head")
     model.config.num_hidden_layers = 7
     with pytest.raises(ConfigError, match="blocks cannot be told"):
         find_layout(model, model.config)
@@ -241,7 +351,15 @@ def test_the_text_part_of_a_larger_model_is_found_by_its_family() -> None:
         LlavaConfig(text_config=text, vision_config=SiglipVisionConfig(**TOWER))
     )
     layout = find_layout(llava, llava.config.get_text_config())
-    assert layout == Layout("llama", "model.language_model.layers", LAYERS, "self_attn", "mlp")
+    assert layout == Layout(
+        "llama",
+        "model.language_model.layers",
+        LAYERS,
+        LAYOUTS["llama"].block,
+        embedding="model.language_model.embed_tokens",
+        final_norm="model.language_model.norm",
+        unembedding="lm_head",
+    )
 
 
 def test_next_token_loss_is_cross_entropy_in_nats() -> None:

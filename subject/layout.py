@@ -1,0 +1,234 @@
+"""Where the parts of a subject's blocks are: one table of architectures. Pure: no weights, no forward pass.
+
+The table goes by the family of the *text* model: if that is a part of a larger one (Gemma 3 with its
+vision tower), its blocks are found inside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from winnow.schemas.errors import ConfigError
+
+log = logging.getLogger("winnow.subject")
+
+Part = Literal["attention", "mlp", "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"]
+"""A module of a block, by what it does."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Paths, inside a block, of its modules.
+
+    One after the other: `mid = stream + post(attention(norm(stream)))`, then
+    `mid + post(mlp(norm(mid)))`. In parallel, both read the stream that enters the block.
+
+    Attributes:
+        attention: The attention module.
+        mlp: The MLP module.
+        attention_norm: Norm of what attention reads; None if it reads the stream itself (OLMo 2 and 3).
+        mlp_norm: Norm of what the MLP reads, which may be attention's too (Phi); None as above.
+        attention_post_norm: Norm of what attention gives, before it is added; None if it is added as it is.
+        mlp_post_norm: The same for the MLP.
+        parallel: Whether attention and MLP run in parallel.
+    """
+
+    attention: str
+    mlp: str
+    attention_norm: str | None
+    mlp_norm: str | None
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    parallel: bool = False
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of them that the block has."""
+        found = (
+            self.attention, self.mlp, self.attention_norm, self.mlp_norm,
+            self.attention_post_norm, self.mlp_post_norm,
+        )  # fmt: skip
+        return tuple(path for path in found if path is not None)
+
+
+class _Family(NamedTuple):
+    """One row of the table."""
+
+    blocks: str
+    """Path of the list of blocks; its last name counts, since composites have other prefixes."""
+    block: Block
+    final_norm: str = "norm"
+    """Name, beside the list of blocks, of the norm before the unembedding."""
+    parallel: str | None = None
+    """The config's field that says whether attention and MLP run in parallel."""
+
+
+_LLAMA = _Family("model.layers", Block("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"))
+_GEMMA = _Family(
+    "model.layers",
+    Block(
+        "self_attn", "mlp", "input_layernorm", "pre_feedforward_layernorm",
+        "post_attention_layernorm", "post_feedforward_layernorm",
+    ),
+)  # fmt: skip
+_OLMO = _Family(
+    "model.layers",
+    Block("self_attn", "mlp", None, None, "post_attention_layernorm", "post_feedforward_layernorm"),
+)
+
+LAYOUTS: dict[str, _Family] = {
+    "gpt2": _Family("transformer.h", Block("attn", "mlp", "ln_1", "ln_2"), "ln_f"),
+    "gpt_neox": _Family(
+        "gpt_neox.layers",
+        Block("attention", "mlp", "input_layernorm", "post_attention_layernorm"),
+        "final_layer_norm",
+        "use_parallel_residual",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo": _LLAMA,
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
+    "phi": _Family(
+        "model.layers",
+        Block("self_attn", "mlp", "input_layernorm", "input_layernorm", parallel=True),
+        "final_layernorm",
+    ),
+    "phi3": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA._replace(parallel="use_parallel_residual"),
+    "starcoder2": _LLAMA,
+}
+"""transformers' `model_type` of the text model -> its parts. Add one only with a line in the test of the
+identities between them."""
+
+# With several streams a block's output was flattened and truncated to the first D numbers, without an error:
+# a tiny DeepSeek V4 was harvested, sealed and verified clean with 32 of its rows' 128 numbers.
+_STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
+"""Config fields with the number of residual streams: DeepSeek V4 and HY V4, Qwen 4, Gemma 3n."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The modules of one subject, by dotted paths in the whole model.
+
+    Attributes:
+        architecture: transformers' `model_type`.
+        blocks: Path of the list of blocks.
+        layers: Number of blocks in the whole model.
+        block: The parts of a block, by paths inside it; None if the architecture is not in the table.
+        streams: How many residual streams a block passes on, as far as the config tells.
+        embedding: Path of the token embedding; None if there is none. Its output need not be
+            `resid_pre.0`: GPT-2 adds positions, Gemma scales it.
+        final_norm: Path of the norm before the unembedding; None if the architecture is not in the table.
+        unembedding: Path of the LM head; None if there is none.
+    """
+
+    architecture: str
+    blocks: str
+    layers: int
+    block: Block | None = None
+    streams: int = 1
+    embedding: str | None = None
+    final_norm: str | None = None
+    unembedding: str | None = None
+
+    def path(self, layer: int, part: Part) -> str | None:
+        """The path of a part of block `layer`; None if the block has none, or its parts are not known."""
+        name = None if self.block is None else getattr(self.block, part)
+        return None if name is None else f"{self.blocks}.{layer}.{name}"
+
+
+def find_layout(model: nn.Module, config: Any) -> Layout:
+    """The layout of `model`: from the table, else its only list of `num_hidden_layers` modules (logged).
+
+    If the model is more than a text model (vision, audio), only its text decoder is considered.
+
+    Args:
+        model: A causal language model of transformers, not truncated.
+        config: Its text config (`model_type`, `num_hidden_layers`).
+
+    Raises:
+        ConfigError: The architecture is not in the table and its blocks cannot be identified.
+    """
+    architecture, layers = str(config.model_type), int(getattr(config, "num_hidden_layers", None) or 0)
+    streams = max(int(getattr(config, name, None) or 1) for name in _STREAMS)
+    ends = {
+        "embedding": _path_of(model, "get_input_embeddings"),
+        "unembedding": _path_of(model, "get_output_embeddings"),
+    }
+    lists = _block_lists(model, layers)
+    family = LAYOUTS.get(architecture)
+    if family is not None:
+        # By the last name of the path only: a composite keeps the same blocks under another prefix.
+        name, block = family.blocks.rpartition(".")[2], _block(family, config)
+        fitting = [path for path in lists if path.rpartition(".")[2] == name and _has(model, path, block)]
+        if len(fitting) == 1:
+            norm = f"{fitting[0].rpartition('.')[0]}.{family.final_norm}"
+            return Layout(architecture, fitting[0], layers, block, streams, final_norm=norm, **ends)
+    if len(lists) != 1:
+        raise ConfigError(
+            f"architecture {architecture!r} is unknown and its blocks cannot be told",
+            expected=f"one list of {layers} modules",
+            got=", ".join(lists) or "none",
+            fix=f"Known architectures: {', '.join(LAYOUTS)}",
+        )
+    log.warning(
+        "architecture %r is not in the table of hooks: using %s as its blocks; %smodule paths can be "
+        "read, attn_out, mlp_out, resid_mid and mlp_in cannot",
+        architecture,
+        lists[0],
+        "resid_pre, resid_post and " if streams == 1 else "",
+    )
+    return Layout(architecture, lists[0], layers, streams=streams, **ends)
+
+
+def _block(family: _Family, config: Any) -> Block:
+    """The parts of a block of this config."""
+    if family.parallel is None or not getattr(config, family.parallel, False):
+        return family.block
+    block = replace(family.block, parallel=True)
+    # A parallel StableLM has one norm for both; a parallel GPT-NeoX has two of the same stream.
+    return block if config.model_type == "gpt_neox" else replace(block, mlp_norm=block.attention_norm)
+
+
+def _path_of(model: nn.Module, getter: str) -> str | None:
+    """The path of the module that a getter of transformers gives."""
+    get = getattr(model, getter, None)
+    try:
+        wanted = get() if get is not None else None
+    except (AttributeError, NotImplementedError):
+        return None  # some composites of transformers have no such module
+    return next((path for path, module in model.named_modules() if module is wanted), None)
+
+
+def _block_lists(model: nn.Module, layers: int) -> list[str]:
+    """Paths of the outermost lists of `layers` modules: of the text decoder, if it has any, else of all."""
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    # A list of experts inside a block may happen to be as long as the list of blocks.
+    outer = [path for path in found if not any(path.startswith(other + ".") for other in found)]
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
+    if decoder is None or decoder is model:
+        return outer
+    inside = {id(module) for module in decoder.modules()}
+    return [path for path in outer if id(model.get_submodule(path)) in inside] or outer
+
+
+def _has(model: nn.Module, blocks: str, block: Block) -> bool:
+    """Whether the first block of a list has these parts."""
+    names = {name for name, _ in model.get_submodule(f"{blocks}.0").named_modules()}
+    return names.issuperset(block.paths)
