@@ -83,10 +83,10 @@ def test_members_that_were_killed_at_different_steps_catch_up_and_join(config, a
     specs = [spec.model_copy(update={"checkpoint_seconds": 0}) for spec in specs_of(config, tmp_path)]
     original = member.train_step
 
-    def step(run, rows, weights):
+    def step(run, rows, weights, *target):
         if run.recipe.spec.out.endswith("fast") and run.counts.step == 9:
             raise Stopped
-        return original(run, rows, weights)
+        return original(run, rows, weights, *target)
 
     with monkeypatch.context() as patch:
         patch.setattr(member, "train_step", step)
@@ -110,9 +110,9 @@ def test_members_that_were_killed_at_different_steps_catch_up_and_join(config, a
 def test_one_that_is_not_finite_stops_alone_and_is_named(config, alone, tmp_path, monkeypatch, caplog):
     original = member.train_step
 
-    def step(run, rows, weights):
+    def step(run, rows, weights, *target):
         sick = run.recipe.spec.normalize == "none" and run.counts.step == 12
-        return original(run, rows * (1e30 if sick else 1), weights)
+        return original(run, rows * (1e30 if sick else 1), weights, *target)
 
     monkeypatch.setattr(member, "train_step", step)
     grid = {name: GRID[name] for name in ("wide", "seed")}
