@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
     field_serializer,
@@ -19,7 +20,7 @@ from winnow.schemas.base import Artefact, Contract, HookName, RelativeKey, Sha25
 from winnow.schemas.corpus import CorpusSpec
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.follow import FollowLimits
-from winnow.schemas.subject import HookSite, SubjectIdentity
+from winnow.schemas.subject import HookSite, SubjectIdentity, expand_hooks
 
 SLICES = 64
 """Inner chunks, called slices, of every shard. Lanes own whole slices, so the number of lanes divides it."""
@@ -48,9 +49,11 @@ Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 class PlanSpec(Contract):
     """How the corpus becomes rows. Every field affects the dataset's content, and so its identity."""
 
-    hooks: tuple[HookName, ...] = Field(min_length=1, max_length=MAX_HOOKS)
+    hooks: Annotated[tuple[HookName, ...], BeforeValidator(expand_hooks)] = Field(
+        min_length=1, max_length=MAX_HOOKS
+    )
     """Hooks at which activations are read. Several are read in one pass of the model, and their rows stay
-    aligned: row i is the same token at each."""
+    aligned: row i is the same token at each. `mlp_in.0-29` stands for those of layers 0 to 29."""
     context_length: int = Field(default=128, ge=8, le=MAX_CONTEXT)
     """Window length T in tokens."""
     drop_leading: int = Field(default=1, ge=0)

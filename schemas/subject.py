@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field
 
@@ -15,11 +15,26 @@ HOOK_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "resid_mid", "ml
 # Anchored at both ends: `model.resid_post.9` is a module path, not a named site.
 _NAMED = re.compile(rf"^({'|'.join(HOOK_SITES)})\.(\d+)$")
 
+_RANGE = re.compile(rf"^({'|'.join(HOOK_SITES)})\.(\d{{1,3}})-(\d{{1,3}})$")
+
 
 def parse_hook(name: str) -> tuple[str, int] | None:
     """Split `"resid_post.9"` into `("resid_post", 9)`; return None if `name` is a module path."""
     match = _NAMED.match(name)
     return (match[1], int(match[2])) if match else None
+
+
+def expand_hooks(names: Any) -> Any:
+    """Replace each range of layers in a list of hooks: `mlp_in.0-2` by the hooks of layers 0 to 2."""
+    if not isinstance(names, (list, tuple)):
+        return names
+    found: list[Any] = []
+    for name in cast("list[Any]", names):
+        match = _RANGE.match(name) if isinstance(name, str) else None
+        # Only so many digits: a typing error must not make a list of millions of names.
+        layers = range(int(match[2]), int(match[3]) + 1) if match else ()
+        found += [f"{match[1]}.{layer}" for layer in layers] if match and layers else [name]
+    return found
 
 
 class SubjectSpec(Contract):

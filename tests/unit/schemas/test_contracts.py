@@ -291,3 +291,12 @@ def test_errors_are_also_builtins() -> None:
     assert issubclass(errors.MissingObject, FileNotFoundError)
     assert issubclass(errors.WorkerError, RuntimeError)
     assert {kind.exit_code for kind in all_errors()} <= {1, 2}
+
+
+def test_a_range_of_layers_stands_for_its_hooks() -> None:
+    spec = PlanSpec.model_validate({"hooks": ["mlp_in.0-2", "resid_post.9", "model.layers.0.1"]})
+    assert spec.hooks == ("mlp_in.0", "mlp_in.1", "mlp_in.2", "resid_post.9", "model.layers.0.1")
+    assert PlanSpec.model_validate(spec.model_dump()) == spec
+    for wrong in ("mlp_in.3-1", "model.layers.0-3", "mlp_in.0-1000000"):
+        with pytest.raises(ValidationError, match="hooks"):
+            PlanSpec.model_validate({"hooks": [wrong]})
