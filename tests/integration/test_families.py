@@ -14,9 +14,13 @@ import pytest
 import torch
 
 from tests.support.evaluated import D_MODEL, HOOK, random_sae, save_sae, toy_config
+from tests.support.explorer_site import SPEC
 from tests.support.tiny import make_subject
 from winnow.evaluator.families import ablation, downstream
+from winnow.evaluator.prompt import attribute_prompt
 from winnow.evaluator.setting import Setting
+from winnow.explorer.index.make import make_index
+from winnow.explorer.place import Place
 from winnow.sae import Sae
 from winnow.schemas.evaluation import EvaluateSpec
 from winnow.subject import Subject
@@ -178,7 +182,7 @@ def test_what_is_spared_and_what_is_whole(subject_of, caplog):
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "jamba"])
-def test_figures_of_a_subject_with_states(tmp_path, architecture):
+def test_figures_effects_and_index_of_a_subject_with_states(tmp_path, architecture):
     fields = {"num_experts": 2} if architecture == "jamba" else {}
     make_subject(tmp_path / "subject", architecture, layers=3, width=D_MODEL, **fields)
     config = toy_config(tmp_path, units=1, subject={"attention": "eager"}, plan={"hooks": [HOOK]})
@@ -191,3 +195,11 @@ def test_figures_of_a_subject_with_states(tmp_path, architecture):
     sparsity = next(one for one in ablation.measure(setting).figures if one.id == "ablation_sparsity").value
     assert sparsity is not None
     assert 0 < sparsity <= 1
+    ids = setting.dataset.tokens(0)[:9].tolist()
+    text, answer = (setting.subject.tokenizer.decode(part) for part in (ids, ids[-1:]))
+    found = attribute_prompt(setting, text, answer, None, 3)
+    logits = setting.subject.logits([setting.subject.encode(text, setting.window)])
+    assert found["metric"] == pytest.approx(logits[0, -1].log_softmax(0)[ids[-1]].item(), abs=1e-4)
+    assert all(effect["ablated"] != 0 for effect in found["effects"])
+    index = make_index(uri, Place(config.root, config.subject, config.storage), f"{uri}/features", None, SPEC)
+    assert index.latents == setting.sae.latents
