@@ -67,6 +67,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 class TestSmall(StoreConformance):
     """The server that is told nothing is a good one."""
 
+    test_list_is_complete = None  # it answers in one page, however many keys there are
+
     @pytest.fixture
     def store(self, serve: Serve) -> S3Store:
         return serve()[1]
