@@ -35,7 +35,7 @@ from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import FeatureTable
 from winnow.sae.model import Sae
 from winnow.store import ActivationStore
-from winnow.subject.generate import Op, Steer, steered
+from winnow.subject.generate import Op, Steer, steered_hooks
 from winnow.subject.load import Subject
 
 PROMOTED = 8
@@ -78,7 +78,7 @@ class Bench:
 
     def run(self, tokens: NDArray[Any], steers: list[Steer]) -> Tensor:
         """Log-probabilities of one window [T], steered, float32 [T, V]."""
-        replace = {self.table.meta.hook: steered(steers, len(tokens))} if steers else None
+        replace = steered_hooks({self.table.meta.hook: steers}, len(tokens)) if steers else None
         logits = self.subject.logits(tokens[None].astype(np.int64), replace)[0]
         return logits.float().log_softmax(1)
 

@@ -7,6 +7,9 @@ and its error is passed on, so that the pass is the subject's own, bit for bit, 
 active latent on a scalar m of the output is, to first order, ``z_i dm/dz_i``: about what m loses when the
 latent is ablated (Marks et al. 2024, arXiv 2403.19647, section 2). One backward pass gives it for all latents
 of all hooks at once, whereas ablating each takes a forward pass: `without` does that.
+
+A transcoder reads one hook and is spliced in at its targets, in the same way: ``y' = y + decode(z') -
+decode(z)``. The MLP runs as always, so that what the transcoder misses of it is the error there.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import torch
 from torch import Tensor
 
 from winnow.sae.model import Sae
-from winnow.schemas.errors import ConfigError
-from winnow.schemas.fit import check_autoencoder, mismatch
+from winnow.schemas.errors import ConfigError, SaeMismatch
+from winnow.schemas.fit import mismatch
 from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement
 
@@ -38,7 +41,8 @@ class Attribution:
     effects: Tensor
     """[W, T, S]: z dm/dz, in units of the scalar; 0 in an empty slot."""
     error: Tensor
-    """[W, T]: the same of the row's reconstruction error, which no latent explains."""
+    """[W, T]: the same of what all SAEs together miss of the row, which no latent explains; of a transcoder,
+    of the row of its (first) target."""
 
     def top(self, count: int, *, skip: int = 0) -> list[tuple[int, int, int]]:
         """List (window, position, slot) of the effects of largest magnitude, beyond `skip` positions."""
@@ -57,27 +61,102 @@ def spliced(sae: Sae, edit: Edit) -> Replacement:
     error are held constant. An edit that changes nothing leaves the rows as they are, bit for bit.
 
     Args:
-        sae: An autoencoder of that hook (no transcoder, no crosscoder).
+        sae: An autoencoder of that hook; `spliced_hooks` also takes transcoders.
         edit: From the codes of rows [P, D] to new values [P, S] of the same slots.
 
     Raises:
         SaeMismatch: The SAE does not reconstruct its own input.
     """
-    check_autoencoder("the SAE", sae.parts)
+    if sae.has_target:
+        raise SaeMismatch(
+            "spliced",
+            expected="an autoencoder",
+            got="a transcoder, which writes to other hooks",
+            fix="Use `spliced_hooks`",
+        )
+    return spliced_hooks({"": sae}, {"": edit})[""]
 
-    def replace(rows: Tensor) -> Tensor:
-        # Code and error are held constant, so a lower hook's gradient passes here as in the subject itself,
-        # and no graph of the encoder is kept.
-        with torch.no_grad():
-            values, indices = sae.encode(rows)
-            scale = sae.normalise(rows)[1]
-            before = sae.decode(values, indices, like=scale)
-        after = sae.decode(edit(values, indices), indices, like=scale)
-        # The difference first: it is exactly 0 for an unchanged code, so that rounding cannot move the rows.
-        # The SAE may be on another device than these rows if the subject is spread over several.
-        return rows + (after - before).to(rows.device, rows.dtype)
 
-    return replace
+Wrote = Callable[[str, Tensor, Tensor], Tensor]
+"""(hook, its rows [P, D], what SAEs give of them [P, D]) -> what is added besides; of shape [P, D]."""
+
+
+def spliced_hooks(
+    saes: Mapping[str, Sae], edits: Mapping[str, Edit], wrote: Wrote | None = None
+) -> dict[str, Replacement]:
+    """Make the replacements of one pass at all hooks that SAEs read or write.
+
+    A code is read at its SAE's hook. What the edit changes of the output is added there or, of a transcoder,
+    at its targets: the MLP itself runs, and what the transcoder misses of it stays in place.
+
+    Args:
+        saes: hook -> the SAE that reads it; transcoders have a card, which names their targets.
+        edits: hook -> the edit of its codes, as for `spliced`.
+        wrote: Called at every hook that is written.
+
+    Raises:
+        SaeMismatch: An SAE is a crosscoder, or a transcoder without a card.
+    """
+    outputs = {hook: output_hooks(hook, sae) for hook, sae in saes.items()}
+    written = {target for targets in outputs.values() for target in targets}
+    # Hook that is written -> (what an SAE gives of it, and what the edit changes of that).
+    waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def at(hook: str) -> Replacement:
+        def replace(rows: Tensor) -> Tensor:
+            if hook in saes:
+                parts = _parts(saes[hook], edits[hook], rows, len(outputs[hook]))
+                for target, part in zip(outputs[hook], parts, strict=True):
+                    waiting.setdefault(target, []).append(part)
+            if hook not in written:
+                return rows
+            given = waiting.pop(hook, [])
+            if not given:
+                raise ConfigError(
+                    f"hook {hook!r}", expected="it after the hook that is read", got="before it"
+                )
+            change = sum(part for _, part in given)
+            # The SAE may be on another device than these rows if the subject is spread over several.
+            new = rows + change.to(rows.device, rows.dtype)
+            if wrote is None:
+                return new
+            return new + wrote(hook, rows, sum(part for part, _ in given))
+
+        return replace
+
+    return {hook: at(hook) for hook in (*saes, *sorted(written - saes.keys()))}
+
+
+def output_hooks(hook: str, sae: Sae) -> tuple[str, ...]:
+    """The hooks that the SAE at `hook` writes to.
+
+    Raises:
+        SaeMismatch: It is a crosscoder, or a transcoder without a card.
+    """
+    if sae.parts.widths:
+        got = f"a crosscoder of {len(sae.parts.widths)} hooks"
+        raise SaeMismatch(f"the SAE at {hook}", expected="an SAE of one hook", got=got)
+    if not sae.has_target:
+        return (hook,)
+    if sae.card is None:
+        got = "a transcoder without a card, which would name its targets"
+        raise SaeMismatch(f"the SAE at {hook}", expected="a published SAE (`Sae.load`)", got=got)
+    return sae.card.target_hooks
+
+
+def _parts(sae: Sae, edit: Edit, rows: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+    """What an SAE gives of each of its outputs, and what the edit changes of that: each [P, D]."""
+    # Code and error are held constant, so a lower hook's gradient passes here as in the subject itself, and
+    # no graph of the encoder is kept.
+    fixed = rows.detach().to(sae.W_dec.device)
+    with torch.no_grad():
+        values, indices = sae.encode(fixed)
+        before = sae.decode(values, indices, like=fixed)
+    after = sae.decode(edit(values, indices), indices, like=fixed)
+    widths = list(sae.parts.target_widths) or [before.shape[1]]
+    assert len(widths) == count
+    # The difference first: it is exactly 0 for an unchanged code, so that rounding cannot move the rows.
+    return list(zip(before.split(widths, 1), (after - before).split(widths, 1), strict=True))
 
 
 def attribute(
@@ -90,12 +169,12 @@ def attribute(
 
     Args:
         subject: The whole subject.
-        saes: hook -> the autoencoder trained there.
+        saes: hook -> the SAE that reads it, such as the layers of a transcoder set.
         token_ids: int64 [W, T]; the graph above the lowest hook is kept for all of them.
         metric: Logits [W, T, V] -> a scalar, such as `logit_difference`.
 
     Raises:
-        SaeMismatch: An SAE is not an autoencoder, or its width is not that of its hook.
+        SaeMismatch: An SAE is a crosscoder, or its width is not that of its hook.
         ConfigError: There is no SAE, or the metric is not a scalar.
     """
     if not saes:
@@ -106,45 +185,59 @@ def attribute(
         width, name = saes[site.name].d_model, f"the SAE at {site.name}"
         if width != site.d_model:
             raise mismatch("width D", name, expected=site.d_model, of="the subject", got=width)
-    sources = {hook: _Source(sae) for hook, sae in saes.items()}
-    replace = {hook: source.replace for hook, source in sources.items()}
+    leaves = _Leaves()
+    replace = spliced_hooks(saes, {hook: leaves.edit(hook) for hook in saes}, leaves.wrote)
     total = metric(subject.logits(token_ids, replace, grad=True))
     if total.numel() != 1:
         raise ConfigError("metric", expected="a scalar", got=f"a tensor of shape {list(total.shape)}")
-    # All leaves in one call, since the graph is freed after it.
-    leaves = [leaf for source in sources.values() for leaf in (source.on_codes, source.on_rows)]
-    gradients = iter(torch.autograd.grad(total, leaves))
+    leaves.differentiate(total)
     shape = (token_ids.shape[0], token_ids.shape[1], -1)
-    return {hook: source.found(next(gradients), next(gradients), shape) for hook, source in sources.items()}
+    return {hook: leaves.found(hook, output_hooks(hook, sae)[0], shape) for hook, sae in saes.items()}
 
 
-class _Source:
-    """The leaves of one hook: a zero is added to every code and to every row, and differentiated by.
+class _Leaves:
+    """Zeros that are added to every code and to every row that is written, and differentiated by.
 
     The derivative by an added zero is that by what it is added to. Codes and rows cannot be leaves: codes are
     computed, and rows belong to the subject's graph.
     """
 
-    def __init__(self, sae: Sae) -> None:
-        check_autoencoder("the SAE", sae.parts)
-        self.sae = sae
+    def __init__(self) -> None:
+        self._codes: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._rows: dict[str, tuple[Tensor, Tensor]] = {}
+        self._slopes: dict[int, Tensor] = {}
 
-    def replace(self, rows: Tensor) -> Tensor:
-        self.rows, self.on_rows = rows.detach(), torch.zeros_like(rows, requires_grad=True)
-        return spliced(self.sae, self._with_leaf)(rows) + self.on_rows
+    def edit(self, hook: str) -> Edit:
+        """The edit that adds a leaf to the codes of a hook."""
 
-    def _with_leaf(self, values: Tensor, indices: Tensor) -> Tensor:
-        self.values, self.indices = values, indices
-        self.on_codes = torch.zeros_like(values, requires_grad=True)
-        return values + self.on_codes
+        def add(values: Tensor, indices: Tensor) -> Tensor:
+            leaf = torch.zeros_like(values, requires_grad=True)
+            self._codes[hook] = values, indices, leaf
+            return values + leaf
+
+        return add
+
+    def wrote(self, hook: str, rows: Tensor, given: Tensor) -> Tensor:
+        """Keep what SAEs miss of the rows of a hook, and give the leaf that is added there."""
+        leaf = torch.zeros_like(rows, requires_grad=True)
+        self._rows[hook] = rows.detach().float() - given.detach().to(rows.device).float(), leaf
+        return leaf
+
+    def differentiate(self, total: Tensor) -> None:
+        """Compute the derivatives of `total` by every leaf."""
+        # All leaves in one call, since the graph is freed after it.
+        leaves = [leaf for *_, leaf in (*self._codes.values(), *self._rows.values())]
+        slopes = torch.autograd.grad(total, leaves)
+        self._slopes = {id(leaf): slope for leaf, slope in zip(leaves, slopes, strict=True)}
 
     @torch.no_grad()
-    def found(self, on_codes: Tensor, on_rows: Tensor, shape: tuple[int, int, int]) -> Attribution:
-        # The error again, from the codes: `spliced` does not keep it, and it is as large as the rows.
-        lost = self.rows.float() - self.sae.decode(self.values, self.indices, like=self.rows).float()
-        error = (lost * on_rows.float()).sum(1)
-        effects = (self.values * on_codes).view(shape)
-        return Attribution(self.values.view(shape), self.indices.view(shape), effects, error.view(shape[:2]))
+    def found(self, hook: str, output: str, shape: tuple[int, int, int]) -> Attribution:
+        """The effects of a hook's latents, and of what all SAEs miss of `output`."""
+        values, indices, on_codes = self._codes[hook]
+        lost, on_rows = self._rows[output]
+        error = (lost * self._slopes[id(on_rows)].float()).sum(1)
+        effects = (values * self._slopes[id(on_codes)]).view(shape)
+        return Attribution(values.view(shape), indices.view(shape), effects, error.view(shape[:2]))
 
 
 def without(
@@ -162,7 +255,7 @@ def without(
     Args:
         subject: The whole subject.
         hook: The hook of the latents.
-        sae: The autoencoder trained there.
+        sae: The SAE that reads it.
         tokens: int64 [T], one window.
         places: (position, slot of the codes) of each latent, as in the results of `Attribution.top`.
         metric: Logits [1, T, V] -> a scalar.
@@ -184,7 +277,8 @@ def without(
                 changed[variant, position, slot] = 0
             return changed.view_as(values)
 
-        logits = subject.logits(tokens.expand(len(part) + 1, -1), {hook: spliced(sae, drop)})
+        replace = spliced_hooks({hook: sae}, {hook: drop})
+        logits = subject.logits(tokens.expand(len(part) + 1, -1), replace)
         told = [float(metric(one[None])) for one in logits]
         lost += [told[0] - value for value in told[1:]]
     return torch.tensor(lost, dtype=torch.float64)

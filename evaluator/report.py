@@ -15,7 +15,7 @@ from winnow.evaluator.n2g import family as n2g
 from winnow.evaluator.probes import family as probes
 from winnow.evaluator.probes.tasks import tasks_identity
 from winnow.evaluator.setting import Measured, Setting
-from winnow.sae.model import CARD_KEY
+from winnow.sae.model import read_card
 from winnow.schemas.base import canonical_json, sha256_hex
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, MissingObject
@@ -62,8 +62,18 @@ def _chosen_families(setting: Setting) -> list[Family]:
     spec = setting.spec
     needs = {"compute": spec.law, "stability": spec.against, "judge": spec.judge}
     lacking = [name for name, given in needs.items() if not given]
+    left_out = setting.left_out
     if spec.metrics is None:
-        return [name for name in FAMILIES if name in DEPENDS and name not in lacking]
+        for name, why in left_out.items():
+            if name not in lacking:
+                say(f"{name}: left out, {why}")
+        return [name for name in FAMILIES if name not in lacking and name not in left_out]
+    for name in (name for name in spec.metrics if name in left_out):
+        raise ConfigError(
+            f"metrics {name} of {setting.uri}",
+            expected=", ".join(name for name in FAMILIES if name not in left_out),
+            got=left_out[name],
+        )
     for name in lacking:
         if name in spec.metrics:  # measuring raises the error that says what is missing
             compute.measure(None, ()) if name == "compute" else MEASURES[name](setting)
@@ -94,7 +104,7 @@ def _settings_digest(setting: Setting, family: Family) -> str:
 
 
 def _card(uri: str, setting: Setting) -> SaeCard:
-    return SaeCard.from_json(open_store(uri, setting.storage).get(CARD_KEY), origin=f"{uri}/{CARD_KEY}")
+    return read_card(open_store(uri, setting.storage), uri)
 
 
 def _new_evaluation(setting: Setting) -> Evaluation:

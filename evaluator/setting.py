@@ -6,7 +6,7 @@ Letters: B rows, K slots of the codes, D d_model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.common.device import resolve_device
-from winnow.sae.model import Sae
+from winnow.sae.model import Sae, read_set_card
 from winnow.schemas.config import StorageSpec
-from winnow.schemas.evaluation import EvaluateSpec, Figure
-from winnow.schemas.fit import check_autoencoder, check_dataset, check_subject, other_windows
+from winnow.schemas.evaluation import EvaluateSpec, Family, Figure
+from winnow.schemas.fit import check_dataset, check_subject, other_windows
 from winnow.schemas.harvest import HarvestPlan
+from winnow.schemas.layers import layer_folder
 from winnow.schemas.subject import SubjectSpec
 from winnow.schemas.training import SaeCard
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
+from winnow.store.objects import open_store
 from winnow.subject.load import Subject
 from winnow.subject.tail import Tail
 
@@ -49,7 +51,7 @@ class Codes(NamedTuple):
     rows: Tensor
     """float32 [B, D], in the raw scale."""
     weights: Tensor
-    """[B]; 0 for sinks and rows of void units."""
+    """[B]; 0 for sinks of the input or of a target, and for rows of void units."""
     windows: NDArray[np.int64]
     """[B]: number of the row's window in the dataset."""
     positions: NDArray[np.int64]
@@ -58,6 +60,8 @@ class Codes(NamedTuple):
     """[B, S]; 0 in an inactive slot."""
     indices: Tensor
     """int64 [B, S]."""
+    targets: Tensor | None = None
+    """float32 [B, O]: what a transcoder should predict, in the raw scale; None unless it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Setting:
             judge_key: Key of the endpoint of `judge`.
 
         Raises:
-            SaeMismatch: The subject, hook or width is not the dataset's.
+            SaeMismatch: The subject, a hook or a width is not the dataset's.
             ConfigError: There is no dataset at `root`.
             MissingObject, IntegrityError: There is no SAE at `uri`, or it is damaged.
         """
@@ -112,8 +116,7 @@ class Setting:
         sae = Sae.load(uri, device=device, storage=storage)
         assert sae.card is not None
         # Everything that can be refused without the subject, before a family spends time.
-        check_autoencoder(uri, sae.card.parts)
-        check_dataset(uri, sae.card, dataset.plan)
+        check_dataset(uri, sae.card, dataset.plan, targets=True)
         if (warning := other_windows(uri, sae.card, dataset.plan)) is not None:
             log.warning(warning)
         spec = spec or EvaluateSpec()
@@ -123,6 +126,40 @@ class Setting:
     def hook(self) -> str:
         """The hook that the SAE reads."""
         return self.card.hook
+
+    @property
+    def saes(self) -> dict[str, Sae]:
+        """The hook that is read -> the SAE."""
+        return {self.hook: self.sae}
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hook that the SAE reads, and those that a transcoder predicts."""
+        return (self.card.hook, *self.card.target_hooks)
+
+    @cached_property
+    def partial(self) -> bool:
+        """Whether it is a layer of a cross-layer set, whose layers predict their targets only together."""
+        card, (folder, _, last) = self.card, self.uri.rstrip("/").rpartition("/")
+        if card.target_hook is None or card.with_targets:
+            return bool(card.with_targets)
+        if card.spec is not None:
+            return card.spec.set is not None and card.spec.set.cross
+        # The last layer has one target, like any transcoder. If it was imported, only its set tells.
+        if not last.startswith(layer_folder(0)[:-1]):
+            return False
+        found = read_set_card(open_store(folder or ".", self.storage))
+        return found is not None and found.cross
+
+    @property
+    def why_partial(self) -> str:
+        """Why a layer of a cross-layer set has no figure that compares its prediction with its targets."""
+        return f"{self.card.target_hook} is predicted by several layers together: evaluate their set"
+
+    @property
+    def left_out(self) -> dict[Family, str]:
+        """Families that make no sense for this SAE, and why."""
+        return {"downstream": self.why_partial, "compute": self.why_partial} if self.partial else {}
 
     @property
     def window(self) -> WindowRule:
@@ -142,8 +179,8 @@ class Setting:
 
     @cached_property
     def tail(self) -> Tail:
-        """The subject from the hook upwards."""
-        return Tail(self.subject, self.hook)
+        """The subject from what the SAE writes to upwards: a transcoder's own target, else `hook`."""
+        return Tail(self.subject, self.card.output_hooks[0])
 
     @property
     def windows(self) -> range:
@@ -154,13 +191,15 @@ class Setting:
         held_out = len(plan.split_units("validation")) * plan.spec.windows_per_unit
         return range(min(held_out, self.spec.windows))
 
-    def held_out_codes(self, places: NDArray[np.int64] | None = None) -> Iterator[Codes]:
-        """Yield the codes of the stored rows of the sampled held-out windows; `places` as in `codes`."""
+    def held_out_codes(
+        self, places: NDArray[np.int64] | None = None, *, targets: bool = False
+    ) -> Iterator[Codes]:
+        """Yield the codes of the stored rows of the sampled held-out windows; arguments as in `codes`."""
         plan = self.dataset.plan
         units = range(-(-len(self.windows) // plan.spec.windows_per_unit))
         # Rows are shuffled inside a unit, so a part of its windows is spread over all of it: whole units are
         # read, and the rows of other windows dropped.
-        for codes in self.codes(units, places):
+        for codes in self.codes(units, places, targets=targets):
             inside = codes.windows < len(self.windows)
             if inside.all():
                 yield codes
@@ -173,14 +212,18 @@ class Setting:
                     codes.positions[inside],
                     codes.values[chosen],
                     codes.indices[chosen],
+                    None if codes.targets is None else codes.targets[chosen],
                 )
 
-    def codes(self, units: range, places: NDArray[np.int64] | None = None) -> Iterator[Codes]:
+    def codes(
+        self, units: range, places: NDArray[np.int64] | None = None, *, targets: bool = False
+    ) -> Iterator[Codes]:
         """Yield the codes of the stored rows of some units, at most `CHUNK_ROWS` at a time, unit by unit.
 
         Args:
             units: Numbers of the units.
             places: Take only the rows of these tokens, numbered `window * T + position`; None takes all.
+            targets: Read a transcoder's targets as well.
         """
         context = self.dataset.plan.spec.context_length
         size = self.dataset.plan.rows_per_unit
@@ -195,15 +238,23 @@ class Setting:
                     if not len(at):
                         continue
                 edges = (unit * size + part.start, unit * size + part.stop)
-                rows = torch.from_numpy(self.dataset.read_rows(self.hook, *edges)).to(self.device)
-                weights = torch.from_numpy(self.dataset.weights([self.hook], *edges)).to(self.device)
+                rows = self._read([self.hook], edges)
+                weights = torch.from_numpy(self.dataset.weights(self.hooks, *edges)).to(self.device)
+                hooks = self.card.target_hooks if targets else ()
+                wanted = self._read(hooks, edges) if hooks else None
                 # Only what was asked for is encoded: the encoder's product is the expensive part.
                 if len(at) < len(rows):
                     kept = torch.from_numpy(at - part.start).to(self.device)
                     rows, weights = rows[kept], weights[kept]
+                    wanted = None if wanted is None else wanted[kept]
                 with torch.no_grad():
                     values, indices = self.sae.encode(rows)
-                yield Codes(rows, weights, windows[at], positions[at], values, indices)
+                yield Codes(rows, weights, windows[at], positions[at], values, indices, wanted)
+
+    def _read(self, hooks: Sequence[str], edges: tuple[int, int]) -> Tensor:
+        """Stored rows of some hooks, joined, on the SAE's device."""
+        read = [self.dataset.read_rows(hook, *edges) for hook in hooks]
+        return torch.from_numpy(read[0] if len(read) == 1 else np.concatenate(read, 1)).to(self.device)
 
     def tokens(self, windows: range | list[int]) -> NDArray[np.int64]:
         """Read the token ids of windows, int64 [len(windows), T]; each unit is read once."""

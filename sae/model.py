@@ -42,7 +42,8 @@ from winnow.sae.activations import activation_of
 from winnow.sae.codes import encode_topk, sum_by_latent
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.config import StorageSpec
-from winnow.schemas.errors import IntegrityError
+from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
+from winnow.schemas.sets import SET_KEY, SetCard
 from winnow.schemas.training import Normalize, SaeCard, SaeIdentity, SaeParts, TrainSpec
 from winnow.schemas.window import WindowRule
 
@@ -391,6 +392,7 @@ class Sae(nn.Module):
 
         Raises:
             MissingObject: No SAE there.
+            ConfigError: There is a transcoder set, of which one layer must be named.
             IntegrityError: Bytes, shapes or types differ from the card's.
             UnsupportedVersion: Written by a Winnow of another major version.
         """
@@ -399,7 +401,7 @@ class Sae(nn.Module):
 
         uri = os.fspath(path_or_uri)
         store = open_store(uri, storage or StorageSpec())
-        card = SaeCard.from_json(store.get(CARD_KEY), origin=f"{uri}/{CARD_KEY}")
+        card = read_card(store, uri)
         # Bounded by the card, since the file is read whole: a wrong one of any size would fill the memory.
         data = store.get(_WEIGHTS_KEY, limit=_largest_file(card))
         if sha256_hex(data) != card.weights_sha256:
@@ -417,6 +419,36 @@ class Sae(nn.Module):
         sae.fill(tensors)
         sae.card = card
         return sae.requires_grad_(False)
+
+
+def read_card(store: ObjectStore, uri: str) -> SaeCard:
+    """Read the card of the SAE at `uri`, which `store` has open.
+
+    Raises:
+        MissingObject: No SAE there.
+        ConfigError: There is a transcoder set, of which one layer must be named.
+        UnsupportedVersion: Written by a Winnow of another major version.
+    """
+    try:
+        return SaeCard.from_json(store.get(CARD_KEY), origin=f"{uri}/{CARD_KEY}")
+    except MissingObject:
+        # A set is named where one SAE is meant: the missing file would say nothing about that.
+        if (found := read_set_card(store)) is None:
+            raise
+    raise ConfigError(
+        f"{uri} is a set of layers {found.layers[0].layer} to {found.layers[-1].layer}",
+        expected="one SAE",
+        got="a transcoder set",
+        fix=f"Name one of its layers, such as {uri.rstrip('/')}/{found.layers[0].folder}",
+    )
+
+
+def read_set_card(store: ObjectStore) -> SetCard | None:
+    """Read the card of the transcoder set in `store`; None if there is none."""
+    try:
+        return SetCard.from_json(store.get(SET_KEY), origin=f"{store.uri}/{SET_KEY}")
+    except MissingObject:
+        return None
 
 
 def _largest_file(card: SaeCard) -> int:

@@ -23,13 +23,11 @@ from winnow.schemas.base import sha256_hex
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.layers import SetSpec, layer_folder
-from winnow.schemas.sets import SetCard, SetLayer
+from winnow.schemas.sets import SET_KEY, SetCard, SetLayer
 from winnow.schemas.training import SaeCard
 
 if TYPE_CHECKING:
     from winnow.store.objects import ObjectStore
-
-SET_KEY = "set.json"
 
 Codes = tuple[Tensor, Tensor]
 """Values [B, S] and latents int64 [B, S], as `Sae.encode` returns them."""

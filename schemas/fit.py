@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from winnow.schemas.errors import SaeMismatch
-from winnow.schemas.harvest import HarvestPlan
+from winnow.schemas.harvest import HarvestPlan, row_bytes
 from winnow.schemas.subject import SubjectIdentity
-from winnow.schemas.training import SaeCard, SaeIdentity, SaeParts
+from winnow.schemas.training import SaeCard, SaeIdentity
 from winnow.schemas.window import WindowRule
 
 TRAINED_ON = "Give the dataset that it was trained on, or one of the same subject and hook"
@@ -27,19 +29,25 @@ def mismatch(
     return SaeMismatch(f"the {what} of {name}", expected=f"{expected} ({of}'s)", got=got, fix=fix)
 
 
-def check_dataset(name: str, card: SaeCard, plan: HarvestPlan) -> None:
+def check_dataset(name: str, card: SaeCard, plan: HarvestPlan, *, targets: bool = False) -> None:
     """Check that a dataset contains the rows that an SAE of one hook reads.
 
     Args:
         name: The SAE, as the user named it.
         card: The SAE's card.
         plan: The dataset's plan.
+        targets: Also check those that a transcoder predicts.
 
     Raises:
         SaeMismatch: The SAE reads several hooks, or one that the dataset lacks, of another width or subject.
     """
     if card.with_hooks:
-        raise SaeMismatch(f"the hooks of {name}", expected="one hook", got=", ".join(card.input_hooks))
+        raise SaeMismatch(
+            f"the hooks of {name}",
+            expected="one hook",
+            got=f"a crosscoder of {', '.join(card.input_hooks)}",
+            fix="For crosscoders `winnow train` reports the held-out figures",
+        )
     if card.hook not in plan.spec.hooks:
         held = f"one of {', '.join(plan.spec.hooks)}"
         raise mismatch("hook", name, expected=held, of="the dataset", got=card.hook, fix=TRAINED_ON)
@@ -47,6 +55,8 @@ def check_dataset(name: str, card: SaeCard, plan: HarvestPlan) -> None:
     width = plan.d_model(card.hook)
     if card.d_model != width:
         raise mismatch("width D", name, expected=width, of="the dataset", got=card.d_model, fix=TRAINED_ON)
+    if targets and card.target_hooks:
+        _check_targets(name, card, plan)
     # By the digest of the weights, not by name: a folder that has moved is the same subject, and imported
     # SAEs have no identity to compare.
     planned = plan.subject
@@ -73,31 +83,60 @@ def other_windows(name: str, card: SaeCard, plan: HarvestPlan) -> str | None:
     )
 
 
-def check_autoencoder(name: str, parts: SaeParts) -> None:
-    """Check that an SAE reconstructs its own input, from one hook.
+def _check_targets(name: str, card: SaeCard, plan: HarvestPlan) -> None:
+    """Check that a dataset holds the rows of a transcoder's targets, in their widths."""
+    require_hooks(name, (card.hook, *card.target_hooks), plan)
+    widths = card.parts.target_widths or (card.parts.d_out,)
+    for hook, width in zip(card.target_hooks, widths, strict=True):
+        if width != plan.d_model(hook):
+            raise mismatch(
+                f"width of target {hook}",
+                name,
+                expected=plan.d_model(hook),
+                of="the dataset",
+                got=width,
+                fix=TRAINED_ON,
+            )
+
+
+def require_hooks(name: str, hooks: Sequence[str], plan: HarvestPlan) -> None:
+    """Check that a dataset holds all hooks that an SAE or a set reads and predicts.
 
     Raises:
-        SaeMismatch: The SAE is a transcoder or a crosscoder.
+        SaeMismatch: Some are missing; the message says what a harvest of all of them would store.
     """
-    if parts.d_out is not None or parts.widths:
-        raise SaeMismatch(
-            f"the hooks of {name}",
-            expected="an autoencoder of one hook",
-            got="a transcoder" if parts.d_out is not None else f"a crosscoder of {len(parts.widths)} hooks",
-            fix="Use an autoencoder; for other SAEs `winnow train` reports the held-out figures",
-        )
+    missing = [hook for hook in hooks if hook not in plan.spec.hooks]
+    if not missing:
+        return
+    # Sites of one stream are equally wide, so that the width of a missing one is that of any other.
+    width = max(site.d_model for site in plan.sites)
+    size = len(hooks) * plan.rows * row_bytes(plan.spec.dtype, width)
+    raise mismatch(
+        "hooks",
+        name,
+        expected=f"hooks among {', '.join(plan.spec.hooks)}",
+        of="the dataset",
+        got=f"also {', '.join(missing)}",
+        fix=(
+            f"Harvest with plan.hooks = [{', '.join(hooks)}]: about {size:,} bytes as "
+            f"{plan.spec.dtype} for the same {plan.rows:,} rows of width {width:,}"
+        ),
+    )
 
 
 def check_same_place(name: str, card: SaeCard, other: str, reference: SaeCard) -> None:
-    """Check that two SAEs read the same hook of the same subject, as far as both cards say.
+    """Check that two SAEs read and predict the same hooks of the same subject, as far as both cards say.
 
     Raises:
-        SaeMismatch: The hook, width or subject differs from that of `other`, whose card is `reference`.
+        SaeMismatch: A hook, the width or the subject differs from that of `other`, whose card is `reference`.
     """
     if card.hook != reference.hook:
         raise mismatch("hook", name, expected=reference.hook, of=other, got=card.hook)
     if card.d_model != reference.d_model:
         raise mismatch("width D", name, expected=reference.d_model, of=other, got=card.d_model)
+    if card.target_hooks != reference.target_hooks:
+        mine, theirs = (", ".join(one.target_hooks) or "none" for one in (card, reference))
+        raise mismatch("targets", name, expected=theirs, of=other, got=mine)
     # An imported SAE has no identity: its subject cannot be compared, and it is not refused for that.
     mine, theirs = card.identity, reference.identity
     if mine and theirs and mine.subject_weights_sha256 != theirs.subject_weights_sha256:

@@ -11,6 +11,9 @@ from winnow.schemas.layers import Reads, SetSpec
 from winnow.schemas.training import SaeIdentity, TrainSpec
 from winnow.schemas.window import WindowRule
 
+SET_KEY = "set.json"
+"""The file that makes a folder a set. Sets hold no `sae.json` themselves: their layers do."""
+
 
 class SetLayer(Contract):
     """One layer's transcoder, in a folder of its own."""

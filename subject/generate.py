@@ -5,7 +5,8 @@ N latents, V vocabulary.
 
 A steered activation is `x + delta`: the SAE's own error is unchanged, and
 `delta = (new code - code) * W_dec[latent]` in the raw scale of the row. Rows whose code does not change
-pass bit for bit, so that a steer that changes nothing changes no logit.
+pass bit for bit, so that a steer that changes nothing changes no logit. A transcoder's code is read at its
+hook, and delta is added at each of its targets in the same pass.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Dictionary(Protocol):
 
     @property
     def W_dec(self) -> Tensor:
-        """[N, D]: row n is latent n's direction."""
+        """[N, O]: row n is latent n's direction; O = D, except for a transcoder."""
         ...
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ class Dictionary(Protocol):
         ...
 
     def decode(self, values: Tensor, indices: Tensor, like: Tensor) -> Tensor:
-        """Decode codes [P, S] to rows [P, D] in the raw scale of the rows `like`; affine in the values."""
+        """Decode codes [P, S] to rows [P, O] in the raw scale of the rows `like`; affine in the values."""
         ...
 
 
@@ -79,6 +80,29 @@ class Steer:
             raise ConfigError("steer.strength", expected="a finite number", got=self.strength)
         if self.skip < 0:
             raise ConfigError("steer.skip", expected="0 or more positions", got=self.skip)
+        # Without a card nothing tells what it writes to, and its output would be added to its input.
+        if getattr(self.sae, "has_target", False) and not self.targets:
+            raise ConfigError(
+                "steer.sae", expected="a published transcoder (`Sae.load`)", got="one without a card"
+            )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The hooks that a transcoder writes to; none if the SAE reconstructs what it reads."""
+        card = getattr(self.sae, "card", None)
+        return () if card is None else card.target_hooks
+
+    @property
+    def target_widths(self) -> tuple[int, ...]:
+        """The width of each of `targets`."""
+        card = getattr(self.sae, "card", None)
+        return (card.parts.target_widths or (card.parts.d_out,)) if self.targets and card else ()
+
+    @property
+    def read_width(self) -> int:
+        """The width of the rows that its SAE reads."""
+        card = getattr(self.sae, "card", None)
+        return card.d_model if self.targets and card else self.sae.W_dec.shape[1]
 
     def change(self, code: Tensor) -> Tensor:
         """The new code minus `code` [P], by `op`."""
@@ -101,6 +125,15 @@ class GeneratedToken(NamedTuple):
     """The logits [V] it was chosen from, in the LM's dtype on its device."""
 
 
+class Delta(NamedTuple):
+    """What one steer adds to the rows of a pass."""
+
+    moves: Tensor
+    """[P, 1]: whether the code of the row changes."""
+    rows: Tensor
+    """[P, O] in the raw scale of what is written."""
+
+
 def steered(
     steers: Sequence[Steer], length: int, *, start: int = 0, generated_from: int | None = None
 ) -> Replacement:
@@ -109,33 +142,100 @@ def steered(
     Every steer reads the code of the unchanged row, and the changes are added.
 
     Args:
-        steers: Changes at one hook.
+        steers: Changes at one hook, by SAEs that reconstruct it; `steered_hooks` also takes transcoders.
         length: T of the pass, in positions; its rows are [W*T, D].
         start: Position of each window's first row (not 0 if a cache holds the earlier ones).
         generated_from: The first generated position; None if the windows have none.
+
+    Raises:
+        ConfigError: One of the SAEs is a transcoder.
     """
+    if any(steer.targets for steer in steers):
+        raise ConfigError(
+            "steered",
+            expected="SAEs that reconstruct the hook",
+            got="a transcoder, which writes to other hooks",
+            fix="Use `steered_hooks`",
+        )
 
     def replace(rows: Tensor) -> Tensor:
-        new, codes = rows, _Codes(rows)
-        position = start + torch.arange(len(rows), device=rows.device) % length
-        for steer in steers:
-            change = steer.change(codes.of(steer))
-            end = generated_from if steer.positions == "generated" else 0
-            first = max(steer.skip, math.inf if end is None else end)
-            change = torch.where((position < first).to(change.device), 0.0, change)[:, None]
-            latent = torch.full_like(change, steer.latent, dtype=torch.int64)
-            like = codes.rows(steer.sae)
-            # The difference of two decodings, not change * W_dec: `decode` knows the SAE's normalisation, and
-            # its biases cancel.
-            delta = steer.sae.decode(change, latent, like) - steer.sae.decode(
-                torch.zeros_like(change), latent, like
-            )
-            moved = new.float() + delta.to(new.device, torch.float32)
-            # `where`, since adding a delta of 0 in float32 and rounding back may change the last bit.
-            new = torch.where((change != 0).to(new.device), moved.to(rows.dtype), new)
+        new = rows
+        for delta in _deltas(steers, rows, length, start, generated_from):
+            new = _moved(new, delta.moves, delta.rows)
         return new
 
     return replace
+
+
+def steered_hooks(
+    steer: Mapping[str, Sequence[Steer]], length: int, *, start: int = 0, generated_from: int | None = None
+) -> dict[str, Replacement]:
+    """The replacements at all hooks that are read or written, for `Subject.logits(..., replace=...)`.
+
+    A hook's rows are read before anything is added to them there, and after all that is added below it.
+    The replacements serve one pass, in which a transcoder's targets come after its hook.
+
+    Args:
+        steer: Hook that is read -> changes.
+        length: As in `steered`.
+        start: As in `steered`.
+        generated_from: As in `steered`.
+    """
+    # Hook that is written -> what the transcoders read so far in this pass add there.
+    waiting: dict[str, list[tuple[Tensor, Tensor]]] = {hook: [] for hook in written_hooks(steer)}
+
+    def at(hook: str) -> Replacement:
+        own = [one for one in steer.get(hook, ()) if not one.targets]
+        sent = [one for one in steer.get(hook, ()) if one.targets]
+
+        def replace(rows: Tensor) -> Tensor:
+            given = list(waiting.get(hook, ()))
+            for one, delta in zip(sent, _deltas(sent, rows, length, start, generated_from), strict=True):
+                parts = delta.rows.split(one.target_widths, dim=1)
+                for target, part in zip(one.targets, parts, strict=True):
+                    waiting[target].append((delta.moves, part))
+            new = steered(own, length, start=start, generated_from=generated_from)(rows)
+            for moves, part in given:
+                new = _moved(new, moves, part)
+            return new
+
+        return replace
+
+    return {hook: at(hook) for hook in (*steer, *(hook for hook in waiting if hook not in steer))}
+
+
+def written_hooks(steer: Mapping[str, Sequence[Steer]]) -> dict[str, int]:
+    """The hooks that transcoders among steers write to, and the width that they write."""
+    steers = [one for each in steer.values() for one in each]
+    return {hook: width for one in steers for hook, width in zip(one.targets, one.target_widths, strict=True)}
+
+
+def _moved(rows: Tensor, moves: Tensor, part: Tensor) -> Tensor:
+    """Rows with a change added where there is one."""
+    moved = rows.float() + part.to(rows.device, torch.float32)
+    # `where`, since adding a delta of 0 in float32 and rounding back may change the last bit.
+    return torch.where(moves.to(rows.device), moved.to(rows.dtype), rows)
+
+
+def _deltas(
+    steers: Sequence[Steer], rows: Tensor, length: int, start: int, generated_from: int | None
+) -> Iterator[Delta]:
+    """What each steer adds, by the codes of the rows [P, D] that are read."""
+    codes = _Codes(rows)
+    position = start + torch.arange(len(rows), device=rows.device) % length
+    for steer in steers:
+        change = steer.change(codes.of(steer))
+        end = generated_from if steer.positions == "generated" else 0
+        first = max(steer.skip, math.inf if end is None else end)
+        change = torch.where((position < first).to(change.device), 0.0, change)[:, None]
+        latent = torch.full_like(change, steer.latent, dtype=torch.int64)
+        like = codes.rows(steer.sae)
+        # The difference of two decodings, not change * W_dec: `decode` knows the SAE's normalisation, and
+        # its biases cancel.
+        delta = steer.sae.decode(change, latent, like) - steer.sae.decode(
+            torch.zeros_like(change), latent, like
+        )
+        yield Delta(change != 0, delta)
 
 
 class _Codes:
@@ -165,7 +265,8 @@ def generate(
     steps: Steps,
     tokenizer: transformers.PreTrainedTokenizerBase,
     prompt: Tensor,
-    steer: Mapping[Tap, Sequence[Steer]],
+    steer: Mapping[str, Sequence[Steer]],
+    taps: Mapping[str, Tap],
     *,
     max_new_tokens: int,
     seed: int,
@@ -178,7 +279,8 @@ def generate(
         steps: Steps of the same model.
         tokenizer: Its tokenizer.
         prompt: int64 [1, T] on the model's device.
-        steer: The changes at each tap.
+        steer: Hook that is read -> changes.
+        taps: The tap of every hook that is read or written.
         max_new_tokens: Largest number of tokens.
         seed: Seed of the draw; the same seed gives clean and steered runs the same random numbers.
         temperature: Divides the logits; 0 takes the likeliest token.
@@ -192,10 +294,8 @@ def generate(
         end = ids.shape[1]
         new = ids if kept is None else ids[:, -1:]
         T = new.shape[1]
-        replace = {
-            tap: steered(steers, T, start=end - T, generated_from=prompt.shape[1])
-            for tap, steers in steer.items()
-        }
+        fns = steered_hooks(steer, T, start=end - T, generated_from=prompt.shape[1])
+        replace = {taps[hook]: fn for hook, fn in fns.items()}
         # Hooks are set during a pass only, so that several generations on one model may be interleaved.
         with torch.no_grad(), replaced(model, replace, (1, T)):
             logits, kept = steps.run(new, end, kept)

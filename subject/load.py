@@ -22,7 +22,7 @@ from winnow.schemas.fit import mismatch
 from winnow.schemas.subject import HookSite, SubjectIdentity, SubjectSpec
 from winnow.schemas.window import WindowRule
 from winnow.subject.causal import check_causal
-from winnow.subject.generate import GeneratedToken, Steer, generate
+from winnow.subject.generate import GeneratedToken, Steer, generate, written_hooks
 from winnow.subject.hooks import Tap, resolve_hook
 from winnow.subject.layout import Layout, find_layout
 from winnow.subject.pretrained import (
@@ -316,7 +316,8 @@ class Subject:
             bos: Whether BOS precedes a text. None does what the tokenizer itself does, by its
                 post-processor; an SAE's `card.window.bos` says what the SAE was trained on.
             max_new_tokens: Largest number of tokens; fewer if EOS comes earlier.
-            steer: hook -> changes there; see `winnow.subject.generate.Steer`.
+            steer: hook that the SAE reads -> changes; see `winnow.subject.generate.Steer`. A transcoder's
+                are made at its targets.
             seed: Seed of the draw. The same seed gives a clean and a steered run the same random numbers.
             temperature: Divides the logits; 0 takes the likeliest token and draws nothing.
 
@@ -346,33 +347,37 @@ class Subject:
                 got=f"{len(prompt)} + {max_new_tokens}",
             )
         # Before `_steps`, whose trial takes several passes: a wrong hook is an error at once.
-        taps = self._steered_taps(steer or {})
+        # Without hooks at which nothing changes.
+        chosen = {hook: tuple(steers) for hook, steers in (steer or {}).items() if steers}
+        taps = self._steered_taps(chosen)
         return generate(
             self.model,
             self._steps,
             self.tokenizer,
             ids,
+            chosen,
             taps,
             max_new_tokens=max_new_tokens,
             seed=seed,
             temperature=temperature,
         )
 
-    def _steered_taps(self, steer: Mapping[str, Sequence[Steer]]) -> dict[Tap, tuple[Steer, ...]]:
-        """`steer` by tap, without hooks at which nothing changes; ConfigError for an SAE of another width."""
-        chosen = {hook: tuple(steers) for hook, steers in steer.items() if steers}
-        sites = self.sites(list(chosen)) if chosen else ()
-        for site in sites:
-            for one in chosen[site.name]:
-                if one.sae.W_dec.shape[1] != site.d_model:
+    def _steered_taps(self, steer: Mapping[str, Sequence[Steer]]) -> dict[str, Tap]:
+        """The taps of all hooks that are read or written; ConfigError for an SAE of another width."""
+        widths = {hook: [one.read_width for one in each] for hook, each in steer.items()}
+        for hook, width in written_hooks(steer).items():
+            widths.setdefault(hook, []).append(width)
+        for site in self.sites(list(widths)) if widths else ():
+            for width in widths[site.name]:
+                if width != site.d_model:
                     raise mismatch(
                         "width D",
                         f"the SAE at {site.name}",
                         expected=site.d_model,
                         of="the subject",
-                        got=one.sae.W_dec.shape[1],
+                        got=width,
                     )
-        return {self._taps[hook][0]: steers for hook, steers in chosen.items()}
+        return {hook: self._taps[hook][0] for hook in widths}
 
     @cached_property
     def _steps(self) -> Steps:

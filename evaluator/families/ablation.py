@@ -10,10 +10,13 @@ section 4.5). The baseline ablates one channel, ``x' = x - x_j e_j``.
 Every latent at every token would take rows x L0 passes, so rows, and latents and channels at each row, are
 sampled uniformly; the interval (bootstrap over rows) is the error due to that. All variants of a row, and the
 clean row, run in one batch, from the hook upwards, for T positions, on the clean pass's keys and values.
+Of a transcoder, x is the row of its target, and channels are those of the target. Latents of a layer of a
+cross-layer set are taken out of all their targets at once, in a whole pass for each.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,26 +59,27 @@ def _mean_moved(shares: NDArray[np.float64]) -> float:
     return float(moved.mean()) if len(moved) else float("nan")
 
 
-def without_latents(sae: Sae, row: Tensor, slots: Tensor) -> Tensor:
+def without_latents(sae: Sae, row: Tensor, slots: Tensor, target: Tensor | None = None) -> Tensor:
     """Ablate one slot of a row's codes per variant, keeping the SAE's error.
 
     Args:
         sae: The SAE.
         row: Activation [D] in the raw scale.
         slots: int64 [n], numbers of slots of `sae.encode(row)`.
+        target: A transcoder's activation [O] at its targets, in the raw scale; None is `row` itself.
 
     Returns:
-        [n, D] in the raw scale.
+        [n, O] in the raw scale.
     """
     x = row.float()[None]
     values, indices = sae.encode(x)
-    scale = sae.normalise(x)[1]
     dropped = values.repeat(len(slots), 1)
     dropped[torch.arange(len(slots)), slots] = 0
     # By decoding twice rather than from a row of W_dec: normalisation and its inverse stay in one place, the
     # SAE.
-    whole = sae.decode(values, indices, like=scale)
-    return x - (whole - sae.decode(dropped, indices.expand(len(slots), -1), like=scale))
+    whole = sae.decode(values, indices, like=x)
+    y = x if target is None else target.float()[None]
+    return y - (whole - sae.decode(dropped, indices.expand(len(slots), -1), like=x))
 
 
 def without_channels(row: Tensor, channels: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ def sample_rows(setting: Setting, draw: np.random.Generator) -> list[tuple[int, 
     """
     length = setting.spec.ablation_tokens
     windows = draw.permutation(len(setting.windows))
-    fit = setting.dataset.window_weights([setting.hook], windows.tolist()) > 0
+    fit = setting.dataset.window_weights(setting.hooks, windows.tolist()) > 0
     # Every row is compared over the same T positions, so the last T - 1 of a window cannot begin one.
     fit[:, max(fit.shape[1] - length + 1, 0) :] = False
     usable = [(int(w), np.flatnonzero(row)) for w, row in zip(windows, fit, strict=True) if row.any()]
@@ -106,6 +110,51 @@ def sample_rows(setting: Setting, draw: np.random.Generator) -> list[tuple[int, 
     return [(window, int(draw.choice(positions))) for window, positions in chosen]
 
 
+class _Passes:
+    """One position of one window: what is read and written there, and logits from it on.
+
+    Attributes:
+        row: What the latents are read from, float32 [D].
+        written: What they write to, float32 [O]: the same row, unless the SAE is a transcoder.
+        channels: Leading channels of `written` that the baseline takes from: a transcoder's own target.
+    """
+
+    def __init__(self, setting: Setting, window: int, position: int) -> None:
+        self._setting, self._position = setting, position
+        self._stop = position + setting.spec.ablation_tokens
+        self._ids = setting.tokens([window])[:, : self._stop]
+        self._hooks, self._start = setting.card.output_hooks, None
+        if setting.card.target_hooks:
+            found = setting.subject.activations(self._ids, list(dict.fromkeys(setting.hooks)))
+            self.row = found[setting.hook][0, position].float()
+            parts = [found[hook][0, position].float() for hook in self._hooks]
+        # What several hooks hold cannot be changed from one of them on.
+        if len(self._hooks) == 1:
+            self._start = setting.tail.start(self._ids, keep_cache=True)
+            parts = [self._start.rows[0, position].float()]
+            self.row = self.row if setting.card.target_hooks else parts[0]
+        self.written, self.channels = torch.cat(parts), len(parts[0])
+        self._widths = [len(part) for part in parts]
+
+    def logits(self, variants: Tensor) -> Tensor:
+        """Logits [n, T, V] from this position on, with each of the variants [n, O] in place of `written`."""
+        # Only from `position` on, on the clean pass's keys and values: earlier positions cannot change.
+        if self._start is not None:
+            return self._setting.tail.continued(self._start, 0, self._position, self._stop, variants)
+        made: list[Tensor] = []
+        # The changes, not the rows: a later target's own row already follows from those at an earlier one.
+        for variant in variants - self.written:
+            parts = zip(self._hooks, variant.split(self._widths), strict=True)
+            replace = {hook: partial(self._add, part=part) for hook, part in parts}
+            made.append(self._setting.subject.logits(self._ids, replace)[0, self._position :])
+        return torch.stack(made)
+
+    def _add(self, rows: Tensor, part: Tensor) -> Tensor:
+        rows = rows.clone()
+        rows[self._position] += part.to(rows)
+        return rows
+
+
 def _ablate_row(
     setting: Setting, window: int, position: int, draw: np.random.Generator
 ) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
@@ -115,26 +164,23 @@ def _ablate_row(
         The number of latents active there, and `effect_sparsity` of each latent and of each channel that was
         ablated; both are empty if no latent is active.
     """
-    spec, sae, tail = setting.spec, setting.sae, setting.tail
-    stop = position + spec.ablation_tokens
-    start = tail.start(setting.tokens([window])[:, :stop], keep_cache=True)
-    row = start.rows[0, position].float()
-    slots = np.flatnonzero((sae.encode(row[None])[0][0] > 0).cpu().numpy())
+    spec, sae, run = setting.spec, setting.sae, _Passes(setting, window, position)
+    slots = np.flatnonzero((sae.encode(run.row[None])[0][0] > 0).cpu().numpy())
     if not len(slots):
         return 0, np.empty(0), np.empty(0)
     count = min(spec.ablation_latents, len(slots))
     chosen = draw.choice(slots, count, replace=False)
-    channels = draw.choice(sae.d_model, min(spec.ablation_latents, sae.d_model), replace=False)
+    channels = draw.choice(run.channels, min(spec.ablation_latents, run.channels), replace=False)
+    device = run.row.device
     variants = torch.cat(
         [
             # The clean row in the same batch: float noise is then the same on both sides.
-            row[None],
-            without_latents(sae, row, torch.from_numpy(chosen).to(row.device)),
-            without_channels(row, torch.from_numpy(channels).to(row.device)),
+            run.written[None],
+            without_latents(sae, run.row, torch.from_numpy(chosen).to(device), run.written),
+            without_channels(run.written, torch.from_numpy(channels).to(device)),
         ]
     )
-    # Only from `position` on, on the clean pass's keys and values: earlier positions cannot change.
-    logits = tail.continued(start, 0, position, stop, variants)
+    logits = run.logits(variants)
     shares = effect_sparsity(logits[1:], logits[0]).numpy()
     return len(slots), shares[:count], shares[count:]
 

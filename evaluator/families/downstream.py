@@ -5,8 +5,8 @@ of what is replaced (D, unless a transcoder or a crosscoder reads something else
 
 The subject runs with the hook replaced by the reconstruction, by zeros, or by the mean of the training
 rows, each computed from the *clean* rows. Every variant replaces exactly the same positions: dropped leading
-ones and sinks stay clean. Cross-entropies and KL(clean, patched) are means over all next-token predictions of
-a window, in nats.
+ones and sinks stay clean. A transcoder replaces the rows of its target, computed from the clean rows of its
+hook. Cross-entropies and KL(clean, patched) are means over all next-token predictions of a window, in nats.
 """
 
 from __future__ import annotations
@@ -249,17 +249,25 @@ def figures_of(losses: Losses, reached: Reached, seed: int = 0) -> list[Figure]:
     return figures
 
 
+def runs_for(setting: Setting) -> Runs:
+    """How a setting's SAE is read and replaced."""
+    card = setting.card
+    if card.target_hooks:
+        return AcrossHooks(setting.subject, card.input_hooks, card.target_hooks, setting.dataset)
+    return AtHook(setting.tail)
+
+
 def measure(setting: Setting) -> Measured:
-    """Run the subject over the held-out windows, clean and with the hook replaced three ways."""
+    """Run the subject over the held-out windows, clean and with hook or target replaced three ways."""
     losses = splice_losses(
-        AtHook(setting.tail),
+        runs_for(setting),
         setting.dataset,
         setting.windows,
-        sae_variants(setting.sae, setting.dataset, [setting.hook], setting.device),
+        sae_variants(setting.sae, setting.dataset, setting.card.output_hooks, setting.device),
         batch_windows=setting.spec.batch_windows,
     )
     # `n2g` compares with the same reconstruction, and need not run it again.
     setting.losses.update(losses)
     means = {name: float(values.mean()) for name, values in losses.items()}
-    reached = Reached.of(setting.dataset, [setting.hook], setting.windows)
+    reached = Reached.of(setting.dataset, setting.hooks, setting.windows)
     return Measured(figures_of(losses, reached, setting.spec.seed), {"mean_nats": means})

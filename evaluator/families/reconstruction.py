@@ -1,6 +1,6 @@
 """Family `reconstruction`: FVU in both spaces, L0, dead share, density histogram. The subject does not run.
 
-Letters: W windows, N latents, D d_model. Definitions of FVU and L0: `winnow.sae.metrics`.
+Letters: W windows, N latents, D width of what is reconstructed. `winnow.sae.metrics` defines FVU and L0.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import figure
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.metrics import L0, Fvu
+from winnow.sae.model import Sae
 from winnow.schemas.errors import IntegrityError
 from winnow.schemas.evaluation import Figure
 
@@ -58,17 +59,20 @@ class _WindowSums:
 def measure(setting: Setting) -> Measured:
     """Measure FVU, L0, dead shares and densities on the stored rows of the held-out windows.
 
+    Of a transcoder, FVU is that of its target; a layer of a cross-layer set has none of its own.
+
     Raises:
         IntegrityError: There is no row of weight above 0, or a stored one is damaged.
     """
     sae, count, seed = setting.sae, len(setting.windows), setting.spec.seed
-    spaces = {"fvu_normalised": Fvu(sae.d_model, setting.device), "fvu_raw": Fvu(sae.d_model, setting.device)}
-    sums = {name: _WindowSums(count, sae.d_model) for name in spaces}
-    l0, active = L0(), np.zeros(count)
+    names = () if setting.partial else ("fvu_normalised", "fvu_raw")
+    spaces = {name: Fvu(sae.d_out, setting.device) for name in names}
+    sums = {name: _WindowSums(count, sae.d_out) for name in names}
+    l0, active, rows_in = L0(), np.zeros(count), np.zeros(count)
     firings = torch.zeros(sae.latents, dtype=torch.int64, device=setting.device)
     total = count * setting.dataset.plan.rows_per_window
     with torch.no_grad(), Progress("reconstruction", total, "rows") as bar:
-        for codes in setting.held_out_codes():
+        for codes in setting.held_out_codes(targets=bool(names)):
             bar.advance(len(codes.rows))
             keep = codes.weights > 0
             # A void unit: all of its rows have weight 0.
@@ -76,22 +80,18 @@ def measure(setting: Setting) -> Measured:
                 continue
             rows, values, indices = codes.rows[keep], codes.values[keep], codes.indices[keep]
             windows = codes.windows[keep.cpu().numpy()]
-            # One encoding serves both spaces; only the decoder's output is scaled back for the raw one.
-            x, scale = sae.normalise(rows)
-            pairs = {
-                "fvu_normalised": (x, sae.decode(values, indices)),
-                "fvu_raw": (rows, sae.decode(values, indices, like=scale)),
-            }
-            for name, (true, guess) in pairs.items():
-                spaces[name].add(true, guess)
-                sums[name].add(true, guess, windows)
+            if names:
+                true = None if codes.targets is None else codes.targets[keep]
+                for name, pair in _pairs(sae, rows, values, indices, true).items():
+                    spaces[name].add(*pair)
+                    sums[name].add(*pair, windows)
             l0.add(values)
+            np.add.at(rows_in, windows, 1.0)
             np.add.at(active, windows, (values > 0).sum(1).cpu().numpy())
             firings += torch.bincount(indices[values > 0], minlength=sae.latents)
-    if not spaces["fvu_raw"].rows:
+    if not rows_in.any():
         raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
     # The values come from `Fvu` and `L0`, as in training; the sums per window are for the intervals.
-    rows_in = sums["fvu_raw"].rows
     figures = [sums[name].figure(name, fvu, seed) for name, fvu in spaces.items()]
     made = figure("l0", lambda a, n: a / n, active[rows_in > 0], rows_in[rows_in > 0], seed=seed)
     figures.append(made.model_copy(update={"value": l0.value}))
@@ -99,7 +99,19 @@ def measure(setting: Setting) -> Measured:
     details = histogram(firings.cpu().numpy(), rows_in.sum())
     details["rows"] = int(rows_in.sum())
     details["rows_left_out"] = int(total - rows_in.sum())
-    return Measured(figures, details)
+    notes = () if names else (f"no FVU: {setting.why_partial}",)
+    return Measured(figures, details, notes)
+
+
+def _pairs(
+    sae: Sae, rows: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, target: torch.Tensor | None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What should come out and what does, in the normalised and in the raw space."""
+    # One encoding serves both spaces; only the decoder's output is scaled back for the raw one.
+    x, scale = sae.normalise(rows)
+    given = sae.reconstruct(values, indices, x)
+    true, raw = (x, rows) if target is None else (sae.normalise_target(target), target)
+    return {"fvu_normalised": (true, given), "fvu_raw": (raw, sae.restore(given, scale))}
 
 
 def _dead_shares(setting: Setting, firings: NDArray[np.int64], rows: int) -> list[Figure]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from winnow.common.reporter import Progress
 from winnow.evaluator.activations import Activations, active, gather
 from winnow.evaluator.bootstrap import figure, mean_figure
-from winnow.evaluator.families.downstream import AtHook, Reached, Variant, splice_losses
+from winnow.evaluator.families.downstream import Reached, Variant, runs_for, splice_losses
 from winnow.evaluator.n2g.learn import Example, learn
 from winnow.evaluator.n2g.tries import WILDCARD, Firings, Pattern, Trie, fire
 from winnow.evaluator.setting import Codes, Measured, Setting
@@ -158,7 +158,7 @@ def explain(setting: Setting, found: Activations, latents: NDArray[np.int64]) ->
     squares = np.zeros(len(latents))
     for unit in units:  # one at a time, so that only one unit's activations are in memory
         inside = unit_windows(setting, range(unit, unit + 1))
-        allowed = setting.dataset.window_weights([setting.hook], list(inside)) > 0
+        allowed = setting.dataset.window_weights(setting.hooks, list(inside)) > 0
         fired = fire(tries, tokens[inside.start - windows.start :][: len(inside)], allowed)
         context = plan.spec.context_length
         # Only where a trie fires: elsewhere s is 0 and adds nothing, so that most rows need not be encoded.
@@ -293,6 +293,8 @@ def simulate(
 ) -> tuple[list[Figure], dict[str, float]]:
     """Measure delta CE of simulating, and of zeroing, the explained latents, relative to the reconstruction.
 
+    Of a transcoder, to its prediction in its target's place.
+
     Args:
         setting: What is measured.
         explained: Latents, tries and scales.
@@ -304,7 +306,7 @@ def simulate(
     # `downstream`, if it was measured in the same command, has the losses of the reconstruction already.
     known = {name: setting.losses[name] for name in variants if name in setting.losses}
     losses = known | splice_losses(
-        AtHook(setting.tail),
+        runs_for(setting),
         setting.dataset,
         setting.windows,
         {name: variant for name, variant in variants.items() if name not in known},
@@ -312,7 +314,7 @@ def simulate(
         batch_windows=setting.spec.batch_windows,
         label="n2g simulation",
     )
-    reached = Reached.of(setting.dataset, [setting.hook], setting.windows)
+    reached = Reached.of(setting.dataset, setting.hooks, setting.windows)
     # Differences of 0 in every window would not be a measurement of 0. With `everything` the others are
     # zeroed, and the losses differ in any case.
     sample = reached.windows & (not silent or everything)
@@ -343,7 +345,7 @@ def measure(setting: Setting) -> Measured:
     explained = explain(setting, found, latents)
 
     tokens = setting.tokens(setting.windows)
-    allowed = setting.dataset.window_weights([setting.hook], list(setting.windows)) > 0
+    allowed = setting.dataset.window_weights(setting.hooks, list(setting.windows)) > 0
     held_out = gather(
         setting.held_out_codes(), total, top=0, positives=spec.n2g_positives, context=context, seed=spec.seed
     )
@@ -357,8 +359,12 @@ def measure(setting: Setting) -> Measured:
         mean_figure("n2g_recall", recall[~np.isnan(recall)], **options),
         mean_figure("n2g_precision", precision[~np.isnan(precision)], **options),
     ]
-    silent = not len(fired.slots) and not held_out.firings[latents].any()
-    simulated, losses = simulate(setting, explained, fired, silent=silent)
+    simulated, losses, notes = [], {}, ()
+    if setting.partial:
+        notes = (f"not simulated: {setting.why_partial}",)
+    else:
+        silent = not len(fired.slots) and not held_out.firings[latents].any()
+        simulated, losses = simulate(setting, explained, fired, silent=silent)
 
     for slot, fact in enumerate(facts[:_DETAILED]):
         fact["density"] = float(found.firings[fact["latent"]] / found.rows)
@@ -377,4 +383,4 @@ def measure(setting: Setting) -> Measured:
         f"{int((~np.isnan(precision)).sum())} tries fired on held-out windows, {len(fired.slots):,} times"
     )
     details = {"latents": facts[:_DETAILED], "mean_nats": losses, "train_rows": found.rows}
-    return Measured([*figures, *simulated], details, (note,))
+    return Measured([*figures, *simulated], details, (note, *notes))

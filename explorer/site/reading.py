@@ -14,7 +14,7 @@ from torch import Tensor
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.window import WindowRule
-from winnow.subject.generate import Steer, steered
+from winnow.subject.generate import Steer, steered_hooks
 from winnow.subject.load import Subject
 from winnow.subject.splice import next_token_loss
 
@@ -126,7 +126,7 @@ def ablate(subject: Subject, sae: Sae, reading: Reading, latent: int, *, drop_le
     # x - z_n d_n, not the reconstruction without n: otherwise the SAE's error would be measured too.
     steers = [Steer(sae, latent, "ablate", skip=drop_leading)]
     clean = subject.logits(ids)
-    cut = subject.logits(ids, {sae.card.hook: steered(steers, len(reading.ids))})
+    cut = subject.logits(ids, steered_hooks({sae.card.hook: steers}, len(reading.ids)))
     change = (next_token_loss(cut, ids) - next_token_loss(clean, ids))[0]
     before, after = clean[0].float().log_softmax(1), cut[0].float().log_softmax(1)
     # Rounding makes the KL of equal distributions slightly negative.

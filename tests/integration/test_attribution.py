@@ -114,15 +114,16 @@ def test_what_is_lost_without_a_latent_is_found_by_running_without_it(toy, token
         assert float(lost) == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
 
 
-def test_what_is_no_autoencoder_of_the_hook_is_refused(toy, tokens):
+def test_what_cannot_be_spliced_in_is_refused(toy, tokens):
     subject, metric = toy[0].subject, logit_difference(5)
-    with pytest.raises(SaeMismatch, match="transcoder"):
-        attribute(
-            subject,
-            {HOOK: Sae(16, 32, 4, "none", SaeParts(d_out=16, target_normalize="dataset"))},
-            tokens[None],
-            metric,
-        )
+    joined = Sae(32, 32, 4, "none", SaeParts(widths=(16, 16)))
+    unknown = Sae(16, 32, 4, "none", SaeParts(d_out=16, target_normalize="dataset"))
+    with pytest.raises(SaeMismatch, match="spliced_hooks"):
+        spliced(unknown, unchanged)
+    with pytest.raises(SaeMismatch, match="without a card"):
+        attribute(subject, {HOOK: unknown}, tokens[None], metric)
+    with pytest.raises(SaeMismatch, match=r"width D .*expected 16"):
+        attribute(subject, {HOOK: joined}, tokens[None], metric)
     with pytest.raises(SaeMismatch, match=r"width D .*expected 16"):
         attribute(subject, {HOOK: Sae(8, 32, 4, "none")}, tokens[None], metric)
     with pytest.raises(ConfigError, match="scalar"):

@@ -79,7 +79,7 @@ def test_an_autoencoder_gives_the_same_either_way(toy, tmp_path):
     assert joint_losses(subject, same, store, range(4))["kl.sae"] == pytest.approx(0, abs=1e-6)
 
 
-def test_winnow_evaluate_refuses_what_it_does_not_measure(toy, tmp_path):
-    saved(identity(SaeParts(d_out=D_MODEL, target_normalize="none"), D_MODEL), tmp_path, target_hook=HOOK)
-    with pytest.raises(SaeMismatch, match="one hook"):
+def test_winnow_evaluate_refuses_a_crosscoder(toy, tmp_path):
+    saved(identity(SaeParts(widths=(D_MODEL, D_MODEL)), 2 * D_MODEL), tmp_path, with_hooks=(HOOK,))
+    with pytest.raises(SaeMismatch, match=r"one hook, got a crosscoder of mlp_out.0, resid_post.1"):
         Setting.open(str(tmp_path), toy.root, subject=toy.subject)

@@ -32,7 +32,9 @@ def toy_config(folder: Path, *, units: int = 2, **sections: Any) -> Config:
     return config
 
 
-def save_sae(config: Config, uri: Path, sae: Sae, *, hook: str = HOOK, seed_of: str | None = None) -> str:
+def save_sae(
+    config: Config, uri: Path, sae: Sae, *, hook: str = HOOK, seed_of: str | None = None, **hooks: Any
+) -> str:
     """Save an SAE as one that was trained on the config's dataset; returns its URI."""
     plan = ActivationStore.open(config.root).plan
     identity = SaeIdentity(
@@ -41,7 +43,9 @@ def save_sae(config: Config, uri: Path, sae: Sae, *, hook: str = HOOK, seed_of: 
         subject_model=plan.subject.model,
         subject_weights_sha256=seed_of or plan.subject.weights_sha256,
     )
-    sae.save(open_store(str(uri)), hook=hook, identity=identity, metrics={"dead_share_last_epoch": 0.25})
+    sae.save(
+        open_store(str(uri)), hook=hook, **hooks, identity=identity, metrics={"dead_share_last_epoch": 0.25}
+    )
     return str(uri)
 
 

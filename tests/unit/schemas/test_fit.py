@@ -9,7 +9,6 @@ import pytest
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.errors import SaeMismatch
 from winnow.schemas.fit import (
-    check_autoencoder,
     check_dataset,
     check_one_subject,
     check_same_place,
@@ -62,20 +61,24 @@ def test_a_dataset_that_fits(fields):
 
 def test_several_hooks_fit_no_dataset_row():
     joined = card(with_hooks=("mlp_out.0",), d_model=12, parts=SaeParts(widths=(8, 4)))
-    with pytest.raises(SaeMismatch, match=r"the hooks of runs/a: expected one hook, got resid_post.1, mlp_o"):
+    with pytest.raises(SaeMismatch, match=r"the hooks of runs/a: expected one hook, got a crosscoder"):
         check_dataset("runs/a", joined, PLAN)
 
 
-def test_a_transcoder_reads_a_dataset_and_is_no_autoencoder():
-    parts = SaeParts(d_out=4, target_normalize="none")
-    check_dataset("runs/a", card(target_hook="mlp_out.0", parts=parts), PLAN)
-    with pytest.raises(
-        SaeMismatch, match=r"the hooks of runs/a: .*autoencoder of one hook, got a transcoder"
-    ):
-        check_autoencoder("runs/a", parts)
-    with pytest.raises(SaeMismatch, match=r"got a crosscoder of 2 hooks"):
-        check_autoencoder("runs/a", SaeParts(widths=(8, 4)))
-    check_autoencoder("runs/a", SaeParts())
+def transcoder(target: str = "mlp_out.0", width: int = 4) -> SaeCard:
+    return card(target_hook=target, parts=SaeParts(d_out=width, target_normalize="none"))
+
+
+def test_a_transcoder_fits_if_the_dataset_holds_its_target_too():
+    check_dataset("runs/a", transcoder(), PLAN, targets=True)
+    form = r"the width of target mlp_out.0 of runs/a: expected 4 \(the dataset's\), got 8"
+    with pytest.raises(SaeMismatch, match=form):
+        check_dataset("runs/a", transcoder(width=8), PLAN, targets=True)
+    missing = transcoder("mlp_out.1")
+    check_dataset("runs/a", missing, PLAN)  # its codes need only what it reads
+    size = f"{2 * PLAN.rows * 8 * 2:,} bytes as bfloat16"
+    with pytest.raises(SaeMismatch, match=rf"got also mlp_out.1\. Harvest .*mlp_out.1\]: about {size}"):
+        check_dataset("runs/a", missing, PLAN, targets=True)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,10 @@ def test_two_saes_that_do_not_read_the_same_place(fields, what, expected, got):
     with pytest.raises(SaeMismatch, match=form):
         check_same_place("runs/b", card(**fields), "runs/a", card())
     check_same_place("runs/b", card(identity=None), "runs/a", card())
+    with pytest.raises(
+        SaeMismatch, match=r"the targets of runs/b: expected none \(runs/a's\), got mlp_out.0"
+    ):
+        check_same_place("runs/b", transcoder(), "runs/a", card())
 
 
 def test_another_subject_than_the_datasets_and_saes_of_two_subjects():
