@@ -17,7 +17,8 @@ For every latent active anywhere in the prompt: its first-order effect, code x g
 log-probability of --answer (or on its logit over that of --against), from one backward pass with the SAE
 spliced in and its error kept; and, for the largest, the actual loss when that latent alone is set to 0. A
 positive effect favours the answer. The line below the table gives the part in the SAE's error, which no
-latent explains. The prompt begins as the dataset's windows do: with BOS if its plan says so.
+latent explains. Of a transcoder set, all layers are spliced in at once. The prompt begins as the
+dataset's windows do: with BOS if its plan says so.
 """
 EPILOG = (
     "Example: `winnow attribute runs/quickstart --root data/quickstart --prompt "
@@ -31,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def command(
-    sae: Annotated[str, typer.Argument(metavar="SAE_URI", help="Folder or URI with sae.json.")],
+    sae: Annotated[str, typer.Argument(metavar="SAE_URI", help="Folder or URI with sae.json or set.json.")],
     prompt: Annotated[str, typer.Option(help="Text before the answer.")],
     answer: Annotated[str, typer.Option(help="One token, including a leading space.")],
     against: Annotated[str | None, typer.Option(help="One token to compare with.")] = None,
@@ -49,14 +50,14 @@ def command(
     with guard():
         from winnow.common.config_file import load_config
         from winnow.evaluator.prompt import attribute_prompt
-        from winnow.evaluator.setting import Setting
+        from winnow.evaluator.set_setting import open_setting
         from winnow.schemas.config import Config
 
         # Not both: an SAE fits one dataset, and which one was meant would be a guess.
         if (config is None) == (root is None):
             raise ConfigError("the dataset", expected="--root URI or --config FILE, one of them")
         settings = load_config(config, []) if config else Config(root=root or "")
-        setting = Setting.open(sae, settings.root, subject=settings.subject, storage=settings.storage)
+        setting = open_setting(sae, settings.root, subject=settings.subject, storage=settings.storage)
         found = attribute_prompt(setting, prompt, answer, against, top, skip)
         emit(found, as_json, lambda: show(found))
 
@@ -67,8 +68,10 @@ def show(found: dict[str, Any]) -> None:
     if found["against"] is not None:
         what = f"logit({found['answer']!r}) - logit({found['against']!r})"
     # Tokens as literals: a leading space or a newline is part of them.
+    several = len(found["hooks"]) > 1
     lines = [
         [
+            *([effect["hook"]] if several else []),
             f"{effect['position']} {effect['token']!r}",
             str(effect["latent"]),
             f"{effect['code']:.3f}",
@@ -77,8 +80,10 @@ def show(found: dict[str, Any]) -> None:
         ]
         for effect in found["effects"]
     ]
-    title = f"{what} = {found['metric']:.4f}, by latents of {found['hook']}"
-    print_table(title, lines, header=("token", "latent", "code", "first order", "lost without it"))
+    shown = f"{found['hooks'][0]} to {found['hooks'][-1]}" if several else found["hook"]
+    title = f"{what} = {found['metric']:.4f}, by latents of {shown}"
+    header = ("token", "latent", "code", "first order", "lost without it")
+    print_table(title, lines, header=("hook", *header) if several else header)
     if not lines:
         say("no latent that is active on the prompt has an effect: there is nothing to attribute")
     if found["bos"]:

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 JUDGE_KEY_VARIABLE = "WINNOW_JUDGE_KEY"
 FAMILIES = "reconstruction, downstream, compute, stability, ablation, probes, n2g, judge"
 """The names of `winnow.schemas.evaluation`, which a help need not import; a test compares the two."""
-EVALUATE_HELP = f"""Measure a trained SAE on the windows its dataset held out.
+EVALUATE_HELP = f"""Measure a trained SAE or transcoder set on the windows its dataset held out.
 
 Families: {FAMILIES}; docs/evaluation.md defines each figure. Writes
 `evaluation.json` beside the SAE after every family and prints a table. May be interrupted at any time:
 finished families are kept, and measured again only with --again or other settings. Figures of other settings
-and of other datasets stay in the file.
+and of other datasets stay in the file. Of a set, reconstruction, downstream and compute are
+measured; the other families take one of its layers, SET/layer_3.
 
 The dataset comes from --root or from a config's `root`; sample sizes, tasks and the law of `compute` from
 its section `evaluate`. `judge` asks a language model at `evaluate.judge.endpoint` (its key:
@@ -46,7 +47,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 def evaluate_command(
-    sae: Annotated[str, typer.Argument(metavar="SAE_URI", help="Folder or URI with sae.json.")],
+    sae: Annotated[str, typer.Argument(metavar="SAE_URI", help="Folder or URI with sae.json or set.json.")],
     config: Annotated[
         Path | None, typer.Option(help="YAML file with `root`; optionally `subject` and `evaluate`.")
     ] = None,
@@ -118,13 +119,17 @@ def _config(path: Path | None, root: str | None, sets: list[str]) -> Config:
 
 
 def _show(found: Evaluation) -> None:
-    from winnow.evaluator.report import list_notes, name_of, tabulate
+    from winnow.evaluator.report import list_notes, name_of, tabulate, tabulate_layers
 
     # What was asked for comes last, right above the shell's prompt.
     for one in reversed(found.each):
         weights = "" if one.sae_sha256 == found.sae_sha256 else f", weights {one.sae_sha256[:12]}"
-        title = f"{one.sae}: {one.hook}, N = {one.latents:,}, K = {one.k}{weights}; on {name_of(one)}"
+        reads = f"{one.reads[0]} to {one.reads[-1]}" if one.reads else one.hook
+        title = f"{one.sae}: {reads}, N = {one.latents:,}, K = {one.k}{weights}; on {name_of(one)}"
         print_table(title, tabulate(one), header=("definition", "value", "95 % interval", "sample"))
+        header, layers = tabulate_layers(one)
+        if layers:
+            print_table("by layer", layers, header=header)
         for line in list_notes(one):
             say(line)
     seconds = ", ".join(f"{name} {family.seconds:.0f} s" for name, family in found.families.items())

@@ -46,14 +46,22 @@ Timeout = Annotated[float, typer.Option(help="Time limit of one request, in seco
 def info_command(
     uri: Uri, json: Json = False, allow_http: AllowHttp = False, timeout_seconds: Timeout = 60.0
 ) -> None:
-    """Describe a dataset and its progress. Digests in full: --json.
+    """Describe a dataset and its progress, or a set. Digests in full: --json.
 
     Example: winnow info data/quickstart
     """
     with guard():
+        from winnow.schemas.sets import SET_KEY
         from winnow.store.check.info import dataset_info
 
-        found = dataset_info(_open(uri, allow_http, timeout_seconds))
+        store = _open(uri, allow_http, timeout_seconds)
+        if store.size(SET_KEY) is not None:
+            from winnow.cli.sets import describe_set, show_set
+
+            value = describe_set(store)
+            emit(value, json, lambda: show_set(store.uri, value))
+            return
+        found = dataset_info(store)
         emit(found.model_dump(mode="json"), json, lambda: _show_info(found))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from winnow.evaluator.attribution import Attribution, attribute, logit_difference, without
+from winnow.evaluator.set_setting import SetSetting
 from winnow.evaluator.setting import Setting
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.window import WindowRule
@@ -14,7 +15,7 @@ from winnow.subject.load import Subject
 
 
 def attribute_prompt(
-    setting: Setting,
+    setting: Setting | SetSetting,
     prompt: str,
     answer: str,
     against: str | None,

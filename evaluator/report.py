@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from winnow.common.reporter import say
-from winnow.evaluator.families import ablation, compute, downstream, reconstruction, stability
+from winnow.evaluator.families import ablation, compute, downstream, reconstruction, sets, stability
 from winnow.evaluator.judge import family as judge
 from winnow.evaluator.n2g import family as n2g
 from winnow.evaluator.probes import family as probes
 from winnow.evaluator.probes.tasks import tasks_identity
+from winnow.evaluator.set_setting import SetSetting, open_setting
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.model import read_card
 from winnow.schemas.base import canonical_json, sha256_hex
@@ -39,6 +40,11 @@ MEASURES: dict[str, Callable[[Setting], Measured]] = {
 }
 """Family -> what measures it. `compute` is not among them: it takes the figures of `downstream` and runs
 nothing."""
+SET_MEASURES: dict[str, Callable[[SetSetting], Measured]] = {
+    "reconstruction": sets.reconstruction,
+    "downstream": sets.downstream,
+}
+"""Family -> what measures it of a transcoder set."""
 DEPENDS: dict[str, tuple[str, ...]] = {
     "reconstruction": ("windows",),
     "downstream": ("windows",),
@@ -53,7 +59,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 none: it affects float noise only."""
 
 
-def _chosen_families(setting: Setting) -> list[Family]:
+def _chosen_families(setting: Setting | SetSetting) -> list[Family]:
     """List the requested families, or all that have what they need, in the order of measurement.
 
     Raises:
@@ -64,9 +70,9 @@ def _chosen_families(setting: Setting) -> list[Family]:
     lacking = [name for name, given in needs.items() if not given]
     left_out = setting.left_out
     if spec.metrics is None:
-        for name, why in left_out.items():
-            if name not in lacking:
-                say(f"{name}: left out, {why}")
+        for why in dict.fromkeys(left_out.values()):
+            names = [name for name in left_out if left_out[name] == why and name not in lacking]
+            say(f"left out: {', '.join(names)}: {why}")
         return [name for name in FAMILIES if name not in lacking and name not in left_out]
     for name in (name for name in spec.metrics if name in left_out):
         raise ConfigError(
@@ -75,23 +81,31 @@ def _chosen_families(setting: Setting) -> list[Family]:
             got=left_out[name],
         )
     for name in lacking:
-        if name in spec.metrics:  # measuring raises the error that says what is missing
-            compute.measure(None, ()) if name == "compute" else MEASURES[name](setting)
+        if name in spec.metrics:
+            _measure_lacking(setting, name)
     # `compute` is a function of the losses of `downstream`, so it brings that family along.
     wanted = set(spec.metrics) | ({"downstream"} if "compute" in spec.metrics else set())
     return [name for name in FAMILIES if name in wanted]
 
 
-def _settings_of(setting: Setting, family: Family) -> dict[str, Any]:
+def _measure_lacking(setting: Setting | SetSetting, family: Family) -> None:
+    """Raise the error of a family that lacks what it needs; measuring it says what that is."""
+    if family == "compute":
+        compute.measure(None, ())
+    elif isinstance(setting, Setting):
+        MEASURES[family](setting)
+
+
+def _settings_of(setting: Setting | SetSetting, family: Family) -> dict[str, Any]:
     """Return everything in the spec that a family's figures depend on."""
     spec = setting.spec.model_dump(mode="json")
     return {"definitions": _DEFINITIONS} | {name: spec[name] for name in ("seed", *DEPENDS[family])}
 
 
-def _settings_digest(setting: Setting, family: Family) -> str:
+def _settings_digest(setting: Setting | SetSetting, family: Family) -> str:
     """Compute the digest of everything that a family's figures depend on."""
     facts = _settings_of(setting, family)
-    facts |= {"family": family, "sae": setting.card.weights_sha256}
+    facts |= {"family": family, "sae": setting.sha256}
     # The dataset's digest beside the plan's: it is null until the set is sealed, and figures of a part of the
     # dataset are then not taken for figures of all of it.
     facts |= {"plan": setting.dataset.plan.fingerprint, "dataset": setting.dataset.dataset_sha256}
@@ -103,24 +117,25 @@ def _settings_digest(setting: Setting, family: Family) -> str:
     return sha256_hex(canonical_json(facts))
 
 
-def _card(uri: str, setting: Setting) -> SaeCard:
+def _card(uri: str, setting: Setting | SetSetting) -> SaeCard:
     return read_card(open_store(uri, setting.storage), uri)
 
 
-def _new_evaluation(setting: Setting) -> Evaluation:
+def _new_evaluation(setting: Setting | SetSetting) -> Evaluation:
     """Make an evaluation without any family."""
-    plan, identity = setting.dataset.plan, setting.card.identity
+    plan, identity = setting.dataset.plan, setting.identity
     return Evaluation(
         sae=setting.uri,
-        sae_sha256=setting.card.weights_sha256,
+        sae_sha256=setting.sha256,
         plan_fingerprint=plan.fingerprint,
         dataset_sha256=setting.dataset.dataset_sha256,
         root=setting.dataset.store.uri,
         subject_model=plan.subject.model,
         subject_weights_sha256=plan.subject.weights_sha256,
         hook=setting.hook,
-        latents=setting.card.latents,
-        k=setting.card.k,
+        reads=setting.reads if isinstance(setting, SetSetting) else (),
+        latents=setting.latents,
+        k=setting.k,
         trained_on_this=identity is not None and identity.plan_fingerprint == plan.fingerprint,
     )
 
@@ -146,13 +161,14 @@ def evaluate(
     again: bool = False,
     judge_key: str | None = None,
 ) -> Evaluation:
-    """Measure a trained SAE on the windows its dataset held out; `evaluation.json` is written beside it.
+    """Measure a trained SAE or transcoder set on the windows its dataset held out.
 
-    It is written after every family, so an evaluation that was stopped resumes; what was measured of other
-    datasets and with other settings stays in it. `figure(name)` of what comes back looks up a figure.
+    `evaluation.json` is written beside it after every family, so an evaluation that was stopped resumes; what
+    was measured of other datasets and with other settings stays in it. `figure(name)` of what comes back
+    looks up a figure.
 
     Args:
-        sae: Folder or URI of the SAE.
+        sae: Folder or URI of the SAE or set.
         config: `root` (the dataset), `subject`, `storage` and the section `evaluate` are read. Without
             `subject` it is the one that the dataset's plan names.
         out: Folder or URI of `evaluation.json`; None: beside the SAE.
@@ -167,7 +183,7 @@ def evaluate(
         SaeMismatch: Another subject, hook or width than the dataset's.
         IntegrityError, StoreError: SAE, data or an earlier evaluation cannot be read.
     """
-    setting = Setting.open(
+    setting = open_setting(
         os.fspath(sae),
         config.root,
         config.evaluate,
@@ -179,7 +195,7 @@ def evaluate(
 
 
 def evaluate_setting(
-    setting: Setting, *, out: str | os.PathLike[str] | None = None, again: bool = False
+    setting: Setting | SetSetting, *, out: str | os.PathLike[str] | None = None, again: bool = False
 ) -> Evaluation:
     """Measure every chosen family and write `evaluation.json` after each.
 
@@ -234,7 +250,7 @@ def _same(earlier: Evaluation, now: Evaluation) -> bool:
     return all(getattr(earlier, name) == getattr(now, name) for name in names)
 
 
-def _result(setting: Setting, family: Family, digest: str, found: Evaluation) -> FamilyResult:
+def _result(setting: Setting | SetSetting, family: Family, digest: str, found: Evaluation) -> FamilyResult:
     began = time.monotonic()
     measured = _measure(setting, family, found.families)
     return FamilyResult(
@@ -248,9 +264,11 @@ def _result(setting: Setting, family: Family, digest: str, found: Evaluation) ->
     )
 
 
-def _measure(setting: Setting, family: Family, kept: dict[Family, FamilyResult]) -> Measured:
+def _measure(setting: Setting | SetSetting, family: Family, kept: dict[Family, FamilyResult]) -> Measured:
     if family == "compute":
         return compute.measure(setting.spec.law, kept["downstream"].figures)
+    if isinstance(setting, SetSetting):
+        return SET_MEASURES[family](setting)
     return MEASURES[family](setting)
 
 
@@ -272,12 +290,32 @@ def _show_interval(figure: Figure) -> str:
 
 
 def tabulate(evaluation: Evaluation) -> list[list[str]]:
-    """Make the table of one evaluation: definition id, value, interval, sample."""
+    """Make the table of one evaluation: definition id, value, interval, sample; without figures of layers."""
     return [
         [figure.id, _show_value(figure), _show_interval(figure), f"{figure.samples:,} {figure.unit}"]
         for family in evaluation.families.values()
         for figure in family.figures
+        if _layer_of(figure) is None
     ]
+
+
+def tabulate_layers(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Make the table of a transcoder set's layers: its header and a line per layer; both empty for an SAE."""
+    lines: dict[int, dict[str, str]] = {}
+    for family in evaluation.families.values():
+        for figure in family.figures:
+            if (layer := _layer_of(figure)) is not None:
+                name, _, _ = figure.id.rpartition(".")
+                lines.setdefault(layer, {})[name] = _show_value(figure)
+    names = list(dict.fromkeys(name for line in lines.values() for name in line))
+    rows = [[str(layer), *(lines[layer].get(name, "") for name in names)] for layer in sorted(lines)]
+    return (["layer", *names] if names else []), rows
+
+
+def _layer_of(figure: Figure) -> int | None:
+    """The layer that a figure of a transcoder set is of; None if it is of all, or of an SAE."""
+    last = figure.id.rpartition(".")[2]
+    return int(last) if "." in figure.id and last.isdigit() else None
 
 
 def list_notes(evaluation: Evaluation) -> list[str]:
@@ -323,7 +361,8 @@ def find_common_dataset(found: Sequence[Evaluation], uris: Sequence[str]) -> lis
     # If none is shared, the loop below names the first SAE that lacks the first one's dataset.
     plan = shared[0].plan_fingerprint if shared else found[0].plan_fingerprint
     for other, uri in zip(found, uris, strict=True):
-        for name, expected in (("plan_fingerprint", plan), ("hook", found[0].hook)):
+        for name in ("plan_fingerprint", "hook", "reads"):
+            expected = plan if name == "plan_fingerprint" else getattr(found[0], name)
             got = getattr(other.on(plan) or other, name)
             if got != expected:
                 raise ConfigError(

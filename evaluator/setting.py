@@ -24,7 +24,7 @@ from winnow.schemas.fit import check_dataset, check_subject, other_windows
 from winnow.schemas.harvest import HarvestPlan
 from winnow.schemas.layers import layer_folder
 from winnow.schemas.subject import SubjectSpec
-from winnow.schemas.training import SaeCard
+from winnow.schemas.training import SaeCard, SaeIdentity
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
@@ -64,8 +64,51 @@ class Codes(NamedTuple):
     """float32 [B, O]: what a transcoder should predict, in the raw scale; None unless it was asked for."""
 
 
+class OnDataset:
+    """What settings have in common: the windows of a dataset, and the subject that it was harvested from."""
+
+    dataset: ActivationStore
+    spec: EvaluateSpec
+    subject_spec: SubjectSpec
+
+    @property
+    def window(self) -> WindowRule:
+        """How the dataset's windows begin; any other text is run in the same way."""
+        return WindowRule.of(self.dataset.plan)
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The whole subject, loaded at first use: families that only read stored rows never need it.
+
+        Raises:
+            SaeMismatch: Its weights are not those that the dataset was harvested from.
+        """
+        subject = Subject.load(self.subject_spec)
+        check_subject(subject.identity, self.dataset.plan.subject)
+        return subject
+
+    @property
+    def windows(self) -> range:
+        """Numbers of the held-out windows in the sample."""
+        # The first ones are a random sample: the plan shuffles windows over the whole corpus. Validation
+        # units come first, so their windows are numbered from 0.
+        plan = self.dataset.plan
+        held_out = len(plan.split_units("validation")) * plan.spec.windows_per_unit
+        return range(min(held_out, self.spec.windows))
+
+    def tokens(self, windows: range | list[int]) -> NDArray[np.int64]:
+        """Read the token ids of windows, int64 [len(windows), T]; each unit is read once."""
+        size = self.dataset.plan.spec.windows_per_unit
+        asked = np.asarray(windows, np.int64)
+        out = np.zeros((len(asked), self.dataset.plan.spec.context_length), np.int64)
+        for unit in np.unique(asked // size):
+            chosen = asked // size == unit
+            out[chosen] = self.dataset.unit_tokens(int(unit))[asked[chosen] % size]
+        return out
+
+
 @dataclass(frozen=True)
-class Setting:
+class Setting(OnDataset):
     """An SAE, and the dataset, subject and sample that it is measured on. `Setting.open` makes one."""
 
     uri: str
@@ -128,6 +171,31 @@ class Setting:
         return self.card.hook
 
     @property
+    def sha256(self) -> str:
+        """Digest of the weights."""
+        return self.card.weights_sha256
+
+    @property
+    def latents(self) -> int:
+        """Number of latents N."""
+        return self.card.latents
+
+    @property
+    def k(self) -> int:
+        """Active latents K per row that it was trained for."""
+        return self.card.k
+
+    @property
+    def identity(self) -> SaeIdentity | None:
+        """What it was trained on."""
+        return self.card.identity
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The hook that the SAE reads."""
+        return (self.hook,)
+
+    @property
     def saes(self) -> dict[str, Sae]:
         """The hook that is read -> the SAE."""
         return {self.hook: self.sae}
@@ -161,35 +229,10 @@ class Setting:
         """Families that make no sense for this SAE, and why."""
         return {"downstream": self.why_partial, "compute": self.why_partial} if self.partial else {}
 
-    @property
-    def window(self) -> WindowRule:
-        """How the dataset's windows begin; any other text is run in the same way."""
-        return WindowRule.of(self.dataset.plan)
-
-    @cached_property
-    def subject(self) -> Subject:
-        """The whole subject, loaded at first use: families that only read stored rows never need it.
-
-        Raises:
-            SaeMismatch: Its weights are not those that the dataset was harvested from.
-        """
-        subject = Subject.load(self.subject_spec)
-        check_subject(subject.identity, self.dataset.plan.subject)
-        return subject
-
     @cached_property
     def tail(self) -> Tail:
         """The subject from what the SAE writes to upwards: a transcoder's own target, else `hook`."""
         return Tail(self.subject, self.card.output_hooks[0])
-
-    @property
-    def windows(self) -> range:
-        """Numbers of the held-out windows in the sample."""
-        # The first ones are a random sample: the plan shuffles windows over the whole corpus. Validation
-        # units come first, so their windows are numbered from 0.
-        plan = self.dataset.plan
-        held_out = len(plan.split_units("validation")) * plan.spec.windows_per_unit
-        return range(min(held_out, self.spec.windows))
 
     def held_out_codes(
         self, places: NDArray[np.int64] | None = None, *, targets: bool = False
@@ -255,16 +298,6 @@ class Setting:
         """Stored rows of some hooks, joined, on the SAE's device."""
         read = [self.dataset.read_rows(hook, *edges) for hook in hooks]
         return torch.from_numpy(read[0] if len(read) == 1 else np.concatenate(read, 1)).to(self.device)
-
-    def tokens(self, windows: range | list[int]) -> NDArray[np.int64]:
-        """Read the token ids of windows, int64 [len(windows), T]; each unit is read once."""
-        size = self.dataset.plan.spec.windows_per_unit
-        asked = np.asarray(windows, np.int64)
-        out = np.zeros((len(asked), self.dataset.plan.spec.context_length), np.int64)
-        for unit in np.unique(asked // size):
-            chosen = asked // size == unit
-            out[chosen] = self.dataset.unit_tokens(int(unit))[asked[chosen] % size]
-        return out
 
 
 def subject_spec_of(plan: HarvestPlan, stated: SubjectSpec | None = None) -> SubjectSpec:

@@ -211,17 +211,9 @@ class TranscoderSet(nn.Module):
         card = SetCard.from_json(store.get(SET_KEY), origin=f"{uri}/{SET_KEY}")
         saes: dict[int, Sae] = {}
         for entry in card.layers:
-            key = f"{entry.folder}/{CARD_KEY}"
-            found = sha256_hex(store.get(key))
-            if found != entry.card_sha256:
-                raise IntegrityError(
-                    f"{uri}/{key} is not the file that {SET_KEY} describes",
-                    expected=f"sha256 {entry.card_sha256}",
-                    got=found,
-                    fix="Publish or copy the whole set again",
-                )
+            layer_card(store, entry)
             sae = Sae.load(f"{uri}/{entry.folder}", device=device, storage=storage)
-            _require_hooks(sae, card.of, entry.layer, f"{uri}/{key}")
+            _require_hooks(sae, card.of, entry.layer, f"{uri}/{entry.folder}/{CARD_KEY}")
             saes[entry.layer] = sae
         whole = cls(saes, card.of)
         whole.card = card
@@ -243,6 +235,24 @@ def put_set_card(store: ObjectStore, of: SetSpec, cards: Mapping[int, SaeCard], 
     card = SetCard(layers=tuple(entries), cross=of.cross, reads=of.reads, **facts)
     store.put(SET_KEY, card.to_json())
     return card
+
+
+def layer_card(store: ObjectStore, entry: SetLayer) -> SaeCard:
+    """Read the card of a set's layer.
+
+    Raises:
+        MissingObject, IntegrityError: It is missing, or not the file that `set.json` describes.
+    """
+    key = f"{entry.folder}/{CARD_KEY}"
+    data = store.get(key)
+    if sha256_hex(data) != entry.card_sha256:
+        raise IntegrityError(
+            f"{store.uri}/{key} is not the file that {SET_KEY} describes",
+            expected=f"sha256 {entry.card_sha256}",
+            got=sha256_hex(data),
+            fix="Publish or copy the whole set again",
+        )
+    return SaeCard.from_json(data, origin=f"{store.uri}/{key}")
 
 
 def _require_hooks(sae: Sae, of: SetSpec, layer: int, origin: str) -> None:

@@ -167,7 +167,7 @@ class Evaluation(Artefact):
     sae: str
     """Address of the SAE as it was given."""
     sae_sha256: Sha256
-    """Digest of the SAE's weights file."""
+    """Digest of the SAE's weights file; of a transcoder set, of `set.json`, which holds the layers'."""
     plan_fingerprint: Sha256
     """Fingerprint of the dataset whose held-out windows were used."""
     dataset_sha256: Sha256 | None
@@ -180,11 +180,13 @@ class Evaluation(Artefact):
     subject_weights_sha256: Sha256
     """Digest of the subject's weights."""
     hook: HookName
-    """The hook that the SAE reads."""
+    """The hook that the SAE reads; of a transcoder set, the first."""
+    reads: tuple[HookName, ...] = Field(default=(), exclude_if=lambda hooks: not hooks)
+    """Of a transcoder set: the hooks that its layers read. Empty for an SAE."""
     latents: int = Field(gt=0)
-    """Number of latents N."""
+    """Number of latents N; of a transcoder set, of all layers."""
     k: int = Field(gt=0)
-    """Active latents K per row that the SAE was trained for."""
+    """Active latents K per row that the SAE was trained for; of a transcoder set, of all layers."""
     trained_on_this: bool
     """Whether the SAE's card names the same plan. If not, these windows may have been among its training
     rows."""

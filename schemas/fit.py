@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from winnow.schemas.errors import SaeMismatch
 from winnow.schemas.harvest import HarvestPlan, row_bytes
+from winnow.schemas.sets import SetCard
 from winnow.schemas.subject import SubjectIdentity
 from winnow.schemas.training import SaeCard, SaeIdentity
 from winnow.schemas.window import WindowRule
@@ -57,21 +58,57 @@ def check_dataset(name: str, card: SaeCard, plan: HarvestPlan, *, targets: bool 
         raise mismatch("width D", name, expected=width, of="the dataset", got=card.d_model, fix=TRAINED_ON)
     if targets and card.target_hooks:
         _check_targets(name, card, plan)
+    _check_identity(name, card.identity, plan)
+
+
+def check_set(name: str, card: SetCard, width: int, plan: HarvestPlan) -> None:
+    """Check that a dataset contains the rows that the layers of a transcoder set read and predict.
+
+    Args:
+        name: The set, as the user named it.
+        card: The set's card.
+        width: Its width D.
+        plan: The dataset's plan.
+
+    Raises:
+        SaeMismatch: The dataset is of another subject, or lacks a hook, or has another width there.
+    """
+    check_reads(name, card, plan, targets=True)
+    for hook in card.of.hooks:
+        if plan.d_model(hook) != width:
+            what, expected = f"width D at {hook}", plan.d_model(hook)
+            raise mismatch(what, name, expected=expected, of="the dataset", got=width, fix=TRAINED_ON)
+
+
+def check_reads(name: str, card: SetCard, plan: HarvestPlan, *, targets: bool = False) -> None:
+    """Check that a dataset holds the hooks that the layers of a set read; with `targets`, also the others.
+
+    Raises:
+        SaeMismatch: The dataset is of another subject, or lacks a hook.
+    """
+    # The subject first: another one has other layers, and the hooks would be named as missing.
+    _check_identity(name, card.identity, plan)
+    reads = [card.of.read_hook(layer) for layer in card.of.range]
+    require_hooks(name, card.of.hooks if targets else reads, plan)
+
+
+def _check_identity(name: str, identity: SaeIdentity | None, plan: HarvestPlan) -> None:
+    """Check that what was trained on another dataset has the subject of this one."""
     # By the digest of the weights, not by name: a folder that has moved is the same subject, and imported
     # SAEs have no identity to compare.
     planned = plan.subject
-    if card.identity and card.identity.subject_weights_sha256 != planned.weights_sha256:
+    if identity and identity.subject_weights_sha256 != planned.weights_sha256:
         raise mismatch(
             "subject",
             name,
             expected=_subject(planned.model, planned.weights_sha256),
             of="the dataset",
-            got=_subject_of(card.identity),
+            got=_subject_of(identity),
             fix=TRAINED_ON,
         )
 
 
-def other_windows(name: str, card: SaeCard, plan: HarvestPlan) -> str | None:
+def other_windows(name: str, card: SaeCard | SetCard, plan: HarvestPlan) -> str | None:
     """Return a warning if an SAE was trained on windows that begin differently from a dataset's, or None."""
     # A warning only: the SAE still reads rows of its hook, and older cards do not record how windows began.
     here = WindowRule.of(plan)

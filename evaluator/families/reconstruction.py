@@ -23,7 +23,7 @@ _EDGES = np.arange(-7.0, 0.51, 0.5)
 """Edges of the density histogram in half decades: log10 of the share of rows."""
 
 
-class _WindowSums:
+class WindowSums:
     """Sums per window, from which the bootstrap of an FVU follows. Memory: W x D."""
 
     def __init__(self, windows: int, d_model: int) -> None:
@@ -47,13 +47,17 @@ class _WindowSums:
 
     def figure(self, id: str, fvu: Fvu, seed: int) -> Figure:
         """Make the figure of the exact FVU with its interval."""
+        used = self.rows > 0
+        made = figure(id, lambda e, s: e / s, self.error[used], self.spread[used], seed=seed)
+        return made.model_copy(update={"value": fvu.value if made.value is not None else None})
+
+    @property
+    def spread(self) -> NDArray[np.float64]:
+        """Sum of squared distances to the mean of all rows, per window."""
         # In every draw distances are to the mean of all rows. The drawn windows' own mean would differ by a
         # share of about one over the number of rows, and would need all rows again.
-        used = self.rows > 0
-        total = self.sums[used].sum(0, dtype=np.float64) / self.rows.sum()
-        spread = self.squares - 2 * self.sums @ total + self.rows * (total @ total)
-        made = figure(id, lambda e, s: e / s, self.error[used], spread[used], seed=seed)
-        return made.model_copy(update={"value": fvu.value if made.value is not None else None})
+        total = self.sums[self.rows > 0].sum(0, dtype=np.float64) / self.rows.sum()
+        return self.squares - 2 * self.sums @ total + self.rows * (total @ total)
 
 
 def measure(setting: Setting) -> Measured:
@@ -67,7 +71,7 @@ def measure(setting: Setting) -> Measured:
     sae, count, seed = setting.sae, len(setting.windows), setting.spec.seed
     names = () if setting.partial else ("fvu_normalised", "fvu_raw")
     spaces = {name: Fvu(sae.d_out, setting.device) for name in names}
-    sums = {name: _WindowSums(count, sae.d_out) for name in names}
+    sums = {name: WindowSums(count, sae.d_out) for name in names}
     l0, active, rows_in = L0(), np.zeros(count), np.zeros(count)
     firings = torch.zeros(sae.latents, dtype=torch.int64, device=setting.device)
     total = count * setting.dataset.plan.rows_per_window

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.support.evaluated import D_MODEL, save_sae, toy_config
+from tests.support.evaluated import D_MODEL, toy_config
+from tests.support.transcoders import LATER, READ, TARGET, random_transcoder, save_transcoder
 from winnow.cli.main import app
 from winnow.evaluator.attribution import attribute, logit_difference, spliced_hooks, without
 from winnow.evaluator.families import ablation, downstream, reconstruction, stability
@@ -19,11 +19,8 @@ from winnow.evaluator.setting import Setting
 from winnow.sae import Sae
 from winnow.schemas.errors import ConfigError, SaeMismatch
 from winnow.schemas.evaluation import EvaluateSpec
-from winnow.schemas.training import SaeParts
 from winnow.subject import Subject
 from winnow.subject.generate import Steer, steered, steered_hooks
-
-READ, TARGET, LATER = "resid_pre.0", "mlp_out.0", "mlp_out.1"
 
 
 @pytest.fixture(scope="module")
@@ -31,35 +28,12 @@ def toy(tmp_path_factory):
     return toy_config(tmp_path_factory.mktemp("toy"), plan={"hooks": [READ, TARGET, LATER]})
 
 
-@torch.no_grad()
-def transcoder(targets: int = 1, *, skip: bool = False, seed: int = 0) -> Sae:
-    """Random directions, dataset constants that matter."""
-    draw = torch.Generator().manual_seed(seed)
-    parts = SaeParts(
-        d_out=targets * D_MODEL,
-        target_widths=(D_MODEL,) * targets if targets > 1 else (),
-        target_normalize="dataset",
-        skip=skip,
-    )
-    sae = Sae(D_MODEL, 48, 6, "dataset", parts)
-    tensors = {n: 0.3 * torch.randn(t.shape, generator=draw) for n, t in sae.tensors().items()}
-    for name in ("input_scale", "target_scale"):
-        tensors[name] = tensors[name].abs() + 0.7
-    sae.fill(tensors)
-    return sae.requires_grad_(False)
-
-
-def save(config, folder: Path, sae: Sae, hook: str = READ, **hooks) -> str:
-    hooks = {"target_hook": TARGET} | hooks
-    return save_sae(config, folder, sae, hook=hook, **hooks)
-
-
 def values(measured) -> dict[str, float]:
     return {figure.id: figure.value for figure in measured.figures}
 
 
 def test_fvu_is_that_of_the_target(toy, tmp_path):
-    uri = save(toy, tmp_path / "sae", transcoder(skip=True))
+    uri = save_transcoder(toy, tmp_path / "sae", random_transcoder(skip=True))
     setting = Setting.open(uri, toy.root, EvaluateSpec())
     found = values(reconstruction.measure(setting))
     size = setting.dataset.plan.rows_per_unit
@@ -74,7 +48,9 @@ def test_fvu_is_that_of_the_target(toy, tmp_path):
 
 def test_the_target_is_replaced_and_the_rest_is_left(toy, tmp_path):
     setting = Setting.open(
-        save(toy, tmp_path / "sae", transcoder()), toy.root, EvaluateSpec(windows=3, batch_windows=2)
+        save_transcoder(toy, tmp_path / "sae", random_transcoder()),
+        toy.root,
+        EvaluateSpec(windows=3, batch_windows=2),
     )
     found = values(downstream.measure(setting))
     losses = []
@@ -91,7 +67,7 @@ def test_the_target_is_replaced_and_the_rest_is_left(toy, tmp_path):
 @pytest.mark.parametrize("targets", [1, 2])
 def test_an_ablation_takes_a_latent_out_of_every_target(toy, tmp_path, targets):
     more = {"with_targets": (LATER,)} if targets == 2 else {}
-    uri = save(toy, tmp_path / "sae", transcoder(targets), **more)
+    uri = save_transcoder(toy, tmp_path / "sae", random_transcoder(targets), **more)
     spec = EvaluateSpec(windows=4, ablation_tokens=4, ablation_rows=3, ablation_latents=2)
     setting = Setting.open(uri, toy.root, spec)
     run = ablation._Passes(setting, 1, 5)
@@ -117,8 +93,8 @@ def test_an_ablation_takes_a_latent_out_of_every_target(toy, tmp_path, targets):
 
 
 def test_every_family_measures_a_transcoder(toy, tmp_path):
-    other = save(toy, tmp_path / "other", transcoder(seed=1))
-    uri = save(toy, tmp_path / "sae", transcoder())
+    other = save_transcoder(toy, tmp_path / "other", random_transcoder(seed=1))
+    uri = save_transcoder(toy, tmp_path / "sae", random_transcoder())
     families = ("reconstruction", "downstream", "stability", "n2g")
     spec = EvaluateSpec(metrics=families, windows=8, against=(other,), n2g_latents=4, n2g_examples=3)
     found = evaluate_setting(Setting.open(uri, toy.root, spec))
@@ -128,7 +104,7 @@ def test_every_family_measures_a_transcoder(toy, tmp_path):
 
 
 def test_a_layer_of_a_cross_layer_set_leaves_out_what_its_set_measures(toy, tmp_path, capsys):
-    uri = save(toy, tmp_path / "sae", transcoder(2), with_targets=(LATER,))
+    uri = save_transcoder(toy, tmp_path / "sae", random_transcoder(2), with_targets=(LATER,))
     spec = EvaluateSpec(windows=8, n2g_latents=3, n2g_examples=3, ablation_rows=2, ablation_tokens=4)
     setting = Setting.open(uri, toy.root, spec)
     assert set(values(reconstruction.measure(setting))) == {"l0", "dead_share", "dead_share_trainer"}
@@ -142,11 +118,13 @@ def test_a_layer_of_a_cross_layer_set_leaves_out_what_its_set_measures(toy, tmp_
 
 
 def test_a_transcoder_of_other_targets_is_refused(toy, tmp_path):
-    uri = save(toy, tmp_path / "sae", transcoder())
-    lacking = save(toy, tmp_path / "lacking", transcoder(), target_hook="mlp_out.2")
+    uri = save_transcoder(toy, tmp_path / "sae", random_transcoder())
+    lacking = save_transcoder(toy, tmp_path / "lacking", random_transcoder(), target_hook="mlp_out.2")
     with pytest.raises(SaeMismatch, match=r"also mlp_out.2.*hooks = .resid_pre.0, mlp_out.2.: about"):
         Setting.open(lacking, toy.root)
-    spec = EvaluateSpec(against=(save(toy, tmp_path / "b", transcoder(), target_hook=LATER),))
+    spec = EvaluateSpec(
+        against=(save_transcoder(toy, tmp_path / "b", random_transcoder(), target_hook=LATER),)
+    )
     setting = Setting.open(uri, toy.root, spec)
     with pytest.raises(SaeMismatch, match=r"targets of .*expected mlp_out.0"):
         stability.measure(setting)
@@ -160,7 +138,7 @@ def winnow(*arguments: object) -> tuple[int, str, str]:
 @pytest.mark.parametrize("targets", [1, 2])
 def test_a_steered_transcoder_is_read_at_its_hook_and_written_at_its_targets(toy, tmp_path, targets):
     more = {"with_targets": (LATER,)} if targets == 2 else {}
-    sae = Sae.load(save(toy, tmp_path / "sae", transcoder(targets), **more))
+    sae = Sae.load(save_transcoder(toy, tmp_path / "sae", random_transcoder(targets), **more))
     subject = Subject.load(toy.subject)
     ids = list(range(3, 12))
     rows = subject.activations([ids], [READ])[READ][0]
@@ -186,13 +164,13 @@ def test_a_steered_transcoder_is_read_at_its_hook_and_written_at_its_targets(toy
 
 def test_a_transcoder_without_a_card_cannot_steer():
     with pytest.raises(ConfigError, match="without a card"):
-        Steer(transcoder(), 0, "ablate")
+        Steer(random_transcoder(), 0, "ablate")
 
 
 @pytest.mark.parametrize("targets", [1, 2])
 def test_effects_of_a_transcoder_are_slopes_along_what_it_writes(toy, tmp_path, targets):
     more = {"with_targets": (LATER,)} if targets == 2 else {}
-    sae = Sae.load(save(toy, tmp_path / "sae", transcoder(targets, skip=True), **more))
+    sae = Sae.load(save_transcoder(toy, tmp_path / "sae", random_transcoder(targets, skip=True), **more))
     subject, metric = Subject.load(toy.subject), logit_difference(5, 9)
     tokens = torch.arange(3, 12)
     clean = subject.logits(tokens[None])
@@ -234,7 +212,7 @@ def test_effects_of_a_transcoder_are_slopes_along_what_it_writes(toy, tmp_path, 
 
 
 def test_the_command_attributes_a_transcoder(toy, tmp_path):
-    uri = save(toy, tmp_path / "sae", transcoder())
+    uri = save_transcoder(toy, tmp_path / "sae", random_transcoder())
     line = ("attribute", uri, "--root", toy.root, "--prompt", "the quick brown fox", "--answer", " the")
     code, out, err = winnow(*line, "--top", 3, "--json")
     assert code == 0, err

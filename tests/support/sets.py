@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
 from winnow.sae.model import Sae
 from winnow.sae.sets import TranscoderSet
+from winnow.schemas.config import Config
 from winnow.schemas.layers import Reads, SetSpec
-from winnow.schemas.training import SaeParts
+from winnow.schemas.training import SaeIdentity, SaeParts
+from winnow.store import ActivationStore
+from winnow.store.objects import open_store
 
 
 def random_set(
@@ -61,3 +66,28 @@ def random_set(
                 sae.threshold.fill_(0.5)
         saes[layer] = sae.requires_grad_(False)
     return TranscoderSet(saes, of)
+
+
+def _identity(config: Config, weights: str | None) -> SaeIdentity:
+    plan = ActivationStore.open(config.root).plan
+    return SaeIdentity(
+        plan_fingerprint=plan.fingerprint,
+        dataset_sha256=None,
+        subject_model=plan.subject.model,
+        subject_weights_sha256=weights or plan.subject.weights_sha256,
+    )
+
+
+def publish_set(
+    config: Config,
+    folder: Path,
+    *,
+    cross: bool = False,
+    layers: int = 3,
+    weights: str | None = None,
+    d_model: int = 16,
+) -> str:
+    """Publish a random set as one that was trained on the config's dataset; returns its address."""
+    whole = random_set(layers, cross=cross, d_model=d_model)
+    whole.save(open_store(str(folder)), identity=_identity(config, weights))
+    return str(folder)
