@@ -19,7 +19,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN_VARIABLE = "WINNOW_EXPLORER_TOKEN"
 """Environment variable with the token that requests must carry; if it is not set, one is drawn."""
 
-SaeUri = Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI of a published SAE")]
+SaeUri = Annotated[
+    str, typer.Argument(metavar="SAE", help="Folder or URI of a published SAE or transcoder set")
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -45,7 +47,8 @@ def index_command(
     config: ConfigFile = None,
     root: Root = None,
     out: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="Folder of the index; default SAE/features")
+        str | None,
+        typer.Option("--out", metavar="DIR", help="Folder of the index; default SAE/features, of each layer"),
     ] = None,
     scratch: Annotated[
         str | None,
@@ -85,18 +88,26 @@ def index_command(
 
     Encodes the dataset's stored activations once; the subject model is loaded for its unembedding only.
     Memory stays flat however many latents or rows there are. May be interrupted at any time: the same
-    command resumes, and a finished index is only shown again.
+    command resumes, and a finished index is only shown again. A transcoder set gets an index per layer.
 
     Example: `winnow index runs/quickstart --config configs/quickstart.yaml`
     """
     with guard():
-        from winnow.explorer.index.make import Staff, make_index
+        from winnow.explorer.index.make import Staff, make_index, make_indexes
         from winnow.explorer.place import Place, default_index
+        from winnow.sae.model import read_set_card
+        from winnow.store.objects import open_store
 
         spec = _make_spec(units, top, logits, neighbours)
-        place = Place.of(config, root)
+        place, staff = Place.of(config, root), Staff(workers, threads, gpus, ray_address)
+        card = read_set_card(open_store(sae, place.storage))
+        if card is not None:
+            made = make_indexes(sae, card, place, out, scratch, spec, staff)
+            value = {str(layer): meta.model_dump(mode="json") for layer, meta in made.items()}
+            emit(value, as_json, lambda: _show_layers(made, out or sae))
+            return
         where = out or default_index(sae)
-        meta = make_index(sae, place, where, scratch, spec, Staff(workers, threads, gpus, ray_address))
+        meta = make_index(sae, place, where, scratch, spec, staff)
         emit(meta.model_dump(mode="json"), as_json, lambda: _show(meta, where))
 
 
@@ -123,6 +134,14 @@ def _show(meta: FeatureIndex, out: str) -> None:
             *([("how they begin", meta.window.words)] if meta.window else []),
             ("made", meta.created),
         ],
+    )
+
+
+def _show_layers(made: dict[int, FeatureIndex], out: str) -> None:
+    print_table(
+        f"indexes of a set → {out}",
+        [[str(layer), meta.hook, f"{meta.latents:,}", f"{meta.rows:,}"] for layer, meta in made.items()],
+        header=("layer", "reads", "latents", "rows read"),
     )
 
 
@@ -193,23 +212,25 @@ def export_command(
 ) -> None:
     """Export latents: a self-contained HTML page, and JSON for OpenAI's sae-viewer and for Neuronpedia.
 
+    Of a transcoder set, latents of these numbers are exported of every layer, to DIR/layer_3 and so on; name
+    SET/layer_3 for those of one layer.
+
     Example: `winnow export-features runs/quickstart --latents 3,10-12 --out site`
     """
     with guard():
-        from winnow.explorer.index.table import FeatureTable
-        from winnow.explorer.place import Place, default_index
-        from winnow.explorer.site.desk import add_explanations
-        from winnow.explorer.site.exhibit import Exhibit
-        from winnow.explorer.site.export import export, parse_latents
-        from winnow.schemas.window import WindowRule
+        from winnow.explorer.place import Place, default_index, layer_places
+        from winnow.explorer.site.bundle import export_all
+        from winnow.sae.model import read_set_card
+        from winnow.schemas.layers import layer_folder
+        from winnow.store.objects import open_store
 
-        place = Place.of(config, None)
-        table = FeatureTable.open(index or default_index(sae), place.storage)
-        add_explanations(table, sae, place.storage)
-        exhibit = Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage)
-        # An index made before this was recorded counts as one of windows without BOS; the explorer's server
-        # would ask the dataset, which an export does not open.
-        exhibit.window = table.meta.window or WindowRule()
-        files = export(exhibit, parse_latents(latents, table.meta.latents), out)
+        storage = Place.of(config, None).storage
+        card = read_set_card(open_store(sae, storage))
+        if card is None:
+            files = export_all({out: (sae, index or default_index(sae))}, latents, storage)
+        else:
+            places = layer_places(sae, card, index)
+            folders = {out / layer_folder(layer): place for layer, place in places.items()}
+            files = export_all(folders, latents, storage)
         facts = {"files": len(files), "page": str(files[0])}
         emit(facts, as_json, lambda: say(f"{len(files)} files; open {files[0]}"))

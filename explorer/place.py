@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from winnow.common.config_file import load_config
 from winnow.schemas.config import StorageSpec
+from winnow.schemas.layers import layer_folder
+from winnow.schemas.sets import SetCard
 from winnow.schemas.subject import SubjectSpec
 
 
@@ -30,3 +32,19 @@ class Place(NamedTuple):
 def default_index(sae: str) -> str:
     """Where the index of an SAE lies unless somebody says otherwise."""
     return sae.rstrip("/") + "/features"
+
+
+def layer_places(set_uri: str, card: SetCard, out: str | None = None) -> dict[int, tuple[str, str]]:
+    """Layer -> the address of its transcoder and the folder of its index.
+
+    Args:
+        set_uri: The set.
+        card: Its card.
+        out: Folder of all indexes, one per layer; None is each layer's default.
+    """
+    found: dict[int, tuple[str, str]] = {}
+    for entry in card.layers:
+        sae = f"{set_uri.rstrip('/')}/{entry.folder}"
+        where = default_index(sae) if out is None else f"{out.rstrip('/')}/{layer_folder(entry.layer)}"
+        found[entry.layer] = sae, where
+    return found

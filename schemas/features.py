@@ -54,6 +54,9 @@ class FeatureIndex(Artefact):
     """Digest of the SAE's weights."""
     hook: HookName
     """The hook that the SAE reads."""
+    # Left out of the JSON while empty: the index of an autoencoder is written as before the field existed.
+    target_hooks: tuple[HookName, ...] = Field(default=(), exclude_if=lambda hooks: not hooks)
+    """The hooks that a transcoder predicts; empty for other SAEs."""
     d_model: int = Field(gt=0)
     """Width D of the activations at the hook."""
     latents: int = Field(gt=0)

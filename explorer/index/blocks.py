@@ -60,13 +60,13 @@ def block_folder(scratch: Path, unit: int) -> Path:
     return scratch / f"unit-{unit:08d}"
 
 
-def make_block(dataset: ActivationStore, sae: Sae, hook: str, unit: int, scratch: Path) -> Path:
+def make_block(dataset: ActivationStore, sae: Sae, hooks: Sequence[str], unit: int, scratch: Path) -> Path:
     """Encode one unit and write its block, unless it exists.
 
     Args:
         dataset: Holds the rows.
         sae: Encodes them.
-        hook: The hook that the SAE reads.
+        hooks: The hook that the SAE reads, and others whose sinks are left out too.
         unit: Number of the unit.
         scratch: Folder of all blocks.
 
@@ -79,10 +79,10 @@ def make_block(dataset: ActivationStore, sae: Sae, hook: str, unit: int, scratch
     rows = dataset.plan.rows_per_unit
     # Stored rows are shuffled within the unit; examples need them beside the tokens of their window.
     planned = layout.row_permutation(dataset.plan, unit)
-    row, latent, value = _encode_unit(dataset, sae, hook, unit, planned)
+    row, latent, value = _encode_unit(dataset, sae, hooks, unit, planned)
     arrays: dict[str, NDArray[Any]] = transposed(row, latent, value, rows=rows, latents=sae.latents)
     read = np.empty(rows, dtype=np.bool_)
-    read[planned] = dataset.weights([hook], unit * rows, (unit + 1) * rows) > 0
+    read[planned] = dataset.weights(hooks, unit * rows, (unit + 1) * rows) > 0
     arrays |= {"tokens": dataset.unit_tokens(unit), "read": read}
     scratch.mkdir(parents=True, exist_ok=True)
     # Whole or absent: a resumed run takes every folder of the final name for finished. The temporary folder
@@ -101,7 +101,7 @@ def make_block(dataset: ActivationStore, sae: Sae, hook: str, unit: int, scratch
 
 
 def _encode_unit(
-    dataset: ActivationStore, sae: Sae, hook: str, unit: int, planned: NDArray[np.int64]
+    dataset: ActivationStore, sae: Sae, hooks: Sequence[str], unit: int, planned: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.float32]]:
     """Active entries of one unit: (planned row, latent, value), each [E], in any order."""
     device, size = sae.W_dec.device, dataset.plan.rows_per_unit
@@ -112,10 +112,10 @@ def _encode_unit(
     for first in range(0, size, chunk):
         stop = min(first + chunk, size)
         # Weight 0 marks sinks: the SAE was not trained on them, so they count in no density.
-        keep = np.flatnonzero(dataset.weights([hook], unit * size + first, unit * size + stop) > 0)
+        keep = np.flatnonzero(dataset.weights(hooks, unit * size + first, unit * size + stop) > 0)
         if not len(keep):
             continue
-        rows = torch.from_numpy(dataset.read_rows(hook, unit * size + first, unit * size + stop))
+        rows = torch.from_numpy(dataset.read_rows(hooks[0], unit * size + first, unit * size + stop))
         rows = rows if len(keep) == len(rows) else rows[torch.from_numpy(keep)]
         for low in range(0, len(rows), step):
             with torch.no_grad():

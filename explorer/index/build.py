@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from winnow.explorer.index import latents as per_latent
 from winnow.explorer.index.blocks import Block, block_folder, firing_counts, make_block, merge
-from winnow.explorer.index.directions import DirectLogits, nearest, token_texts, unit_rows
+from winnow.explorer.index.directions import DirectLogits, nearest, stream_rows, token_texts, unit_rows
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import (
     GROUP_LATENTS,
@@ -85,8 +85,11 @@ class Recipe:
     storage: StorageSpec = field(default_factory=StorageSpec)
     part_latents: int = PART_LATENTS
 
-    def open(self) -> Indexer:
+    def open(self, subject: LazySubject | None = None) -> Indexer:
         """Open dataset, SAE and index; the subject is loaded when it is needed.
+
+        Args:
+            subject: The subject, if indexes that are made one after another share it.
 
         Raises:
             SaeMismatch: The dataset does not hold what the SAE reads.
@@ -94,7 +97,7 @@ class Recipe:
             MissingObject, IntegrityError: The SAE does not exist or is damaged.
         """
         dataset = ActivationStore.open(self.root, self.storage)
-        subject = LazySubject(self.subject, dataset.plan.subject)
+        subject = subject or LazySubject(self.subject, dataset.plan.subject)
         sae = Sae.load(self.sae, device=subject.device, storage=self.storage)
         store, scratch = open_index_store(self.out, self.scratch, self.storage)
         return Indexer(dataset, self.root, sae, store, scratch, self.spec, subject, self.part_latents)
@@ -130,6 +133,9 @@ class Indexer:
             raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
         self.card = card
         check_dataset("the SAE", card, plan)
+        # A row that is a sink of a target was not trained on either. Codes need no row of the targets, so a
+        # dataset without them can be indexed.
+        self.hooks = [card.hook, *(hook for hook in card.target_hooks if hook in plan.spec.hooks)]
         self.units = min(self.spec.units or plan.units, plan.units)
         self.parts = -(-card.latents // self.part_latents)
         self.inputs = IndexInputs(
@@ -209,7 +215,7 @@ class Indexer:
     def make(self, step: str, number: int) -> None:
         """Make the `block` of a unit or, once all blocks exist, a `part` of the latents."""
         if step == "block":
-            make_block(self.dataset, self.sae, self.card.hook, number, self.scratch)
+            make_block(self.dataset, self.sae, self.hooks, number, self.scratch)
         else:
             self.out.put(part_key(number), self._part(number))
 
@@ -230,6 +236,7 @@ class Indexer:
         # A second copy of the decoder (3.2 GB at N = 1,048,576, D = 768), so only if cosines are wanted.
         directions = unit_rows(W_dec.float()) if self.spec.neighbours else W_dec
         logits = DirectLogits(self.subject.whole()) if self.spec.logits else None
+        written = stream_rows(self.sae)
 
         def make(number: int) -> bytes:
             first = number * self.part_latents
@@ -240,7 +247,7 @@ class Indexer:
             columns["enc_dec_cosine"] = pa.array(self._enc_dec_cosine(first, stop), pa.float32())
             # Columns that were not asked for are absent, not empty: readers use `row.get(name, [])`.
             if logits is not None:
-                kept = logits.extremes(W_dec[first:stop], self.spec.logits)
+                kept = logits.extremes(written[first:stop], self.spec.logits)
                 for name, ids, scores in (
                     ("promoted", kept.up_ids, kept.up),
                     ("suppressed", kept.down_ids, kept.down),
@@ -282,7 +289,13 @@ class Indexer:
         return figure_columns(figures) | {"examples": example_column(examples)}
 
     def _enc_dec_cosine(self, first: int, stop: int) -> NDArray[np.float32]:
-        rows = torch.nn.functional.cosine_similarity(self.sae.W_enc[first:stop], self.sae.W_dec[first:stop])
+        # Of a layer of a cross-layer set, what its latents write to their own layer.
+        own = (self.sae.parts.target_widths or (self.sae.d_out,))[0]
+        if own != self.sae.d_model:
+            return np.zeros(stop - first, np.float32)
+        rows = torch.nn.functional.cosine_similarity(
+            self.sae.W_enc[first:stop], self.sae.W_dec[first:stop, :own]
+        )
         return rows.detach().float().cpu().numpy()
 
     def require_claim(self) -> None:
@@ -335,6 +348,7 @@ class Indexer:
         meta = FeatureIndex(
             **self.inputs.model_dump(),
             hook=self.card.hook,
+            target_hooks=self.card.target_hooks,
             d_model=self.card.d_model,
             latents=self.card.latents,
             part_latents=self.part_latents,

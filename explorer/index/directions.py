@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from winnow.explorer.index.latents import Near
+from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.subject.load import Subject
 
@@ -55,10 +56,22 @@ class DirectLogits:
         self._norm = _final_norm(subject)
         self._head: Any = subject.model.get_output_embeddings()
         self._device, self._dtype = subject.device, subject.dtype
+        self._width = int(subject.model.config.get_text_config().hidden_size)
 
     @torch.no_grad()
     def __call__(self, directions: Tensor) -> Tensor:
-        """float32 [P, V] of directions [P, D] in the raw space of the residual stream."""
+        """float32 [P, V] of directions [P, D] in the raw space of the residual stream.
+
+        Raises:
+            ConfigError: They are not as wide as the stream.
+        """
+        if directions.shape[1] != self._width:
+            raise ConfigError(
+                "promoted tokens",
+                expected=f"directions in the residual stream (D = {self._width})",
+                got=f"D = {directions.shape[1]}",
+                fix="Index with `--logits 0`",
+            )
         # The zero vector's logits are the biases of norm and unembedding, the same for every latent.
         rows = torch.cat([directions, torch.zeros_like(directions[:1])]).to(self._device, self._dtype)
         logits = self._head(self._norm(rows)).float()
@@ -80,6 +93,26 @@ class DirectLogits:
                 column.append(part.cpu())
         up_ids, up, down_ids, down = (torch.cat(column).numpy() for column in kept)
         return Promoted(up_ids.astype(np.uint32), up, down_ids.astype(np.uint32), down)
+
+
+def stream_rows(sae: Sae) -> Tensor:
+    """What each latent adds to the residual stream, [N, D]: the sum of its decoder rows over its targets.
+
+    In the raw space if there are several targets, whose scales differ; otherwise up to a factor.
+    """
+    W_dec, widths = sae.W_dec.detach(), sae.parts.target_widths
+    if not widths:
+        return W_dec
+    if len(set(widths)) > 1:
+        raise ConfigError(
+            "promoted tokens",
+            expected="targets of one width, that of the residual stream",
+            got=", ".join(map(str, widths)),
+            fix="Index with `--logits 0`",
+        )
+    # Every MLP's output is added to the same stream, so what skips all later layers simply adds up.
+    raw = W_dec * sae.target_norm.to(W_dec) if sae.parts.target_normalize == "dataset" else W_dec
+    return raw.unflatten(1, (len(widths), widths[0])).sum(1)
 
 
 def _final_norm(subject: Subject) -> nn.Module:

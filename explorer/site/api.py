@@ -35,7 +35,7 @@ _MAX_EDITS = 8
 _CACHED_ABLATIONS = 256
 _TOP_PER_TOKEN = 8
 
-_SaeNumber = Annotated[int, Path(ge=0, le=63, description="Which SAE, as listed by /api/site")]
+_SaeNumber = Annotated[int, Path(ge=0, le=255, description="Which SAE, as listed by /api/site")]
 Axis = Literal["density", "largest", "mean", "token_share", "logit_peak", "enc_dec_cosine"]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 # Any SAE's numbers; whether this SAE has the latent is checked by `Desk.latent`, with a message that says
@@ -71,7 +71,7 @@ class _AblateBody(_Body):
 class Edit(_Body):
     """One change of one latent."""
 
-    sae: Annotated[int, Field(ge=0, le=63)] = 0
+    sae: Annotated[int, Field(ge=0, le=255)] = 0
     latent: _LatentNumber
     op: Literal["clamp", "scale", "add", "ablate"] = "clamp"
     # JSON parsers accept Infinity, which would make every logit NaN.

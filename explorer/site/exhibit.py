@@ -196,6 +196,7 @@ class Exhibit:
         return {
             "name": self.name,
             "hook": meta.hook,
+            "targets": list(meta.target_hooks),
             "d_model": meta.d_model,
             "latents": meta.latents,
             "rows": meta.rows,
@@ -261,11 +262,14 @@ def overview(one: Exhibit, other: Exhibit) -> dict[str, Any]:
 
 
 def _comparable(one: Exhibit, other: Exhibit) -> None:
-    if one.table.meta.d_model != other.table.meta.d_model:
+    # The number of targets too: a decoder row of a layer of a cross-layer set spans all of them.
+    kinds = [(each.table.meta.d_model, max(len(each.table.meta.target_hooks), 1)) for each in (one, other)]
+    if kinds[0] != kinds[1]:
+        shown = [f"{width} at {count} hook{'s' if count > 1 else ''}" for width, count in kinds]
         raise ConfigError(
             "these SAEs cannot be compared by direction",
-            expected=f"the same width ({one.table.meta.d_model})",
-            got=other.table.meta.d_model,
+            expected=f"the same width ({shown[0]})",
+            got=shown[1],
         )
 
 
