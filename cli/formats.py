@@ -16,16 +16,21 @@ log = logging.getLogger("winnow.cli")
 READ = "openai, saelens, sparsify, dictionary_learning, gemma-scope"
 WRITTEN = f"{READ}, saebench, neuronpedia"
 """The keys of `READERS` and `WRITERS` in `winnow.sae.formats.convert`, which imports torch."""
-IMPORT_HELP = """Turn another library's sparse autoencoder into one of Winnow's.
+SETS_READ, SETS_WRITTEN = "circuit-tracer, gemma-scope-2, clt-forge", "circuit-tracer, clt-forge"
+"""The same of `winnow.sae.formats.sets`."""
+IMPORT_HELP = """Turn another library's sparse autoencoder, or its set of transcoders, into one of Winnow's.
 
 `winnow.Sae.load` and every command read the result. Its reconstructions are those of the other library. No
 code in the files is ever run: a `.pt` that needs it is refused.
 """
-EXPORT_HELP = """Write an SAE of Winnow's in another library's format.
+EXPORT_HELP = """Write an SAE or a transcoder set of Winnow's in another library's format.
 
 Dataset normalisation is folded into the weights. If the format cannot hold a part of the SAE, the export is
 refused and the message says why: per-row normalisation (`normalize: layer`) needs openai, saelens, saebench
 or neuronpedia.
+
+circuit-tracer and clt-forge hold transcoder sets. They want thresholds in place of TopK (circuit-tracer knows
+TopK too, of a per-layer set): `--dataset` sets them, and says what they cost in FVU and L0.
 """
 
 
@@ -41,8 +46,10 @@ def register(app: typer.Typer) -> None:
         source: Annotated[
             Path, typer.Argument(metavar="SRC", help="The file or folder of the other library.")
         ],
-        format_name: Annotated[str, typer.Option("--from", metavar="FORMAT", help=READ)],
-        out: Annotated[str, typer.Option(help="Folder or URI to write the SAE to.")],
+        format_name: Annotated[
+            str, typer.Option("--from", metavar="FORMAT", help=f"{READ}; of sets: {SETS_READ}")
+        ],
+        out: Annotated[str, typer.Option(help="Folder or URI to write the SAE or set to.")],
         hook: Annotated[
             str | None, typer.Option(help="Hook of its input, such as `resid_post.9`; the files often say.")
         ] = None,
@@ -54,10 +61,21 @@ def register(app: typer.Typer) -> None:
                 help="SAELens: whether TransformerLens centred its rows; the files often say.",
             ),
         ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the SAE's card on stdout.")] = False,
+        reads: Annotated[
+            str | None,
+            typer.Option(help="A set's input, `resid_mid` or `mlp_in`; the files of some formats say."),
+        ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the card on stdout.")] = False,
     ) -> None:
         with guard():
             from winnow.sae.formats.convert import UNKNOWN_HOOK, import_sae
+
+            if _is_of_sets(format_name):
+                given = {"--hook": hook, "--target-hook": target_hook, "--centred": centred}
+                _refuse_options(given, f"one of a single SAE, not of --from {format_name}")
+                _import_set(source, format_name, out, reads, as_json)
+                return
+            _refuse_options({"--reads": reads}, f"of a transcoder set, --from {SETS_READ}")
 
             card = import_sae(source, format_name, out, hook=hook, target_hook=target_hook, centred=centred)
             # A warning only: weights can be used without a hook; what reads a dataset needs it.
@@ -73,17 +91,77 @@ def register(app: typer.Typer) -> None:
         epilog="Example: `winnow export runs/quickstart --to saelens --out exported`",
     )
     def export(
-        sae: Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI of the SAE.")],
-        format_name: Annotated[str, typer.Option("--to", metavar="FORMAT", help=WRITTEN)],
+        sae: Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI of the SAE or set.")],
+        format_name: Annotated[
+            str, typer.Option("--to", metavar="FORMAT", help=f"{WRITTEN}; of sets: {SETS_WRITTEN}")
+        ],
         out: Annotated[Path, typer.Option(help="Folder to write into; must be empty or absent.")],
         model: Annotated[
             str | None,
-            typer.Option(help="That library's name of the subject; default the one in the SAE's card."),
+            typer.Option(help="That library's name of the subject; default the one in the card."),
+        ] = None,
+        dataset: Annotated[
+            str | None,
+            typer.Option(help="Of a set with TopK: a dataset to set thresholds on, in place of TopK."),
         ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print the files as JSON on stdout.")] = False,
     ) -> None:
         with guard():
             from winnow.sae.formats.convert import export_sae
 
+            if _is_of_sets(format_name):
+                _export_set(sae, format_name, out, model, dataset, as_json)
+                return
+            _refuse_options({"--dataset": dataset}, f"of a transcoder set, --to {SETS_WRITTEN}")
             files = [str(file) for file in export_sae(sae, format_name, out, model=model)]
             emit({"files": files}, as_json, lambda: say("\n".join(files)))
+
+
+def _is_of_sets(format_name: str) -> bool:
+    from winnow.sae.formats.convert import bare
+    from winnow.sae.formats.sets import SET_READERS
+
+    return bare(format_name) in map(bare, SET_READERS)
+
+
+def _refuse_options(options: dict[str, object], expected: str) -> None:
+    from winnow.schemas.errors import ConfigError
+
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(name, expected=expected, got=value)
+
+
+def _import_set(source: Path, format_name: str, out: str, reads: str | None, as_json: bool) -> None:
+    from winnow.sae.formats.sets import import_set
+    from winnow.schemas.errors import ConfigError
+
+    if reads not in (None, "resid_mid", "mlp_in"):
+        raise ConfigError("--reads", expected="resid_mid or mlp_in", got=reads)
+    card = import_set(source, format_name, out, reads=reads)
+    kind = "cross-layer" if card.cross else "per-layer"
+    said = f"{kind} set of {len(card.layers)} layers that read {card.reads} → {out}"
+    emit(card.model_dump(mode="json"), as_json, lambda: say(said))
+
+
+def _export_set(
+    uri: str, format_name: str, out: Path, model: str | None, dataset: str | None, as_json: bool
+) -> None:
+    from dataclasses import asdict
+
+    from winnow.sae.formats.sets import export_set
+
+    found = export_set(uri, format_name, out, model=model, dataset=dataset)
+    files = [str(file) for file in found.files]
+
+    def show() -> None:
+        if found.cost:
+            say("thresholds in place of TopK, on the held-out rows:")
+        for layer, cost in found.cost.items():
+            say(
+                f"layer {layer}: above {cost.threshold:.4g}, L0 {cost.l0_topk:.1f} → {cost.l0:.1f}, "
+                f"FVU {cost.fvu_topk:.4f} → {cost.fvu:.4f}"
+            )
+        say("\n".join(files))
+
+    emit({"files": files, "cost": {str(n): asdict(c) for n, c in found.cost.items()}}, as_json, show)

@@ -20,8 +20,10 @@ from winnow.sae.formats.identify import require_format
 from winnow.sae.formats.names import hooked_note
 from winnow.sae.formats.plain import Plain, from_sae, to_sae
 from winnow.sae.model import CARD_KEY, Sae
+from winnow.sae.sets import SET_KEY
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.sets import SetCard
 from winnow.schemas.training import SaeCard
 from winnow.schemas.window import WindowRule
 from winnow.store.objects import open_store
@@ -64,7 +66,7 @@ def _read_plain(
     Raises:
         ConfigError, IntegrityError: As `import_sae`.
     """
-    read = _choose(READERS, "--from", format_name)
+    read = choose(READERS, "--from", format_name)
     # Before anything is parsed: sparsify and SAELens both have a `cfg.json`, and a reader of the wrong format
     # would report a missing field instead of the `--from` that reads it.
     require_format(source, next(name for name, reader in READERS.items() if reader is read))
@@ -139,9 +141,9 @@ def export_sae(
     Raises:
         ConfigError: Unknown format, an SAE that it cannot hold (the message says why), or a folder in use.
     """
-    write = _choose(WRITERS, "--to", format_name)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is in use", expected="an empty folder, or none")
+    write = choose(WRITERS, "--to", format_name)
+    require_free(out)
+    _refuse_set(uri, format_name, storage)
     plain = from_sae(Sae.load(uri, storage=storage), model)
     # The word stands for "not known" in our card only; in another library's file it would be a hook's name.
     if plain.hook == UNKNOWN_HOOK:
@@ -160,14 +162,33 @@ def export_sae(
     return sorted(out.iterdir())
 
 
-def _choose(table: Mapping[str, T], option: str, name: str) -> T:
+def _refuse_set(uri: str, format_name: str, storage: StorageSpec | None) -> None:
+    """Raise a ConfigError if a transcoder set is given where an SAE is expected."""
+    store = open_store(uri, storage)
+    if store.size(CARD_KEY) is None and store.size(SET_KEY) is not None:
+        layer = SetCard.from_json(store.get(SET_KEY), origin=f"{uri}/{SET_KEY}").layers[0]
+        raise ConfigError(
+            f"{uri} is a transcoder set",
+            expected=f"an SAE for --to {format_name}",
+            fix=f"Export a layer, such as {uri.rstrip('/')}/{layer.folder}, or the set --to circuit-tracer",
+        )
+
+
+def require_free(out: Path) -> None:
+    """Raise a ConfigError unless a folder is empty or absent."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is in use", expected="an empty folder, or none")
+
+
+def choose(table: Mapping[str, T], option: str, name: str) -> T:
     """The entry of a name, written with any hyphens, underscores and capitals."""
     # People write `dictionary-learning` and `SAELens`; the names in the table are those of the libraries.
-    found = [value for known, value in table.items() if _bare(known) == _bare(name)]
+    found = [value for known, value in table.items() if bare(known) == bare(name)]
     if not found:
         raise ConfigError(f"{option} {name!r}", expected=", ".join(table))
     return found[0]
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
+    """A format's name in lower case without hyphens and underscores."""
     return name.lower().replace("-", "").replace("_", "")
