@@ -107,6 +107,15 @@ class AuxK:
             return given if latent.size == 1 else latent.sum(given.contiguous())
         return self._model.decode(*z, self._W if self._apart else None)
 
+    def take(
+        self, found: DeadCodes, centred: Tensor, e: Tensor, weights: Tensor, *, last: bool
+    ) -> tuple[EntryPart | None, DeadRows | None]:
+        """What the term adds to a micro-batch's gradients; arguments as for `whole`."""
+        if not self._apart:
+            return self.whole(found, centred, e, weights)
+        self.add(found, centred, e, weights)
+        return None, self.result() if last else None
+
     # ---- a batch in one piece ----------------------------------------------------------------------
 
     def whole(
@@ -137,7 +146,7 @@ class AuxK:
         grad = error.mul_((2 * self._coefficient / spread * weights)[:, None])
         if isinstance(z, Tensor):
             return None, self._of_dense(z, grad, centred)
-        return EntryPart(*z, grad, self._there(z)), None
+        return EntryPart(*z, self._model.by_target(grad), self._there(z)), None
 
     def _there(self, z: Codes) -> Tensor | None:
         """Which slots hold a code; None if empty slots are rare, as on one process."""

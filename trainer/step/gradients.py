@@ -1,7 +1,7 @@
 """The gradients of a step, in blocks of latents that stay in cache while they are projected and measured.
 
-Legend: B rows, D width of the input, O width of the output, N latents, n latents of this shard, S slots of
-codes, E entries of codes.
+Legend: B rows, D width of the input, O width of the output, T targets, N latents, n latents of this shard,
+S slots of codes, E entries of codes.
 
 With g the gradient of the reconstruction and z the codes: dW_dec = scatter(z)^T g, dz = (g W_dec^T) at
 the codes' places, 0 if a negative was cut, dW_enc = scatter(dz)^T (x - b_pre), db_enc = sum_b dz,
@@ -10,6 +10,7 @@ db_pre = sum_b g - db_enc W_enc. They are written to the parameters' `.grad`, wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,17 +31,17 @@ class Entries(NamedTuple):
     values: Tensor
     """[E], as the next, in the segments' order."""
     dz: Tensor
-    grad: Tensor
-    """[B, O], as the operations take it."""
+    grads: tuple[Tensor, ...]
+    """[B, O/T] per target, as the operations take them."""
 
     @classmethod
     def of(cls, model: Model, part: EntryPart) -> Entries:
         """From the codes of rows at hand."""
         segments = segments_of(part.indices, model.ctx.sae.latents, part.chosen)
         values = part.values.flatten()[segments.order]
-        grad = model.ops.low(part.grad)
-        dz = zero_where_cut(model.ops.dots(grad, part.indices, segments, model.W_dec), values)
-        return cls(segments, values, dz, grad)
+        grads = tuple(model.ops.low(grad) for grad in part.grads)
+        dz = zero_where_cut(model.dots(grads, part.indices, segments), values)
+        return cls(segments, values, dz, grads)
 
     def in_rows(self, like: Tensor) -> Tensor:
         """`dz` in the places of the codes [B, S]; 0 for those that no gradient flows through."""
@@ -63,8 +64,18 @@ class DeadRows(NamedTuple):
     b_enc: Tensor
 
 
+class _Source(NamedTuple):
+    """Entries, and what is summed over them."""
+
+    entries: Entries
+    weights: Tensor
+    """[E]."""
+    rows: Tensor
+    """[B, O/T] or [B, D]."""
+
+
 class Gradients:
-    """The gradients of a step, micro-batch by micro-batch.
+    """The gradients of a step, micro-batch by micro-batch; `finish` ends them.
 
     Args:
         model: The step's; its SAE's `.grad`s are overwritten.
@@ -73,7 +84,7 @@ class Gradients:
 
     def __init__(self, model: Model, over: Axis | None) -> None:
         sae = model.ctx.sae
-        self._model, self._over = model, over
+        self.model, self._over = model, over
         own = (sae.W_enc, sae.b_enc, sae.W_dec)
         self._W_enc, self._b_enc, self._W_dec = (gradient_buffer(parameter) for parameter in own)
         # the output's bias first (a transcoder's b_dec, else b_pre), a linear path last: `add` relies on it
@@ -81,6 +92,10 @@ class Gradients:
         self._first = True
         self._travels: list[Pending] = []
         self._norms: list[Tensor] = []
+        # [n]: what of the decoder's gradient is parallel to its rows, known from the entries before any row
+        # is summed; None if the sums are not whole here, or dots are of rounded rows
+        exact = model.ctx.spec.compute_dtype == "float32"
+        self._along = torch.zeros_like(sae.b_enc.detach()) if over is None and exact else None
 
     def add(
         self,
@@ -98,11 +113,11 @@ class Gradients:
             entries: Codes that a gradient flows through.
             dead: What is added to the dead latents' gradients.
             centred: The encoder's input [B, D] of the entries' rows.
-            pulls: Gradient of the whole output [B, O].
+            pulls: Gradient of the output [B, O], or of that of the first target, the only one with a bias.
             skip: That and the normalised rows [B, D], of this rank's own rows, for a linear path.
             last: Whether this is the last micro-batch.
         """
-        b_enc, sae = self._b_enc, self._model.ctx.sae
+        b_enc, sae = self._b_enc, self.model.ctx.sae
         if self._first:
             # not the matrices: the first micro-batch overwrites them, which saves a pass over [N, D]
             for grad in (b_enc, *self._biases):
@@ -111,92 +126,124 @@ class Gradients:
             b_enc += grad_bias(part.dz, part.segments.latent, sae.latents)
         if dead is not None:
             b_enc.index_add_(0, dead.ids, dead.b_enc)
-        self._biases[0] += pulls.sum(0)
+        self._biases[0][: pulls.shape[1]] += pulls.sum(0)
         if skip is not None:
             self._biases[-1].addmm_(skip[0].T, skip[1])
+        if self._along is not None:
+            self._add_along(self._along, entries, dead)
         travels = self._over is not None and last
         if travels:
             self._send(b_enc, self._biases[0])
-        # one after the other if they travel: the decoder's is sent while the encoder's is computed;
-        # projection and norm, which need the whole sum, are then left to `end`
-        for names in (("W_dec",), ("W_enc",)) if travels else (("W_dec", "W_enc"),):
-            self._add_blocks(names, entries, dead, centred, finish=last and not travels)
-            if travels:
-                self._send(self._W_dec if names == ("W_dec",) else self._W_enc)
+        finish = last and self._along is not None
+        width = sae.d_out // self.model.targets
+        for target in range(self.model.targets):
+            sources = [_Source(part, part.values, part.grads[target]) for part in entries]
+            self._add_columns("W_dec", slice(target * width, (target + 1) * width), sources, dead, finish)
+        if travels:
+            # sent while the encoder's is computed; projection and norm, which need the whole sum, are left
+            # to `finish`
+            self._send(self._W_dec)
+        sources = [_Source(part, part.dz, centred) for part in entries]
+        self._add_columns("W_enc", slice(0, sae.d_model), sources, dead, finish)
+        if travels:
+            self._send(self._W_enc)
         self._first = False
 
-    def _add_blocks(
-        self,
-        names: tuple[str, ...],
-        entries: list[Entries],
-        dead: DeadRows | None,
-        centred: Tensor,
-        *,
-        finish: bool,
+    def _add_along(self, along: Tensor, entries: list[Entries], dead: DeadRows | None) -> None:
+        """Add what of each latent's decoder gradient is parallel to its row."""
+        for part in entries:
+            # <sum z g, W> = sum z <g, W>: the dots of the values' gradient, which are at hand; where those
+            # are cut to 0, z is 0
+            along += grad_bias(part.values * part.dz, part.segments.latent, len(along))
+        if dead is not None:
+            rows = self.model.ctx.sae.W_dec.detach()[dead.ids]
+            along.index_add_(0, dead.ids, torch.linalg.vecdot(dead.W_dec, rows))
+
+    def _add_columns(
+        self, name: str, columns: slice, sources: list[_Source], dead: DeadRows | None, finish: bool
     ) -> None:
-        """Add to the matrices' gradients, one block of latents after the other."""
-        ops, latents = self._model.ops, self._model.ctx.sae.latents
-        blocks = ops.blocks(latents, centred)
+        """Add to columns of a matrix's gradient, one block of latents after the other."""
+        ops, latents = self.model.ops, self.model.ctx.sae.latents
+        buffer = getattr(self, f"_{name}")[:, columns]
+        blocks = ops.blocks(latents, buffer)
         # dead ids ascend, so those of a block are one slice
         cuts = cuts_of(dead.ids, [0, *(block.stop for block in blocks)]) if dead is not None else []
         for number, block in enumerate(blocks):
             # a block that no entry reaches is still written: its buffer holds the previous step's gradient
-            here = [part for part in entries if part.reaches(block)] or entries[:1]
-            made: dict[str, Tensor] = {}
-            for name in names:
-                total, kept = None, getattr(self, f"_{name}")[block]
-                for part in here:
-                    weights, rows = (part.values, part.grad) if name == "W_dec" else (part.dz, centred)
-                    sums = ops.sums(weights, part.segments, rows, block)
-                    total = sums if total is None else total.add_(sums)
-                total = torch.zeros_like(kept) if total is None else total
-                if dead is not None:
-                    some = slice(cuts[number], cuts[number + 1])
-                    # ids are distinct, so the order of additions, and with it the bits, is fixed
-                    total.index_add_(0, dead.ids[some] - block.start, getattr(dead, name)[some])
-                if not self._first:
-                    total += kept
-                made[name] = total
+            here = [source for source in sources if source.entries.reaches(block)] or sources[:1]
+            total = None
+            for source in here:
+                sums = ops.sums(source.weights, source.entries.segments, source.rows, block)
+                total = sums if total is None else total.add_(sums)
+            total = torch.zeros_like(buffer[block]) if total is None else total
+            if dead is not None:
+                some = slice(cuts[number], cuts[number + 1])
+                # ids are distinct, so the order of additions, and with it the bits, is fixed
+                total.index_add_(0, dead.ids[some] - block.start, getattr(dead, name)[some, columns])
+            if not self._first:
+                total += buffer[block]
             if finish:
                 # before the copy to `.grad`, while the block is in cache
-                self._project(block, made["W_dec"], made["W_enc"])
-            for name in names:
-                getattr(self, f"_{name}")[block] = made[name]
+                self._finish_block(name, block, columns, total)
+            buffer[block] = total
 
-    def _project(self, block: slice, decoder: Tensor, encoder: Tensor) -> None:
-        """Take from a block of the decoder's gradient what is parallel to its rows, and measure both."""
-        directions = self._model.ctx.sae.W_dec[block]
+    def _finish_block(self, name: str, block: slice, columns: slice, grad: Tensor) -> None:
+        """Measure a whole block; before, take from the decoder's what is parallel to its rows."""
+        if name == "W_dec":
+            assert self._along is not None
+            directions = self.model.ctx.sae.W_dec.detach()[block, columns]
+            grad.addcmul_(directions, self._along[block, None], value=-1.0)
+        self._norms.append(grad.norm())
+
+    def _project(self, block: slice) -> None:
+        """The same for a block of `.grad`, whose parallel part is not known yet."""
+        directions, decoder = self.model.ctx.sae.W_dec.detach()[block], self._W_dec[block]
         # not einsum: 0.37 ms per block against 0.07 (docs/kernels.md)
         along = torch.linalg.vecdot(decoder, directions)
         decoder.addcmul_(directions, along[:, None], value=-1.0)
-        self._norms += [decoder.norm(), encoder.norm()]
+        self._norms += [decoder.norm(), self._W_enc[block].norm()]
 
     def _send(self, *tensors: Tensor) -> None:
         assert self._over is not None
         self._travels += [self._over.sum_start(tensor) for tensor in tensors]
 
-    def end(self) -> float:
-        """Sum over the mesh what is not summed yet; the joint norm of all shards' gradients."""
-        ctx = self._model.ctx
-        sae, world = ctx.sae, ctx.world
-        if sae.W_skip is not None:
+    def settle(self) -> Tensor:
+        """Wait for the sums over `data` and project; gives this shard's part [D] of b_pre's second term."""
+        ctx = self.model.ctx
+        if ctx.sae.W_skip is not None:
             # always of this rank's own rows, since a gather sends the centred rows only
-            self._travels.append(world.data.sum_start(self._biases[-1]))
+            self._travels.append(ctx.world.data.sum_start(self._biases[-1]))
         for travel in self._travels:
             travel.wait()
-        if self._over is not None:
-            for block in self._model.ops.blocks(sae.latents, self._W_enc):
-                self._project(block, self._W_dec[block], self._W_enc[block])
+        if self._along is None:
+            for block in self.model.ops.blocks(ctx.sae.latents, self._W_dec):
+                self._project(block)
         # the encoder reads x - b_pre, so b_pre's gradient has this second term, of all shards; it comes after
         # the waits, so that it is also of all ranks
-        through_encoder = torch.mv(sae.W_enc.detach().T, self._b_enc)
-        gradient_buffer(sae.b_pre).sub_(world.latent.sum(through_encoder))
-        # replicated, so counted once and left out of the sum over shards
-        everywhere = [grad.norm() for grad in self._biases]
-        if world.latent.size == 1:
-            return torch.stack([self._b_enc.norm(), *everywhere, *self._norms]).norm().item()
-        own = torch.stack([self._b_enc.norm(), *self._norms]).double().square().sum()
-        return (world.latent.sum(own) + torch.stack(everywhere).double().square().sum()).sqrt().item()
+        return torch.mv(ctx.sae.W_enc.detach().T, self._b_enc)
+
+    def measure(self, through_encoder: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Take in b_pre's second term [D], of all shards; norms of sharded and of replicated gradients."""
+        gradient_buffer(self.model.ctx.sae.b_pre).sub_(through_encoder)
+        return [self._b_enc.norm(), *self._norms], [grad.norm() for grad in self._biases]
+
+
+def finish(layers: Sequence[Gradients]) -> float:
+    """Sum over the mesh what is not summed yet; the joint norm of all shards' gradients.
+
+    Args:
+        layers: Those of one SAE, or of all layers of a set, clipped by their joint norm.
+    """
+    latent = layers[0].model.ctx.world.latent
+    through_encoder = latent.sum(torch.stack([layer.settle() for layer in layers]))
+    found = [layer.measure(second) for layer, second in zip(layers, through_encoder, strict=True)]
+    own = torch.stack([norm for norms, _ in found for norm in norms])
+    # replicated, so counted once and left out of the sum over shards
+    everywhere = torch.stack([norm for _, norms in found for norm in norms])
+    if latent.size == 1:
+        return torch.cat([own, everywhere]).norm().item()
+    own, everywhere = (norms.double().square().sum() for norms in (own, everywhere))
+    return (latent.sum(own) + everywhere).sqrt().item()
 
 
 def pulls_of(parts: list[EntryPart]) -> Tensor:
@@ -216,8 +263,9 @@ def gathered(model: Model, gather: Gather) -> tuple[list[Entries], Tensor, Tenso
             # ranks pad rows to the fullest of them and codes to the widest, with 0
             segments = segments_of(part.indices, model.ctx.sae.latents, part.values > 0)
             values, dz = (codes.flatten()[segments.order] for codes in (part.values, part.dz))
-            entries.append(Entries(segments, values, dz, model.ops.low(part.grad)))
-    pulls = pulls_of([EntryPart(part.values, part.indices, part.grad, whole=part.whole) for part in parts])
+            grads = model.by_target(model.ops.low(part.grad))
+            entries.append(Entries(segments, values, dz, grads))
+    pulls = pulls_of([EntryPart(part.values, part.indices, (part.grad,), whole=part.whole) for part in parts])
     return entries, centred, pulls
 
 

@@ -23,12 +23,17 @@ class EntryPart(NamedTuple):
 
     values: Tensor
     indices: Tensor
-    grad: Tensor
-    """[B, O]: of the reconstruction made from these codes."""
+    grads: tuple[Tensor, ...]
+    """Of the reconstruction made from these codes, [B, O/T] for each of T targets."""
     chosen: Tensor | None = None
     """bool [B, S]: the entries it flows through; None for all."""
     whole: bool = False
-    """Whether `grad` is a gradient of the whole output, bias and linear path included."""
+    """Whether `grads` are those of the whole output, bias and linear path included."""
+
+    @property
+    def grad(self) -> Tensor:
+        """[B, O]: that of all targets."""
+        return self.grads[0] if len(self.grads) == 1 else torch.cat(self.grads, 1)
 
 
 class Reconstruction(NamedTuple):
@@ -84,7 +89,7 @@ def reconstruct(model: Model, batch: Rows, codes: Codes, scale: Tensor, padded: 
     # part's is thus the gradient of the whole output
     for number in reversed(range(len(grads) - 1)):
         grads[number] += grads[number + 1]
-    parts = [EntryPart(*part, grad, mask) for part, grad, mask in zip(some, grads, chosen, strict=True)]
+    parts = [EntryPart(*part, (grad,), mask) for part, grad, mask in zip(some, grads, chosen, strict=True)]
     parts[0] = parts[0]._replace(whole=True)
     return Reconstruction(parts, y_hat, error, loss)
 
@@ -95,7 +100,7 @@ def widened(model: Model, batch: Rows, wide: Codes, scale: Tensor) -> tuple[Entr
     loss = scale @ squares(error) / 8
     chosen = None if model.ctx.world.latent.size == 1 else wide.values > 0
     # 2/8: the derivative of an eighth of the square
-    return EntryPart(*wide, error.mul_((scale / 4)[:, None]), chosen, whole=True), loss
+    return EntryPart(*wide, (error.mul_((scale / 4)[:, None]),), chosen, whole=True), loss
 
 
 def squares(rows: Tensor) -> Tensor:

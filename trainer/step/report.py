@@ -26,11 +26,12 @@ class Tally:
 
     Args:
         run: The run that takes the step.
+        width: O.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, width: int) -> None:
         self._dead = run.dead
-        self.fvu = metrics.Fvu(run.sae.d_out, run.device)
+        self.fvu = metrics.Fvu(width, run.device)
         self.l0 = metrics.L0()
         self.active = torch.zeros_like(run.dead.since, dtype=torch.uint8)
         """uint8 [n]: 1 if the latent was active."""

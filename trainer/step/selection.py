@@ -9,6 +9,7 @@ slices, `LocalGroups`); otherwise the ranks select together (`mesh.topk`, `Joine
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -61,9 +62,33 @@ class Groups(Protocol):
         ...
 
 
-def best_of_batch(
-    ops: StepOps, found: Codes, centred: Tensor, W_enc: Tensor, b_enc: Tensor, groups: Groups
-) -> Chosen:
+class Candidates(NamedTuple):
+    """The best latents of each row of one dictionary, and what they are codes of."""
+
+    found: Codes
+    """In order [B, w]."""
+    centred: Tensor
+    """[B, D]."""
+    W_enc: Tensor
+    """[n, D]."""
+    b_enc: Tensor
+
+    @property
+    def narrow(self) -> bool:
+        """Whether there are latents that are no candidates."""
+        return self.found.values.shape[1] < len(self.W_enc)
+
+    def wider(self, ops: StepOps, rows: Tensor) -> Candidates:
+        """With more candidates for some rows [r], four times as many, so that few rounds suffice."""
+        (values, indices), width = self.found, self.found.values.shape[1]
+        wide = min(4 * width, len(self.W_enc))
+        more = ops.encode(self.centred[rows], self.W_enc, self.b_enc, wide, None)
+        values = F.pad(values, (0, wide - width)).index_copy_(0, rows, more.values)
+        indices = F.pad(indices, (0, wide - width)).index_copy_(0, rows, more.indices)
+        return self._replace(found=Codes(values, indices))
+
+
+def best_of_batch(ops: StepOps, layers: Sequence[Candidates], groups: Groups) -> tuple[list[Codes], int]:
     """The best k per row of each group of rows, from candidates of each row.
 
     Rows whose candidates are all taken are encoded again with more of them, until no rank has any: exact,
@@ -71,31 +96,43 @@ def best_of_batch(
 
     Args:
         ops: The backend.
-        found: The best w latents of each row, in order.
-        centred: What they are codes of [B, D].
-        W_enc: [n, D].
-        b_enc: [n].
+        layers: Of one dictionary, or of all layers of a set, whose latents compete: of equal values those
+            of the lower layer come first.
         groups: See `groups_of`.
 
     Returns:
-        Padded codes, at least 0.
+        Padded codes of each layer, at least 0, and the rows that took a second round.
     """
-    (values, indices), latents, again = found, len(W_enc), 0
+    layers, again = list(layers), 0
     while True:
-        taken, width = groups.taken(values), values.shape[1]
+        taken = _taken_of_layers([layer.found.values for layer in layers], groups)
         # the k-th best of a part is a lower bound for that of the whole, so a row whose last candidate is not
         # taken has no more to give
-        full = (taken == width).nonzero().flatten() if width < latents else taken[:0]
+        full = [
+            (count == layer.found.values.shape[1]).nonzero().flatten() if layer.narrow else count[:0]
+            for layer, count in zip(layers, taken, strict=True)
+        ]
         # the same answer on every rank, since the next round is a collective
-        if not groups.any(len(full) > 0):
-            return Chosen(keep(values, indices, taken), again)
-        if len(full):
-            again += len(full)
-            # only the full rows are encoded again, four times as wide, so that few rounds suffice
-            wider = min(4 * width, latents)
-            more = ops.encode(centred[full], W_enc, b_enc, wider, None)
-            values = F.pad(values, (0, wider - width)).index_copy_(0, full, more.values)
-            indices = F.pad(indices, (0, wider - width)).index_copy_(0, full, more.indices)
+        if not groups.any(any(len(rows) for rows in full)):
+            codes = [keep(*layer.found, count) for layer, count in zip(layers, taken, strict=True)]
+            return codes, again
+        again += sum(map(len, full))
+        # only the full rows are encoded again
+        layers = [
+            layer.wider(ops, rows) if len(rows) else layer for layer, rows in zip(layers, full, strict=True)
+        ]
+
+
+def _taken_of_layers(values: list[Tensor], groups: Groups) -> list[Tensor]:
+    """How many int64 [B] of each row's first candidates [B, w], descending, are taken, of each layer."""
+    if len(values) == 1:
+        return [groups.taken(values[0])]
+    # stable, so that of each layer's equal values the first are taken: what is taken stays a prefix
+    ordered, at = torch.cat(values, 1).sort(dim=1, descending=True, stable=True)
+    slot = torch.arange(ordered.shape[1], device=ordered.device)
+    chosen = (slot < groups.taken(ordered)[:, None]).to(torch.uint8)
+    chosen = torch.zeros_like(chosen).scatter_(1, at, chosen)
+    return [part.sum(1) for part in chosen.split([layer.shape[1] for layer in values], 1)]
 
 
 def groups_of(rows: tuple[int, ...], k: int, count: int, world: World, device: torch.device) -> Groups:

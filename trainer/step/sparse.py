@@ -24,18 +24,37 @@ from winnow.trainer.mesh.exchange import Gather, Part, dense_bytes, rows_bytes
 from winnow.trainer.mesh.topk import Codes, candidates
 from winnow.trainer.step.auxk import AuxK, DeadCodes
 from winnow.trainer.step.context import Model, Outcome, StepContext, Taken
-from winnow.trainer.step.gradients import DeadRows, Entries, Gradients, gathered, pulls_of
+from winnow.trainer.step.gradients import DeadRows, Entries, Gradients, finish, gathered, pulls_of
 from winnow.trainer.step.losses import Rows
 from winnow.trainer.step.prefixes import EntryPart, Reconstruction, reconstruct, widened
-from winnow.trainer.step.selection import BATCH_CANDIDATES, best_of_batch, best_of_rows, groups_of
+from winnow.trainer.step.selection import (
+    BATCH_CANDIDATES,
+    Candidates,
+    best_of_batch,
+    best_of_rows,
+    groups_of,
+)
 from winnow.trainer.step.spans import mark
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
     """Candidates per row, and the codes that AuxK asked for."""
 
     best: Codes
     dead: DeadCodes
+
+
+def encode(model: Model, centred: Tensor, candidates: int, auxk: AuxK | None) -> Encoded:
+    """This shard's best candidates of each row, in order, from its one dense product."""
+    ctx = model.ctx
+    m = min(candidates, ctx.sae.latents)
+    if not len(centred):
+        # a rank without rows still takes part in the collectives that follow
+        values = ctx.total.new_empty(0, m)
+        return Encoded(Codes(values, torch.empty_like(values, dtype=torch.int64)), None)
+    wanted = None if auxk is None else auxk.wanted
+    found = model.ops.encode(centred, model.W_enc, ctx.sae.b_enc.detach(), m, wanted)
+    return Encoded(Codes(found.values, found.indices), found.dead)
 
 
 def begin(ctx: StepContext, pieces: int) -> SparseStep:
@@ -104,23 +123,15 @@ class SparseStep:
         if auxk is not None and auxk.value is not None:
             # after the sum, since AuxK's value is already that of all ranks' rows
             loss += ctx.spec.auxk_coefficient * auxk.value
-        norm = self._gradients.end()
+        norm = finish([self._gradients])
         value, finite = (None, True) if auxk is None else (auxk.value, auxk.finite)
         return Outcome(loss.item(), value, finite, norm, second_rounds)
 
     # ---- the parts of `take` -----------------------------------------------------------------------
 
-    def _encode(self, centred: Tensor) -> _Encoded:
-        """This shard's best candidates of each row, in order, from its one dense product."""
-        ctx, ops = self._ctx, self._model.ops
-        m = min(self._candidates(), ctx.sae.latents)
-        wanted = None if self._auxk is None else self._auxk.wanted
-        if not len(centred):
-            # a rank without rows still takes part in the collectives that follow
-            values = ctx.total.new_empty(0, m)
-            return _Encoded(Codes(values, torch.empty_like(values, dtype=torch.int64)), None)
-        found = ops.encode(centred, self._model.W_enc, ctx.sae.b_enc.detach(), m, wanted)
-        return _Encoded(Codes(found.values, found.indices), found.dead)
+    def _encode(self, centred: Tensor) -> Encoded:
+        """This shard's best candidates of each row."""
+        return encode(self._model, centred, self._candidates(), self._auxk)
 
     def _candidates(self) -> int:
         """Candidates per row."""
@@ -141,7 +152,8 @@ class SparseStep:
         if batched:
             groups = groups_of(batch.groups, ctx.k, ctx.groups, ctx.world, centred.device)
             b_enc = ctx.sae.b_enc.detach()
-            codes, again = best_of_batch(model.ops, best, centred, model.W_enc, b_enc, groups)
+            one = Candidates(best, centred, model.W_enc, b_enc)
+            (codes,), again = best_of_batch(model.ops, [one], groups)
         else:
             codes, again = best_of_rows(best, ctx.k, ctx.kept_of_shards(ctx.k), latent)
         self._second_rounds += again
@@ -163,10 +175,7 @@ class SparseStep:
         """What AuxK adds to this micro-batch's gradients; `error` [B, O] is overwritten."""
         if self._auxk is None:
             return None, None
-        if self._ctx.spec.accumulate == 1:
-            return self._auxk.whole(found, centred, error.neg_(), weights)
-        self._auxk.add(found, centred, error.neg_(), weights)
-        return None, None if self._left else self._auxk.result()
+        return self._auxk.take(found, centred, error.neg_(), weights, last=not self._left)
 
     # ---- rows or gradients over `data` -------------------------------------------------------------
 

@@ -118,14 +118,14 @@ def train_codes(ctx: StepContext, rows: Rows, b_pre: Tensor) -> TrainCodes:
     # dense: on a mesh BatchTopK cannot know beforehand how many of a row are selected
     pre = torch.addmm(b, rows.x, sae.W_enc.T).relu()
     if selects == "batch":
-        return TrainCodes(best_of_all(ctx, rows, pre), None)
+        return TrainCodes(best_of_all(ctx, ctx.k, rows, pre), None)
     dense = activation_of(sae.parts.activation).codes(sae, pre, ctx.spec.bandwidth)
     return TrainCodes(dense.values, None, dense)
 
 
-def best_of_all(ctx: StepContext, rows: Rows, z: Tensor) -> Tensor:
-    """Dense codes z [B, n] cut to the best K per row of each group of rows over all ranks."""
-    groups = groups_of(rows.groups, ctx.k, ctx.groups, ctx.world, z.device)
+def best_of_all(ctx: StepContext, k: int, rows: Rows, z: Tensor) -> Tensor:
+    """Dense codes z [B, n] cut to the best k per row of each group of rows over all ranks."""
+    groups = groups_of(rows.groups, k, ctx.groups, ctx.world, z.device)
     # stable, so that of equal values the lower latent comes first, as in one process
     values, at = z.detach().sort(dim=1, descending=True, stable=True)
     slot = torch.arange(values.shape[1], device=z.device)

@@ -65,28 +65,15 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         active, x = tally.active, rows.new_empty(0)
         x_hat = values = weights = x
     found = step.end()
-    lr = _update(run, ctx, found)
-    _count(run, ctx, found, active)
-    return StepReport(
-        found.loss,
-        found.auxk or 0.0,
-        found.grad_norm,
-        lr,
-        sum(ctx.dead_of_shards),
-        x,
-        x_hat,
-        values,
-        weights,
-        ctx.world,
-        found.second_rounds,
-        ctx.rows,
-        tally,
-    )
+    require_finite(found, ctx.step)
+    lr = update(run, ctx, found.grad_norm)
+    count(run, ctx, found, run.world.data.largest(active))
+    return report_of(ctx, found, lr, x, x_hat, values, weights, tally)
 
 
 def _take_all(run: Run, step: Step, pieces: list[Callable[[], Rows]]) -> Tally:
     """Take every micro-batch, one in memory at a time."""
-    tally = Tally(run)
+    tally = Tally(run, run.sae.d_out)
 
     # a function, so that a micro-batch's tensors are freed before the next one is prepared
     def take(batch: Rows) -> None:
@@ -118,11 +105,8 @@ def micro_batches(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None
 def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> Rows:
     """A micro-batch normalised, without its rows of weight 0. Arguments as for `train_step`."""
     keep = weights > 0
-    # with fewer groups than shares, a group spans several ranks (see `selection.JoinedGroups`)
-    share = run.world.data.size * run.recipe.spec.accumulate
-    groups = max(1, run.recipe.spec.groups // share) if run.batches else 1
     # before rows are dropped: groups are fixed lanes of the batch, and rows of weight 0 have no quota
-    sizes = tuple(int(part.sum()) for part in keep.tensor_split(groups))
+    sizes = group_sizes(run, keep)
     if sum(sizes) < len(rows):
         rows, weights = rows[keep], weights[keep]
         target = None if target is None else target[keep]
@@ -131,22 +115,27 @@ def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = Non
     return Rows(x, x if target is None else run.sae.normalise_target(target), weights, sizes)
 
 
-def _update(run: Run, ctx: StepContext, found: Outcome) -> float:
-    """Change the weights by the gradients; gives the learning rate."""
-    # before anything changes, so that weights, moments and average stay as they were
-    _require_finite("loss", found.loss, ctx.step)
-    _require_finite("gradient norm", found.grad_norm, ctx.step)
+def group_sizes(run: Run, keep: Tensor) -> tuple[int, ...]:
+    """Rows to keep, bool [B], of each group of a micro-batch that BatchTopK selects in."""
+    # with fewer groups than shares, a group spans several ranks (see `selection.JoinedGroups`)
+    share = run.world.data.size * run.recipe.spec.accumulate
+    groups = max(1, run.recipe.spec.groups // share) if run.batches else 1
+    return tuple(int(part.sum()) for part in keep.tensor_split(groups))
+
+
+def update(run: Run, ctx: StepContext, grad_norm: float) -> float:
+    """Change the weights by the gradients, whose joint norm is given; gives the learning rate."""
     lr = lr_at(ctx.step, run.recipe.steps, ctx.spec)
     largest = ctx.spec.clip_norm
     if ctx.kernels == "eager":
-        plain_update(run.sae, run.adam, run.ema, lr=lr, grad_norm=found.grad_norm, largest=largest)
+        plain_update(run.sae, run.adam, run.ema, lr=lr, grad_norm=grad_norm, largest=largest)
     else:
         fused_update(
             run.sae,
             run.adam,
             run.ema,
             lr=lr,
-            grad_norm=found.grad_norm,
+            grad_norm=grad_norm,
             largest=largest,
             moments=ctx.spec.moments,
             step=ctx.step,
@@ -155,24 +144,54 @@ def _update(run: Run, ctx: StepContext, found: Outcome) -> float:
     return lr
 
 
-def _count(run: Run, ctx: StepContext, found: Outcome, active: Tensor) -> None:
-    """Count a step in which the latents `active` uint8 [n] were, of this rank's rows."""
+def count(run: Run, ctx: StepContext, found: Outcome, active: Tensor) -> None:
+    """Count a step in which the latents `active` uint8 [n] were, of all ranks' rows."""
     counts = run.counts
     if found.auxk is not None:
         counts.auxk_steps += 1
         counts.auxk_nonfinite += not found.auxk_finite
     # active on any rank's rows is active; only now, since the dead latents are fixed for the whole step
-    run.dead.update(run.world.data.largest(active), ctx.rows)
+    run.dead.update(active, ctx.rows)
     counts.step += 1
     counts.tokens += ctx.rows
 
 
-def _require_finite(what: str, value: float, step: int) -> None:
-    # NaN fails every comparison, so one test covers both
-    if not -float("inf") < value < float("inf"):
-        raise NonFiniteError(
-            f"the {what} of step {step} is not finite",
-            expected="a number",
-            got=value,
-            fix="Lower lr or set clip_norm, and train into another `out`",
-        )
+def report_of(
+    ctx: StepContext,
+    found: Outcome,
+    lr: float,
+    x: Tensor,
+    x_hat: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    tally: Tally | None,
+) -> StepReport:
+    """The report of a step; tensors as there."""
+    return StepReport(
+        found.loss,
+        found.auxk or 0.0,
+        found.grad_norm,
+        lr,
+        sum(ctx.dead_of_shards),
+        x,
+        x_hat,
+        values,
+        weights,
+        ctx.world,
+        found.second_rounds,
+        ctx.rows,
+        tally,
+    )
+
+
+def require_finite(found: Outcome, step: int) -> None:
+    """NonFiniteError unless loss and gradient are finite: before anything changes."""
+    for what, value in (("loss", found.loss), ("gradient norm", found.grad_norm)):
+        # NaN fails every comparison, so one test covers both
+        if not -float("inf") < value < float("inf"):
+            raise NonFiniteError(
+                f"the {what} of step {step} is not finite",
+                expected="a number",
+                got=value,
+                fix="Lower lr or set clip_norm, and train into another `out`",
+            )

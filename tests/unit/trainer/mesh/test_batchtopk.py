@@ -20,7 +20,7 @@ from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.mesh.topk import Codes
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.threshold import calibrate
-from winnow.trainer.step.selection import JoinedGroups, best_of_batch, groups_of
+from winnow.trainer.step.selection import Candidates, JoinedGroups, best_of_batch, groups_of
 
 
 def sharded_best(
@@ -37,7 +37,8 @@ def sharded_best(
     rows, W_enc = torch.eye(len(own), dtype=z.dtype), own.T.contiguous()
     best = sort_pairs(*own.topk(min(width, len(part)), dim=1))
     b_enc = W_enc.new_zeros(len(part))
-    codes, _ = best_of_batch(step_ops("cpu"), Codes(*best), rows, W_enc, b_enc, together)
+    layer = Candidates(Codes(*best), rows, W_enc, b_enc)
+    (codes,), _ = best_of_batch(step_ops("cpu"), [layer], together)
     return torch.zeros_like(own).scatter_add_(1, codes.indices, codes.values)
 
 
