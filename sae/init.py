@@ -126,7 +126,7 @@ def _fill_constants_and_biases(
     """Return the normalised rows [B, D] and those to be reconstructed [B, O]: a transcoder's target's."""
     # In this order: normalising needs the constants, and the biases need normalised rows.
     if sae.normalize_mode == "dataset":
-        mean, scale = _constants(sample, weights, sae.parts.widths or (sae.d_model,))
+        mean, scale = dataset_constants(sample, weights, sae.parts.widths or (sae.d_model,))
         sae.input_mean.copy_(mean)
         sae.input_scale.copy_(scale.view_as(sae.input_scale))
     y = x = sae.normalise(sample)[0]
@@ -134,7 +134,7 @@ def _fill_constants_and_biases(
         if target is None:
             raise ValueError("a transcoder is initialised with rows of its target")
         if sae.parts.target_normalize == "dataset":
-            mean, scale = _constants(target, weights, (sae.d_out,))
+            mean, scale = dataset_constants(target, weights, (sae.d_out,))
             sae.target_mean.copy_(mean)
             sae.target_scale.copy_(scale[0])
         y = sae.normalise_target(target)
@@ -148,10 +148,10 @@ def _fill_directions(sae: Sae, place: Place, seed: int) -> None:
     # A generator of the CPU, so that every device starts with the same numbers.
     generator = torch.Generator().manual_seed(seed)
     latents, part = place.latents, place.part
-    sae.W_dec.copy_(_directions(sae.d_out, latents, generator, part, draw_all=sae.has_target))
+    sae.W_dec.copy_(random_directions(sae.d_out, latents, generator, part, draw_all=sae.has_target))
     # The directions of an input and of another hook's output have nothing in common: a transcoder's encoder
     # is not its decoder.
-    sae.W_enc.copy_(_directions(sae.d_model, latents, generator, part) if sae.has_target else sae.W_dec)
+    sae.W_enc.copy_(random_directions(sae.d_model, latents, generator, part) if sae.has_target else sae.W_dec)
 
 
 def counted_rows(
@@ -193,7 +193,7 @@ def _require_finite(sample: Tensor) -> None:
         raise NonFiniteError("the initial sample holds NaN or infinity", fix="Verify the dataset")
 
 
-def _constants(sample: Tensor, weights: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def dataset_constants(sample: Tensor, weights: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The mean [D] of rows [B, D], and the root mean squared distance from it per hook."""
     sample, weights = sample.double(), weights.double()
     mean = mean_row(sample, weights)
@@ -203,7 +203,7 @@ def _constants(sample: Tensor, weights: Tensor, widths: tuple[int, ...]) -> tupl
     return mean, spreads.sqrt().clamp_min(SMALLEST_NORM)
 
 
-def _directions(
+def random_directions(
     width: int, latents: int, generator: torch.Generator, part: range, *, draw_all: bool = False
 ) -> Tensor:
     """Random unit rows [N, width], or those of a part of the latents: the same rows in any partition.

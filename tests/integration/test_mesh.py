@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.support import cross
 from tests.support.mesh_worker import CASES, OUT, REPORTED, D, K, N, batch, cases_on, go, make
 from winnow.trainer.mesh.exchange import dense_bytes, rows_bytes
 from winnow.trainer.mesh.shard import has_latents
@@ -98,6 +99,35 @@ def test_a_mesh_trains_as_one_process_does(folder, reference, mesh, case):
 def test_the_mesh_of_one_is_one_process(reference, case):
     run, told = go(case, World())
     compare(*reference(case), pack(run), told)
+
+
+@pytest.fixture(scope="module")
+def cross_reference():
+    """The specification of each cross-layer case on one process, taken once."""
+    found = {}
+
+    def give(case):
+        if case not in found:
+            # the specification has no parts
+            runs = cross.make_cross("eager", **cross.CASES[case] | {"accumulate": 1})
+            found[case] = cross.go_cross(runs), cross.pack_all(runs)
+        return found[case]
+
+    return give
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", cross.CASES)
+def test_a_mesh_trains_all_layers_of_a_cross_layer_set(folder, cross_reference, mesh, case):
+    told, expected = cross_reference(case)
+    found = json.loads((folder / f"{mesh} cross, {case} 0 0.json").read_text())
+    for step, (layers, right) in enumerate(zip(found, told, strict=True)):
+        for layer, report in enumerate(layers):
+            assert report == pytest.approx(right[layer], rel=1e-9), (step, layer)
+    state = assembled(folder, mesh, f"cross, {case}")
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
 
 
 def test_second_rounds_happen_where_one_shard_has_all_the_best(folder):

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
+from tests.support import cross
 from winnow.sae.init import initialise
 from winnow.sae.model import Sae
 from winnow.schemas.training import TrainSpec
@@ -214,6 +215,13 @@ def main(folder: Path, rank: int) -> None:
             run, told = go(case, world)
             name = f"{mesh} {case} {world.data.rank} {world.latent.rank}"
             safetensors.torch.save_file(pack(run), folder / f"{name}.safetensors")
+            (folder / f"{name}.json").write_text(json.dumps(told))
+        for case, fields in cross.CASES.items() if world else ():
+            runs = cross.make_cross("cpu", world, **fields)
+            told = cross.go_cross(runs)
+            assert world is not None
+            name = f"{mesh} cross, {case} {world.data.rank} {world.latent.rank}"
+            safetensors.torch.save_file(cross.pack_all(runs), folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()
