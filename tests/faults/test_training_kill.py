@@ -12,6 +12,7 @@ import time
 import pytest
 
 from tests.support.planted import planted_config
+from tests.support.set_data import LAYERS, set_config
 
 EPOCHS = 8
 
@@ -62,3 +63,22 @@ def test_killed_and_run_again_gives_the_same_bits(whole, tmp_path, moment):
     assert summary["steps"] == 16 * EPOCHS
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(10, 16 * EPOCHS, 10), 16 * EPOCHS]
+
+
+def test_a_killed_set_gives_the_same_bits_for_every_layer(tmp_path):
+    config = set_config(tmp_path, cross=True, checkpoint_seconds=0)
+    finish(config, tmp_path / "whole")
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not any(int(path.name) > 20 for path in out.glob("checkpoints/*")):
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < end, "the awaited moment never came"
+        time.sleep(0.004)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "set.json").exists()
+    assert finish(config, out)["steps"] == 48
+    for layer in range(LAYERS):
+        file = f"layer_{layer}/sae.safetensors"
+        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -56,12 +56,12 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         {},
         {"activation": "batchtopk"},
         {"accumulate": 2, "moments": "int8"},
+        {"cross": True},
+        {"cross": True, "activation": "batchtopk", "accumulate": 2},
     ],
-    ids=["topk", "batchtopk", "accumulate"],
+    ids=["per-layer", "per-layer, batchtopk", "per-layer, accumulate", "cross", "cross, batchtopk"],
 )
-def test_a_per_layer_set_learns_resumes_to_the_same_bits_and_is_one_run(
-    folder, tmp_path, monkeypatch, fields
-):
+def test_a_set_learns_resumes_to_the_same_bits_and_is_one_run(folder, tmp_path, monkeypatch, fields):
     config = load_config(set_config(folder, out=str(tmp_path / "whole"), **fields))
     summary = train(config)
     assert summary["fvu"] < 0.25
@@ -80,9 +80,10 @@ def test_a_per_layer_set_learns_resumes_to_the_same_bits_and_is_one_run(
     found = TranscoderSet.load(tmp_path / "run")
     assert found.card is not None
     assert (found.layers, found.card.identity.subject_model) == (range(LAYERS), "synthetic")
-    # a layer is an ordinary transcoder
+    # a layer is a transcoder that can be loaded alone
     layer = Sae.load(tmp_path / "run" / "layer_1")
-    assert (layer.card.hook, layer.card.output_hooks) == ("resid_mid.1", ("mlp_out.1",))
+    written = ("mlp_out.1", "mlp_out.2") if found.cross else ("mlp_out.1",)
+    assert (layer.card.hook, layer.card.output_hooks) == ("resid_mid.1", written)
     assert (
         layer.card.metrics[f"fvu_normalised.{layer.card.weights}"] == summary["layers"]["1"]["fvu_normalised"]
     )

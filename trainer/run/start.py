@@ -18,6 +18,7 @@ from winnow.schemas.training import SaeIdentity, StreamState, TrainSpec
 from winnow.store import ActivationStore
 from winnow.store.format.order import LaneOrder, group_units_for
 from winnow.store.objects import ObjectStore
+from winnow.store.read.torch_stream import Batch
 from winnow.trainer.mesh.rows import SharedRows
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.checkpoint import require_same_run, unpack
@@ -25,6 +26,7 @@ from winnow.trainer.run.checkpoint_files import newest_checkpoint
 from winnow.trainer.run.telemetry import Telemetry
 from winnow.trainer.run.warm_start import warm_start
 from winnow.trainer.step import Recipe, Run, SetRun
+from winnow.trainer.step.cross_init import initialise_cross
 from winnow.trainer.step.optim import Ema
 
 log = logging.getLogger("winnow.trainer")
@@ -205,11 +207,18 @@ def initialise_runs(runs: Sequence[Run | SetRun], batches: SharedRows) -> None:
             whole = [run.world.data.gather(part).flatten(0, 1) for part in parts]
             return torch.cat(whole)[:size].to(run.device)
 
+        def rows(hook: str, some: Sequence[Batch] = drawn[:need]) -> Tensor:
+            return sample([batch.rows[hook] for batch in some])
+
         weights = sample([batch.weights for batch in drawn[:need]])
+        if isinstance(run, SetRun) and run.of.cross:
+            inputs = [rows(run.of.read_hook(layer)) for layer in run.layers]
+            targets = [rows(run.of.target_hooks(layer)[0]) for layer in run.layers]
+            initialise_cross(list(run.layers.values()), inputs, targets, weights)
+            continue
         for part in run.parts.values():
             own = part.recipe.spec
-            hooks = {hook: sample([batch.rows[hook] for batch in drawn[:need]]) for hook in own.read_hooks}
-            _initialise_one(part, *rows_of(hooks, own), weights)
+            _initialise_one(part, *rows_of({hook: rows(hook) for hook in own.read_hooks}, own), weights)
 
 
 def _initialise_one(run: Run, x: Tensor, target: Tensor | None, weights: Tensor) -> None:

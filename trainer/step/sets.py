@@ -14,6 +14,7 @@ from torch import Tensor
 
 from winnow.schemas.layers import SetSpec
 from winnow.trainer.mesh.world import World
+from winnow.trainer.step.cross_train import train_cross
 from winnow.trainer.step.recipe import Recipe
 from winnow.trainer.step.report import StepReport
 from winnow.trainer.step.state import Counts, Run
@@ -149,10 +150,13 @@ def train_set(run: SetRun, rows: Mapping[str, Tensor], weights: Tensor) -> SetRe
         NonFiniteError: Loss or gradient of a layer is NaN or infinite. Of a per-layer set the layers before
             it have taken the step: the set goes back to its last checkpoint as a whole.
     """
-    found: dict[int, StepReport] = {}
-    for layer, one in run.layers.items():
-        target = rows[run.of.target_hooks(layer)[0]]
-        report = train_step(one, rows[run.of.read_hook(layer)], weights, target)
-        if report is not None:
-            found[layer] = report
-    return SetReport(found, run.of.cross) if found else None
+    inputs = [rows[run.of.read_hook(layer)] for layer in run.layers]
+    targets = [rows[run.of.target_hooks(layer)[0]] for layer in run.layers]
+    runs = list(run.layers.values())
+    if run.of.cross:
+        reports = train_cross(runs, inputs, targets, weights)
+    else:
+        parts = zip(runs, inputs, targets, strict=True)
+        found = [train_step(one, x, weights, y) for one, x, y in parts]
+        reports = [report for report in found if report is not None]
+    return SetReport(dict(zip(run.layers, reports, strict=True)), run.of.cross) if reports else None
