@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.planted import planted_config
 from tests.support.set_data import LAYERS, set_config
+from winnow.common.config_file import load_config
+from winnow.trainer.run.loop import train
 
 EPOCHS = 8
 
@@ -27,11 +29,24 @@ def finish(config, out) -> dict:
     return json.loads(result.stdout)
 
 
+def kill_when(reached, config, out) -> None:
+    """Begin or resume a training, and kill it when `reached(out)`."""
+    process = subprocess.Popen(command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not reached(out):
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < end, "the awaited moment never came"
+        time.sleep(0.004)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """The config, and the weights of a run in this process that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole")
     config = planted_config(folder, epochs=EPOCHS, checkpoint_seconds=0)
-    finish(config, folder / "run")
+    train(load_config(config))
     return config, (folder / "run" / "sae.safetensors").read_bytes()
 
 
@@ -44,19 +59,12 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_run_again_gives_the_same_bits(whole, tmp_path, moment):
+def test_killed_at_one_moment_after_another_it_gives_the_same_bits(whole, tmp_path):
     config, weights = whole
     out = tmp_path / "run"
-    process = subprocess.Popen(command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not MOMENTS[moment](out):
-        assert process.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < end, "the awaited moment never came"
-        time.sleep(0.004)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (out / "summary.json").exists()
+    for reached in MOMENTS.values():
+        kill_when(reached, config, out)
+        assert not (out / "summary.json").exists()
 
     summary = finish(config, out)
     assert (out / "sae.safetensors").read_bytes() == weights
@@ -66,17 +74,10 @@ def test_killed_and_run_again_gives_the_same_bits(whole, tmp_path, moment):
 
 
 def test_a_killed_set_gives_the_same_bits_for_every_layer(tmp_path):
-    config = set_config(tmp_path, cross=True, checkpoint_seconds=0)
-    finish(config, tmp_path / "whole")
+    config = set_config(tmp_path, out=str(tmp_path / "whole"), cross=True, checkpoint_seconds=0)
+    train(load_config(config))
     out = tmp_path / "run"
-    process = subprocess.Popen(command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not any(int(path.name) > 20 for path in out.glob("checkpoints/*")):
-        assert process.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < end, "the awaited moment never came"
-        time.sleep(0.004)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_when(lambda out: any(int(path.name) > 20 for path in out.glob("checkpoints/*")), config, out)
     assert not (out / "set.json").exists()
     assert finish(config, out)["steps"] == 48
     for layer in range(LAYERS):
