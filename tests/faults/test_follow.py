@@ -11,16 +11,11 @@ import time
 from pathlib import Path
 
 from tests.faults.test_harvest_kill import kill_tree
-from tests.support.pipeline import pipeline_config
+from tests.support.pipeline import make_alone, pipeline_config
 from winnow.common.config_file import load_config
-from winnow.harvester.run.driver import ensure_plan
-from winnow.harvester.run.worker import UnitWorker
-from winnow.schemas.config import Config
-from winnow.schemas.harvest import HarvestPlan
 from winnow.store.check.verify import verify
 from winnow.store.objects import open_store
 from winnow.store.read.follow import deleted_units
-from winnow.store.write.writer import seal
 from winnow.trainer.run.loop import train
 
 UNITS = 8
@@ -73,19 +68,6 @@ class Gauge(threading.Thread):
         return self.most
 
 
-def make_alone(config: Config) -> tuple[HarvestPlan, str]:
-    """The whole dataset, made here by one worker; its plan and its digest."""
-    store = open_store(config.root)
-    plan = ensure_plan(config, store)
-    assert config.subject is not None
-    worker = UnitWorker(
-        plan.to_json(), config.root, config.storage, config.subject, 1, config.harvest.batch_windows
-    )
-    for unit in range(plan.units):
-        worker.run(unit)
-    return plan, seal(store, plan).dataset_sha256
-
-
 def test_each_dies_and_the_weights_are_the_same(tmp_path: Path) -> None:
     limits = {"high_water_bytes": 1, "silence_seconds": SILENCE, "ring": True}  # raised to two groups
     path = pipeline_config(
@@ -100,7 +82,7 @@ def test_each_dies_and_the_weights_are_the_same(tmp_path: Path) -> None:
     gauge.start()
 
     # The trainer is there first; it is killed, and the harvest is parked with a message.
-    trainer = start("trainer", config, *following)
+    trainer = start("winnow.trainer", config, *following)
     harvest = start("winnow", "harvest", config)
     await_that(lambda: list((tmp_path / "run").glob("checkpoints/*/index.json")), trainer, harvest)
     trainer.send_signal(signal.SIGKILL)
@@ -113,12 +95,12 @@ def test_each_dies_and_the_weights_are_the_same(tmp_path: Path) -> None:
     assert not (root / "manifest.json").exists()
 
     # Alone, the trainer goes on as far as it gets, and says what it waits for.
-    code, _, err = finish(start("trainer", config, *following[:3], "train.follow_seconds=2"))
+    code, _, err = finish(start("winnow.trainer", config, *following[:3], "train.follow_seconds=2"))
     assert code == 1
     assert "the harvest has committed nothing" in err.replace("\n", " ")
 
     # A harvest killed in the middle, and once more: the trainer does not notice.
-    trainer = start("trainer", config, *following)
+    trainer = start("winnow.trainer", config, *following)
     harvest = start("winnow", "harvest", config)
     await_that(lambda: len(list(root.glob("receipts/*"))) > committed, trainer, harvest)
     kill_tree(harvest)

@@ -29,18 +29,16 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.support.gated_worker import FREE_UNITS, GATE, GatedWorker
-from tests.support.pipeline import pipeline_config
+from tests.support.pipeline import make_alone, pipeline_config
 from winnow.common.config_file import load_config
 from winnow.harvester.run import driver
 from winnow.harvester.run.driver import ensure_plan, harvest
 from winnow.harvester.run.ledger import read_ledger
-from winnow.harvester.run.worker import UnitWorker
 from winnow.schemas.config import Config
 from winnow.store.check.verify import verify
 from winnow.store.objects import open_store
 from winnow.store.read.follow import read_followers
 from winnow.store.read.reader import receipts_present
-from winnow.store.write.writer import seal
 from winnow.trainer.run.loop import train
 
 UNITS = 12
@@ -121,18 +119,6 @@ class Trouble(threading.Thread):
             time.sleep(0.02)
 
 
-def undisturbed(config: Config, root: str) -> str:
-    """The digest of the same plan, harvested by one worker in this process, without Ray."""
-    alone = config.model_copy(update={"root": root})
-    store = open_store(root)
-    plan = ensure_plan(alone, store)
-    assert alone.subject is not None
-    worker = UnitWorker(plan.to_json(), root, alone.storage, alone.subject, 1, alone.harvest.batch_windows)
-    for unit in range(plan.units):
-        worker.run(unit)
-    return seal(store, plan).dataset_sha256
-
-
 def test_a_node_joins_another_is_killed_and_nobody_can_tell(
     tmp_path: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -148,7 +134,7 @@ def test_a_node_joins_another_is_killed_and_nobody_can_tell(
         train={"batch_rows": 64, "group_units": 2, "epochs": 1},
     )
     config = load_config(path)
-    expected = undisturbed(config, str(tmp_path / "alone"))
+    _, expected = make_alone(config.model_copy(update={"root": str(tmp_path / "alone")}))
     gate = tmp_path / "gate"
     gate.mkdir()
     monkeypatch.setenv(GATE, str(gate))  # before the nodes start: they hand it on

@@ -10,6 +10,12 @@ from typing import Any
 import yaml
 
 from tests.support.tiny import make_subject
+from winnow.harvester.run.driver import ensure_plan
+from winnow.harvester.run.worker import UnitWorker
+from winnow.schemas.config import Config
+from winnow.schemas.harvest import HarvestPlan
+from winnow.store.objects import open_store
+from winnow.store.write.writer import seal
 
 WORDS = (
     "harvest", "grain", "wind", "chaff", "row", "order", "kept", "nothing", "twice", "named",
@@ -67,3 +73,16 @@ def pipeline_config(folder: Path, *, root: str | None = None, units: int = 4, **
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
+
+
+def make_alone(config: Config) -> tuple[HarvestPlan, str]:
+    """Make the whole dataset by one worker in this process, without Ray; returns its plan and its digest."""
+    store = open_store(config.root)
+    plan = ensure_plan(config, store)
+    assert config.subject is not None
+    worker = UnitWorker(
+        plan.to_json(), config.root, config.storage, config.subject, 1, config.harvest.batch_windows
+    )
+    for unit in range(plan.units):
+        worker.run(unit)
+    return plan, seal(store, plan).dataset_sha256
