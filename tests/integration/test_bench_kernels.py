@@ -38,6 +38,17 @@ def test_train_step(tmp_path):
     assert result["kernels"] in ("cpu", "triton")
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read on Linux only")
+def test_set_step(tmp_path):
+    result = run("set_step", tmp_path / "result.json", "--size", "tiny", "--rounds", "2", "--threads", "1")
+    assert result["benchmark"] == "set_step"
+    for name in ("clt_step_over_products", "plt_step_over_products", "dense_over_winnow"):
+        low, middle, high = result["quartiles"][name]
+        assert low <= middle <= high
+        assert result[name] == middle > 0
+    assert result["clt_peak_mib"] > 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak RSS is reset on Linux only")
 def test_memory(tmp_path):
     result = run("memory", tmp_path / "result.json", "--tiny", "--rounds", "1")

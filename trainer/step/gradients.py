@@ -182,18 +182,19 @@ class Gradients:
                 total.index_add_(0, dead.ids[some] - block.start, getattr(dead, name)[some, columns])
             if not self._first:
                 total += buffer[block]
+            if finish and name == "W_dec":
+                assert self._along is not None
+                # without the parallel part, in the pass that copies: `measure` leaves it out of the norm
+                directions, along = (
+                    self.model.ctx.sae.W_dec.detach()[block, columns],
+                    self._along[block, None],
+                )
+                torch.addcmul(total, directions, along, value=-1.0, out=buffer[block])
+            else:
+                buffer[block] = total
             if finish:
-                # before the copy to `.grad`, while the block is in cache
-                self._finish_block(name, block, columns, total)
-            buffer[block] = total
-
-    def _finish_block(self, name: str, block: slice, columns: slice, grad: Tensor) -> None:
-        """Measure a whole block; before, take from the decoder's what is parallel to its rows."""
-        if name == "W_dec":
-            assert self._along is not None
-            directions = self.model.ctx.sae.W_dec.detach()[block, columns]
-            grad.addcmul_(directions, self._along[block, None], value=-1.0)
-        self._norms.append(grad.norm())
+                # while the block is in cache
+                self._norms.append(total.norm())
 
     def _project(self, block: slice) -> None:
         """The same for a block of `.grad`, whose parallel part is not known yet."""
@@ -222,10 +223,15 @@ class Gradients:
         # the waits, so that it is also of all ranks
         return torch.mv(ctx.sae.W_enc.detach().T, self._b_enc)
 
-    def measure(self, through_encoder: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Take in b_pre's second term [D], of all shards; norms of sharded and of replicated gradients."""
+    def measure(self, through_encoder: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in b_pre's second term [D], of all shards; squared norms: of sharded, of replicated ones."""
         gradient_buffer(self.model.ctx.sae.b_pre).sub_(through_encoder)
-        return [self._b_enc.norm(), *self._norms], [grad.norm() for grad in self._biases]
+        own = torch.stack([self._b_enc.norm(), *self._norms]).double().square().sum()
+        if self._along is not None:
+            # rows are unit, so by Pythagoras
+            own -= self._along.double().square().sum()
+        everywhere = torch.stack([grad.norm() for grad in self._biases]).double().square().sum()
+        return own.clamp_min(0.0), everywhere
 
 
 def finish(layers: Sequence[Gradients]) -> float:
@@ -237,12 +243,8 @@ def finish(layers: Sequence[Gradients]) -> float:
     latent = layers[0].model.ctx.world.latent
     through_encoder = latent.sum(torch.stack([layer.settle() for layer in layers]))
     found = [layer.measure(second) for layer, second in zip(layers, through_encoder, strict=True)]
-    own = torch.stack([norm for norms, _ in found for norm in norms])
-    # replicated, so counted once and left out of the sum over shards
-    everywhere = torch.stack([norm for _, norms in found for norm in norms])
-    if latent.size == 1:
-        return torch.cat([own, everywhere]).norm().item()
-    own, everywhere = (norms.double().square().sum() for norms in (own, everywhere))
+    own, everywhere = (torch.stack(squares).sum() for squares in zip(*found, strict=True))
+    # replicated ones are counted once, and left out of the sum over shards
     return (latent.sum(own) + everywhere).sqrt().item()
 
 

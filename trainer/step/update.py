@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam as functional_adam
 
 from winnow.sae.activations import activation_of
 from winnow.sae.model import Sae
 from winnow.schemas.training import MomentsDtype
 from winnow.trainer.kernels.segment_grad import BLOCK_BYTES, GPU_BLOCK_BYTES, latent_blocks
-from winnow.trainer.step.moments import PACKED, Moments, State, new_state, pack_moments, unpack_moments
+from winnow.trainer.step.moments import PACKED, Moments, new_state, pack_moments, unpack_moments
 from winnow.trainer.step.optim import Ema, clip_gradients, renormalise_decoder
 
 
@@ -53,7 +52,6 @@ def fused_update(
     # from the step's number, not from a generator that runs on: a resumed run draws the same bits
     draws = torch.Generator(sae.W_enc.device).manual_seed(step)
     size = BLOCK_BYTES if sae.W_enc.device.type == "cpu" else GPU_BLOCK_BYTES
-    blocks = latent_blocks(sae.latents, sae.W_enc, size)
     for name in sae.parameter_names:
         parameter = getattr(sae, name)
         state = adam.state[parameter]
@@ -61,12 +59,16 @@ def fused_update(
             state |= new_state(parameter.detach(), moments if name in PACKED else "float32")
         # a block goes through everything while it is in cache: 35 ms of thread time instead of 87 for passes
         # over whole [N, D] tensors (docs/kernels.md)
-        for block in blocks if name in ("W_enc", "W_dec") else [slice(None)]:
+        matrix = name in ("W_enc", "W_dec")
+        now = state["step"] + 1
+        for block in latent_blocks(sae.latents, parameter, size) if matrix else [slice(None)]:
             weights, grad = parameter.detach()[block], parameter.grad[block]
             if shrink is not None:
-                grad.mul_(shrink)
+                # not in place: the block's copy is still in cache when the next one takes its memory, while a
+                # changed gradient would have to be written back
+                grad = grad * shrink
             unpacked = unpack_moments(state, block, weights)
-            _adam(group, weights, grad, unpacked, state, lr=lr)
+            _adam(group, weights, grad, unpacked, now, lr=lr)
             pack_moments(state, block, unpacked, draws)
             if name == "W_dec":
                 renormalise_decoder(weights)
@@ -77,17 +79,17 @@ def fused_update(
 
 
 def _adam(
-    group: dict[str, Any], weights: Tensor, grad: Tensor, unpacked: Moments, state: State, *, lr: float
+    group: dict[str, Any], weights: Tensor, grad: Tensor, unpacked: Moments, step: Tensor, *, lr: float
 ) -> None:
-    """Take one step of torch's fused Adam on a block, in place."""
-    functional_adam(
+    """Take step number `step` [], from 1, of torch's fused Adam on a block, in place."""
+    # the operation itself: `torch.optim.adam.adam` sorts its lists by device and type on every call
+    torch._fused_adam_(
         [weights],
         [grad],
         [unpacked.first],
         [unpacked.second],
         [],
-        [state["step"].clone()],  # every block takes the same step
-        fused=True,
+        [step],
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
