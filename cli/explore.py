@@ -147,9 +147,12 @@ def _show_layers(made: dict[int, FeatureIndex], out: str) -> None:
 
 def explore_command(
     saes: Annotated[
-        list[str],
-        typer.Argument(metavar="SAE...", help="Published SAEs with an index; two can be compared"),
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="[SAE...]",
+            help="Published SAEs with an index, two can be compared; or one transcoder set",
+        ),
+    ] = None,
     config: ConfigFile = None,
     root: Root = None,
     index: Annotated[
@@ -158,6 +161,16 @@ def explore_command(
             "--index",
             metavar="DIR",
             help="Folder of an SAE's index, in the SAEs' order; default SAE/features",
+        ),
+    ] = None,
+    graph: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--graph",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="An attribution graph to show beside those in SET/graphs; may be repeated",
         ),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one")] = 8517,
@@ -174,7 +187,8 @@ def explore_command(
     """Look at SAEs in the browser: what each latent fires on, what it promotes, what it does to the text.
 
     Listens on this machine only by default, and needs no network. The subject model is loaded when it is
-    first needed (for a text, a steered generation, an ablation).
+    first needed (for a text, a steered generation, an ablation). Of a transcoder set it shows the layers that
+    are indexed, and the attribution graphs in SET/graphs.
 
     Example: `winnow explore runs/quickstart --config configs/quickstart.yaml`
     """
@@ -182,9 +196,12 @@ def explore_command(
         from winnow.explorer.place import Place
         from winnow.explorer.site.desk import open_desk
         from winnow.explorer.site.serve import listen, make_app, serve
+        from winnow.schemas.errors import ConfigError
 
         place = Place.of(config, root)
-        desk = open_desk(saes, index, place, seats)
+        if not saes and not graph:
+            raise ConfigError("nothing to show", expected="an SAE, a set or --graph FILE", got="none")
+        desk = open_desk(saes or [], index, place, seats, graph or [])
         # Beyond loopback anybody on the network could read the dataset's texts and occupy the model.
         token = None if host in LOOPBACK else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
         # Bound before the address is printed: port 0 gets its number here, and nobody is sent to an address

@@ -17,6 +17,8 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.site.circuit import Circuits
+from winnow.explorer.site.circuit_api import add_graphs
 from winnow.explorer.site.exhibit import AXES, Exhibit, matches, overview
 from winnow.explorer.site.lane import Lane
 from winnow.explorer.site.monitor import MAX_LATENTS, MAX_TOKENS, MonitorReport, monitor
@@ -25,6 +27,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.subject.generate import Steer
+from winnow.subject.load import Subject
 
 # What one request may cost; with the eight seats (`--seats`) this bounds how long the last one waits. The
 # page takes its own limits from here (`/api/site`).
@@ -94,17 +97,30 @@ class Desk:
 
     Attributes:
         exhibits: The SAEs that the site shows.
-        subject: The subject they belong to.
+        subject: The subject they belong to; None if nothing says which one, as for a graph's file alone.
         lane: The queue in front of the subject.
         dataset: Opens the dataset; None if it is not available.
+        circuits: The graphs, and what their page needs.
         ablations: Newest replies by request, for repeated ones.
     """
 
     exhibits: list[Exhibit]
-    subject: LazySubject
+    subject: LazySubject | None
     lane: Lane
     dataset: Callable[[], ActivationStore] | None = None
+    circuits: Circuits = field(default_factory=Circuits)
     ablations: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+
+    def model(self) -> Subject:
+        """The subject with all its layers, loaded when it is first needed.
+
+        Raises:
+            ConfigError: The server has none.
+            SaeMismatch: Other weights than the dataset was harvested from.
+        """
+        if self.subject is None:
+            raise ConfigError("subject", expected="a subject", got="none", fix="Name it in --config FILE")
+        return self.subject.whole()
 
     def exhibit(self, number: int) -> Exhibit:
         """The SAE of a number.
@@ -112,6 +128,8 @@ class Desk:
         Raises:
             ConfigError: No such SAE.
         """
+        if not self.exhibits:
+            raise ConfigError("sae", expected="an index", got="none", fix="Run `winnow index SET` first")
         if not 0 <= number < len(self.exhibits):
             raise ConfigError("sae", expected=f"0 to {len(self.exhibits) - 1}", got=number)
         return self.exhibits[number]
@@ -135,6 +153,7 @@ def make_router(desk: Desk) -> APIRouter:
     _add_lists(router, desk)
     _add_comparisons(router, desk)
     _add_readings(router, desk)
+    add_graphs(router, desk.circuits, desk.exhibit, desk.lane)
     return router
 
 
@@ -146,7 +165,11 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
         return {
             "saes": [exhibit.facts() for exhibit in desk.exhibits],
             # The last part of the name: a path of the server's disk is nobody's business.
-            "subject": {"model": desk.subject.planned.model.rsplit("/", 1)[-1], "ready": desk.subject.ready},
+            "subject": {
+                "model": desk.subject.planned.model.rsplit("/", 1)[-1] if desk.subject else "no subject",
+                "ready": desk.subject is not None and desk.subject.ready,
+            },
+            "graphs": bool(desk.circuits.shelf),
             "axes": AXES,
             "limits": {
                 "text": MAX_TEXT,
@@ -218,7 +241,7 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
     def text(sae: _SaeNumber, body: _TextBody) -> dict[str, Any]:
         exhibit = desk.exhibit(sae)
         with desk.lane.visit():
-            subject = desk.subject.whole()
+            subject = desk.model()
             ids = tokenise(subject, body.text, MAX_TOKENS, exhibit.window)
             meta = exhibit.table.meta
             reading = read_tokens(
@@ -235,7 +258,7 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
     def watch(sae: _SaeNumber, body: _MonitorBody) -> MonitorReport:
         exhibit = desk.exhibit(sae)
         with desk.lane.visit():
-            subject = desk.subject.whole()
+            subject = desk.model()
             meta = exhibit.table.meta
             return monitor(
                 body.text,
@@ -304,7 +327,7 @@ def ablation(desk: Desk, sae: int, body: _AblateBody) -> dict[str, Any]:
         desk.ablations.move_to_end(key)
         return desk.ablations[key]
     with desk.lane.visit():
-        subject = desk.subject.whole()
+        subject = desk.model()
         if body.text is not None:
             ids = tokenise(subject, body.text, MAX_TOKENS, exhibit.window)
         else:
@@ -372,12 +395,12 @@ def steering(desk: Desk, body: SteerBody) -> StreamingResponse:
     edits = [(desk.exhibit(edit.sae), edit) for edit in body.edits]
     for exhibit, edit in edits:
         desk.latent(exhibit, edit.latent)
-    rule = _common_rule([exhibit for exhibit, _ in edits] or desk.exhibits[:1])
+    rule = _common_rule([exhibit for exhibit, _ in edits] or [desk.exhibit(0)])
     # `sit` and `turn` instead of `visit`: the seat is kept for the stream, the model only for each token.
     desk.lane.sit()
     try:
         with desk.lane.turn():
-            subject = desk.subject.whole()
+            subject = desk.model()
             prompt = tokenise(subject, body.prompt, MAX_TOKENS, rule)
             steers: dict[str, list[Steer]] = {}
             for exhibit, edit in edits:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
 from winnow.evaluator.report import load_evaluation
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import FeatureTable
 from winnow.explorer.place import Place, default_index
 from winnow.explorer.site.api import Desk
+from winnow.explorer.site.circuit import Circuits
 from winnow.explorer.site.exhibit import Exhibit
 from winnow.explorer.site.explained import from_evaluation
+from winnow.explorer.site.graphs import GRAPHS, Shelf
 from winnow.explorer.site.lane import Lane
+from winnow.explorer.site.layers import indexed_layers, open_set
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, StoreError
 from winnow.schemas.fit import check_one_subject, mismatch
@@ -24,29 +28,62 @@ from winnow.store.objects import open_store
 log = logging.getLogger("winnow.explorer")
 
 
-def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int) -> Desk:
-    """What a server of these SAEs shows.
+def open_desk(
+    saes: list[str], index: list[str] | None, place: Place, seats: int, graphs: Sequence[Path] = ()
+) -> Desk:
+    """What a server of these SAEs, or of the layers of a set, shows.
+
+    Args:
+        saes: SAEs, or one transcoder set, whose layers are shown as far as they are indexed.
+        index: Folders of the SAEs' indexes, in their order; the default is `default_index`.
+        place: The dataset and the subject.
+        seats: Requests to the subject at a time.
+        graphs: Files of attribution graphs, beside those in the set's folder.
 
     Raises:
-        ConfigError: An SAE is not indexed.
+        ConfigError: An SAE is not indexed, or a set is shown beside something else.
         SaeMismatch: They belong to different subjects.
     """
-    where = [*(index or []), *(default_index(sae) for sae in saes[len(index or []) :])]
+    of = open_set(saes, index, place.storage)
+    where = [*(index or []), *(default_index(sae) for sae in saes[len(index or []) :])] if of is None else []
+    layers = indexed_layers(of, place.storage) if of else {}
+    shown = [(sae, folder, _last(sae)) for sae, folder in zip(saes, where, strict=of is None)]
+    if of is not None:
+        shown = [(sae, default_index(sae), f"{_last(of.uri)}, layer {at}") for at, sae in layers.items()]
     exhibits: list[Exhibit] = []
-    for sae, folder in zip(saes, where, strict=True):
+    for sae, folder, name in shown:
         table = FeatureTable.open(folder, place.storage)
         add_explanations(table, sae, place.storage)
-        exhibits.append(Exhibit(sae.rstrip("/").rsplit("/", 1)[-1] or sae, sae, table, place.storage))
+        exhibits.append(Exhibit(name, sae, table, place.storage))
     check_one_subject(
         [exhibit.uri for exhibit in exhibits], [exhibit.table.meta.subject for exhibit in exhibits]
     )
-    meta = exhibits[0].table.meta
-    root = place.root or meta.root
+    at_hand = _dataset(exhibits, place)
+    for exhibit in exhibits:
+        exhibit.window = _window_rule(exhibit, at_hand)
+    subject = _subject(exhibits, place, at_hand)
+    circuits = Circuits(Shelf(of.store.child(GRAPHS) if of else None, list(graphs)))
+    if of is not None:
+        circuits.layers = {layer: number for number, layer in enumerate(layers)}
+        circuits.set_sha256 = of.sha256
+    return Desk(exhibits, subject, Lane(seats), at_hand, circuits)
+
+
+def _last(uri: str) -> str:
+    return uri.rstrip("/").rsplit("/", 1)[-1] or uri
+
+
+def _dataset(exhibits: list[Exhibit], place: Place) -> Callable[[], ActivationStore] | None:
+    """Opens the dataset that was indexed; None, and a warning, if it is not available."""
+    meta = exhibits[0].table.meta if exhibits else None
+    root = place.root or (meta.root if meta else None)
+    if root is None:
+        return None
 
     @cache
     def dataset() -> ActivationStore:
         found = ActivationStore.open(root, place.storage)
-        if found.plan.fingerprint != meta.plan_fingerprint:
+        if meta is not None and found.plan.fingerprint != meta.plan_fingerprint:
             raise mismatch(
                 "plan",
                 f"the dataset at {root}",
@@ -57,15 +94,21 @@ def open_desk(saes: list[str], index: list[str] | None, place: Place, seats: int
             )
         return found
 
-    at_hand = dataset
     try:
         dataset()
     except (StoreError, ConfigError) as error:
         log.warning("explorer: the dataset cannot be opened, so ablations take pasted text only (%s)", error)
-        at_hand = None
-    for exhibit in exhibits:
-        exhibit.window = _window_rule(exhibit, at_hand)
-    return Desk(exhibits, LazySubject(place.subject, meta.subject), Lane(seats), at_hand)
+        return None
+    return dataset
+
+
+def _subject(
+    exhibits: list[Exhibit], place: Place, dataset: Callable[[], ActivationStore] | None
+) -> LazySubject | None:
+    """The subject that the indexes name, else the dataset's; None if neither is there."""
+    if exhibits:
+        return LazySubject(place.subject, exhibits[0].table.meta.subject)
+    return LazySubject(place.subject, dataset().plan.subject) if dataset else None
 
 
 def _window_rule(exhibit: Exhibit, dataset: Callable[[], ActivationStore] | None) -> WindowRule:
