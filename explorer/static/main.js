@@ -3,16 +3,19 @@ import { address, get, go, state } from "./api.js";
 import { el, hideTip, waiting } from "./dom.js";
 import { comparePage } from "./compare.js";
 import { featurePage } from "./feature.js";
+import { graphPage } from "./graph.js";
 import { mapPage } from "./map.js";
 import { monitorPage } from "./monitor.js";
 import { steerPage } from "./steer.js";
 import { textPage } from "./text.js";
 
 /** @typedef {{name: string, hook: string, latents: number, bands: number, bos: boolean}} Shown */
-/** @typedef {{saes: Shown[], subject: {model: string, ready: boolean}, axes: Record<string, string>, limits: Record<string, number>, windows: boolean}} Site */
+/** @typedef {{saes: Shown[], subject: {model: string, ready: boolean}, axes: Record<string, string>, graphs: boolean, limits: Record<string, number>, windows: boolean}} Site */
 
 /** @type {Record<string, [string, (site: any, fields: Record<string, string>) => Promise<any>|any]>} */
-const PAGES = { map: ["Map", mapPage], feature: ["Feature", featurePage], text: ["Text", textPage], compare: ["Compare", comparePage], steer: ["Steer", steerPage], monitor: ["Monitor", monitorPage] };
+const PAGES = { map: ["Map", mapPage], feature: ["Feature", featurePage], text: ["Text", textPage], compare: ["Compare", comparePage], steer: ["Steer", steerPage], monitor: ["Monitor", monitorPage], graph: ["Circuit", graphPage] };
+/** The pages that there is something for: graphs may be shown without an SAE, and an SAE without graphs. @param {Site|undefined} site */
+const pagesOf = (site) => Object.keys(PAGES).filter((page) => (page === "graph" ? !site || site.graphs : !site || site.saes.length > 0));
 
 const main = /** @type {HTMLElement} */ (document.getElementById("main"));
 const jump = /** @type {HTMLInputElement} */ (document.getElementById("jump-to"));
@@ -21,11 +24,15 @@ const jump = /** @type {HTMLInputElement} */ (document.getElementById("jump-to")
 async function show() {
   hideTip();
   const fields = state();
-  const name = fields.page in PAGES ? fields.page : "map";
+  known ??= get("site").catch((error) => { known = null; throw error; });
+  // A failure is shown by `waiting` below, which asks again.
+  const site = await known.catch(() => undefined), pages = pagesOf(site);
+  const name = pages.includes(fields.page) ? fields.page : site?.graphs ? "graph" : "map";
   document.title = `${PAGES[name][0]}${name === "feature" ? ` ${fields.latent ?? 0}` : ""} · Winnow`;
-  document.getElementById("pages")?.replaceChildren(...Object.entries(PAGES).map(([page, [title]]) =>
-    el("a", { href: address({ page, sae: fields.sae, latent: page === "feature" || page === "compare" ? fields.latent : undefined }), "aria-current": page === name ? "page" : null }, title)));
-  await waiting(main, "Reading the index…", async () => {
+  document.getElementById("pages")?.replaceChildren(...pages.map((page) =>
+    el("a", { href: address({ page, sae: fields.sae, latent: page === "feature" || page === "compare" ? fields.latent : undefined, graph: page === "graph" ? fields.graph : undefined }), "aria-current": page === name ? "page" : null }, PAGES[page][0])));
+  document.getElementById("jump")?.toggleAttribute("hidden", !!site && !site.saes.length);
+  await waiting(main, name === "graph" ? "Reading the graphs…" : "Reading the index…", async () => {
     known ??= get("site").catch((error) => { known = null; throw error; });
     return PAGES[name][1](await known, fields);
   });

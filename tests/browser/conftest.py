@@ -8,12 +8,14 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from winnow.explorer.place import Place
+from winnow.explorer.site.api import Desk
 from winnow.explorer.site.desk import open_desk
 from winnow.explorer.site.serve import listen, make_app, server
 from winnow.schemas.config import StorageSpec
@@ -39,17 +41,9 @@ class Served:
     """Console errors, page errors and requests to other hosts."""
 
 
-@pytest.fixture(scope="session")
-def served(request, tmp_path_factory) -> Iterator[Served]:
-    option = request.config.getoption
-    saes, root, pictures = (option(name, default=None) for name in ("--saes", "--root", "--screenshots"))
-    place = Place(root, None, StorageSpec())
-    if not saes:
-        from tests.support.explorer_site import make_site
-
-        made = make_site(tmp_path_factory.mktemp("site"))
-        saes, place = list(made.saes), Place.of(made.config_path, None)
-    desk = open_desk(saes, None, place, seats=8)
+@contextmanager
+def serving(desk: Desk, pictures: Path | None) -> Iterator[Served]:
+    """Serve a desk on a free port."""
     with listen("127.0.0.1", 0) as listener:
         site = server(make_app(desk))
         thread = threading.Thread(target=site.run, kwargs={"sockets": [listener]})
@@ -60,6 +54,20 @@ def served(request, tmp_path_factory) -> Iterator[Served]:
         finally:
             site.should_exit = True
             thread.join()
+
+
+@pytest.fixture(scope="session")
+def served(request, tmp_path_factory) -> Iterator[Served]:
+    option = request.config.getoption
+    saes, root, pictures = (option(name, default=None) for name in ("--saes", "--root", "--screenshots"))
+    place = Place(root, None, StorageSpec())
+    if not saes:
+        from tests.support.explorer_site import make_site
+
+        made = make_site(tmp_path_factory.mktemp("site"))
+        saes, place = list(made.saes), Place.of(made.config_path, None)
+    with serving(open_desk(saes, None, place, seats=8), pictures) as site:
+        yield site
 
 
 @pytest.fixture(scope="module")
