@@ -144,8 +144,8 @@ class TrainSpec(Contract):
     encoder_norm: Annotated[float, Field(gt=0)] | Literal["match"] | None = None
     """Norm of the encoder's rows at the start; they point in the same directions as the decoder's. `match`:
     such that the first reconstruction is as long as its input (Gao et al., A.1). Null, the default, takes
-    `match` for transcoders, ReLU and JumpReLU, and 0.5 for TopK and BatchTopK: FVU 0.136 instead of 0.144 on
-    the quickstart (docs/trainer.md)."""
+    `match` for ReLU and JumpReLU, and for TopK and BatchTopK 0.5, or 0.1 if they are transcoders
+    (docs/trainer.md)."""
     init_from: str | None = None
     """Folder or URI of an SAE to begin from instead of random directions. It must have the same width,
     normalisation and parts. If it has more latents, those that contribute most are kept (docs/trainer.md,
@@ -369,9 +369,14 @@ class TrainSpec(Contract):
         """`encoder_norm` with null resolved; None stands for `match`."""
         if self.encoder_norm is not None:
             return None if self.encoder_norm == "match" else self.encoder_norm
-        # Measured for TopK and BatchTopK only. Other variants keep `match`: the scale of their codes matters
-        # from the first step.
-        return 0.5 if self.target_hook is None and self.traits.selects else None
+        # ReLU and JumpReLU keep `match`: the scale of their codes matters from the first step, and nothing else
+        # was tried for them.
+        if not self.traits.selects:
+            return None
+        # A transcoder's encoder starts at directions that have nothing to do with its target. With `match` its
+        # first predictions are wrong by more than the target's own variance, and the first steps push most
+        # latents below 0 for good (docs/trainer.md, "Where the encoder starts").
+        return 0.5 if self.target_hook is None else 0.1
 
     @property
     def traits(self) -> Traits:

@@ -181,7 +181,8 @@ def test_initialisation(normalize):
         ({"encoder_norm": 0.2}, 0.2),
         ({"encoder_norm": "match"}, None),
         ({"activation": "relu"}, None),
-        ({"target_hook": "h.2"}, None),
+        ({"target_hook": "h.2"}, 0.1),
+        ({"target_hook": "h.2", "activation": "jumprelu"}, None),
         ({"target_hook": "h.2", "encoder_norm": 2.0}, 2.0),
     ],
 )
