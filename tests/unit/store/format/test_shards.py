@@ -115,7 +115,7 @@ def test_int8_is_off_by_half_a_scale_at_the_most(rows: list[list[float]]) -> Non
     stored = to_stored(values, "int8")
     assert (stored.dtype, stored.shape) == (np.int8, (len(values), values.shape[1] + 4))
     scale = np.ascontiguousarray(stored[:, -4:]).view("<f4").astype(np.float64)
-    assert np.array_equal(stored, int8_by_torch(torch.from_numpy(values)).numpy())
+    assert np.array_equal(stored, int8_by_torch(torch.from_numpy(values)[None]).numpy())
     back = to_float32(stored, "int8")
     assert (np.abs(back - values.astype(np.float64)) <= scale * 0.5 * (1 + 1e-5)).all()
     assert not back[~values.any(axis=1)].any()
@@ -143,6 +143,13 @@ def test_int8_rows_that_are_not_finite_are_refused(bad: float) -> None:
     values[9, 2] = bad
     with pytest.raises(NonFiniteError, match="stored row 9"):
         square_norms(to_stored(values, "int8"), "int8", unit=0, hook=HOOK)
+
+
+def test_windows_without_their_first_rows_are_int8_as_their_rows_alone() -> None:
+    """A harvest converts a view of the pass's rows; these are larger than the blocks scaled at once."""
+    values = torch.randn(3, 150, 1000, generator=torch.Generator().manual_seed(0))
+    kept = values[:, 1:]
+    assert np.array_equal(int8_by_torch(kept).numpy(), to_stored(kept.reshape(-1, 1000).numpy(), "int8"))
 
 
 def test_int8_rows_are_converted_in_pieces() -> None:
