@@ -61,6 +61,10 @@ COMMANDS = {
     "evaluate": Entry("evaluate", "Measure a trained SAE on the windows its dataset held out."),
     "compare": Entry("evaluate", "Compare evaluated SAEs and draw their L0 / FVU / delta-CE frontiers."),
     "attribute": Entry("attribute", "Show which latents make the subject predict a token after a prompt."),
+    "circuit": Entry(
+        "circuit",
+        "Trace how a transcoder set's latents make the subject predict what comes after a prompt.",
+    ),
     "recovery": Entry(
         "recovery",
         "Train SAEs on synthetic rows whose true directions are known, and count how many they recover.",

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from winnow.evaluator.circuits import influence
 from winnow.evaluator.circuits.influence import Scores
-from winnow.schemas.errors import IntegrityError
+from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.graph import (
     EMBEDDING,
     ERROR,
     FEATURE,
     KINDS,
     LOGIT,
+    MAX_LINKS,
+    MAX_NODES,
     GraphFile,
     GraphLink,
     GraphMetadata,
@@ -141,7 +143,11 @@ class Graph:
     # ---- JSON ------------------------------------------------------------------------------------
 
     def to_json(self) -> bytes:
-        """Return the graph as JSON in circuit-tracer's layout; of a large graph, `prune` it first."""
+        """Return the graph as JSON in circuit-tracer's layout.
+
+        Raises:
+            ConfigError: It is too large for a file: `prune` it first.
+        """
         layers = max((node.layer for node in self.nodes if node.kind == "logit"), default=0)
         names = self._ids(layers)
         top = max((node.value for node in self.nodes if node.kind == "logit"), default=0.0)
@@ -151,6 +157,11 @@ class Graph:
             for node, name, share in zip(self.nodes, names, shares, strict=True)
         ]
         targets, sources = self.adjacency.nonzero(as_tuple=True)
+        if len(targets) > MAX_LINKS or len(nodes) > MAX_NODES:
+            raise ConfigError(
+                "the graph is too large for a file", expected=f"{MAX_NODES:,} nodes and {MAX_LINKS:,} edges",
+                got=f"{len(nodes):,} and {len(targets):,}", fix="Prune it to a smaller share",
+            )  # fmt: skip
         values = self.adjacency[targets, sources]
         links = tuple(
             GraphLink(source=names[source], target=names[target], weight=weight)

@@ -89,7 +89,7 @@ class Held:
         self.stream: list[Tensor] = []
         self.mlp_out: list[Tensor] = []
         self.reads: list[Tensor] = []
-        self._paths = _read_paths(subject, reads)
+        self._paths = read_paths(subject, reads)
         self._patterns = Patterns()
         mlps = tuple(str(layout.path(layer, "mlp")) for layer in range(self.layers))
         self._norms = Norms(subject.model, mlps)
@@ -125,8 +125,8 @@ class Held:
         """
         found = Passed(embedding, [])
 
-        def keep(_: int, rows: Tensor) -> None:
-            found.reads.append(rows)
+        def keep(_: int, value: Tensor) -> None:
+            found.reads.append(value[0])
 
         def final(rows: Tensor) -> Tensor:
             found.final = rows
@@ -174,7 +174,7 @@ class Held:
         replace = {f"mlp_out.{layer}": given(layer) for layer in range(self.layers)}
         replace |= {f"resid_post.{layer}": cut(layer) for layer in range(self.layers)}
         replace |= {"resid_pre.0": lambda _: leaf(0), str(self.subject.layout.final_norm): final}
-        with self._replaying(lambda _, rows: found.reads.append(rows)):
+        with self._replaying(lambda _, value: found.reads.append(value[0])):
             self.subject.logits(self.ids[:, :positions], replace, grad=True)
         return found
 
@@ -183,7 +183,7 @@ class Held:
         with (
             self._patterns.used(self.subject.model),
             self._norms.replayed(),
-            _read(self.subject, self._paths, keep),
+            reading(self.subject, self._paths, keep),
         ):
             yield
 
@@ -205,12 +205,12 @@ class Held:
         replace = {"resid_pre.0": into(self.stream), str(layout.final_norm): into(final)}
         replace |= {f"resid_post.{layer}": into(self.stream) for layer in range(self.layers)}
         replace |= {f"mlp_out.{layer}": into(self.mlp_out) for layer in range(self.layers)}
-        keep_read = lambda _, rows: self.reads.append(rows.clone())  # noqa: E731
+        keep_read = lambda _, value: self.reads.append(value[0].clone())  # noqa: E731
         try:
             with (
                 self._patterns.used(model, record=True),
                 self._norms.recorded(),
-                _read(self.subject, self._paths, keep_read),
+                reading(self.subject, self._paths, keep_read),
             ):
                 found = self.subject.logits(self.ids, replace)[0, -1].float()
         except NotHeld as error:
@@ -286,8 +286,8 @@ def _refused(subject: Subject, what: str, path: str) -> ConfigError:
     )
 
 
-def _read_paths(subject: Subject, reads: Reads) -> list[str]:
-    """Paths of the modules whose input is what each layer's latents read."""
+def read_paths(subject: Subject, reads: Reads) -> list[str]:
+    """Paths of the modules whose input is what each layer's latents read, layer by layer."""
     # The norm's input, also where attention and MLP run in parallel: the block's input may be replaced after
     # a hook of ours has seen it.
     layout = subject.layout
@@ -298,15 +298,15 @@ def _read_paths(subject: Subject, reads: Reads) -> list[str]:
 
 
 @contextmanager
-def _read(subject: Subject, paths: list[str], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, a pass hands what each layer reads, as rows [P, D], to `keep`."""
+def reading(subject: Subject, paths: list[str], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, a pass hands what each layer reads, as [W, P, D], to `keep`."""
 
     # Not through `Subject.logits`: what it replaces at `resid_mid` is written in place, which would make the
     # rows of a graph unusable.
     def make(layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             value = args[0] if args else kwargs["hidden_states"]
-            keep(layer, value[0])
+            keep(layer, value)
 
         return hook
 

@@ -1,0 +1,214 @@
+"""`winnow circuit`: which latents make the subject say what it says, as a graph that can be tested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from winnow.cli.console import emit, guard, print_table
+from winnow.common.reporter import say
+from winnow.schemas.errors import ConfigError
+
+if TYPE_CHECKING:
+    from winnow.evaluator.circuits.graph import Graph
+
+HELP = """Trace how a transcoder set's latents make the subject predict what comes after a prompt.
+
+Writes an attribution graph (JSON that circuit-tracer's and Neuronpedia's pages read as well) and prints its
+scores and strongest paths. Attention patterns and the norms' denominators are held as they are on this
+prompt; what the set misses of an MLP's output is an error node. *replacement* is the share of influence that
+starts at tokens, not at errors; *completeness* the share of what nodes receive that is explained.
+
+A graph is a claim: --edit changes latents in the subject and shows the foretold beside the found change, and
+--faithfulness does so for many latents, with a rank correlation. --text measures the set itself.
+"""
+EPILOG = (
+    "Examples: `winnow circuit runs/clt --prompt 'The capital of France is' --out graph.json`; then "
+    "`winnow circuit runs/clt --graph graph.json --edit '3.1207@5=0' --edit '7.88@5*2'` takes one latent "
+    "away and doubles another (LAYER.LATENT@POSITION, as the paths name them); "
+    "`winnow circuit runs/clt --graph graph.json --faithfulness 200`; "
+    "`winnow circuit runs/clt --text held-out.txt`"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `circuit` to an app."""
+    app.command("circuit", help=HELP, epilog=EPILOG)(command)
+
+
+def command(
+    set_uri: Annotated[str, typer.Argument(metavar="SET", help="Folder or URI with set.json.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to trace; the token after it is explained.")
+    ] = None,
+    graph: Annotated[
+        Path | None, typer.Option(help="A graph that was traced before, in place of --prompt.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the graph is written.")] = Path("graph.json"),
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A token to explain, with its leading space; again for more. Default: the most probable."
+        ),
+    ] = None,
+    max_features: Annotated[
+        int, typer.Option(min=1, help="Most latents in the graph, the most influential by estimate.")
+    ] = 2000,
+    prune: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of influence that the written graph keeps nodes for.")
+    ] = 0.8,
+    prune_edges: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of influence that it keeps edges for.")
+    ] = 0.98,
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LAYER.LATENT@POSITION=VALUE or *FACTOR: change a latent in the subject; again for more."
+        ),
+    ] = None,
+    faithfulness: Annotated[
+        int | None, typer.Option(min=2, help="Take away and double so many latents, and compare.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text: the set's FVU, L0, delta CE on it.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 128 tokens of --text.")] = 16,
+    top: Annotated[int, typer.Option(min=0, max=200, help="Number of paths shown.")] = 10,
+    subject: Annotated[
+        str | None, typer.Option(help="The subject, if not as the set's card names it.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file whose `subject` is used instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Trace, edit or measure; the help text is `HELP`."""
+    with guard():
+        _require_one_question(prompt, graph, text, edit, faithfulness)
+        from winnow.common.config_file import load_config
+        from winnow.evaluator.circuits import report
+        from winnow.sae.sets import TranscoderSet
+        from winnow.schemas.subject import SubjectSpec
+
+        stated = (
+            load_config(config, []).subject if config else SubjectSpec(model=subject) if subject else None
+        )
+        known = report.read_graph(graph) if graph is not None else None
+        set_ = TranscoderSet.load(set_uri)
+        model = report.subject_of(set_, stated)
+        result: dict[str, Any] = {}
+        if text is not None:
+            result["set"] = _quality(model, set_, text, windows)
+        if prompt is not None:
+            limits = {"max_features": max_features}
+            whole = report.trace_prompt(model, set_, prompt, targets or [], slug=out.stem[:200], **limits)
+            known = whole.prune(prune, prune_edges)
+            report.write_graph(known, out)
+            say(f"wrote {out}")
+        if known is not None:
+            result |= _asked(known, model, set_, edit, faithfulness, top)
+        emit(result, as_json, lambda: show(result))
+
+
+def _require_one_question(
+    prompt: str | None,
+    graph: Path | None,
+    text: Path | None,
+    edit: list[str] | None,
+    faithfulness: int | None,
+) -> None:
+    """ConfigError unless the options make sense together; before anything heavy is imported."""
+    if prompt is not None and graph is not None:
+        raise ConfigError("the prompt", expected="--prompt TEXT or --graph FILE, one of them", got="both")
+    if prompt is None and graph is None:
+        if text is None:
+            raise ConfigError("what to do", expected="--prompt TEXT, --graph FILE or --text FILE", got="none")
+        if edit or faithfulness:
+            raise ConfigError("--edit and --faithfulness", expected="--prompt TEXT or --graph FILE with them")
+
+
+def _asked(
+    graph: Graph, model: Any, set_: Any, edits: list[str] | None, latents: int | None, top: int
+) -> dict[str, Any]:
+    from winnow.evaluator.circuits import report
+    from winnow.evaluator.circuits.faithful import faithfulness
+    from winnow.evaluator.circuits.fitting import check_graph
+
+    check_graph(model, set_, graph.origin)
+    found: dict[str, Any] = {"graph": report.summary(graph, top)}
+    if edits:
+        found["edited"] = report.edit_graph(model, set_, graph, edits)
+    if latents:
+        found["faithfulness"] = [each.model_dump() for each in faithfulness(model, set_, graph, latents)]
+    return found
+
+
+def _quality(model: Any, set_: Any, text: Path, windows: int) -> list[dict[str, Any]]:
+    from winnow.evaluator.circuits import report
+    from winnow.evaluator.circuits.quality import set_quality
+
+    try:
+        words = text.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {text}", expected="a text file in UTF-8", got=str(error)) from error
+    cut = report.windows_of(model, set_, words, 128, windows)
+    return [each.model_dump() for each in set_quality(model, set_, cut)]
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what was found as tables."""
+    if "set" in found:
+        _show_figures("the set on this text", found["set"])
+    if "graph" in found:
+        _show_graph(found["graph"])
+    if "edited" in found:
+        _show_edit(found["edited"])
+    if "faithfulness" in found:
+        _show_figures("foretold and found changes of the most probable logit", found["faithfulness"])
+
+
+def _show_graph(graph: dict[str, Any]) -> None:
+    said = ", ".join(f"{each['text']!r} {each['probability']:.3f}" for each in graph["logits"])
+    # Pieces of text as literals: a leading space or a newline is part of them.
+    lines = [
+        [f"{path['share']:.2%}", "+" if path["positive"] else "-", " -> ".join(path["nodes"])]
+        for path in graph["paths"]
+    ]
+    print_table(f"after {graph['prompt']!r}: {said}", lines, header=("share", "", "strongest paths"))
+    say(
+        f"{graph['features']} latents, {graph['errors']} errors, {graph['links']} edges; "
+        f"replacement {graph['replacement']:.3f}, completeness {graph['completeness']:.3f}"
+    )
+    left = graph["left_out"]
+    if left is not None:
+        say(
+            f"left out: {left['latents']} active latents that were not traced, {left['nodes']} nodes and "
+            f"{left['links']} edges by pruning, {left['probability']:.1%} of the probability"
+        )
+
+
+def _show_edit(edited: dict[str, Any]) -> None:
+    lines = [
+        [
+            repr(each["text"]),
+            *(f"{each[name]:+.4f}" for name in ("foretold", "held", "found")),
+            f"{each['probability']:.3f} -> {each['probability_after']:.3f}",
+        ]
+        for each in edited["logits"]
+    ]
+    what = ", ".join(f"{each['edit']} (was {each['before']:.3f})" for each in edited["edits"])
+    header = ("logit", "by the graph", "replacement model", "in the subject", "probability")
+    print_table(f"change of the logits by {what}", lines, header=header)
+
+
+def _show_figures(title: str, figures: list[dict[str, Any]]) -> None:
+    lines = [[each["id"], _number(each["value"]), _interval(each), str(each["samples"])] for each in figures]
+    print_table(title, lines, header=("figure", "value", "95 % interval", "samples"))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _interval(each: dict[str, Any]) -> str:
+    return "-" if each["low"] is None else f"{each['low']:.4f} to {each['high']:.4f}"
