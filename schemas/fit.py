@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from winnow.schemas.errors import SaeMismatch
 from winnow.schemas.harvest import HarvestPlan, row_bytes
 from winnow.schemas.sets import SetCard
-from winnow.schemas.subject import SubjectIdentity
+from winnow.schemas.subject import SubjectIdentity, parse_hook
 from winnow.schemas.training import SaeCard, SaeIdentity
 from winnow.schemas.window import WindowRule
 
@@ -137,28 +137,57 @@ def _check_targets(name: str, card: SaeCard, plan: HarvestPlan) -> None:
 
 
 def require_hooks(name: str, hooks: Sequence[str], plan: HarvestPlan) -> None:
-    """Check that a dataset holds all hooks that an SAE or a set reads and predicts.
+    """Check that a dataset holds all hooks that something reads.
+
+    Args:
+        name: What reads them, as the user named it.
+        hooks: The hooks.
+        plan: The dataset's plan.
 
     Raises:
-        SaeMismatch: Some are missing; the message says what a harvest of all of them would store.
+        SaeMismatch: Some are missing; the message says what to harvest, and the bytes that it would take for
+            this plan's rows.
     """
     missing = [hook for hook in hooks if hook not in plan.spec.hooks]
     if not missing:
         return
-    # Sites of one stream are equally wide, so that the width of a missing one is that of any other.
-    width = max(site.d_model for site in plan.sites)
-    size = len(hooks) * plan.rows * row_bytes(plan.spec.dtype, width)
+    size = harvest_bytes(plan, hooks)
+    takes = (
+        "" if size is None else f": {size:,} bytes as {plan.spec.dtype} for this plan's {plan.rows:,} rows"
+    )
     raise mismatch(
         "hooks",
         name,
-        expected=f"hooks among {', '.join(plan.spec.hooks)}",
+        expected=f"hooks among {', '.join(ranges(plan.spec.hooks))}",
         of="the dataset",
-        got=f"also {', '.join(missing)}",
-        fix=(
-            f"Harvest with plan.hooks = [{', '.join(hooks)}]: about {size:,} bytes as "
-            f"{plan.spec.dtype} for the same {plan.rows:,} rows of width {width:,}"
-        ),
+        got=f"also {', '.join(ranges(missing))}",
+        fix=f"Harvest into another root with plan.hooks = [{', '.join(ranges(hooks))}]{takes}",
     )
+
+
+def harvest_bytes(plan: HarvestPlan, hooks: Sequence[str]) -> int | None:
+    """Bytes of the rows of `hooks` for all of a plan's rows, uncompressed; None if a width is not known."""
+    widths = {site.name: site.d_model for site in plan.sites}
+    # All named sites have the residual stream's width.
+    stream = next((width for hook, width in widths.items() if parse_hook(hook)), None)
+    found = [widths.get(hook, stream if parse_hook(hook) else None) for hook in dict.fromkeys(hooks)]
+    known = [width for width in found if width is not None]
+    if len(known) < len(found):
+        return None
+    return sum(plan.rows * row_bytes(plan.spec.dtype, width) for width in known)
+
+
+def ranges(hooks: Sequence[str]) -> list[str]:
+    """Hooks as a plan may name them, neighbouring layers of a site as one: `mlp_in.0-5`."""
+    runs: list[list[tuple[str, int]]] = []
+    rest = [hook for hook in dict.fromkeys(hooks) if parse_hook(hook) is None]
+    for site, layer in sorted(named for hook in dict.fromkeys(hooks) if (named := parse_hook(hook))):
+        if runs and runs[-1][-1] == (site, layer - 1):
+            runs[-1].append((site, layer))
+        else:
+            runs.append([(site, layer)])
+    listed = [f"{run[0][0]}.{run[0][1]}" + (f"-{run[-1][1]}" if len(run) > 1 else "") for run in runs]
+    return listed + rest
 
 
 def check_same_place(name: str, card: SaeCard, other: str, reference: SaeCard) -> None:

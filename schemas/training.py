@@ -369,13 +369,13 @@ class TrainSpec(Contract):
         """`encoder_norm` with null resolved; None stands for `match`."""
         if self.encoder_norm is not None:
             return None if self.encoder_norm == "match" else self.encoder_norm
-        # ReLU and JumpReLU keep `match`: the scale of their codes matters from the first step, and nothing else
-        # was tried for them.
+        # ReLU and JumpReLU keep `match`: the scale of their codes matters from the first step, and nothing
+        # else was tried for them.
         if not self.traits.selects:
             return None
-        # A transcoder's encoder starts at directions that have nothing to do with its target. With `match` its
-        # first predictions are wrong by more than the target's own variance, and the first steps push most
-        # latents below 0 for good (docs/trainer.md, "Where the encoder starts").
+        # A transcoder's encoder starts at directions that have nothing to do with its target. With `match`
+        # its first predictions are wrong by more than the target's own variance, and the first steps push
+        # most latents below 0 for good (docs/trainer.md, "Where the encoder starts").
         return 0.5 if self.target_hook is None else 0.1
 
     @property

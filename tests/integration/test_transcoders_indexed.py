@@ -135,7 +135,7 @@ def test_a_set_is_indexed_layer_by_layer_and_resumes(toy, tmp_path, monkeypatch)
 
 def test_a_set_that_does_not_fit_is_refused_and_no_index_is_written(toy, tmp_path):
     cases = {
-        "also resid_mid.3. Harvest with plan.hooks = [resid_mid.0, ": {"layers": 4},
+        "also resid_mid.3. Harvest into another root with plan.hooks = [resid_mid.0": {"layers": 4},
         "the subject of": {"weights": "0" * 64},
         "width D": {"d_model": 8},
     }

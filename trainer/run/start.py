@@ -14,6 +14,7 @@ from winnow.common.reporter import say
 from winnow.sae.init import initialise
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.fit import require_hooks
 from winnow.schemas.training import SaeIdentity, StreamState, TrainSpec
 from winnow.store import ActivationStore
 from winnow.store.format.order import LaneOrder, group_units_for
@@ -36,8 +37,10 @@ def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
     """Plan the order of the rows; ConfigError if hook, batch, lanes or groups do not fit the dataset."""
     plan = dataset.plan
     # only for its error: a hook that the plan lacks is named before anything else can fail
-    for hook in spec.stream_hooks:
+    for hook in () if spec.set is not None else spec.stream_hooks:
         plan.d_model(hook)
+    if spec.set is not None:
+        require_hooks("train.set", spec.set.hooks, plan)
     unit_bytes = sum(plan.shard_bytes(hook) for hook in spec.stream_hooks)
     units = spec.group_units or group_units_for(
         spec.group_bytes, unit_bytes=unit_bytes, units=len(plan.split_units("train"))
