@@ -71,8 +71,8 @@ class Data(NamedTuple):
         return cls(inputs, [x.roll(1, 1).relu() + x / 2 for x in inputs], torch.ones(rows))
 
 
-def make_runs(size: Size, *, cross: bool) -> list[Run]:
-    """The runs of a set, initialised."""
+def make_runs(size: Size, *, cross: bool, **fields: object) -> list[Run]:
+    """The runs of a set, initialised; `fields` override those of the spec."""
     spec = TrainSpec.model_validate(
         {
             "out": "unused",
@@ -86,6 +86,7 @@ def make_runs(size: Size, *, cross: bool) -> list[Run]:
             "dead_after_tokens": 10_000_000,
             "device": "cpu",
         }
+        | fields
     )
     runs: list[Run] = []
     for layer in range(size.layers):
@@ -101,6 +102,15 @@ def make_runs(size: Size, *, cross: bool) -> list[Run]:
             # a set of one layer begins as a transcoder does
             initialise_cross([run], [x], [y], sample.weights)
     return runs
+
+
+def take(runs: list[Run], data: Data, *, cross: bool) -> None:
+    """One step of a set."""
+    if cross:
+        train_cross(runs, data.inputs, data.targets, data.weights)
+        return
+    for run, x, y in zip(runs, data.inputs, data.targets, strict=True):
+        train_step(run, x, data.weights, y)
 
 
 class Reference:
@@ -184,11 +194,10 @@ def measure(size: Size, rounds: int, clock: Callable[[], float], dense: bool) ->
     clt, plt = make_runs(size, cross=True), make_runs(size, cross=False)
 
     def clt_step() -> None:
-        train_cross(clt, data.inputs, data.targets, data.weights)
+        take(clt, data, cross=True)
 
     def plt_step() -> None:
-        for run, x, y in zip(plt, data.inputs, data.targets, strict=True):
-            train_step(run, x, data.weights, y)
+        take(plt, data, cross=False)
 
     cases: dict[str, Callable[[], object]] = {"clt": clt_step, "plt": plt_step}
     if dense:

@@ -9,6 +9,7 @@ import typer
 
 from winnow.cli.console import emit, guard, print_table
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.layers import WRITES
 
 if TYPE_CHECKING:
     from winnow.schemas.config import Config
@@ -61,7 +62,7 @@ def estimate_command(
 
         settings = load_config(config, set or [])
         spec = section(settings.train, "train")
-        rows, width = _size(settings, spec, tokens, d_model)
+        spec, rows, width = _size(settings, spec, tokens, d_model)
         prices = settings.prices
         hour = price or (prices.trainer_hour if prices else 0.0)
         found = estimate(
@@ -74,22 +75,40 @@ def estimate_command(
             currency=prices.currency if prices else "USD",
         )
         # Later epochs read the same rows again: the data is that of one.
-        volume = data_volume(rows / max(1.0, spec.epochs), width)
+        hooks = spec.set.hooks if spec.set is not None else spec.read_hooks
+        volume = data_volume(rows / max(1.0, spec.epochs), width, hooks=len(hooks))
         emit(as_json(found, volume), json, lambda: print_table(f"{config}", table_rows(found, volume)))
 
 
-def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tuple[float, int]:
-    """Return the rows of the run and their width, as given or from the dataset."""
+def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tuple[TrainSpec, float, int]:
+    """Return the spec with a set's layers resolved, the rows of the run and their width."""
     from winnow.store import ActivationStore
     from winnow.trainer.run.start import plan_order, resolve_recipe
 
     # The options and the formulas know one width, that of one hook.
-    if spec.with_hooks or spec.target_hook is not None:
-        raise ConfigError("the estimate", expected="an SAE of one hook", got="a transcoder or crosscoder")
+    if spec.with_hooks:
+        raise ConfigError("the estimate", expected="an SAE, a transcoder or a set", got="a crosscoder")
     # An estimate mostly comes before the harvest, when there is no dataset to open.
     if tokens and d_model:
-        return tokens, d_model
+        if spec.set is not None and spec.set.layers == "all":
+            raise ConfigError(
+                "train.set.layers",
+                expected="[first, last] for an estimate without a dataset",
+                got="all",
+                fix="Add `--set train.set.layers=[0,11]` for a subject of 12 layers",
+            )
+        return spec, tokens, d_model
     dataset = ActivationStore.open(settings.root, settings.storage)
+    if spec.set is not None and spec.set.layers == "all":
+        layers = [int(hook.partition(".")[2]) for hook in dataset.hooks if hook.startswith(f"{WRITES}.")]
+        spec = spec.model_copy(update={"set": spec.set.of(1 + max(layers, default=0))})
+    width = d_model or dataset.d_model(spec.hook)
+    if spec.target_hook is not None and not d_model and dataset.d_model(spec.target_hook) != width:
+        raise ConfigError(
+            "the estimate of a transcoder",
+            expected=f"a target as wide as {spec.hook}, {width}",
+            got=f"{spec.target_hook}, {dataset.d_model(spec.target_hook)}",
+        )
     if not tokens:
         tokens = resolve_recipe(spec, dataset, plan_order(spec, dataset)).steps * spec.batch_rows
-    return tokens, d_model or dataset.d_model(spec.hook)
+    return spec, tokens, width

@@ -41,3 +41,20 @@ def test_what_training_refuses_on_this_dataset_is_refused(tmp_path, app, change,
     result = CliRunner().invoke(app, [str(planted_config(tmp_path)), "--set", f"train.{change}"])
     assert result.exit_code == 2, result.output
     assert words in result.stderr
+
+
+def test_a_set_needs_its_layers_where_no_dataset_says_how_many(tmp_path, app):
+    path = tmp_path / "set.yaml"
+    path.write_text("root: nowhere\ntrain: {out: nowhere, latents: 2048, k: 16}\n")
+    options = ["--tokens", "1e6", "--d-model", "64", "--json", "--set"]
+    result = CliRunner().invoke(app, [str(path), *options, "train.set={layers: all, cross: true}"])
+    assert result.exit_code == 2, result.output
+    assert "[first, last]" in result.stderr
+    told = [
+        CliRunner().invoke(app, [str(path), *options, f"train.set={{layers: [0, 3], cross: {cross}}}"])
+        for cross in ("false", "true")
+    ]
+    plt, clt = (json.loads(result.stdout) for result in told)
+    assert plt["data"]["bytes"] == clt["data"]["bytes"] == 8 * 1e6 * 64 * 2
+    # four encoders, and ten decoders in the place of four
+    assert clt["memory"]["weights"] == pytest.approx(14 / 8 * plt["memory"]["weights"], rel=0.02)

@@ -21,7 +21,7 @@ from winnow.common.figures import human_bytes
 from winnow.schemas.errors import ConfigError, DependencyMissing
 from winnow.schemas.training import SaeParts, TrainSpec
 from winnow.trainer.mesh.world import check_mesh
-from winnow.trainer.plan.memory import FLOAT, HALF, Memory, parameters, sae_memory
+from winnow.trainer.plan.memory import FLOAT, HALF, Memory, outputs, parameters, sae_memory
 from winnow.trainer.step.moments import BYTES
 from winnow.trainer.step.recipe import choose_kernels
 
@@ -63,6 +63,8 @@ EFFICIENCY = {
 _GATHERS = 5
 """Passes over K rows of D numbers per row of the batch: decoding, the gradients of the values, and the
 sums for W_dec and W_enc, one of which reads and writes."""
+_OF_TARGET = 3
+"""Those of them that are made for every target: decoding, gradients of the values, sums for W_dec."""
 # fewer than the code makes: on `meta` tensors 48 passes over an [N, D] were counted for both matrices
 # together, casts and temporaries included, where 22 would do
 UPDATE_PASSES = 14
@@ -193,25 +195,33 @@ def step_seconds(spec: TrainSpec, d_model: int, card: _Gpu, data: int, latent: i
     bandwidth = card.bandwidth * EFFICIENCY["bandwidth"][0]
     # Multi-TopK decodes K and then 4K
     active = spec.k * (5 if spec.multi_topk else 1) / latent
-    size = parameters(d_model, latents) * FLOAT
+    widths, layers = [count or 1 for count in outputs(spec)], len(outputs(spec))
+    size = sum(
+        parameters(d_model, latents, None if count is None else count * d_model) for count in outputs(spec)
+    )
+    size *= FLOAT
     passes = UPDATE_PASSES if spec.ema else UPDATE_PASSES - 2
     passes -= _MOMENT_PASSES * (1 - BYTES[spec.moments] / FLOAT)
     half = spec.compute_dtype == "bfloat16"
     operand, flops = (HALF, card.half_flops) if half else (FLOAT, card.flops)
+    # the encoder's part of the gathers, and for each target the decoder's
+    gathered = sum(_GATHERS - _OF_TARGET + _OF_TARGET * count for count in widths)
     sent = 0.0
     # the table in docs/trainer.md; every shard has the whole error, so no gradient crosses the latent axis
     if latent > 1:
-        sent += 2 * (latent - 1) / latent * rows * d_model * FLOAT
-        sent += (min(spec.k, math.ceil(2 * spec.k / latent) + 4)) * rows * FLOAT * (latent - 1)
+        sent += layers * 2 * (latent - 1) / latent * rows * d_model * FLOAT
+        one = min(spec.k, math.ceil(2 * spec.k / latent) + 4)
+        sent += layers * one * rows * FLOAT * (latent - 1)
     if data > 1:  # a step sends what is smaller: gradients, or rows and codes
         dense = 2 * (data - 1) / data * size
-        codes = (data - 1) * rows * (d_model * FLOAT + active * 12)
+        codes = layers * (data - 1) * rows * (d_model * FLOAT + active * 12)
         # with micro-batches only gradients are left to send: the rows of earlier parts are gone
-        sent += dense if spec.accumulate > 1 else min(dense, codes)
+        by_sums = spec.accumulate > 1 or (spec.set is not None and spec.set.cross)
+        sent += dense if by_sums else min(dense, codes)
     return {
-        "encoder product": 2 * rows * d_model * latents / (flops * EFFICIENCY["product"][0]),
-        "top-k": rows * latents * FLOAT * 2 / bandwidth,
-        "sparse gathers and sums": _GATHERS * rows * active * d_model * operand / bandwidth,
+        "encoder product": layers * 2 * rows * d_model * latents / (flops * EFFICIENCY["product"][0]),
+        "top-k": layers * rows * latents * FLOAT * 2 / bandwidth,
+        "sparse gathers and sums": gathered * rows * active * d_model * operand / bandwidth,
         "update": passes * size / bandwidth,
         "between GPUs": sent / (card.link * EFFICIENCY["link"][0]),
     }
@@ -256,10 +266,10 @@ def _describe(gpus: int, change: dict[str, Any]) -> str:
 
 
 def data_volume(
-    tokens: float, d_model: int, bytes_a_number: int = 2, shard_bytes: int = 256 * 2**20
+    tokens: float, d_model: int, bytes_a_number: int = 2, shard_bytes: int = 256 * 2**20, hooks: int = 1
 ) -> dict[str, float]:
-    """`bytes` and `shards` of one hook's activations."""
-    size = tokens * d_model * bytes_a_number
+    """`bytes` and `shards` of the activations of some hooks."""
+    size = tokens * d_model * bytes_a_number * hooks
     return {"bytes": size, "shards": math.ceil(size / shard_bytes)}
 
 

@@ -2,8 +2,8 @@
 
 tests/unit/trainer/plan/test_estimate.py compares it with what torch allocates.
 
-Legend: B rows, D d_model, N latents, K active latents per row. Sizes are of one process: with a mesh, B is
-its rows and N its latents.
+Legend: B rows, D d_model, O width of the output, N latents, K active latents per row, L layers of a set.
+Sizes are of one process: with a mesh, B is its rows and N its latents.
 """
 
 from __future__ import annotations
@@ -63,15 +63,29 @@ class Memory(NamedTuple):
         return self.standing + self.step
 
 
-def parameters(d_model: int, latents: int) -> int:
-    """Numbers in W_enc, W_dec, b_enc and b_pre."""
-    return 2 * latents * d_model + latents + d_model
+def parameters(d_model: int, latents: int, d_out: int | None = None) -> int:
+    """Numbers in W_enc, W_dec, b_enc and b_pre; of a transcoder with output [B, O] also in b_dec."""
+    if d_out is None:
+        return 2 * latents * d_model + latents + d_model
+    return latents * (d_model + d_out + 1) + d_model + d_out
 
 
-def _moments_bytes(kind: MomentsDtype, d_model: int, latents: int) -> int:
+def outputs(spec: TrainSpec) -> tuple[int | None, ...]:
+    """For each dictionary of a spec the width of its output, in widths D; None for an autoencoder.
+
+    An autoencoder or transcoder is one dictionary, a set one per layer; layer l of a cross-layer set writes
+    to all L - l targets from l on.
+    """
+    if spec.set is None:
+        return (1 if spec.target_hook is not None else None,)
+    return tuple(len(spec.set.targets(layer)) for layer in spec.set.range)
+
+
+def _moments_bytes(kind: MomentsDtype, d_model: int, latents: int, d_out: int | None) -> int:
     """Bytes of Adam's two moments: packed for matrices, with one scale per row for `int8`; biases float32."""
-    matrices, scales = 2 * latents * d_model, 2 * latents if kind == "int8" else 0
-    return 2 * (matrices * BYTES[kind] + (scales + parameters(d_model, latents) - matrices) * FLOAT)
+    matrices = latents * (d_model + (d_out or d_model))
+    scales = 2 * latents if kind == "int8" else 0
+    return 2 * (matrices * BYTES[kind] + (scales + parameters(d_model, latents, d_out) - matrices) * FLOAT)
 
 
 def _sweep_bytes(spec: TrainSpec, rows: int, latents: int, k: int) -> int:
@@ -98,11 +112,11 @@ def sae_memory(
     latents: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> Memory:
-    """Memory for training one SAE on one device.
+    """Memory for training one SAE or transcoder, or a transcoder set, on one device.
 
     Args:
         spec: How it is trained.
-        d_model: D.
+        d_model: D; a transcoder's target is as wide.
         rows: B of this process; None takes the spec's whole batch. With `accumulate` only a part of them
             is on the device at a time.
         latents: N of this process; None takes all.
@@ -111,35 +125,57 @@ def sae_memory(
 
     AuxK's tensors are left out, because the number of dead latents is not known in advance. They are at most
     B x 12 k_aux numbers of a micro-batch, and with `accumulate` two rows of D per dead latent.
+
+    Weights, gradients and float32 moments of an autoencoder are 32 N D bytes; those of a cross-layer set of L
+    layers 16 N D (L + L (L + 1) / 2). The average adds a quarter.
     """
     rows, latents = -(-(rows or spec.batch_rows) // spec.accumulate), latents or spec.latents
-    size = parameters(d_model, latents) * FLOAT
+    widths = [None if count is None else count * d_model for count in outputs(spec)]
+    sizes = [parameters(d_model, latents, width) * FLOAT for width in widths]
+    return Memory(
+        weights=sum(sizes),
+        gradients=sum(sizes),
+        moments=sum(_moments_bytes(spec.moments, d_model, latents, width) for width in widths),
+        average=sum(sizes) if spec.ema else 0,
+        counts=8 * latents * len(sizes),
+        step=_step_bytes(spec, d_model, rows, latents, device, max(sizes)),
+    )
+
+
+def _step_bytes(
+    spec: TrainSpec, d_model: int, rows: int, latents: int, device: Literal["cpu", "cuda"], largest: int
+) -> int:
+    """What a step of `rows` rows holds at its peak; `largest`: bytes of the largest dictionary's weights."""
     k = min(spec.k_start or spec.k, latents)  # of the widest step; a shard may have fewer latents than K
     wide = min(4 * k, latents) if spec.multi_topk else 0
-    kept, one = k + wide, rows * d_model * FLOAT
+    one, layers = rows * d_model * FLOAT, len(outputs(spec))
+    cross = spec.set is not None and spec.set.cross
+    # layers of a per-layer set take their steps one after another, those of a cross-layer set one together
+    together = layers if cross else 1
+    encoding_rows, gradient_rows = ROWS_ENCODING, ROWS_GRADIENTS
+    if spec.target_hook is not None:
+        # also the target, as read and normalised
+        encoding_rows, gradient_rows = ROWS_ENCODING + 2, ROWS_GRADIENTS + 2
+    waiting = 2 * (layers - together) * one  # rows of the layers whose turn it is not
     if device == "cuda":
-        encoding = ROWS_ENCODING * one + _sweep_bytes(spec, rows, latents, max(k, wide))
-        block = GPU_BLOCK_BYTES
+        tile, block = _sweep_bytes(spec, rows, latents, max(k, wide)), GPU_BLOCK_BYTES
     else:
-        tile = min(_TILE_BYTES, min(rows, 1024) * min(latents, 4096) * FLOAT)
-        encoding, block = ROWS_ENCODING * one + tile * 5 // 4, BLOCK_BYTES
-    # two blocks, because the sums of W_dec and W_enc are made side by side
-    gradients = ROWS_GRADIENTS * one + 2 * min(block, size // 2)
+        tile = min(_TILE_BYTES, min(rows, 1024) * min(latents, 4096) * FLOAT) * 5 // 4
+        block = BLOCK_BYTES
+    encoding = encoding_rows * one * together + tile
+    # two blocks: sums, and what is added to them
+    gradients = gradient_rows * one * together + 2 * min(block, largest // 2)
     # the larger, because encoding has ended when gradients begin; codes live through both
-    step = max(encoding, gradients) + rows * kept * _ENTRY_BYTES
+    step = max(encoding, gradients) + rows * (k + wide) * together * _ENTRY_BYTES + waiting
     if device == "cuda" and spec.accumulate == 1:
-        step += one  # the next step's rows, which are copied meanwhile (`Transfer`)
-    # rounded copies of both matrices and of the rows; a CPU keeps them in float32 (`step_ops`)
+        # the next step's rows, which are copied meanwhile (`Transfer`)
+        step += one * (1 if spec.target_hook is None else 2 * layers)
+    # rounded copies of all matrices of a step and of the rows; a CPU keeps them in float32 (`step_ops`)
     if spec.compute_dtype == "bfloat16":
-        step += (2 * latents * d_model + rows * d_model) * (HALF if device == "cuda" else FLOAT)
-    return Memory(
-        weights=size,
-        gradients=size,
-        moments=_moments_bytes(spec.moments, d_model, latents),
-        average=size if spec.ema else 0,
-        counts=8 * latents,
-        step=step,
-    )
+        numbers = sum((1 + (count or 1)) * latents * d_model for count in outputs(spec)) if cross else 0
+        numbers = numbers or 2 * latents * d_model
+        step += (numbers + rows * d_model * together) * (HALF if device == "cuda" else FLOAT)
+    return step
 
 
 def fleet_memory(specs: list[tuple[TrainSpec, int]], device: Literal["cpu", "cuda"] = "cpu") -> int:

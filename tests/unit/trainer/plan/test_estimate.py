@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import set_step
 from winnow.sae.init import initialise
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.layers import SetSpec
 from winnow.schemas.training import MeshSpec, TrainSpec
 from winnow.trainer.mesh.world import Axis, World, check_mesh
 from winnow.trainer.plan.estimate import GPUS, as_json, data_volume, estimate, largest_shard, table_rows
@@ -44,15 +47,21 @@ def standing_bytes(run: Run) -> dict[str, int]:
     return {name: sum(t.nbytes for t in tensors) for name, tensors in found.items()}
 
 
-def peak_of_a_step(run: Run, rows: torch.Tensor) -> int:
+def peak_of(step: Callable[[], object]) -> int:
     """Most bytes that a step allocates at a time beside what was there, by torch's own account."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
-        train_step(run, rows, torch.ones(len(rows)))
+        step()
     events = [e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
+    return peak
+
+
+def peak_of_a_step(run: Run, rows: torch.Tensor) -> int:
+    """The same for a step on these rows, and their own bytes."""
+    peak = peak_of(lambda: train_step(run, rows, torch.ones(len(rows))))
     return peak + rows.nbytes // run.recipe.spec.accumulate  # others wait on the host
 
 
@@ -78,6 +87,52 @@ def test_memory_is_what_torch_allocates(d_model, fields):
         assert getattr(said, name) == size, name
     step = peak_of_a_step(run, rows)
     assert said.total == pytest.approx(said.standing + step, rel=0.10), (said.step / 2**20, step / 2**20)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_memory_of_a_set_is_what_torch_allocates(cross, moments):
+    size = set_step.Size(layers=4, width=128, latents=1024, k=8, rows=2048)
+    runs = set_step.make_runs(size, cross=cross, moments=moments)
+    data = set_step.Data.of(size, size.rows, seed=1)
+
+    def step() -> None:
+        set_step.take(runs, data, cross=cross)
+
+    step()  # makes gradients and moments
+    said = sae_memory(runs[0].recipe.spec, size.width)
+    for name in ("weights", "gradients", "moments", "average", "counts"):
+        assert getattr(said, name) == sum(standing_bytes(run)[name] for run in runs), name
+    batch = sum(rows.nbytes for rows in (*data.inputs, *data.targets))
+    assert said.total == pytest.approx(said.standing + peak_of(step) + batch, rel=0.10)
+
+
+def test_a_cross_layer_set_stands_at_16_bytes_per_number_of_all_encoders_and_decoders():
+    layers, latents, d_model = 12, 2048, 576
+    spec = spec_of(
+        hook="resid_mid.0", target_hook="mlp_out.0", normalize="dataset", ema=False, latents=latents
+    )
+    of = {"layers": (0, layers - 1), "cross": True}
+    said = sae_memory(spec.model_copy(update={"set": SetSpec(**of)}), d_model)
+    whole = 16 * latents * d_model * (layers + layers * (layers + 1) // 2)
+    assert said.weights + said.gradients + said.moments == pytest.approx(whole, rel=0.01)
+    per_layer = sae_memory(spec.model_copy(update={"set": SetSpec(layers=(0, layers - 1))}), d_model)
+    alone = sae_memory(spec, d_model)
+    assert per_layer.standing == layers * alone.standing
+    assert alone.weights > sae_memory(spec_of(ema=False), d_model).weights, "a transcoder has a bias more"
+
+
+def test_the_estimate_of_a_set_counts_every_product_and_decoder():
+    spec = spec_of(hook="resid_mid.0", target_hook="mlp_out.0", normalize="dataset")
+    found = [
+        estimate(spec.model_copy(update={"set": of}), 768, tokens=1e8, gpu="h100", count=1)
+        for of in (None, SetSpec(layers=(0, 11)), SetSpec(layers=(0, 11), cross=True))
+    ]
+    one, plt, clt = (estimate.seconds for estimate in found)
+    assert plt["encoder product"] == clt["encoder product"] == pytest.approx(12 * one["encoder product"])
+    assert plt["update"] == pytest.approx(12 * one["update"])
+    assert clt["update"] == pytest.approx((12 + 78) / 2 * one["update"], rel=0.01)
+    assert clt["sparse gathers and sums"] > 4 * plt["sparse gathers and sums"]
 
 
 def test_a_fleet_holds_all_and_steps_one_at_a_time():
