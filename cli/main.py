@@ -56,9 +56,14 @@ COMMANDS = {
         "service",
         "Train what `winnow submit CONFIG --to ROOT` puts into the queue, each job in its own processes.",
     ),
-    "import": Entry("formats", "Turn another library's sparse autoencoder into one of Winnow's."),
+    "import": Entry(
+        "formats",
+        "Turn another library's sparse autoencoder, or its set of transcoders, into one of Winnow's.",
+    ),
     "export": Entry("formats", "Write an SAE of Winnow's in another library's format."),
-    "evaluate": Entry("evaluate", "Measure a trained SAE on the windows its dataset held out."),
+    "evaluate": Entry(
+        "evaluate", "Measure a trained SAE or transcoder set on the windows its dataset held out."
+    ),
     "compare": Entry("evaluate", "Compare evaluated SAEs and draw their L0 / FVU / delta-CE frontiers."),
     "attribute": Entry("attribute", "Show which latents make the subject predict a token after a prompt."),
     "circuit": Entry(

@@ -115,12 +115,12 @@ def spliced_hooks(
                 raise ConfigError(
                     f"hook {hook!r}", expected="it after the hook that is read", got="before it"
                 )
-            change = sum(part for _, part in given)
+            before, change = given[0]
+            for more, changed in given[1:]:
+                before, change = before + more, change + changed
             # The SAE may be on another device than these rows if the subject is spread over several.
             new = rows + change.to(rows.device, rows.dtype)
-            if wrote is None:
-                return new
-            return new + wrote(hook, rows, sum(part for part, _ in given))
+            return new if wrote is None else new + wrote(hook, rows, before)
 
         return replace
 

@@ -124,15 +124,16 @@ class _Passes:
         self._stop = position + setting.spec.ablation_tokens
         self._ids = setting.tokens([window])[:, : self._stop]
         self._hooks, self._start = setting.card.output_hooks, None
+        parts: list[Tensor] = []
+        found: dict[str, Tensor] = {}
         if setting.card.target_hooks:
-            found = setting.subject.activations(self._ids, list(dict.fromkeys(setting.hooks)))
-            self.row = found[setting.hook][0, position].float()
+            found = setting.subject.activations(self._ids, list(setting.hooks))
             parts = [found[hook][0, position].float() for hook in self._hooks]
         # What several hooks hold cannot be changed from one of them on.
         if len(self._hooks) == 1:
             self._start = setting.tail.start(self._ids, keep_cache=True)
             parts = [self._start.rows[0, position].float()]
-            self.row = self.row if setting.card.target_hooks else parts[0]
+        self.row = found[setting.hook][0, position].float() if found else parts[0]
         self.written, self.channels = torch.cat(parts), len(parts[0])
         self._widths = [len(part) for part in parts]
 

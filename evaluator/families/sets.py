@@ -65,13 +65,13 @@ def reconstruction(setting: SetSetting) -> Measured:
         figure(
             name,
             lambda error, spread: error / spread,
-            sum(layer.sums[name].error for layer in layers.values())[used],
-            sum(layer.sums[name].spread for layer in layers.values())[used],
+            np.sum([layer.sums[name].error for layer in layers.values()], axis=0)[used],
+            np.sum([layer.sums[name].spread for layer in layers.values()], axis=0)[used],
             seed=seed,
         )
         for name in _SPACES
     ]
-    active = sum(layer.active for layer in layers.values())
+    active = np.sum([layer.active for layer in layers.values()], axis=0)
     figures.append(figure("l0", lambda a, n: a / n, active[used], first.rows[used], seed=seed))
     firings = {number: layer.firings.cpu().numpy() for number, layer in layers.items()}
     seen = int(first.rows.sum())
@@ -91,16 +91,15 @@ def _add(whole: TranscoderSet, layers: dict[int, _Layer], rows: SetRows) -> None
     own = slice(0, whole.d_model)
     for number, layer in layers.items():
         sae, (values, indices), true = whole[number], codes[number], rows.targets[number]
-        layer.fvu["fvu_raw"].add(true, given[number])
-        layer.sums["fvu_raw"].add(true, given[number], rows.windows)
+        guess = given[number]
+        layer.fvu["fvu_raw"].add(true, guess)
+        layer.sums["fvu_raw"].add(true, guess, rows.windows)
         # By the constants of the layer's own transcoder: only it holds the mean of its target.
         if sae.parts.target_normalize == "dataset":
             norm = sae.target_norm[own] if sae.target_norm.ndim else sae.target_norm
-            pair = [(one - sae.target_mean[own]) / norm for one in (true, given[number])]
-        else:
-            pair = [true, given[number]]
-        layer.fvu["fvu_normalised"].add(*pair)
-        layer.sums["fvu_normalised"].add(*pair, rows.windows)
+            true, guess = ((one - sae.target_mean[own]) / norm for one in (true, guess))
+        layer.fvu["fvu_normalised"].add(true, guess)
+        layer.sums["fvu_normalised"].add(true, guess, rows.windows)
         layer.l0.add(values)
         np.add.at(layer.active, rows.windows, (values > 0).sum(1).cpu().numpy())
         np.add.at(layer.rows, rows.windows, 1.0)

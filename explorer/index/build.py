@@ -236,7 +236,7 @@ class Indexer:
         # A second copy of the decoder (3.2 GB at N = 1,048,576, D = 768), so only if cosines are wanted.
         directions = unit_rows(W_dec.float()) if self.spec.neighbours else W_dec
         logits = DirectLogits(self.subject.whole()) if self.spec.logits else None
-        written = stream_rows(self.sae)
+        written = stream_rows(self.sae) if self.spec.logits else W_dec
 
         def make(number: int) -> bytes:
             first = number * self.part_latents

@@ -77,7 +77,9 @@ def test_a_transcoder_fits_if_the_dataset_holds_its_target_too():
     missing = transcoder("mlp_out.1")
     check_dataset("runs/a", missing, PLAN)  # its codes need only what it reads
     size = f"{2 * PLAN.rows * 8 * 2:,} bytes as bfloat16"
-    with pytest.raises(SaeMismatch, match=rf"got also mlp_out.1\. Harvest .*= \[mlp_out.1, resid_post.1\]: {size}"):
+    with pytest.raises(
+        SaeMismatch, match=rf"got also mlp_out.1\. Harvest .*= \[mlp_out.1, resid_post.1\]: {size}"
+    ):
         check_dataset("runs/a", missing, PLAN, targets=True)
 
 
