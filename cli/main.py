@@ -60,7 +60,7 @@ COMMANDS = {
         "formats",
         "Turn another library's sparse autoencoder, or its set of transcoders, into one of Winnow's.",
     ),
-    "export": Entry("formats", "Write an SAE of Winnow's in another library's format."),
+    "export": Entry("formats", "Write an SAE or a transcoder set of Winnow's in another library's format."),
     "evaluate": Entry(
         "evaluate", "Measure a trained SAE or transcoder set on the windows its dataset held out."
     ),
