@@ -66,7 +66,7 @@ def _chosen_families(setting: Setting | SetSetting) -> list[Family]:
         ConfigError: A family was requested without what it needs.
     """
     spec = setting.spec
-    needs = {"compute": spec.law, "stability": spec.against, "judge": spec.judge}
+    needs: dict[Family, object] = {"compute": spec.law, "stability": spec.against, "judge": spec.judge}
     lacking: list[Family] = [name for name in FAMILIES if name in needs and not needs[name]]
     left_out = setting.left_out
     if spec.metrics is None:

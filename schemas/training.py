@@ -262,9 +262,11 @@ class TrainSpec(Contract):
     @model_validator(mode="before")
     @classmethod
     def _hooks_of_set(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or cast("dict[str, Any]", raw).get("set") is None:
+        if not isinstance(raw, dict):
             return raw
         fields = cast("dict[str, Any]", raw)
+        if fields.get("set") is None:
+            return fields
         of = SetSpec.model_validate(fields["set"])
         # The first layer's stand for the whole set; `layer_spec` gives those of the others.
         implied = {"hook": of.read_hook(of.first), "target_hook": f"{WRITES}.{of.first}"}

@@ -162,10 +162,8 @@ def find_layout(model: nn.Module, config: Any) -> Layout:
     """
     architecture, layers = str(config.model_type), int(getattr(config, "num_hidden_layers", None) or 0)
     streams = max(int(getattr(config, name, None) or 1) for name in _STREAMS)
-    ends = {
-        "embedding": _path_of(model, "get_input_embeddings"),
-        "unembedding": _path_of(model, "get_output_embeddings"),
-    }
+    embedding = _path_of(model, "get_input_embeddings")
+    unembedding = _path_of(model, "get_output_embeddings")
     lists = _block_lists(model, layers)
     family = LAYOUTS.get(architecture)
     if family is not None:
@@ -174,7 +172,7 @@ def find_layout(model: nn.Module, config: Any) -> Layout:
         fitting = [path for path in lists if path.rpartition(".")[2] == name and _has(model, path, block)]
         if len(fitting) == 1:
             norm = f"{fitting[0].rpartition('.')[0]}.{family.final_norm}"
-            return Layout(architecture, fitting[0], layers, block, streams, final_norm=norm, **ends)
+            return Layout(architecture, fitting[0], layers, block, streams, embedding, norm, unembedding)
     if len(lists) != 1:
         raise ConfigError(
             f"architecture {architecture!r} is unknown and its blocks cannot be told",
@@ -189,7 +187,7 @@ def find_layout(model: nn.Module, config: Any) -> Layout:
         lists[0],
         "resid_pre, resid_post and " if streams == 1 else "",
     )
-    return Layout(architecture, lists[0], layers, streams=streams, **ends)
+    return Layout(architecture, lists[0], layers, None, streams, embedding, None, unembedding)
 
 
 def _block(family: _Family, config: Any) -> Block:

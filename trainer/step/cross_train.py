@@ -59,13 +59,14 @@ def train_cross(
         # in one piece the rows stay for telemetry, which reads them on logged steps only
         (batches,) = (piece() for piece in pieces)
         taken = step.take(batches)
-        tallies: list[Tally | None] = [None] * len(runs)
+        tallies = list[Tally | None]([None] * len(runs))
         active = [run.dead.active(one.values, one.indices) for run, one in zip(runs, taken, strict=True)]
     else:
         told = [Tally(run, width) for run in runs]
         for piece in pieces:
             _take(step, piece(), told)
-        tallies, active = [*told], [tally.active for tally in told]
+        tallies = list[Tally | None](told)
+        active = [tally.active for tally in told]
         empty = weights.new_empty(0)
         batches, taken = [Rows(empty, empty, empty, ())] * len(runs), [Taken(empty, empty, empty)] * len(runs)
     found = step.end()

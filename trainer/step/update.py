@@ -83,7 +83,7 @@ def _adam(
 ) -> None:
     """Take step number `step` [], from 1, of torch's fused Adam on a block, in place."""
     # the operation itself: `torch.optim.adam.adam` sorts its lists by device and type on every call
-    torch._fused_adam_(
+    torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
         [weights],
         [grad],
         [unpacked.first],
