@@ -67,7 +67,7 @@ def _chosen_families(setting: Setting | SetSetting) -> list[Family]:
     """
     spec = setting.spec
     needs: dict[Family, object] = {"compute": spec.law, "stability": spec.against, "judge": spec.judge}
-    lacking: list[Family] = [name for name in FAMILIES if name in needs and not needs[name]]
+    lacking = [name for name, given in needs.items() if not given]
     left_out = setting.left_out
     if spec.metrics is None:
         for why in dict.fromkeys(left_out.values()):
