@@ -84,8 +84,10 @@ def heldout_figures(
     return {"fvu_normalised": normalised.value, "fvu_raw": raw.value, "l0": active}
 
 
-def calibration_rows(dataset: ActivationStore, spec: TrainSpec) -> list[tuple[Tensor, Tensor]]:
-    """Read about CALIBRATION_ROWS training rows and their weights for BatchTopK's threshold.
+def calibration_rows(
+    dataset: ActivationStore, spec: TrainSpec, *, share: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """Read about CALIBRATION_ROWS / share training rows and their weights for BatchTopK's threshold.
 
     If a ring has deleted every training unit, the held-out rows are taken, with a warning.
     """
@@ -95,7 +97,7 @@ def calibration_rows(dataset: ActivationStore, spec: TrainSpec) -> list[tuple[Te
     if not train:
         log.warning("the training rows are deleted: the threshold is taken from the held-out rows")
         train = list(dataset.plan.split_units("validation"))
-    wanted = -(-_CALIBRATION_ROWS // dataset.plan.rows_per_unit)
+    wanted = -(-_CALIBRATION_ROWS // (share * dataset.plan.rows_per_unit))
     found: list[tuple[Tensor, Tensor]] = []
     for unit in train[:wanted]:
         for rows, _, weights in _heldout_rows(dataset, *spec.input_hooks, units=range(unit, unit + 1)):

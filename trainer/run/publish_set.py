@@ -25,6 +25,7 @@ from winnow.trainer.run.heldout import CHUNK_ROWS, calibration_rows, candidate_s
 from winnow.trainer.run.publish import Summary, counted, put_summary
 from winnow.trainer.run.telemetry import PLOT_KEY, Telemetry, draw_curves
 from winnow.trainer.run.threshold import calibrate
+from winnow.trainer.run.threshold_cross import calibrate_cross
 from winnow.trainer.step import SetRun
 
 Figures = dict[str, float]
@@ -95,11 +96,28 @@ def _candidates(run: SetRun) -> dict[str, dict[int, Shard]]:
 
 def _calibrate(run: SetRun, candidates: Mapping[str, Mapping[int, Shard]], dataset: ActivationStore) -> None:
     """Set the threshold of every layer of every candidate, from training rows."""
+    if run.of.cross:
+        with run.world.together():
+            joint = list(_calibration_rows(dataset, run))
+        for shards in candidates.values():
+            calibrate_cross(list(shards.values()), joint)
+        return
     for layer, part in run.layers.items():
         with run.world.together():
             rows = calibration_rows(dataset, part.recipe.spec)
         for shards in candidates.values():
             calibrate(shards[layer], rows)
+
+
+def _calibration_rows(dataset: ActivationStore, run: SetRun) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Yield training rows [B, D] that every layer reads, and their weights [B]."""
+    read = [
+        calibration_rows(dataset, part.recipe.spec, share=len(run.layers)) for part in run.layers.values()
+    ]
+    for parts in zip(*read, strict=True):
+        # of all layers together, as in training: a row that one of them leaves out has weight 0
+        weights = torch.stack([weights for _, weights in parts]).amin(0)
+        yield [rows for rows, _ in parts], weights
 
 
 @torch.no_grad()
