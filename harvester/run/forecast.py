@@ -20,9 +20,15 @@ from winnow.schemas.harvest import MOMENT_UNITS, SLICES, HarvestPlan, PlanSpec, 
 from winnow.schemas.subject import HookSite
 from winnow.store.objects import ObjectStore
 from winnow.store.objects.probe import probe_requests
+from winnow.store.read.groups import reading_threads
 from winnow.store.read.reader import receipts_present
+from winnow.store.read.stream import stream_bytes
 from winnow.store.records.parts import PART_UNITS
 
+_UNITS_HELD = 2
+"""Units in an actor at once: one in the LM, one being committed."""
+_GROUP_UNITS, _BATCH_ROWS, _PREFETCH = 16, 2048, 8
+"""Of a stream that says nothing else."""
 _LIST_KEYS = 1000
 """Keys per page of a listing: what S3 returns for one request."""
 MEASURE_BATCHES, MEASURE_SECONDS = 3, 5.0
@@ -77,6 +83,13 @@ class Forecast(Contract):
     rate_from: str | None
     """`ledger`: this root's earlier runs; `measured`: the LM alone, on this machine, times the actors."""
     hours: float | None
+    actor_bytes: int | None
+    """Host memory that one actor takes beside the LM and its pass: the rows of the unit that it makes and of
+    the one that it commits, and of all hooks in a pass. None if widths are not known."""
+    stream_bytes: int | None
+    """Memory of a stream over all hooks, with default groups and the batches of `train` (or 2,048 rows)."""
+    open_files: int
+    """Objects that such a stream has open at once at most, whatever the number of hooks."""
     bytes_per_second: float | None
     """Write rate that storage must sustain for the LM not to wait."""
     money: Money | None
@@ -139,6 +152,9 @@ def forecast(
         tokens_per_second=rate,
         rate_from=rate_from,
         hours=hours,
+        actor_bytes=_actor_bytes(config, spec, sites) if sites else None,
+        stream_bytes=_stream_bytes(config, spec, units - spec.validation_units, sites) if sites else None,
+        open_files=reading_threads(store, _PREFETCH),
         bytes_per_second=to_do * shard / seconds if seconds else None,
         money=_money(config.prices, config.harvest.actors, whole, requests, hours),
     )
@@ -188,6 +204,11 @@ def table_rows(found: Forecast) -> list[tuple[str, str]]:
         ("dataset when finished", f"{human_bytes(found.bytes)} in {found.objects:,} objects"),
         ("requests", f"{requests.puts:,} puts, {requests.gets:,} gets, {requests.lists:,} lists"),
     ]
+    if found.actor_bytes is not None and found.stream_bytes is not None:
+        lines += [
+            ("an actor's memory beside the LM", human_bytes(found.actor_bytes)),
+            ("a stream of all hooks", f"{human_bytes(found.stream_bytes)}, {found.open_files} objects open"),
+        ]
     if found.free_bytes is not None:
         lines.append(("free at the root", human_bytes(found.free_bytes)))
     if found.tokens_per_second and found.hours is not None:
@@ -235,6 +256,29 @@ def _shard_bytes(spec: PlanSpec, site: HookSite) -> int:
     # and a crc32c of its own.
     rows_ = spec.windows_per_unit * (spec.context_length - spec.drop_leading)
     return rows_ * row_bytes(spec.dtype, site.d_model) + SLICES * 4 + SLICES * 16 + 4
+
+
+def _actor_bytes(config: Config, spec: PlanSpec, sites: tuple[HookSite, ...]) -> int:
+    rows_ = spec.windows_per_unit * (spec.context_length - spec.drop_leading)
+    unit = rows_ * sum(row_bytes(spec.dtype, site.d_model) for site in sites)
+    windows = 8 if config.harvest.batch_windows == "auto" else config.harvest.batch_windows
+    # As the LM gives them, at most four bytes a value, and as they are stored, of two passes on a GPU.
+    tokens = min(windows, spec.windows_per_unit) * spec.context_length
+    return _UNITS_HELD * unit + tokens * sum(
+        4 * s.d_model + 2 * row_bytes(spec.dtype, s.d_model) for s in sites
+    )
+
+
+def _stream_bytes(config: Config, spec: PlanSpec, units: int, sites: tuple[HookSite, ...]) -> int:
+    rows_ = spec.windows_per_unit * (spec.context_length - spec.drop_leading)
+    group = min(_GROUP_UNITS, max(1, units))
+    batch = config.train.batch_rows if config.train else _BATCH_ROWS
+    return stream_bytes(
+        group * rows_,
+        sum(row_bytes(spec.dtype, site.d_model) for site in sites),
+        groups=math.ceil(units / group),
+        batch_bytes=4 * batch * sum(site.d_model for site in sites),
+    )
 
 
 def _dataset_bytes(spec: PlanSpec, units: int, sites: tuple[HookSite, ...]) -> int:

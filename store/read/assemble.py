@@ -50,6 +50,16 @@ class RowBatch(NamedTuple):
     """Counted from 0 over all epochs."""
 
 
+def _run(batch_bytes: int) -> int:
+    """Batches of so many bytes in a run."""
+    return min(max(1, _RUN_BYTES // batch_bytes), RUN_BATCHES)
+
+
+def assembled_bytes(batch_bytes: int) -> int:
+    """Most memory of batches of so many bytes: those ahead, the consumer's run and the one it had before."""
+    return (RUNS_AHEAD + 2) * _run(batch_bytes) * batch_bytes
+
+
 class Assembler:
     """Gathers steps' rows into batches, in arrays that are reused.
 
@@ -67,7 +77,7 @@ class Assembler:
         self, pool: ThreadPoolExecutor | None, widen: Widen | None, batch_bytes: int, hooks: int
     ) -> None:
         self.widen = widen
-        self.run = min(max(1, _RUN_BYTES // batch_bytes), RUN_BATCHES)
+        self.run = _run(batch_bytes)
         """Batches assembled by one task."""
         self._most = (RUNS_AHEAD + 2) * hooks
         # The threads that read a local root assemble too: more threads than cores pass the interpreter's lock

@@ -88,6 +88,13 @@ class Turns:
         return self._rows[step_in_group : step_in_group + steps].reshape(-1)
 
 
+def reading_threads(store: ObjectStore, requests: int) -> int:
+    """Threads that read, each one object at a time: so many files or connections, however many hooks."""
+    # Reads of a local root are CPU work. By perf, a fifth of it went into switching between ten threads
+    # that wanted the interpreter's lock.
+    return requests if store.remote else min(requests, usable_cores())
+
+
 class GroupReader:
     """Reads groups of units into buffers with a bounded number of requests in flight.
 
@@ -122,9 +129,7 @@ class GroupReader:
         self.holds = order.groups == 1
         self.before: Callable[[], object] = lambda: None
         """Called by a local root's threads before each run of slices."""
-        # Reads of a local root are CPU work. By perf, a fifth of it went into switching between ten threads
-        # that wanted the interpreter's lock.
-        threads = requests if store.remote else min(requests, usable_cores())
+        threads = reading_threads(store, requests)
         self.pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="winnow-stream")
         self.bytes_read = 0
         """Bytes read from storage so far, including refetches; bytes from a cache do not count."""

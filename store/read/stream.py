@@ -26,20 +26,48 @@ from winnow.schemas.harvest import HarvestPlan, row_bytes
 from winnow.schemas.training import StreamState
 from winnow.store.format.order import LaneOrder
 from winnow.store.objects import ObjectStore
-from winnow.store.read.assemble import RUNS_AHEAD, Assembler, RowBatch, Widen, widen_stored
+from winnow.store.read.assemble import RUNS_AHEAD, Assembler, RowBatch, Widen, assembled_bytes, widen_stored
 from winnow.store.read.cache import SliceCache
 from winnow.store.read.follow import Arrivals
 from winnow.store.read.groups import Buffers, GroupReader, Turns
 from winnow.store.records.index import ReceiptIndex
 
 
-def memory_bytes(plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], world: int = 1) -> int:
-    """Memory of a rank's stream, in bytes: its buffers and orders of rows."""
+def stream_bytes(rows: int, stored: int, *, groups: int, batch_bytes: int, world: int = 1) -> int:
+    """Memory of a rank's stream, in bytes: buffers of groups, orders of rows, and batches ahead.
+
+    A consumer that keeps its batches takes more.
+
+    Args:
+        rows: Rows of a group.
+        stored: Bytes of a row on disk, over all hooks.
+        groups: Groups of the split.
+        batch_bytes: Bytes of a rank's batch, as the consumer gets it.
+        world: Ranks that share the batches.
+    """
     # Rows and weights (4 bytes) of two groups, or of one if the split is one group; and for two groups an
     # int64 per row, since the next group is shuffled while this one is consumed.
-    row = sum(row_bytes(plan.spec.dtype, plan.d_model(hook)) for hook in hooks) + 4
-    held = 1 if order.groups == 1 else 2
-    return order.group_units * plan.rows_per_unit * (row * held + 2 * 8) // world
+    held = 1 if groups == 1 else 2
+    return rows * ((stored + 4) * held + 2 * 8) // world + assembled_bytes(batch_bytes)
+
+
+def memory_bytes(
+    plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], world: int = 1, dtype: str = "float32"
+) -> int:
+    """Memory of a rank's stream, in bytes; see `stream_bytes`."""
+    stored = sum(row_bytes(plan.spec.dtype, plan.d_model(hook)) for hook in hooks)
+    batch = _batch_bytes(plan, order, hooks, world, dtype)
+    rows = order.group_units * plan.rows_per_unit
+    return stream_bytes(rows, stored, groups=order.groups, batch_bytes=batch, world=world)
+
+
+def _batch_bytes(plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], world: int, dtype: str) -> int:
+    """Bytes of a rank's batch in the dtype that the consumer gets."""
+    wide = dtype == "float32" or plan.spec.dtype == "int8"
+    row = sum(
+        plan.d_model(hook) * 4 if wide else row_bytes(plan.spec.dtype, plan.d_model(hook)) for hook in hooks
+    )
+    return row * order.batch_rows // world
 
 
 class RowStream(Closing):
@@ -86,13 +114,10 @@ class RowStream(Closing):
         self._waiter = ThreadPoolExecutor(1, "winnow-stream-follow") if arrivals else None
         widen = widen or partial(widen_stored, dtype=plan.spec.dtype)
         wide = dtype == "float32" or plan.spec.dtype == "int8"
-        row = sum(
-            plan.d_model(hook) * 4 if wide else row_bytes(plan.spec.dtype, plan.d_model(hook))
-            for hook in hooks
-        )
         # A local root's reading threads assemble too, see `Assembler`.
         pool = None if store.remote else self._reader.pool
-        size = row * order.batch_rows // world
+        self._dtype = dtype
+        size = _batch_bytes(plan, order, hooks, world, dtype)
         self._assembler = Assembler(pool, widen if wide else None, size, len(hooks))
         if pool:
             self._reader.before = self._assembler.work
@@ -180,8 +205,8 @@ class RowStream(Closing):
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of this rank's buffers, in bytes."""
-        return memory_bytes(self.plan, self.order, self.hooks, self.world)
+        """Memory of this rank's stream, in bytes; see the function."""
+        return memory_bytes(self.plan, self.order, self.hooks, self.world, self._dtype)
 
     def close(self) -> None:
         """Stop reading: pending requests are dropped, those in flight are waited for."""

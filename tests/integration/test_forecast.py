@@ -15,14 +15,18 @@ from winnow.common.config_file import load_config
 from winnow.harvester.run import forecast as forecasts
 from winnow.harvester.run import ledger as ledgers
 from winnow.harvester.run.driver import ensure_plan
-from winnow.harvester.run.forecast import forecast
+from winnow.harvester.run.forecast import forecast, table_rows
 from winnow.harvester.run.ledger import RunLedger, UnitFacts, read_ledger, settle_account
 from winnow.harvester.run.waiting import StorageWait
 from winnow.harvester.run.worker import UnitWorker
-from winnow.schemas.config import PricesSpec
+from winnow.schemas.config import Config, PricesSpec
 from winnow.schemas.errors import ConfigError
+from winnow.store.format import order
+from winnow.store.format.order import LaneOrder
 from winnow.store.objects import open_store
 from winnow.store.objects.local import LocalStore
+from winnow.store.read.stream import memory_bytes
+from winnow.store.testing import make_plan
 from winnow.store.write.writer import seal
 
 PUTS = ("put_new", "put", "delete")
@@ -125,6 +129,22 @@ def test_a_killed_run_leaves_its_entry_and_the_next_run_keeps_it(tmp_path, monke
     assert entries[False].units == 1
     assert entries[False].bytes == 1000
     assert read_ledger(store).storage_wait_seconds == 0.75
+
+
+def test_the_memory_of_sixty_hooks_is_stated(tmp_path, monkeypatch):
+    """That of an actor, and that of a stream over all of them, as the stream itself counts it."""
+    monkeypatch.setattr(order, "LARGEST_DESIGN_EFFECT", float("inf"))
+    hooks = {f"{site}.{layer}": 64 for layer in range(30) for site in ("mlp_in", "mlp_out")}
+    plan = make_plan(units=40, windows_per_unit=128, hooks=hooks, dtype="int8")
+    config = Config.model_validate({"root": str(tmp_path), "harvest": {"batch_windows": 4}})
+    found = forecast(config, open_store(config.root), plan)
+    unit, batch = plan.rows_per_unit * 60 * 68, 4 * 9 * 60 * (4 * 64 + 2 * 68)
+    assert found.actor_bytes == 2 * unit + batch
+    lanes = LaneOrder.for_plan(plan, batch_rows=2048, seed=0)
+    assert found.stream_bytes == memory_bytes(plan, lanes, list(hooks))
+    assert 1 <= found.open_files <= 8
+    said = dict(table_rows(found))
+    assert said["a stream of all hooks"].endswith(f", {found.open_files} objects open")
 
 
 def test_a_run_lasts_until_its_last_receipt(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 import threading
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from winnow.store.format.layout import slice_bytes
 from winnow.store.format.shards import to_float32, to_stored
 from winnow.store.objects import open_store
 from winnow.store.read.assemble import RUN_BATCHES, RUNS_AHEAD
+from winnow.store.read.groups import reading_threads
 from winnow.store.read.stream import memory_bytes
 from winnow.store.testing import make_plan, synthetic_rows, write_dataset
 
@@ -193,7 +196,41 @@ def test_memory_is_counted(store):
         buffers = [held._current, held._coming.buffers]
         exact = sum(sum(a.nbytes for a in b.rows.values()) + b.weights.nbytes for b in buffers)
         assert exact == 2 * rows * (2 * 12 + 4)
-        assert stream.memory_bytes == memory_bytes(store.plan, order, list(HOOKS)) == exact + rows * 2 * 8
+        batches = (RUNS_AHEAD + 2) * RUN_BATCHES * 64 * 12 * 4
+        whole = exact + rows * 2 * 8 + batches
+        assert stream.memory_bytes == memory_bytes(store.plan, order, list(HOOKS)) == whole
+
+
+def test_sixty_hooks_take_no_more_files_and_threads_than_one(tmp_path, no_threads_left):
+    """Memory is what is stated, and a file is open only while a thread reads it."""
+    hooks = {f"{site}.{layer}": 64 for layer in range(30) for site in ("mlp_in", "mlp_out")}
+    write_dataset(open_store(str(tmp_path)), make_plan(units=5, hooks=hooks, dtype="int8"))
+    dataset = ActivationStore.open(str(tmp_path))
+
+    def held() -> tuple[int, int]:
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    def most(some: list[str]) -> tuple[int, int]:
+        before, found = held(), (0, 0)
+        with dataset.stream(some, batch_rows=64, seed=SEED, group_units=2, epochs=2) as stream:
+            for batch in stream:
+                assert list(batch.rows) == some
+                found = tuple(max(pair) for pair in zip(found, held(), strict=True))
+        return tuple(now - then for now, then in zip(found, before, strict=True))
+
+    most(list(hooks)[:1])  # what is imported and opened once
+    files, threads = most(list(hooks))
+    assert files <= reading_threads(dataset.store, 8) + 2
+    assert threads <= most(list(hooks)[:1])[1] + 1
+    tracemalloc.start()
+    try:
+        with dataset.stream(list(hooks), batch_rows=64, seed=SEED, group_units=2, epochs=2) as stream:
+            for batch in stream:
+                del batch
+            stated = stream.memory_bytes
+        assert tracemalloc.get_traced_memory()[1] < 1.2 * stated + 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_splits(store):
