@@ -53,6 +53,7 @@ class Outcome:
         before: Its probability without the edit.
         after: Its probability with it, as found in the subject.
         foretold: Change of its logit that the graph's links foretell.
+        held: The same by the replacement model, in which later latents are computed anew.
         found: Change of its logit in the subject.
     """
 
@@ -60,6 +61,7 @@ class Outcome:
     before: float
     after: float
     foretold: float
+    held: float
     found: float
 
 
@@ -74,7 +76,7 @@ class Circuits:
     Attributes:
         shelf: The graphs.
         layers: Layer of the set -> number of the exhibit with its index; layers without an index are missing.
-        set_sha256: Digest of the set's `set.json`; None without a set.
+        set_sha256: Digest of the set, as graphs name it; None without a set.
         runner: Runs edits; None if the server has no set or no subject.
     """
 

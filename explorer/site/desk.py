@@ -13,6 +13,7 @@ from winnow.explorer.index.table import FeatureTable
 from winnow.explorer.place import Place, default_index
 from winnow.explorer.site.api import Desk
 from winnow.explorer.site.circuit import Circuits
+from winnow.explorer.site.edits import make_runner
 from winnow.explorer.site.exhibit import Exhibit
 from winnow.explorer.site.explained import from_evaluation
 from winnow.explorer.site.graphs import GRAPHS, Shelf
@@ -66,6 +67,7 @@ def open_desk(
     if of is not None:
         circuits.layers = {layer: number for number, layer in enumerate(layers)}
         circuits.set_sha256 = of.sha256
+        circuits.runner = make_runner(of, place.subject, place.storage)
     return Desk(exhibits, subject, Lane(seats), at_hand, circuits)
 
 

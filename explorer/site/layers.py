@@ -23,8 +23,12 @@ class OpenSet(NamedTuple):
     uri: str
     store: ObjectStore
     card: SetCard
-    sha256: str
-    """Digest of its `set.json`, by which graphs name it."""
+
+    @property
+    def sha256(self) -> str:
+        """Its digest, as graphs name it: `winnow.evaluator.circuits.set_digest` of the loaded set."""
+        lines = [f"{entry.layer} {entry.card_sha256}\n" for entry in self.card.layers]
+        return sha256_hex("".join(lines).encode())
 
 
 def open_set(uris: list[str], index: list[str] | None, storage: StorageSpec) -> OpenSet | None:
@@ -44,8 +48,7 @@ def open_set(uris: list[str], index: list[str] | None, storage: StorageSpec) -> 
             got=f"{len(uris)} addresses and {len(index or [])} of --index",
         )
     uri, store = sets[0]
-    data = store.get(SET_KEY)
-    return OpenSet(uri, store, SetCard.from_json(data, origin=f"{uri}/{SET_KEY}"), sha256_hex(data))
+    return OpenSet(uri, store, SetCard.from_json(store.get(SET_KEY), origin=f"{uri}/{SET_KEY}"))
 
 
 def indexed_layers(of: OpenSet, storage: StorageSpec) -> dict[int, str]:

@@ -1,14 +1,10 @@
 // Draws a laid-out graph on a canvas and follows the pointer, fingers and keys. 50,000 links cannot be stroked in
-// every frame: they are stroked a few milliseconds per frame into a picture that is larger than the canvas, and
-// panning and hovering only copy that picture. Marks, labels and the links of one mark are drawn each time.
+// every frame: a worker strokes them into a picture that is larger than the canvas, and a frame only copies that
+// picture. Marks, labels and the links of one mark are drawn each time.
 import { EMBEDDING, ERROR, FEATURE, LOGIT, grid, of } from "./circuit.js";
 
 const FONT = "system-ui, 'DejaVu Sans', sans-serif";
 const LEFT = 44, RIGHT = 12, TOP = 14;
-// Links stroked per frame: what a frame takes is known only after it, so their number follows the last one's time.
-const FEWEST = 1000, MOST = 8000, LONG_MS = 24, SHORT_MS = 18;
-const BATCH = 192; // links per path: long paths take the rasteriser more than their share
-const ALIKE = 0.85; // links of a path have at least this share of its first one's influence
 const NEAR = 14; // pixels within which a mark is under the pointer
 const BEYOND = 0.25; // how far the picture of links reaches beyond each side of the canvas, in its sizes
 const GROUP = 4; // beside the kinds of nodes
@@ -40,11 +36,9 @@ export function chart(hooks) {
   let hovered = -1, pinned = -1, queued = false;
   /** @type {Set<number>} */ let chosen = new Set();
   /** @type {Record<string, string>} */ let ink = {};
-  /** @typedef {{image: HTMLCanvasElement, pen: CanvasRenderingContext2D, next: number, zoom: number, dx: number, dy: number}} Picture */
-  /** @type {Picture|null} */ let picture = null, coming = null;
-  // Two canvases in turn, one that is shown and one that is stroked: a new one per picture would be slow.
-  const spare = [document.createElement("canvas"), document.createElement("canvas")];
-  let portion = 1500, framed = 0;
+  /** The links as they were stroked last. @type {{image: ImageBitmap, zoom: number, dx: number, dy: number}|null} */ let picture = null;
+  /** What was asked of the worker last. @type {{id: number, zoom: number, dx: number, dy: number, done: boolean}} */ let asked = { id: 0, zoom: 0, dx: 0, dy: 0, done: true };
+  const worker = new Worker("/strokes.js", { type: "module" });
   /** @type {Map<string, HTMLCanvasElement>} */ const stamps = new Map();
   /** What labels say, found once per focus. @type {{focus: number, list: [number, string, number][]}|null} */ let labels = null;
 
@@ -77,63 +71,33 @@ export function chart(hooks) {
 
   // ---- the picture of all links ------------------------------------------------------------------
 
-  /** @param {boolean} changed whether the links themselves are others, so that the old picture is wrong */
+  /** Ask for a picture of the view. @param {boolean} changed whether the links themselves are others */
   function paintLinks(changed) {
-    const image = spare.find((one) => one !== (changed ? null : picture?.image)) ?? spare[0];
-    // Setting its size clears a canvas.
-    image.width = Math.max(1, Math.round(width * (1 + 2 * BEYOND) * dots));
-    image.height = Math.max(1, Math.round(height * (1 + 2 * BEYOND) * dots));
-    const pen = /** @type {CanvasRenderingContext2D} */ (image.getContext("2d"));
-    pen.setTransform(dots, 0, 0, dots, width * BEYOND * dots, height * BEYOND * dots);
-    // The strongest come first, so that an unfinished picture already shows them; later ones go below.
-    pen.globalCompositeOperation = "destination-over";
-    pen.lineCap = "butt";
-    coming = { image, pen, next: 0, zoom, dx, dy };
-    if (changed) picture = coming;
+    asked = { id: asked.id + 1, zoom, dx, dy, done: false };
     canvas.removeAttribute("data-drawn");
+    worker.postMessage({
+      id: asked.id, width: Math.round(width * (1 + 2 * BEYOND)), height: Math.round(height * (1 + 2 * BEYOND)), dots,
+      ax: zoom * kx, ay: zoom * ky, dx: dx + width * BEYOND, dy: dy + height * BEYOND, raises: ink.dot, lowers: ink["cold-line"],
+      ...(changed ? { content: { x: Float64Array.from(at.marks, (mark) => mark.x), y: Float64Array.from(at.marks, (mark) => mark.y), source: links.source, target: links.target, effect: links.effect, influence: links.influence } } : {}),
+    });
     redraw();
   }
+  worker.addEventListener("message", ({ data }) => {
+    // Of an older question: what it shows may no longer be there.
+    if (data.id !== asked.id) return data.image.close();
+    picture?.image.close();
+    picture = { image: data.image, zoom: asked.zoom, dx: asked.dx, dy: asked.dy };
+    asked.done = data.whole;
+    canvas.toggleAttribute("data-drawn", data.whole);
+    redraw();
+    if (data.whole) refresh();
+  });
 
-  /** Stroke more of the picture that is coming. */
-  function stroke() {
-    if (!coming) return;
-    const { pen } = coming, count = links.source.length, now = performance.now(), took = now - framed;
-    if (took > LONG_MS) portion = Math.max(FEWEST, portion / 2);
-    else if (took < SHORT_MS) portion = Math.min(MOST, portion * 1.3);
-    framed = now;
-    const until = Math.min(count, coming.next + portion);
-    const most = Math.sqrt(links.influence[0] || 1);
-    const view = { zoom, dx, dy };
-    ({ zoom, dx, dy } = coming);
-    while (coming.next < until) {
-      const strength = Math.sqrt(links.influence[coming.next]) / most, same = links.influence[coming.next] * ALIKE;
-      let end = coming.next + 1;
-      while (end < count && end < coming.next + BATCH && links.influence[end] >= same) end++;
-      for (const negative of [false, true]) {
-        pen.beginPath();
-        for (let e = coming.next; e < end; e++) {
-          if (links.effect[e] < 0 !== negative) continue;
-          const a = at.marks[links.source[e]], b = at.marks[links.target[e]];
-          pen.moveTo(sx(a.x), sy(a.y));
-          pen.lineTo(sx(b.x), sy(b.y));
-        }
-        pen.strokeStyle = negative ? ink["cold-line"] : ink.dot;
-        pen.globalAlpha = Math.min(0.75, 0.04 + 0.8 * strength);
-        pen.lineWidth = 0.6 + 3 * strength;
-        pen.stroke();
-      }
-      coming.next = end;
-    }
-    ({ zoom, dx, dy } = view);
-    if (coming.next >= count) { picture = coming; coming = null; canvas.setAttribute("data-drawn", ""); }
-  }
-
-  /** Begin a new picture if the one there is of another zoom, or does not reach as far as the view. */
+  /** Ask anew if the picture is of another zoom, or does not reach as far as the view. */
   function refresh() {
-    const latest = coming ?? picture;
-    if (!latest) return;
-    const reaches = Math.abs(latest.dx - dx) < width * BEYOND && Math.abs(latest.dy - dy) < height * BEYOND;
-    if (latest.zoom !== zoom || !reaches) paintLinks(false);
+    // One that is being stroked is finished first, or a view that moves on and on would never get any.
+    const reaches = Math.abs(asked.dx - dx) < width * BEYOND && Math.abs(asked.dy - dy) < height * BEYOND;
+    if (asked.done && (asked.zoom !== zoom || !reaches)) paintLinks(false);
   }
 
   // ---- a frame -----------------------------------------------------------------------------------
@@ -141,7 +105,6 @@ export function chart(hooks) {
   function frame() {
     queued = false;
     if (!width || !at) return;
-    stroke();
     const pen = context;
     pen.setTransform(dots, 0, 0, dots, 0, 0);
     pen.globalAlpha = 1;
@@ -165,7 +128,6 @@ export function chart(hooks) {
     for (const mark of chosen) ring(pen, mark, ink.accent, 1.5);
     drawLabels(pen, near, focus);
     drawAxes(pen);
-    if (coming) redraw();
   }
 
   function drawBands(/** @type {CanvasRenderingContext2D} */ pen) {
@@ -443,7 +405,8 @@ export function chart(hooks) {
     if (view) look(view);
     paintLinks(true);
   }
-  new ResizeObserver(resize).observe(canvas);
+  // A canvas that leaves the page loses its size, which is noticed here.
+  new ResizeObserver(() => (canvas.isConnected ? resize() : worker.terminate())).observe(canvas);
   const themed = () => {
     if (!canvas.isConnected) return removeEventListener("winnow-theme", themed);
     colours();

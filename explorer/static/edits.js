@@ -22,17 +22,17 @@ export function editForm(site, sent, graph, i) {
       field("Strength", strength), el("button", {}, "Run in the subject")), out)];
 }
 
-/** @param {{token: string, before: number, after: number, foretold: number, found: number}[]} logits */
+/** @param {{token: string, before: number, after: number, foretold: number, held: number, found: number}[]} logits */
 function outcome(logits) {
-  const most = Math.max(1e-9, ...logits.map((one) => Math.max(Math.abs(one.foretold), Math.abs(one.found))));
-  const bar = (/** @type {number} */ value) => {
+  const most = Math.max(1e-9, ...logits.map((one) => Math.max(Math.abs(one.foretold), Math.abs(one.held), Math.abs(one.found))));
+  const bar = (/** @type {number} */ value, kind = "num") => {
     const drawn = el("i", { class: value < 0 ? "down" : "" });
     drawn.style.setProperty("--w", String(Math.abs(value) / most));
-    return el("td", { class: "num" }, drawn, `${value > 0 ? "+" : value < 0 ? "−" : ""}${level(Math.abs(value))}`);
+    return el("td", { class: kind }, drawn, `${value > 0 ? "+" : value < 0 ? "−" : ""}${level(Math.abs(value))}`);
   };
   const share = (/** @type {number} */ value) => `${(100 * value).toFixed(1)} %`;
   return [el("div", { class: "scroll" }, el("table", { class: "outcome" },
-    el("thead", {}, el("tr", {}, el("th", {}, "logit"), el("th", { class: "num" }, "foretold"), el("th", { class: "num" }, "found"), el("th", { class: "num" }, "probability"), el("th", { class: "num" }, "with it"))),
-    el("tbody", {}, logits.map((one) => el("tr", {}, el("td", {}, token(one.token)), bar(one.foretold), bar(one.found), el("td", { class: "num" }, share(one.before)), el("td", { class: "num" }, share(one.after))))))),
-  el("p", { class: "soft small" }, "Changes of the logits: foretold by the links of the graph, and found by running the subject.")];
+    el("thead", {}, el("tr", {}, el("th", {}, "logit"), el("th", { class: "num" }, "foretold"), el("th", { class: "num wide" }, "replacement model"), el("th", { class: "num" }, "found"), el("th", { class: "num" }, "probability"), el("th", { class: "num" }, "with it"))),
+    el("tbody", {}, logits.map((one) => el("tr", {}, el("td", {}, token(one.token)), bar(one.foretold), bar(one.held, "num wide"), bar(one.found), el("td", { class: "num" }, share(one.before)), el("td", { class: "num" }, share(one.after))))))),
+  el("p", { class: "soft small" }, "Changes of the logits less their mean: foretold by the links of the graph; by the replacement model, in which later latents are computed anew; and found by running the subject with nothing held.")];
 }

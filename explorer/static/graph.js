@@ -71,7 +71,8 @@ function show(site, sent, fields) {
 
   let timer = 0;
   // A pointer that only passes by asks the server for nothing.
-  const later = () => { clearTimeout(timer); timer = window.setTimeout(describe, 120); };
+  // Who has moved on into the panel, by Tab or to type a name, keeps what is there.
+  const later = () => { clearTimeout(timer); timer = window.setTimeout(() => panel.contains(document.activeElement) || describe(), 120); };
   const marked = () => view.pin(markOf(pinned), new Set([...chosen].map(markOf).filter((m) => m >= 0)));
   const pin = (/** @type {number} */ i) => {
     pinned = i;
@@ -116,7 +117,7 @@ function show(site, sent, fields) {
     panel.replaceChildren(
       el("h2", {}, plain(markSays(m), 120)), el("p", { class: "soft small" }, markPlace(m)),
       group || details,
-      ...(hovered >= 0 && hovered !== pinned ? [el("p", { class: "soft small" }, "Click, or Enter, pins it.")] : [
+      ...(hovered >= 0 && hovered !== pinned ? [el("p", { class: "soft small" }, "Click, or Enter, pins it."), chosen.size ? gather() : ""] : [
         gather(), el("h3", {}, "Strongest inputs"), strongest(m, true), el("h3", {}, "Strongest outputs"), strongest(m, false),
         el("button", { type: "button", class: "quiet", onclick: () => pin(-1) }, "Unpin")]));
     if (!group) waiting(details, "Reading the latent…", () => card(graph, sent, i, own[i]).then((made) => made.flat().filter(Boolean)));
@@ -169,9 +170,18 @@ function show(site, sent, fields) {
       queue();
     }, onchange: () => remember({ nodes: now.nodes, links: now.links }) }));
   };
-  let waitingFrame = false;
-  // A slider fires more often than the screen is drawn.
-  const queue = () => { if (!waitingFrame) { waitingFrame = true; requestAnimationFrame(() => { waitingFrame = false; redraw(); }); } };
+  let queued = false, took = 0;
+  // A slider fires more often than the screen is drawn. What takes long leaves as long to frames in between.
+  const queue = () => {
+    if (queued) return;
+    queued = true;
+    setTimeout(() => requestAnimationFrame(() => {
+      const start = performance.now();
+      queued = false;
+      redraw();
+      took = performance.now() - start;
+    }), took > 12 ? took : 0);
+  };
 
   const tool = (/** @type {string} */ text, /** @type {string} */ label, /** @type {() => void} */ run) => el("button", { type: "button", class: "quiet", "aria-label": label, title: label, onclick: run }, text);
   const stage = el("div", { class: "stage" }, view.canvas);

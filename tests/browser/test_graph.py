@@ -31,7 +31,10 @@ def foretell(graph: GraphFile, edits: list[LatentEdit]) -> list[Outcome]:
     """Stands in for the subject, which the tests of `edit` run: an arbitrary change per logit."""
     assert edits
     named = [(node.clerp, node.token_prob) for node in graph.nodes if node.feature_type == "logit"]
-    return [Outcome(clerp, prob, prob / 2, 1.0 - at, 0.9 - at) for at, (clerp, prob) in enumerate(named)]
+    return [
+        Outcome(clerp, prob, prob / 2, 1.0 - at, 0.95 - at, 0.9 - at)
+        for at, (clerp, prob) in enumerate(named)
+    ]
 
 
 def hostile_graph() -> dict[str, Any]:
@@ -69,7 +72,7 @@ def served(request, tmp_path_factory, graphs) -> Iterator[Served]:
 
 def open_graph(page, served, address: str) -> None:
     page.goto(f"{served.url}?page=graph&{address}")
-    page.wait_for_selector(DRAWN)
+    page.wait_for_selector(DRAWN, timeout=180_000)  # 50,000 links on a busy machine
 
 
 def node_of(graph: dict[str, Any], layer: int) -> str:
@@ -131,7 +134,7 @@ def test_influence_and_pruning_equal_matrix_algebra(page, served, graphs):
 def test_2000_nodes_and_50000_links_stay_above_30_frames(page, served):
     open_graph(page, served, "graph=large&nodes=1&links=1")
     assert "2,000 of 2,000 nodes, 50,000 of 50,000 links" in page.locator(".counts").text_content()
-    found = frames(page, seconds=1.0)
+    found = frames(page, seconds=0.5)
     print(json.dumps(found, indent=1))
     # No bound on time here, which other work on the machine moves: `benchmarks.graph_page` measures.
     assert all(each["frames"] > 0 for each in found.values())
@@ -211,7 +214,11 @@ def test_an_edit_shows_what_was_foretold_beside_what_was_found(page, served, gra
     page.get_by_role("button", name="Run in the subject").click()
     page.wait_for_selector("table.outcome")
     first = page.locator("table.outcome tbody tr").first
-    assert [each.strip() for each in first.locator("td.num").all_text_contents()[:2]] == ["+1.00", "+0.900"]
+    assert [each.strip() for each in first.locator("td.num").all_text_contents()[:3]] == [
+        "+1.00",
+        "+0.950",
+        "+0.900",
+    ]
     no_serious_violation(page)
     picture(page, served, "circuit-edit")
 

@@ -11,15 +11,20 @@ from starlette.testclient import TestClient
 
 from tests.support.graphs import graph_of_set, random_graph
 from tests.support.sets import random_set
+from tests.support.tiny import make_subject
+from winnow.evaluator.circuits import edit, set_digest, trace
 from winnow.explorer.place import Place
 from winnow.explorer.site.circuit import LatentEdit, Outcome
 from winnow.explorer.site.desk import open_desk
 from winnow.explorer.site.graphs import MAX_LINKS
 from winnow.explorer.site.serve import make_app
+from winnow.sae.sets import TranscoderSet
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.graph import GraphFile, pair
+from winnow.schemas.subject import SubjectSpec
 from winnow.store.objects import open_store
+from winnow.subject.load import Subject
 
 NOWHERE = Place(None, None, StorageSpec())
 GRAPH = random_graph(120, 700, layers=3, latents=32)
@@ -93,7 +98,7 @@ def test_edits_are_run_by_the_subject_if_the_graph_is_of_this_set(folder):
 
     def runner(graph: GraphFile, edits: list[LatentEdit]) -> list[Outcome]:
         asked.extend(edits)
-        return [Outcome(" Austin", 0.4, 0.3, -0.5, -0.4)]
+        return [Outcome(" Austin", 0.4, 0.3, -0.5, -0.45, -0.4)]
 
     assert circuits.set_sha256 is not None
     own = graph_of_set(GRAPH, circuits.set_sha256, layers=3)
@@ -109,7 +114,7 @@ def test_edits_are_run_by_the_subject_if_the_graph_is_of_this_set(folder):
     assert client.get("/api/graphs/own").json()["no_edits"] is None
     reply = client.post("/api/graphs/own/edit", json={"edits": [edit]})
     assert reply.json()["logits"] == [
-        {"token": " Austin", "before": 0.4, "after": 0.3, "foretold": -0.5, "found": -0.4}
+        {"token": " Austin", "before": 0.4, "after": 0.3, "foretold": -0.5, "held": -0.45, "found": -0.4}
     ]
     assert asked == [LatentEdit(layer, latent, at, "scale", 2.0)]
     for other in ({"latent": 31, "layer": 9}, {"position": 10**6}):
@@ -119,6 +124,38 @@ def test_edits_are_run_by_the_subject_if_the_graph_is_of_this_set(folder):
     assert "the set of this graph" in reply.json()["error"]
     for wrong in ({"strength": 1e9}, {"op": "add"}, {"surprise": 1}):
         assert client.post("/api/graphs/own/edit", json={"edits": [edit | wrong]}).status_code == 422
+
+
+def test_an_edit_in_the_subject_is_what_circuits_say(tmp_path):
+    folder = make_subject(tmp_path / "llama", "llama", layers=3, width=16)
+    random_set(3).save(open_store(str(tmp_path / "set")))
+    subject, set_ = Subject.load(str(folder)), TranscoderSet.load(tmp_path / "set")
+    graph = trace(subject, set_, list(range(5, 40, 7)), max_features=40)
+    (tmp_path / "set/graphs").mkdir()
+    (tmp_path / "set/graphs/own.json").write_bytes(graph.to_json())
+    place = Place(None, SubjectSpec(model=str(folder)), StorageSpec())
+    desk = open_desk([str(tmp_path / "set")], None, place, 1)
+    assert desk.circuits.set_sha256 == set_digest(set_)
+    client = client_of(desk)
+    sent = client.get("/api/graphs/own").json()
+    assert sent["no_edits"] is None
+    node = next(each for each in graph.nodes if each.kind == "feature")
+    body = {"layer": node.layer, "latent": node.number, "op": "clamp", "strength": 3.0}
+    reply = client.post("/api/graphs/own/edit", json={"edits": [body | {"position": node.position}]}).json()
+    expected = edit(subject, set_, graph, [f"{node.name}=3"])
+    for name in ("foretold", "held", "found"):
+        got = [each[name] for each in reply["logits"]]
+        assert got == pytest.approx(getattr(expected, name).tolist(), abs=1e-4)
+    # Without a position: wherever the graph has it.
+    everywhere = [
+        each
+        for each in graph.nodes
+        if each[:1] + each[1:2] + each[3:4] == (node.kind, node.layer, node.number)
+    ]
+    reply = client.post("/api/graphs/own/edit", json={"edits": [body]}).json()
+    expected = edit(subject, set_, graph, [f"{each.name}=3" for each in everywhere])
+    got = [each["found"] for each in reply["logits"]]
+    assert got == pytest.approx(expected.found.tolist(), abs=1e-4)
 
 
 HOSTILE = {
