@@ -86,16 +86,17 @@ class Gradients:
         sae = model.ctx.sae
         self.model, self._over = model, over
         own = (sae.W_enc, sae.b_enc, sae.W_dec)
-        self._W_enc, self._b_enc, self._W_dec = (gradient_buffer(parameter) for parameter in own)
+        self._W_enc, self.b_enc, self._W_dec = (gradient_buffer(parameter) for parameter in own)
         # the output's bias first (a transcoder's b_dec, else b_pre), a linear path last: `add` relies on it
         self._biases = [gradient_buffer(p) for p in (sae.b_dec, sae.b_pre, sae.W_skip) if p is not None]
         self._first = True
         self._travels: list[Pending] = []
-        self._norms: list[Tensor] = []
-        # [n]: what of the decoder's gradient is parallel to its rows, known from the entries before any row
-        # is summed; None if the sums are not whole here, or dots are of rounded rows
-        exact = model.ctx.spec.compute_dtype == "float32"
-        self._along = torch.zeros_like(sae.b_enc.detach()) if over is None and exact else None
+        self._norms: dict[str, list[Tensor]] = {"W_dec": [], "W_enc": []}
+        # [n]: what of the decoder's gradient is parallel to its rows. Only of several targets it is taken
+        # from the entries before any row is summed, since no block holds a whole row; None if it is measured,
+        # block by block, or the sums are not whole here, or dots are of rounded rows
+        ahead = model.targets > 1 and over is None and model.ctx.spec.compute_dtype == "float32"
+        self._along = torch.zeros_like(sae.b_enc.detach()) if ahead else None
 
     def add(
         self,
@@ -117,7 +118,7 @@ class Gradients:
             skip: That and the normalised rows [B, D], of this rank's own rows, for a linear path.
             last: Whether this is the last micro-batch.
         """
-        b_enc, sae = self._b_enc, self.model.ctx.sae
+        b_enc, sae = self.b_enc, self.model.ctx.sae
         if self._first:
             # not the matrices: the first micro-batch overwrites them, which saves a pass over [N, D]
             for grad in (b_enc, *self._biases):
@@ -134,7 +135,7 @@ class Gradients:
         travels = self._over is not None and last
         if travels:
             self._send(b_enc, self._biases[0])
-        finish = last and self._along is not None
+        finish = last and self._over is None and (self._along is not None or self.model.targets == 1)
         width = sae.d_out // self.model.targets
         for target in range(self.model.targets):
             sources = [_Source(part, part.values, part.grads[target]) for part in entries]
@@ -182,7 +183,11 @@ class Gradients:
                 total.index_add_(0, dead.ids[some] - block.start, getattr(dead, name)[some, columns])
             if not self._first:
                 total += buffer[block]
-            if finish and name == "W_dec":
+            if finish and name == "W_dec" and self._along is None:
+                # before the copy to `.grad`, while the block is in cache
+                project(total, self.model.ctx.sae.W_dec.detach()[block])
+                buffer[block] = total
+            elif finish and name == "W_dec":
                 assert self._along is not None
                 # without the parallel part, in the pass that copies: `measure` leaves it out of the norm
                 directions, along = (
@@ -194,15 +199,14 @@ class Gradients:
                 buffer[block] = total
             if finish:
                 # while the block is in cache
-                self._norms.append(total.norm())
+                self._norms[name].append(total.norm())
 
     def _project(self, block: slice) -> None:
         """The same for a block of `.grad`, whose parallel part is not known yet."""
-        directions, decoder = self.model.ctx.sae.W_dec.detach()[block], self._W_dec[block]
-        # not einsum: 0.37 ms per block against 0.07 (docs/kernels.md)
-        along = torch.linalg.vecdot(decoder, directions)
-        decoder.addcmul_(directions, along[:, None], value=-1.0)
-        self._norms += [decoder.norm(), self._W_enc[block].norm()]
+        decoder = self._W_dec[block]
+        project(decoder, self.model.ctx.sae.W_dec.detach()[block])
+        self._norms["W_dec"].append(decoder.norm())
+        self._norms["W_enc"].append(self._W_enc[block].norm())
 
     def _send(self, *tensors: Tensor) -> None:
         assert self._over is not None
@@ -216,22 +220,35 @@ class Gradients:
             self._travels.append(ctx.world.data.sum_start(self._biases[-1]))
         for travel in self._travels:
             travel.wait()
-        if self._along is None:
+        if self._along is None and (self._over is not None or self.model.targets > 1):
             for block in self.model.ops.blocks(ctx.sae.latents, self._W_dec):
                 self._project(block)
         # the encoder reads x - b_pre, so b_pre's gradient has this second term, of all shards; it comes after
         # the waits, so that it is also of all ranks
-        return torch.mv(ctx.sae.W_enc.detach().T, self._b_enc)
+        return torch.mv(ctx.sae.W_enc.detach().T, self.b_enc)
 
     def measure(self, through_encoder: Tensor) -> tuple[Tensor, Tensor]:
         """Take in b_pre's second term [D], of all shards; squared norms: of sharded, of replicated ones."""
         gradient_buffer(self.model.ctx.sae.b_pre).sub_(through_encoder)
-        own = torch.stack([self._b_enc.norm(), *self._norms]).double().square().sum()
+        own = torch.stack([self.b_enc.norm(), *self.norms]).double().square().sum()
         if self._along is not None:
             # rows are unit, so by Pythagoras
             own -= self._along.double().square().sum()
-        everywhere = torch.stack([grad.norm() for grad in self._biases]).double().square().sum()
+        everywhere = torch.stack(self.replicated).double().square().sum()
         return own.clamp_min(0.0), everywhere
+
+    @property
+    def norms(self) -> list[Tensor]:
+        """Norms of both matrices' blocks, block by block where both have the same."""
+        decoder, encoder = self._norms["W_dec"], self._norms["W_enc"]
+        if len(decoder) != len(encoder):
+            return [*decoder, *encoder]
+        return [norm for pair in zip(decoder, encoder, strict=True) for norm in pair]
+
+    @property
+    def replicated(self) -> list[Tensor]:
+        """Norms of what every rank computes alike."""
+        return [grad.norm() for grad in self._biases]
 
 
 def finish(layers: Sequence[Gradients]) -> float:
@@ -243,9 +260,20 @@ def finish(layers: Sequence[Gradients]) -> float:
     latent = layers[0].model.ctx.world.latent
     through_encoder = latent.sum(torch.stack([layer.settle() for layer in layers]))
     found = [layer.measure(second) for layer, second in zip(layers, through_encoder, strict=True)]
+    if len(layers) == 1 and latent.size == 1:
+        # one SAE on one process: in one sum, whose bits resumed runs of earlier versions rest on
+        (alone,) = layers
+        return torch.stack([alone.b_enc.norm(), *alone.replicated, *alone.norms]).norm().item()
     own, everywhere = (torch.stack(squares).sum() for squares in zip(*found, strict=True))
     # replicated ones are counted once, and left out of the sum over shards
     return (latent.sum(own) + everywhere).sqrt().item()
+
+
+def project(gradient: Tensor, directions: Tensor) -> None:
+    """Take from rows [n, O] of the decoder's gradient what is parallel to the (unit) directions, in place."""
+    # not einsum: 0.37 ms per block against 0.07 (docs/kernels.md)
+    along = torch.linalg.vecdot(gradient, directions)
+    gradient.addcmul_(directions, along[:, None], value=-1.0)
 
 
 def pulls_of(parts: list[EntryPart]) -> Tensor:

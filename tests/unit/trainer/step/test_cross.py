@@ -162,7 +162,7 @@ def test_packed_moments_and_bfloat16_products_learn_alike(moments):
 
 
 def test_first_predictions_are_as_long_as_their_targets_and_every_layer_gives_its_share():
-    runs = make_cross("cpu", latents=2000, k=32)
+    runs = make_cross("cpu", latents=2000, k=32, encoder_norm="match")
     inputs, targets, weights = batch(99)
     batches = _prepare(runs, weights, *inputs, *targets)
     for run in runs:
