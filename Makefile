@@ -77,7 +77,7 @@ test-formats: setup-dev  ## Test import and export against the other libraries' 
 test-subjects: setup-dev  ## Try every causal language model of transformers (docs/subjects.md); `make test` tries a dozen
 	$(BIN)/python -m pytest tests/subjects/every_subject.py $(ARGS)
 
-peers: setup-dev  ## Install other libraries for SAEs, to be compared with, in a folder of their own (260 MB)
+peers: setup-dev  ## Install other libraries for SAEs and circuits, to be compared with, in two folders (550 MB)
 	$(BIN)/python -m benchmarks.peers
 
 lint: setup-dev  ## ruff, pyright, import-linter
