@@ -8,7 +8,7 @@ const LEFT = 44, RIGHT = 12, TOP = 14;
 const NEAR = 14; // pixels within which a mark is under the pointer
 const BEYOND = 0.25; // how far the picture of links reaches beyond each side of the canvas, in its sizes
 const GROUP = 4; // beside the kinds of nodes
-const SHOWN = 160; // links of one mark that are drawn over the others
+const CURVES = 24, LINES = 160; // links of one mark, on each side, that are drawn over the others
 const LABELS = 26;
 
 /** Text as it can be seen on one line; control and direction characters would reorder what is beside them. @param {string} text @param {number} most */
@@ -38,6 +38,9 @@ export function chart(hooks) {
   /** @type {Record<string, string>} */ let ink = {};
   /** The links as they were stroked last. @type {{image: ImageBitmap, zoom: number, dx: number, dy: number}|null} */ let picture = null;
   /** What was asked of the worker last. @type {{id: number, zoom: number, dx: number, dy: number, done: boolean}} */ let asked = { id: 0, zoom: 0, dx: 0, dy: 0, done: true };
+  // All marks of the same view: 2,000 are too many to copy one by one in every frame.
+  const field = document.createElement("canvas");
+  let fieldAt = { zoom: 0, dx: 0, dy: 0 };
   const worker = new Worker("/strokes.js", { type: "module" });
   /** @type {Map<string, HTMLCanvasElement>} */ const stamps = new Map();
   /** What labels say, found once per focus. @type {{focus: number, list: [number, string, number][]}|null} */ let labels = null;
@@ -71,9 +74,30 @@ export function chart(hooks) {
 
   // ---- the picture of all links ------------------------------------------------------------------
 
+  function paintMarks() {
+    fieldAt = { zoom, dx, dy };
+    field.width = Math.max(1, Math.round(width * (1 + 2 * BEYOND) * dots)); // which clears it
+    field.height = Math.max(1, Math.round(height * (1 + 2 * BEYOND) * dots));
+    const pen = /** @type {CanvasRenderingContext2D} */ (field.getContext("2d"));
+    pen.setTransform(dots, 0, 0, dots, width * BEYOND * dots, height * BEYOND * dots);
+    for (let m = 0; m < at.marks.length; m++) drawMark(pen, m);
+  }
+
+  /** Copy a picture that was made for another view to where it belongs now. @param {CanvasRenderingContext2D} pen @param {CanvasImageSource} image @param {{zoom: number, dx: number, dy: number}} then */
+  function copy(pen, image, then) {
+    const scale = zoom / then.zoom;
+    // On whole pixels a picture is copied as it is; between them every pixel would be mixed of four.
+    const whole = (/** @type {number} */ value) => (scale === 1 ? Math.round(value * dots) / dots : value);
+    // Coarse while it is scaled, which lasts until the view rests.
+    pen.imageSmoothingEnabled = scale === 1;
+    pen.drawImage(image, whole((-width * BEYOND - then.dx) * scale + dx), whole((-height * BEYOND - then.dy) * scale + dy), width * (1 + 2 * BEYOND) * scale, height * (1 + 2 * BEYOND) * scale);
+    pen.imageSmoothingEnabled = true;
+  }
+
   /** Ask for a picture of the view. @param {boolean} changed whether the links themselves are others */
   function paintLinks(changed) {
     asked = { id: asked.id + 1, zoom, dx, dy, done: false };
+    paintMarks();
     canvas.removeAttribute("data-drawn");
     worker.postMessage({
       id: asked.id, width: Math.round(width * (1 + 2 * BEYOND)), height: Math.round(height * (1 + 2 * BEYOND)), dots,
@@ -93,11 +117,12 @@ export function chart(hooks) {
     if (data.whole) refresh();
   });
 
+  const reaches = (/** @type {{dx: number, dy: number}} */ then) => Math.abs(then.dx - dx) < width * BEYOND && Math.abs(then.dy - dy) < height * BEYOND;
   /** Ask anew if the picture is of another zoom, or does not reach as far as the view. */
   function refresh() {
     // One that is being stroked is finished first, or a view that moves on and on would never get any.
-    const reaches = Math.abs(asked.dx - dx) < width * BEYOND && Math.abs(asked.dy - dy) < height * BEYOND;
-    if (asked.done && (asked.zoom !== zoom || !reaches)) paintLinks(false);
+    if (asked.done && (asked.zoom !== zoom || !reaches(asked))) paintLinks(false);
+    else if (fieldAt.zoom !== zoom || !reaches(fieldAt)) { paintMarks(); redraw(); }
   }
 
   // ---- a frame -----------------------------------------------------------------------------------
@@ -112,17 +137,14 @@ export function chart(hooks) {
     pen.fillRect(0, 0, width, height);
     drawBands(pen);
     const focus = hovered >= 0 ? hovered : pinned;
-    if (picture) {
-      const scale = zoom / picture.zoom;
-      pen.globalAlpha = focus >= 0 ? 0.22 : 1;
-      // Coarse while it is scaled, which lasts until the view rests.
-      pen.imageSmoothingEnabled = scale === 1;
-      pen.drawImage(picture.image, (-width * BEYOND - picture.dx) * scale + dx, (-height * BEYOND - picture.dy) * scale + dy, width * (1 + 2 * BEYOND) * scale, height * (1 + 2 * BEYOND) * scale);
-      pen.globalAlpha = 1;
-      pen.imageSmoothingEnabled = true;
-    }
+    pen.globalAlpha = focus >= 0 ? 0.22 : 1;
+    if (picture) copy(pen, picture.image, picture);
+    pen.globalAlpha = 1;
     const near = focus >= 0 ? drawLinksOf(pen, focus) : null;
-    drawMarks(pen, near);
+    pen.globalAlpha = near ? 0.32 : 1;
+    copy(pen, field, fieldAt);
+    pen.globalAlpha = 1;
+    if (near) for (const m of near) drawMark(pen, m);
     if (focus >= 0) ring(pen, focus, ink.ink, 2);
     if (pinned >= 0) ring(pen, pinned, ink.accent, 3);
     for (const mark of chosen) ring(pen, mark, ink.accent, 1.5);
@@ -143,8 +165,23 @@ export function chart(hooks) {
     for (const [list, ends] of /** @type {[Uint32Array, Uint32Array][]} */ ([[of(links.into, mark), links.source], [of(links.outOf, mark), links.target]])) {
       if (!list.length) continue;
       const most = links.influence[list[0]] || 1;
-      // Lists are in the order of the links, the most influential first; drawn last, those are on top.
-      for (const e of [...list.subarray(0, SHOWN)].reverse()) {
+      // Lists are in the order of the links, the most influential first. The weaker ones are straight hairlines:
+      // a wide dashed curve costs many times as much, and a mark may have a thousand links.
+      pen.setLineDash([]);
+      pen.lineWidth = 0.8;
+      pen.globalAlpha = 0.25;
+      for (const lowers of [false, true]) {
+        pen.beginPath();
+        for (const e of list.subarray(CURVES, LINES)) {
+          if (links.effect[e] < 0 !== lowers) continue;
+          near.add(ends[e]);
+          pen.moveTo(sx(at.marks[links.source[e]].x), sy(at.marks[links.source[e]].y));
+          pen.lineTo(sx(at.marks[links.target[e]].x), sy(at.marks[links.target[e]].y));
+        }
+        pen.strokeStyle = lowers ? ink["cold-line"] : ink.dot;
+        pen.stroke();
+      }
+      for (const e of [...list.subarray(0, CURVES)].reverse()) { // drawn last, the strongest are on top
         near.add(ends[e]);
         const a = at.marks[links.source[e]], b = at.marks[links.target[e]], strength = Math.sqrt(links.influence[e] / most);
         const [x0, y0, x1, y1] = [sx(a.x), sy(a.y), sx(b.x), sy(b.y)], bend = (y0 - y1) * 0.45;
@@ -165,18 +202,9 @@ export function chart(hooks) {
 
   const visible = (/** @type {number} */ x, /** @type {number} */ y) => x > LEFT - 20 && x < width + 20 && y > -20 && y < height - foot + 12;
 
-  function drawMarks(/** @type {CanvasRenderingContext2D} */ pen, /** @type {Set<number>|null} */ near) {
-    for (const dim of near ? [true, false] : [false]) {
-      pen.globalAlpha = dim ? 0.32 : 1;
-      for (let m = 0; m < at.marks.length; m++) {
-        if (near && near.has(m) === dim) continue;
-        const mark = at.marks[m], x = sx(mark.x), y = sy(mark.y);
-        if (!visible(x, y)) continue;
-        const image = stamp(mark.name === null ? mark.kind : GROUP, size(mark.r));
-        pen.drawImage(image, x - image.width / dots / 2, y - image.height / dots / 2, image.width / dots, image.height / dots);
-      }
-    }
-    pen.globalAlpha = 1;
+  function drawMark(/** @type {CanvasRenderingContext2D} */ pen, /** @type {number} */ m) {
+    const mark = at.marks[m], x = sx(mark.x), y = sy(mark.y), image = stamp(mark.name === null ? mark.kind : GROUP, size(mark.r));
+    pen.drawImage(image, x - image.width / dots / 2, y - image.height / dots / 2, image.width / dots, image.height / dots);
   }
 
   /** A mark as a picture: copying 2,000 of them takes a fifth of the time of filling 2,000 paths. */
@@ -290,9 +318,10 @@ export function chart(hooks) {
     fitted = false;
     bound();
     redraw();
-    // Links are stroked anew once the view rests; until then their picture is moved and scaled.
+    if (fieldAt.zoom === zoom && !reaches(fieldAt)) refresh();
+    // After a change of scale all is drawn anew once the view rests; until then the pictures are scaled.
     clearTimeout(resting);
-    resting = window.setTimeout(() => { refresh(); hooks.moved(here()); }, 90);
+    resting = window.setTimeout(() => { refresh(); hooks.moved(here()); }, 150);
   }
 
   /** The view as text, for the address: zoom and the world's point in the middle. */

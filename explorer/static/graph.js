@@ -81,14 +81,15 @@ function show(site, sent, fields) {
     describe();
   };
 
-  function redraw(keep = true) {
+  /** @param {boolean} [keep] whether the view stays @param {() => void} [panels] what brings the panel up to date */
+  function redraw(keep = true, panels = describe) {
     const kept = prune(graph, whole, now.nodes, now.links);
     placed = layout(graph, kept.nodes, own, now.groups);
     links = joined(graph, kept.links, whole.link, order, placed.marks, placed.owner);
     counts.textContent = `${kept.nodes.reduce((sum, one) => sum + one, 0).toLocaleString("en")} of ${graph.count.toLocaleString("en")} nodes, ${kept.links.reduce((sum, one) => sum + one, 0).toLocaleString("en")} of ${graph.weight.length.toLocaleString("en")} links`;
     view.show(placed, links, keep ? undefined : fields.view ?? "");
     marked();
-    later();
+    panels();
   }
 
   /** A line of a list of marks: click pins it. @param {number} m @param {any[]} figure */
@@ -178,7 +179,7 @@ function show(site, sent, fields) {
     setTimeout(() => requestAnimationFrame(() => {
       const start = performance.now();
       queued = false;
-      redraw();
+      redraw(true, later);
       took = performance.now() - start;
     }), took > 12 ? took : 0);
   };
