@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -134,7 +134,8 @@ def _prompt(subject: Subject, length: int) -> list[int]:
     ids = subject.tokenizer.encode(TEXT, add_special_tokens=False)
     while len(ids) < length:
         ids = ids + ids
-    return [int(subject.tokenizer.eos_token_id or 0), *ids[: length - 1]]
+    first = cast("int | None", subject.tokenizer.eos_token_id) or 0
+    return [first, *ids[: length - 1]]
 
 
 @torch.no_grad()

@@ -74,11 +74,11 @@ def _chosen_families(setting: Setting | SetSetting) -> list[Family]:
             names = [name for name in left_out if left_out[name] == why and name not in lacking]
             say(f"left out: {', '.join(names)}: {why}")
         return [name for name in FAMILIES if name not in lacking and name not in left_out]
-    for name in (name for name in spec.metrics if name in left_out):
+    for asked in (asked for asked in spec.metrics if asked in left_out):
         raise ConfigError(
-            f"metrics {name} of {setting.uri}",
+            f"metrics {asked} of {setting.uri}",
             expected=", ".join(name for name in FAMILIES if name not in left_out),
-            got=left_out[name],
+            got=left_out[asked],
         )
     for name in lacking:
         if name in spec.metrics:

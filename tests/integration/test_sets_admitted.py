@@ -148,7 +148,7 @@ def test_a_set_named_for_one_sae_says_so(published):
 def test_a_set_that_does_not_fit_the_dataset_is_refused_and_nothing_written(toy, tmp_path, command):
     more = ("--prompt", "the fox", "--answer", " the") if command == "attribute" else ()
     cases = {
-        "also resid_mid.3": {"layers": 4},
+        "resid_mid.3. Harvest": {"layers": 4},
         "the subject of": {"weights": "0" * 64},
         "width D": {"d_model": 8},
     }
@@ -158,8 +158,8 @@ def test_a_set_that_does_not_fit_the_dataset_is_refused_and_nothing_written(toy,
         code, _, err = winnow(command, uri, "--root", toy.root, *more)
         assert code == 2, err
         assert words in err
-        if "also" in words:
-            assert "Harvest with plan.hooks = [resid_mid.0, " in err
+        if "Harvest" in words:
+            assert "resid_mid.0-3]: " in err
             assert "bytes as bfloat16" in err
         assert sorted(path for path in (tmp_path / str(number)).rglob("*")) == before
 
