@@ -16,6 +16,7 @@ log = logging.getLogger("winnow.cli")
 READ = "openai, saelens, sparsify, dictionary_learning, gemma-scope"
 WRITTEN = f"{READ}, saebench, neuronpedia"
 """The keys of `READERS` and `WRITERS` in `winnow.sae.formats.convert`, which imports torch."""
+GRAPH = "neuronpedia-graph"
 SETS_READ, SETS_WRITTEN = "circuit-tracer, gemma-scope-2, clt-forge", "circuit-tracer, clt-forge"
 """The same of `winnow.sae.formats.sets`."""
 IMPORT_HELP = """Turn another library's sparse autoencoder, or its set of transcoders, into one of Winnow's.
@@ -47,7 +48,7 @@ def register(app: typer.Typer) -> None:
             Path, typer.Argument(metavar="SRC", help="The file or folder of the other library.")
         ],
         format_name: Annotated[
-            str, typer.Option("--from", metavar="FORMAT", help=f"{READ}; of sets: {SETS_READ}")
+            str, typer.Option("--from", metavar="FORMAT", help=f"{READ}; sets: {SETS_READ}; {GRAPH}")
         ],
         out: Annotated[str, typer.Option(help="Folder or URI to write the SAE or set to.")],
         hook: Annotated[
@@ -70,6 +71,16 @@ def register(app: typer.Typer) -> None:
         with guard():
             from winnow.sae.formats.convert import UNKNOWN_HOOK, import_sae
 
+            if _is_graph(format_name):
+                options = {
+                    "--hook": hook,
+                    "--target-hook": target_hook,
+                    "--centred": centred,
+                    "--reads": reads,
+                }
+                _refuse_options(options, f"no option with --from {GRAPH}")
+                _import_graph(source, out, as_json)
+                return
             if _is_of_sets(format_name):
                 given = {"--hook": hook, "--target-hook": target_hook, "--centred": centred}
                 _refuse_options(given, f"one of a single SAE, not of --from {format_name}")
@@ -91,9 +102,11 @@ def register(app: typer.Typer) -> None:
         epilog="Example: `winnow export runs/quickstart --to saelens --out exported`",
     )
     def export(
-        sae: Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI of the SAE or set.")],
+        sae: Annotated[
+            str, typer.Argument(metavar="SAE", help="Folder or URI of the SAE or set; a graph's file.")
+        ],
         format_name: Annotated[
-            str, typer.Option("--to", metavar="FORMAT", help=f"{WRITTEN}; of sets: {SETS_WRITTEN}")
+            str, typer.Option("--to", metavar="FORMAT", help=f"{WRITTEN}; sets: {SETS_WRITTEN}; {GRAPH}")
         ],
         out: Annotated[Path, typer.Option(help="Folder to write into; must be empty or absent.")],
         model: Annotated[
@@ -109,6 +122,10 @@ def register(app: typer.Typer) -> None:
         with guard():
             from winnow.sae.formats.convert import export_sae
 
+            if _is_graph(format_name):
+                _refuse_options({"--model": model, "--dataset": dataset}, f"no option with --to {GRAPH}")
+                _export_graph(Path(sae), out, as_json)
+                return
             if _is_of_sets(format_name):
                 _export_set(sae, format_name, out, model, dataset, as_json)
                 return
@@ -122,6 +139,28 @@ def _is_of_sets(format_name: str) -> bool:
     from winnow.sae.formats.sets import SET_READERS
 
     return bare(format_name) in map(bare, SET_READERS)
+
+
+def _is_graph(format_name: str) -> bool:
+    from winnow.sae.formats.convert import bare
+
+    return bare(format_name) == bare(GRAPH)
+
+
+def _import_graph(source: Path, out: str, as_json: bool) -> None:
+    from winnow.sae.formats.graph import import_graph
+
+    graph = import_graph(source, out)
+    found = {"nodes": len(graph.nodes), "links": len(graph.links), "slug": graph.metadata.slug}
+    said = f"{graph.metadata.slug}: {len(graph.nodes):,} nodes, {len(graph.links):,} links → {out}/graph.json"
+    emit(found, as_json, lambda: say(said))
+
+
+def _export_graph(source: Path, out: Path, as_json: bool) -> None:
+    from winnow.sae.formats.graph import export_graph
+
+    files = [str(file) for file in export_graph(source, out)]
+    emit({"files": files}, as_json, lambda: say("\n".join(files)))
 
 
 def _refuse_options(options: dict[str, object], expected: str) -> None:
