@@ -74,12 +74,13 @@ def _chosen_families(setting: Setting | SetSetting) -> list[Family]:
             names = [name for name in left_out if left_out[name] == why and name not in lacking]
             say(f"left out: {', '.join(names)}: {why}")
         return [name for name in FAMILIES if name not in lacking and name not in left_out]
-    for asked in (asked for asked in spec.metrics if asked in left_out):
-        raise ConfigError(
-            f"metrics {asked} of {setting.uri}",
-            expected=", ".join(name for name in FAMILIES if name not in left_out),
-            got=left_out[asked],
-        )
+    for asked, why in left_out.items():
+        if asked in spec.metrics:
+            raise ConfigError(
+                f"metrics {asked} of {setting.uri}",
+                expected=", ".join(name for name in FAMILIES if name not in left_out),
+                got=why,
+            )
     for name in lacking:
         if name in spec.metrics:
             _measure_lacking(setting, name)
