@@ -11,6 +11,8 @@ circuit-tracer` wrote, SUBJECT a folder of transformers' whose path holds no fam
 would take it for that one), TOKENS are ids with commas between them, the first of a special token.
 """
 
+# The other library is installed in an environment of its own, where the checker does not look.
+# pyright: reportMissingImports=false, reportPossiblyUnbound=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import argparse
