@@ -12,7 +12,7 @@ would take it for that one), TOKENS are ids with commas between them, the first 
 """
 
 # The other library is installed in an environment of its own, where the checker does not look.
-# pyright: reportMissingImports=false, reportPossiblyUnbound=false, reportPossiblyUnboundVariable=false
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import argparse
