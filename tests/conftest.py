@@ -23,6 +23,10 @@ from hypothesis import settings
 from winnow.common.reporter import Lines, reporting
 
 BUCKET_PREFIX = "winnow-test-"
+# `make test ARGS=...` hands its variables on, and a `make` that a test starts would take them for its own
+MAKE = "MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES ARGS CONFIG RAY_ADDRESS JOB SAE OUT"
+for name in MAKE.split():
+    os.environ.pop(name, None)
 START_SECONDS = 30.0
 
 settings.register_profile("winnow", deadline=None)  # a busy machine is no failure
