@@ -36,7 +36,7 @@ def write_corpus(path: Path, *, documents: int = 120, words: int = 90, seed: int
 def pipeline_config(folder: Path, *, root: str | None = None, units: int = 4, **sections: Any) -> Path:
     """Write a subject, a corpus and `config.yaml` into `folder`; returns the config's path.
 
-    `sections` are merged into the config's sections: `train={"k": 4}`.
+    `sections` are merged into the config's sections: `train={"k": 4}`; a value of None takes a field out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     subject = folder / "subject"
@@ -69,7 +69,8 @@ def pipeline_config(folder: Path, *, root: str | None = None, units: int = 4, **
         },
     }
     for name, values in sections.items():
-        config[name] = {**config.get(name, {}), **values}
+        merged = {**config.get(name, {}), **values}
+        config[name] = {field: value for field, value in merged.items() if value is not None}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
