@@ -20,6 +20,7 @@ from winnow.schemas.base import Artefact, Contract, HookName, RelativeKey, Sha25
 from winnow.schemas.corpus import CorpusSpec
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.follow import FollowLimits
+from winnow.schemas.labels import PlannedLabels
 from winnow.schemas.subject import HookSite, SubjectIdentity, expand_hooks
 
 SLICES = 64
@@ -239,6 +240,8 @@ class HarvestPlan(Artefact):
     """Id of the token that windows begin with, if it is not the subject's `bos_token_id`."""
     join_token_id: int | None = Field(default=None, ge=0, exclude_if=lambda token: token is None)
     """Id of the token that joins documents, if it is not the subject's `eos_token_id`."""
+    labels: PlannedLabels | None = Field(default=None, exclude_if=lambda labels: labels is None)
+    """What the tokens are (role, turn, source, ...); null in plans that were made before labels existed."""
     execution: Execution
     """What else the plan was made with, outside its fingerprint."""
 
@@ -261,6 +264,11 @@ class HarvestPlan(Artefact):
         # Sites and hooks are paired by their place.
         if tuple(site.name for site in self.sites) != self.spec.hooks:
             raise ValueError("sites must name the spec's hooks in order")
+        if self.labels is not None:
+            if len(self.labels.tokens_by_role) != len(self.labels.roles):
+                raise ValueError("labels.tokens_by_role must have a number for each role")
+            if len(self.labels.tokens_by_source) != len(self.corpus.sources):
+                raise ValueError("labels.tokens_by_source must have a number for each source")
         if self.units <= self.spec.validation_units:
             raise ValueError("a plan needs at least one training unit")
         # The product too: a reader has an entry for every shard, not only for every unit.

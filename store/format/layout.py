@@ -22,6 +22,8 @@ RING_DIR = "ring"
 BATCHES_DIR = "batches"
 TOKENS_ARRAY = "tokens"
 TOKEN_DIGESTS_ARRAY = "token_digests"
+LABELS_GROUP = "labels"
+LABEL_DIGESTS_ARRAY = "label_digests"
 _ACTIVATIONS_GROUP = "activations"
 # Fill values are NaN, so that a missing shard shows in any zarr reader, which takes it for no error.
 BFLOAT16_NAN = 0x7FC0

@@ -16,9 +16,12 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from winnow.schemas.harvest import HarvestPlan
+from winnow.store.format.labels import LABELS
 from winnow.store.format.layout import (
     BFLOAT16_NAN,
     INT8_NAN,
+    LABEL_DIGESTS_ARRAY,
+    LABELS_GROUP,
     STORED_DTYPES,
     TOKEN_DIGESTS_ARRAY,
     TOKENS_ARRAY,
@@ -28,6 +31,8 @@ from winnow.store.format.shards import ZSTD_LEVEL
 
 TOKEN_DIGESTS_KEY = f"{TOKEN_DIGESTS_ARRAY}/c/0/0"
 """The one chunk of the token digests."""
+LABEL_DIGESTS_KEY = f"{LABEL_DIGESTS_ARRAY}/c/0/0/0"
+"""The one chunk of the label digests."""
 
 
 def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
@@ -61,6 +66,8 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
         attributes={"digest": "sha256 of each unit's tokens, uint32 little-endian"},
         **common,
     )
+    if plan.labels is not None:
+        _label_arrays(root, plan, common)
     absent = {"bfloat16": BFLOAT16_NAN, "int8": INT8_NAN}.get(plan.spec.dtype, math.nan)
     scales = {"scale": "float32, little-endian, in the last 4 bytes of each row"}
     for site in plan.sites:
@@ -90,6 +97,32 @@ def zarr_objects(plan: HarvestPlan) -> dict[str, bytes]:
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(memory)
     return {key: value.to_bytes() for key, value in objects.items()}
+
+
+def _label_arrays(root: zarr.Group, plan: HarvestPlan, common: dict[str, Any]) -> None:
+    roles = list(plan.labels.roles) if plan.labels is not None else []
+    for name, dtype in LABELS.items():
+        root.create_array(
+            f"{LABELS_GROUP}/{name}",
+            shape=(plan.windows, plan.spec.context_length),
+            chunks=(plan.spec.windows_per_unit, plan.spec.context_length),
+            dtype=dtype,
+            serializer=BytesCodec(endian="little" if dtype.itemsize > 1 else None),
+            fill_value=0,
+            dimension_names=("window", "position"),
+            attributes={"order": "planned", **({"names": roles} if name == "role" else {})},
+            **common,
+        )
+    root.create_array(
+        LABEL_DIGESTS_ARRAY,
+        shape=(plan.units, len(LABELS), 32),
+        chunks=(plan.units, len(LABELS), 32),
+        dtype="uint8",
+        fill_value=0,
+        dimension_names=("unit", "label", "byte"),
+        attributes={"digest": "sha256 of each unit's labels, little-endian", "labels": list(LABELS)},
+        **common,
+    )
 
 
 def same_array(found: bytes, expected: bytes) -> bool:

@@ -17,12 +17,14 @@ from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
 from winnow.schemas.harvest import MOMENT_UNITS, SLICES, HarvestManifest, HarvestPlan, UnitReceipt
 from winnow.store.format import layout
+from winnow.store.format.labels import LABELS
 from winnow.store.format.order import LaneOrder
 from winnow.store.format.shards import decode_chunk, to_float32
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.cache import SliceCache
 from winnow.store.read.fetch import fetch_slices
 from winnow.store.read.follow import Arrivals, wait_for_plan
+from winnow.store.read.labels import load_label_digests, read_labels
 from winnow.store.records.commit import list_receipts, load_receipt
 from winnow.store.records.index import ReceiptIndex
 from winnow.store.records.manifest import find_manifest, load_index, load_manifest
@@ -154,6 +156,7 @@ class ActivationStore:
         """Keeps slices on a local disk; None if all come from storage."""
         self._manifest = manifest
         self._digests: NDArray[np.uint8] | None = None
+        self._label_digests: NDArray[np.uint8] | None = None
 
     @classmethod
     def open(
@@ -298,6 +301,15 @@ class ActivationStore:
         if self._digests is None:
             self._digests = load_token_digests(self.store, self.plan)
         return read_tokens(self.store, self.plan, unit, self._digests)
+
+    def unit_labels(self, unit: int, names: Iterable[str] = LABELS) -> dict[str, NDArray[np.generic]]:
+        """Read what each token of a unit's windows is: label -> [W, T], checked; see `store.format.labels`.
+
+        ConfigError if the dataset was planned before labels existed. `plan.labels.roles` names the roles.
+        """
+        if self._label_digests is None:
+            self._label_digests = load_label_digests(self.store, self.plan)
+        return read_labels(self.store, self.plan, unit, names, self._label_digests)
 
     def weights(self, hooks: Sequence[str], start: int, stop: int) -> NDArray[np.float32]:
         """float32 [stop - start]: 0 at sinks of any of `hooks` and in void units, otherwise 1."""

@@ -25,11 +25,13 @@ from winnow.schemas.harvest import (
     PlanSpec,
     UnitReceipt,
 )
+from winnow.schemas.labels import ROLES, SPECIAL, PlannedLabels
 from winnow.schemas.subject import HookSite, SubjectIdentity
+from winnow.store.format.labels import LABELS, label_digests
 from winnow.store.format.layout import philox_key, row_permutation
 from winnow.store.format.shards import Stored, to_stored
 from winnow.store.objects import ObjectStore
-from winnow.store.write.writer import commit_unit, create_dataset, put_tokens, seal, tokens_digest
+from winnow.store.write.writer import commit_unit, create_dataset, put_labels, put_tokens, seal, tokens_digest
 
 _RowsFn = Callable[[HarvestPlan, int, str], NDArray[np.float32]]
 """(plan, unit, hook) -> float32 [R, D] in stored order."""
@@ -64,6 +66,7 @@ def make_plan(
     seed: int = 0,
     sink_multiple: float = 10.0,
     adopt_tolerance: float = 0.05,
+    labels: bool = False,
 ) -> HarvestPlan:
     """A valid plan over synthetic tokens (`synthetic_tokens`).
 
@@ -79,6 +82,7 @@ def make_plan(
         seed: As in PlanSpec; also of the synthetic tokens and rows.
         sink_multiple: As in PlanSpec.
         adopt_tolerance: As in PlanSpec.
+        labels: Whether the tokens have labels (`synthetic_labels`); new plans do.
     """
     hooks = hooks or {"resid_post.1": 8}
     digests = _digests(units, windows_per_unit, context_length, seed)
@@ -103,6 +107,7 @@ def make_plan(
         sites=tuple(HookSite(name=name, d_model=width) for name, width in hooks.items()),
         units=units,
         tokens_sha256=sha256_hex(digests.tobytes()),
+        labels=_planned_labels(units, windows_per_unit, context_length, seed) if labels else None,
         # Constants, so that equal arguments give equal plan.json: golden files and joins depend on it.
         execution=Execution(
             batch_windows=8, threads_per_actor=1, code_version="0", created="2025-01-01T00:00:00+00:00"
@@ -119,6 +124,43 @@ def synthetic_digests(plan: HarvestPlan) -> NDArray[np.uint8]:
     """[units, 32] token digests of a `make_plan` plan."""
     spec = plan.spec
     return _digests(plan.units, spec.windows_per_unit, spec.context_length, spec.seed)
+
+
+def synthetic_labels(plan: HarvestPlan, unit: int) -> dict[str, NDArray[np.generic]]:
+    """Label -> [W, T] of one unit of a `make_plan` plan: random, so that a chunk out of place shows."""
+    return _labels(unit, plan.spec.windows_per_unit, plan.spec.context_length, plan.spec.seed)
+
+
+def synthetic_label_digests(plan: HarvestPlan) -> NDArray[np.uint8]:
+    """[units, labels, 32] label digests of a `make_plan` plan."""
+    units = range(plan.units)
+    return np.stack([label_digests(synthetic_labels(plan, unit)) for unit in units])
+
+
+def _labels(unit: int, windows: int, length: int, seed: int) -> dict[str, NDArray[np.generic]]:
+    count = windows * length
+    raw = np.random.Philox(key=philox_key("synthetic.labels", seed, unit)).random_raw(count * len(LABELS))
+    below = {"role": len(ROLES), "turn": 9, "flags": 8, "source": 1, "document": 1000, "offset": 500}
+    drawn = zip(LABELS.items(), raw.reshape(len(LABELS), windows, length), strict=True)
+    return {name: (values % below[name]).astype(dtype) for (name, dtype), values in drawn}
+
+
+def _planned_labels(units: int, windows: int, length: int, seed: int) -> PlannedLabels:
+    made = [_labels(unit, windows, length, seed) for unit in range(units)]
+    digests = np.stack([label_digests(labels) for labels in made])
+
+    def count(name: str, size: int) -> tuple[int, ...]:
+        values = np.concatenate([labels[name].ravel() for labels in made])
+        return tuple(np.bincount(values.astype(np.int64), minlength=size).tolist())
+
+    return PlannedLabels(
+        roles=ROLES,
+        sha256=sha256_hex(digests.tobytes()),
+        tokens_by_role=count("role", len(ROLES)),
+        tokens_by_source=count("source", 1),
+        tokens_by_turn=count("turn", 9),
+        special=sum(int((labels["flags"].astype(np.int64) & SPECIAL).sum()) for labels in made),
+    )
 
 
 def _tokens(unit: int, windows: int, length: int, seed: int) -> NDArray[np.uint32]:
@@ -181,8 +223,11 @@ def write_unit(
 
 def write_plan(store: ObjectStore, plan: HarvestPlan) -> None:
     """Put plan, metadata and tokens of a synthetic dataset."""
-    create_dataset(store, plan, synthetic_digests(plan))
+    labelled = plan.labels is not None
+    create_dataset(store, plan, synthetic_digests(plan), synthetic_label_digests(plan) if labelled else None)
     for unit in range(plan.units):
+        if labelled:
+            put_labels(store, plan, unit, synthetic_labels(plan, unit))
         put_tokens(store, plan, unit, synthetic_tokens(plan, unit))
 
 

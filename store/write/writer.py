@@ -36,6 +36,7 @@ from winnow.schemas.harvest import (
     ShardRecord,
     UnitReceipt,
 )
+from winnow.store.format.labels import LABELS, Labels, label_keys
 from winnow.store.format.layout import (
     PLAN_KEY,
     STORED_DTYPES,
@@ -59,7 +60,7 @@ from winnow.store.format.shards import (
     read_shard_index,
     relative_difference,
 )
-from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY, same_array, zarr_objects
+from winnow.store.format.zarr_metadata import LABEL_DIGESTS_KEY, TOKEN_DIGESTS_KEY, same_array, zarr_objects
 from winnow.store.objects import Data, ObjectStore
 from winnow.store.records.commit import PUT_TRIES, commit_receipt, list_receipts, load_receipt, settle
 from winnow.store.records.manifest import find_manifest, load_manifest
@@ -76,8 +77,13 @@ _OnProgress = Callable[[int, int], object]
 # Plan and tokens
 
 
-def create_dataset(store: ObjectStore, plan: HarvestPlan, token_digests: NDArray[np.uint8]) -> HarvestPlan:
-    """Put plan.json, then what follows from it: zarr metadata and the token digests.
+def create_dataset(
+    store: ObjectStore,
+    plan: HarvestPlan,
+    token_digests: NDArray[np.uint8],
+    label_digests: NDArray[np.uint8] | None = None,
+) -> HarvestPlan:
+    """Put plan.json, then what follows from it: zarr metadata, and the digests of tokens and labels.
 
     Safe to repeat: stored objects are compared and kept.
 
@@ -85,6 +91,7 @@ def create_dataset(store: ObjectStore, plan: HarvestPlan, token_digests: NDArray
         store: The dataset's root.
         plan: The identity to establish.
         token_digests: uint8 [units, 32], SHA-256 of each unit's tokens (uint32 little-endian).
+        label_digests: uint8 [units, labels, 32], of each unit's labels; None if the plan has none.
 
     Returns:
         The stored plan: `plan`, or an earlier one with the same fingerprint, whose batch shape and threads
@@ -94,13 +101,13 @@ def create_dataset(store: ObjectStore, plan: HarvestPlan, token_digests: NDArray
         PlanMismatch: The root has another plan; the differing fields are named.
         IntegrityError: The digests are not those of the plan, or a stored object differs.
     """
-    digests = np.ascontiguousarray(token_digests, dtype=np.uint8)
-    if digests.shape != (plan.units, 32) or sha256_hex(digests.tobytes()) != plan.tokens_sha256:
-        raise IntegrityError(
-            "the token digests are not those of the plan",
-            expected=f"uint8 [{plan.units}, 32] with sha256 {plan.tokens_sha256}",
-            got=f"{digests.dtype} {list(digests.shape)} with sha256 {sha256_hex(digests.tobytes())}",
-        )
+    digests = {
+        TOKEN_DIGESTS_KEY: _checked_digests("token", token_digests, (plan.units, 32), plan.tokens_sha256)
+    }
+    if plan.labels is not None:
+        made = np.zeros((0,)) if label_digests is None else label_digests
+        shape = (plan.units, len(LABELS), 32)
+        digests[LABEL_DIGESTS_KEY] = _checked_digests("label", made, shape, plan.labels.sha256)
     # The plan first: it is the identity, and of two harvests on one root the later one is refused here.
     found = settle(store, PLAN_KEY, plan.to_json())
     if found is not None:
@@ -110,11 +117,22 @@ def create_dataset(store: ObjectStore, plan: HarvestPlan, token_digests: NDArray
         # Another zarr release words its metadata differently: no reason to refuse a root.
         if found is not None and found != body and not same_array(found, body):
             raise _differs(store, key)
-    body = encode_chunk(digests)
-    found = settle(store, TOKEN_DIGESTS_KEY, body)
-    if found is not None and found != body:
-        raise _differs(store, TOKEN_DIGESTS_KEY)
+    for key, values in digests.items():
+        _put_chunk(store, key, values)
     return plan
+
+
+def _checked_digests(
+    name: str, digests: NDArray[Any], shape: tuple[int, ...], sha256: str
+) -> NDArray[np.uint8]:
+    digests = np.ascontiguousarray(digests, dtype=np.uint8)
+    if digests.shape != shape or sha256_hex(digests.tobytes()) != sha256:
+        raise IntegrityError(
+            f"the {name} digests are not those of the plan",
+            expected=f"uint8 {list(shape)} with sha256 {sha256}",
+            got=f"{digests.dtype} {list(digests.shape)} with sha256 {sha256_hex(digests.tobytes())}",
+        )
+    return digests
 
 
 def _same_plan(wanted: HarvestPlan, found: HarvestPlan, where: str) -> HarvestPlan:
@@ -159,8 +177,27 @@ def put_tokens(store: ObjectStore, plan: HarvestPlan, unit: int, tokens: NDArray
     shape = (plan.spec.windows_per_unit, plan.spec.context_length)
     if tokens.shape != shape:
         raise ValueError(f"tokens of a unit must be {list(shape)}, got {list(tokens.shape)}")
-    key = tokens_key(unit)
-    body = encode_chunk(np.ascontiguousarray(tokens, dtype="<u4"))
+    _put_chunk(store, tokens_key(unit), np.ascontiguousarray(tokens, dtype="<u4"))
+
+
+def put_labels(store: ObjectStore, plan: HarvestPlan, unit: int, labels: Labels) -> None:
+    """Put one unit's labels, [W, T] each; nothing if the plan has none.
+
+    Raises:
+        IntegrityError: Other labels are stored already.
+    """
+    _check_unit(plan, unit)
+    shape = (plan.spec.windows_per_unit, plan.spec.context_length)
+    for name, key in label_keys(plan, unit).items():
+        if labels[name].shape != shape:
+            raise ValueError(
+                f"label {name!r} of a unit must be {list(shape)}, got {list(labels[name].shape)}"
+            )
+        _put_chunk(store, key, np.ascontiguousarray(labels[name], dtype=LABELS[name]))
+
+
+def _put_chunk(store: ObjectStore, key: str, values: NDArray[Any]) -> None:
+    body = encode_chunk(values)
     found = settle(store, key, body)
     if found is not None and found != body:
         raise _differs(store, key)

@@ -1,0 +1,91 @@
+"""Labels are read as they were planned, or an error names the chunk."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
+from winnow.store import ActivationStore
+from winnow.store.format.labels import LABELS, label_key
+from winnow.store.format.zarr_metadata import LABEL_DIGESTS_KEY
+from winnow.store.objects import ObjectStore, open_store
+from winnow.store.read.reader import load_token_digests
+from winnow.store.testing import flip_bit, make_plan, synthetic_labels, write_dataset
+from winnow.store.write.writer import create_dataset, put_labels
+
+PLAN = make_plan(units=3, labels=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    made = open_store(str(tmp_path / "root"))
+    write_dataset(made, PLAN)
+    return made
+
+
+def test_labels_are_read_back_also_by_zarr(store: ObjectStore, tmp_path: Path) -> None:
+    dataset = ActivationStore.over(store)
+    group = zarr.open_group(tmp_path / "root", mode="r")
+    for unit in range(PLAN.units):
+        wanted = synthetic_labels(PLAN, unit)
+        found = dataset.unit_labels(unit)
+        assert list(found) == list(LABELS)
+        for name, values in found.items():
+            assert values.dtype == LABELS[name]
+            assert np.array_equal(values, wanted[name])
+            array = group[f"labels/{name}"]
+            assert isinstance(array, zarr.Array)
+            assert np.array_equal(array[64 * unit : 64 * unit + 64], values)
+    assert list(dataset.unit_labels(0, ["turn"])) == ["turn"]
+    with pytest.raises(ConfigError, match="expected one of role, turn"):
+        dataset.unit_labels(0, ["colour"])
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_damaged_chunk_is_never_read(store: ObjectStore, name: str) -> None:
+    key = label_key(name, 1)
+    sound = store.get(key)
+    other = store.get(label_key(name, 2))
+    store.put(key, other)
+    with pytest.raises(IntegrityError, match=rf"label '{name}' of unit 1: expected sha256"):
+        ActivationStore.over(store).unit_labels(1)
+    store.put(key, sound[:-5])
+    with pytest.raises(IntegrityError, match="wrong length"):
+        ActivationStore.over(store).unit_labels(1)
+    store.put(key, sound)
+    flip_bit(store, key, 9)
+    with pytest.raises(IntegrityError, match="crc32c"):
+        ActivationStore.over(store).unit_labels(1)
+    store.delete(key)
+    with pytest.raises(MissingObject, match=f"label '{name}' of unit 1 is missing"):
+        ActivationStore.over(store).unit_labels(1)
+
+
+def test_damaged_digests_are_never_believed(store: ObjectStore) -> None:
+    flip_bit(store, LABEL_DIGESTS_KEY, 40)
+    with pytest.raises(IntegrityError, match="label digests"):
+        ActivationStore.over(store).unit_labels(0)
+    store.delete(LABEL_DIGESTS_KEY)
+    with pytest.raises(MissingObject, match="lacks its label digests"):
+        ActivationStore.over(store).unit_labels(0)
+
+
+def test_stored_labels_are_not_overwritten(store: ObjectStore) -> None:
+    before = store.get(label_key("role", 0))
+    put_labels(store, PLAN, 0, synthetic_labels(PLAN, 0))
+    with pytest.raises(IntegrityError, match=r"labels/role/c/0/0 differs from what the plan gives"):
+        put_labels(store, PLAN, 0, synthetic_labels(PLAN, 1))
+    assert store.get(label_key("role", 0)) == before
+    with pytest.raises(IntegrityError, match="the label digests are not those of the plan"):
+        create_dataset(store, PLAN, load_token_digests(store, PLAN))
+
+
+def test_a_dataset_of_an_earlier_version_says_that_it_has_none(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    plan = make_plan()
+    write_dataset(store, plan)
+    assert "labels" not in plan.to_json().decode()
+    with pytest.raises(ConfigError, match="has no labels.*new root"):
+        ActivationStore.over(store).unit_labels(0)
