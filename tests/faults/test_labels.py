@@ -43,7 +43,8 @@ def test_labels_are_read_back_also_by_zarr(store: ObjectStore, tmp_path: Path) -
         dataset.unit_labels(0, ["colour"])
 
 
-@pytest.mark.parametrize("name", LABELS)
+# Not `source`: of one source, every chunk of it is the same.
+@pytest.mark.parametrize("name", [name for name in LABELS if name != "source"])
 def test_a_damaged_chunk_is_never_read(store: ObjectStore, name: str) -> None:
     key = label_key(name, 1)
     sound = store.get(key)
@@ -87,5 +88,5 @@ def test_a_dataset_of_an_earlier_version_says_that_it_has_none(tmp_path: Path) -
     plan = make_plan()
     write_dataset(store, plan)
     assert "labels" not in plan.to_json().decode()
-    with pytest.raises(ConfigError, match="has no labels.*new root"):
+    with pytest.raises(ConfigError, match=r"has no labels.*new root"):
         ActivationStore.over(store).unit_labels(0)
