@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from winnow.schemas.activations import Activation, Traits, traits_of
 from winnow.schemas.base import Artefact, Contract, HookName, Sha256
 from winnow.schemas.layers import WRITES, SetSpec, layer_folder
+from winnow.schemas.readings import RowsSpec
 from winnow.schemas.window import WindowRule
 
 Normalize = Literal["layer", "dataset", "none"]
@@ -122,6 +123,9 @@ class TrainSpec(Contract):
     activation: Activation = "topk"
     """Which latents are active: `topk` (Gao et al.), `batchtopk` (Bussmann et al. 2024), or the baselines
     `relu` (with an L1 penalty) and `jumprelu` (Rajamanoharan et al. 2024). See `SaeParts.activation`."""
+    rows: RowsSpec = Field(default=RowsSpec(), exclude_if=lambda rows: rows.everything)
+    """Rows that are read, chosen by the labels of their tokens: `{roles: [assistant], special: false}`
+    (`RowsSpec`). Every batch is filled with chosen rows. Empty, the default, reads all rows."""
     target_hook: HookName | None = None
     """Makes a transcoder: the latents read `hook` and reconstruct this hook's rows of the same tokens."""
     # Not `layer`, the default of `normalize`: at inference the target's norm is unknown.
@@ -480,6 +484,8 @@ class StreamState(Contract):
     """Rows B of a global batch."""
     step: int
     """The next step, counted over all epochs; epoch and group follow from it."""
+    reading: Sha256 | None = Field(default=None, exclude_if=lambda reading: reading is None)
+    """Digest of the reading whose rows are streamed; null for all rows."""
 
 
 class SaeIdentity(Contract):

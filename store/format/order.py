@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,10 +81,11 @@ class LaneOrder:
         split: str = "train",
         lanes: int = SLICES,
         group_units: int = 16,
-    ) -> LaneOrder:
+        **fields: Any,
+    ) -> Self:
         """Make the order of one split (`train`, `validation` or `all`) of a dataset.
 
-        A `group_units` above the split's units is the whole split.
+        A `group_units` above the split's units is the whole split; `fields` are those that a subclass adds.
         """
         # Not clipped if it is 0 or less, so that `__post_init__` refuses it.
         units = plan.split_units(split)
@@ -95,6 +97,7 @@ class LaneOrder:
             seed,
             lanes,
             min(group_units, len(units)) if group_units > 0 else group_units,
+            **fields,
         )
 
     def __post_init__(self) -> None:
@@ -212,6 +215,12 @@ class LaneOrder:
         key = ("winnow.units.v2", self.seed, epoch)
         return tuple(self.units[shuffled(i, len(self.units), *key)] for i in range(first, stop))
 
+    def lane_turns(self, epoch: int, group: int, lanes: range) -> list[NDArray[np.int64]]:
+        """Per lane the rows [steps_in(group) * B/G] that it gives in a group; see `lane_permutation`."""
+        length = self.steps_in(group) * self.lane_batch
+        # The rest is the group's tail, which is dropped.
+        return list(self.lane_permutations(epoch, group, lanes)[:, :length])
+
     def lane_permutation(self, epoch: int, group: int, lane: int) -> NDArray[np.int64]:
         """[units_in(group) * lane_unit_rows] row of the lane at each turn.
 
@@ -251,7 +260,7 @@ class LaneOrder:
         turn = slice(place.step_in_group * self.lane_batch, (place.step_in_group + 1) * self.lane_batch)
         parts: list[NDArray[np.int64]] = []
         for lane in self.lanes_of(rank, world):
-            chosen = self.lane_permutation(place.epoch, place.group, lane)[turn]
+            chosen = self.lane_turns(place.epoch, place.group, range(lane, lane + 1))[0][turn]
             unit, row = np.divmod(chosen, self.lane_unit_rows)
             parts.append(units[unit] * self.rows_per_unit + lane * self.lane_unit_rows + row)
         return np.concatenate(parts)

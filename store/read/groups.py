@@ -63,10 +63,9 @@ class Turns:
 
     def _shuffle(self, epoch: int, group: int, lanes: range, first: int) -> None:
         size = self._order.lane_unit_rows
-        some = self._order.lane_permutations(epoch, group, lanes[first : first + _SHUFFLED_TOGETHER])
+        some = self._order.lane_turns(epoch, group, lanes[first : first + _SHUFFLED_TOGETHER])
         for number, rows in enumerate(some, first):
             taken = self._rows[:, number]
-            rows = rows[: taken.size]  # the rest is the group's tail, which is dropped
             if self._slots is not None:
                 unit, row = np.divmod(rows, size)
                 rows = self._slots[unit] * size + row

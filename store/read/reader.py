@@ -16,15 +16,18 @@ from winnow.schemas.base import MAX_JSON_BYTES, sha256_hex
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
 from winnow.schemas.harvest import MOMENT_UNITS, SLICES, HarvestManifest, HarvestPlan, UnitReceipt
+from winnow.schemas.readings import RowsSpec
 from winnow.store.format import layout
 from winnow.store.format.labels import LABELS
 from winnow.store.format.order import LaneOrder
+from winnow.store.format.reading_order import ReadingOrder
 from winnow.store.format.shards import decode_chunk, to_float32
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.cache import SliceCache
 from winnow.store.read.fetch import fetch_slices
 from winnow.store.read.follow import Arrivals, wait_for_plan
 from winnow.store.read.labels import load_label_digests, read_labels
+from winnow.store.read.readings import Reading
 from winnow.store.records.commit import list_receipts, load_receipt
 from winnow.store.records.index import ReceiptIndex
 from winnow.store.records.manifest import find_manifest, load_index, load_manifest
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 # A plan from elsewhere may claim any size: nothing larger is allocated for it.
 MAX_TOKEN_CHUNK_BYTES = 1 << 30
 """Largest chunk of tokens or token digests that is read, in bytes."""
+CHOSEN_MOMENT_ROWS = 1 << 18
+"""Rows of a reading, about, from which mean and variance are taken: receipts describe all rows only."""
 
 
 def load_plan(store: ObjectStore) -> HarvestPlan:
@@ -157,6 +162,26 @@ class ActivationStore:
         self._manifest = manifest
         self._digests: NDArray[np.uint8] | None = None
         self._label_digests: NDArray[np.uint8] | None = None
+        self._chosen_moments: dict[str, tuple[int, NDArray[np.float64], NDArray[np.float64]]] = {}
+        self.reading: Reading | None = None
+        """The choice of rows that this handle is restricted to; None for all. See `only`."""
+
+    def only(self, rows: RowsSpec) -> ActivationStore:
+        """The same dataset restricted to the rows that `rows` chooses by their tokens' labels.
+
+        Streams yield chosen rows only; `weights` and `window_weights` are 0 elsewhere; `mean` and `variance`
+        are those of chosen rows. Rows keep their numbers, and `read_rows` reads any.
+
+        Raises:
+            ConfigError: The dataset has no labels, or not this role or source.
+        """
+        if rows == (self.reading.rows if self.reading else RowsSpec()):
+            return self
+        made = ActivationStore(self.store, self.plan, self._manifest, self.index, self.arrivals, self.cache)
+        made._digests = self._digests
+        if not rows.everything:
+            made.reading = Reading(self.store, self.plan, rows)
+        return made
 
     @classmethod
     def open(
@@ -312,13 +337,16 @@ class ActivationStore:
         return read_labels(self.store, self.plan, unit, names, self._label_digests)
 
     def weights(self, hooks: Sequence[str], start: int, stop: int) -> NDArray[np.float32]:
-        """float32 [stop - start]: 0 at sinks of any of `hooks` and in void units, otherwise 1."""
+        """float32 [stop - start]: the weight of each row.
+
+        0 at sinks of any of `hooks`, in void units and at rows not chosen (see `only`), otherwise 1.
+        """
         hooks = self._hooks(hooks)
         self._check(hooks[0], start, stop)
         unit_rows = self.plan.rows_per_unit
         units = range(start // unit_rows, -(-stop // unit_rows))
         self._await(units)
-        parts = [self.index.weights(hooks, unit) for unit in units]
+        parts = [self._unit_weights(hooks, unit) for unit in units]
         whole = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
         offset = units.start * unit_rows
         return whole[start - offset : stop - offset]
@@ -326,8 +354,8 @@ class ActivationStore:
     def window_weights(self, hooks: Sequence[str], windows: Sequence[int]) -> NDArray[np.float32]:
         """float32 [len(windows), T]: the weight of every position of some windows.
 
-        0 at the leading positions that are not stored, at sinks of any of `hooks` and in void units,
-        otherwise 1: a splice replaces the activation there.
+        0 at the leading positions that are not stored, at sinks of any of `hooks`, in void units and at rows
+        that are not chosen (see `only`), otherwise 1: a splice replaces the activation there.
         """
         hooks = self._hooks(hooks)
         plan, asked = self.plan, np.asarray(windows, dtype=np.int64)
@@ -339,11 +367,15 @@ class ActivationStore:
         for unit in np.unique(units):
             # Weights are by stored row; a window's rows are neighbours in planned order only.
             planned = np.empty(plan.rows_per_unit, dtype=np.float32)
-            planned[layout.row_permutation(plan, int(unit))] = self.index.weights(hooks, int(unit))
+            planned[layout.row_permutation(plan, int(unit))] = self._unit_weights(hooks, int(unit))
             chosen = units == unit
             by_window = planned.reshape(plan.spec.windows_per_unit, plan.rows_per_window)
             out[chosen, plan.spec.drop_leading :] = by_window[numbers[chosen]]
         return out
+
+    def _unit_weights(self, hooks: tuple[str, ...], unit: int) -> NDArray[np.float32]:
+        weights = self.index.weights(hooks, unit)
+        return weights if self.reading is None else weights * self.reading.mask(unit)
 
     def moments(self, hook: str) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
         """Sum over the training rows of weight 1 that the first units' receipts describe.
@@ -354,6 +386,8 @@ class ActivationStore:
         Raises:
             ConfigError: Unknown hook, or no training unit among those described.
         """
+        if self.reading is not None:
+            return self._moments_of_chosen(hook, self.reading)
         # Of the first units only, which is an unbiased sample: windows are shuffled over the whole corpus.
         self._await(range(min(MOMENT_UNITS, self.plan.units)))
         width, held = self.plan.d_model(hook), self.index.hooks[hook].moments
@@ -371,6 +405,29 @@ class ActivationStore:
             sums += moments.sums
             squares += moments.squares
         return rows, sums, squares
+
+    def _moments_of_chosen(
+        self, hook: str, reading: Reading
+    ) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+        """`moments` of a reading, from the rows of the first training units that have enough of them."""
+        found = self._chosen_moments.get(hook)
+        if found is None:
+            rows, size = 0, self.plan.rows_per_unit
+            sums, squares = np.zeros(self.plan.d_model(hook)), np.zeros(self.plan.d_model(hook))
+            for unit in self.plan.split_units("train"):
+                chosen = self.weights([hook], unit * size, (unit + 1) * size) > 0
+                if not chosen.any():
+                    continue
+                some = self.read_rows(hook, unit * size, (unit + 1) * size)[chosen].astype(np.float64)
+                rows, sums, squares = rows + len(some), sums + some.sum(0), squares + np.square(some).sum(0)
+                if rows >= CHOSEN_MOMENT_ROWS:
+                    break
+            if not rows:
+                raise ConfigError(
+                    f"rows: {reading.rows.words}", expected="a training row of weight 1", got="none"
+                )
+            found = self._chosen_moments[hook] = (rows, sums, squares)
+        return found
 
     def mean(self, hook: str) -> NDArray[np.float64]:
         """float64 [D]: mean of the training rows of weight 1 (see `moments`), in raw units."""
@@ -393,8 +450,22 @@ class ActivationStore:
         group_units: int = 16,
     ) -> LaneOrder:
         """Make the order of a stream with these arguments; see `winnow.store.format.order.LaneOrder`."""
-        return LaneOrder.for_plan(
-            self.plan, split=split, batch_rows=batch_rows, seed=seed, lanes=lanes, group_units=group_units
+        if self.reading is None:
+            return LaneOrder.for_plan(
+                self.plan, split=split, batch_rows=batch_rows, seed=seed, lanes=lanes, group_units=group_units
+            )
+        counts, units = self.reading.counts, self.plan.split_units(split)
+        return ReadingOrder.for_plan(
+            self.plan,
+            split=split,
+            batch_rows=batch_rows,
+            seed=seed,
+            lanes=lanes,
+            group_units=group_units,
+            slices=counts.slices[units.start : units.stop],
+            squares=counts.squares[units.start : units.stop],
+            mask=self.reading.mask,
+            reading=self.reading.digest,
         )
 
     def stream(

@@ -98,8 +98,8 @@ def test_members_that_were_killed_at_different_steps_catch_up_and_join(config, a
     take = loop.take_steps
     monkeypatch.setattr(
         loop, "take_steps",
-        lambda members, dataset, until, *rest: begun.append((len(members), members[0].step, until))
-        or take(members, dataset, until, *rest),
+        lambda members, until, *rest: begun.append((len(members), members[0].step, until))
+        or take(members, until, *rest),
     )  # fmt: skip
     train_fleet(config, specs)
     assert weights(tmp_path) == alone

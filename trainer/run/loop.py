@@ -119,11 +119,13 @@ def train_fleet(
     identity = identity_of(dataset)
     # now, since the number of the subject's layers is part of what a run is compared by
     specs = [resolve_set(spec, dataset) for spec in specs]
+    # one handle per reading, so that its rows are counted once
+    readings = {rows: dataset.only(rows) for rows in dict.fromkeys(spec.rows for spec in specs)}
     found: dict[str, Summary] = {}
     with torch_settings(device, cpu_threads(first)), ExitStack() as cleanup:
         todo, members = [], []
         for spec in specs:  # all are checked before any is begun, and none may fail hours later
-            order = plan_order(spec, dataset)
+            order = plan_order(spec, readings[spec.rows])
             recipe = resolve_recipe(spec, dataset, order)
             out = open_store(spec.out, config.storage)
             summary = finished_summary(out, spec, identity, extend=extend)
@@ -134,18 +136,18 @@ def train_fleet(
                 say(f"{spec.out} is finished: nothing to train")
         world = cleanup.enter_context(open_world(first, device, launch)) if todo else World()
         for recipe, order, out in todo:
-            members.append(Member(config, recipe, dataset, order, out, device, world=world, extend=extend))
-        _train_all(members, dataset, found, cleanup, alone, lost)
+            own = readings[recipe.spec.rows]
+            members.append(Member(config, recipe, own, order, out, device, world=world, extend=extend))
+        _train_all(members, found, cleanup, alone, lost)
     _require_all(members, alone)
     if after_train is not None and launch.rank == 0:
         for spec in specs:
-            _add_figures(found[spec.out], config, spec, dataset, device, after_train)
+            _add_figures(found[spec.out], config, spec, readings[spec.rows], device, after_train)
     return [found[spec.out] for spec in specs]
 
 
 def _train_all(
     members: Sequence[Member],
-    dataset: ActivationStore,
     found: dict[str, Summary],
     cleanup: ExitStack,
     alone: bool,
@@ -155,7 +157,7 @@ def _train_all(
     try:
         for member in members:
             member.begin(cleanup, stopped_before=lost is not None)
-        for summary, member in _run(members, dataset, alone, lost):
+        for summary, member in _run(members, alone, lost):
             found[member.spec.out] = summary
     except WorkerError:
         # another service may own these folders now: its status must not be overwritten
@@ -208,14 +210,14 @@ def _require_all(members: Sequence[Member], alone: bool) -> None:
 
 
 def _run(
-    members: Sequence[Member], dataset: ActivationStore, alone: bool, lost: Callable[[], bool] | None
+    members: Sequence[Member], alone: bool, lost: Callable[[], bool] | None
 ) -> Iterator[tuple[Summary, Member]]:
     """Take all remaining steps, pass by pass; yields each SAE's summary as soon as it is published."""
     left = list(members)
     while left:
         together, until = _next_pass(left)
         if together[0].step < until:
-            take_steps(together, dataset, until, alone, lost)
+            take_steps(together, until, alone, lost)
         for member in together:
             if member.failure is None and member.step == member.recipe.steps:
                 yield member.publish(), member
@@ -238,7 +240,6 @@ def _next_pass(members: Sequence[Member]) -> tuple[list[Member], int]:
 
 def take_steps(
     members: list[Member],
-    dataset: ActivationStore,
     until: int,
     alone: bool = True,
     lost: Callable[[], bool] | None = None,
@@ -247,14 +248,13 @@ def take_steps(
 
     Args:
         members: Members of one stream, all at the same step.
-        dataset: The dataset that they are trained on.
         until: Steps finished at the end.
         alone: Whether this process trains only one SAE, so that messages need not name it.
         lost: See `train_fleet`.
     """
     together, first, spec = _Together(members, alone, lost), members[0], members[0].spec
     steps = together.steps
-    stream = together.open_rows(dataset, until)
+    stream = together.open_rows(until)
     bar = Progress("train", steps * spec.batch_rows, "rows", done=first.step * spec.batch_rows)
     with closing(stream), stop_on_signals(together.stopping), bar, ExitStack() as stack:
         say(
@@ -320,9 +320,10 @@ class _Together:
         """Set by a signal."""
         self._first, self._alone, self._lost = members[0], alone, lost
 
-    def open_rows(self, dataset: ActivationStore, until: int) -> SharedRows:
+    def open_rows(self, until: int) -> SharedRows:
         """The stream's batches from the members' step up to `until`."""
         first, spec, world = self._first, self._first.spec, self._first.run.world
+        dataset = first.dataset
         return SharedRows(
             # a function, because only the first shard of a data rank opens it: one read for all shards
             lambda: dataset.stream(

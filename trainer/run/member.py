@@ -57,7 +57,7 @@ class Member:
         world: World,
         extend: bool,
     ) -> None:
-        self.recipe, self.order, self._dataset = recipe, order, dataset
+        self.recipe, self.order, self.dataset = recipe, order, dataset
         # every rank writes its rows of a checkpoint; telemetry, status and the SAE are written by one of them
         self._files = out
         self.out = out if world.leads else Witness(out)
@@ -100,14 +100,14 @@ class Member:
                 self._loggers = Loggers(self.spec, self.out, self.step)
                 cleanup.callback(self._loggers.close)
             self.status.write("training")
-        if self._dataset.arrivals is not None and world.leads:
+        if self.dataset.arrivals is not None and world.leads:
             self.follower = cleanup.enter_context(self._following())
 
     def _following(self) -> Follower:
         """Open what tells a harvest how far this run is."""
         return Follower(
-            self._dataset.store,
-            self._dataset.plan,
+            self.dataset.store,
+            self.dataset.plan,
             self.order,
             out=self.spec.out,
             epochs=self.recipe.steps / self.order.steps_per_epoch,
@@ -168,7 +168,7 @@ class Member:
         self._kept = self.step
         # telemetry first: lines past a checkpoint are cut on resume, but missing ones never come back
         self.telemetry.flush()
-        state = stream_state(self._dataset, self.order, self.spec.stream_hooks, self.step)
+        state = stream_state(self.dataset, self.order, self.spec.stream_hooks, self.step)
         # after the index, not now: the ring deletes what the follower has passed, and a resume would need it
         follower, step = self.follower, self.step
         self.saver.save(state, then=lambda: follower.at(step) if follower is not None else None)
@@ -177,7 +177,7 @@ class Member:
         """Evaluate and write the SAE, and mark the run as finished."""
         self.saver.wait()
         # identity is asked for again: a harvest that was followed may have been sealed meanwhile
-        facts = self.telemetry, self._dataset, identity_of(self._dataset), self.out
+        facts = self.telemetry, self.dataset, identity_of(self.dataset), self.out
         run = self.run
         summary = publish_set(run, *facts) if isinstance(run, SetRun) else publish(run, *facts)
         if self.follower is not None:

@@ -45,8 +45,8 @@ def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
     units = spec.group_units or group_units_for(
         spec.group_bytes, unit_bytes=unit_bytes, units=len(plan.split_units("train"))
     )
-    return LaneOrder.for_plan(
-        plan, batch_rows=spec.batch_rows, seed=spec.stream_seed, lanes=spec.lanes, group_units=units
+    return dataset.only(spec.rows).order(
+        batch_rows=spec.batch_rows, seed=spec.stream_seed, lanes=spec.lanes, group_units=units
     )
 
 
