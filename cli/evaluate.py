@@ -56,6 +56,14 @@ def evaluate_command(
         str | None, typer.Option(help="Families, comma-separated; default all whose inputs are there.")
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Maximum number of held-out windows.")] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            metavar="YAML",
+            help="Held-out rows by their labels: '{roles: [assistant], special: false}'; '{}' for all. "
+            "Default: those that the SAE was trained on.",
+        ),
+    ] = None,
     against: Annotated[
         list[str] | None, typer.Option(help="An SAE of another seed, for `stability`; repeatable.")
     ] = None,
@@ -78,6 +86,7 @@ def evaluate_command(
 ) -> None:
     """Measure a trained SAE; the help text is `EVALUATE_HELP`."""
     with guard():
+        from winnow.common.yaml_text import parse_value
         from winnow.evaluator.report import evaluate
         from winnow.schemas.base import validate
         from winnow.schemas.evaluation import EvaluateSpec
@@ -86,6 +95,7 @@ def evaluate_command(
         options: dict[str, Any] = {
             "metrics": metrics.split(",") if metrics is not None else None,
             "windows": windows,
+            "rows": parse_value(rows, "--rows") if rows is not None else None,
             "against": against,
             "tasks": tasks,
         }

@@ -59,6 +59,15 @@ def index_command(
     units: Annotated[
         int | None, typer.Option(help="Read this many units of the dataset; default all")
     ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            "--rows",
+            metavar="YAML",
+            help="Rows by their labels: '{roles: [assistant]}'; '{}' for all; "
+            "default those that the SAE was trained on",
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="Best windows kept per latent")] = 16,
     logits: Annotated[
         int, typer.Option(help="Promoted and suppressed tokens kept per latent; 0 skips the subject")
@@ -98,7 +107,7 @@ def index_command(
         from winnow.sae.model import read_set_card
         from winnow.store.objects import open_store
 
-        spec = _make_spec(units, top, logits, neighbours)
+        spec = _make_spec(units, rows, top, logits, neighbours)
         place, staff = Place.of(config, root), Staff(workers, threads, gpus, ray_address)
         card = read_set_card(open_store(sae, place.storage))
         if card is not None:
@@ -111,14 +120,21 @@ def index_command(
         emit(meta.model_dump(mode="json"), as_json, lambda: _show(meta, where))
 
 
-def _make_spec(units: int | None, top: int, logits: int, neighbours: int) -> IndexSpec:
+def _make_spec(units: int | None, rows: str | None, top: int, logits: int, neighbours: int) -> IndexSpec:
+    from winnow.common.yaml_text import parse_value
     from winnow.schemas.base import validate
     from winnow.schemas.features import IndexSpec
 
     # Bounds are the schema's, not typer's, so that the library refuses the same values in the same words.
     return validate(
         IndexSpec,
-        {"units": units, "top": top, "logits": logits, "neighbours": neighbours},
+        {
+            "units": units,
+            "rows": parse_value(rows, "--rows") if rows is not None else None,
+            "top": top,
+            "logits": logits,
+            "neighbours": neighbours,
+        },
         origin="the options",
     )
 

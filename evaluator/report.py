@@ -21,6 +21,7 @@ from winnow.schemas.base import canonical_json, sha256_hex
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, MissingObject
 from winnow.schemas.evaluation import FAMILIES, Evaluation, Family, FamilyResult, Figure
+from winnow.schemas.readings import RowsSpec
 from winnow.schemas.training import SaeCard
 from winnow.store.objects import ObjectStore, open_store
 
@@ -100,7 +101,9 @@ def _measure_lacking(setting: Setting | SetSetting, family: Family) -> None:
 def _settings_of(setting: Setting | SetSetting, family: Family) -> dict[str, Any]:
     """Return everything in the spec that a family's figures depend on."""
     spec = setting.spec.model_dump(mode="json")
-    return {"definitions": _DEFINITIONS} | {name: spec[name] for name in ("seed", *DEPENDS[family])}
+    # The rows only where some are chosen: settings of all rows are as before they could be.
+    names = ("seed", *DEPENDS[family], *(["rows"] if setting.spec.rows is not None else []))
+    return {"definitions": _DEFINITIONS} | {name: spec[name] for name in names}
 
 
 def _settings_digest(setting: Setting | SetSetting, family: Family) -> str:
@@ -322,6 +325,11 @@ def _layer_of(figure: Figure) -> int | None:
 def list_notes(evaluation: Evaluation) -> list[str]:
     """List what a reader of the table must know."""
     lines = [f"{name}: {note}" for name, family in evaluation.families.items() for note in family.notes]
+    readings: dict[str, list[str]] = {}
+    for name, family in evaluation.families.items():
+        if "rows" in family.settings:
+            readings.setdefault(RowsSpec.model_validate(family.settings["rows"]).words, []).append(name)
+    lines += [f"{', '.join(names)}: of rows with {words} only" for words, names in readings.items()]
     # Figures of one family often share a note, such as how many windows were left out: it is told once.
     same: dict[str, list[str]] = {}
     for family in evaluation.families.values():

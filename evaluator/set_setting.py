@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.common.device import resolve_device
-from winnow.evaluator.setting import OnDataset, Setting, subject_spec_of
+from winnow.evaluator.setting import OnDataset, Setting, restricted, subject_spec_of
 from winnow.sae.model import Sae, read_set_card
 from winnow.sae.sets import TranscoderSet
 from winnow.schemas.base import sha256_hex
@@ -89,7 +89,8 @@ class SetSetting(OnDataset):
         check_set(uri, whole.card, whole.d_model, dataset.plan)
         if (warning := other_windows(uri, whole.card, dataset.plan)) is not None:
             log.warning(warning)
-        return cls(uri, whole, whole.card, dataset, spec or EvaluateSpec(), chosen, device, storage)
+        spec, dataset = restricted(spec or EvaluateSpec(), whole.card.rows, dataset)
+        return cls(uri, whole, whole.card, dataset, spec, chosen, device, storage)
 
     @property
     def hook(self) -> str:

@@ -23,6 +23,7 @@ from winnow.schemas.evaluation import EvaluateSpec, Family, Figure
 from winnow.schemas.fit import check_dataset, check_subject, other_windows
 from winnow.schemas.harvest import HarvestPlan
 from winnow.schemas.layers import layer_folder
+from winnow.schemas.readings import RowsSpec
 from winnow.schemas.subject import SubjectSpec
 from winnow.schemas.training import SaeCard, SaeIdentity
 from winnow.schemas.window import WindowRule
@@ -107,6 +108,19 @@ class OnDataset:
         return out
 
 
+def restricted(
+    spec: EvaluateSpec, trained_on: RowsSpec, dataset: ActivationStore
+) -> tuple[EvaluateSpec, ActivationStore]:
+    """The spec with its rows resolved, and the dataset restricted to them.
+
+    Raises:
+        ConfigError: The dataset has no labels by which these rows could be chosen.
+    """
+    rows = trained_on if spec.rows is None else spec.rows
+    # Of all rows null stays null: settings, and their digests, are those of files that are older.
+    return spec.model_copy(update={"rows": None if rows.everything else rows}), dataset.only(rows)
+
+
 @dataclass(frozen=True)
 class Setting(OnDataset):
     """An SAE, and the dataset, subject and sample that it is measured on. `Setting.open` makes one."""
@@ -162,7 +176,7 @@ class Setting(OnDataset):
         check_dataset(uri, sae.card, dataset.plan, targets=True)
         if (warning := other_windows(uri, sae.card, dataset.plan)) is not None:
             log.warning(warning)
-        spec = spec or EvaluateSpec()
+        spec, dataset = restricted(spec or EvaluateSpec(), sae.card.rows, dataset)
         return cls(uri, sae, sae.card, dataset, spec, chosen, device, storage, judge_key=judge_key)
 
     @property

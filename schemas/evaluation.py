@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from winnow.schemas.base import Artefact, Contract, HookName, Sha256
+from winnow.schemas.readings import RowsSpec
 
 # The order matters: `compute` reads the figures of `downstream`, and `n2g` reuses its losses.
 FAMILIES = ("reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g", "judge")
@@ -74,6 +75,9 @@ class EvaluateSpec(Contract):
     x T x V numbers each. Another number moves float noise only."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the bootstrap and of every random choice."""
+    rows: RowsSpec | None = Field(default=None, exclude_if=lambda rows: rows is None)
+    """Held-out rows that figures are of, chosen by the labels of their tokens; null takes those that the SAE
+    was trained on, `{}` all."""
     law: ComputeLaw | None = None
     """compute: the scaling law of the subject's family. Null, the default, leaves `compute` out, because no
     law is assumed."""

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from winnow.schemas.base import Artefact, Contract, HookName, Sha256
+from winnow.schemas.readings import RowsSpec
 from winnow.schemas.subject import SubjectIdentity
 from winnow.schemas.window import WindowRule
 
@@ -38,6 +39,9 @@ class IndexSpec(Contract):
     many if there are more, so that a frequent latent costs no more than a rare one."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the random draws."""
+    rows: RowsSpec | None = Field(default=None, exclude_if=lambda rows: rows is None)
+    """Rows that latents are shown on, chosen by the labels of their tokens; null takes those that the SAE was
+    trained on."""
 
 
 class FeatureIndex(Artefact):

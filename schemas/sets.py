@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from winnow.schemas.base import Artefact, Contract, RelativeKey, Sha256
 from winnow.schemas.layers import Reads, SetSpec
+from winnow.schemas.readings import RowsSpec
 from winnow.schemas.training import SaeIdentity, TrainSpec
 from winnow.schemas.window import WindowRule
 
@@ -57,6 +58,11 @@ class SetCard(Artefact):
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             raise ValueError(f"a set has every layer of its range, in ascending order: got {numbers}")
         return self
+
+    @property
+    def rows(self) -> RowsSpec:
+        """The rows that it was trained on; all of an import."""
+        return self.spec.rows if self.spec is not None else RowsSpec()
 
     @property
     def of(self) -> SetSpec:

@@ -568,6 +568,11 @@ class SaeCard(Artefact):
         return self
 
     @property
+    def rows(self) -> RowsSpec:
+        """The rows that it was trained on; all of an import."""
+        return self.spec.rows if self.spec is not None else RowsSpec()
+
+    @property
     def input_hooks(self) -> tuple[str, ...]:
         """The hooks whose rows, joined, are the input."""
         return (self.hook, *self.with_hooks)

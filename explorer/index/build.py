@@ -133,6 +133,10 @@ class Indexer:
             raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
         self.card = card
         check_dataset("the SAE", card, plan)
+        rows = card.rows if self.spec.rows is None else self.spec.rows
+        # Of all rows null stays null: an index that was made before rows could be chosen is the same.
+        self.spec = self.spec.model_copy(update={"rows": None if rows.everything else rows})
+        self.dataset = self.dataset.only(rows)
         # A row that is a sink of a target was not trained on either. Codes need no row of the targets, so a
         # dataset without them can be indexed.
         self.hooks = [card.hook, *(hook for hook in card.target_hooks if hook in plan.spec.hooks)]

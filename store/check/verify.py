@@ -37,6 +37,7 @@ from winnow.store.format.layout import (
     FOLLOWERS_DIR,
     MANIFEST_DIR,
     PLAN_KEY,
+    READINGS_DIR,
     RING_DIR,
     manifest_key,
     receipt_key,
@@ -63,7 +64,11 @@ LEDGER_KEY = "ledger.json"
 READ_BYTES = 16 << 20
 """Bytes of a shard that one thread reads at a time."""
 
-_BESIDE = (f"{MANIFEST_DIR}/", "manifest.", f"{FOLLOWERS_DIR}/", f"{RING_DIR}/", f"{BATCHES_DIR}/")
+_BESIDE = (
+    f"{MANIFEST_DIR}/",
+    "manifest.",
+    *(f"{name}/" for name in (FOLLOWERS_DIR, RING_DIR, BATCHES_DIR, READINGS_DIR)),
+)
 """Prefixes of objects that may be there beside the data."""
 
 # A problem has fields for unit, hook and slice, which its own words need not repeat.

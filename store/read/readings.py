@@ -22,7 +22,7 @@ from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, St
 from winnow.schemas.harvest import SLICES, HarvestPlan
 from winnow.schemas.labels import LAST_TURN, SPECIAL
 from winnow.schemas.readings import ReadingCard, RowsSpec
-from winnow.store.format.layout import row_permutation
+from winnow.store.format.layout import READINGS_DIR, row_permutation
 from winnow.store.objects import ObjectStore
 from winnow.store.read.labels import load_label_digests, planned_labels, read_labels
 from winnow.store.records.commit import settle
@@ -157,7 +157,7 @@ class Reading:
     @property
     def _keys(self) -> tuple[str, str]:
         """Keys of the counts and of the card, which names them and is written last."""
-        return f"readings/{self.digest}.counts", f"readings/{self.digest}.json"
+        return f"{READINGS_DIR}/{self.digest}.counts", f"{READINGS_DIR}/{self.digest}.json"
 
     @cached_property
     def counts(self) -> Counts:
