@@ -184,7 +184,7 @@ def _plan_facts(plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
 
 
 def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
-    from winnow.store.check.info import bad_records, token_rows
+    from winnow.store.check.info import bad_records, label_rows, token_rows
 
     facts = _plan_facts(plan, store)
     print_table(
@@ -201,6 +201,7 @@ def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
                 f"{plan.windows:,} of {plan.spec.context_length} ({facts['windows_unused']:,} unused)",
             ),
             *token_rows(plan),
+            *label_rows(plan.labels),
             ("rows", f"{plan.rows:,}"),
             ("size when harvested", human_bytes(facts["bytes"])),
         ],

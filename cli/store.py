@@ -146,7 +146,7 @@ def _open(uri: str, allow_http: bool, timeout_seconds: float) -> ObjectStore:
 
 
 def _show_info(found: DatasetInfo) -> None:
-    from winnow.store.check.info import bad_records, token_rows
+    from winnow.store.check.info import bad_records, label_rows, token_rows
 
     progress = f"{found.units_committed} of {found.units} units"
     rows: list[tuple[str, object]] = [
@@ -165,6 +165,7 @@ def _show_info(found: DatasetInfo) -> None:
             f"{found.rows_per_unit:,} rows",
         ),
         *token_rows(found),
+        *label_rows(found.labels),
         ("validation units", found.validation_units),
         ("stored as", found.dtype),
         ("activations", f"{human_bytes(found.stored_bytes)} of {human_bytes(found.planned_bytes)}"),

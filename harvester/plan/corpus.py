@@ -56,6 +56,7 @@ def documents(
     files = find_files(spec) if files is None else files
     for file in files:
         before = tally.bytes_done
+        tally.begin_source(file.number)
         for text in _READERS[file.format](Reading(file, spec, tally)):
             if not text or text.isspace():
                 continue

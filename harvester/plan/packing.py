@@ -10,16 +10,24 @@ the seed; nothing depends on batch sizes, threads or the number of buckets.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from winnow.common.hashing import keyed_hash
+from winnow.harvester.plan.marks import FIRST_MARK, stream_dtype, window_dtype
+from winnow.schemas.labels import SPECIAL
 from winnow.store.format.layout import philox_key
 
-Tokens = NDArray[np.generic]
-"""Token ids: uint16 if the vocabulary allows, else uint32."""
+Tokens = NDArray[Any]
+"""A document's tokens with their marks (`marks.stream_dtype`)."""
+Windows = NDArray[Any]
+"""Windows [n] (`marks.window_dtype`)."""
+Numbered = tuple[int, Tokens]
+"""A document's number in the corpus, and its tokens."""
 
 
 # Hashes of a name and the seed, never sums, or the order under one seed would be the choice under another.
@@ -40,28 +48,51 @@ class Packer:
     Args:
         context_length: T.
         bos: Token that starts every window, which then holds T - 1 tokens of the stream; None for none.
-        dtype: dtype of the windows.
+        dtype: dtype of the token ids.
+        turns: Whether tokens have turns.
     """
 
-    def __init__(self, context_length: int, bos: int | None, dtype: np.dtype[np.generic]) -> None:
+    def __init__(
+        self, context_length: int, bos: int | None, dtype: np.dtype[np.generic], turns: bool = False
+    ) -> None:
         self.context_length, self.bos = context_length, bos
         self.payload = context_length - (bos is not None)
         """Tokens of the stream per window."""
-        self.tail: Tokens = np.empty(0, dtype)
+        self.dtype = window_dtype(context_length, dtype, turns)
+        """dtype of a window."""
+        self.tail: Tokens = np.empty(0, stream_dtype(dtype, turns))
         """Tokens that do not fill a window yet."""
+        self.documents = array("Q")
+        """The number of each document of the stream: 8 bytes of memory each."""
+        self._runs, self._offset = 0, 0
 
-    def push(self, tokens: Iterable[Tokens]) -> Tokens:
-        """Continue the stream with `tokens`, and return the windows [n, T] that are now full."""
-        stream = np.concatenate([self.tail, *tokens])
+    def push(self, documents: Iterable[Numbered]) -> Windows:
+        """Continue the stream with `documents`, and return the windows [n] that are now full."""
+        parts = [self.tail]
+        for number, tokens in documents:
+            self.documents.append(number)
+            parts.append(tokens)
+        stream = np.concatenate(parts)
         count = len(stream) // self.payload
-        body = stream[: count * self.payload].reshape(count, self.payload)
+        whole = count * self.payload
+        windows = np.zeros(count, self.dtype)
+        lead = self.context_length - self.payload
+        if lead:
+            windows["token"][:, 0], windows["mark"][:, 0] = self.bos, SPECIAL
+        for name in self.tail.dtype.names or ():
+            windows[name][:, lead:] = stream[name][:whole].reshape(count, self.payload)
+        # Where each window begins, and the tail: in the how-manieth document of the stream, and at which of
+        # its tokens. The first tokens of documents tell, and what was counted before.
+        starts = np.flatnonzero(stream["mark"] & FIRST_MARK)
+        places = np.arange(count + 1) * self.payload
+        before = np.searchsorted(starts, places, side="right")
+        latest = starts[np.maximum(before - 1, 0)] if len(starts) else np.zeros_like(places)
+        offsets = np.where(before > 0, places - latest, self._offset + places)
+        windows["run"], windows["offset"] = self._runs + before[:-1] - 1, offsets[:-1]
+        self._runs += int(np.searchsorted(starts, whole))
+        self._offset = int(offsets[-1])
         # A copy: a view would keep the whole stream of this call in memory.
-        self.tail = stream[count * self.payload :].copy()
-        if self.bos is None:
-            return body
-        windows = np.empty((count, self.context_length), body.dtype)
-        windows[:, 0] = self.bos
-        windows[:, 1:] = body
+        self.tail = stream[whole:].copy()
         return windows
 
 
@@ -77,35 +108,35 @@ class Holdout:
         self.needed, self.tokens = needed, 0
         self._heap: list[tuple[int, int, Tokens]] = []  # (-hash, ordinal, tokens): the largest hash first
 
-    def push(self, ordinal: int, key_hash: int, tokens: Tokens) -> list[Tokens]:
+    def push(self, ordinal: int, key_hash: int, tokens: Tokens) -> list[Numbered]:
         """Offer a document, and return those that are released now, possibly this one."""
         # Enough is held, all with smaller hashes: the usual case, without a copy and without the heap.
         if self.tokens >= self.needed and (not self._heap or key_hash > -self._heap[0][0]):
-            return [tokens]
+            return [(ordinal, tokens)]
         # A copy: a slice would keep its whole array in memory. Ordinals differ, so that equal hashes never
         # compare arrays.
         heapq.heappush(self._heap, (-key_hash, ordinal, tokens.copy()))
         self.tokens += len(tokens)
-        released: list[Tokens] = []
+        released: list[Numbered] = []
         # Several at once if this document is longer than the last ones together.
         while self._heap and self.tokens - len(self._heap[0][2]) >= self.needed:
-            released.append(heapq.heappop(self._heap)[2])
-            self.tokens -= len(released[-1])
+            released.append(heapq.heappop(self._heap)[1:])
+            self.tokens -= len(released[-1][1])
         return released
 
-    def documents(self) -> list[Tokens]:
+    def documents(self) -> list[Numbered]:
         """The held-out documents, in reading order."""
-        return [tokens for _, _, tokens in sorted(self._heap, key=lambda entry: entry[1])]
+        return sorted((entry[1:] for entry in self._heap), key=lambda entry: entry[0])
 
 
-def in_keyed_order(windows: Tokens, key: int) -> Tokens:
-    """Return `windows` [n, T], numbered from 0, in ascending keyed hash."""
+def in_keyed_order(windows: Windows, key: int) -> Windows:
+    """Return `windows` [n], numbered from 0, in ascending keyed hash."""
     return windows[np.argsort(keyed_hash(np.arange(len(windows)), key), kind="stable")]
 
 
-def regroup(blocks: Iterable[Tokens], size: int, limit: int) -> Iterator[Tokens]:
-    """Yield the first `limit` groups of `size` windows from `blocks` of any lengths: [size, T] each."""
-    parts: list[Tokens] = []
+def regroup(blocks: Iterable[Windows], size: int, limit: int) -> Iterator[Windows]:
+    """Yield the first `limit` groups of `size` windows from `blocks` of any lengths: [size] each."""
+    parts: list[Windows] = []
     held = made = 0
     for block in blocks:
         while len(block) and made < limit:

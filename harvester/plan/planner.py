@@ -1,4 +1,4 @@
-"""`winnow plan`: corpus to token windows to `plan.json` and the token chunks.
+"""`winnow plan`: corpus to token windows to `plan.json` and the chunks of tokens and labels.
 
 One pass over the text; memory does not grow with it. Three stages overlap: reading (a thread), tokenising
 (a thread that waits for the tokenizer's own), packing and spilling (the caller). The store is probed first;
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from winnow.common.reporter import say
+from winnow.harvester.plan.digests import PlannedUnit
 from winnow.harvester.plan.sources import find_files
 from winnow.harvester.plan.tokenise import DocumentTokenizer
 from winnow.harvester.plan.windows import CorpusWindows, PlanProgress, ProgressCallback
@@ -28,11 +29,13 @@ from winnow.schemas.config import Config
 from winnow.schemas.corpus import CorpusSpec
 from winnow.schemas.errors import DISTRIBUTION, ConfigError, PlanMismatch, StoreError
 from winnow.schemas.harvest import BEFORE, CorpusFacts, Execution, HarvestPlan, PlanSpec, check_shard_size
+from winnow.schemas.labels import PlannedLabels
 from winnow.schemas.subject import HookSite, SubjectIdentity, SubjectSpec, parse_hook
-from winnow.store.format.layout import PLAN_KEY, TOKENS_ARRAY, tokens_key
+from winnow.store.format.labels import LABEL_BYTES, label_keys
+from winnow.store.format.layout import LABELS_GROUP, PLAN_KEY, TOKENS_ARRAY, tokens_key
 from winnow.store.objects import ObjectStore
 from winnow.store.read.reader import load_plan
-from winnow.store.write.writer import create_dataset, differing_fields, put_tokens
+from winnow.store.write.writer import create_dataset, differing_fields, put_labels, put_tokens
 
 if TYPE_CHECKING:
     from winnow.subject.load import Subject
@@ -105,12 +108,14 @@ def make_plan(
     with CorpusWindows(corpus, tokenizer.spec, tokenizer, files, folder, shown) as run:
         run.read()
         digests = run.digests()
-        plan = _plan_of(config, corpus, identity, sites, tokenizer, run.facts(), digests)
+        # A plan of an earlier version keeps its identity: its tokens stay without labels.
+        labels = None if stored is not None and stored.labels is None else digests.planned_labels()
+        plan = _plan_of(config, corpus, identity, sites, tokenizer, run.facts(), digests.tokens, labels)
         # plan.json first, then the chunks: a planner killed in between leaves a root whose identity is known,
         # and the next one fills the gaps.
         missing = missing_tokens(plan, store)
         _check_room(plan, store, len(missing))
-        plan = create_dataset(store, plan, digests)
+        plan = create_dataset(store, plan, digests.tokens, digests.labels)
         _put(run, store, plan, missing, shown)
     return plan
 
@@ -133,6 +138,7 @@ def _plan_of(
     tokenizer: DocumentTokenizer,
     facts: CorpusFacts,
     digests: NDArray[np.uint8],
+    labels: PlannedLabels | None,
 ) -> HarvestPlan:
     """The plan of a corpus that has been read; `digests` [units, 32] are those of its units' tokens."""
     return HarvestPlan(
@@ -143,6 +149,7 @@ def _plan_of(
         sites=sites,
         units=len(digests),
         tokens_sha256=hashlib.sha256(digests.tobytes()).hexdigest(),
+        labels=labels,
         # Only ids that differ from the subject's own, so that plans made before these fields existed keep
         # their fingerprint.
         bos_token_id=None if tokenizer.bos == identity.bos_token_id else tokenizer.bos,
@@ -202,10 +209,16 @@ def find_plan(
 
 
 def missing_tokens(plan: HarvestPlan, store: ObjectStore) -> list[int]:
-    """Units whose token chunk is not in the store, ascending."""
-    # One listing, a page per 1,000 keys, instead of a request per unit.
+    """Units of which a chunk of tokens or labels is not in the store, ascending."""
+    # One listing of each, a page per 1,000 keys, instead of a request per unit.
     have = {key for key, _ in store.list(TOKENS_ARRAY)}
-    return [unit for unit in range(plan.units) if tokens_key(unit) not in have]
+    if plan.labels is not None:
+        have |= {key for key, _ in store.list(LABELS_GROUP)}
+    return [
+        unit
+        for unit in range(plan.units)
+        if not have.issuperset((tokens_key(unit), *label_keys(plan, unit).values()))
+    ]
 
 
 def _plan_differences(
@@ -353,7 +366,11 @@ def _check_shards(spec: PlanSpec, sites: tuple[HookSite, ...]) -> None:
 
 
 def _check_room(plan: HarvestPlan, store: ObjectStore, units: int) -> None:
-    needed, free = units * plan.spec.windows_per_unit * plan.spec.context_length * 4, store.free_bytes()
+    per_token = 4 + (LABEL_BYTES if plan.labels is not None else 0)
+    needed, free = (
+        units * plan.spec.windows_per_unit * plan.spec.context_length * per_token,
+        store.free_bytes(),
+    )
     if free is not None and needed > free:
         raise StoreError(
             f"disk too small for the tokens at {store.uri}",
@@ -373,7 +390,7 @@ def _version() -> str:
 def _put(
     run: CorpusWindows, store: ObjectStore, plan: HarvestPlan, missing: list[int], progress: PlanProgress
 ) -> None:
-    """Store the token chunks of `missing`, several in parallel."""
+    """Store the chunks of the units `missing`, several in parallel."""
     # Twice as many as threads are in memory at once: reading the spill stays ahead, and memory bounded.
     wanted, done = set(missing), 0
     running: set[Future[None]] = set()
@@ -381,10 +398,10 @@ def _put(
     try:
         # Windows come in keyed order from the spill, so units before a missing one are read and passed over;
         # those after the last one are not read.
-        for unit, tokens in enumerate(islice(run.units(), max(missing, default=-1) + 1)):
+        for unit, planned in enumerate(islice(run.units(), max(missing, default=-1) + 1)):
             if unit not in wanted:
                 continue
-            running.add(pool.submit(put_tokens, store, plan, unit, tokens))
+            running.add(pool.submit(_put_unit, store, plan, unit, planned))
             while len(running) >= 2 * PUT_THREADS:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 done += _settle(finished)
@@ -393,6 +410,11 @@ def _put(
         progress.put(run.tokens, done, len(missing))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _put_unit(store: ObjectStore, plan: HarvestPlan, unit: int, planned: PlannedUnit) -> None:
+    put_labels(store, plan, unit, planned.labels)
+    put_tokens(store, plan, unit, planned.tokens)
 
 
 def _settle(finished: set[Future[None]]) -> int:

@@ -57,6 +57,8 @@ class SourceFile:
     """Stored (compressed) bytes, if the file system tells them."""
     format: Literal["txt", "jsonl", "parquet"]
     compression: str | None
+    number: int = 0
+    """Number of its source in `corpus.sources`."""
 
     @property
     def name(self) -> str:
@@ -80,7 +82,7 @@ def find_files(corpus: CorpusSpec, *, allow_http: bool = False) -> list[SourceFi
     # s3fs sends credentials to whatever AWS_ENDPOINT_URL names; the store's rule for it applies here too.
     if any(source.uri.startswith(("s3://", "s3a://")) for source in corpus.sources):
         s3_endpoint(allow_http)
-    return [file for source in corpus.sources for file in _files_of(source)]
+    return [file for number, source in enumerate(corpus.sources) for file in _files_of(source, number)]
 
 
 @contextmanager
@@ -115,7 +117,7 @@ def open_file(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         raise StoreError(f"corpus file {file.name} cannot be read", got=got) from error
 
 
-def _files_of(source: SourceSpec) -> list[SourceFile]:
+def _files_of(source: SourceSpec, number: int) -> list[SourceFile]:
     _refuse_secrets(source.uri)
     if is_package_uri(source.uri):
         local = fsspec.filesystem("file")
@@ -123,7 +125,8 @@ def _files_of(source: SourceSpec) -> list[SourceFile]:
     else:
         found = _match(source.uri)
     return [
-        SourceFile(source, filesystem, path, size, *_kind(source, path)) for filesystem, path, size in found
+        SourceFile(source, filesystem, path, size, *_kind(source, path), number)
+        for filesystem, path, size in found
     ]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from winnow.common.hashing import keyed_hash
-from winnow.harvester.plan.packing import Tokens
+from winnow.harvester.plan.packing import Windows
 from winnow.schemas.errors import StoreError
 
 _BUCKET_BYTES = 16 * 2**20
@@ -33,9 +33,9 @@ _PIECE_BYTES = 16 * 2**10
 """Smallest share of the buffer per bucket, so that buckets are not read back in tiny pieces."""
 
 
-def record_bytes(context_length: int, dtype: np.dtype[np.generic]) -> int:
+def record_bytes(window: np.dtype[np.generic]) -> int:
     """Size of one window on disk."""
-    return _HASH_BYTES + context_length * dtype.itemsize
+    return _HASH_BYTES + window.itemsize
 
 
 def bucket_count(spill_bytes: int | None) -> int:
@@ -62,11 +62,10 @@ def check_space(folder: str, needed: int, what: str) -> None:
 
 
 class WindowSpill:
-    """Takes windows [n, T] in any number of calls, and returns them in keyed order, as often as asked.
+    """Takes windows [n] in any number of calls, and returns them in keyed order, as often as asked.
 
     Args:
-        context_length: T.
-        dtype: dtype of the tokens.
+        window: dtype of a window.
         key: Key of the order (`packing.order_key`).
         folder: Local folder for the file.
         buckets: A power of two; the order does not depend on it.
@@ -77,8 +76,7 @@ class WindowSpill:
 
     def __init__(
         self,
-        context_length: int,
-        dtype: np.dtype[np.generic],
+        window: np.dtype[np.generic],
         key: int,
         *,
         folder: str,
@@ -88,7 +86,7 @@ class WindowSpill:
     ) -> None:
         if buckets < 1 or buckets & (buckets - 1):
             raise ValueError(f"buckets must be a power of two, got {buckets}")
-        self._record = np.dtype([("hash", "<u8"), ("tokens", dtype.newbyteorder("<"), (context_length,))])
+        self._record = np.dtype([("hash", "<u8"), ("window", window)])
         self._key, self._keep, self._folder = key, keep, folder
         # The hash's high bits name the bucket, so that buckets in order are windows in order.
         self._shift = 65 - buckets.bit_length()
@@ -113,8 +111,8 @@ class WindowSpill:
     ) -> None:
         self._file.close()
 
-    def add(self, windows: Tokens) -> None:
-        """Take windows [n, T], whose ordinals follow those of the last call.
+    def add(self, windows: Windows) -> None:
+        """Take windows [n], whose ordinals follow those of the last call.
 
         Raises:
             StoreError: The disk is full.
@@ -130,14 +128,14 @@ class WindowSpill:
         while len(hashes):
             count = min(len(hashes), len(self._buffer) - self._filled)
             target = self._buffer[self._filled : self._filled + count]
-            target["hash"], target["tokens"] = hashes[:count], windows[:count]
+            target["hash"], target["window"] = hashes[:count], windows[:count]
             hashes, windows = hashes[count:], windows[count:]
             self._filled += count
             if self._filled == len(self._buffer):
                 self._flush()
 
-    def ordered(self) -> Iterator[Tokens]:
-        """Yield blocks [n, T] of the kept windows, ascending in keyed hash over all blocks."""
+    def ordered(self) -> Iterator[Windows]:
+        """Yield blocks [n] of the kept windows, ascending in keyed hash over all blocks."""
         self._flush()
         # The buffer's memory is free for the sort; an empty one also marks the end of adding.
         self._buffer = self._buffer[:0].copy()
@@ -154,7 +152,7 @@ class WindowSpill:
             order = np.argsort(records["hash"], kind="stable")[:left]
             left -= len(order)
             if len(order):
-                yield records["tokens"][order]
+                yield records["window"][order]
 
     def _bucket(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         # One bucket: a shift by all 64 bits is undefined in C.

@@ -63,6 +63,8 @@ class Tally:
     duplicates: int = 0
     bytes_done: int = 0
     """Stored (compressed) bytes read."""
+    source_starts: list[int] = field(default_factory=list[int])
+    """The first document of each source so far; of the next one, if a source has none."""
     bad: dict[str, int] = field(default_factory=dict[str, int])
     """Number of records left out, by reason."""
     bad_first: list[str] = field(default_factory=list[str])
@@ -76,6 +78,11 @@ class Tally:
         # The length first, so that a text moved from one document to the next changes the digest.
         self._sha256.update(len(text).to_bytes(8, "little"))
         self._sha256.update(text)
+
+    def begin_source(self, number: int) -> None:
+        """Note that the next document, if any, is of source `number`, or of a later one."""
+        while len(self.source_starts) <= number:
+            self.source_starts.append(self.documents)
 
     def leave_out(self, where: str, reason: str) -> None:
         """Count one record that was left out."""

@@ -11,10 +11,13 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from winnow.harvester.plan.marks import document_tokens
 from winnow.harvester.plan.packing import Tokens
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.harvest import BEFORE, HarvestPlan, PlanSpec
+from winnow.schemas.labels import ROLES, SPECIAL
 from winnow.schemas.subject import SubjectIdentity
 from winnow.subject.tokenizer import TextTokenizer
 
@@ -158,6 +161,12 @@ class DocumentTokenizer:
             self.bos = plan.bos_token if plan else self._found("plan.bos", "bos")
         join = plan.join_token if plan else None
         self.join: int = self._found("plan.join", self.spec.join) if join is None else join
+        self.roles: tuple[str, ...] = ROLES
+        """Names of the roles."""
+        self._special = np.zeros(max(identity.vocabulary, 1), np.uint8)
+        """SPECIAL for each id of a special token."""
+        numbers = (self._text.number(token) for token in self._text.special)
+        self._special[[n for n in numbers if n is not None and n < len(self._special)]] = SPECIAL
         self.dtype: np.dtype[np.generic] = np.dtype(np.uint16 if identity.vocabulary <= 2**16 else np.uint32)
         """The smallest dtype that holds every id, for the spill file."""
 
@@ -198,10 +207,15 @@ class DocumentTokenizer:
         Raises:
             IntegrityError: An id beyond the subject's embedding.
         """
-        made: list[Tokens] = []
+        made: list[NDArray[np.uint32]] = []
         for ids in self._text.encode_batch(texts):
             ids.append(self.join)
             made.append(np.array(ids, np.uint32))
+        self.check(made)
+        return [self._marked(ids) for ids in made]
+
+    def check(self, made: list[NDArray[np.uint32]]) -> None:
+        """Raise IntegrityError if an id is beyond the subject's embedding."""
         # Here, before anything is stored: the LM would fail on such an id hours later.
         largest = max(int(tokens.max()) for tokens in made)
         if largest >= self._identity.vocabulary:
@@ -211,4 +225,9 @@ class DocumentTokenizer:
                 got=largest,
                 fix="Use the tokenizer the model was trained with",
             )
-        return [tokens.astype(self.dtype) for tokens in made]
+
+    def _marked(self, ids: NDArray[np.uint32]) -> Tokens:
+        # The joining token is special wherever it is; the others are text, or spelt in it as control tokens.
+        flags = self._special[ids]
+        flags[-1] = SPECIAL
+        return document_tokens(ids, self.dtype, flags=flags)

@@ -5,7 +5,6 @@ Letters: T context length, W windows per unit.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
@@ -14,14 +13,17 @@ from itertools import chain
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from winnow.common.hashing import keyed_hash
 from winnow.harvester.plan.corpus import documents
+from winnow.harvester.plan.digests import PlanDigests, PlannedUnit, digests_of
+from winnow.harvester.plan.marks import labels_of
 from winnow.harvester.plan.packing import (
     Holdout,
+    Numbered,
     Packer,
     Tokens,
+    Windows,
     holdout_key,
     in_keyed_order,
     order_key,
@@ -110,21 +112,20 @@ class CorpusWindows:
         self.tokens = 0
         """Tokens of all documents so far, including those that join them."""
         self._validation, self._train = _Split(), _Split()
-        self._held_windows: Tokens = np.empty((0, spec.context_length), tokenizer.dtype)
-        self._packer = Packer(spec.context_length, tokenizer.bos, tokenizer.dtype)
+        self._packer, self._held_packer = self._new_packer(), self._new_packer()
+        self._held_windows: Windows = np.empty(0, self._packer.dtype)
         # With split_by: window, the validation units are the first windows of the same order.
         wanted = spec.train_units
         if wanted is not None and not self._by_document:
             wanted += spec.validation_units
-        self._record_bytes = record_bytes(spec.context_length, tokenizer.dtype)
+        self._record_bytes = record_bytes(self._packer.dtype)
         try:
             # With train_units, what is kept is bounded however large the corpus is. Compressed sizes count
             # once, since a guess must not refuse a plan that would fit.
             if wanted is None:
                 check_space(folder, self._forecast(packed=1) or 0, "the planner's spill file")
             self._spill = WindowSpill(
-                spec.context_length,
-                tokenizer.dtype,
+                self._packer.dtype,
                 self._order,
                 folder=folder,
                 buckets=bucket_count(self._forecast(PACKED)),
@@ -161,19 +162,22 @@ class CorpusWindows:
         self._train = _Split(windows=self._spill.windows, tail=len(self._packer.tail))
         # A stream of their own, so that no window holds text of both splits.
         if self._by_document:
-            packer = Packer(spec.context_length, self._tokenizer.bos, self._tokenizer.dtype)
-            self._held_windows = in_keyed_order(packer.push(holdout.documents()), self._order)
-            self._validation = _Split(windows=len(self._held_windows), tail=len(packer.tail))
+            held = self._held_packer
+            self._held_windows = in_keyed_order(held.push(holdout.documents()), self._order)
+            self._validation = _Split(windows=len(self._held_windows), tail=len(held.tail))
         self._divide(held_out)
 
-    def _for_training(self, documents: list[Tokens], holdout: Holdout) -> Iterable[Tokens]:
+    def _new_packer(self) -> Packer:
+        return Packer(self._spec.context_length, self._tokenizer.bos, self._tokenizer.dtype)
+
+    def _for_training(self, documents: list[Tokens], holdout: Holdout) -> Iterable[Numbered]:
         """Count `documents`; return those that go to training now, with those that the hold-out releases."""
         self.tokens += sum(len(tokens) for tokens in documents)
-        if not self._by_document:
-            return documents
-        # By ordinal: the choice follows from the seed and the order of the documents alone.
         numbers = np.arange(self._ordinal, self._ordinal + len(documents))
         self._ordinal += len(documents)
+        if not self._by_document:
+            return zip(numbers.tolist(), documents, strict=True)
+        # By ordinal: the choice follows from the seed and the order of the documents alone.
         hashes = keyed_hash(numbers, self._holdout_key)
         offered = zip(numbers.tolist(), hashes.tolist(), documents, strict=True)
         return chain.from_iterable(holdout.push(*entry) for entry in offered)
@@ -205,23 +209,27 @@ class CorpusWindows:
         self._validation.planned = held_out
         self._train.planned = (spec.train_units or units) * size
 
-    def units(self) -> Iterator[NDArray[np.uint32]]:
-        """Yield every planned unit's tokens, uint32 little-endian [W, T], the validation units first."""
+    def units(self) -> Iterator[PlannedUnit]:
+        """Yield every planned unit, the validation units first."""
         # Read anew from the spill at each call: once for the digests, once for the chunks. The plan with the
         # digest of all tokens has to be stored before the first chunk.
         size = self._spec.windows_per_unit
         held = self._validation.planned // size if self._by_document else 0
         total = (self._validation.planned + self._train.planned) // size
-        parts = chain(
-            regroup([self._held_windows], size, held),
-            regroup(self._spill.ordered(), size, total - held),
-        )
-        return (part.astype(np.dtype("<u4")) for part in parts)
+        self._tally.begin_source(len(self._corpus.sources) - 1)
+        starts = np.array(self._tally.source_starts, np.uint64)
+        lead = self._packer.context_length - self._packer.payload
+        for packer, parts in (
+            (self._held_packer, regroup([self._held_windows], size, held)),
+            (self._packer, regroup(self._spill.ordered(), size, total - held)),
+        ):
+            documents = np.array(packer.documents, np.uint64)
+            for part in parts:
+                yield PlannedUnit(part["token"].astype("<u4"), labels_of(part, lead, documents, starts))
 
-    def digests(self) -> NDArray[np.uint8]:
-        """The SHA-256 of each unit's tokens, uint8 [units, 32]."""
-        made = [hashlib.sha256(unit.tobytes()).digest() for unit in self.units()]
-        return np.frombuffer(b"".join(made), np.uint8).reshape(-1, 32)
+    def digests(self) -> PlanDigests:
+        """The digests of all units, and the counts of their labels."""
+        return digests_of(self.units(), self._tokenizer.roles, len(self._corpus.sources))
 
     def facts(self) -> CorpusFacts:
         """What was read, and everything left over."""

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from winnow.common.reporter import say
 from winnow.harvester.plan.planner import read_corpus
@@ -17,10 +21,12 @@ from winnow.schemas.config import Config
 from winnow.schemas.errors import IntegrityError, MissingObject
 from winnow.schemas.harvest import Attempt, HarvestPlan
 from winnow.store.check.repair import RepairReport, repair
+from winnow.store.format.labels import label_keys
 from winnow.store.format.layout import tokens_key
 from winnow.store.format.shards import Stored, encode_chunk
-from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY
+from winnow.store.format.zarr_metadata import LABEL_DIGESTS_KEY, TOKEN_DIGESTS_KEY
 from winnow.store.objects import ObjectStore
+from winnow.store.read.labels import load_label_digests, read_labels
 from winnow.store.read.reader import load_token_digests, read_tokens
 
 
@@ -51,52 +57,67 @@ def mend(config: Config, store: ObjectStore, plan: HarvestPlan) -> RepairReport:
 
 
 def _mend_tokens(config: Config, store: ObjectStore, plan: HarvestPlan) -> list[str]:
-    """Recompute missing and damaged token chunks from the corpus.
+    """Recompute missing and damaged chunks of tokens and labels from the corpus.
 
     Returns:
         The keys that were written.
     """
-    try:
-        digests = load_token_digests(store, plan)
-    except (IntegrityError, MissingObject):
-        digests = None
-    bad: set[int] = set()
-    for unit in range(plan.units):
-        try:
-            if digests is None:
-                break
-            read_tokens(store, plan, unit, digests)
-        except (IntegrityError, MissingObject):
-            bad.add(unit)
     # Reading the corpus again may take hours: only if something is wrong.
-    if digests is not None and not bad:
+    if _planned_chunks_are_sound(store, plan):
         return []
-    say(
-        "repair: reading the corpus again for " + ("the token digests" if digests is None else "token chunks")
-    )
+    say("repair: reading the corpus again for its tokens")
     folder = config.harvest.temp_dir or tempfile.gettempdir()
     done: list[str] = []
     with read_corpus(config, folder, plan) as run:
         run.read()
-        made = run.digests()
+        digests = run.digests()
+        made = {TOKEN_DIGESTS_KEY: digests.tokens}
+        if plan.labels is not None:
+            made[LABEL_DIGESTS_KEY] = digests.labels
+            _refuse_other("labels", digests.labels, plan.labels.sha256)
         # Before anything is overwritten: another corpus or tokenizer must not replace good chunks by others.
-        if sha256_hex(made.tobytes()) != plan.tokens_sha256:
-            raise IntegrityError(
-                "the corpus gives other tokens than were planned",
-                expected=f"sha256 {plan.tokens_sha256}",
-                got=sha256_hex(made.tobytes()),
-                fix="Repair with the corpus and the tokenizer of the plan",
-            )
-        if digests is None:
-            store.replace(TOKEN_DIGESTS_KEY, encode_chunk(made), store.version(TOKEN_DIGESTS_KEY))
-            done.append(TOKEN_DIGESTS_KEY)
-        for unit, tokens in enumerate(run.units()):
-            key = tokens_key(unit)
-            # Taken before the look, so that the replacement is refused if somebody writes in between.
-            version = store.version(key)
-            try:
-                read_tokens(store, plan, unit, made)
-            except (IntegrityError, MissingObject):
-                store.replace(key, encode_chunk(tokens), version)
-                done.append(key)
+        _refuse_other("tokens", digests.tokens, plan.tokens_sha256)
+        for key, values in made.items():
+            done += _put_back(store, key, values)
+        for unit, planned in enumerate(run.units()):
+            done += _put_back(store, tokens_key(unit), planned.tokens)
+            for name, key in label_keys(plan, unit).items():
+                done += _put_back(store, key, planned.labels[name])
     return done
+
+
+def _planned_chunks_are_sound(store: ObjectStore, plan: HarvestPlan) -> bool:
+    try:
+        digests = load_token_digests(store, plan)
+        labels = load_label_digests(store, plan) if plan.labels is not None else None
+        for unit in range(plan.units):
+            read_tokens(store, plan, unit, digests)
+            if labels is not None:
+                read_labels(store, plan, unit, digests=labels)
+    except (IntegrityError, MissingObject):
+        return False
+    return True
+
+
+def _refuse_other(what: str, digests: NDArray[np.uint8], planned: str) -> None:
+    found = sha256_hex(digests.tobytes())
+    if found != planned:
+        raise IntegrityError(
+            f"the corpus gives other {what} than were planned",
+            expected=f"sha256 {planned}",
+            got=found,
+            fix="Repair with the corpus and the tokenizer of the plan",
+        )
+
+
+def _put_back(store: ObjectStore, key: str, values: NDArray[Any]) -> list[str]:
+    """Store a chunk if other bytes are there, or none; the key, if it was written."""
+    # Taken before the look, so that the replacement is refused if somebody writes in between.
+    version, body = store.version(key), encode_chunk(values)
+    try:
+        if store.get(key, limit=len(body) + 1) == body:
+            return []
+    except (IntegrityError, MissingObject):
+        pass
+    store.replace(key, body, version)
+    return [key]

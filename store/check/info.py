@@ -7,6 +7,7 @@ from typing import Literal
 
 from winnow.schemas.base import Contract
 from winnow.schemas.harvest import HarvestPlan
+from winnow.schemas.labels import PlannedLabels
 from winnow.store.format.layout import TOKENS_ARRAY, tokens_key
 from winnow.store.objects import ObjectStore
 from winnow.store.read.reader import load_plan
@@ -66,6 +67,9 @@ class DatasetInfo(Contract):
     """Bytes of all shards once the harvest is finished, uncompressed."""
     stored_bytes: int
     """Bytes of all objects under `activations/`."""
+    labels: PlannedLabels | None
+    """Roles, and planned tokens of each role, source and turn; null if the plan was made before labels
+    existed."""
     sinks: dict[str, int] | None
     """Marked rows by hook; null until the dataset is sealed."""
     plan_fingerprint: str
@@ -86,6 +90,25 @@ def token_rows(plan: HarvestPlan | DatasetInfo) -> list[tuple[str, object]]:
     if spec.control_tokens == "token":
         rows.append(("control tokens in text", "taken as tokens"))
     return rows
+
+
+def label_rows(labels: PlannedLabels | None) -> list[tuple[str, object]]:
+    """Describe how many tokens there are of each kind, as rows of a table."""
+    if labels is None:
+        return [("labels", "none (planned by an earlier version)")]
+    rows: list[tuple[str, object]] = [("special tokens", f"{labels.special:,}")]
+    by_role = {role: n for role, n in zip(labels.roles, labels.tokens_by_role, strict=True) if n}
+    if set(by_role) != {"none"}:
+        rows.append(("tokens by role", _shares(by_role)))
+    if len(labels.tokens_by_source) > 1:
+        rows.append(("tokens by source", _shares(dict(enumerate(labels.tokens_by_source)))))
+    if len(labels.tokens_by_turn) > 1:
+        rows.append(("tokens by turn", _shares(dict(enumerate(labels.tokens_by_turn)))))
+    return rows
+
+
+def _shares(counts: Mapping[str, int] | Mapping[int, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def dataset_info(store: ObjectStore) -> DatasetInfo:
@@ -130,6 +153,7 @@ def dataset_info(store: ObjectStore) -> DatasetInfo:
         rows=plan.rows,
         planned_bytes=plan.units * sum(plan.shard_bytes(hook) for hook in plan.spec.hooks),
         stored_bytes=sum(size for _, size in store.list("activations")),
+        labels=plan.labels,
         sinks=manifest.sinks if manifest else None,
         plan_fingerprint=plan.fingerprint,
         dataset_sha256=manifest.dataset_sha256 if manifest else None,

@@ -4,11 +4,11 @@
 
     damaged                                   restored from
     zarr.json                                 the plan
-    token_digests                             the token chunks, checked against the plan
+    token_digests, label_digests              the chunks, checked against the plan
     a receipt                                 the manifest's copy of it
     a shard's index or stored checksums       the payload and the receipt
     a shard's payload, a missing shard        the subject (`winnow harvest CONFIG --repair`)
-    a token chunk                             the corpus  (`winnow harvest CONFIG --repair`)
+    a chunk of tokens or labels               the corpus  (`winnow harvest CONFIG --repair`)
     a part of the manifest, the manifest      the receipts
     plan.json                                 nothing: it is the identity
 """
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from winnow.schemas.base import MAX_JSON_BYTES, sha256_hex
 from winnow.schemas.errors import (
@@ -32,6 +33,7 @@ from winnow.schemas.errors import (
 )
 from winnow.schemas.harvest import SLICES, Attempt, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
 from winnow.store.check.verify import damage, verify
+from winnow.store.format.labels import LABELS, label_digests, label_keys
 from winnow.store.format.layout import manifest_key, receipt_key, shard_key, slice_starts, tokens_key
 from winnow.store.format.shards import (
     Stored,
@@ -42,8 +44,9 @@ from winnow.store.format.shards import (
     relative_difference,
     shard_index,
 )
-from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY, same_array, zarr_objects
+from winnow.store.format.zarr_metadata import LABEL_DIGESTS_KEY, TOKEN_DIGESTS_KEY, same_array, zarr_objects
 from winnow.store.objects import ObjectStore
+from winnow.store.read.labels import MAX_LABEL_CHUNK_BYTES, load_label_digests
 from winnow.store.read.reader import MAX_TOKEN_CHUNK_BYTES, load_plan, load_token_digests
 from winnow.store.records.commit import commit_receipt, list_receipts, load_receipt, settle
 from winnow.store.records.manifest import find_manifest, load_index
@@ -91,6 +94,7 @@ def repair(store: ObjectStore, remake: Remake | None = None) -> RepairReport:
     # receipts, last.
     work.metadata()
     work.token_digests()
+    work.label_digests()
     for unit in sorted({p.unit for p in damage(verify(store, "full")) if p.unit is not None}):
         work.unit(unit)
     # Only if the harvest follows: without it, a damaged shard that is removed would not be replaced.
@@ -158,6 +162,32 @@ class _Repair:
         array = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
         if sha256_hex(array.tobytes()) == self.plan.tokens_sha256:
             self.put_back(TOKEN_DIGESTS_KEY, encode_chunk(array), version)
+
+    def label_digests(self) -> None:
+        if self.plan.labels is None:
+            return
+        version = self.store.version(LABEL_DIGESTS_KEY)
+        try:
+            load_label_digests(self.store, self.plan)
+            return
+        except _WRONG:
+            pass
+        shape = (self.plan.spec.windows_per_unit, self.plan.spec.context_length)
+        made: list[NDArray[np.uint8]] = []
+        try:
+            for unit in range(self.plan.units):
+                chunks = {
+                    name: decode_chunk(
+                        self.store.get(key, MAX_LABEL_CHUNK_BYTES), LABELS[name].str, shape, what=key
+                    )
+                    for name, key in label_keys(self.plan, unit).items()
+                }
+                made.append(label_digests(chunks))
+        except _WRONG:
+            return
+        array = np.stack(made)
+        if sha256_hex(array.tobytes()) == self.plan.labels.sha256:
+            self.put_back(LABEL_DIGESTS_KEY, encode_chunk(array), version)
 
     # Units
 

@@ -1,10 +1,10 @@
 """Verification: what is missing, incomplete or corrupted in a dataset, at four levels of depth.
 
 ======= ==================================================================================
-list    every object exists; manifest, receipts, plan and token digests agree; strays
+list    every object exists; manifest, receipts, plan and digests of tokens agree; strays
 size    and has the length that receipts promise
 index   and every shard's index and all zarr metadata are sound
-full    and every byte is what was committed: sha256, crc32c of each slice, tokens, finite
+full    and every byte is what was committed: sha256, crc32c of each slice, tokens, labels, finite
 ======= ==================================================================================
 
 A dataset that is not sealed yet is checked as far as it goes. Nothing is changed.
@@ -32,6 +32,7 @@ from winnow.schemas.errors import (
     WinnowError,
 )
 from winnow.schemas.harvest import SLICES, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
+from winnow.store.format.labels import LABELS, label_keys
 from winnow.store.format.layout import (
     BATCHES_DIR,
     FOLLOWERS_DIR,
@@ -47,9 +48,10 @@ from winnow.store.format.layout import (
     tokens_key,
 )
 from winnow.store.format.shards import INDEX_BYTES, check_index, decode_slices, square_norms
-from winnow.store.format.zarr_metadata import TOKEN_DIGESTS_KEY, same_array, zarr_objects
+from winnow.store.format.zarr_metadata import LABEL_DIGESTS_KEY, TOKEN_DIGESTS_KEY, same_array, zarr_objects
 from winnow.store.objects import ObjectStore
 from winnow.store.read.follow import deleted_units
+from winnow.store.read.labels import load_label_digests, read_labels
 from winnow.store.read.reader import load_plan, load_token_digests, read_tokens
 from winnow.store.records.commit import RECEIPT_KEY, list_receipts, load_receipt
 from winnow.store.records.manifest import find_manifest
@@ -154,6 +156,7 @@ class _Check:
         self.deleted = deleted_units(store, plan)
         self.metadata = zarr_objects(plan)
         self.digests: NDArray[np.uint8] | None = None
+        self.label_digests: NDArray[np.uint8] | None = None
         # A plan from elsewhere may claim any number of units: believe no more than the digests' length backs.
         backed = self.sizes.get(TOKEN_DIGESTS_KEY) == plan.units * 32 + 4
         self.units = range(plan.units if backed else min(plan.units, len(self.sizes)))
@@ -275,12 +278,16 @@ class _Check:
             self.present(key, None)
         if self.present(TOKEN_DIGESTS_KEY, plan.units * 32 + 4):
             self.digests = self.guarded(TOKEN_DIGESTS_KEY, lambda: load_token_digests(self.store, plan))
-        chunk = plan.spec.windows_per_unit * plan.spec.context_length * 4 + 4
+        if plan.labels is not None and self.present(LABEL_DIGESTS_KEY, plan.units * len(LABELS) * 32 + 4):
+            self.label_digests = self.guarded(LABEL_DIGESTS_KEY, lambda: load_label_digests(self.store, plan))
+        tokens = plan.spec.windows_per_unit * plan.spec.context_length
         for unit in self.units:
             # While planning goes on, a chunk may be missing without harm, unless its unit is committed.
-            key = tokens_key(unit)
-            if sealed or unit in receipts or key in self.sizes:
-                self.present(key, chunk, unit=unit)
+            chunks = {tokens_key(unit): 4}
+            chunks |= {key: LABELS[name].itemsize for name, key in label_keys(plan, unit).items()}
+            for key, width in chunks.items():
+                if sealed or unit in receipts or key in self.sizes:
+                    self.present(key, tokens * width + 4, unit=unit)
         for unit, receipt in receipts.items():
             promised = self.digests[unit].tobytes().hex() if self.digests is not None else None
             if promised not in (None, receipt.tokens_sha256):
@@ -310,6 +317,9 @@ class _Check:
         plan = self.plan
         known = {PLAN_KEY, TOKEN_DIGESTS_KEY, LEDGER_KEY, *self.metadata}
         known |= {tokens_key(unit) for unit in self.units}
+        if plan.labels is not None:
+            known.add(LABEL_DIGESTS_KEY)
+            known |= {key for unit in self.units for key in label_keys(plan, unit).values()}
         known |= {shard_key(hook, unit) for hook in plan.spec.hooks for unit in self.units}
         if manifest is not None:
             known |= {manifest_key(revision) for revision in range(manifest.revision + 1)}
@@ -389,15 +399,22 @@ class _Check:
             yield problem("full", f"sha256 is {whole.hexdigest()} instead of {record.sha256}")
 
     def tokens(self, unit: int) -> Sequence[Problem]:
-        """Check every byte of one unit's tokens."""
-        key = tokens_key(unit)
-        if key not in self.sizes or self.digests is None:
-            return ()
-        try:
-            read_tokens(self.store, self.plan, unit, self.digests)
-        except _WRONG as error:
-            return (Problem("full", key, _sentence(error), unit=unit, lost=True),)
-        return ()
+        """Check every byte of one unit's tokens and labels."""
+        store, plan, digests, labels = self.store, self.plan, self.digests, self.label_digests
+        reads: dict[str, Callable[[], object]] = {}
+        if digests is not None:
+            reads[tokens_key(unit)] = lambda: read_tokens(store, plan, unit, digests)
+        if labels is not None:
+            for name, key in label_keys(plan, unit).items():
+                reads[key] = lambda name=name: read_labels(store, plan, unit, [name], labels)
+        found: list[Problem] = []
+        for key, read in reads.items():
+            if key in self.sizes:
+                try:
+                    read()
+                except _WRONG as error:
+                    found.append(Problem("full", key, _sentence(error), unit=unit, lost=True))
+        return found
 
 
 def _sentence(error: WinnowError) -> str:

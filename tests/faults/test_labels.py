@@ -6,14 +6,22 @@ import numpy as np
 import pytest
 import zarr
 
+from tests.integration.test_planner import make_config, planned, tree, write_corpus
+from winnow.harvester.plan.digests import PlanDigests
+from winnow.harvester.plan.planner import find_plan, missing_tokens
+from winnow.harvester.run.mend import _mend_tokens
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
 from winnow.store import ActivationStore
+from winnow.store.check.repair import repair
+from winnow.store.check.verify import verify
 from winnow.store.format.labels import LABELS, label_key
+from winnow.store.format.layout import tokens_key
 from winnow.store.format.zarr_metadata import LABEL_DIGESTS_KEY
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.reader import load_token_digests
 from winnow.store.testing import flip_bit, make_plan, synthetic_labels, write_dataset
 from winnow.store.write.writer import create_dataset, put_labels
+from winnow.subject.testing import byte_subject
 
 PLAN = make_plan(units=3, labels=True)
 
@@ -90,3 +98,87 @@ def test_a_dataset_of_an_earlier_version_says_that_it_has_none(tmp_path: Path) -
     assert "labels" not in plan.to_json().decode()
     with pytest.raises(ConfigError, match=r"has no labels.*new root"):
         ActivationStore.over(store).unit_labels(0)
+
+
+def keys_found(store: ObjectStore, level: str) -> list[tuple[str, int | None, str]]:
+    return [(problem.level, problem.unit, problem.key) for problem in verify(store, level)]
+
+
+@pytest.mark.parametrize("name", ["role", "document"])
+def test_verify_finds_damaged_labels(store: ObjectStore, name: str) -> None:
+    assert not verify(store, "full")
+    key = label_key(name, 2)
+    sound = store.get(key)
+    store.put(key, store.get(label_key(name, 1)))
+    assert keys_found(store, "index") == []
+    assert keys_found(store, "full") == [("full", 2, key)]
+    store.put(key, sound[:-1])
+    assert keys_found(store, "list") == []
+    assert keys_found(store, "size") == [("size", 2, key)]
+    store.delete(key)
+    assert keys_found(store, "list") == [("list", 2, key)]
+    assert verify(store)[0].lost
+
+
+def test_repair_restores_the_label_digests(store: ObjectStore) -> None:
+    sound = store.get(LABEL_DIGESTS_KEY)
+    flip_bit(store, LABEL_DIGESTS_KEY, 40)
+    assert keys_found(store, "list") == [("list", None, LABEL_DIGESTS_KEY)]
+    assert repair(store).restored == [LABEL_DIGESTS_KEY]
+    assert store.get(LABEL_DIGESTS_KEY) == sound
+    store.delete("labels/role/zarr.json")
+    assert repair(store).restored == ["labels/role/zarr.json"]
+    assert not verify(store, "full")
+
+
+def test_repair_recomputes_labels_from_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path)
+    config = make_config(tmp_path)
+    plan, root, _ = planned(config)
+    before = tree(tmp_path / "root")
+    monkeypatch.setattr("winnow.harvester.plan.planner._outline", lambda _: byte_subject())
+    damaged = [label_key("role", 0), label_key("offset", 1), LABEL_DIGESTS_KEY]
+    flip_bit(root, damaged[0], 3)
+    root.delete(damaged[1])
+    root.delete(damaged[2])
+    assert sorted(_mend_tokens(config, root, plan)) == sorted(damaged)
+    assert tree(tmp_path / "root") == before
+    assert _mend_tokens(config, root, plan) == []
+    assert not verify(root, "full")
+
+
+def test_a_plan_that_was_killed_has_the_same_labels_when_it_goes_on(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    config = make_config(tmp_path)
+    plan, root, _ = planned(config)
+    before = tree(tmp_path / "root")
+    # What a planner leaves that is killed between the chunks of a unit.
+    for name in ("flags", "source", "document", "offset"):
+        root.delete(label_key(name, 1))
+    root.delete(tokens_key(1))
+    root.delete(label_key("role", 2))
+    assert missing_tokens(plan, root) == [1, 2]
+    assert find_plan(config, root) is None
+    assert planned(config)[0] == plan
+    assert tree(tmp_path / "root") == before
+
+
+def test_a_plan_of_an_earlier_version_goes_on_without_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path)
+    config = make_config(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(PlanDigests, "planned_labels", lambda _: None)
+        plan, root, _ = planned(config)
+    assert plan.labels is None
+    before = tree(tmp_path / "root")
+    assert not [name for name in before if "label" in name]
+    root.delete(tokens_key(1))
+    assert planned(config)[0] == plan
+    assert tree(tmp_path / "root") == before
+    assert not verify(root, "full")
+    monkeypatch.setattr("winnow.harvester.plan.planner._outline", lambda _: byte_subject())
+    flip_bit(root, tokens_key(0), 40)
+    assert _mend_tokens(config, root, plan) == [tokens_key(0)]
+    assert tree(tmp_path / "root") == before

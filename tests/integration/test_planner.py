@@ -29,9 +29,11 @@ from winnow.schemas.base import validate
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, IntegrityError, PlanMismatch, StoreError
 from winnow.schemas.harvest import HarvestPlan
+from winnow.schemas.labels import FIRST, SPECIAL
 from winnow.store.check.info import dataset_info
 from winnow.store.format.layout import PLAN_KEY, tokens_key
 from winnow.store.objects import ObjectStore, open_store
+from winnow.store.read.labels import read_labels
 from winnow.store.read.reader import load_plan, load_token_digests, read_tokens
 from winnow.subject.testing import BOS, EOS, byte_subject, byte_tokenizer
 
@@ -101,6 +103,41 @@ def test_windows_are_the_documents_joined_with_eos(tmp_path):
     ordered = in_keyed_order(windows, order_key(0))
     units = count // W
     assert np.array_equal(tokens, ordered[: units * W].reshape(units, W, T))
+
+
+@pytest.mark.parametrize("bos", ["none", "window"])
+@pytest.mark.parametrize("split_by", ["document", "window"])
+def test_every_token_says_where_it_comes_from(tmp_path, bos, split_by):
+    texts = write_corpus(tmp_path)
+    (tmp_path / "more.txt").write_text("Another source. " * 150)
+    sources = [{"uri": str(tmp_path / name)} for name in ("corpus.jsonl", "more.txt")]
+    texts.append((tmp_path / "more.txt").read_text())
+    config = make_config(tmp_path, corpus={"sources": sources}, plan={"bos": bos, "split_by": split_by})
+    plan, store, tokens = planned(config)
+    documents = [[*byte_tokenizer().encode(text).ids, EOS] for text in texts]
+    counted = np.zeros(2, int)
+    for unit in range(plan.units):
+        labels = read_labels(store, plan, unit)
+        place = zip(labels["document"].ravel().tolist(), labels["offset"].ravel().tolist(), strict=True)
+        wanted = np.array([documents[document][offset] for document, offset in place]).reshape(W, T)
+        body = slice(1 if bos == "window" else 0, None)
+        assert np.array_equal(wanted[:, body], tokens[unit][:, body])
+        special = np.isin(tokens[unit], (EOS, BOS))
+        assert np.array_equal((labels["flags"] & SPECIAL).astype(bool), special)
+        first = (labels["offset"] == 0)[:, body]
+        assert np.array_equal((labels["flags"] & FIRST).astype(bool)[:, body], first)
+        assert np.array_equal(labels["source"], labels["document"] == len(texts) - 1)
+        assert not labels["role"].any()
+        assert not labels["turn"].any()
+        if bos == "window":
+            for name in ("document", "offset", "source"):
+                assert np.array_equal(labels[name][:, 0], labels[name][:, 1])
+        counted += np.bincount(labels["source"].ravel(), minlength=2)
+    assert plan.labels is not None
+    assert plan.labels.tokens_by_source == tuple(counted.tolist())
+    assert plan.labels.tokens_by_role == (plan.windows * T, 0, 0, 0, 0)
+    assert plan.labels.tokens_by_turn == (plan.windows * T,)
+    assert plan.labels.special == int(np.isin(tokens, (EOS, BOS)).sum())
 
 
 def test_bos_starts_every_window(tmp_path):

@@ -16,7 +16,8 @@ def spilled(
     windows: np.ndarray, *, folder: Path, buckets: int, keep: int | None, buffer: int, step: int
 ) -> tuple[np.ndarray, int]:
     options = {"folder": str(folder), "buckets": buckets, "keep": keep, "buffer_bytes": buffer}
-    with WindowSpill(windows.shape[1], windows.dtype, order_key(3), **options) as spill:
+    window = np.dtype((windows.dtype, windows.shape[1:]))
+    with WindowSpill(window, order_key(3), **options) as spill:
         for at in range(0, len(windows), step):
             spill.add(windows[at : at + step])
         assert spill.windows == len(windows)

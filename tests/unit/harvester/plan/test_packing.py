@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from winnow.common.hashing import keyed_hash
+from winnow.harvester.plan.marks import document_tokens, labels_of
 from winnow.harvester.plan.packing import Holdout, Packer, holdout_key, in_keyed_order, order_key, regroup
+from winnow.schemas.labels import FIRST, SPECIAL
 
 UINT32 = np.dtype(np.uint32)
 
@@ -21,10 +23,19 @@ GOLDEN_ORDER = [1, 11, 2, 9, 8, 5, 6, 4, 3, 7, 10, 0]
 document_lengths = st.lists(st.integers(1, 40), max_size=40)
 
 
+def batched(items: list, size: int) -> list[list]:
+    return [items[at : at + size] for at in range(0, len(items), size)]
+
+
 def numbered_documents(lengths: list[int]) -> list[np.ndarray]:
     """Documents whose tokens are all different, so that a token tells where it came from."""
     edges = np.cumsum([0, *lengths])
     return [np.arange(start, stop, dtype=np.uint32) for start, stop in itertools.pairwise(edges)]
+
+
+def numbered(documents: list[np.ndarray], first: int = 0) -> list[tuple[int, np.ndarray]]:
+    """(number, tokens with their marks) of each."""
+    return [(first + at, document_tokens(ids, UINT32)) for at, ids in enumerate(documents)]
 
 
 def joined(arrays: list[np.ndarray]) -> list[int]:
@@ -79,12 +90,12 @@ def test_uses_and_seeds_have_keys_of_their_own():
 def test_windows_and_tail_give_the_stream_back(lengths, context, bos, batch):
     documents = numbered_documents(lengths)
     packer = Packer(context, 999_999 if bos else None, UINT32)
-    windows = [packer.push(documents[at : at + batch]) for at in range(0, len(documents), batch)]
+    windows = [packer.push(part)["token"] for part in batched(numbered(documents), batch)]
     assert all(block.shape[1] == context for block in windows)
     if bos:
         assert all((block[:, 0] == 999_999).all() for block in windows)
         windows = [block[:, 1:] for block in windows]
-    assert joined([*windows, packer.tail]) == joined(documents)
+    assert joined([*windows, packer.tail["token"]]) == joined(documents)
     assert len(packer.tail) < packer.payload
 
 
@@ -92,11 +103,38 @@ def test_windows_and_tail_give_the_stream_back(lengths, context, bos, batch):
 def test_windows_do_not_depend_on_batches(lengths, context, one, other):
     documents = numbered_documents(lengths)
 
-    def windows(batch: int) -> list[int]:
+    def windows(batch: int) -> bytes:
         packer = Packer(context, None, UINT32)
-        return joined([packer.push(documents[at : at + batch]) for at in range(0, len(documents), batch)])
+        return b"".join(packer.push(part).tobytes() for part in batched(numbered(documents), batch))
 
     assert windows(one) == windows(other)
+
+
+@given(document_lengths, st.integers(2, 9), st.booleans(), st.integers(1, 7), st.integers(1, 5))
+def test_labels_say_where_every_token_comes_from(lengths, context, bos, batch, per_source):
+    documents = numbered_documents(lengths)
+    # Every third number is of a document that another split has.
+    numbers = [3 * at // 2 for at in range(len(documents))]
+    packer = Packer(context, 999_999 if bos else None, UINT32)
+    marked = [(number, tokens) for number, (_, tokens) in zip(numbers, numbered(documents), strict=True)]
+    blocks = [packer.push(part) for part in batched(marked, batch)]
+    starts = np.arange(0, 3 * len(documents) + 1, per_source, dtype=np.uint64)
+    wanted = [
+        (number // per_source, number, offset, FIRST if offset == 0 else 0)
+        for number, ids in zip(numbers, documents, strict=True)
+        for offset in range(len(ids))
+    ]
+    at = 0
+    for block in blocks:
+        columns = ("source", "document", "offset", "flags")
+        found = labels_of(block, int(bos), np.array(packer.documents, np.uint64), starts)
+        for row in range(len(block)):
+            values = zip(*(found[name][row].tolist() for name in columns), strict=True)
+            its, at = wanted[at : at + packer.payload], at + packer.payload
+            expected = [(*its[0][:3], SPECIAL), *its] if bos else its
+            assert list(values) == expected
+        assert not found["role"].any()
+        assert not found["turn"].any()
 
 
 @given(document_lengths, st.integers(1, 300), st.integers(0, 2**63 - 1))
@@ -105,10 +143,10 @@ def test_held_out_documents(lengths, needed, seed):
     hashes = keyed_hash(np.arange(len(documents)), holdout_key(seed)).tolist()
     holdout, train, largest = Holdout(needed), [], 0
     for ordinal, (key_hash, tokens) in enumerate(zip(hashes, documents, strict=True)):
-        train += holdout.push(ordinal, key_hash, tokens)
+        train += [tokens for _, tokens in holdout.push(ordinal, key_hash, tokens)]
         largest = max(largest, len(tokens))
         assert holdout.tokens < needed + largest  # memory: what is needed and a document
-    held = holdout.documents()
+    held = [tokens for _, tokens in holdout.documents()]
 
     assert sorted(joined(held) + joined(train)) == joined(documents)  # each in exactly one split
     ascending = [documents[index] for index in np.argsort(hashes)]
@@ -124,7 +162,7 @@ def test_a_batch_is_not_kept_alive_by_a_held_out_document():
     batch = np.arange(1000, dtype=np.uint32)
     holdout = Holdout(10)
     holdout.push(0, 1, batch[:20])
-    assert not np.shares_memory(holdout.documents()[0], batch)
+    assert not np.shares_memory(holdout.documents()[0][1], batch)
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 5), st.integers(0, 12))

@@ -1,0 +1,94 @@
+"""What the planner knows of a token beside its id, and labels from it. Pure: no I/O.
+
+Document and offset of a token follow from where its window begins and where documents begin in it, and the
+source follows from the document: the spill file needs one byte per token for all labels, or three if the
+corpus has conversations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from winnow.schemas.labels import FIRST
+from winnow.store.format.labels import LABELS, Labels
+
+_FLAG_BITS = 3
+FIRST_MARK = FIRST
+"""Bit of a mark that says that a document begins here."""
+
+
+def stream_dtype(token: np.dtype[Any], turns: bool) -> np.dtype[Any]:
+    """Return the dtype of one token of a document: its id, its mark, and its turn if the corpus has any."""
+    fields = [("token", token), ("mark", "u1"), *([("turn", "<u2")] if turns else [])]
+    return np.dtype(fields)
+
+
+def window_dtype(context_length: int, token: np.dtype[Any], turns: bool) -> np.dtype[Any]:
+    """Return the dtype of a window: where it begins, and the fields of `stream_dtype`, [T] each.
+
+    `run` counts the documents of the stream before the one in which the window begins; `offset` is the place
+    in it.
+    """
+    fields = stream_dtype(token, turns).fields or {}
+    each = [(name, kind[0], (context_length,)) for name, kind in fields.items()]
+    return np.dtype([("run", "<u8"), ("offset", "<u4"), *each])
+
+
+def mark(role: int | NDArray[Any], flags: int | NDArray[Any]) -> NDArray[np.uint8]:
+    """Role and flags in one byte."""
+    return (np.left_shift(role, _FLAG_BITS) | flags).astype(np.uint8)
+
+
+def document_tokens(
+    ids: Sequence[int] | NDArray[Any],
+    dtype: np.dtype[Any],
+    *,
+    flags: int | NDArray[Any] = 0,
+    roles: int | NDArray[Any] = 0,
+    turns: int | NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """One document [n] of `stream_dtype`, with the first token marked; `turns` None is a corpus without."""
+    made = np.empty(len(ids), stream_dtype(dtype, turns is not None))
+    made["token"], made["mark"] = ids, mark(roles, flags)
+    if turns is not None:
+        made["turn"] = turns
+    made["mark"][:1] |= FIRST_MARK
+    return made
+
+
+def labels_of(
+    windows: NDArray[Any],
+    lead: int,
+    documents: NDArray[np.uint64],
+    source_starts: NDArray[np.uint64],
+) -> Labels:
+    """The labels [n, T] of windows.
+
+    Args:
+        windows: [n] of `window_dtype`.
+        lead: Tokens before the stream's in each window: 1 with a BOS, otherwise 0.
+        documents: The number of each document of the stream.
+        source_starts: The first document of each source, or of the next one if a source has none.
+    """
+    marks, length = windows["mark"], windows["mark"].shape[1]
+    place = np.arange(length)
+    begins = (marks & FIRST_MARK).astype(bool)
+    # What begins where the window's own text does is counted in `run` already.
+    later = begins.copy()
+    later[:, : lead + 1] = False
+    document = documents[windows["run"][:, None] + np.cumsum(later, axis=1, dtype=np.uint64)]
+    latest = np.maximum.accumulate(np.where(later, place, -1), axis=1)
+    offset = np.where(latest >= 0, place - latest, windows["offset"][:, None] + np.maximum(place - lead, 0))
+    found = {
+        "role": marks >> _FLAG_BITS,
+        "turn": windows["turn"] if "turn" in (windows.dtype.names or ()) else np.zeros_like(marks),
+        "flags": marks & ((1 << _FLAG_BITS) - 1),
+        "source": np.searchsorted(source_starts, document, side="right") - 1,
+        "document": document,
+        "offset": offset,
+    }
+    return {name: np.ascontiguousarray(found[name], dtype) for name, dtype in LABELS.items()}
