@@ -27,10 +27,18 @@ SEED = 3
 
 
 class Groups:
-    """Buffers of two groups, and the places in them of the rows of each step of an epoch."""
+    """Buffers of two groups, and the places in them of the rows of each step of an epoch.
 
-    def __init__(self, plan: HarvestPlan, options: argparse.Namespace) -> None:
-        self.order = LaneOrder.for_plan(
+    Args:
+        plan: The dataset's plan.
+        options: Sizes.
+        order: Which row comes when; None is that of all rows.
+    """
+
+    def __init__(
+        self, plan: HarvestPlan, options: argparse.Namespace, order: LaneOrder | None = None
+    ) -> None:
+        self.order = order or LaneOrder.for_plan(
             plan, batch_rows=options.batch_rows, seed=SEED, group_units=options.group_units
         )
         self.row_bytes, size = 2 * options.d_model, plan.rows_per_unit
@@ -62,8 +70,10 @@ class Groups:
 class Loop:
     """The floor of the local stream; a call reads an epoch and returns its rate in bytes per second."""
 
-    def __init__(self, root: Path, plan: HarvestPlan, options: argparse.Namespace) -> None:
-        self.plan, self.groups = plan, Groups(plan, options)
+    def __init__(
+        self, root: Path, plan: HarvestPlan, options: argparse.Namespace, order: LaneOrder | None = None
+    ) -> None:
+        self.plan, self.groups = plan, Groups(plan, options, order)
         self.pool = ThreadPoolExecutor(min(options.prefetch, usable_cores()))
         self.files = {
             unit: os.open(root / shard_key(HOOK, unit), os.O_RDONLY) for unit in plan.split_units("train")

@@ -16,7 +16,8 @@ from tests.support.pipeline import pipeline_config
 
 REPO = Path(__file__).parents[2]
 NOT_HERE = (
-    "make explore", "make test", "make minio", "make lint", "make bench", "winnow explore", "git clone", "cd ",
+    "make explore", "make test", "make minio", "make lint", "make bench", "winnow explore", "git clone",
+    "cd ",
 )  # fmt: skip
 """Commands that would run this test again, do not end, take minutes, or leave the folder."""
 

@@ -130,6 +130,9 @@ def train_fleet(
             out = open_store(spec.out, config.storage)
             summary = finished_summary(out, spec, identity, extend=extend)
             if summary is None:
+                if not spec.rows.everything:
+                    total = len(order.units) * order.rows_per_unit
+                    say(f"rows with {spec.rows.words}: an epoch is {order.rows_per_epoch:,} of {total:,}")
                 todo.append((recipe, order, out))
             else:
                 found[spec.out] = summary
