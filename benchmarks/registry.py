@@ -28,7 +28,7 @@ FROM: dict[str, str | None] = {
     "sparsify": "sparsify",
     "mwhanna_transcoder": "circuit-tracer",
     "mntss_clt_layer_transcoder": "circuit-tracer",
-    "qwen_scope": None,
+    "qwen_scope": "qwen-scope",
     "llama_scope": None,
     "llama_scope_r1_distill": None,
     "connor_rob_hook_z": None,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from winnow.sae.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
+from winnow.sae.formats import dictionary_learning, gemma_scope, openai, qwen_scope, saelens, sparsify
 from winnow.sae.formats.files import refuse
 from winnow.sae.formats.identify import require_format
 from winnow.sae.formats.names import hooked_note
@@ -36,6 +36,7 @@ READERS: Mapping[str, Callable[[Path], Plain]] = {
     sparsify.NAME: sparsify.read,
     dictionary_learning.NAME: dictionary_learning.read,
     gemma_scope.NAME: gemma_scope.read,
+    qwen_scope.NAME: qwen_scope.read,
 }
 WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
     openai.NAME: openai.write,
@@ -43,6 +44,7 @@ WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
     sparsify.NAME: sparsify.write,
     dictionary_learning.NAME: dictionary_learning.write,
     gemma_scope.NAME: gemma_scope.write,
+    qwen_scope.NAME: qwen_scope.write,
     "saebench": saelens.write_with_subject,
     "neuronpedia": saelens.write_with_subject,
 }

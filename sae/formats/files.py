@@ -195,6 +195,19 @@ def take(tensors: Mapping[str, Any], name: str, origin: Path) -> Tensor:
     return tensor.detach().float()
 
 
+def take_matrix(tensors: Mapping[str, Any], name: str, origin: Path) -> Tensor:
+    """Return a tensor of two axes in single precision.
+
+    Raises:
+        IntegrityError: It is missing, or has another number of axes.
+    """
+    # Before it is transposed: torch only warns of the transpose of anything but a matrix.
+    tensor = take(tensors, name, origin)
+    if tensor.ndim != 2:
+        raise IntegrityError(f"{origin}: {name}", expected="a matrix", got=f"shape {tuple(tensor.shape)}")
+    return tensor
+
+
 def refuse(format_name: str, what: str, fix: str) -> ConfigError:
     """The error for an SAE that a format cannot hold, for the caller to raise."""
     return ConfigError(f"{format_name} cannot hold {what}", fix=fix)

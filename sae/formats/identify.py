@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Collection
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ LAYOUTS = {
     "sparsify": "a folder with cfg.json and sae.safetensors",
     "dictionary_learning": "a folder with config.json and ae.pt",
     "gemma-scope": "params.npz or params.safetensors with W_enc, b_enc, W_dec, b_dec and threshold",
+    "qwen-scope": "a `layerN.sae.pt` with W_enc, b_enc, W_dec and b_dec",
 }
 _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "openai": (("autoencoder.pt",),),
@@ -26,18 +28,24 @@ _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "sparsify": (("cfg.json", "sae.safetensors"),),
     "dictionary_learning": (("config.json", "ae.pt"),),
     "gemma-scope": (("params.npz",), ("params.safetensors",)),
+    "qwen-scope": (("layer*.sae.pt", "config.json"), ("layer*.sae.pt",)),
 }
-"""The files of a folder of each format: all of one of the tuples."""
+"""The files of a folder of each format: all of one of the tuples. `*` is any text."""
 _NOBODYS = (Kind.LFS, Kind.MARKUP, Kind.EMPTY, Kind.GGUF)
 """Kinds that no importer reads, whatever the file's name is."""
 OWN = ("sae.json", "sae.safetensors")
-_LONE = {"openai": (Kind.TORCH, Kind.PICKLE), "gemma-scope": (Kind.NPZ, Kind.SAFETENSORS, Kind.PICKLE)}
+_LONE = {
+    "openai": (Kind.TORCH, Kind.PICKLE),
+    "gemma-scope": (Kind.NPZ, Kind.SAFETENSORS, Kind.PICKLE),
+    "qwen-scope": (Kind.TORCH, Kind.PICKLE),
+}
 """Formats of one file, which may have any name; the reader itself says what is wrong with a pickle."""
 # The kind belongs to the sign: W_enc, W_dec and threshold alone are dictionary_learning's and Gemma Scope's.
 _SIGNS: tuple[tuple[str, Kind, set[str]], ...] = (
     ("openai", Kind.TORCH, {"encoder.weight", "latent_bias", "pre_bias"}),
     ("dictionary_learning", Kind.TORCH, {"encoder.weight", "encoder.bias", "decoder.weight"}),
     ("dictionary_learning", Kind.TORCH, {"W_enc", "W_dec", "b_dec", "threshold"}),
+    ("qwen-scope", Kind.TORCH, {"W_enc", "b_enc", "W_dec", "b_dec"}),
     ("gemma-scope", Kind.NPZ, {"W_enc", "W_dec", "threshold"}),
     ("gemma-scope", Kind.SAFETENSORS, {"w_enc", "w_dec", "threshold"}),
     ("saelens", Kind.SAFETENSORS, {"W_enc", "W_dec", "b_dec"}),
@@ -67,7 +75,11 @@ def require_format(path: Path, name: str) -> None:
     kind = kind_of_file(path)
     # A file in a folder of a known format is what its folder says; only a lone one is judged by its tensors.
     if kind not in _NOBODYS:
-        found = [other for other in _formats_in(path.parent) if path.name in sum(_FILES[other], ())]
+        found = [
+            other
+            for other in _formats_in(path.parent)
+            if any(fnmatch(path.name, name) for name in sum(_FILES[other], ()))
+        ]
         if name in found:
             return
         if found:
@@ -107,7 +119,7 @@ def _formats_in(folder: Path) -> list[str]:
     """The formats of whose files a folder has all."""
 
     def has(files: tuple[str, ...]) -> bool:
-        return all((folder / file).is_file() for file in files)
+        return all(any(found.is_file() for found in folder.glob(file)) for file in files)
 
     return [name for name, choices in _FILES.items() if any(has(files) for files in choices)]
 

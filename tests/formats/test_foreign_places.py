@@ -265,6 +265,7 @@ KINDS = {
     "sparsify": {"normalize": "none"},
     "dictionary_learning": {"normalize": "none"},
     "gemma-scope": {"activation": "jumprelu"},
+    "qwen-scope": {"normalize": "none"},
 }
 
 
@@ -302,6 +303,8 @@ def test_a_file_under_any_name_is_told_by_what_it_holds(tmp_path, asked):
             assert f"--from {given} reads such tensors" in refusal(lone, asked, tmp_path)
         elif asked in ("openai", "gemma-scope"):  # these are one file
             assert card_of(lone, asked, tmp_path).latents == N
+        elif asked == "qwen-scope":  # one file too, but K is beside it
+            assert "the number of active latents" in refusal(lone, asked, tmp_path)
         else:
             assert f"expected a folder with {'config.json' if 'dict' in asked else 'cfg.json'}" in refusal(
                 lone, asked, tmp_path
@@ -328,8 +331,8 @@ def test_what_no_importer_reads_is_called_what_it_is(tmp_path, asked, name, data
 
 
 def test_no_reader_is_named_for_tensors_that_none_reads(tmp_path):
-    """A state dict of a ReLU or TopK in SAELens' names: published so, and in no format's layout."""
-    torch.save({name: torch.ones(3) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}, tmp_path / "x.pt")
+    """A state dict of a ReLU or TopK in names like SAELens', and in no format's layout."""
+    torch.save({name: torch.ones(3) for name in ("W_enc", "b_enc", "W_dec", "scale")}, tmp_path / "x.pt")
     for asked in READERS:
         said = refusal(tmp_path / "x.pt", asked, tmp_path)
         assert "W_dec" in said

@@ -22,6 +22,7 @@ def test_the_formats_agree_with_their_libraries():
         "pytest",
         "tests/formats/test_libraries.py",
         "tests/formats/test_lens.py",
+        "tests/formats/test_loaders.py",
         "-q",
     ]
     command += ["-k", "not quality_table"]
