@@ -13,7 +13,7 @@ from winnow.common.reporter import say
 
 log = logging.getLogger("winnow.cli")
 
-READ = "openai, saelens, sparsify, dictionary_learning, gemma-scope, qwen-scope"
+READ = "openai, saelens, sparsify, dictionary_learning, gemma-scope, qwen-scope, crosscoder"
 WRITTEN = f"{READ}, saebench, neuronpedia"
 """The keys of `READERS` and `WRITERS` in `winnow.sae.formats.convert`, which imports torch."""
 GRAPH = "neuronpedia-graph"
@@ -52,7 +52,8 @@ def register(app: typer.Typer) -> None:
         ],
         out: Annotated[str, typer.Option(help="Folder or URI to write the SAE or set to.")],
         hook: Annotated[
-            str | None, typer.Option(help="Hook of its input, such as `resid_post.9`; the files often say.")
+            str | None,
+            typer.Option(help="Hook of its input, such as `resid_post.9`; of a crosscoder all, with commas."),
         ] = None,
         target_hook: Annotated[str | None, typer.Option(help="Hook of a transcoder's output.")] = None,
         centred: Annotated[
@@ -92,9 +93,13 @@ def register(app: typer.Typer) -> None:
             # A warning only: weights can be used without a hook; what reads a dataset needs it.
             if card.hook == UNKNOWN_HOOK:
                 log.warning("the files do not say at which hook this SAE reads: give it as --hook")
-            kind = "transcoder" if card.parts.d_out else "SAE"
+            kind = "transcoder" if card.parts.d_out else "crosscoder" if card.parts.widths else "SAE"
             sizes = f"{card.parts.activation} {kind}, D = {card.d_model:,}, N = {card.latents:,}"
-            emit(card.model_dump(mode="json"), as_json, lambda: say(f"{sizes}, {card.hook} → {out}"))
+            emit(
+                card.model_dump(mode="json"),
+                as_json,
+                lambda: say(f"{sizes}, {', '.join(card.input_hooks)} → {out}"),
+            )
 
     @app.command(
         "export",

@@ -14,7 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from winnow.sae.formats import dictionary_learning, gemma_scope, openai, qwen_scope, saelens, sparsify
+from winnow.sae.formats import (
+    crosscoder,
+    dictionary_learning,
+    gemma_scope,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
 from winnow.sae.formats.files import refuse
 from winnow.sae.formats.identify import require_format
 from winnow.sae.formats.names import hooked_note
@@ -37,6 +45,7 @@ READERS: Mapping[str, Callable[[Path], Plain]] = {
     dictionary_learning.NAME: dictionary_learning.read,
     gemma_scope.NAME: gemma_scope.read,
     qwen_scope.NAME: qwen_scope.read,
+    crosscoder.NAME: crosscoder.read,
 }
 WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
     openai.NAME: openai.write,
@@ -45,6 +54,7 @@ WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
     dictionary_learning.NAME: dictionary_learning.write,
     gemma_scope.NAME: gemma_scope.write,
     qwen_scope.NAME: qwen_scope.write,
+    crosscoder.NAME: crosscoder.write,
     "saebench": saelens.write_with_subject,
     "neuronpedia": saelens.write_with_subject,
 }
@@ -97,7 +107,8 @@ def import_sae(
         source: The file or folder that the library wrote.
         format_name: One of `READERS`.
         out: Folder or URI; must not hold an SAE yet.
-        hook: The hook that the SAE reads; overrides the files.
+        hook: The hook that the SAE reads, of a crosscoder all of its hooks with commas between them;
+            overrides the files.
         target_hook: A transcoder's target; overrides the files.
         centred: Whether TransformerLens had centred the rows; overrides the files.
         storage: Credentials and endpoint of `out`.
@@ -110,6 +121,7 @@ def import_sae(
     plain = _read_plain(source, format_name, transcoder=target_hook is not None, centred=centred)
     if target_hook is not None and not plain.transcoder:
         raise ConfigError("--target-hook", expected="a transcoder", got=f"an autoencoder in {source}")
+    hooks = _hooks(plain, hook)
     sae, store = to_sae(plain), open_store(out, storage)
     # `save` overwrites, as training does with its own SAE; an import must not replace somebody's.
     if store.size(CARD_KEY) is not None:
@@ -120,9 +132,21 @@ def import_sae(
         store,
         notes=plain.notes,
         window=None if plain.bos is None else WindowRule(bos=plain.bos),
-        hook=hook or plain.hook or UNKNOWN_HOOK,
+        hook=hooks[0],
+        with_hooks=hooks[1:],
         target_hook=(target_hook or plain.target_hook or UNKNOWN_HOOK) if plain.transcoder else None,
     )
+
+
+def _hooks(plain: Plain, said: str | None) -> tuple[str, ...]:
+    """The hooks that it reads, one unless it is a crosscoder; `UNKNOWN_HOOK` for those that nothing names."""
+    count = len(plain.widths) or 1
+    if said is not None:
+        hooks = tuple(said.split(","))
+        if len(hooks) != count:
+            raise ConfigError("--hook", expected=f"{count} hooks with commas between them", got=said)
+        return hooks
+    return (plain.hook, *plain.with_hooks) if plain.hook else (UNKNOWN_HOOK,) * count
 
 
 def export_sae(
@@ -148,8 +172,10 @@ def export_sae(
     _refuse_set(uri, format_name, storage)
     plain = from_sae(Sae.load(uri, storage=storage), model)
     # The word stands for "not known" in our card only; in another library's file it would be a hook's name.
-    if plain.hook == UNKNOWN_HOOK:
-        plain = replace(plain, hook=None)
+    if UNKNOWN_HOOK in (plain.hook, *plain.with_hooks):
+        plain = replace(plain, hook=None, with_hooks=())
+    if plain.widths and write is not crosscoder.write:
+        raise refuse(format_name, "a crosscoder, which reads several hooks", "Export to crosscoder")
     if plain.centred and write not in (saelens.write, saelens.write_with_subject):
         raise refuse(
             format_name,

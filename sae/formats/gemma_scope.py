@@ -12,6 +12,8 @@ transcoder has the same arrays; if O = D and no name says so, only the user know
 | att, `attn_out` | the input of `o_proj`: all heads, joined | no hook of Winnow's |
 | transcoders (first) | the MLP's input after its norm and before that norm's gain | no hook of Winnow's |
 | `transcoder` (2) | `pre_feedforward_layernorm`'s output | that module |
+
+Gemma Scope 2's crosscoders are folders of several files: `gemma_scope_cross`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from winnow.sae.formats.fields import refuse_tensors, require_size, unknown_fields, words
+from winnow.sae.formats import gemma_scope_cross
+from winnow.sae.formats.fields import refuse_tensors, require_size, unknown_fields
 from winnow.sae.formats.files import read_json, read_npz, read_safetensors, refuse, take
 from winnow.sae.formats.names import HOOK
 from winnow.sae.formats.plain import Plain
@@ -33,8 +36,6 @@ NAME = "gemma-scope"
 FILE, SECOND_FILE, CONFIG = "params.npz", "params.safetensors", "config.json"
 _ARRAYS = {"W_enc", "b_enc", "threshold", "W_dec", "b_dec"}
 _SKIP = "affine_skip_connection"
-USED = words("affine_connection architecture hf_hook_point_in hf_hook_point_out model_name type width")
-OF_TRAINING = words("l0")
 SITES = {"res": "resid_post", "mlp": "mlp_out", "resid_post": "resid_post", "mlp_out": "mlp_out"}
 # Names of the published repositories and their folders: the files of Gemma Scope 1 themselves name no hook.
 _FIRST_PATH = re.compile(r"gemma-scope-[^/]*-(res|mlp|att|transcoders)/layer_(\d+)/")
@@ -49,6 +50,8 @@ _NORMED_NOTE = (
 
 def read(path: Path, *, transcoder: bool = False) -> Plain:
     """Read the file, or the folder that holds it."""
+    if path.is_dir() and (path / gemma_scope_cross.FIRST).is_file():
+        return gemma_scope_cross.read(path)
     if path.is_dir():
         second = (path / SECOND_FILE).is_file() and not (path / FILE).is_file()
         path = path / (SECOND_FILE if second else FILE)
@@ -84,7 +87,7 @@ def read(path: Path, *, transcoder: bool = False) -> Plain:
         hook=hook,
         target_hook=target,
         model=config.get("model_name"),
-        notes=(*notes, *unknown_fields(config, USED | OF_TRAINING, origin)),
+        notes=(*notes, *unknown_fields(config, gemma_scope_cross.FIELDS, origin)),
     )
 
 

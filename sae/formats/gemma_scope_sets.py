@@ -20,7 +20,8 @@ from typing import Any
 
 from winnow.sae.formats.fields import refuse_tensors, unknown_fields
 from winnow.sae.formats.files import read_json, read_safetensors, take
-from winnow.sae.formats.gemma_scope import CONFIG, OF_TRAINING, SECOND_FILE, USED
+from winnow.sae.formats.gemma_scope import CONFIG, SECOND_FILE
+from winnow.sae.formats.gemma_scope_cross import FIELDS
 from winnow.sae.formats.raw import RawLayer, RawSet
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.layers import Reads, SetSpec
@@ -29,8 +30,9 @@ NAME = "gemma-scope-2"
 _FILE = re.compile(r"(?:.*_)?layer_(\d+)\.safetensors")
 _FOLDER = re.compile(r"layer_(\d+)(?:_.*)?")
 _SKIP = "affine_skip_connection"
-_IN = re.compile(r".*layers\.\d+\.pre_feedforward_layernorm\.output")
-_OUT = re.compile(r".*layers\.\d+\.post_feedforward_layernorm\.output")
+# A published cross-layer transcoder says `layers.{all}`.
+_IN = re.compile(r".*layers\.(?:\d+|\{all\})\.pre_feedforward_layernorm\.output")
+_OUT = re.compile(r".*layers\.(?:\d+|\{all\})\.post_feedforward_layernorm\.output")
 SHOWN = 3
 
 
@@ -45,7 +47,7 @@ def read(path: Path, reads: Reads | None = None) -> RawSet:
         raise ConfigError(f"the layers in {path}", expected=f"{W_dec.shape[1]} files", got=len(files))
     config = _config(files[first])
     of = SetSpec(layers=(first, last), cross=cross, reads=reads or _reads(files[first], config))
-    notes = unknown_fields(config, USED | OF_TRAINING, files[first].with_name(CONFIG))
+    notes = unknown_fields(config, FIELDS, files[first].with_name(CONFIG))
     return RawSet(of, "jumprelu", partial(_read, files, cross), notes=notes)
 
 
@@ -87,6 +89,13 @@ def _config(file: Path) -> dict[str, Any]:
     config = read_json(origin) if origin.is_file() else {}
     if (architecture := config.get("architecture", "jump_relu")) != "jump_relu":
         raise ConfigError(f"{origin}: architecture", expected="jump_relu", got=architecture)
+    if config.get("type") == "crosscoder":
+        raise ConfigError(
+            f"{origin}: type",
+            expected="transcoders",
+            got="crosscoder",
+            fix="Import it --from gemma-scope",
+        )
     return config
 
 

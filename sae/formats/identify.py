@@ -19,7 +19,10 @@ LAYOUTS = {
     "saelens": "a folder with cfg.json and sae_weights.safetensors",
     "sparsify": "a folder with cfg.json and sae.safetensors",
     "dictionary_learning": "a folder with config.json and ae.pt",
-    "gemma-scope": "params.npz or params.safetensors with W_enc, b_enc, W_dec, b_dec and threshold",
+    "gemma-scope": "params.npz, params.safetensors or params_layer_N.safetensors with W_enc, b_enc, W_dec, "
+    "b_dec and threshold",
+    "crosscoder": "a folder with config.json and model.safetensors, or a `.pt`, with encoder.weight of three "
+    "axes",
     "qwen-scope": "a `layerN.sae.pt` with W_enc, b_enc, W_dec and b_dec",
 }
 _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -27,7 +30,8 @@ _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "saelens": (("cfg.json", "sae_weights.safetensors"),),
     "sparsify": (("cfg.json", "sae.safetensors"),),
     "dictionary_learning": (("config.json", "ae.pt"),),
-    "gemma-scope": (("params.npz",), ("params.safetensors",)),
+    "gemma-scope": (("params.npz",), ("params.safetensors",), ("params_layer_0.safetensors",)),
+    "crosscoder": (("config.json", "model.safetensors"),),
     "qwen-scope": (("layer*.sae.pt", "config.json"), ("layer*.sae.pt",)),
 }
 """The files of a folder of each format: all of one of the tuples. `*` is any text."""
@@ -38,12 +42,17 @@ _LONE = {
     "openai": (Kind.TORCH, Kind.PICKLE),
     "gemma-scope": (Kind.NPZ, Kind.SAFETENSORS, Kind.PICKLE),
     "qwen-scope": (Kind.TORCH, Kind.PICKLE),
+    "crosscoder": (Kind.TORCH, Kind.PICKLE, Kind.SAFETENSORS),
 }
 """Formats of one file, which may have any name; the reader itself says what is wrong with a pickle."""
 # The kind belongs to the sign: W_enc, W_dec and threshold alone are dictionary_learning's and Gemma Scope's.
 _SIGNS: tuple[tuple[str, Kind, set[str]], ...] = (
     ("openai", Kind.TORCH, {"encoder.weight", "latent_bias", "pre_bias"}),
+    ("crosscoder", Kind.TORCH, {"encoder.weight", "decoder.weight", "code_normalization_id"}),
     ("dictionary_learning", Kind.TORCH, {"encoder.weight", "encoder.bias", "decoder.weight"}),
+    # Of an older version, which has nothing that dictionary_learning has not.
+    ("crosscoder", Kind.TORCH, {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}),
+    ("crosscoder", Kind.SAFETENSORS, {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}),
     ("dictionary_learning", Kind.TORCH, {"W_enc", "W_dec", "b_dec", "threshold"}),
     ("qwen-scope", Kind.TORCH, {"W_enc", "b_enc", "W_dec", "b_dec"}),
     ("gemma-scope", Kind.NPZ, {"W_enc", "W_dec", "threshold"}),

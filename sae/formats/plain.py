@@ -13,7 +13,8 @@ Winnow's SAE works on normalised rows; the others' work on raw rows, or on rows 
 Rows may also be *centred*: without their mean over D, which Winnow's `parts.centred` removes and restores.
 
 The decoder's rows do not change, and codes are multiplied by the output's a: active latents and
-reconstructions stay the same.
+reconstructions stay the same. A crosscoder has an a per hook: there codes do not change, the decoder's rows
+do.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ class Plain:
     """Prefixes that reconstruct on their own; the last is N."""
     hook: str | None = None
     """The input's hook by Winnow's name; None if the files do not say."""
+    widths: tuple[int, ...] = ()
+    """Of a crosscoder: widths of its hooks, whose rows are joined; they add up to D and O."""
+    with_hooks: tuple[str, ...] = ()
+    """Of a crosscoder: the hooks after the first; empty if the files do not say."""
     target_hook: str | None = None
     model: str | None = None
     """The subject, as the files name it."""
@@ -110,7 +115,7 @@ def from_sae(sae: Sae, model: str | None = None) -> Plain:
     """Fold the normalisation of a Winnow SAE into its weights.
 
     Raises:
-        ConfigError: A crosscoder, or an activation that is not Winnow's own: none of the formats knows it.
+        ConfigError: An activation that is not Winnow's own: none of the formats knows it.
     """
     parts, card = sae.parts, sae.card
     if parts.activation not in OWN:
@@ -119,18 +124,15 @@ def from_sae(sae: Sae, model: str | None = None) -> Plain:
             expected=", ".join(sorted(OWN)),
             fix="None of the formats has it",
         )
-    if parts.widths:
-        raise ConfigError(
-            "a crosscoder cannot be exported",
-            expected="an SAE or a transcoder",
-            fix="No format has them",
-        )
     tensors = {name: tensor.double() for name, tensor in sae.tensors().items()}
     one, zero = torch.ones((), dtype=torch.float64), torch.zeros(sae.d_model, dtype=torch.float64)
     layer = sae.normalize_mode == "layer"
     # Constants that a mode does not have are absent from `tensors()`: then a is 1 and c is 0.
     a_in = one * (sae.d_model - 1) ** 0.5 if layer else tensors.get("input_scale", one)
     c_in = tensors.get("input_mean", zero)
+    # A crosscoder has one scale per hook: [D].
+    if parts.widths and a_in.ndim:
+        a_in = a_in.repeat_interleave(torch.tensor(parts.widths))
     a_out, c_out = a_in, c_in
     if sae.has_target:
         a_out = tensors.get("target_scale", one)
@@ -142,20 +144,25 @@ def from_sae(sae: Sae, model: str | None = None) -> Plain:
         W_skip = W_skip * (a_out / a_in)
         b_out = b_out - W_skip @ c_in
     threshold = tensors.get("threshold")
+    # Codes take the output's scale, so that the decoder's rows stay as they are. Several scales cannot all be
+    # taken: a crosscoder's codes stay as they are, and its decoder's rows take the scales.
+    code = a_out if not a_out.ndim else one
     return Plain(
         activation=parts.activation,
-        W_enc=tensors["W_enc"] * (a_out / a_in),
-        b_enc=tensors["b_enc"] * a_out,
-        W_dec=tensors["W_dec"],
+        W_enc=tensors["W_enc"] * (code / a_in),
+        b_enc=tensors["b_enc"] * code,
+        W_dec=tensors["W_dec"] * (a_out / code),
         b_in=a_in * tensors["b_pre"] + c_in,
         b_out=b_out,
         k=sae.k,
-        threshold=None if threshold is None else threshold * a_out,
+        threshold=None if threshold is None else threshold * code,
         W_skip=W_skip,
         epsilon=parts.layer_epsilon if layer else None,
         transcoder=sae.has_target,
         matryoshka=parts.matryoshka,
         hook=card.hook if card else None,
+        widths=parts.widths,
+        with_hooks=card.with_hooks if card else (),
         target_hook=card.target_hook if card else None,
         centred=parts.centred,
         model=model or (card.identity.subject_model if card and card.identity else None),
@@ -187,6 +194,7 @@ def to_sae(plain: Plain) -> Sae:
         matryoshka=plain.matryoshka,
         layer_epsilon=plain.epsilon or 0.0,
         centred=plain.centred,
+        widths=plain.widths,
     )
     # ReLU and JumpReLU files have no k; the card requires one, and encoding does not use it.
     k = min(plain.k or 1, latents)
@@ -223,6 +231,8 @@ def _check(plain: Plain) -> None:
         tensor = getattr(plain, name)
         if tensor is not None and tuple(tensor.shape) != shape:
             raise IntegrityError(f"{name} does not fit W_enc", expected=shape, got=tuple(tensor.shape))
+    if plain.widths and sum(plain.widths) != width:
+        raise IntegrityError("the crosscoder's hooks", expected=f"{width} wide together", got=plain.widths)
     for name in ("W_enc", *shapes):
         tensor = getattr(plain, name)
         if tensor is not None and not bool(tensor.isfinite().all()):

@@ -267,6 +267,7 @@ KINDS = {
     "gemma-scope": {"activation": "jumprelu"},
     "qwen-scope": {"normalize": "none"},
 }
+"""Formats of an SAE of one hook, and one that they hold."""
 
 
 def refusal(source, name, tmp_path) -> str:
@@ -277,8 +278,8 @@ def refusal(source, name, tmp_path) -> str:
     return " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("given", READERS)
-@pytest.mark.parametrize("asked", READERS)
+@pytest.mark.parametrize("given", KINDS)
+@pytest.mark.parametrize("asked", KINDS)
 def test_each_reader_given_another_formats_files_says_whose_they_are(tmp_path, given, asked):
     if given == asked:
         return
@@ -290,10 +291,10 @@ def test_each_reader_given_another_formats_files_says_whose_they_are(tmp_path, g
         assert "run code" not in said
 
 
-@pytest.mark.parametrize("asked", READERS)
+@pytest.mark.parametrize("asked", KINDS)
 def test_a_file_under_any_name_is_told_by_what_it_holds(tmp_path, asked):
     """As it is when it was copied out of its folder: the tensors say whose it is."""
-    for given in READERS:
+    for given in KINDS:
         _, theirs = exported(tmp_path, given, f"from-{given}", **KINDS[given])
         (weights,) = (file for file in theirs.iterdir() if file.suffix != ".json")
         lone = tmp_path / f"lone-{given}" / f"weights{weights.suffix}"

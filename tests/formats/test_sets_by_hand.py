@@ -190,6 +190,16 @@ def test_gemma_scope_2_is_read_as_a_set(tmp_path, cross, skip, in_folders):
     assert error(TranscoderSet.load(tmp_path / "ours")(x), theirs(x)) < LARGEST_ERROR
 
 
+def test_the_hook_points_of_a_published_cross_layer_transcoder_are_understood(tmp_path):
+    write_gemma(tmp_path / "theirs", True, skip=False)
+    config = {"type": "clt", "architecture": "jump_relu", "affine_connection": False, "l0": 150}
+    for side, name in (("in", "pre"), ("out", "post")):
+        config[f"hf_hook_point_{side}"] = f"model.layers.{{all}}.{name}_feedforward_layernorm.output"
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config))
+    card = import_set(tmp_path / "theirs", "gemma-scope-2", str(tmp_path / "ours"))
+    assert (card.cross, card.notes) == (True, ())
+
+
 def test_clt_forge_scales_and_biases_of_every_pair(tmp_path):
     """What an export of ours never has: scaling factors, a bias a pair, ranks' files."""
     publish(tmp_path / "ours", cross=True, activation="jumprelu")
