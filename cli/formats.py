@@ -13,7 +13,7 @@ from winnow.common.reporter import say
 
 log = logging.getLogger("winnow.cli")
 
-READ = "openai, saelens, sparsify, dictionary_learning, gemma-scope, qwen-scope, crosscoder"
+READ = "openai, saelens, sparsify, dictionary_learning, gemma-scope, qwen-scope, llama-scope, crosscoder"
 WRITTEN = f"{READ}, saebench, neuronpedia"
 """The keys of `READERS` and `WRITERS` in `winnow.sae.formats.convert`, which imports torch."""
 GRAPH = "neuronpedia-graph"

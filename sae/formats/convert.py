@@ -18,6 +18,7 @@ from winnow.sae.formats import (
     crosscoder,
     dictionary_learning,
     gemma_scope,
+    llama_scope,
     openai,
     qwen_scope,
     saelens,
@@ -45,6 +46,7 @@ READERS: Mapping[str, Callable[[Path], Plain]] = {
     dictionary_learning.NAME: dictionary_learning.read,
     gemma_scope.NAME: gemma_scope.read,
     qwen_scope.NAME: qwen_scope.read,
+    llama_scope.NAME: llama_scope.read,
     crosscoder.NAME: crosscoder.read,
 }
 WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
@@ -54,6 +56,7 @@ WRITERS: Mapping[str, Callable[[Plain, Path], None]] = {
     dictionary_learning.NAME: dictionary_learning.write,
     gemma_scope.NAME: gemma_scope.write,
     qwen_scope.NAME: qwen_scope.write,
+    llama_scope.NAME: llama_scope.write,
     crosscoder.NAME: crosscoder.write,
     "saebench": saelens.write_with_subject,
     "neuronpedia": saelens.write_with_subject,

@@ -23,6 +23,8 @@ LAYOUTS = {
     "b_dec and threshold",
     "crosscoder": "a folder with config.json and model.safetensors, or a `.pt`, with encoder.weight of three "
     "axes",
+    "llama-scope": "a folder with config.json and sae_weights.safetensors, or hyperparams.json and "
+    "checkpoints/final.safetensors",
     "qwen-scope": "a `layerN.sae.pt` with W_enc, b_enc, W_dec and b_dec",
 }
 _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -32,6 +34,10 @@ _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "dictionary_learning": (("config.json", "ae.pt"),),
     "gemma-scope": (("params.npz",), ("params.safetensors",), ("params_layer_0.safetensors",)),
     "crosscoder": (("config.json", "model.safetensors"),),
+    "llama-scope": (
+        ("config.json", "sae_weights.safetensors"),
+        ("hyperparams.json", "checkpoints/final.safetensors"),
+    ),
     "qwen-scope": (("layer*.sae.pt", "config.json"), ("layer*.sae.pt",)),
 }
 """The files of a folder of each format: all of one of the tuples. `*` is any text."""
@@ -43,6 +49,7 @@ _LONE = {
     "gemma-scope": (Kind.NPZ, Kind.SAFETENSORS, Kind.PICKLE),
     "qwen-scope": (Kind.TORCH, Kind.PICKLE),
     "crosscoder": (Kind.TORCH, Kind.PICKLE, Kind.SAFETENSORS),
+    "llama-scope": (Kind.SAFETENSORS,),
 }
 """Formats of one file, which may have any name; the reader itself says what is wrong with a pickle."""
 # The kind belongs to the sign: W_enc, W_dec and threshold alone are dictionary_learning's and Gemma Scope's.
@@ -53,6 +60,8 @@ _SIGNS: tuple[tuple[str, Kind, set[str]], ...] = (
     # Of an older version, which has nothing that dictionary_learning has not.
     ("crosscoder", Kind.TORCH, {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}),
     ("crosscoder", Kind.SAFETENSORS, {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}),
+    ("llama-scope", Kind.SAFETENSORS, {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}),
+    ("llama-scope", Kind.SAFETENSORS, {"W_E", "b_E", "W_D"}),
     ("dictionary_learning", Kind.TORCH, {"W_enc", "W_dec", "b_dec", "threshold"}),
     ("qwen-scope", Kind.TORCH, {"W_enc", "b_enc", "W_dec", "b_dec"}),
     ("gemma-scope", Kind.NPZ, {"W_enc", "W_dec", "threshold"}),

@@ -266,6 +266,7 @@ KINDS = {
     "dictionary_learning": {"normalize": "none"},
     "gemma-scope": {"activation": "jumprelu"},
     "qwen-scope": {"normalize": "none"},
+    "llama-scope": {"normalize": "none"},
 }
 """Formats of an SAE of one hook, and one that they hold."""
 
@@ -304,8 +305,9 @@ def test_a_file_under_any_name_is_told_by_what_it_holds(tmp_path, asked):
             assert f"--from {given} reads such tensors" in refusal(lone, asked, tmp_path)
         elif asked in ("openai", "gemma-scope"):  # these are one file
             assert card_of(lone, asked, tmp_path).latents == N
-        elif asked == "qwen-scope":  # one file too, but K is beside it
-            assert "the number of active latents" in refusal(lone, asked, tmp_path)
+        elif asked in ("qwen-scope", "llama-scope"):  # one file too, but what it lacks is beside it
+            said = "the number of active latents" if asked == "qwen-scope" else "config.json is not there"
+            assert said in refusal(lone, asked, tmp_path)
         else:
             assert f"expected a folder with {'config.json' if 'dict' in asked else 'cfg.json'}" in refusal(
                 lone, asked, tmp_path

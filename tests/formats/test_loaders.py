@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.formats.test_public import QWEN, draw, qwen_files
+from tests.formats.test_public import HOOK, NORMS, QWEN, draw, llama_files, llama_state, qwen_files
 from tests.support.making import LARGEST_ERROR, D, N, dense, error, rows
 from winnow.sae import Sae
 from winnow.sae.formats.convert import import_sae
@@ -107,3 +107,25 @@ def test_gemma_scope(tmp_path, lens):
     theirs, x = lens("gemma_2", "google/gemma-scope-2b-pt-res", path, **SIZES), rows()
     assert error(imported(folder, "gemma-scope", tmp_path)(x), theirs(x)) < LARGEST_ERROR
     assert torch.equal(Sae.load(tmp_path / "ours").W_dec, state["W_dec"])
+
+
+@pytest.mark.parametrize("layout", ["first", "distilled"])
+def test_llama_scope(tmp_path, lens, layout):
+    """With rows of norm 1, since SAELens compares codes with thresholds whatever their rows' norms are."""
+    state = llama_state()
+    state["W_D"] = torch.nn.functional.normalize(state["W_D"], dim=1)
+    first = {
+        "dataset_average_activation_norm": dict.fromkeys(NORMS, NORMS["in"]),
+        "jump_relu_threshold": 60.0,
+    }
+    llama_files(tmp_path / "theirs", layout, state, **(first if layout == "first" else {}))
+    name = "llama_scope" if layout == "first" else "llama_scope_r1_distill"
+    factor, x = D**0.5 / NORMS["in"], rows(spread=50.0)
+    theirs = lens(name, "fnlp/any", "theirs", factor, **SIZES)
+    ours = imported(tmp_path / "theirs", "llama-scope", tmp_path)
+    assert error(ours(x), theirs(x)) < LARGEST_ERROR
+    # Its codes are those of rows times the factor.
+    codes = factor * dense(*ours.encode(x))
+    assert error(codes, theirs.encode(x)) < LARGEST_ERROR
+    assert 0.02 < (codes > 0).float().mean() < 0.6
+    assert theirs.cfg.metadata.hook_name == HOOK
