@@ -1,6 +1,6 @@
 """Rows of the adjacency: what every source adds to some targets, by one sweep from the last layer down.
 
-Letters: n targets, P positions, D width, L layers, F active latents.
+Letters: n targets, P positions, p of them the first ones, D width, L layers, F active latents.
 
 A target is a vector at a place that latents read, or at what the unembedding reads. Its gradient goes down
 block by block: at each MLP output it is multiplied with what sources write there, and it goes past the MLP,
@@ -27,11 +27,11 @@ class Targets(NamedTuple):
     """Vectors at places."""
 
     layer: Tensor
-    """int64 [n]; L for a logit."""
+    """int64 [n], on the CPU; L for a logit."""
     position: Tensor
-    """int64 [n]."""
+    """int64 [n], on the CPU."""
     vector: Tensor
-    """[n, D]."""
+    """[n, D], on the subject's device."""
 
 
 class Sweeper:
@@ -42,7 +42,7 @@ class Sweeper:
         self.columns = sources.count + (held.layers + 1) * held.positions
 
     def rows(self, targets: Targets) -> Tensor:
-        """The direct effects [n, columns] of every source on the targets."""
+        """The direct effects [n, columns] of every source on the targets, on the CPU."""
         found = torch.zeros(len(targets.layer), self.columns, dtype=targets.vector.dtype)
         # By position, so that short sweeps stay short.
         order = targets.position.argsort(stable=True)
@@ -55,16 +55,18 @@ class Sweeper:
             length = -(-(int(targets.position[part[-1]]) + 1) // step) * step
             length = min(length, self._held.positions)
             by_layer = part[targets.layer[part].argsort(descending=True, stable=True)]
-            found[by_layer] = self._sweep(Targets(*(each[by_layer] for each in targets)), length).to(found)
+            vectors = targets.vector[by_layer.to(targets.vector.device)]
+            some = Targets(targets.layer[by_layer], targets.position[by_layer], vectors)
+            found[by_layer] = self._sweep(some, length).cpu()
             low += count
         return found
 
     def _sweep(self, targets: Targets, positions: int) -> Tensor:
         """Rows of targets whose layers descend and whose positions are below `positions`."""
         held, sources, pieces = self._held, self._sources, self._held.pieces(positions)
-        count, all_positions = len(targets.layer), held.positions
-        effects = targets.vector.new_zeros(sources.count + 1, count)
-        rest = targets.vector.new_zeros(held.layers + 1, all_positions, count)
+        effects = targets.vector.new_zeros(len(targets.layer), self.columns)
+        # Views: [n, L + 1, P] of the errors and embeddings.
+        rest = effects[:, sources.count :].unflatten(1, (held.layers + 1, held.positions))
         gradient = _pulled(
             pieces.outputs[-1], pieces.inputs[-1], self._seeds(targets, held.layers, positions)
         )
@@ -73,10 +75,10 @@ class Sweeper:
             if len(gradient):
                 sources.add_effects(effects, layer, gradient)
                 missed = sources.errors[layer][:positions]
-                rest[layer, :positions, : len(gradient)] = torch.einsum("npd,pd->pn", gradient, missed)
+                rest[: len(gradient), layer, :positions] = _met(gradient, missed)
             gradient = self._past(pieces, layer, gradient, seeds)
-        rest[-1, :positions] = torch.einsum("npd,pd->pn", gradient, held.stream[0][:positions])
-        return torch.cat([effects[:-1], rest.flatten(0, 1)]).T
+        rest[:, -1, :positions] = _met(gradient, held.stream[0][:positions])
+        return effects
 
     def _past(self, pieces: Pieces, layer: int, gradient: Tensor, seeds: Tensor) -> Tensor:
         """The gradient by a block's input, of the targets above it and then of those that read in it."""
@@ -88,11 +90,18 @@ class Sweeper:
 
     def _seeds(self, targets: Targets, layer: int, positions: int) -> Tensor:
         """Gradients [n', p, D] of the targets of one layer, where they are read."""
-        own = targets.layer == layer
-        vectors, at = targets.vector[own], targets.position[own]
-        found = vectors.new_zeros(len(vectors), positions, vectors.shape[1])
-        found[torch.arange(len(vectors), device=at.device), at] = vectors
+        own = (targets.layer == layer).nonzero()[:, 0]
+        # Layers descend, so the targets of one are neighbours.
+        low, high = (int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0)
+        vectors, at = targets.vector[low:high], targets.position[low:high].to(targets.vector.device)
+        found = vectors.new_zeros(high - low, positions, vectors.shape[1])
+        found[torch.arange(high - low, device=at.device), at] = vectors
         return found
+
+
+def _met(gradient: Tensor, written: Tensor) -> Tensor:
+    """What one writer per position [p, D] adds to each target [n, p]."""
+    return torch.einsum("npd,pd->np", gradient, written)
 
 
 def _pulled(output: Tensor, leaf: Tensor, gradients: Tensor) -> Tensor:

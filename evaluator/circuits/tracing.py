@@ -109,16 +109,24 @@ def _explore(held: Held, sources: Sources, logits: list[int], count: int) -> tup
             fix="Give a shorter prompt, or fewer max_features",
         )  # fmt: skip
     rows = torch.zeros(len(logits) + count, sweeper.columns)
-    rows[: len(logits)] = sweeper.rows(_logit_targets(held, logits))
+    sums = torch.zeros(len(rows))
+
+    def fill(low: int, targets: Targets) -> None:
+        high = low + len(targets.layer)
+        rows[low:high] = sweeper.rows(targets)
+        sums[low:high] = rows[low:high].abs().sum(1).clamp_min(1e-8)
+
+    fill(0, _logit_targets(held, logits))
     weights = held.logits.softmax(0)[torch.tensor(logits)].to(rows)
     order = torch.empty(0, dtype=torch.int64)
     with Progress("trace", total=count, unit="latents") as progress:
         while len(order) < count:
             done = len(logits) + len(order)
-            ranked = _estimated(rows[:done], order, weights, sources.count) if count < sources.count else None
+            ranked = None
+            if count < sources.count:
+                ranked = _estimated(rows[:done], sums[:done], order, weights, sources.count)
             new = _next(ranked, order, min(_QUEUE, count - len(order)))
-            at = Targets(sources.layer[new], sources.position[new], sources.encoders(new))
-            rows[done : done + len(new)] = sweeper.rows(at)
+            fill(done, Targets(sources.layer[new], sources.position[new], sources.encoders(new)))
             order = torch.cat([order, new])
             progress.update(len(order))
     return rows, order
@@ -132,18 +140,29 @@ def _logit_targets(held: Held, logits: list[int]) -> Targets:
     return Targets(torch.full_like(last, held.layers), last, vectors)
 
 
-def _estimated(rows: Tensor, order: Tensor, weights: Tensor, latents: int) -> Tensor:
-    """The influence [latents] of all active latents, over the paths through those traced so far."""
-    shares = rows.abs()
-    shares /= shares.sum(1, keepdim=True).clamp_min(1e-8)
-    among = torch.cat([shares.new_zeros(len(rows), len(weights)), shares[:, order]], 1)
+def _estimated(rows: Tensor, sums: Tensor, order: Tensor, weights: Tensor, latents: int) -> Tensor:
+    """The influence [latents] of all active latents, over the paths through those traced so far.
+
+    Args:
+        rows: Effects [n, columns] on the logits and then on the traced latents.
+        sums: [n], of each row's magnitudes.
+        order: int64, the numbers of the traced latents.
+        weights: The logits' probabilities.
+        latents: F.
+    """
+    among = rows.new_zeros(len(rows), len(rows))
+    among[:, len(weights) :] = rows[:, order].abs() / sums[:, None]
     step = torch.cat([weights, weights.new_zeros(len(order))])
     reached = step
     # A path has no more latents than there are layers, so this ends by itself.
     while step.any():
         step = step @ among
         reached = reached + step
-    return (reached @ shares)[:latents]
+    # Part by part, since a second matrix of all effects would double what a graph takes.
+    found = rows.new_zeros(latents)
+    for some, shares in zip(rows.split(_QUEUE), (reached / sums).split(_QUEUE), strict=True):
+        found += shares @ some[:, :latents].abs()
+    return found
 
 
 def _next(ranked: Tensor | None, order: Tensor, count: int) -> Tensor:
@@ -155,18 +174,25 @@ def _next(ranked: Tensor | None, order: Tensor, count: int) -> Tensor:
 
 
 def _assembled(rows: Tensor, order: Tensor, sources: Sources, logits: int) -> Tensor:
-    """The adjacency over the nodes: chosen latents in their own order, errors, embeddings, logits."""
-    chosen = order.sort()
-    columns = torch.cat([chosen.values, torch.arange(sources.count, rows.shape[1])])
+    """The adjacency over the nodes: chosen latents by layer, errors, embeddings, logits."""
+    at = _by_layer(sources, order)
+    columns = torch.cat([order[at], torch.arange(sources.count, rows.shape[1])])
     size = len(columns) + logits
     adjacency = torch.zeros(size, size)
-    adjacency[: len(order), : len(columns)] = rows[logits + chosen.indices][:, columns]
+    adjacency[: len(order), : len(columns)] = rows[logits + at][:, columns]
     adjacency[size - logits :, : len(columns)] = rows[:logits][:, columns]
     return adjacency
 
 
+def _by_layer(sources: Sources, order: Tensor) -> Tensor:
+    """Where the chosen latents are in the order of layer, position and latent."""
+    # Numbers ascend by position and latent within a layer.
+    at = order.argsort()
+    return at[sources.layer[order[at]].argsort(stable=True)]
+
+
 def _nodes(held: Held, sources: Sources, order: Tensor, logits: list[int]) -> list[Node]:
-    chosen = order.sort().values
+    chosen = order[_by_layer(sources, order)]
     places = torch.stack([sources.layer[chosen], sources.position[chosen], sources.latent[chosen]], 1)
     values = sources.activation[chosen].tolist()
     tokens = held.ids[0].tolist()
