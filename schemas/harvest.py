@@ -48,13 +48,21 @@ Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 
 
 class PlanSpec(Contract):
-    """How the corpus becomes rows. Every field affects the dataset's content, and so its identity."""
+    """How the corpus becomes rows. Every field affects the dataset's content, and so its identity.
+
+    `tokens_from` is the exception: it says where the windows are read, and no stored plan contains it.
+    """
 
     hooks: Annotated[tuple[HookName, ...], BeforeValidator(expand_hooks)] = Field(
         min_length=1, max_length=MAX_HOOKS
     )
     """Hooks at which activations are read. Several are read in one pass of the model, and their rows stay
     aligned: row i is the same token at each. `mlp_in.0-29` stands for those of layers 0 to 29."""
+    tokens_from: str | None = Field(default=None, min_length=1, exclude_if=lambda root: root is None)
+    """Another dataset's root, whose windows are taken: the same tokens, in the same order and with the same
+    permutation of rows, so that rows of both are aligned (`train.roots`). The corpus and every field below
+    that decides windows are then that dataset's; those given here must agree with it. Refused if the two
+    tokenizers have different vocabularies. Null, the default, reads `corpus`."""
     context_length: int = Field(default=128, ge=8, le=MAX_CONTEXT)
     """Window length T in tokens."""
     drop_leading: int = Field(default=1, ge=0)
@@ -119,6 +127,30 @@ class PlanSpec(Contract):
         return self.model_copy(
             update={name: value for name, value in found.items() if getattr(self, name) == "auto"}
         )
+
+    def on_windows_of(self, parent: PlanSpec) -> PlanSpec:
+        """Return this spec with the windows of `parent`'s: what decides them and is not given is taken over.
+
+        A field that is given and differs stays as it is, so that a comparison with `parent` names it.
+        """
+        taken = {name: getattr(parent, name) for name in WINDOW_FIELDS if name not in self.model_fields_set}
+        settled = self.settled(parent.model_dump(include=set(BEFORE)))
+        return settled.model_copy(update={**taken, "tokens_from": None})
+
+
+WINDOW_FIELDS = (
+    "context_length",
+    "drop_leading",
+    "windows_per_unit",
+    "train_units",
+    "validation_units",
+    "split_by",
+    "bos",
+    "join",
+    "control_tokens",
+    "seed",
+)
+"""Fields of `PlanSpec` that decide which token each stored row is; the others decide how rows are stored."""
 
 
 # Plans stored before these fields existed must keep both their meaning and their fingerprint, so a value that
@@ -191,6 +223,8 @@ class Execution(Contract):
     """As in `HarvestSpec`."""
     code_version: str
     """Version of Winnow that made the plan."""
+    tokens_from: Sha256 | None = Field(default=None, exclude_if=lambda plan: plan is None)
+    """Fingerprint of the plan whose windows were taken; null if the corpus was read."""
     created: str
     """When the plan was made: UTC, ISO 8601."""
 

@@ -71,6 +71,11 @@ class TextTokenizer:
         return (made.ids for made in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
 
 
+def vocabulary(tokenizer: Any) -> dict[int, str]:
+    """Id -> spelling of every token, added ones included; ConfigError for a slow tokenizer."""
+    return {number: token for token, number in _backend(tokenizer).get_vocab().items()}
+
+
 def _backend(tokenizer: Any, model: str = "") -> Tokenizer:
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 
 from winnow.common.reporter import say
 from winnow.harvester.plan.digests import PlannedUnit
+from winnow.harvester.plan.parent import Parent
 from winnow.harvester.plan.sources import find_files
 from winnow.harvester.plan.tokenise import DocumentTokenizer
 from winnow.harvester.plan.windows import CorpusWindows, PlanProgress, ProgressCallback
-from winnow.schemas.config import Config
+from winnow.schemas.config import Config, section
 from winnow.schemas.corpus import CorpusSpec
 from winnow.schemas.errors import DISTRIBUTION, ConfigError, PlanMismatch, StoreError
 from winnow.schemas.harvest import BEFORE, CorpusFacts, Execution, HarvestPlan, PlanSpec, check_shard_size
@@ -75,7 +77,7 @@ def make_plan(
     At a root with the same plan, it adds the chunks that are missing.
 
     Args:
-        config: With the sections `subject`, `corpus` and `plan`.
+        config: With the sections `subject`, `plan` and, unless `plan.tokens_from` is given, `corpus`.
         store: The dataset's root.
         subject: The subject model, if the caller has loaded it already.
         progress: Called at most about once per second, from this thread.
@@ -89,6 +91,9 @@ def make_plan(
         StoreError: The disk is too small, or the store fails.
         IntegrityError: A token chunk at the root differs from the plan's.
     """
+    parent = Parent.of(config)
+    if parent is not None:
+        return _plan_on(parent, config, store, subject or _outline(config), progress)
     _, corpus, spec = _sections(config)
     files = find_files(corpus, allow_http=config.storage.allow_http)
     subject = subject or _outline(config)
@@ -116,8 +121,74 @@ def make_plan(
         missing = missing_tokens(plan, store)
         _check_room(plan, store, len(missing))
         plan = create_dataset(store, plan, digests.tokens, digests.labels)
-        _put(run, store, plan, missing, shown)
+        wanted = set(missing)
+        # Windows come in keyed order from the spill, so units before a missing one are read and passed over;
+        # those after the last one are not read.
+        units = enumerate(islice(run.units(), max(missing, default=-1) + 1))
+        puts = (partial(_put_unit, store, plan, unit, made) for unit, made in units if unit in wanted)
+        _put(puts, lambda done: shown.put(run.tokens, done, len(missing)))
     return plan
+
+
+def _plan_on(
+    parent: Parent,
+    config: Config,
+    store: ObjectStore,
+    subject: Subject | PlanSubject,
+    progress: ProgressCallback | None,
+) -> HarvestPlan:
+    """Plan on another dataset's windows; see `make_plan`."""
+    assert config.plan is not None, "without it there is no parent"
+    identity, sites = subject.identity, tuple(subject.sites(config.plan.hooks))
+    spec = parent.spec_of(config)
+    _check_context(spec, identity)
+    _check_shards(spec, sites)
+    parent.require_whole()
+    parent.require_vocabulary(identity, subject.tokenizer)
+    stored = _stored_plan(store)
+    if stored is not None:
+        parent.require_same(stored, store)
+        refuse_other(stored, config, store, identity, sites)
+        identity = stored.subject
+    plan = parent.plan.model_copy(
+        update={
+            "subject": identity,
+            "spec": spec,
+            "sites": sites,
+            "bos_token_id": _unless(parent.plan.bos_token, identity.bos_token_id),
+            "join_token_id": _unless(parent.plan.join_token, identity.eos_token_id),
+            "execution": _execution(config, parent.plan.fingerprint),
+        }
+    )
+    # A copy is not validated, and keeps the parent's cached fingerprint.
+    plan = HarvestPlan.model_validate(plan.model_dump(mode="json"))
+    store.probe(single_writer=config.storage.single_writer)
+    missing = missing_tokens(plan, store)
+    _check_room(plan, store, len(missing))
+    plan = create_dataset(store, plan, *parent.digests())
+    tokens, shown = plan.windows * plan.spec.context_length, PlanProgress(progress, [])
+    _put(
+        (partial(_copy_unit, parent, store, plan, unit) for unit in missing),
+        lambda done: shown.put(tokens, done, len(missing)),
+    )
+    return plan
+
+
+def _unless(token: int | None, own: int | None) -> int | None:
+    """A special token's id as a plan stores it: only if it differs from the subject's own."""
+    # So that plans made before these fields existed keep their fingerprint.
+    return None if token == own else token
+
+
+def _execution(config: Config, parent: str | None = None) -> Execution:
+    """Outside the fingerprint: how the plan was made, not what it says."""
+    return Execution(
+        batch_windows=config.harvest.batch_windows,
+        threads_per_actor=config.harvest.threads_per_actor,
+        code_version=_version(),
+        tokens_from=parent,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def _warn_of_bos(spec: PlanSpec, tokenizer: DocumentTokenizer, identity: SubjectIdentity) -> None:
@@ -150,26 +221,21 @@ def _plan_of(
         units=len(digests),
         tokens_sha256=hashlib.sha256(digests.tobytes()).hexdigest(),
         labels=labels,
-        # Only ids that differ from the subject's own, so that plans made before these fields existed keep
-        # their fingerprint.
-        bos_token_id=None if tokenizer.bos == identity.bos_token_id else tokenizer.bos,
-        join_token_id=None if tokenizer.join == identity.eos_token_id else tokenizer.join,
-        # Outside the fingerprint: how the plan was made, not what it says.
-        execution=Execution(
-            batch_windows=config.harvest.batch_windows,
-            threads_per_actor=config.harvest.threads_per_actor,
-            code_version=_version(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        ),
+        bos_token_id=_unless(tokenizer.bos, identity.bos_token_id),
+        join_token_id=_unless(tokenizer.join, identity.eos_token_id),
+        execution=_execution(config),
     )
 
 
-def read_corpus(config: Config, folder: str, plan: HarvestPlan) -> CorpusWindows:
-    """The config's corpus as planned in `plan`; not read yet.
+def read_corpus(config: Config, folder: str, plan: HarvestPlan) -> CorpusWindows | Parent:
+    """The config's corpus as planned in `plan`, or the dataset of `plan.tokens_from`; not read yet.
 
     Raises:
         PlanMismatch: The subject's tokenizer is not the one that produced the plan's tokens.
     """
+    parent = Parent.of(config)
+    if parent is not None:
+        return parent
     _, corpus, spec = _sections(config)
     files = find_files(corpus, allow_http=config.storage.allow_http)
     subject = _outline(config)
@@ -201,6 +267,9 @@ def find_plan(
     plan = _stored_plan(store)
     if plan is None:
         return None
+    parent = Parent.of(config)
+    if parent is not None:
+        parent.require_same(plan, store)
     identity = subject.identity if subject else None
     same = config.plan is not None and config.plan.hooks == plan.spec.hooks
     sites = tuple(subject.sites(plan.spec.hooks)) if subject and same else None
@@ -237,6 +306,8 @@ def _plan_differences(
     if config.plan is not None:
         # `auto` accepts whatever is stored: what it means may have changed since the plan was made.
         spec = config.plan.settled(plan.spec.model_dump(include=set(BEFORE)))
+        if config.plan.tokens_from is not None:
+            spec = config.plan.on_windows_of(plan.spec)
         wanted["spec"] = plan.model_copy(update={"spec": spec}).model_dump(mode="json")["spec"]
     if config.corpus is not None:
         wanted["corpus"] = config.corpus.model_dump(mode="json")
@@ -312,14 +383,7 @@ def _stored_plan(store: ObjectStore) -> HarvestPlan | None:
 
 
 def _sections(config: Config) -> tuple[SubjectSpec, CorpusSpec, PlanSpec]:
-    for name in ("subject", "corpus", "plan"):
-        if getattr(config, name) is None:
-            raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix="Add it")
-    # For the type checker, which does not follow getattr.
-    assert config.subject is not None
-    assert config.corpus is not None
-    assert config.plan is not None
-    return config.subject, config.corpus, config.plan
+    return section(config.subject, "subject"), section(config.corpus, "corpus"), section(config.plan, "plan")
 
 
 def _outline(config: Config) -> Subject:
@@ -327,7 +391,7 @@ def _outline(config: Config) -> Subject:
     # Here, not above: it imports torch, which a caller with a subject of another kind does without.
     from winnow.subject.load import Subject, device_of
 
-    spec, _, plan = _sections(config)
+    spec, plan = section(config.subject, "subject"), section(config.plan, "plan")
     # What `dtype: auto` means depends on where the actors will run. On a cluster this machine's own devices
     # say nothing about that, so only the config is asked.
     if config.harvest.ray_address is None:
@@ -387,29 +451,27 @@ def _version() -> str:
         return "unknown"
 
 
-def _put(
-    run: CorpusWindows, store: ObjectStore, plan: HarvestPlan, missing: list[int], progress: PlanProgress
-) -> None:
-    """Store the chunks of the units `missing`, several in parallel."""
+def _put(puts: Iterable[Callable[[], None]], report: Callable[[int], None]) -> None:
+    """Store units' chunks, several in parallel; `report` is told how many are done."""
     # Twice as many as threads are in memory at once: reading the spill stays ahead, and memory bounded.
-    wanted, done = set(missing), 0
+    done = 0
     running: set[Future[None]] = set()
     pool = ThreadPoolExecutor(PUT_THREADS, "winnow-put-tokens")
     try:
-        # Windows come in keyed order from the spill, so units before a missing one are read and passed over;
-        # those after the last one are not read.
-        for unit, planned in enumerate(islice(run.units(), max(missing, default=-1) + 1)):
-            if unit not in wanted:
-                continue
-            running.add(pool.submit(_put_unit, store, plan, unit, planned))
+        for put in puts:
+            running.add(pool.submit(put))
             while len(running) >= 2 * PUT_THREADS:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 done += _settle(finished)
-                progress.put(run.tokens, done, len(missing))
+                report(done)
         done += _settle(wait(running).done)
-        progress.put(run.tokens, done, len(missing))
+        report(done)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _copy_unit(parent: Parent, store: ObjectStore, plan: HarvestPlan, unit: int) -> None:
+    _put_unit(store, plan, unit, parent.unit(unit))
 
 
 def _put_unit(store: ObjectStore, plan: HarvestPlan, unit: int, planned: PlannedUnit) -> None:

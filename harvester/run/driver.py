@@ -93,8 +93,8 @@ def _check_store_space(
 def ensure_plan(config: Config, store: ObjectStore) -> HarvestPlan:
     """The root's plan if it is whole and fits the config, else a freshly made or completed one."""
     section(config.subject, "subject")
-    section(config.corpus, "corpus")
-    section(config.plan, "plan")
+    if section(config.plan, "plan").tokens_from is None:
+        section(config.corpus, "corpus")
     plan = find_plan(config, store)
     if plan is not None:
         _check_store_space(plan, store, 0)

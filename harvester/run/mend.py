@@ -72,7 +72,7 @@ def _mend_tokens(config: Config, store: ObjectStore, plan: HarvestPlan) -> list[
         run.read()
         digests = run.digests()
         made = {TOKEN_DIGESTS_KEY: digests.tokens}
-        if plan.labels is not None:
+        if plan.labels is not None and digests.labels is not None:
             made[LABEL_DIGESTS_KEY] = digests.labels
             _refuse_other("labels", digests.labels, plan.labels.sha256)
         # Before anything is overwritten: another corpus or tokenizer must not replace good chunks by others.
