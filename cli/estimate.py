@@ -82,7 +82,7 @@ def estimate_command(
 
 def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tuple[TrainSpec, float, int]:
     """Return the spec with a set's layers resolved, the rows of the run and their width."""
-    from winnow.store import ActivationStore
+    from winnow.store.read.joined import open_roots
     from winnow.trainer.run.start import plan_order, resolve_recipe
 
     # The options and the formulas know one width, that of one hook.
@@ -98,7 +98,7 @@ def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tup
                 fix="Add `--set train.set.layers=[0,11]` for a subject of 12 layers",
             )
         return spec, tokens, d_model
-    dataset = ActivationStore.open(settings.root, settings.storage)
+    dataset = open_roots(settings.root, spec.roots, settings.storage)
     if spec.set is not None and spec.set.layers == "all":
         layers = [int(hook.partition(".")[2]) for hook in dataset.hooks if hook.startswith(f"{WRITES}.")]
         spec = spec.model_copy(update={"set": spec.set.of(1 + max(layers, default=0))})

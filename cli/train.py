@@ -120,15 +120,16 @@ def register_sweep(app: typer.Typer) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard():
             from winnow.common.config_file import load_config
-            from winnow.store import ActivationStore
+            from winnow.store.read.joined import open_roots
             from winnow.trainer.plan.sweep import grid_specs, require_room
             from winnow.trainer.run.loop import train_fleet
 
             settings = load_config(config, set_ or [])
             specs = grid_specs(settings)
             # One read serves the whole grid, so the first spec says how to follow a harvest.
-            dataset = ActivationStore.open(
+            dataset = open_roots(
                 settings.root,
+                specs[0].roots,
                 settings.storage,
                 follow=specs[0].follow,
                 timeout_seconds=specs[0].follow_seconds,

@@ -219,7 +219,10 @@ def absolute(config: Config) -> Config:
 
     changes: dict[str, Any] = {"root": fixed(config.root)}
     if config.train is not None:
-        changes["train"] = config.train.model_copy(update={"out": fixed(config.train.out)})
+        places: dict[str, Any] = {"out": fixed(config.train.out)}
+        if config.train.roots is not None:
+            places["roots"] = {name: fixed(uri) for name, uri in config.train.roots.items()}
+        changes["train"] = config.train.model_copy(update=places)
     if config.sweep is not None:
         changes["sweep"] = config.sweep.model_copy(update={"out": fixed(config.sweep.out)})
     return config.model_copy(update=changes)
@@ -232,9 +235,11 @@ def is_stopped(config: Config, outs: list[str]) -> bool:
 
 def awaits_harvest(config: Config) -> bool:
     """Whether a job follows a harvest that has not begun: a device would only wait for it."""
-    follows = config.train is not None and config.train.follow
+    if config.train is None or not config.train.follow:
+        return False
+    roots = (config.train.roots or {"": config.root}).values()
     # `is False`: if storage is unreachable, the worker is started and reports the cause.
-    return follows and _is_there(config.root, config, PLAN_KEY) is False
+    return any(_is_there(root, config, PLAN_KEY) is False for root in roots)
 
 
 def _is_there(uri: str, config: Config, key: str) -> bool | None:

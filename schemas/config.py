@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from winnow.schemas.base import Contract
 from winnow.schemas.corpus import CorpusSpec
@@ -73,7 +73,8 @@ class Config(Contract):
     # Sections without a usable default are null rather than required: one file may serve a single stage.
 
     root: str = Field(min_length=1)
-    """The dataset: a local folder or a URI (`file://`, `s3://bucket/prefix`)."""
+    """The dataset: a local folder or a URI (`file://`, `s3://bucket/prefix`). May be left out if there are
+    `train.roots`."""
     subject: SubjectSpec | None = None
     """plan, harvest: the language model."""
     corpus: CorpusSpec | None = None
@@ -92,6 +93,18 @@ class Config(Contract):
     """sweep: the grid."""
     evaluate: EvaluateSpec = EvaluateSpec()
     """evaluate: sample sizes and what optional families need."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _root_of_roots(cls, raw: Any) -> Any:
+        # What needs one dataset, such as the folder of a relative path, then takes the first.
+        if isinstance(raw, dict) and "root" not in raw:
+            fields = cast("dict[str, Any]", raw)
+            train = fields.get("train")
+            roots = train.get("roots") if isinstance(train, dict) else getattr(train, "roots", None)
+            if isinstance(roots, dict) and roots:
+                return {**fields, "root": next(iter(cast("dict[str, Any]", roots).values()))}
+        return cast("Any", raw)
 
 
 def section(value: T | None, name: str) -> T:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, model_validator
 
 from winnow.schemas.activations import Activation, Traits, traits_of
-from winnow.schemas.base import Artefact, Contract, HookName, Sha256
+from winnow.schemas.base import Artefact, Contract, ReadHook, RootName, Sha256
 from winnow.schemas.layers import WRITES, SetSpec, layer_folder
 from winnow.schemas.readings import RowsSpec
 from winnow.schemas.window import WindowRule
@@ -101,7 +101,11 @@ class TrainSpec(Contract):
 
     out: str = Field(min_length=1)
     """Folder or URI of the run. Checkpoints, telemetry, plots and the published SAE are written to it."""
-    hook: HookName
+    roots: dict[RootName, str] | None = Field(default=None, exclude_if=lambda roots: roots is None)
+    """Several datasets in the place of the config's `root`, by name: `{base: URI, chat: URI}`. Their rows
+    must be those of the same tokens (`plan.tokens_from`). Hooks are then `base/resid_post.9` and
+    `chat/resid_post.9`. Null, the default, reads `root`."""
+    hook: ReadHook
     """The hook whose rows are read, and reconstructed unless there is a `target_hook`. The dataset must have
     it."""
     latents: int = Field(gt=0)
@@ -126,7 +130,7 @@ class TrainSpec(Contract):
     rows: RowsSpec = Field(default=RowsSpec(), exclude_if=lambda rows: rows.everything)
     """Rows that are read, chosen by the labels of their tokens: `{roles: [assistant], special: false}`
     (`RowsSpec`). Every batch is filled with chosen rows. Empty, the default, reads all rows."""
-    target_hook: HookName | None = None
+    target_hook: ReadHook | None = None
     """Makes a transcoder: the latents read `hook` and reconstruct this hook's rows of the same tokens."""
     # Not `layer`, the default of `normalize`: at inference the target's norm is unknown.
     target_normalize: Normalize = "dataset"
@@ -134,7 +138,7 @@ class TrainSpec(Contract):
     target's norm is unknown at inference."""
     skip: bool = False
     """Of a transcoder: add a linear path from the input to the target (Paulo et al. 2025)."""
-    with_hooks: tuple[HookName, ...] = ()
+    with_hooks: tuple[ReadHook, ...] = ()
     """Makes a crosscoder: further hooks, whose rows are concatenated with those of `hook`. The same latents
     read and reconstruct all of them, each normalised by its own constants."""
     set: SetSpec | None = Field(default=None, exclude_if=lambda of: of is None)
@@ -300,10 +304,26 @@ class TrainSpec(Contract):
             raise ValueError(
                 f"selection_groups must divide lanes: selection_groups={self.groups}, lanes={self.lanes}"
             )
+        self._coherent_roots()
         self._coherent_parts()
         self._coherent_set()
         self._coherent_step()
         return self
+
+    def _coherent_roots(self) -> None:
+        named = {hook.rpartition("/")[0] for hook in self.read_hooks}
+        if self.roots is None:
+            if named != {""}:
+                raise ValueError("hooks name datasets, NAME/HOOK, but there is no roots")
+            return
+        if self.set is not None:
+            raise ValueError("set does not go with roots")
+        if unknown := named - set(self.roots):
+            raise ValueError(
+                f"with roots, a hook is NAME/HOOK with a name of {sorted(self.roots)}: got {sorted(unknown)}"
+            )
+        if unread := set(self.roots) - named:
+            raise ValueError(f"roots that no hook reads: {sorted(unread)}")
 
     def _coherent_set(self) -> None:
         if self.set is None:
@@ -469,7 +489,7 @@ class StreamState(Contract):
     """Fingerprint of the dataset's plan."""
     split: str
     """Split that is read: `train`, `validation` or `all`."""
-    hooks: tuple[HookName, ...]
+    hooks: tuple[ReadHook, ...]
     """Hooks that are read together."""
     # A version, so that a stream of another order is refused instead of being continued with other rows.
     algorithm: str
@@ -499,6 +519,9 @@ class SaeIdentity(Contract):
     """Name of the subject model, from the plan."""
     subject_weights_sha256: Sha256
     """Digest of the subject's weights; SAEs and datasets are matched by it, not by the name."""
+    roots: dict[RootName, SaeIdentity] = Field(default={}, exclude_if=lambda roots: not roots)
+    """Of an SAE of several datasets (`TrainSpec.roots`): each one's. The fields above then stand for all of
+    them together. Empty otherwise."""
 
 
 class SaeCard(Artefact):
@@ -513,13 +536,13 @@ class SaeCard(Artefact):
     """Number of latents N."""
     k: int = Field(gt=0)
     """Active latents K per row that it was trained for."""
-    hook: HookName
+    hook: ReadHook
     """Hook at which the input is read; for a crosscoder the first one."""
-    with_hooks: tuple[HookName, ...] = ()
+    with_hooks: tuple[ReadHook, ...] = ()
     """The other hooks of a crosscoder, in the order in which rows are concatenated."""
-    target_hook: HookName | None = None
+    target_hook: ReadHook | None = None
     """Hook that a transcoder reconstructs; null for other SAEs."""
-    with_targets: tuple[HookName, ...] = Field(default=(), exclude_if=lambda hooks: not hooks)
+    with_targets: tuple[ReadHook, ...] = Field(default=(), exclude_if=lambda hooks: not hooks)
     """Of a layer of a cross-layer transcoder: the later layers' hooks that it contributes to, in the order in
     which their rows are concatenated after those of `target_hook`."""
     # Stored with the SAE and applied by it, so that no user can feed it rows in another scale.

@@ -25,7 +25,7 @@ from winnow.store.format.shards import decode_chunk, to_float32
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.cache import SliceCache
 from winnow.store.read.fetch import fetch_slices
-from winnow.store.read.follow import Arrivals, wait_for_plan
+from winnow.store.read.follow import Arrivals, deleted_units, wait_for_plan
 from winnow.store.read.labels import load_label_digests, read_labels
 from winnow.store.read.readings import Reading
 from winnow.store.records.commit import list_receipts, load_receipt
@@ -33,6 +33,7 @@ from winnow.store.records.index import ReceiptIndex
 from winnow.store.records.manifest import find_manifest, load_index, load_manifest
 
 if TYPE_CHECKING:
+    from winnow.store.read.stream import Rows
     from winnow.store.read.torch_stream import Stream
 
 # A plan from elsewhere may claim any size: nothing larger is allocated for it.
@@ -264,6 +265,15 @@ class ActivationStore:
         if self.arrivals is not None:
             for unit in units:
                 self.arrivals.wait(unit)
+
+    @property
+    def datasets(self) -> tuple[ActivationStore, ...]:
+        """The datasets that are read: this one, or those that were joined."""
+        return (self,)
+
+    def deleted_units(self) -> set[int]:
+        """List the units whose shards a ring has deleted, or was about to."""
+        return deleted_units(self.store, self.plan)
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -515,7 +525,6 @@ class ActivationStore:
                 unit, hook and slice.
         """
         # Imported here, since only streams need torch, which takes seconds to import.
-        from winnow.store.read.stream import RowStream
         from winnow.store.read.torch_stream import Stream, widen
 
         order = self.order(
@@ -526,12 +535,9 @@ class ActivationStore:
                 raise ConfigError("epochs and steps", expected="one of them", got="both")
             steps = epochs * order.steps_per_epoch
         return Stream(
-            RowStream(
-                self.store,
-                self.plan,
-                self.index,
+            self.open_rows(
                 order,
-                hooks,
+                (hooks,) if isinstance(hooks, str) else tuple(hooks),
                 split=split,
                 rank=rank,
                 world=world,
@@ -540,10 +546,16 @@ class ActivationStore:
                 requests=prefetch,
                 dtype=dtype,
                 widen=widen,
-                arrivals=self.arrivals,
-                cache=self.cache,
             )
         )
+
+    def open_rows(self, order: LaneOrder, hooks: tuple[str, ...], **options: Any) -> Rows:
+        """Start reading in an order; `options` as in `winnow.store.read.stream.RowStream`."""
+        # Here, not above: few users of a dataset stream it.
+        from winnow.store.read.stream import RowStream
+
+        facts: dict[str, Any] = {"arrivals": self.arrivals, "cache": self.cache}
+        return RowStream(self.store, self.plan, self.index, order, hooks, **options, **facts)
 
     def _check(self, hook: str, start: int, stop: int) -> int:
         if not 0 <= start <= stop <= self.rows:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 from winnow.common.closing import Closing
 from winnow.schemas.errors import ConfigError
@@ -68,6 +68,49 @@ def _batch_bytes(plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], worl
         plan.d_model(hook) * 4 if wide else row_bytes(plan.spec.dtype, plan.d_model(hook)) for hook in hooks
     )
     return row * order.batch_rows // world
+
+
+class Rows(Protocol):
+    """An iterator of `RowBatch`: a `RowStream`, or several side by side."""
+
+    @property
+    def order(self) -> LaneOrder:
+        """Which row comes when."""
+        ...
+
+    @property
+    def next_step(self) -> int:
+        """The next step, counted over all epochs."""
+        ...
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Seconds the consumer has waited for data."""
+        ...
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from storage so far, including refetches."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of this rank's buffers, in bytes."""
+        ...
+
+    def __next__(self) -> RowBatch: ...
+
+    def ready(self, seconds: float) -> bool:
+        """See `RowStream.ready`."""
+        ...
+
+    def state(self) -> StreamState:
+        """See `RowStream.state`."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading."""
+        ...
 
 
 class RowStream(Closing):

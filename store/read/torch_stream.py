@@ -15,7 +15,7 @@ from winnow.common.closing import Closing
 from winnow.schemas.harvest import SCALE_BYTES
 from winnow.schemas.training import StreamState
 from winnow.store.format.order import LaneOrder
-from winnow.store.read.stream import RowStream
+from winnow.store.read.stream import Rows
 
 
 class Batch(NamedTuple):
@@ -50,7 +50,7 @@ class Stream(Closing):
     Use it as a context manager, or call `close()`.
     """
 
-    def __init__(self, rows: RowStream) -> None:
+    def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
     def __iter__(self) -> Self:

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from tests.support.planted import planted_config
+from tests.support.roots import roots_config
 from tests.support.set_data import LAYERS, set_config
 from winnow.common.config_file import load_config
 from winnow.trainer.run.loop import train
@@ -71,6 +72,17 @@ def test_killed_at_one_moment_after_another_it_gives_the_same_bits(whole, tmp_pa
     assert summary["steps"] == 16 * EPOCHS
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(10, 16 * EPOCHS, 10), 16 * EPOCHS]
+
+
+def test_a_killed_crosscoder_of_two_subjects_gives_the_same_bits(tmp_path):
+    config = roots_config(tmp_path, out=str(tmp_path / "whole"), checkpoint_seconds=0)
+    train(load_config(config))
+    out = tmp_path / "run"
+    kill_when(lambda out: any(int(path.name) > 20 for path in out.glob("checkpoints/*")), config, out)
+    assert not (out / "sae.json").exists()
+    assert finish(config, out)["steps"] == 48
+    weights = "sae.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def test_a_killed_set_gives_the_same_bits_for_every_layer(tmp_path):

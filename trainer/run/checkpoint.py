@@ -16,6 +16,8 @@ from winnow.trainer.step import Counts, Run, SetRun
 
 _FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
 _FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb", "accumulate"}
+# the location of datasets, which are compared by their digests
+_FREE_FIELDS |= {"roots"}
 """Spec fields that may change between a run and its resume; `device`, `threads` and `accumulate` change float
 noise only."""
 
@@ -35,7 +37,8 @@ def require_same_run(spec: TrainSpec, identity: SaeIdentity, now: TrainSpec, dat
     """Refuse to resume with another spec or dataset than `out` holds: ConfigError with the differences."""
     differing = differing_fields(spec, now)
     # a run that followed a harvest began before the dataset had a digest: what is unknown is no difference
-    old, new = identity.model_dump(), dataset.model_dump()
+    # `roots` is left out: the fields for all of them together say as much
+    old, new = identity.model_dump(exclude={"roots"}), dataset.model_dump(exclude={"roots"})
     differing += [
         f"{key}: {old[key]} -> {new[key]}"
         for key in old

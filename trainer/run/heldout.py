@@ -15,7 +15,6 @@ from winnow.sae.metrics import L0, Fvu
 from winnow.schemas.errors import IntegrityError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
-from winnow.store.read.follow import deleted_units
 from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.step import Run
 
@@ -92,7 +91,7 @@ def calibration_rows(
     If a ring has deleted every training unit, the held-out rows are taken, with a warning.
     """
     # any units will do, because windows are shuffled before they are cut into units
-    gone = deleted_units(dataset.store, dataset.plan)
+    gone = dataset.deleted_units()
     train = [unit for unit in reversed(dataset.plan.split_units("train")) if unit not in gone]
     if not train:
         log.warning("the training rows are deleted: the threshold is taken from the held-out rows")

@@ -25,6 +25,7 @@ from winnow.schemas.errors import ConfigError, NonFiniteError, WorkerError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
+from winnow.store.read.joined import open_roots
 from winnow.store.read.torch_stream import Batch
 from winnow.trainer.mesh.rows import SharedRows
 from winnow.trainer.mesh.world import Launch, World, check_mesh, open_world
@@ -110,8 +111,12 @@ def train_fleet(
     """
     first, alone, launch = specs[0], len(specs) == 1, launch or Launch()
     _require_one_process(specs)
-    dataset = ActivationStore.open(
-        config.root, config.storage, follow=first.follow, timeout_seconds=first.follow_seconds
+    dataset = open_roots(
+        config.root,
+        first.roots,
+        config.storage,
+        follow=first.follow,
+        timeout_seconds=first.follow_seconds,
     )
     for spec in specs:
         check_mesh(spec, launch.size)
@@ -190,7 +195,7 @@ def _add_figures(
 
 def _require_one_process(specs: Sequence[TrainSpec]) -> None:
     # what belongs to the process or to the dataset's handle, of which there is one for all
-    for field in ("device", "threads", "mesh", "follow", "follow_seconds"):
+    for field in ("roots", "device", "threads", "mesh", "follow", "follow_seconds"):
         values = {str(getattr(spec, field)) for spec in specs}
         if len(values) > 1:
             raise ConfigError(f"{field} of SAEs trained together", expected="one value", got=sorted(values))
@@ -403,7 +408,7 @@ class _Together:
         """
         first, world = self._first, self._first.run.world
         # a harvest pauses when too much waits for a checkpoint, so a follower saves after each group
-        edge = first.follower is not None and first.order.locate(step).step_in_group == 0
+        edge = bool(first.followers) and first.order.locate(step).step_in_group == 0
         must_stop, gone = self._must_stop()
         # the first rank's clock decides for all: a checkpoint that some ranks begin and others do not hangs
         stop, due = self._agree(must_stop, gone, world.leads and (edge or is_time))

@@ -73,7 +73,7 @@ class Member:
         self._kept = None if self.is_new else self.step
         self.saver = Saver(out, self.run, self._identity, cpu_threads(self.spec))
         self.status = StatusWriter(self.out, self.run, config.prices)
-        self.follower: Follower | None = None
+        self.followers: list[Follower] = []
         self._loggers: Loggers | None = None
         self.failure: NonFiniteError | None = None
 
@@ -100,14 +100,15 @@ class Member:
                 self._loggers = Loggers(self.spec, self.out, self.step)
                 cleanup.callback(self._loggers.close)
             self.status.write("training")
-        if self.dataset.arrivals is not None and world.leads:
-            self.follower = cleanup.enter_context(self._following())
+        followed = [part for part in self.dataset.datasets if part.arrivals is not None]
+        for part in followed if world.leads else ():
+            self.followers.append(cleanup.enter_context(self._following(part)))
 
-    def _following(self) -> Follower:
+    def _following(self, dataset: ActivationStore) -> Follower:
         """Open what tells a harvest how far this run is."""
         return Follower(
-            self.dataset.store,
-            self.dataset.plan,
+            dataset.store,
+            dataset.plan,
             self.order,
             out=self.spec.out,
             epochs=self.recipe.steps / self.order.steps_per_epoch,
@@ -170,8 +171,12 @@ class Member:
         self.telemetry.flush()
         state = stream_state(self.dataset, self.order, self.spec.stream_hooks, self.step)
         # after the index, not now: the ring deletes what the follower has passed, and a resume would need it
-        follower, step = self.follower, self.step
-        self.saver.save(state, then=lambda: follower.at(step) if follower is not None else None)
+        step = self.step
+        self.saver.save(state, then=lambda: self._passed(step))
+
+    def _passed(self, step: int, *, finished: bool = False) -> None:
+        for follower in self.followers:
+            follower.at(step, finished=finished)
 
     def publish(self) -> Summary:
         """Evaluate and write the SAE, and mark the run as finished."""
@@ -180,8 +185,7 @@ class Member:
         facts = self.telemetry, self.dataset, identity_of(self.dataset), self.out
         run = self.run
         summary = publish_set(run, *facts) if isinstance(run, SetRun) else publish(run, *facts)
-        if self.follower is not None:
-            self.follower.at(self.step, finished=True)
+        self._passed(self.step, finished=True)
         self.status.fvu = summary["fvu"]
         self.status.write("finished")
         return summary

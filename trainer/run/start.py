@@ -19,6 +19,7 @@ from winnow.schemas.training import SaeIdentity, StreamState, TrainSpec
 from winnow.store import ActivationStore
 from winnow.store.format.order import LaneOrder, group_units_for
 from winnow.store.objects import ObjectStore
+from winnow.store.read.joined import JoinedStore
 from winnow.store.read.torch_stream import Batch
 from winnow.trainer.mesh.rows import SharedRows
 from winnow.trainer.mesh.world import World
@@ -81,11 +82,13 @@ def _require_one_width(widths: Mapping[str, int]) -> None:
 
 def identity_of(dataset: ActivationStore) -> SaeIdentity:
     """The dataset and the subject that the SAE's weights will belong to."""
+    joined = dataset.parts if isinstance(dataset, JoinedStore) else {}
     return SaeIdentity(
         plan_fingerprint=dataset.plan.fingerprint,
         dataset_sha256=dataset.dataset_sha256,
         subject_model=dataset.plan.subject.model,
         subject_weights_sha256=dataset.plan.subject.weights_sha256,
+        roots={name: identity_of(part) for name, part in joined.items()},
     )
 
 
