@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from winnow.schemas.evaluation import Evaluation
 
 JUDGE_KEY_VARIABLE = "WINNOW_JUDGE_KEY"
-FAMILIES = "reconstruction, downstream, compute, stability, ablation, probes, n2g, judge"
+FAMILIES = "reconstruction, downstream, compute, stability, ablation, probes, n2g, judge, diffing"
 """The names of `winnow.schemas.evaluation`, which a help need not import; a test compares the two."""
 EVALUATE_HELP = f"""Measure a trained SAE or transcoder set on the windows its dataset held out.
 
@@ -29,7 +29,8 @@ and of other datasets stay in the file. Of a set, reconstruction, downstream and
 measured; the other families take one of its layers, SET/layer_3.
 
 The dataset comes from --root or from a config's `root`; sample sizes, tasks and the law of `compute` from
-its section `evaluate`. `judge` asks a language model at `evaluate.judge.endpoint` (its key:
+its section `evaluate`. An SAE of several datasets (`train.roots`) is measured on those that its card names,
+or that the config's `train.roots` names. `judge` asks a language model at `evaluate.judge.endpoint` (its key:
 {JUDGE_KEY_VARIABLE}); nothing is sent anywhere unless the endpoint is set.
 """
 EVALUATE_EPILOG = (
@@ -91,7 +92,7 @@ def evaluate_command(
         from winnow.schemas.base import validate
         from winnow.schemas.evaluation import EvaluateSpec
 
-        settings = _config(config, root, set_ or [])
+        settings = _config(config, root, set_ or [], sae)
         options: dict[str, Any] = {
             "metrics": metrics.split(",") if metrics is not None else None,
             "windows": windows,
@@ -111,13 +112,14 @@ def evaluate_command(
         emit(found.model_dump(mode="json"), as_json, lambda: _show(found))
 
 
-def _config(path: Path | None, root: str | None, sets: list[str]) -> Config:
+def _config(path: Path | None, root: str | None, sets: list[str], sae: str) -> Config:
     from winnow.common.config_file import load_config
     from winnow.schemas.config import Config
 
     if path is not None:
         # Last, so that it wins, and quoted: the value of a --set is YAML, where `runs/a #1` holds a comment.
         return load_config(path, [*sets, *([f"root={json.dumps(root)}"] if root else [])])
+    root = root or _root_of_roots(sae)
     if root is None:
         raise ConfigError(
             "the dataset", expected="--root URI or --config FILE", got="neither", fix="Name its root"
@@ -126,6 +128,18 @@ def _config(path: Path | None, root: str | None, sets: list[str]) -> Config:
     if sets:
         raise ConfigError("--set", expected="it together with --config", got="no config")
     return Config(root=root)
+
+
+def _root_of_roots(sae: str) -> str | None:
+    """Of an SAE of several datasets: the first of them, as its card names it."""
+    from winnow.sae.model import read_card, read_set_card
+    from winnow.store.objects import open_store
+
+    store = open_store(sae)
+    if read_set_card(store) is not None:
+        return None
+    spec = read_card(store, sae).spec
+    return next(iter(spec.roots.values())) if spec is not None and spec.roots else None
 
 
 def _show(found: Evaluation) -> None:

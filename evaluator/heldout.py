@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from winnow.common.reporter import say
-from winnow.evaluator.families.downstream import Reached, figures_of, runs_of, sae_variants, splice_losses
-from winnow.evaluator.setting import subject_spec_of
+from winnow.evaluator.families.downstream import (
+    Reached,
+    figures_of,
+    joint_figures,
+    runs_of,
+    sae_variants,
+    splice_losses,
+)
+from winnow.evaluator.setting import subject_spec_of, subjects_of
 from winnow.harvester.run.ledger import read_ledger
 from winnow.sae.model import Sae
 from winnow.schemas.config import Config
 from winnow.schemas.fit import check_subject
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
+from winnow.store.read.joined import JoinedStore
 from winnow.subject.load import Subject
 
 SHOWN = ("ce_clean", "delta_ce", "loss_recovered_zero", "loss_recovered_mean")
@@ -27,6 +35,8 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
     Raises:
         SaeMismatch: The subject that was found is not the one that the dataset was harvested from.
     """
+    if isinstance(store, JoinedStore):
+        return _joint(config, sae, store)
     subject = Subject.load(subject_spec_of(store.plan, config.subject))
     check_subject(subject.identity, store.plan.subject)
     # No more windows than `winnow evaluate` takes, so that both report the same sample.
@@ -52,3 +62,14 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
     rate = read_ledger(open_store(config.root, config.storage)).tokens_per_second
     figures |= {"harvest_tokens_per_s": rate}
     return {name: float(value) for name, value in figures.items() if value is not None}
+
+
+def _joint(config: Config, sae: Sae, store: JoinedStore) -> dict[str, float]:
+    """The figures of an SAE of several subjects, in each of them: `delta_ce.NAME` and so on."""
+    subjects = subjects_of(store, subject_spec_of(store.plan, config.subject))
+    held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
+    windows = range(min(held_out, config.evaluate.windows))
+    sae = sae.to(next(iter(subjects.values())).device)
+    figures, _ = joint_figures(subjects, sae, store, windows, config.evaluate)
+    shown = [figure for figure in figures if figure.id.rpartition(".")[0] in SHOWN]
+    return {figure.id: figure.value for figure in shown if figure.value is not None}

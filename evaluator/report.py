@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from winnow.common.reporter import say
-from winnow.evaluator.families import ablation, compute, downstream, reconstruction, sets, stability
+from winnow.evaluator.families import ablation, compute, diffing, downstream, reconstruction, sets, stability
 from winnow.evaluator.judge import family as judge
 from winnow.evaluator.n2g import family as n2g
 from winnow.evaluator.probes import family as probes
@@ -38,6 +38,7 @@ MEASURES: dict[str, Callable[[Setting], Measured]] = {
     "probes": probes.measure,
     "n2g": n2g.measure,
     "judge": judge.measure,
+    "diffing": diffing.measure,
 }
 """Family -> what measures it. `compute` is not among them: it takes the figures of `downstream` and runs
 nothing."""
@@ -55,6 +56,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "probes": ("tasks", "probe_train", "probe_test", "probe_tokens", "probe_ridge"),
     "n2g": ("windows", "n2g_latents", "n2g_examples", "n2g_train_rows", "n2g_positives"),
     "judge": ("windows", "n2g_train_rows", "judge"),
+    "diffing": ("windows",),
 }
 """Family -> the fields of `EvaluateSpec` that its figures depend on, besides the seed. `batch_windows` is in
 none: it affects float noise only."""
@@ -68,6 +70,7 @@ def _chosen_families(setting: Setting | SetSetting) -> list[Family]:
     """
     spec = setting.spec
     needs: dict[Family, object] = {"compute": spec.law, "stability": spec.against, "judge": spec.judge}
+    needs["diffing"] = isinstance(setting, Setting) and setting.card.with_hooks
     lacking = [name for name, given in needs.items() if not given]
     left_out = setting.left_out
     if spec.metrics is None:
@@ -133,11 +136,11 @@ def _new_evaluation(setting: Setting | SetSetting) -> Evaluation:
         sae_sha256=setting.sha256,
         plan_fingerprint=plan.fingerprint,
         dataset_sha256=setting.dataset.dataset_sha256,
-        root=setting.dataset.store.uri,
+        root=setting.dataset.uri,
         subject_model=plan.subject.model,
         subject_weights_sha256=plan.subject.weights_sha256,
         hook=setting.hook,
-        reads=setting.reads if isinstance(setting, SetSetting) else (),
+        reads=setting.reads if isinstance(setting, SetSetting) or len(setting.reads) > 1 else (),
         latents=setting.latents,
         k=setting.k,
         trained_on_this=identity is not None and identity.plan_fingerprint == plan.fingerprint,
@@ -194,6 +197,7 @@ def evaluate(
         subject=config.subject,
         storage=config.storage,
         judge_key=judge_key,
+        roots=config.train.roots if config.train is not None else None,
     )
     return evaluate_setting(setting, out=out, again=again)
 

@@ -172,8 +172,9 @@ def open_setting(
     subject: SubjectSpec | None = None,
     storage: StorageSpec | None = None,
     judge_key: str | None = None,
+    roots: dict[str, str] | None = None,
 ) -> Setting | SetSetting:
     """Open whatever is published at `uri`: a set, or one SAE; arguments and errors as for `Setting.open`."""
     if read_set_card(open_store(uri, storage or StorageSpec())) is not None:
         return SetSetting.open(uri, root, spec, subject=subject, storage=storage)
-    return Setting.open(uri, root, spec, subject=subject, storage=storage, judge_key=judge_key)
+    return Setting.open(uri, root, spec, subject=subject, storage=storage, judge_key=judge_key, roots=roots)

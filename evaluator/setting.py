@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.common.device import resolve_device
-from winnow.sae.model import Sae, read_set_card
+from winnow.sae.model import Sae, read_card, read_set_card
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.evaluation import EvaluateSpec, Family, Figure
 from winnow.schemas.fit import check_dataset, check_subject, other_windows
@@ -29,6 +29,7 @@ from winnow.schemas.training import SaeCard, SaeIdentity
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
+from winnow.store.read.joined import JoinedStore, open_roots
 from winnow.subject.load import Subject
 from winnow.subject.tail import Tail
 
@@ -150,6 +151,7 @@ class Setting(OnDataset):
         subject: SubjectSpec | None = None,
         storage: StorageSpec | None = None,
         judge_key: str | None = None,
+        roots: dict[str, str] | None = None,
     ) -> Setting:
         """Load an SAE and open the dataset that it is measured on.
 
@@ -160,6 +162,7 @@ class Setting(OnDataset):
             subject: The language model; None takes the one that the dataset's plan names.
             storage: How object storage is reached.
             judge_key: Key of the endpoint of `judge`.
+            roots: Of an SAE of several datasets: where they are; None takes those that its card names.
 
         Raises:
             SaeMismatch: The subject, a hook or a width is not the dataset's.
@@ -167,13 +170,15 @@ class Setting(OnDataset):
             MissingObject, IntegrityError: There is no SAE at `uri`, or it is damaged.
         """
         storage = storage or StorageSpec()
-        dataset = ActivationStore.open(root, storage)
+        card = read_card(open_store(uri, storage), uri)
+        named = card.spec.roots if card.spec is not None else None
+        dataset = open_roots(root, (roots or named) if "/" in card.hook else None, storage)
         chosen = subject_spec_of(dataset.plan, subject)
         device = resolve_device(chosen.device)
         sae = Sae.load(uri, device=device, storage=storage)
         assert sae.card is not None
         # Everything that can be refused without the subject, before a family spends time.
-        check_dataset(uri, sae.card, dataset.plan, targets=True)
+        check_dataset(uri, sae.card, dataset.plan, targets=True, several=True)
         if (warning := other_windows(uri, sae.card, dataset.plan)) is not None:
             log.warning(warning)
         spec, dataset = restricted(spec or EvaluateSpec(), sae.card.rows, dataset)
@@ -206,8 +211,8 @@ class Setting(OnDataset):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The hook that the SAE reads."""
-        return (self.hook,)
+        """The hook that the SAE reads; of a crosscoder, all of them."""
+        return self.card.input_hooks
 
     @property
     def saes(self) -> dict[str, Sae]:
@@ -216,8 +221,23 @@ class Setting(OnDataset):
 
     @property
     def hooks(self) -> tuple[str, ...]:
-        """The hook that the SAE reads, and those that a transcoder predicts."""
-        return (self.card.hook, *self.card.target_hooks)
+        """The hooks that the SAE reads, and those that a transcoder predicts."""
+        return (*self.card.input_hooks, *self.card.target_hooks)
+
+    @property
+    def joined(self) -> bool:
+        """Whether it reads or writes several datasets, each of a subject of its own."""
+        return isinstance(self.dataset, JoinedStore)
+
+    @cached_property
+    def subjects(self) -> dict[str, Subject]:
+        """Of several datasets: the whole subject of each, loaded at first use.
+
+        Raises:
+            SaeMismatch: The weights of one are not those that its dataset was harvested from.
+        """
+        assert isinstance(self.dataset, JoinedStore)
+        return subjects_of(self.dataset, self.subject_spec)
 
     @cached_property
     def partial(self) -> bool:
@@ -241,6 +261,9 @@ class Setting(OnDataset):
     @property
     def left_out(self) -> dict[Family, str]:
         """Families that make no sense for this SAE, and why."""
+        if self.card.with_hooks or self.joined:
+            why = "they are about an SAE that reads one hook of one subject"
+            return dict.fromkeys(("compute", "stability", "ablation", "probes", "n2g", "judge"), why)
         return {"downstream": self.why_partial, "compute": self.why_partial} if self.partial else {}
 
     @cached_property
@@ -295,7 +318,7 @@ class Setting(OnDataset):
                     if not len(at):
                         continue
                 edges = (unit * size + part.start, unit * size + part.stop)
-                rows = self._read([self.hook], edges)
+                rows = self._read(self.reads, edges)
                 weights = torch.from_numpy(self.dataset.weights(self.hooks, *edges)).to(self.device)
                 hooks = self.card.target_hooks if targets else ()
                 wanted = self._read(hooks, edges) if hooks else None
@@ -312,6 +335,31 @@ class Setting(OnDataset):
         """Stored rows of some hooks, joined, on the SAE's device."""
         read = [self.dataset.read_rows(hook, *edges) for hook in hooks]
         return torch.from_numpy(read[0] if len(read) == 1 else np.concatenate(read, 1)).to(self.device)
+
+
+def part_names(setting: Setting) -> list[str]:
+    """Name the parts of a crosscoder for ids: by dataset if each has one hook, otherwise by hook.
+
+    Other SAEs have none.
+    """
+    if not setting.card.with_hooks:
+        return []
+    hooks = setting.card.input_hooks
+    roots = [hook.rpartition("/")[0] for hook in hooks]
+    if len(set(roots)) == len(hooks):
+        return roots
+    return [hook.replace("/", "_").replace(".", "_").lower() for hook in hooks]
+
+
+def subjects_of(dataset: JoinedStore, stated: SubjectSpec) -> dict[str, Subject]:
+    """Load the subject of each of several datasets, on the device of `stated`, and check its weights."""
+    found: dict[str, Subject] = {}
+    for name, part in dataset.parts.items():
+        where = {"device": stated.device, "device_map": stated.device_map}
+        where["trust_remote_code"] = stated.trust_remote_code
+        found[name] = Subject.load(part.plan.subject.spec().model_copy(update=where))
+        check_subject(found[name].identity, part.plan.subject)
+    return found
 
 
 def subject_spec_of(plan: HarvestPlan, stated: SubjectSpec | None = None) -> SubjectSpec:

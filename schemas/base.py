@@ -32,12 +32,12 @@ HookName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+([.][A-Za-z0
 """Where activations are read: `resid_pre`, `attn_out`, `resid_mid`, `mlp_in`, `mlp_out` or `resid_post` with
 a layer's number (`resid_post.9`), or the dotted path of a module of the subject."""
 
-RootName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
-"""Name of one of several datasets that are read together."""
+RootName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+"""Name of one of several datasets that are read together. It is a part of figures' ids."""
 
 ReadHook = Annotated[
     str,
-    StringConstraints(pattern=r"^([A-Za-z0-9_-]{1,40}/)?[A-Za-z0-9_]+([.][A-Za-z0-9_]+)*$", max_length=241),
+    StringConstraints(pattern=r"^([a-z][a-z0-9_]{0,39}/)?[A-Za-z0-9_]+([.][A-Za-z0-9_]+)*$", max_length=241),
 ]
 """A hook as a run reads it: `HookName`, or with several datasets `NAME/HOOK` (`base/resid_post.9`)."""
 

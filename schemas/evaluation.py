@@ -6,14 +6,26 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from winnow.schemas.base import Artefact, Contract, HookName, Sha256
+from winnow.schemas.base import Artefact, Contract, ReadHook, Sha256
 from winnow.schemas.readings import RowsSpec
 
 # The order matters: `compute` reads the figures of `downstream`, and `n2g` reuses its losses.
-FAMILIES = ("reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g", "judge")
+FAMILIES = (
+    "reconstruction",
+    "downstream",
+    "compute",
+    "stability",
+    "ablation",
+    "probes",
+    "n2g",
+    "judge",
+    "diffing",
+)
 """Families of metrics, in the order in which they are measured and shown."""
 # The same names again, because a type cannot be made from a tuple's values.
-Family = Literal["reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g", "judge"]
+Family = Literal[
+    "reconstruction", "downstream", "compute", "stability", "ablation", "probes", "n2g", "judge", "diffing"
+]
 FigureId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$", max_length=80)]
 
 
@@ -67,7 +79,7 @@ class EvaluateSpec(Contract):
 
     metrics: tuple[Family, ...] | None = None
     """Families to measure. Null, the default, measures all that have what they need: `compute` needs a law,
-    `stability` other SAEs, `judge` a judge."""
+    `stability` other SAEs, `judge` a judge, `diffing` a crosscoder."""
     windows: int = Field(default=256, ge=1)
     """Largest number of held-out windows: the first in the plan's order, which is random."""
     batch_windows: int = Field(default=4, ge=1)
@@ -183,10 +195,10 @@ class Evaluation(Artefact):
     """Name of the subject model, from the dataset's plan."""
     subject_weights_sha256: Sha256
     """Digest of the subject's weights."""
-    hook: HookName
+    hook: ReadHook
     """The hook that the SAE reads; of a transcoder set, the first."""
-    reads: tuple[HookName, ...] = Field(default=(), exclude_if=lambda hooks: not hooks)
-    """Of a transcoder set: the hooks that its layers read. Empty for an SAE."""
+    reads: tuple[ReadHook, ...] = Field(default=(), exclude_if=lambda hooks: not hooks)
+    """Of a transcoder set or a crosscoder: the hooks that it reads. Empty for an SAE of one hook."""
     latents: int = Field(gt=0)
     """Number of latents N; of a transcoder set, of all layers."""
     k: int = Field(gt=0)

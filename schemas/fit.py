@@ -30,32 +30,37 @@ def mismatch(
     return SaeMismatch(f"the {what} of {name}", expected=f"{expected} ({of}'s)", got=got, fix=fix)
 
 
-def check_dataset(name: str, card: SaeCard, plan: HarvestPlan, *, targets: bool = False) -> None:
-    """Check that a dataset contains the rows that an SAE of one hook reads.
+def check_dataset(
+    name: str, card: SaeCard, plan: HarvestPlan, *, targets: bool = False, several: bool = False
+) -> None:
+    """Check that a dataset contains the rows that an SAE reads.
 
     Args:
         name: The SAE, as the user named it.
         card: The SAE's card.
         plan: The dataset's plan.
         targets: Also check those that a transcoder predicts.
+        several: Accept a crosscoder.
 
     Raises:
-        SaeMismatch: The SAE reads several hooks, or one that the dataset lacks, of another width or subject.
+        SaeMismatch: The SAE reads several hooks unasked, or one that the dataset lacks, of another width or
+            subject.
     """
-    if card.with_hooks:
+    if card.with_hooks and not several:
         raise SaeMismatch(
             f"the hooks of {name}",
             expected="one hook",
             got=f"a crosscoder of {', '.join(card.input_hooks)}",
-            fix="For crosscoders `winnow train` reports the held-out figures",
+            fix="Of crosscoders, `winnow evaluate` measures reconstruction, downstream and diffing",
         )
-    if card.hook not in plan.spec.hooks:
-        held = f"one of {', '.join(plan.spec.hooks)}"
-        raise mismatch("hook", name, expected=held, of="the dataset", got=card.hook, fix=TRAINED_ON)
-    # After the hook: a plan has no width at a hook that it lacks, and would raise a less helpful error.
-    width = plan.d_model(card.hook)
-    if card.d_model != width:
-        raise mismatch("width D", name, expected=width, of="the dataset", got=card.d_model, fix=TRAINED_ON)
+    for hook, held_width in zip(card.input_hooks, card.parts.widths or (card.d_model,), strict=True):
+        if hook not in plan.spec.hooks:
+            held = f"one of {', '.join(plan.spec.hooks)}"
+            raise mismatch("hook", name, expected=held, of="the dataset", got=hook, fix=TRAINED_ON)
+        # After the hook: a plan has no width at a hook that it lacks, and would raise a less helpful error.
+        width = plan.d_model(hook)
+        if held_width != width:
+            raise mismatch("width D", name, expected=width, of="the dataset", got=held_width, fix=TRAINED_ON)
     if targets and card.target_hooks:
         _check_targets(name, card, plan)
     _check_identity(name, card.identity, plan)

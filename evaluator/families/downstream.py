@@ -23,7 +23,8 @@ from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import figure, mean_figure
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.model import Sae
-from winnow.schemas.evaluation import Figure
+from winnow.schemas.evaluation import EvaluateSpec, Figure
+from winnow.schemas.joined import hooks_by_root, split_hook
 from winnow.store import ActivationStore
 from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement
@@ -108,6 +109,52 @@ class AcrossHooks:
         """See `Runs.patched`."""
         parts = zip(self._writes, rows.split(self._widths, dim=1), strict=True)
         return self._subject.logits(clean.held, {hook: _at(chosen, part) for hook, part in parts})
+
+
+class AcrossSubjects:
+    """Hooks of several subjects: all of them are read, and those of one subject are replaced, in it.
+
+    Args:
+        subjects: Name of the dataset -> its whole subject.
+        name: The one in which hooks are replaced.
+        reads: Hooks that are read, `NAME/HOOK`; their rows are concatenated in `Clean.rows`.
+        writes: Hooks of a variant's rows; those of other subjects are not used.
+        store: The datasets.
+    """
+
+    def __init__(
+        self,
+        subjects: Mapping[str, Subject],
+        name: str,
+        reads: Sequence[str],
+        writes: Sequence[str],
+        store: ActivationStore,
+    ) -> None:
+        self._subjects, self._name, self._reads, self._writes = subjects, name, tuple(reads), list(writes)
+        self._widths = [store.d_model(hook) for hook in writes]
+        self.hooks = tuple(dict.fromkeys([*reads, *writes]))
+
+    def clean(self, tokens: NDArray[Any], *, logits: bool) -> Clean:
+        """See `Runs.clean`."""
+        subject = self._subjects[self._name]
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(subject.device)
+        found: dict[str, Tensor] = {}
+        for name, own in hooks_by_root(self._reads).items():
+            read = self._subjects[name].activations(tokens, own)
+            found |= {f"{name}/{hook}": rows.float().flatten(0, 1) for hook, rows in read.items()}
+        rows = torch.cat([found[hook].to(subject.device) for hook in self._reads], dim=1)
+        return Clean(ids, rows, subject.logits(tokens) if logits else None, tokens)
+
+    def patched(self, clean: Clean, chosen: Tensor, rows: Tensor) -> Tensor:
+        """See `Runs.patched`."""
+        parts = dict(zip(self._writes, rows.split(self._widths, dim=1), strict=True))
+        replace = {
+            own: _at(chosen, parts[hook])
+            for hook in self._writes
+            for name, own in [split_hook(hook)]
+            if name == self._name
+        }
+        return self._subjects[self._name].logits(clean.held, replace)
 
 
 def _at(chosen: Tensor, rows: Tensor) -> Replacement:
@@ -249,16 +296,43 @@ def figures_of(losses: Losses, reached: Reached, seed: int = 0) -> list[Figure]:
     return figures
 
 
+def joint_figures(
+    subjects: Mapping[str, Subject],
+    sae: Sae,
+    store: ActivationStore,
+    windows: Sequence[int],
+    spec: EvaluateSpec,
+) -> tuple[list[Figure], dict[str, float]]:
+    """Measure an SAE of several subjects in each that it writes to; ids and losses end with its name."""
+    assert sae.card is not None
+    reads, writes = sae.card.input_hooks, sae.card.output_hooks
+    figures: list[Figure] = []
+    means: dict[str, float] = {}
+    for name in hooks_by_root(writes):
+        runs = AcrossSubjects(subjects, name, reads, writes, store)
+        variants = sae_variants(sae, store, writes, subjects[name].device)
+        options: dict[str, Any] = {"batch_windows": spec.batch_windows, "label": f"delta CE of {name}"}
+        losses = splice_losses(runs, store, windows, variants, **options)
+        found = figures_of(losses, Reached.of(store, runs.hooks, windows), spec.seed)
+        figures += [figure.model_copy(update={"id": f"{figure.id}.{name}"}) for figure in found]
+        means |= {f"{key}.{name}": float(values.mean()) for key, values in losses.items()}
+    return figures, means
+
+
 def runs_for(setting: Setting) -> Runs:
     """How a setting's SAE is read and replaced."""
     card = setting.card
-    if card.target_hooks:
-        return AcrossHooks(setting.subject, card.input_hooks, card.target_hooks, setting.dataset)
+    if card.target_hooks or card.with_hooks:
+        return AcrossHooks(setting.subject, card.input_hooks, card.output_hooks, setting.dataset)
     return AtHook(setting.tail)
 
 
 def measure(setting: Setting) -> Measured:
     """Run the subject over the held-out windows, clean and with hook or target replaced three ways."""
+    if setting.joined:
+        dataset, windows, spec = setting.dataset, setting.windows, setting.spec
+        figures, found = joint_figures(setting.subjects, setting.sae, dataset, windows, spec)
+        return Measured(figures, {"mean_nats": found})
     losses = splice_losses(
         runs_for(setting),
         setting.dataset,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import figure
-from winnow.evaluator.setting import Measured, Setting
+from winnow.evaluator.setting import Measured, Setting, part_names
 from winnow.sae.metrics import L0, Fvu
 from winnow.sae.model import Sae
 from winnow.schemas.errors import IntegrityError
@@ -69,9 +69,10 @@ def measure(setting: Setting) -> Measured:
         IntegrityError: There is no row of weight above 0, or a stored one is damaged.
     """
     sae, count, seed = setting.sae, len(setting.windows), setting.spec.seed
-    names = () if setting.partial else ("fvu_normalised", "fvu_raw")
-    spaces = {name: Fvu(sae.d_out, setting.device) for name in names}
-    sums = {name: WindowSums(count, sae.d_out) for name in names}
+    widths = {} if setting.partial else _widths(setting)
+    names = tuple(widths)
+    spaces = {name: Fvu(width, setting.device) for name, width in widths.items()}
+    sums = {name: WindowSums(count, width) for name, width in widths.items()}
     l0, active, rows_in = L0(), np.zeros(count), np.zeros(count)
     firings = torch.zeros(sae.latents, dtype=torch.int64, device=setting.device)
     total = count * setting.dataset.plan.rows_per_window
@@ -86,7 +87,7 @@ def measure(setting: Setting) -> Measured:
             windows = codes.windows[keep.cpu().numpy()]
             if names:
                 true = None if codes.targets is None else codes.targets[keep]
-                for name, pair in _pairs(sae, rows, values, indices, true).items():
+                for name, pair in _by_part(setting, _pairs(sae, rows, values, indices, true)).items():
                     spaces[name].add(*pair)
                     sums[name].add(*pair, windows)
             l0.add(values)
@@ -105,6 +106,27 @@ def measure(setting: Setting) -> Measured:
     details["rows_left_out"] = int(total - rows_in.sum())
     notes = () if names else (f"no FVU: {setting.why_partial}",)
     return Measured(figures, details, notes)
+
+
+def _widths(setting: Setting) -> dict[str, int]:
+    """The FVUs that are measured, with the width of their rows: of a crosscoder also each part's."""
+    spaces = ("fvu_normalised", "fvu_raw")
+    found: dict[str, int] = dict.fromkeys(spaces, setting.sae.d_out)
+    for name, width in zip(part_names(setting), setting.sae.parts.widths, strict=True):
+        found |= {f"{space}.{name}": width for space in spaces}
+    return found
+
+
+def _by_part(
+    setting: Setting, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs of all parts together, and of a crosscoder those of each."""
+    found, widths = dict(pairs), list(setting.sae.parts.widths)
+    for space, pair in pairs.items() if widths else ():
+        true, given = (rows.split(widths, dim=1) for rows in pair)
+        for part, name in enumerate(part_names(setting)):
+            found[f"{space}.{name}"] = true[part], given[part]
+    return found
 
 
 def _pairs(

@@ -137,6 +137,11 @@ class JoinedStore(ActivationStore):
         part, own = self.part_of(hook)
         return part.moments(own)
 
+    @property
+    def uri(self) -> str:
+        """Addresses of the roots, with their names."""
+        return "; ".join(f"{name}: {part.uri}" for name, part in self.parts.items())
+
     def deleted_units(self) -> set[int]:
         """See `ActivationStore.deleted_units`: those of any."""
         return set().union(*(part.deleted_units() for part in self.datasets))

@@ -271,6 +271,11 @@ class ActivationStore:
         """The datasets that are read: this one, or those that were joined."""
         return (self,)
 
+    @property
+    def uri(self) -> str:
+        """Address of the root."""
+        return self.store.uri
+
     def deleted_units(self) -> set[int]:
         """List the units whose shards a ring has deleted, or was about to."""
         return deleted_units(self.store, self.plan)

@@ -8,9 +8,7 @@ import torch
 from tests.support.evaluated import D_MODEL, HOOK, identity_sae, toy_config, zero_sae
 from winnow.evaluator.families.downstream import AcrossHooks, Losses, sae_variants, splice_losses
 from winnow.evaluator.heldout import measure_in_subject
-from winnow.evaluator.setting import Setting
 from winnow.sae import Sae
-from winnow.schemas.errors import SaeMismatch
 from winnow.schemas.training import SaeParts
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
@@ -77,9 +75,3 @@ def test_an_autoencoder_gives_the_same_either_way(toy, tmp_path):
     assert losses["sae"] == pytest.approx(losses["zero"])
     same = saved(identity_sae(), tmp_path, HOOK)
     assert joint_losses(subject, same, store, range(4))["kl.sae"] == pytest.approx(0, abs=1e-6)
-
-
-def test_winnow_evaluate_refuses_a_crosscoder(toy, tmp_path):
-    saved(identity(SaeParts(widths=(D_MODEL, D_MODEL)), 2 * D_MODEL), tmp_path, with_hooks=(HOOK,))
-    with pytest.raises(SaeMismatch, match=r"one hook, got a crosscoder of mlp_out.0, resid_post.1"):
-        Setting.open(str(tmp_path), toy.root, subject=toy.subject)
