@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.planted import HOOK
+from tests.support.roots import chat_plan, chat_rows
 from winnow.schemas.errors import ConfigError, IntegrityError, StoreError
 from winnow.schemas.labels import LAST_TURN, ROLES, SPECIAL
 from winnow.schemas.readings import ReadingCard, RowsSpec
@@ -16,6 +18,7 @@ from winnow.store import ActivationStore
 from winnow.store.format import order as order_module
 from winnow.store.format.labels import label_key
 from winnow.store.objects import open_store
+from winnow.store.read.joined import open_roots
 from winnow.store.testing import make_plan, synthetic_labels, synthetic_rows, write_dataset
 
 HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
@@ -241,3 +244,29 @@ def test_a_root_that_may_only_be_read_is_still_read(own, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING), dataset.only(ASSISTANT).stream("mlp_out.2", **OPTIONS) as stream:
         assert len(next(stream).weights) == 32
     assert "could not be stored: access denied" in caplog.text
+
+
+# ---- several subjects -----------------------------------------------------------------------------
+
+
+def test_datasets_that_are_joined_are_read_alike(tmp_path):
+    roots = {"base": str(tmp_path / "base"), "chat": str(tmp_path / "chat")}
+    write_dataset(open_store(roots["base"]), make_plan(4, hooks={"mlp_out.2": 4}, labels=True))
+    write_dataset(open_store(roots["chat"]), chat_plan(4, labels=True), chat_rows)
+    dataset = open_roots("", roots).only(ASSISTANT)
+    chosen = chosen_rows(dataset, ASSISTANT)
+    hooks = ["base/mlp_out.2", f"chat/{HOOK}"]
+    with dataset.stream(hooks, epochs=1, **OPTIONS) as stream:
+        assert stream.state().reading == dataset.reading.digest
+        for batch in stream:
+            rows = stream.order.rows_at(batch.step)
+            assert chosen[rows].all()
+            for hook in hooks:
+                assert np.array_equal(batch.rows[hook].numpy(), dataset_rows(dataset, hook)[rows])
+    weights = dataset.weights(hooks, 0, dataset.rows)
+    assert not weights[~chosen].any()
+    assert weights.sum() > 0
+
+
+def dataset_rows(dataset, hook):
+    return dataset.read_rows(hook, 0, dataset.rows)
