@@ -3,10 +3,11 @@
 TransformerLens may load a model with changed weights that give the same logits. The effect of each change at
 the hooks that Winnow reads:
 
-| option | `hook_resid_pre`, `hook_resid_post`, `hook_attn_out`, `hook_mlp_out` |
-|---|---|
-| `center_writing_weights` | each row lacks its mean over D if the model has LayerNorm; otherwise the same |
-| `fold_ln`, `fold_value_biases`, `center_unembed`, `refactor_factored_attn_matrices` | the same |
+| option | `hook_resid_pre`, `_mid`, `_post`, `hook_attn_out`, `hook_mlp_out` | `mlp.hook_in` |
+|---|---|---|
+| `center_writing_weights` | each row lacks its mean over D if the model has LayerNorm | the same |
+| `fold_ln` | the same | the row lacks the norm's gain and bias |
+| `fold_value_biases`, `center_unembed`, `refactor_factored_attn_matrices` | the same | the same |
 
 Its `hook_attn_out` and `hook_mlp_out` are what is added to the stream, after a norm that follows the module
 (Gemma 2 and 3, OLMo 2 and 3), as Winnow's are.
@@ -74,7 +75,8 @@ class Loading:
     def centres(self, hook: str | None) -> bool | None:
         """Whether the rows at a hook of TransformerLens were centred; None if nothing determines it."""
         # Centring commutes with LayerNorm only: TransformerLens ignores the option on models with RMSNorm.
-        if not self.lens or parse_lens(hook) is None or RMS.search(self.model):
+        # After a LayerNorm, which removes the mean itself, it changes nothing.
+        if not self.lens or parse_lens(hook) is None or RMS.search(self.model) or _after_norm(hook):
             return False
         said = self.options.get(CENTRES, self.processed)
         return None if said is None else bool(said)
@@ -88,6 +90,11 @@ class Loading:
             said = ", ".join(f"{name}: {value!r}" for name, value in other.items())
             found.append(f"the subject was loaded with {said}: load it the same way (subject.revision, ...)")
         for hook in hooks:
+            if _after_norm(hook) and self.options.get("fold_ln", self.processed):
+                found.append(
+                    f"the subject was loaded with fold_ln: {hook} lacked the gain and bias of the MLP's "
+                    "norm, which Winnow's mlp_in has"
+                )
             if is_lens_name(hook) and parse_lens(hook) is None:
                 on = [name for name in (CENTRES, *SAME_ROWS) if self.options.get(name, self.processed)]
                 found.append(
@@ -96,6 +103,11 @@ class Loading:
                     + (f"; the subject was loaded with {', '.join(on)}" if on else "")
                 )
         return tuple(found)
+
+
+def _after_norm(hook: str | None) -> bool:
+    """Whether it is `mlp_in`, by its name here or there."""
+    return (parse_lens(hook) or hook or "").startswith("mlp_in.")
 
 
 def read_loading(about: Mapping[str, Any]) -> Loading:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 
-LENS = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)")
+LENS = re.compile(r"blocks\.(\d+)\.(hook_(?:resid_pre|attn_out|resid_mid|mlp_out|resid_post)|mlp\.hook_in)")
+# Not `hook_mlp_in`, which stands for two places: TransformerLens' stream before the MLP's norm and, in
+# SAELens' files, the row after it that Gemma Scope 2's transcoders read.
 LENS_ANY = re.compile(r"(?:.*\.)?hook_\w+")
-OURS = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out)\.(\d+)")
+MLP_INPUT = "mlp.hook_in"
+"""`mlp_in`, the row after the MLP's norm, in TransformerLens 3's bridge to transformers; HookedTransformer
+has no hook there."""
+OURS = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out|resid_mid|mlp_in)\.(\d+)")
 HOOK = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MODULE = re.compile(r"(?P<head>(?:\w+\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<rest>[\w.]+))?")
 HEADS = {"layers": "model.", "h": "transformer.", "blocks": "transformer."}
@@ -18,13 +23,18 @@ _ADDED = {"mlp": "mlp_out", "self_attn": "attn_out", "attn": "attn_out", "attent
 def to_lens(hook: str | None) -> str | None:
     """`resid_post.9` as TransformerLens names it, `blocks.9.hook_resid_post`; any other name unchanged."""
     match = OURS.fullmatch(hook or "")
-    return f"blocks.{match[2]}.hook_{match[1]}" if match else hook
+    if not match:
+        return hook
+    return f"blocks.{match[2]}." + (MLP_INPUT if match[1] == "mlp_in" else f"hook_{match[1]}")
 
 
 def parse_lens(name: str | None) -> str | None:
-    """The inverse of `to_lens` for Winnow's four sites; None for any other name."""
+    """The inverse of `to_lens` for Winnow's six sites; None for any other name."""
     match = LENS.fullmatch(name or "")
-    return f"{match[2]}.{match[1]}" if match else None
+    if not match:
+        return None
+    site = "mlp_in" if match[2] == MLP_INPUT else match[2].removeprefix("hook_")
+    return f"{site}.{match[1]}"
 
 
 def from_lens(name: str | None) -> str | None:

@@ -220,10 +220,11 @@ def write_with_subject(plain: Plain, folder: Path) -> None:
             got=f"model {plain.model!r}, hook {plain.hook!r}",
             fix="Give --model; import with --hook",
         )
-    if layer_of(plain.hook) is None:
+    # They run HookedTransformer, which has no hook between the MLP's norm and the MLP.
+    if layer_of(plain.hook) is None or (plain.hook or "").startswith("mlp_in."):
         raise refuse(
             "SAEBench or Neuronpedia",
-            f"hook {plain.hook!r}, which TransformerLens does not know",
+            f"hook {plain.hook!r}, which TransformerLens' HookedTransformer does not know",
             "Export to saelens",
         )
     write(plain, folder)

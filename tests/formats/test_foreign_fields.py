@@ -75,6 +75,8 @@ def test_centred_rows_are_centred_and_their_mean_comes_back(tmp_path, caplog):
         ({"model_from_pretrained_kwargs": {CENTRES: True}}, True),
         ({"model_from_pretrained_kwargs": {CENTRES: True}, "model_name": "gemma-2b"}, False),  # RMSNorm
         ({"model_from_pretrained_kwargs": {CENTRES: True}, "hook_name": "blocks.3.attn.hook_z"}, False),
+        ({"model_from_pretrained_kwargs": {CENTRES: True}, "hook_name": "blocks.3.hook_resid_mid"}, True),
+        ({"model_from_pretrained_kwargs": {CENTRES: True}, "hook_name": "blocks.3.mlp.hook_in"}, False),
         ({"model_from_pretrained_kwargs": {}, "sae_lens_training_version": "3.19.1"}, True),
         ({"model_from_pretrained_kwargs": {}, "sae_lens_training_version": "3.19.2"}, False),
         ({"sae_lens_training_version": "2.1.3", "model_name": "mistral-7b"}, False),
@@ -101,6 +103,31 @@ def test_the_first_published_files_are_centred(tmp_path):
     (tmp_path / "theirs/cfg.json").write_text(json.dumps(old))
     card = import_sae(tmp_path / "theirs", "saelens", str(tmp_path / "ours"))
     assert (card.hook, card.parts.centred) == ("resid_pre.8", True)
+
+
+@pytest.mark.parametrize("hook", ["resid_mid.3", "mlp_in.3"])
+def test_the_places_around_the_mlp_s_norm_keep_their_names(tmp_path, hook):
+    name = {"resid_mid.3": "blocks.3.hook_resid_mid", "mlp_in.3": "blocks.3.mlp.hook_in"}[hook]
+    card = lens_import(tmp_path, metadata=PYTHIA | {"hook_name": name})
+    assert (card.hook, card.notes) == (hook, ())
+    export_sae(str(tmp_path / "ours"), "saelens", tmp_path / "back")
+    assert json.loads((tmp_path / "back/cfg.json").read_text())["metadata"]["hook_name"] == name
+    if hook == "mlp_in.3":
+        with pytest.raises(ConfigError, match="HookedTransformer"):
+            export_sae(str(tmp_path / "ours"), "neuronpedia", tmp_path / "pedia", model="pythia-70m")
+        about = {"hook_name": name, "model_from_pretrained_kwargs": {"fold_ln": True}}
+        notes = lens_import(tmp_path, metadata=PYTHIA | about, out="folded").notes
+        assert any("gain" in note for note in notes)
+
+
+def test_hook_mlp_in_is_taken_for_no_place_of_ours(tmp_path):
+    """TransformerLens' is before the MLP's norm; SAELens calls what Gemma Scope 2 reads after it so too."""
+    about = PYTHIA | {"hook_name": "blocks.3.hook_mlp_in"}
+    card = lens_import(tmp_path, metadata=about)
+    assert card.hook == "blocks.3.hook_mlp_in"
+    assert any("none that Winnow reads" in note for note in card.notes)
+    module = "model.layers.3.pre_feedforward_layernorm"
+    assert lens_import(tmp_path, metadata=about | {"hf_hook_name": module}, out="told").hook == module
 
 
 def test_new_fields_stand_in_no_card_that_does_not_need_them(tmp_path):

@@ -21,7 +21,7 @@ if importlib.util.find_spec("sae_lens") is None:
     pytest.skip("the peers' libraries are not here: `make test-formats`", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 WIDTH = 32
-SITES = [f"{site}.1" for site in ("resid_pre", "resid_post", "attn_out", "mlp_out")]
+SITES = [f"{site}.1" for site in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")]
 OPTIONS = dict.fromkeys((CENTRES, *SAME_ROWS), False)
 
 
@@ -81,6 +81,19 @@ def test_transformer_lens_reads_what_winnow_reads_and_its_options_do_what_we_say
             if name == CENTRES and normed:
                 expected = expected - expected.mean(1, keepdim=True)
             assert error(theirs[hook], expected) < 1e-4, (name, hook)
+
+
+def test_the_bridge_s_names_are_of_the_rows_that_winnow_reads(subject):
+    """TransformerLens 3's bridge has a hook at `mlp_in`, which HookedTransformer has not."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tokens = torch.randint(384, (3, 16), generator=torch.Generator().manual_seed(0))
+    ours = subject.activations(tokens, [*SITES, "mlp_in.1"])
+    bridge = TransformerBridge.boot_transformers(str(subject.spec.model), device="cpu")
+    with torch.no_grad():
+        cache = bridge.run_with_cache(tokens)[1]
+    for hook, rows in ours.items():
+        assert error(cache[to_lens(hook)].flatten(0, 1), rows.flatten(0, 1)) < 1e-4, hook
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
