@@ -96,6 +96,7 @@ def command(
         known = report.read_graph(graph) if graph is not None else None
         set_ = TranscoderSet.load(set_uri)
         model = report.subject_of(set_, stated)
+        set_.to(model.device)
         result: dict[str, Any] = {}
         if text is not None:
             result["set"] = _quality(model, set_, text, windows)

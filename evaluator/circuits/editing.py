@@ -96,7 +96,7 @@ def edit(
 
     Args:
         subject: The whole subject, in float32.
-        set_: A set of it.
+        set_: A set of it, on its device.
         graph: A graph of this set and subject, or token ids [P], which are traced first.
         edits: Edits, or their text; see `Edit.parse`.
 
@@ -138,7 +138,8 @@ class Prompt:
         places = torch.stack([self.sources.layer, self.sources.latent, self.sources.position], 1)
         self._known = {tuple(place): number for number, place in enumerate(places.tolist())}
         rows = self.held.unembedding
-        self._directions = rows[[node.number for node in self.logits]] - rows.mean(0)
+        self._tokens = torch.tensor([node.number for node in self.logits])
+        self._directions = rows[self._tokens] - rows.mean(0)
         self._features = [at for at, node in enumerate(graph.nodes) if node.kind == "feature"]
         self._effects = total_effects(graph)
         self._still = self.held.run(self.held.stream[0], lambda layer, _: self.held.mlp_out[layer])
@@ -186,7 +187,7 @@ class Prompt:
         added = self.added([(number, float(self.sources.activation[number]))])
         own = self.held.mlp_out
         moved = self.held.run(self.held.stream[0], lambda layer, _: own[layer] + added.get(layer, 0.0))
-        direct = self._directions @ (moved.final - self._still.final)[-1]
+        direct = (self._directions @ (moved.final - self._still.final)[-1]).cpu()
         shares = torch.zeros(len(self._features))
         for row, at in enumerate(self._features):
             node = self.graph.nodes[at]
@@ -212,7 +213,7 @@ class Prompt:
 
             return self._directions @ self.held.run(self.held.stream[0], mlp_out).final[-1]
 
-        return run(added) - run({})
+        return (run(added) - run({})).cpu()
 
     @torch.no_grad()
     def found(self, variants: Sequence[Added]) -> tuple[Tensor, Tensor]:
@@ -237,8 +238,7 @@ class Prompt:
         replace[str(self.subject.layout.final_norm)] = keep
         logits = self.subject.logits(self.held.ids.expand(count, -1), replace)[:, -1].float()
         values = final[0] @ self._directions.T
-        tokens = [node.number for node in self.logits]
-        return values[1:] - values[:1], logits.softmax(1)[1:, tokens]
+        return (values[1:] - values[:1]).cpu(), logits.softmax(1)[1:].cpu()[:, self._tokens]
 
 
 def total_effects(graph: Graph) -> Tensor:

@@ -32,7 +32,8 @@ def check_set(subject: Subject, set_: TranscoderSet) -> None:
     """Check that a set is one of a subject's.
 
     Raises:
-        SaeMismatch: Another width, layers that the subject lacks, or trained on another subject.
+        SaeMismatch: Another width, layers that the subject lacks, trained on another subject, or on another
+            device.
     """
     layers = subject.layout.layers
     if set_.layers.stop > layers:
@@ -42,6 +43,12 @@ def check_set(subject: Subject, set_: TranscoderSet) -> None:
     width = subject.sites(["resid_pre.0"])[0].d_model
     if set_.d_model != width:
         raise mismatch("width D", "the set", expected=width, of="the subject", got=set_.d_model)
+    device = set_[set_.layers.start].W_enc.device
+    if device != subject.device:
+        raise mismatch(
+            "device", "the set", expected=str(subject.device), of="the subject", got=str(device),
+            fix="Load or move the set there: `set_.to(subject.device)`",
+        )  # fmt: skip
     identity = set_.card.identity if set_.card is not None else None
     if identity is not None and identity.subject_weights_sha256 != subject.identity.weights_sha256:
         raise mismatch(

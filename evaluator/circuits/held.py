@@ -62,7 +62,7 @@ class Held:
         stream: L + 1 tensors [P, D]: the stream that enters each block, and the one that leaves the last.
         reads: Per layer [P, D], what its latents read.
         mlp_out: Per layer [P, D], what reached the stream as the MLP's output.
-        logits: float32 [V], of the last position, the subject's own.
+        logits: float32 [V], of the last position, the subject's own, on the CPU.
     """
 
     def __init__(self, subject: Subject, ids: Tensor, reads: Reads) -> None:
@@ -74,8 +74,8 @@ class Held:
             reads: The site that latents read.
 
         Raises:
-            ConfigError: The subject is truncated or of a lower precision, the prompt is longer than its
-                context, or a module cannot be held, which is named.
+            ConfigError: The subject is truncated, on several devices or of a lower precision, the prompt is
+                longer than its context, or a module cannot be held, which is named.
         """
         layout = subject.layout
         if layout.block is None or layout.final_norm is None or layout.unembedding is None:
@@ -84,6 +84,12 @@ class Held:
             raise ConfigError(
                 "the subject's dtype", expected="float32: edges are differences of small numbers",
                 got=str(subject.dtype).removeprefix("torch."), fix="Set subject.dtype to float32",
+            )  # fmt: skip
+        devices = {str(weight.device) for weight in subject.model.parameters()}
+        if len(devices) > 1:
+            raise ConfigError(
+                "a subject on several devices", expected="all of it on one", got=", ".join(sorted(devices)),
+                fix="Leave subject.device_map out",
             )  # fmt: skip
         self.subject, self.ids, self.layers = subject, ids, layout.layers
         self.stream: list[Tensor] = []
@@ -219,7 +225,7 @@ class Held:
                 self.subject, f"attention that is not a pattern times values ({error})", path
             ) from error
         self._check_attention()
-        self.logits = own
+        self.logits = own.cpu()
         lost = float((found - own).abs().max() / own.abs().max().clamp_min(1e-9))
         if lost > TOLERANCE:
             what = f"other logits with eager attention, by {lost:.1e} of the largest"
@@ -239,7 +245,7 @@ class Held:
     def _check_head(self, final: Tensor) -> None:
         """Refuse a subject whose logits are not the unembedding of what its final norm gives."""
         head = self.subject.model.get_submodule(str(self.subject.layout.unembedding))
-        found = head(final).float()
+        found = head(final).float().cpu()
         cap = getattr(self.subject.model.config.get_text_config(), "final_logit_softcapping", None)
         found = cap * torch.tanh(found / cap) if cap else found
         lost = float((found - self.logits).abs().max() / self.logits.abs().max().clamp_min(1e-9))

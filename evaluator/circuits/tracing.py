@@ -43,7 +43,7 @@ def trace(
 
     Args:
         subject: The whole subject, in float32.
-        set_: A set of it.
+        set_: A set of it, on its device.
         token_ids: The prompt [P], as it is to be run, BOS included; see `Subject.encode`.
         max_features: Most latents that become nodes, the most influential by estimate.
         max_logits: Most logits that become nodes, the most probable ones.
@@ -59,7 +59,7 @@ def trace(
             subject's attention or norms cannot be held.
         SaeMismatch: The set is of another subject, or its latents are not linear in what they read.
     """
-    ids = torch.as_tensor(token_ids, dtype=torch.int64).reshape(1, -1)
+    ids = torch.as_tensor(token_ids, dtype=torch.int64).cpu().reshape(1, -1)
     if max_features < 1 or max_logits < 1 or not 0 < mass <= 1:
         got = f"max_features {max_features}, max_logits {max_logits}, mass {mass}"
         raise ConfigError("the limits of a graph", expected="1 or more, and a mass in (0, 1]", got=got)
@@ -135,7 +135,7 @@ def _explore(held: Held, sources: Sources, logits: list[int], count: int) -> tup
 def _logit_targets(held: Held, logits: list[int]) -> Targets:
     """The logits' unembedding rows less the mean row, at the last position."""
     rows = held.unembedding
-    vectors = rows[logits] - rows.mean(0)
+    vectors = rows[torch.tensor(logits)] - rows.mean(0)
     last = torch.full((len(logits),), held.positions - 1)
     return Targets(torch.full_like(last, held.layers), last, vectors)
 

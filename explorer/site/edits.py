@@ -31,7 +31,8 @@ def make_runner(of: OpenSet, subject: SubjectSpec | None, storage: StorageSpec) 
     def loaded() -> tuple[Subject, TranscoderSet]:
         set_ = TranscoderSet.load(of.uri, storage=storage)
         # Not the subject of the other pages: that may be in bfloat16, in which edges are mostly rounding.
-        return report.subject_of(set_, subject), set_
+        model = report.subject_of(set_, subject)
+        return model, set_.to(model.device)
 
     def run(file: GraphFile, edits: list[LatentEdit]) -> list[Outcome]:
         return outcomes(*loaded(), Graph.from_json(file.to_json()), _placed(file, edits))
