@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from winnow.schemas.base import Artefact, Contract, RelativeKey, Sha256
+from winnow.schemas.base import Artefact, Contract, RelativeKey, Sha256, sha256_hex
 from winnow.schemas.layers import Reads, SetSpec
 from winnow.schemas.readings import RowsSpec
 from winnow.schemas.training import SaeIdentity, TrainSpec
@@ -63,6 +63,14 @@ class SetCard(Artefact):
     def rows(self) -> RowsSpec:
         """The rows that it was trained on; all of an import."""
         return self.spec.rows if self.spec is not None else RowsSpec()
+
+    @property
+    def layers_sha256(self) -> str:
+        """The set as graphs name it: a digest of those of its layers' cards.
+
+        Not that of `set.json`, whose bytes change with a new field of the contract.
+        """
+        return sha256_hex("".join(f"{entry.layer} {entry.card_sha256}\n" for entry in self.layers).encode())
 
     @property
     def of(self) -> SetSpec:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 from winnow.sae.sets import TranscoderSet
-from winnow.schemas.base import sha256_hex
 from winnow.schemas.errors import SaeMismatch
 from winnow.schemas.fit import mismatch
 from winnow.schemas.graph import GraphOrigin
@@ -13,13 +12,9 @@ from winnow.subject.load import Subject
 
 
 def set_digest(set_: TranscoderSet) -> str:
-    """A digest of a set: of the digests of its layers' cards; of the weights if it has no cards.
-
-    Not that of `set.json`, whose bytes change with a new field of the contract.
-    """
+    """A digest of a set: `SetCard.layers_sha256`; of the weights if it has no card."""
     if set_.card is not None:
-        lines = [f"{entry.layer} {entry.card_sha256}\n" for entry in set_.card.layers]
-        return sha256_hex("".join(lines).encode())
+        return set_.card.layers_sha256
     digest = hashlib.sha256()
     for layer in set_.layers:
         for name, tensor in set_[layer].tensors().items():

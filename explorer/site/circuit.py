@@ -87,17 +87,34 @@ class Circuits:
 
     def facts(self, graph: GraphFile) -> dict[str, Any]:
         """What the page says about a graph beside its nodes."""
-        refusal, origin = self.refusal(graph), graph.metadata.winnow
+        refusal, origin, stranger = self.refusal(graph), graph.metadata.winnow, self.stranger(graph)
         return {
             "prompt": graph.metadata.prompt,
             "threshold": graph.metadata.node_threshold,
             "scores": origin.scores.model_dump() if origin else None,
             "left_out": origin.left_out.model_dump() if origin else None,
             "supernodes": graph.qParams.supernodes,
-            "saes": {str(layer): number for layer, number in self.layers.items()},
+            "saes": {str(layer): number for layer, number in self.layers.items() if stranger is None},
+            # Why latents have no cards, if there are indexes.
+            "other_set": None if stranger is None else str(stranger),
             # Why latents cannot be edited; the page shows it in the place of the form.
             "no_edits": None if refusal is None else str(refusal),
         }
+
+    def stranger(self, graph: GraphFile) -> ConfigError | None:
+        """Why this set's latents are not those of the graph, or None: also if the file does not say."""
+        origin = graph.metadata.winnow
+        if self.set_sha256 is None or origin is None or origin.set_sha256 == self.set_sha256:
+            return None
+        return self._other_set(origin.set_sha256)
+
+    def _other_set(self, got: str | None) -> ConfigError:
+        return ConfigError(
+            "the set of this graph",
+            expected=self.set_sha256,
+            got=got or "none, the file does not say",
+            fix="Trace the prompt with this set: `winnow circuit SET --prompt ...`",
+        )
 
     def refusal(self, graph: GraphFile) -> ConfigError | None:
         """Why no latent of this graph can be edited, or None."""
@@ -112,12 +129,7 @@ class Circuits:
                 fix="Start it as `winnow explore SET --config FILE`",
             )
         if of != self.set_sha256:
-            return ConfigError(
-                "the set of this graph",
-                expected=self.set_sha256,
-                got=of or "none, the file does not say",
-                fix="Trace the prompt with this set: `winnow circuit SET --prompt ...`",
-            )
+            return self._other_set(of)
         return None
 
     def run(self, graph: GraphFile, edits: list[LatentEdit], lane: Lane) -> list[Outcome]:

@@ -50,8 +50,9 @@ def add_graphs(router: APIRouter, circuits: Circuits, exhibit: Callable[[int], E
     @router.get("/graphs/{name}", summary="An attribution graph, one list per field")
     def one(name: _Name) -> dict[str, Any]:
         graph = circuits.shelf.graph(name)
-        shown = {layer: exhibit(number) for layer, number in circuits.layers.items()}
-        return {"name": name} | circuits.facts(graph) | columns(graph, shown)
+        facts = circuits.facts(graph)
+        shown = {int(layer): exhibit(number) for layer, number in facts["saes"].items()}
+        return {"name": name} | facts | columns(graph, shown)
 
     @router.get("/graphs/{name}/file", summary="An attribution graph's file")
     def file(name: _Name) -> Response:

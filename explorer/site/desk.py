@@ -66,7 +66,7 @@ def open_desk(
     circuits = Circuits(Shelf(of.store.child(GRAPHS) if of else None, list(graphs)))
     if of is not None:
         circuits.layers = {layer: number for number, layer in enumerate(layers)}
-        circuits.set_sha256 = of.sha256
+        circuits.set_sha256 = of.card.layers_sha256
         circuits.runner = make_runner(of, place.subject, place.storage)
     return Desk(exhibits, subject, Lane(seats), at_hand, circuits)
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from winnow.explorer.index.table import INDEX_KEY
 from winnow.explorer.place import default_index
 from winnow.sae.sets import SET_KEY
-from winnow.schemas.base import sha256_hex
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.sets import SetCard
@@ -23,12 +22,6 @@ class OpenSet(NamedTuple):
     uri: str
     store: ObjectStore
     card: SetCard
-
-    @property
-    def sha256(self) -> str:
-        """Its digest, as graphs name it: `winnow.evaluator.circuits.set_digest` of the loaded set."""
-        lines = [f"{entry.layer} {entry.card_sha256}\n" for entry in self.card.layers]
-        return sha256_hex("".join(lines).encode())
 
 
 def open_set(uris: list[str], index: list[str] | None, storage: StorageSpec) -> OpenSet | None:

@@ -47,7 +47,7 @@ export async function card(graph, facts, i, share) {
     nodes.kind[i] === LOGIT && [el("dt", {}, "probability"), el("dd", {}, percentage(nodes.probability[i]))]);
   if (nodes.kind[i] === ERROR) return [figures, el("p", { class: "soft small" }, "What the set's reconstruction of this MLP output lost; nothing says what it is about.")];
   if (nodes.kind[i] !== FEATURE || latent === null) return [figures];
-  if (sae === undefined) return [figures, el("p", { class: "soft small" }, "There is no index of this layer, so no examples: `winnow index SET` makes one.")];
+  if (sae === undefined) return [figures, el("p", { class: "soft small" }, facts.other_set ? "The graph is of another set: its latents are not those that are indexed here." : "There is no index of this layer, so no examples: `winnow index SET` makes one.")];
   const page = await feature(sae, latent);
   const best = page.examples.filter((/** @type {any} */ one) => one.band === -1).slice(0, WINDOWS);
   return [

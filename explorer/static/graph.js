@@ -192,6 +192,7 @@ function show(site, sent, fields) {
   queueMicrotask(() => redraw(false));
   return [
     el("p", { class: "prompt" }, graph.tokens.map((word) => el("span", {}, plain(word, 60)))),
+    sent.other_set && el("p", { class: "note" }, `No examples are shown: ${sent.other_set}`),
     el("div", { class: "bar" }, slider("nodes", "Nodes: share of influence"), slider("links", "Links: share of influence"),
       el("div", { class: "row" }, tool("−", "Zoom out", () => view.scale(1 / 1.4)), tool("+", "Zoom in", () => view.scale(1.4)), tool("All", "Show all", () => view.fit()), tool("Download", "Download the graph with its groups", download)), counts),
     el("div", { class: "columns graph" }, el("div", {}, el("div", { class: "card" }, stage, legend),

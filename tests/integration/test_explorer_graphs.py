@@ -120,10 +120,33 @@ def test_edits_are_run_by_the_subject_if_the_graph_is_of_this_set(folder):
     for other in ({"latent": 31, "layer": 9}, {"position": 10**6}):
         reply = client.post("/api/graphs/own/edit", json={"edits": [edit | other]})
         assert (reply.status_code, "active in this graph" in reply.json()["error"]) == (400, True)
+    (folder / "graphs/other.json").write_text(json.dumps(graph_of_set(GRAPH, "1" * 64, layers=3)))
+    reply = client.post("/api/graphs/other/edit", json={"edits": [edit]})
+    assert "the set of this graph" in reply.json()["error"]
     reply = client.post("/api/graphs/dallas/edit", json={"edits": [edit]})
     assert "the set of this graph" in reply.json()["error"]
     for wrong in ({"strength": 1e9}, {"op": "add"}, {"surprise": 1}):
         assert client.post("/api/graphs/own/edit", json={"edits": [edit | wrong]}).status_code == 422
+
+
+def test_latents_of_another_set_get_no_cards_but_a_sentence(folder):
+    desk = open_desk([str(folder)], None, NOWHERE, 1)
+    desk.circuits.layers = {0: 0}
+    assert desk.circuits.set_sha256 is not None
+    own, other, unsaid = (
+        GraphFile.from_json(json.dumps(graph).encode(), origin="graph")
+        for graph in (
+            graph_of_set(GRAPH, desk.circuits.set_sha256, layers=3),
+            graph_of_set(GRAPH, "1" * 64, layers=3),
+            GRAPH,
+        )
+    )
+    for graph in (own, unsaid):
+        facts = desk.circuits.facts(graph)
+        assert (facts["saes"], facts["other_set"]) == ({"0": 0}, None)
+    facts = desk.circuits.facts(other)
+    assert facts["saes"] == {}
+    assert "the set of this graph: expected" in facts["other_set"]
 
 
 def test_an_edit_in_the_subject_is_what_circuits_say(tmp_path):
