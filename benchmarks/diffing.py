@@ -86,7 +86,7 @@ SIZES = {
         8,
         1e-2,
         {"context_length": 17, "windows_per_unit": 64, "train_units": 6},
-        {"latents": 64, "k": 4, "batch_rows": 256, "epochs": 2, "sample_rows": 512},
+        {"latents": 64, "k": 4, "batch_rows": 256, "epochs": 4, "sample_rows": 512},
         5,
     ),
 }
@@ -245,7 +245,7 @@ def figures(config: Config, size: Size, new: Path) -> dict[str, Any]:
 
 
 def _firings(setting: Setting, joined: str) -> tuple[float, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Share of windows of the new texts, which are `joined`, and rows [N] of each latent in all and in those."""
+    """Share of windows of the new texts, which are `joined`; rows [N] of each latent in all, and in those."""
     dataset: ActivationStore = setting.dataset
     plan, latents = dataset.plan, setting.latents
     tokenizer = Subject.outline(_first_subject(dataset), gpu=False).tokenizer

@@ -25,7 +25,7 @@ def test_the_fine_tuned_model_differs_and_two_runs_of_the_base_do_not(tmp_path, 
     # One model twice: every latent has the same direction in both.
     assert found["again"]["latents_shared"] == 1
     assert (found["again"]["top_one_sided"], found["again"]["top_found"]) == (0, 0)
-    assert max(found["again"]["top_relative_norms"]) < 0.55
+    assert max(found["again"]["top_relative_norms"]) < 0.6
     assert max(found["tuned"]["top_relative_norms"]) > max(found["again"]["top_relative_norms"])
     # Again: nothing is done twice, and the figures are the same.
     later = run()
