@@ -66,7 +66,7 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
 
 def _joint(config: Config, sae: Sae, store: JoinedStore) -> dict[str, float]:
     """The figures of an SAE of several subjects, in each of them: `delta_ce.NAME` and so on."""
-    subjects = subjects_of(store, subject_spec_of(store.plan, config.subject))
+    subjects = subjects_of(store, subject_spec_of(store.plan, config.subject), config.evaluate.subjects)
     held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
     windows = range(min(held_out, config.evaluate.windows))
     sae = sae.to(next(iter(subjects.values())).device)

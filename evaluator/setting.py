@@ -6,7 +6,7 @@ Letters: B rows, K slots of the codes, D d_model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 from winnow.common.device import resolve_device
 from winnow.sae.model import Sae, read_card, read_set_card
 from winnow.schemas.config import StorageSpec
+from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import EvaluateSpec, Family, Figure
 from winnow.schemas.fit import check_dataset, check_subject, other_windows
 from winnow.schemas.harvest import HarvestPlan
@@ -237,7 +238,7 @@ class Setting(OnDataset):
             SaeMismatch: The weights of one are not those that its dataset was harvested from.
         """
         assert isinstance(self.dataset, JoinedStore)
-        return subjects_of(self.dataset, self.subject_spec)
+        return subjects_of(self.dataset, self.subject_spec, self.spec.subjects)
 
     @cached_property
     def partial(self) -> bool:
@@ -351,12 +352,27 @@ def part_names(setting: Setting) -> list[str]:
     return [hook.replace("/", "_").replace(".", "_").lower() for hook in hooks]
 
 
-def subjects_of(dataset: JoinedStore, stated: SubjectSpec) -> dict[str, Subject]:
-    """Load the subject of each of several datasets, on the device of `stated`, and check its weights."""
+def subjects_of(dataset: JoinedStore, stated: SubjectSpec, places: Mapping[str, str]) -> dict[str, Subject]:
+    """Load the subject of each of several datasets, on the device of `stated`, and check its weights.
+
+    Args:
+        dataset: The datasets.
+        stated: Its device and trust in code are those of every subject.
+        places: Name -> where a subject's files are, if not where its plan says.
+
+    Raises:
+        ConfigError: A name that is none of the datasets', or nothing loadable is there.
+        SaeMismatch: Weights are not those that were harvested.
+    """
+    if unknown := set(places) - set(dataset.parts):
+        known = ", ".join(dataset.parts)
+        raise ConfigError("evaluate.subjects", expected=f"names of {known}", got=sorted(unknown))
     found: dict[str, Subject] = {}
     for name, part in dataset.parts.items():
-        where = {"device": stated.device, "device_map": stated.device_map}
+        where: dict[str, Any] = {"device": stated.device, "device_map": stated.device_map}
         where["trust_remote_code"] = stated.trust_remote_code
+        if name in places:
+            where |= {"model": places[name], "revision": None}
         found[name] = Subject.load(part.plan.subject.spec().model_copy(update=where))
         check_subject(found[name].identity, part.plan.subject)
     return found

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from winnow.schemas.base import Artefact, Contract, ReadHook, Sha256
+from winnow.schemas.base import Artefact, Contract, ReadHook, RootName, Sha256
 from winnow.schemas.readings import RowsSpec
 
 # The order matters: `compute` reads the figures of `downstream`, and `n2g` reuses its losses.
@@ -80,6 +80,9 @@ class EvaluateSpec(Contract):
     metrics: tuple[Family, ...] | None = None
     """Families to measure. Null, the default, measures all that have what they need: `compute` needs a law,
     `stability` other SAEs, `judge` a judge, `diffing` a crosscoder."""
+    subjects: dict[RootName, str] = {}
+    """downstream: of an SAE of several datasets, where a subject's files are (as `subject.model`) if not
+    where its plan says. Its weights must be those of the plan."""
     windows: int = Field(default=256, ge=1)
     """Largest number of held-out windows: the first in the plan's order, which is random."""
     batch_windows: int = Field(default=4, ge=1)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import free_port
 from tests.support.planted import HOOK, planted_config
+from tests.support.roots import roots_config
 from winnow.common.config_file import load_config
 from winnow.trainer.run.loop import train
 
@@ -108,3 +109,18 @@ def test_damaged_data_on_one_rank_stops_both_with_its_cause(config, folder, tmp_
     assert "unit 3" in told[1]
     assert "rank 1 of the mesh failed, so all of them stop" in told[0]
     assert "unit 3" in told[0]
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"latent": 2}], ids=["2x1", "1x2"])
+def test_a_crosscoder_of_two_subjects_sees_the_same_rows_on_a_mesh(tmp_path, mesh):
+    fields = {"epochs": 1, "log_every_steps": 1}
+    config = roots_config(tmp_path, out=str(tmp_path / "alone"), **fields)
+    train(load_config(config))
+    ranks = start(config, tmp_path / "run", mesh, tmp_path)
+    for number, rank in enumerate(ranks):
+        assert rank.wait(timeout=240) == 0, (tmp_path / f"log-{number}").read_text()[-3000:]
+    alone, meshed = (lines(tmp_path / name) for name in ("alone", "run"))
+    assert len(alone) == len(meshed) == 16
+    for one, two in zip(alone, meshed, strict=True):
+        assert two["tokens"] == one["tokens"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -238,6 +239,24 @@ def test_each_subject_is_spliced_alone(pair, tmp_path):
         clean.append(subject.loss(tokens).mean().item())
     assert figures["delta_ce.chat"] == pytest.approx(np.mean(zeroed) - np.mean(clean), abs=1e-5)
     assert figures["delta_ce.chat"] != pytest.approx(0, abs=1e-4)
+
+
+def test_subjects_that_have_moved_are_found_and_others_refused(pair, tmp_path):
+    base, chat = pair
+    config, uri = real(pair, tmp_path / "sae", identity((16, 24)))
+    shutil.copytree(chat.subject.model, tmp_path / "elsewhere")
+
+    def measured(**subjects):
+        spec = {"windows": 4, "metrics": ["downstream"], "subjects": subjects}
+        raw = {"root": base.root, "train": config.train.model_dump(), "evaluate": spec}
+        return evaluate(uri, Config.model_validate(raw), again=True)
+
+    found = measured(chat=str(tmp_path / "elsewhere"))
+    assert found.figure("delta_ce.chat").value == pytest.approx(0, abs=1e-5)
+    with pytest.raises(SaeMismatch, match="subject"):
+        measured(chat=base.subject.model)
+    with pytest.raises(ConfigError, match="names of base, chat"):
+        measured(other=base.subject.model)
 
 
 def test_a_crosscoder_of_one_subject_is_evaluated_too(tmp_path):
