@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from winnow.schemas.base import Contract
 
@@ -16,17 +16,41 @@ class SourceSpec(Contract):
     """Any fsspec URI or path (`s3://b/x/*.parquet`, `data/*.txt`), or `package://DIST/PATTERN` for files that
     an installed Python distribution ships. Matches are read in sorted order. If a file of exactly this name
     exists (`part[1].jsonl`), it is read, and the name is not taken for a pattern."""
-    format: Literal["auto", "txt", "jsonl", "parquet"] = "auto"
+    format: Literal["auto", "txt", "jsonl", "parquet", "chat"] = "auto"
     """Format of the files. `auto` follows the file name: .txt, .jsonl, .ndjson or .parquet, all but Parquet
-    also with .gz, .bz2, .xz or .zst, which are unpacked whatever the format."""
+    also with .gz, .bz2, .xz or .zst, which are unpacked whatever the format. `chat`: conversations, in jsonl
+    or Parquet by the file name, rendered by a chat template."""
     column: str = "text"
-    """jsonl and Parquet: name of the field that contains the text."""
+    """jsonl and Parquet: name of the field that contains the text; of a chat, its messages (default
+    `messages`). A field `tools` beside them is passed to the template."""
     # Consecutive records only: to join them across a file, all of it would have to be in memory.
     group_by: tuple[str, ...] = ()
     """jsonl and Parquet: consecutive records of a file that agree in these fields are joined into one
     document. Empty, the default, makes each record a document."""
     separator: str = "\n"
     """Text between the joined records of a group."""
+    # These two are left out of the JSON while unset: plans stored before them keep their fingerprints.
+    template: str | None = Field(default=None, min_length=1, exclude_if=lambda path: path is None)
+    """chat: path or URI of a Jinja file with the chat template. Null, the default, takes the tokenizer's. The
+    plan records the template's digest."""
+    unproved: Literal["refuse", "skip"] = Field(default="refuse", exclude_if=lambda how: how == "refuse")
+    """chat: what is done with a conversation of which the planner cannot prove where its messages are in the
+    rendered text: `refuse` ends the plan and names it; `skip` leaves it out and counts it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_column(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("format") == "chat":
+            return {"column": "messages", **fields}
+        return fields
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.format == "chat" and self.group_by:
+            raise ValueError("group_by does not go with format chat: a conversation is a document")
+        if self.format != "chat" and (self.template is not None or self.unproved != "refuse"):
+            raise ValueError("template and unproved go with format chat only")
+        return self
 
 
 class CorpusSpec(Contract):
@@ -45,5 +69,6 @@ class CorpusSpec(Contract):
     bad_records: Literal["refuse", "skip"] = Field(default="refuse", exclude_if=lambda how: how == "refuse")
     """What is done with a record without readable text: a line that is not JSON or longer than 64 MiB, an
     absent column, text of another type or not UTF-8. `refuse` ends the plan and names it; `skip` leaves it
-    out and counts it. A record of txt is the whole file, which `skip` reads twice. A damaged file, and a
+    out and counts it. So it is with a conversation that is none, or that the chat template refuses. A record
+    of txt is the whole file, which `skip` reads twice. A damaged file, and a
     Parquet file without the column, are always refused. Null counts as empty text."""

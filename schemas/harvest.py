@@ -208,6 +208,8 @@ class CorpusFacts(Contract):
     """Number of records that `corpus.bad_records: skip` left out, by reason."""
     bad_first: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
     """The first of those records, as `file, place: reason`."""
+    templates: dict[int, Sha256] = Field(default={}, exclude_if=lambda found: not found)
+    """SHA-256 of the chat template of each source that has one, by the source's number."""
     windows_unused: int = Field(default=0, ge=0)
     """Whole windows that were left over after the planned units."""
     tokens_unused: int = Field(default=0, ge=0)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
+from tokenizers.processors import ByteLevel
 
 from winnow.schemas.errors import ConfigError
 
@@ -64,6 +65,20 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """The tokens of one text [T]."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _placing(self) -> Tokenizer:
+        """This tokenizer, with offsets that contain a token's white space."""
+        made = Tokenizer.from_str(self._tokenizer.to_str())
+        made.encode_special_tokens = self._tokenizer.encode_special_tokens
+        # The byte-level post-processor leaves a token's white space out of its offsets otherwise.
+        made.post_processor = ByteLevel(trim_offsets=False)
+        return made
+
+    def encode_placed(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """The tokens of each text, and (start, stop) of each in the text's characters."""
+        made = self._placing.encode_batch(list(texts), add_special_tokens=False)
+        return ((each.ids, each.offsets) for each in made)
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """The tokens of each text, computed on all cores."""

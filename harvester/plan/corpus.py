@@ -9,6 +9,8 @@ What a document is:
 A record without readable text ends the plan; with `bad_records: skip` it is ignored, so that in a group the
 records before and after it are joined. A record of txt is the whole file.
 
+- chat: a conversation, rendered by a chat template (`winnow.harvester.plan.rendering`), never cut.
+
 A document longer than `max_document_chars` is cut (see `cut`), and each piece is then a document of its own.
 Documents of white space only are skipped. Text must be UTF-8; a byte-order mark at the start of a file is
 dropped.
@@ -19,8 +21,9 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from winnow.harvester.plan.chat import read_chat
 from winnow.harvester.plan.records import (
     CHUNK_BYTES,
     BadRecord,
@@ -30,21 +33,29 @@ from winnow.harvester.plan.records import (
     not_utf8,
     parquet_records,
 )
+from winnow.harvester.plan.rendering import ChatTemplate, Rendered
 from winnow.harvester.plan.sources import SourceFile, find_files, open_file
 from winnow.harvester.plan.tally import DigestSet, Tally
 from winnow.schemas.corpus import CorpusSpec
 from winnow.schemas.errors import ConfigError
 
+Document = str | Rendered
+"""A text, or a conversation as a chat template wrote it."""
+
 
 def documents(
-    spec: CorpusSpec, tally: Tally | None = None, files: Sequence[SourceFile] | None = None
-) -> Iterator[str]:
+    spec: CorpusSpec,
+    tally: Tally | None = None,
+    files: Sequence[SourceFile] | None = None,
+    templates: Mapping[int, ChatTemplate] | None = None,
+) -> Iterator[Document]:
     """Yield every document of the corpus, in order, without empty ones and (if asked) without duplicates.
 
     Args:
         spec: The corpus.
         tally: Counts and digest, updated while the iterator runs.
         files: `find_files(spec)`, if the caller has it already.
+        templates: The chat template of each source of conversations (`chat_templates`).
 
     Raises:
         ConfigError: Text that is not UTF-8, a column that is absent, a record of another kind, an empty
@@ -57,16 +68,13 @@ def documents(
     for file in files:
         before = tally.bytes_done
         tally.begin_source(file.number)
-        for text in _READERS[file.format](Reading(file, spec, tally)):
-            if not text or text.isspace():
-                continue
-            data = text.encode()
+        for data, document in _read(Reading(file, spec, tally), templates or {}):
             # 128 bits: at 10^12 documents two texts share a digest with a probability of about 10^-15.
             if seen is not None and not seen.add(hashlib.blake2b(data, digest_size=16).digest()):
                 tally.duplicates += 1
                 continue
-            tally.count(data, len(text))
-            yield text
+            tally.count(data, len(document))
+            yield document
         # Set, not added to: readers count while they read, some of them ahead of what they have yielded.
         tally.bytes_done = before + (file.size or 0)
     if tally.documents == 0:
@@ -76,6 +84,17 @@ def documents(
             got=f"none in {len(files)} file(s){_left_out(tally)}",
             fix="Check the files and the column",
         )
+
+
+def _read(reading: Reading, templates: Mapping[int, ChatTemplate]) -> Iterator[tuple[bytes, Document]]:
+    """Yield what a document is compared and digested by, and the document."""
+    file = reading.file
+    if file.source.format == "chat":
+        yield from read_chat(reading, templates[file.number])
+        return
+    for text in _READERS[file.format](reading):
+        if text and not text.isspace():
+            yield text.encode(), text
 
 
 def _left_out(tally: Tally) -> str:

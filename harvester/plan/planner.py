@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from winnow.common.reporter import say
+from winnow.harvester.plan.chat import chat_templates
 from winnow.harvester.plan.digests import PlannedUnit
 from winnow.harvester.plan.parent import Parent
 from winnow.harvester.plan.sources import find_files
@@ -104,7 +105,8 @@ def make_plan(
     if stored is not None:
         refuse_other(stored, config, store, identity, sites)
         identity = stored.subject  # the same except for the location of its files
-    tokenizer = DocumentTokenizer(subject.tokenizer, identity, spec, stored)
+    templates = chat_templates(corpus, subject.tokenizer, identity.model)
+    tokenizer = DocumentTokenizer(subject.tokenizer, identity, spec, stored, templates)
     _warn_of_bos(spec, tokenizer, identity)
     # Before hours of reading, and before any put.
     store.probe(single_writer=config.storage.single_writer)
@@ -246,7 +248,8 @@ def read_corpus(config: Config, folder: str, plan: HarvestPlan) -> CorpusWindows
             got=subject.identity.tokenizer_sha256,
             fix=OTHER_TOKENIZER,
         )
-    tokenizer = DocumentTokenizer(subject.tokenizer, subject.identity, spec, plan)
+    templates = chat_templates(corpus, subject.tokenizer, subject.identity.model)
+    tokenizer = DocumentTokenizer(subject.tokenizer, subject.identity, spec, plan, templates)
     return CorpusWindows(corpus, tokenizer.spec, tokenizer, files, folder, PlanProgress(None, files))
 
 

@@ -51,7 +51,11 @@ class Reading:
         """Count the record as left out, or raise `error`, as `corpus.bad_records` says."""
         if self.spec.bad_records == "refuse":
             raise error
-        self.tally.leave_out(PurePath(self.file.path).name + error.place, error.reason)
+        self.leave_out(error.place, error.reason)
+
+    def leave_out(self, place: str, reason: str) -> None:
+        """Count a record that was left out."""
+        self.tally.leave_out(PurePath(self.file.path).name + place, reason)
 
 
 def jsonl_records(reading: Reading) -> Iterator[Record]:
@@ -98,11 +102,54 @@ def parquet_records(reading: Reading) -> Iterator[Record]:
             tally.bytes_done = before + (file.size or 0) * row // rows
 
 
+def jsonl_values(reading: Reading, column: str, beside: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (place, value of `column`, value of `beside` or None) of each record of a jsonl file."""
+    file, before = reading.file, reading.tally.bytes_done
+    with open_file(file) as (stream, raw):
+        for number, offset, line in _lines(stream, reading):
+            reading.tally.bytes_done = before + raw.tell()
+            if not line.strip():
+                continue
+            place = f", line {number}"
+            try:
+                value = _json(line, file, number, offset)
+                # A line may be the value itself.
+                record = value if isinstance(value, dict) else {column: value}
+                if column not in record:
+                    raise bad_record(file, place, "no such column", **_no_column(column, record, file, place))
+            except BadRecord as error:
+                reading.settle(error)
+                continue
+            yield place, record[column], record.get(beside)
+
+
+def parquet_values(reading: Reading, column: str, beside: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (place, value of `column`, value of `beside` or None) of each row of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    file, tally = reading.file, reading.tally
+    before, row = tally.bytes_done, 0
+    with open_file(file) as (stream, _), _arrow_errors(file):
+        parquet = pq.ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False)
+        names = parquet.schema_arrow.names
+        if column not in names:
+            parts = _no_column(column, names, file, "")
+            raise ConfigError(parts.pop("what"), **parts)
+        rows, chosen = max(parquet.metadata.num_rows, 1), [name for name in (column, beside) if name in names]
+        for batch in parquet.iter_batches(_PARQUET_ROWS, columns=chosen, use_threads=False):
+            values = {name: _plain_column(batch.column(name)).to_pylist() for name in chosen}
+            others = values.get(beside) or [None] * len(batch)
+            for index, (value, other) in enumerate(zip(values[column], others, strict=True)):
+                yield f", row {row + index}", value, other
+            row += len(batch)
+            tally.bytes_done = before + (file.size or 0) * row // rows
+
+
 def not_utf8(
     file: SourceFile, place: str, offset: int, error: UnicodeDecodeError, row: str = ""
 ) -> BadRecord:
     """The error for bytes that are not text; `offset` counts from the start of the file, or of `row`."""
-    return _bad(
+    return bad_record(
         file,
         place,
         "not UTF-8",
@@ -113,7 +160,10 @@ def not_utf8(
     )
 
 
-def _bad(file: SourceFile, place: str, reason: str, *, fix: str = "Correct it", **parts: Any) -> BadRecord:
+def bad_record(
+    file: SourceFile, place: str, reason: str, *, fix: str = "Correct it", **parts: Any
+) -> BadRecord:
+    """The error for one record; `reason` is what it is counted under if it is left out."""
     what = parts.pop("what", f"corpus file {file.name}{place}")
     error = BadRecord(what, fix=f"{fix}; or set corpus.bad_records to skip", **parts)
     error.place, error.reason = place, reason
@@ -150,7 +200,7 @@ def _lines(stream: IO[bytes], reading: Reading) -> Iterator[tuple[int, int, byte
 
 
 def _too_long(file: SourceFile, number: int) -> BadRecord:
-    return _bad(
+    return bad_record(
         file,
         f", line {number}",
         "line too long",
@@ -161,25 +211,31 @@ def _too_long(file: SourceFile, number: int) -> BadRecord:
     )
 
 
-def _parse(line: bytes, file: SourceFile, number: int, offset: int) -> Record:
-    """Parse one jsonl line; null is empty text."""
-    place, source = f", line {number}", file.source
-    skipped = 0
+def _json(line: bytes, file: SourceFile, number: int, offset: int) -> Any:
+    place, skipped = f", line {number}", 0
     if number == 1 and line.startswith(_BOM):
         line, skipped = line[len(_BOM) :], len(_BOM)
     try:
-        value = json.loads(line.decode())
+        return json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise not_utf8(file, place, offset + skipped + error.start, error) from error
     except (ValueError, RecursionError) as error:  # the latter: thousands of nested brackets
-        raise _bad(file, place, "not JSON", expected="one JSON value per line", got=str(error)) from error
+        raise bad_record(
+            file, place, "not JSON", expected="one JSON value per line", got=str(error)
+        ) from error
+
+
+def _parse(line: bytes, file: SourceFile, number: int, offset: int) -> Record:
+    """Parse one jsonl line; null is empty text."""
+    place, source = f", line {number}", file.source
+    value = _json(line, file, number, offset)
     if isinstance(value, str) and not source.group_by:
         return _text(value, file, place), ()
     if not isinstance(value, dict):
         expected = "a JSON object" if source.group_by else "a JSON object or string"
-        raise _bad(file, place, "no record", expected=expected, got=f"a JSON {type(value).__name__}")
+        raise bad_record(file, place, "no record", expected=expected, got=f"a JSON {type(value).__name__}")
     if lacking := _lacking(value, file):
-        raise _bad(file, place, "no such column", **_no_column(lacking, value, file, place))
+        raise bad_record(file, place, "no such column", **_no_column(lacking, value, file, place))
     return _text(value[source.column], file, place), tuple(_plain(value[name]) for name in source.group_by)
 
 
@@ -270,13 +326,13 @@ def _text(value: Any, file: SourceFile, place: str) -> str:
             raise not_utf8(file, place, error.start, error, row=place) from error
     if not isinstance(value, str):
         expected, got = "text in the column", type(value).__name__
-        raise _bad(file, place, "not text", expected=expected, got=got)
+        raise bad_record(file, place, "not text", expected=expected, got=got)
     # JSON may spell half of a surrogate pair, which Python takes and UTF-8, hence every digest, cannot write.
     try:
         value.encode()
     except UnicodeEncodeError as error:
         got = f"a lone surrogate at character {error.start}"
-        raise _bad(file, place, "not Unicode", expected="valid Unicode", got=got) from error
+        raise bad_record(file, place, "not Unicode", expected="valid Unicode", got=got) from error
     return value
 
 

@@ -212,13 +212,18 @@ def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parqu
     compression = _COMPRESSIONS.get(name.suffix.lower())
     if compression:
         name = name.with_suffix("")
-    kind = _FORMATS.get(name.suffix.lower()) if source.format == "auto" else source.format
+    kind = _FORMATS.get(name.suffix.lower()) if source.format in ("auto", "chat") else source.format
+    if source.format == "chat" and kind == "txt":
+        kind = None
     if kind is None:
+        names = [name for name, kind in _FORMATS.items() if source.format == "auto" or kind != "txt"]
         raise ConfigError(
             f"corpus file {path}: its format cannot be told from its name",
-            expected=f"one of {', '.join(_FORMATS)} (and {', '.join(_COMPRESSIONS)})",
+            expected=f"one of {', '.join(names)} (and {', '.join(_COMPRESSIONS)})",
             got=repr(name.suffix),
-            fix="Set the source's format to txt, jsonl or parquet",
+            fix="Rename it"
+            if source.format == "chat"
+            else "Set the source's format to txt, jsonl or parquet",
         )
     # Parquet is read from its end, which a compressed stream does not allow.
     if kind == "parquet" and compression:
@@ -228,7 +233,7 @@ def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parqu
             got=compression,
             fix="Unpack it",
         )
-    return kind, compression
+    return cast(Literal["txt", "jsonl", "parquet"], kind), compression
 
 
 def _refuse_secrets(uri: str) -> None:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from winnow.harvester.plan.conversations import ConversationTokens
+from winnow.harvester.plan.corpus import Document
 from winnow.harvester.plan.marks import document_tokens
 from winnow.harvester.plan.packing import Tokens
+from winnow.harvester.plan.rendering import ChatTemplate, Rendered
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.harvest import BEFORE, HarvestPlan, PlanSpec
-from winnow.schemas.labels import ROLES, SPECIAL
+from winnow.schemas.labels import LAST_TURN, MAX_ROLES, ROLES, SPECIAL
 from winnow.schemas.subject import SubjectIdentity
 from winnow.subject.tokenizer import TextTokenizer
 
@@ -80,13 +83,13 @@ def read_ahead(items: Iterable[T], depth: int = _AHEAD) -> Generator[T, None, No
         thread.join()
 
 
-def batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Yield batches of consecutive documents, of about `BATCH_CHARS` characters each."""
-    batch: list[str] = []
+    batch: list[Document] = []
     characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
         if characters >= BATCH_CHARS or len(batch) == _BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
@@ -131,6 +134,7 @@ class DocumentTokenizer:
         identity: The subject's identity; its vocabulary bounds the ids.
         spec: How documents are joined, windows begin, and control tokens' spellings are read.
         plan: A stored plan, whose special tokens are used again.
+        templates: The chat template of each source of conversations.
 
     Attributes:
         spec: The spec with every `auto` resolved.
@@ -143,9 +147,15 @@ class DocumentTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, identity: SubjectIdentity, spec: PlanSpec, plan: HarvestPlan | None = None
+        self,
+        tokenizer: Any,
+        identity: SubjectIdentity,
+        spec: PlanSpec,
+        plan: HarvestPlan | None = None,
+        templates: Mapping[int, ChatTemplate] | None = None,
     ) -> None:
         self._identity = identity
+        self.templates = dict(templates or {})
         # A stored plan decides what `auto` means: the rule may have changed since, and its tokens must not.
         if plan is not None:
             spec = spec.settled(plan.spec.model_dump(include=set(BEFORE)))
@@ -161,8 +171,12 @@ class DocumentTokenizer:
             self.bos = plan.bos_token if plan else self._found("plan.bos", "bos")
         join = plan.join_token if plan else None
         self.join: int = self._found("plan.join", self.spec.join) if join is None else join
-        self.roles: tuple[str, ...] = ROLES
-        """Names of the roles."""
+        self.roles = list[str](ROLES)
+        """Names of the roles that have occurred, the usual ones first."""
+        self._chat = None
+        if self.templates:
+            control = TextTokenizer(tokenizer, control="token", model=identity.model)
+            self._chat = ConversationTokens(control, self._text, as_text=spec.control_tokens == "text")
         self._special = np.zeros(max(identity.vocabulary, 1), np.uint8)
         """SPECIAL for each id of a special token."""
         numbers = (self._text.number(token) for token in self._text.special)
@@ -201,18 +215,56 @@ class DocumentTokenizer:
             )
         return number
 
-    def __call__(self, texts: list[str]) -> list[Tokens]:
-        """Tokenise documents, each followed by the joining token.
+    def __call__(self, documents: list[Document]) -> list[Tokens]:
+        """Tokenise documents, each followed by the joining token, unless a conversation ends with it.
 
         Raises:
             IntegrityError: An id beyond the subject's embedding.
+            ConfigError: More roles than a label can hold.
         """
+        texts = [document for document in documents if isinstance(document, str)]
+        chats = [document for document in documents if isinstance(document, Rendered)]
+        plain = iter(self._plain(texts) if texts else ())
+        chatted = iter(self._conversations(chats) if chats else ())
+        return [next(plain if isinstance(document, str) else chatted) for document in documents]
+
+    def _plain(self, texts: list[str]) -> list[Tokens]:
         made: list[NDArray[np.uint32]] = []
         for ids in self._text.encode_batch(texts):
             ids.append(self.join)
             made.append(np.array(ids, np.uint32))
         self.check(made)
         return [self._marked(ids) for ids in made]
+
+    def _conversations(self, chats: list[Rendered]) -> list[Tokens]:
+        assert self._chat is not None, "a conversation without a template"
+        made = list(self._chat.encode(chats))
+        self.check([ids for ids, _, _ in made])
+        return [self._in_roles(chat, *found) for chat, found in zip(chats, made, strict=True)]
+
+    def _in_roles(
+        self, chat: Rendered, ids: NDArray[np.uint32], turns: NDArray[np.int64], own: NDArray[np.bool_]
+    ) -> Tokens:
+        roles = np.array([self._role(name) for name in chat.roles], np.int64)[turns]
+        flags = np.where(own, self._special[ids], SPECIAL) | np.where(
+            turns == len(chat.roles) - 1, LAST_TURN, 0
+        )
+        if not len(ids) or ids[-1] != self.join:
+            ids = np.append(ids, np.uint32(self.join))
+            roles, turns, flags = np.append(roles, 0), np.append(turns, 0), np.append(flags, SPECIAL)
+        return document_tokens(ids, self.dtype, flags=flags, roles=roles, turns=turns)
+
+    def _role(self, name: str) -> int:
+        if name not in self.roles:
+            if len(self.roles) == MAX_ROLES:
+                raise ConfigError(
+                    "the corpus has too many roles",
+                    expected=f"at most {MAX_ROLES - 1}",
+                    got=f"{', '.join(self.roles[1:])} and {name}",
+                    fix="Rename roles in the data",
+                )
+            self.roles.append(name)
+        return self.roles.index(name)
 
     def check(self, made: list[NDArray[np.uint32]]) -> None:
         """Raise IntegrityError if an id is beyond the subject's embedding."""
@@ -230,4 +282,4 @@ class DocumentTokenizer:
         # The joining token is special wherever it is; the others are text, or spelt in it as control tokens.
         flags = self._special[ids]
         flags[-1] = SPECIAL
-        return document_tokens(ids, self.dtype, flags=flags)
+        return document_tokens(ids, self.dtype, flags=flags, turns=0 if self.templates else None)

@@ -15,7 +15,8 @@ from typing import Self
 import numpy as np
 
 from winnow.common.hashing import keyed_hash
-from winnow.harvester.plan.corpus import documents
+from winnow.harvester.plan.chat import template_digests
+from winnow.harvester.plan.corpus import Document, documents
 from winnow.harvester.plan.digests import PlanDigests, PlannedUnit, digests_of
 from winnow.harvester.plan.marks import labels_of
 from winnow.harvester.plan.packing import (
@@ -150,7 +151,8 @@ class CorpusWindows:
         spec = self._spec
         held_out = spec.validation_units * spec.windows_per_unit
         holdout = Holdout(held_out * self._packer.payload if self._by_document else 0)
-        texts, checked = documents(self._corpus, self._tally, self._files), MEASURE_BYTES
+        texts = documents(self._corpus, self._tally, self._files, self._tokenizer.templates)
+        checked = MEASURE_BYTES
         with closing(_tokenised(texts, self._tokenizer)) as stream:
             for tokenised in stream:
                 self._spill.add(self._packer.push(self._for_training(tokenised, holdout)))
@@ -168,7 +170,8 @@ class CorpusWindows:
         self._divide(held_out)
 
     def _new_packer(self) -> Packer:
-        return Packer(self._spec.context_length, self._tokenizer.bos, self._tokenizer.dtype)
+        turns = bool(self._tokenizer.templates)
+        return Packer(self._spec.context_length, self._tokenizer.bos, self._tokenizer.dtype, turns)
 
     def _for_training(self, documents: list[Tokens], holdout: Holdout) -> Iterable[Numbered]:
         """Count `documents`; return those that go to training now, with those that the hold-out releases."""
@@ -229,7 +232,7 @@ class CorpusWindows:
 
     def digests(self) -> PlanDigests:
         """The digests of all units, and the counts of their labels."""
-        return digests_of(self.units(), self._tokenizer.roles, len(self._corpus.sources))
+        return digests_of(self.units(), tuple(self._tokenizer.roles), len(self._corpus.sources))
 
     def facts(self) -> CorpusFacts:
         """What was read, and everything left over."""
@@ -241,6 +244,7 @@ class CorpusWindows:
             duplicates_dropped=self._tally.duplicates,
             bad_records=self._tally.bad,
             bad_first=tuple(self._tally.bad_first),
+            templates=template_digests(self._tokenizer.templates),
             windows_unused=sum(split.windows - split.planned for split in splits),
             tokens_unused=sum(split.tail for split in splits),
         )
@@ -266,6 +270,8 @@ class CorpusWindows:
             check_space(self._folder, needed, "the rest of the planner's spill file")
 
 
-def _tokenised(texts: Iterator[str], tokenizer: DocumentTokenizer) -> Generator[list[Tokens], None, None]:
+def _tokenised(
+    texts: Iterator[Document], tokenizer: DocumentTokenizer
+) -> Generator[list[Tokens], None, None]:
     # Two threads, one per stage; the caller packs and spills meanwhile.
     return read_ahead(tokenizer(batch) for batch in read_ahead(batches(texts)))
