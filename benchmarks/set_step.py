@@ -10,6 +10,9 @@ Figures are medians of the rounds' ratios, with quartiles, since shared machines
 - `plt_step_over_products`: L steps of the same kind, of a per-layer set's transcoders.
 - `dense_over_winnow`: a dense CLT step as public trainers take it (`Reference`: einsum over all decoders,
   autograd, Adam, clipping; no average) over ours.
+- `clt_traffic_over_products`: moving the bytes that the optimiser of the cross-layer set cannot avoid, with
+  no arithmetic: weight, gradient, both moments and average of every weight read, all but the gradient
+  written. A floor of memory, where that of products is one of arithmetic; no step can take less than both.
 - `clt_peak_mib`, `dense_peak_mib`: what a step adds at its peak to weights, Adam's state and the average,
   which are there before it; ours with the gradients' buffers, which live as long as the run.
 
@@ -163,6 +166,23 @@ def products(size: Size, data: Data) -> Callable[[], object]:
     return floor
 
 
+def traffic(runs: list[Run]) -> Callable[[], object]:
+    """Copies of as many bytes as the optimiser reads and writes: 4.5 times each matrix, read and written."""
+    matrices = [getattr(run.sae, name).detach() for run in runs for name in ("W_enc", "W_dec")]
+    grads = [getattr(run.sae, name).grad for run in runs for name in ("W_enc", "W_dec")]
+    averages = [run.ema.sums[name] for run in runs if run.ema for name in ("W_enc", "W_dec")]
+
+    def floor() -> None:
+        # a copy reads one and writes one; nine are moved, so four copies and half of one
+        for matrix, grad, average in zip(matrices, grads, averages, strict=True):
+            half = len(matrix) // 2
+            for other in (average, grad, average, grad):
+                other.copy_(matrix)
+            average[:half].copy_(matrix[:half])
+
+    return floor
+
+
 def peak_mib(step: Callable[[], object]) -> float:
     """MiB that a step adds to the resident memory, at its peak; sampled every 2 ms."""
     gc.collect()
@@ -203,6 +223,9 @@ def measure(size: Size, rounds: int, clock: Callable[[], float], dense: bool) ->
     if dense:
         reference = Reference(size)
         cases["dense"] = lambda: reference.step(data)
+    # after a step, which makes the gradients' buffers; it overwrites averages, whose values change no time
+    clt_step()
+    cases["clt_traffic"] = traffic(clt)
     ratios: dict[str, list[float]] = {name: [] for name in cases}
     seconds: dict[str, list[float]] = {name: [] for name in ("products", *cases)}
     peaks: dict[str, float] = {}
@@ -222,8 +245,10 @@ def measure(size: Size, rounds: int, clock: Callable[[], float], dense: bool) ->
     if dense:
         pairs = zip(seconds["dense"], seconds["clt"], strict=True)
         ratios["dense_over_winnow"] = [above / ours for above, ours in pairs]
+    steps = {"clt", "plt", "dense"}
     named = {
-        name if name.endswith("winnow") else f"{name}_step_over_products": r for name, r in ratios.items()
+        f"{name}_step_over_products" if name in steps else name.replace("traffic", "traffic_over_products"): r
+        for name, r in ratios.items()
     }
     return {
         **{name: statistics.median(values) for name, values in named.items()},
