@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
-from tests.formats.test_public import draw, run_import
+from tests.formats.test_qwen_scope import draw, run_import
 from tests.support.making import K, N, dense, error
 from winnow.sae import Sae
 from winnow.sae.formats.convert import export_sae, import_sae

@@ -14,7 +14,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.formats.test_public import HOOK, NORMS, QWEN, draw, llama_files, llama_state, qwen_files
+from tests.formats.test_llama_scope import HOOK, NORMS, llama_files, llama_state
+from tests.formats.test_qwen_scope import QWEN, draw, qwen_files
 from tests.support.making import LARGEST_ERROR, D, N, dense, error, rows
 from winnow.sae import Sae
 from winnow.sae.formats.convert import import_sae
