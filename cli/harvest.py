@@ -116,13 +116,15 @@ def harvest_command(
 
 
 def _forecast(config: Config, store: ObjectStore, json: bool) -> None:
+    from winnow.harvester.plan.parent import Parent
     from winnow.harvester.plan.planner import find_plan
     from winnow.harvester.run import forecast as forecasts
 
+    plan = find_plan(config, store)
+    if plan is None:
+        config = Parent.written_out(config)
     # Measuring runs the subject: it is called only if the ledger has no rate.
-    found = forecasts.forecast(
-        config, store, find_plan(config, store), measure=lambda: forecasts.measure_rate(config)
-    )
+    found = forecasts.forecast(config, store, plan, measure=lambda: forecasts.measure_rate(config))
     title = f"harvest of {store.uri}"
     emit(found.model_dump(mode="json"), json, lambda: print_table(title, forecasts.table_rows(found)))
 

@@ -113,6 +113,20 @@ class Parent:
             )
         return spec
 
+    @classmethod
+    def written_out(cls, config: Config) -> Config:
+        """The config with the windows of `plan.tokens_from` written out, for a forecast without a plan.
+
+        Raises:
+            PlanMismatch: See `spec_of`.
+        """
+        parent = cls.of(config)
+        if parent is None:
+            return config
+        units = parent.plan.units - parent.plan.spec.validation_units
+        spec = parent.spec_of(config).model_copy(update={"train_units": units})
+        return config.model_copy(update={"plan": spec})
+
     def require_whole(self) -> None:
         """Raise MissingObject if a token chunk is missing, before anything is written."""
         have = {key for array in (TOKENS_ARRAY, LABELS_GROUP) for key, _ in self.store.list(array)}

@@ -14,11 +14,14 @@ from tests.integration.test_planner import tree
 from tests.support.pipeline import make_alone, pipeline_config
 from tests.support.tiny import SENTENCES, make_subject, make_tokenizer
 from winnow.common.config_file import load_config
+from winnow.harvester.plan.parent import Parent
 from winnow.harvester.plan.planner import find_plan, make_plan
 from winnow.harvester.run.driver import ensure_plan
+from winnow.harvester.run.forecast import forecast
 from winnow.harvester.run.mend import mend
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, PlanMismatch
+from winnow.schemas.subject import HookSite
 from winnow.store import ActivationStore
 from winnow.store.format.labels import label_key
 from winnow.store.format.layout import row_permutation, tokens_key
@@ -176,3 +179,14 @@ def test_labels_are_copied_with_the_tokens_and_a_damaged_one_is_refused(tmp_path
     source.put(label_key("role", 1), source.get(label_key("offset", 1)))
     with pytest.raises(IntegrityError, match="label 'role' of unit 1"):
         ensure_plan(other(tmp_path / "late", base), open_store(str(tmp_path / "late" / "data")))
+
+
+def test_a_forecast_before_there_is_a_plan_knows_the_windows(tmp_path, base):
+    config = other(tmp_path / "chat", base)
+    store = open_store(config.root)
+    sites = (HookSite(name="resid_post.1", d_model=24),)
+    found = forecast(Parent.written_out(config), store, None, measure=lambda: (sites, 100.0))
+    assert (found.units, found.tokens_to_do) == (3, 3 * 64 * 17)
+    assert not Path(config.root).exists()
+    ensure_plan(config, store)
+    assert forecast(config, store, find_plan(config, store)).units == found.units
