@@ -22,14 +22,16 @@ prompt; what the set misses of an MLP's output is an error node. *replacement* i
 starts at tokens, not at errors; *completeness* the share of what nodes receive that is explained.
 
 A graph is a claim: --edit changes latents in the subject and shows the foretold beside the found change, and
---faithfulness does so for many latents, with a rank correlation. --text measures the set itself.
+--faithfulness does so for many latents, with a rank correlation. --text measures the set itself, and --root
+does so on the held-out windows of the harvested dataset, whose beginnings are prompts for --faithfulness.
 """
 EPILOG = (
     "Examples: `winnow circuit runs/clt --prompt 'The capital of France is' --out graph.json`; then "
     "`winnow circuit runs/clt --graph graph.json --edit '3.1207@5=0' --edit '7.88@5*2'` takes one latent "
     "away and doubles another (LAYER.LATENT@POSITION, as the paths name them); "
     "`winnow circuit runs/clt --graph graph.json --faithfulness 200`; "
-    "`winnow circuit runs/clt --text held-out.txt`"
+    "`winnow circuit runs/clt --text held-out.txt`; "
+    "`winnow circuit runs/clt --root data/clt --faithfulness 400`"
 )
 
 
@@ -69,12 +71,22 @@ def command(
         ),
     ] = None,
     faithfulness: Annotated[
-        int | None, typer.Option(min=2, help="Take away and double so many latents, and compare.")
+        int | None,
+        typer.Option(min=2, help="Take away and double so many latents, and compare; 200 say something."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Held-out text: the set's FVU, L0, delta CE on it.")
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of 128 tokens of --text.")] = 16,
+    root: Annotated[
+        str | None,
+        typer.Option(help="The harvested dataset, whose held-out windows take the place of --text."),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows of --text, of 128 tokens each, or of --root.")
+    ] = 16,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=2, help="Leading tokens of each window of --root that are a prompt.")
+    ] = 32,
     top: Annotated[int, typer.Option(min=0, max=200, help="Number of paths shown.")] = 10,
     subject: Annotated[
         str | None, typer.Option(help="The subject, if not as the set's card names it.")
@@ -84,22 +96,31 @@ def command(
 ) -> None:
     """Trace, edit or measure; the help text is `HELP`."""
     with guard():
-        _require_one_question(prompt, graph, text, edit, faithfulness)
+        _require_one_question(prompt, graph, text, root, edit, faithfulness)
         from winnow.common.config_file import load_config
         from winnow.evaluator.circuits import report
         from winnow.sae.sets import TranscoderSet
+        from winnow.schemas.config import StorageSpec
         from winnow.schemas.subject import SubjectSpec
 
-        stated = (
-            load_config(config, []).subject if config else SubjectSpec(model=subject) if subject else None
-        )
+        settings = load_config(config, []) if config else None
+        stated = settings.subject if settings else SubjectSpec(model=subject) if subject else None
         known = report.read_graph(graph) if graph is not None else None
         set_ = TranscoderSet.load(set_uri)
         model = report.subject_of(set_, stated)
         set_.to(model.device)
         result: dict[str, Any] = {}
         if text is not None:
-            result["set"] = _quality(model, set_, text, windows)
+            result["set"] = _figures_of(model, set_, _words(model, set_, text, windows))
+        if root is not None:
+            storage = settings.storage if settings else StorageSpec()
+            held_out = report.held_out_windows(model, root, windows, storage)
+            result["set"] = _figures_of(model, set_, held_out)
+            if faithfulness and prompt is None and graph is None:
+                prompts = held_out[:, :prompt_tokens]
+                shares = (prune, prune_edges)
+                graphs = report.trace_windows(model, set_, prompts, shares, max_features=max_features)
+                result |= _faithful(model, set_, graphs, faithfulness)
         if prompt is not None:
             limits = {"max_features": max_features}
             whole = report.trace_prompt(model, set_, prompt, targets or [], slug=out.stem[:200], **limits)
@@ -115,24 +136,29 @@ def _require_one_question(
     prompt: str | None,
     graph: Path | None,
     text: Path | None,
+    root: str | None,
     edit: list[str] | None,
     faithfulness: int | None,
 ) -> None:
     """ConfigError unless the options make sense together; before anything heavy is imported."""
     if prompt is not None and graph is not None:
         raise ConfigError("the prompt", expected="--prompt TEXT or --graph FILE, one of them", got="both")
+    if text is not None and root is not None:
+        raise ConfigError("the held-out text", expected="--text FILE or --root URI, one of them", got="both")
     if prompt is None and graph is None:
-        if text is None:
-            raise ConfigError("what to do", expected="--prompt TEXT, --graph FILE or --text FILE", got="none")
-        if edit or faithfulness:
-            raise ConfigError("--edit and --faithfulness", expected="--prompt TEXT or --graph FILE with them")
+        if text is None and root is None:
+            expected = "--prompt TEXT, --graph FILE, --text FILE or --root URI"
+            raise ConfigError("what to do", expected=expected, got="none")
+        if edit:
+            raise ConfigError("--edit", expected="--prompt TEXT or --graph FILE with it")
+        if faithfulness and root is None:
+            raise ConfigError("--faithfulness", expected="--prompt TEXT, --graph FILE or --root URI with it")
 
 
 def _asked(
     graph: Graph, model: Any, set_: Any, edits: list[str] | None, latents: int | None, top: int
 ) -> dict[str, Any]:
     from winnow.evaluator.circuits import report
-    from winnow.evaluator.circuits.faithful import faithfulness
     from winnow.evaluator.circuits.fitting import check_graph
 
     check_graph(model, set_, graph.origin)
@@ -140,26 +166,36 @@ def _asked(
     if edits:
         found["edited"] = report.edit_graph(model, set_, graph, edits)
     if latents:
-        found["faithfulness"] = [each.model_dump() for each in faithfulness(model, set_, graph, latents)]
+        found |= _faithful(model, set_, [graph], latents)
     return found
 
 
-def _quality(model: Any, set_: Any, text: Path, windows: int) -> list[dict[str, Any]]:
+def _faithful(model: Any, set_: Any, graphs: list[Graph], latents: int) -> dict[str, Any]:
+    from winnow.evaluator.circuits.faithful import faithfulness
+
+    return {"faithfulness": [each.model_dump() for each in faithfulness(model, set_, graphs, latents)]}
+
+
+def _words(model: Any, set_: Any, text: Path, windows: int) -> Any:
     from winnow.evaluator.circuits import report
-    from winnow.evaluator.circuits.quality import set_quality
 
     try:
         words = text.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--text {text}", expected="a text file in UTF-8", got=str(error)) from error
-    cut = report.windows_of(model, set_, words, 128, windows)
-    return [each.model_dump() for each in set_quality(model, set_, cut)]
+    return report.windows_of(model, set_, words, 128, windows)
+
+
+def _figures_of(model: Any, set_: Any, windows: Any) -> list[dict[str, Any]]:
+    from winnow.evaluator.circuits.quality import set_quality
+
+    return [each.model_dump() for each in set_quality(model, set_, windows)]
 
 
 def show(found: dict[str, Any]) -> None:
     """Print what was found as tables."""
     if "set" in found:
-        _show_figures("the set on this text", found["set"])
+        _show_figures("the set on held-out text", found["set"])
     if "graph" in found:
         _show_graph(found["graph"])
     if "edited" in found:

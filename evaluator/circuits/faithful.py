@@ -2,10 +2,12 @@
 
 For latents of the graph, and beside them for active latents drawn at random, each is taken away and doubled
 in the subject. A graph that foretells nothing has a rank correlation of 0; one that foretells everything has
-1, and a slope of 1.
+1, and a slope of 1. Latents of several prompts count together.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -28,28 +30,53 @@ ACTIONS = {"taken_away": -1.0, "doubled": 1.0}
 
 
 def faithfulness(
-    subject: Subject, set_: TranscoderSet, graph: Graph, latents: int = 200, *, seed: int = 0
+    subject: Subject,
+    set_: TranscoderSet,
+    graphs: Graph | Sequence[Graph],
+    latents: int = 200,
+    *,
+    seed: int = 0,
 ) -> list[Figure]:
-    """Compare foretold with found changes of the most probable logit of a graph.
+    """Compare foretold with found changes of the most probable logit of one graph, or of several prompts'.
 
     Args:
         subject: The whole subject, in float32.
-        set_: The set that the graph was traced with.
-        graph: A graph, pruned or whole.
-        latents: Latents of each kind, fewer if there are not as many.
+        set_: The set that the graphs were traced with.
+        graphs: Graphs, pruned or whole.
+        latents: Latents of each kind over all graphs, as many of each, rounded up; fewer if there are not as
+            many.
         seed: Seed of the draws.
 
     Returns:
         `circuit.<graph or random>.<taken_away or doubled>.<spearman or slope>`, each with its interval over
-        latents. The slope is that of found over foretold, through the origin.
+        latents, those of all graphs together. The slope is that of found over foretold, through the origin.
 
     Raises:
-        ConfigError: The graph has fewer than two features.
-        SaeMismatch: The graph is of another set or subject.
+        ConfigError: There is no graph, or one has fewer than two features.
+        SaeMismatch: A graph is of another set or subject.
     """
-    prompt = Prompt(subject, set_, graph)
+    several = [graphs] if isinstance(graphs, Graph) else graphs
+    if not several:
+        raise ConfigError("the graphs", expected="one or more", got="none")
+    each = -(-latents // len(several))
+    told: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    with Progress("edits", total=2 * len(ACTIONS) * each * len(several), unit="edits") as progress:
+        for graph in several:
+            for name, pair in _compared(Prompt(subject, set_, graph), each, seed, progress).items():
+                told.setdefault(name, []).append(pair)
+    found: list[Figure] = []
+    for name, pairs in told.items():
+        foretold, changes = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        found += _figures(f"circuit.{name}", foretold, changes, seed)
+    return found
+
+
+def _compared(
+    prompt: Prompt, latents: int, seed: int, progress: Progress
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of one prompt: `group.action` -> foretold and found changes [n] of its most probable logit."""
     draws = np.random.default_rng(seed)
-    own = [prompt.number_of(node) for node in graph.nodes if node.kind == "feature"]
+    own = [prompt.number_of(node) for node in prompt.graph.nodes if node.kind == "feature"]
     if len(own) < 2:
         raise ConfigError("the graph's features", expected="two or more", got=len(own))
     groups = {
@@ -57,13 +84,12 @@ def faithfulness(
         "random": draws.permutation(prompt.sources.count)[:latents],
     }
     top = max(range(len(prompt.logits)), key=lambda at: prompt.logits[at].value)
-    found: list[Figure] = []
-    with Progress("edits", total=sum(map(len, groups.values())) * len(ACTIONS), unit="edits") as progress:
-        for group, numbers in groups.items():
-            foretold = torch.stack([prompt.foretold(int(number))[top] for number in numbers])
-            for action, share in ACTIONS.items():
-                changes = _found(prompt, numbers, share, progress)[:, top]
-                found += _figures(f"circuit.{group}.{action}", foretold * share, changes, seed)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for group, numbers in groups.items():
+        foretold = torch.stack([prompt.foretold(int(number))[top] for number in numbers])
+        for action, share in ACTIONS.items():
+            changes = _found(prompt, numbers, share, progress)[:, top]
+            found[f"{group}.{action}"] = foretold * share, changes
     return found
 
 

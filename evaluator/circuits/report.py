@@ -13,9 +13,12 @@ from winnow.evaluator.circuits.graph import Graph, Node
 from winnow.evaluator.circuits.paths import strongest_paths
 from winnow.evaluator.circuits.tracing import trace
 from winnow.sae.sets import TranscoderSet
+from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, MissingObject
+from winnow.schemas.fit import check_subject
 from winnow.schemas.subject import SubjectSpec
 from winnow.schemas.window import WindowRule
+from winnow.store.read.reader import ActivationStore
 from winnow.subject.load import Subject
 
 
@@ -147,6 +150,35 @@ def _shown(node: Node, tokens: Sequence[str]) -> str:
     if node.kind == "error":
         return f"error {node.layer}@{node.position} {token!r}"
     return f"{token!r}@{node.position}" if node.kind == "embedding" else f"says {node.label!r}"
+
+
+def held_out_windows(subject: Subject, root: str, most: int, storage: StorageSpec) -> torch.Tensor:
+    """Read the first held-out windows int64 [W, T] of the dataset that a set was trained on.
+
+    Raises:
+        ConfigError: There is no dataset, or it has no held-out windows.
+        SaeMismatch: It was harvested from another subject.
+    """
+    dataset = ActivationStore.open(root, storage)
+    plan = dataset.plan
+    check_subject(subject.identity, plan.subject)
+    units = plan.split_units("validation")
+    # The first ones are a random sample: the plan shuffles windows over the whole corpus.
+    units = units[: -(-most // plan.spec.windows_per_unit)]
+    if not units:
+        raise ConfigError(
+            f"the dataset {root}", expected="held-out windows", got="none",
+            fix="Plan it with plan.validation_units of 1 or more",
+        )  # fmt: skip
+    rows = [torch.from_numpy(dataset.unit_tokens(unit).astype("int64")) for unit in units]
+    return torch.cat(rows)[:most]
+
+
+def trace_windows(
+    subject: Subject, set_: TranscoderSet, windows: torch.Tensor, prune: tuple[float, float], **limits: Any
+) -> list[Graph]:
+    """Trace windows [W, T] as prompts, and prune the graphs to these shares of nodes and edges."""
+    return [trace(subject, set_, window, **limits).prune(*prune) for window in windows]
 
 
 def windows_of(subject: Subject, set_: TranscoderSet, text: str, length: int, most: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.support.evaluated import D_MODEL, toy_config
 from tests.support.sets import random_set
 from tests.support.tiny import SENTENCES, make_subject
 from winnow.cli.main import app
@@ -205,10 +206,33 @@ def test_the_command_traces_edits_and_measures(folder: Path, saved: Path, tmp_pa
     assert {each["id"] for each in measured["set"]} >= {"set.fvu.0", "set.delta_ce.all"}
 
 
+def test_held_out_windows_of_the_dataset_are_prompts(tmp_path: Path):
+    config = toy_config(tmp_path)
+    assert config.subject is not None
+    layers = Subject.load(config.subject).layout.layers
+    random_set(layers, d_model=D_MODEL).save(open_store(str(tmp_path / "set")))
+    asked = (tmp_path / "set", "--subject", config.subject.model, "--root", config.root, "--windows", 3)
+    small = ("--prompt-tokens", 6, "--max-features", 30)
+    found = json.loads(run(*asked, *small, "--faithfulness", 10, "--json"))
+    assert {each["id"] for each in found["set"]} >= {"set.fvu.0", "set.delta_ce.all"}
+    assert {each["samples"] for each in found["set"]} == {3}
+    # Ten latents over three windows: four of each.
+    assert {each["id"]: each["samples"] for each in found["faithfulness"]} == {
+        f"circuit.{group}.{action}.{what}": 12
+        for group in ("graph", "random")
+        for action in ("taken_away", "doubled")
+        for what in ("spearman", "slope")
+    }
+    assert all(each["low"] <= each["value"] <= each["high"] for each in found["faithfulness"])
+    assert "--edit" in run(*asked, "--edit", "0.1@1=0", code=2)
+    other = make_subject(tmp_path / "other", "gpt2", layers=layers, width=D_MODEL)
+    assert "the dataset's" in run(tmp_path / "set", "--subject", other, "--root", config.root, code=2)
+
+
 def test_the_command_refuses_in_a_sentence(folder: Path, saved: Path, tmp_path: Path):
     common = (saved, "--subject", folder)
     assert "one of them" in run(*common, "--prompt", "a", "--graph", "g.json", code=2)
-    assert "--prompt TEXT, --graph FILE or --text FILE" in run(*common, code=2)
+    assert "--prompt TEXT, --graph FILE, --text FILE or --root URI" in run(*common, code=2)
     assert "cannot be read" in run(*common, "--graph", tmp_path / "none.json", code=1)
     out = tmp_path / "g.json"
     assert "too long" in run(*common, "--prompt", "x " * 400, "--out", out, code=2)
