@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from winnow.common.figures import human_bytes
 from winnow.schemas.errors import ConfigError, DependencyMissing
 from winnow.schemas.training import SaeParts, TrainSpec
+from winnow.store.read.assemble import assembled_bytes
 from winnow.trainer.mesh.world import check_mesh
 from winnow.trainer.plan.memory import FLOAT, HALF, Memory, outputs, parameters, sae_memory
 from winnow.trainer.step.moments import BYTES
@@ -87,7 +88,7 @@ class Estimate(NamedTuple):
     available: int
     """Bytes of one GPU that a run may take."""
     stream_bytes: int
-    """Bytes of host memory of the stream's buffers, over all processes."""
+    """Bytes of host memory of the streams, buffers and batches ahead, over all processes."""
     seconds: dict[str, float]
     """Seconds of a step by part."""
     rows: int
@@ -167,14 +168,20 @@ def estimate(
         latent=latent,
         memory=memory,
         available=available,
-        # twice, because the next group is read while the current one is used
-        stream_bytes=2 * spec.group_bytes,
+        stream_bytes=_stream_bytes(spec, d_model, data),
         seconds=step_seconds(spec, d_model, card, data, latent),
         rows=spec.batch_rows,
         steps=math.ceil(tokens / spec.batch_rows),
         currency=currency,
         price=price,
     )
+
+
+def _stream_bytes(spec: TrainSpec, d_model: int, data: int) -> int:
+    """Host memory of the streams of all data ranks; a GPU that holds a further shard opens none."""
+    batch = spec.batch_rows // data * len(spec.stream_hooks) * d_model * FLOAT
+    # twice, because the next group is read while the current one is used
+    return 2 * spec.group_bytes + data * assembled_bytes(batch)
 
 
 def _one_gpu(spec: TrainSpec, d_model: int, data: int, latent: int) -> Memory:
