@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -16,13 +16,14 @@ class SourceSpec(Contract):
     """Any fsspec URI or path (`s3://b/x/*.parquet`, `data/*.txt`), or `package://DIST/PATTERN` for files that
     an installed Python distribution ships. Matches are read in sorted order. If a file of exactly this name
     exists (`part[1].jsonl`), it is read, and the name is not taken for a pattern."""
-    format: Literal["auto", "txt", "jsonl", "parquet", "chat"] = "auto"
+    format: Literal["auto", "txt", "jsonl", "parquet", "chat", "tokens"] = "auto"
     """Format of the files. `auto` follows the file name: .txt, .jsonl, .ndjson or .parquet, all but Parquet
     also with .gz, .bz2, .xz or .zst, which are unpacked whatever the format. `chat`: conversations, in jsonl
-    or Parquet by the file name, rendered by a chat template."""
+    or Parquet by the file name, rendered by a chat template. `tokens`: ids of the subject's tokenizer, in
+    jsonl or Parquet, or raw in .bin files, in which each document ends with the joining token."""
     column: str = "text"
     """jsonl and Parquet: name of the field that contains the text; of a chat, its messages (default
-    `messages`). A field `tools` beside them is passed to the template."""
+    `messages`); of tokens, their ids (default `input_ids`). A chat's field `tools` is passed to the template."""
     # Consecutive records only: to join them across a file, all of it would have to be in memory.
     group_by: tuple[str, ...] = ()
     """jsonl and Parquet: consecutive records of a file that agree in these fields are joined into one
@@ -37,17 +38,27 @@ class SourceSpec(Contract):
     """chat: what is done with a conversation of which the planner cannot prove where its messages are in the
     rendered text: `refuse` ends the plan and names it; `skip` leaves it out and counts it."""
 
+    roles: str | None = Field(default=None, min_length=1, exclude_if=lambda column: column is None)
+    """tokens: name of a field with the name of each token's role. Null, the default: tokens have no role."""
+    dtype: Literal["uint16", "uint32"] = Field(default="uint16", exclude_if=lambda kind: kind == "uint16")
+    """tokens: little-endian type of the ids in .bin files."""
+
     @model_validator(mode="before")
     @classmethod
     def _named_column(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and fields.get("format") == "chat":
-            return {"column": "messages", **fields}
+        # The default is another for each format; `column` itself keeps one default, which stored plans have.
+        if isinstance(fields, dict):
+            given = cast("dict[str, Any]", fields)
+            column = {"chat": "messages", "tokens": "input_ids"}.get(str(given.get("format")))
+            return {"column": column, **given} if column else given
         return fields
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
-        if self.format == "chat" and self.group_by:
-            raise ValueError("group_by does not go with format chat: a conversation is a document")
+        if self.format in ("chat", "tokens") and self.group_by:
+            raise ValueError(f"group_by does not go with format {self.format}: a record is a document")
+        if self.format != "tokens" and (self.roles is not None or self.dtype != "uint16"):
+            raise ValueError("roles and dtype go with format tokens only")
         if self.format != "chat" and (self.template is not None or self.unproved != "refuse"):
             raise ValueError("template and unproved go with format chat only")
         return self

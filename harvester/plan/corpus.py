@@ -9,6 +9,7 @@ What a document is:
 A record without readable text ends the plan; with `bad_records: skip` it is ignored, so that in a group the
 records before and after it are joined. A record of txt is the whole file.
 
+- tokens: a record's ids as they are; of a raw file, what ends with the joining token;
 - chat: a conversation, rendered by a chat template (`winnow.harvester.plan.rendering`), never cut.
 
 A document longer than `max_document_chars` is cut (see `cut`), and each piece is then a document of its own.
@@ -24,6 +25,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from winnow.harvester.plan.chat import read_chat
+from winnow.harvester.plan.ids import GivenIds, IdRules, read_ids
 from winnow.harvester.plan.records import (
     CHUNK_BYTES,
     BadRecord,
@@ -39,8 +41,8 @@ from winnow.harvester.plan.tally import DigestSet, Tally
 from winnow.schemas.corpus import CorpusSpec
 from winnow.schemas.errors import ConfigError
 
-Document = str | Rendered
-"""A text, or a conversation as a chat template wrote it."""
+Document = str | Rendered | GivenIds
+"""A text, a conversation as a chat template wrote it, or token ids."""
 
 
 def documents(
@@ -48,6 +50,7 @@ def documents(
     tally: Tally | None = None,
     files: Sequence[SourceFile] | None = None,
     templates: Mapping[int, ChatTemplate] | None = None,
+    rules: IdRules | None = None,
 ) -> Iterator[Document]:
     """Yield every document of the corpus, in order, without empty ones and (if asked) without duplicates.
 
@@ -56,6 +59,7 @@ def documents(
         tally: Counts and digest, updated while the iterator runs.
         files: `find_files(spec)`, if the caller has it already.
         templates: The chat template of each source of conversations (`chat_templates`).
+        rules: What the ids of sources of tokens must be.
 
     Raises:
         ConfigError: Text that is not UTF-8, a column that is absent, a record of another kind, an empty
@@ -68,7 +72,7 @@ def documents(
     for file in files:
         before = tally.bytes_done
         tally.begin_source(file.number)
-        for data, document in _read(Reading(file, spec, tally), templates or {}):
+        for data, document in _read(Reading(file, spec, tally), templates or {}, rules):
             # 128 bits: at 10^12 documents two texts share a digest with a probability of about 10^-15.
             if seen is not None and not seen.add(hashlib.blake2b(data, digest_size=16).digest()):
                 tally.duplicates += 1
@@ -86,11 +90,17 @@ def documents(
         )
 
 
-def _read(reading: Reading, templates: Mapping[int, ChatTemplate]) -> Iterator[tuple[bytes, Document]]:
+def _read(
+    reading: Reading, templates: Mapping[int, ChatTemplate], rules: IdRules | None
+) -> Iterator[tuple[bytes, Document]]:
     """Yield what a document is compared and digested by, and the document."""
     file = reading.file
     if file.source.format == "chat":
         yield from read_chat(reading, templates[file.number])
+        return
+    if file.source.format == "tokens":
+        assert rules is not None, "a source of tokens without what its ids must be"
+        yield from read_ids(reading, rules)
         return
     for text in _READERS[file.format](reading):
         if text and not text.isspace():

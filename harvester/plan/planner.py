@@ -106,7 +106,7 @@ def make_plan(
         refuse_other(stored, config, store, identity, sites)
         identity = stored.subject  # the same except for the location of its files
     templates = chat_templates(corpus, subject.tokenizer, identity.model)
-    tokenizer = DocumentTokenizer(subject.tokenizer, identity, spec, stored, templates)
+    tokenizer = DocumentTokenizer(subject.tokenizer, identity, spec, stored, templates, _has_roles(corpus))
     _warn_of_bos(spec, tokenizer, identity)
     # Before hours of reading, and before any put.
     store.probe(single_writer=config.storage.single_writer)
@@ -193,6 +193,10 @@ def _execution(config: Config, parent: str | None = None) -> Execution:
     )
 
 
+def _has_roles(corpus: CorpusSpec) -> bool:
+    return any(source.roles is not None for source in corpus.sources)
+
+
 def _warn_of_bos(spec: PlanSpec, tokenizer: DocumentTokenizer, identity: SubjectIdentity) -> None:
     if spec.bos == "none" and tokenizer.added_bos is not None:
         log.warning(
@@ -249,7 +253,9 @@ def read_corpus(config: Config, folder: str, plan: HarvestPlan) -> CorpusWindows
             fix=OTHER_TOKENIZER,
         )
     templates = chat_templates(corpus, subject.tokenizer, subject.identity.model)
-    tokenizer = DocumentTokenizer(subject.tokenizer, subject.identity, spec, plan, templates)
+    tokenizer = DocumentTokenizer(
+        subject.tokenizer, subject.identity, spec, plan, templates, _has_roles(corpus)
+    )
     return CorpusWindows(corpus, tokenizer.spec, tokenizer, files, folder, PlanProgress(None, files))
 
 

@@ -30,13 +30,21 @@ from winnow.store.objects.s3 import s3_endpoint
 BLOCK_BYTES = 8 * 2**20
 """Read-ahead of a remote file."""
 
+FileFormat = Literal["txt", "jsonl", "parquet", "raw"]
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-_FORMATS: dict[str, Literal["txt", "jsonl", "parquet"]] = {
+_FORMATS: dict[str, FileFormat] = {
     ".txt": "txt",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
+    ".bin": "raw",
 }
+_READ_AS: dict[str, tuple[FileFormat, ...]] = {
+    "auto": ("txt", "jsonl", "parquet"),
+    "chat": ("jsonl", "parquet"),
+    "tokens": ("jsonl", "parquet", "raw"),
+}
+"""Formats of files, by the name, that a source's format takes."""
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _CLIENTS = ("botocore.", "aiobotocore.", "aiohttp.")
 """Modules whose errors, without a common base class, mean that remote storage failed."""
@@ -55,7 +63,7 @@ class SourceFile:
     """The file system's name of it."""
     size: int | None
     """Stored (compressed) bytes, if the file system tells them."""
-    format: Literal["txt", "jsonl", "parquet"]
+    format: FileFormat
     compression: str | None
     number: int = 0
     """Number of its source in `corpus.sources`."""
@@ -206,17 +214,18 @@ def _listed(filesystem: AbstractFileSystem, path: str) -> dict[str, dict[str, An
     return {name: info for name, info in matches.items() if info.get("type") != "directory"}
 
 
-def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parquet"], str | None]:
+def _kind(source: SourceSpec, path: str) -> tuple[FileFormat, str | None]:
     # By the name alone: reading the first bytes would be a request per file of a remote corpus.
     name = PurePosixPath(path.replace("\\", "/"))
     compression = _COMPRESSIONS.get(name.suffix.lower())
     if compression:
         name = name.with_suffix("")
-    kind = _FORMATS.get(name.suffix.lower()) if source.format in ("auto", "chat") else source.format
-    if source.format == "chat" and kind == "txt":
-        kind = None
-    if kind is None:
-        names = [name for name, kind in _FORMATS.items() if source.format == "auto" or kind != "txt"]
+    allowed = _READ_AS.get(source.format)
+    kind = cast(FileFormat, source.format)
+    if allowed is not None:
+        kind = _FORMATS.get(name.suffix.lower())
+    if kind is None or (allowed is not None and kind not in allowed):
+        names = [suffix for suffix, kind in _FORMATS.items() if kind in (allowed or ())]
         raise ConfigError(
             f"corpus file {path}: its format cannot be told from its name",
             expected=f"one of {', '.join(names)} (and {', '.join(_COMPRESSIONS)})",
@@ -233,7 +242,7 @@ def _kind(source: SourceSpec, path: str) -> tuple[Literal["txt", "jsonl", "parqu
             got=compression,
             fix="Unpack it",
         )
-    return cast(Literal["txt", "jsonl", "parquet"], kind), compression
+    return kind, compression
 
 
 def _refuse_secrets(uri: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from winnow.harvester.plan.conversations import ConversationTokens
 from winnow.harvester.plan.corpus import Document
+from winnow.harvester.plan.ids import GivenIds, IdRules
 from winnow.harvester.plan.marks import document_tokens
 from winnow.harvester.plan.packing import Tokens
 from winnow.harvester.plan.rendering import ChatTemplate, Rendered
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.harvest import BEFORE, HarvestPlan, PlanSpec
-from winnow.schemas.labels import LAST_TURN, MAX_ROLES, ROLES, SPECIAL
+from winnow.schemas.labels import LAST_TURN, MAX_ROLES, MAX_TURNS, ROLES, SPECIAL
 from winnow.schemas.subject import SubjectIdentity
 from winnow.subject.tokenizer import TextTokenizer
 
@@ -135,6 +136,7 @@ class DocumentTokenizer:
         spec: How documents are joined, windows begin, and control tokens' spellings are read.
         plan: A stored plan, whose special tokens are used again.
         templates: The chat template of each source of conversations.
+        turns: Whether other sources have turns.
 
     Attributes:
         spec: The spec with every `auto` resolved.
@@ -153,9 +155,11 @@ class DocumentTokenizer:
         spec: PlanSpec,
         plan: HarvestPlan | None = None,
         templates: Mapping[int, ChatTemplate] | None = None,
+        turns: bool = False,
     ) -> None:
         self._identity = identity
         self.templates = dict(templates or {})
+        self.turns = bool(templates) or turns
         # A stored plan decides what `auto` means: the rule may have changed since, and its tokens must not.
         if plan is not None:
             spec = spec.settled(plan.spec.model_dump(include=set(BEFORE)))
@@ -215,6 +219,11 @@ class DocumentTokenizer:
             )
         return number
 
+    @property
+    def rules(self) -> IdRules:
+        """What the ids of sources of tokens must be."""
+        return IdRules(self._identity.vocabulary, self.join)
+
     def __call__(self, documents: list[Document]) -> list[Tokens]:
         """Tokenise documents, each followed by the joining token, unless a conversation ends with it.
 
@@ -222,11 +231,29 @@ class DocumentTokenizer:
             IntegrityError: An id beyond the subject's embedding.
             ConfigError: More roles than a label can hold.
         """
-        texts = [document for document in documents if isinstance(document, str)]
-        chats = [document for document in documents if isinstance(document, Rendered)]
-        plain = iter(self._plain(texts) if texts else ())
-        chatted = iter(self._conversations(chats) if chats else ())
-        return [next(plain if isinstance(document, str) else chatted) for document in documents]
+        kinds: dict[type, Callable[[list[Any]], list[Tokens]]] = {
+            str: self._plain,
+            Rendered: self._conversations,
+            GivenIds: self._given,
+        }
+        made: dict[type, Iterator[Tokens]] = {}
+        for kind, tokenise in kinds.items():
+            its = [document for document in documents if isinstance(document, kind)]
+            made[kind] = iter(tokenise(its) if its else ())
+        return [next(made[type(document)]) for document in documents]
+
+    def _given(self, documents: list[GivenIds]) -> list[Tokens]:
+        return [self._given_document(document) for document in documents]
+
+    def _given_document(self, document: GivenIds) -> Tokens:
+        ids, roles, turns = document.ids, np.zeros(len(document), np.int64), np.zeros(len(document), np.int64)
+        flags = self._special[ids].astype(np.int64)
+        if document.roles is not None:
+            roles = np.array([self._role(name) for name in document.roles], np.int64)
+            # A turn is a run of tokens of one role.
+            turns = np.minimum(np.concatenate([[0], np.cumsum(np.diff(roles) != 0)]), MAX_TURNS - 1)
+            flags |= np.where(turns == turns[-1], LAST_TURN, 0)
+        return self._joined(ids, roles, turns, flags)
 
     def _plain(self, texts: list[str]) -> list[Tokens]:
         made: list[NDArray[np.uint32]] = []
@@ -246,13 +273,22 @@ class DocumentTokenizer:
         self, chat: Rendered, ids: NDArray[np.uint32], turns: NDArray[np.int64], own: NDArray[np.bool_]
     ) -> Tokens:
         roles = np.array([self._role(name) for name in chat.roles], np.int64)[turns]
-        flags = np.where(own, self._special[ids], SPECIAL) | np.where(
-            turns == len(chat.roles) - 1, LAST_TURN, 0
-        )
+        flags = np.where(own, self._special[ids], SPECIAL).astype(np.int64)
+        flags |= np.where(turns == len(chat.roles) - 1, LAST_TURN, 0)
+        return self._joined(ids, roles, turns, flags)
+
+    def _joined(
+        self,
+        ids: NDArray[np.uint32],
+        roles: NDArray[np.int64],
+        turns: NDArray[np.int64],
+        flags: NDArray[np.int64],
+    ) -> Tokens:
+        """The document with the joining token after it, unless it ends with that."""
         if not len(ids) or ids[-1] != self.join:
             ids = np.append(ids, np.uint32(self.join))
             roles, turns, flags = np.append(roles, 0), np.append(turns, 0), np.append(flags, SPECIAL)
-        return document_tokens(ids, self.dtype, flags=flags, roles=roles, turns=turns)
+        return document_tokens(ids, self.dtype, flags=flags, roles=roles, turns=turns if self.turns else None)
 
     def _role(self, name: str) -> int:
         if name not in self.roles:
@@ -282,4 +318,4 @@ class DocumentTokenizer:
         # The joining token is special wherever it is; the others are text, or spelt in it as control tokens.
         flags = self._special[ids]
         flags[-1] = SPECIAL
-        return document_tokens(ids, self.dtype, flags=flags, turns=0 if self.templates else None)
+        return document_tokens(ids, self.dtype, flags=flags, turns=0 if self.turns else None)

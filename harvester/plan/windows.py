@@ -151,7 +151,8 @@ class CorpusWindows:
         spec = self._spec
         held_out = spec.validation_units * spec.windows_per_unit
         holdout = Holdout(held_out * self._packer.payload if self._by_document else 0)
-        texts = documents(self._corpus, self._tally, self._files, self._tokenizer.templates)
+        tokenizer = self._tokenizer
+        texts = documents(self._corpus, self._tally, self._files, tokenizer.templates, tokenizer.rules)
         checked = MEASURE_BYTES
         with closing(_tokenised(texts, self._tokenizer)) as stream:
             for tokenised in stream:
@@ -170,8 +171,8 @@ class CorpusWindows:
         self._divide(held_out)
 
     def _new_packer(self) -> Packer:
-        turns = bool(self._tokenizer.templates)
-        return Packer(self._spec.context_length, self._tokenizer.bos, self._tokenizer.dtype, turns)
+        tokenizer = self._tokenizer
+        return Packer(self._spec.context_length, tokenizer.bos, tokenizer.dtype, tokenizer.turns)
 
     def _for_training(self, documents: list[Tokens], holdout: Holdout) -> Iterable[Numbered]:
         """Count `documents`; return those that go to training now, with those that the hold-out releases."""

@@ -1,7 +1,5 @@
 """Of every character of a rendered conversation, the message is the one that a hand reckoning says."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -124,8 +122,7 @@ def test_spans_are_those_of_generation_marks() -> None:
     assert made.text == texts[0]
     of_assistant = np.isin(made.owner, [n for n, m in enumerate(messages) if m["role"] == "assistant"])
     masked = np.zeros(len(made.text), bool)
-    pairs: list[Any] = spans[0]
-    for start, stop in pairs:
+    for start, stop in np.array(spans[0]).tolist():
         masked[start:stop] = True
     assert not (masked & ~of_assistant).any()
     # The mask has the end of the turn besides the message's own text, and no header.
