@@ -23,7 +23,7 @@ class SourceSpec(Contract):
     jsonl or Parquet, or raw in .bin files, in which each document ends with the joining token."""
     column: str = "text"
     """jsonl and Parquet: name of the field that contains the text; of a chat, its messages (default
-    `messages`); of tokens, their ids (default `input_ids`). A chat's field `tools` is passed to the template."""
+    `messages`, and a field `tools` is passed to the template); of tokens, their ids (default `input_ids`)."""
     # Consecutive records only: to join them across a file, all of it would have to be in memory.
     group_by: tuple[str, ...] = ()
     """jsonl and Parquet: consecutive records of a file that agree in these fields are joined into one
