@@ -69,7 +69,7 @@ def main() -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Plan both corpora and make the comparison."""
-    tokenizer, eos = _tokenizer(options.tokenizer)
+    tokenizer, eos = make_tokenizer(options.tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "eos.json").write_text(str(eos))
     sizes = {"sample": options.sample, "small": options.small, "large": options.gigabytes}
@@ -122,7 +122,8 @@ def _texts(sentences: list[str], size: int, random: np.random.Generator) -> Iter
                 return
 
 
-def _tokenizer(name: str) -> tuple[Tokenizer, int]:
+def make_tokenizer(name: str) -> tuple[Tokenizer, int]:
+    """Make the tokenizer, and its EOS."""
     if name == "bytes":
         return byte_tokenizer(), EOS
     from winnow.schemas.subject import SubjectSpec
@@ -157,11 +158,12 @@ def _child(what: str, folder: Path, limit: float) -> None:
     subject = tokenizer_subject(tokenizer, int((folder.parent / "eos.json").read_text()), None)
     config = _config(folder)
     result = _compare(config, subject) if what == "compare" else _plan(config, subject)
-    result["peak_rss_bytes"] = _peak_rss()
+    result["peak_rss_bytes"] = peak_rss()
     print(json.dumps(result))
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
     # Not ru_maxrss on Linux, where a process starts with its parent's, exec or not.
     status = Path("/proc/self/status")
     if status.exists():
