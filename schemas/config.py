@@ -100,8 +100,8 @@ class Config(Contract):
         # What needs one dataset, such as the folder of a relative path, then takes the first.
         if isinstance(raw, dict) and "root" not in raw:
             fields = cast("dict[str, Any]", raw)
-            train = fields.get("train")
-            roots = train.get("roots") if isinstance(train, dict) else getattr(train, "roots", None)
+            train: Any = fields.get("train")
+            roots: Any = train.get("roots") if isinstance(train, dict) else getattr(train, "roots", None)
             if isinstance(roots, dict) and roots:
                 return {**fields, "root": next(iter(cast("dict[str, Any]", roots).values()))}
         return cast("Any", raw)

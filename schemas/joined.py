@@ -63,7 +63,7 @@ class JoinedPlan(HarvestPlan):
             "revision": None,
             "weights_sha256": sha256_hex(canonical_json(subjects)),
         }
-        fields = {name: getattr(own, name) for name in HarvestPlan.model_fields} | {
+        fields: dict[str, Any] = {name: getattr(own, name) for name in HarvestPlan.model_fields} | {
             "subject": own.subject.model_copy(update=together),
             "spec": own.spec.model_copy(update={"hooks": tuple(site.name for site in sites)}),
             "sites": sites,

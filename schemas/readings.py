@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field
 
@@ -33,9 +33,14 @@ class RowsSpec(Contract):
     @property
     def words(self) -> str:
         """The conditions in one line, for figures and messages."""
-        given = self.model_dump(mode="json", exclude_defaults=True)
-        shown = {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in given.items()}
-        return " ".join(f"{name}={str(value).lower()}" for name, value in shown.items()) or "all rows"
+        given: dict[str, Any] = self.model_dump(exclude_defaults=True)
+        shown = {
+            name: ",".join(str(one) for one in cast("tuple[object, ...]", value))
+            if isinstance(value, tuple)
+            else str(value).lower()
+            for name, value in given.items()
+        }
+        return " ".join(f"{name}={value}" for name, value in shown.items()) or "all rows"
 
 
 class ReadingCard(Artefact):

@@ -144,7 +144,7 @@ class JoinedStore(ActivationStore):
 
     def deleted_units(self) -> set[int]:
         """See `ActivationStore.deleted_units`: those of any."""
-        return set().union(*(part.deleted_units() for part in self.datasets))
+        return set[int]().union(*(part.deleted_units() for part in self.datasets))
 
     def _parts_of(self, hooks: Sequence[str]) -> list[tuple[ActivationStore, tuple[str, ...]]]:
         named = self._hooks(hooks)
