@@ -4,17 +4,21 @@ All cases run in one process on the same tensors, in turn; a round times the flo
 Figures are medians of the rounds' ratios, with quartiles, since shared machines drift.
 
     python -m benchmarks.set_step --json OUT [--rounds 7] [--clock wall|cpu]
+    python -m benchmarks.peers -- python -m benchmarks.set_step --clt-forge CHECKOUT
 
 - `clt_step_over_products`: a whole step of a cross-layer set, all L (L + 1) / 2 decoders: normalisation,
   loss, every gradient, clipping (it acts on every step), Adam, renormalisation, average, dead counts.
 - `plt_step_over_products`: L steps of the same kind, of a per-layer set's transcoders.
 - `dense_over_winnow`: a dense CLT step as public trainers take it (`Reference`: einsum over all decoders,
   autograd, Adam, clipping; no average) over ours.
+- `forge_over_winnow`: a step of CLT-Forge (github.com/LLM-Interp/CLT-Forge; arXiv 2603.21014) over ours, if a
+  checkout of it is given: its own model and loss, then Adam and clipping as its trainer calls them. Its codes
+  are JumpReLU's, whose number does not change the time of its dense products.
 - `clt_traffic_over_products`: moving the bytes that the optimiser of the cross-layer set cannot avoid, with
   no arithmetic: weight, gradient, both moments and average of every weight read, all but the gradient
   written. A floor of memory, where that of products is one of arithmetic; no step can take less than both.
-- `clt_peak_mib`, `dense_peak_mib`: what a step adds at its peak to weights, Adam's state and the average,
-  which are there before it; ours with the gradients' buffers, which live as long as the run.
+- `clt_peak_mib`, `dense_peak_mib`, `forge_peak_mib`: what a step adds at its peak to weights, Adam's state
+  and the average, which are there before it; ours with the gradients' buffers, which live as long as the run.
 
 `--clock cpu` takes the process's CPU time, of all threads, instead of the wall's: on a machine with other
 work it is the steadier one, though caches and memory are still shared.
@@ -26,6 +30,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -154,6 +159,40 @@ class Reference:
         self.adam.zero_grad()
 
 
+class Forge:
+    """CLT-Forge's cross-layer transcoder, from a checkout; it wants jaxtyping, as `make peers` installs it.
+
+    Args:
+        checkout: Its repository's folder.
+        size: Its sizes.
+    """
+
+    def __init__(self, checkout: Path, size: Size) -> None:
+        source = checkout / "src"
+        if not (source / "clt_forge" / "clt.py").is_file():
+            raise SystemExit(f"--clt-forge {checkout}: expected a checkout with src/clt_forge/clt.py")
+        sys.path.insert(0, str(source))
+        from clt_forge.clt import CLT  # pyright: ignore[reportMissingImports]
+        from clt_forge.config import CLTConfig  # pyright: ignore[reportMissingImports]
+
+        config = CLTConfig(
+            device="cpu", dtype="float32", seed=3, model_name="none", d_in=size.width, d_latent=size.latents,
+            n_layers=size.layers, jumprelu_bandwidth=1.0, jumprelu_init_threshold=0.03,
+            normalize_decoder=False, dead_feature_window=1000, cross_layer_decoders=True, context_size=16,
+            l0_coefficient=1.0,
+        )  # fmt: skip
+        self.model = CLT(config)
+        self.adam = torch.optim.Adam(self.model.parameters(), lr=1e-4)
+
+    def step(self, data: Data) -> None:
+        """Forward, backward, clipping, Adam."""
+        self.adam.zero_grad()
+        inputs, targets = torch.stack(data.inputs, 1), torch.stack(data.targets, 1)
+        self.model(inputs, targets, 1.0, 1e-5, return_metrics=False).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP, foreach=False)
+        self.adam.step()
+
+
 def products(size: Size, data: Data) -> Callable[[], object]:
     """The floor: the L products of the encoders, into one buffer."""
     W = torch.randn(size.layers, size.latents, size.width)
@@ -207,7 +246,9 @@ def resident() -> int:
     return pages * 4096
 
 
-def measure(size: Size, rounds: int, clock: Callable[[], float], dense: bool) -> dict[str, Any]:
+def measure(
+    size: Size, rounds: int, clock: Callable[[], float], dense: bool, forge: Path | None
+) -> dict[str, Any]:
     """Medians and quartiles of every ratio, and the peaks."""
     data = Data.of(size, size.rows, seed=2)
     floor = products(size, data)
@@ -223,6 +264,9 @@ def measure(size: Size, rounds: int, clock: Callable[[], float], dense: bool) ->
     if dense:
         reference = Reference(size)
         cases["dense"] = lambda: reference.step(data)
+    if forge is not None:
+        other = Forge(forge, size)
+        cases["forge"] = lambda: other.step(data)
     # after a step, which makes the gradients' buffers; it overwrites averages, whose values change no time
     clt_step()
     cases["clt_traffic"] = traffic(clt)
@@ -242,10 +286,11 @@ def measure(size: Size, rounds: int, clock: Callable[[], float], dense: bool) ->
                 ratios[name].append(above / below)
                 seconds[name].append(above)
                 seconds["products"].append(below)
-    if dense:
-        pairs = zip(seconds["dense"], seconds["clt"], strict=True)
-        ratios["dense_over_winnow"] = [above / ours for above, ours in pairs]
-    steps = {"clt", "plt", "dense"}
+    others = [name for name in cases if name not in ("clt", "plt", "clt_traffic")]
+    for name in others:
+        pairs = zip(seconds[name], seconds["clt"], strict=True)
+        ratios[f"{name}_over_winnow"] = [above / ours for above, ours in pairs]
+    steps = {"clt", "plt", *others}
     named = {
         f"{name}_step_over_products" if name in steps else name.replace("traffic", "traffic_over_products"): r
         for name, r in ratios.items()
@@ -255,7 +300,7 @@ def measure(size: Size, rounds: int, clock: Callable[[], float], dense: bool) ->
         "quartiles": {name: quartiles(values) for name, values in named.items()},
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "clt_peak_mib": peaks["clt"] + gradient_mib(clt),
-        **({"dense_peak_mib": peaks["dense"]} if dense else {}),
+        **{f"{name}_peak_mib": peaks[name] for name in others},
         **size._asdict(),
     }
 
@@ -286,13 +331,14 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-dense", action="store_true", help="leave the dense reference out")
+    parser.add_argument("--clt-forge", type=Path, help="a checkout of CLT-Forge, whose step is timed too")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     args = parser.parse_args()
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     # a collection in mid-round would be charged to whichever case it falls into
     gc.disable()
     with torch_settings(torch.device("cpu"), args.threads):
-        result = measure(SIZES[args.size], args.rounds, clock, not args.no_dense)
+        result = measure(SIZES[args.size], args.rounds, clock, not args.no_dense, args.clt_forge)
     result |= {"threads": args.threads, "rounds": args.rounds, "clock": args.clock}
     print(json.dumps(write_report("set_step", result, args.json), indent=1))
 

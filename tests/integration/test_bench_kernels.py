@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import set_step
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -94,3 +96,8 @@ def test_gpu_where_torch_and_triton_are_almost_all_there_is(tmp_path):
         assert min(part.values()) > 0
     assert result["memory"]["million"]["estimate"] > result["memory"]["here"]["estimate"]
     assert result["memory"]["here"]["peak_over_estimate"] is None  # a CPU keeps no such account
+
+
+def test_set_step_says_which_checkout_it_wants(tmp_path):
+    with pytest.raises(SystemExit, match=r"--clt-forge .*: expected a checkout with src/clt_forge/clt.py"):
+        set_step.Forge(tmp_path, set_step.SIZES["tiny"])
