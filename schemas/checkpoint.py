@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from winnow.schemas.base import Artefact, Contract, RelativeKey, Sha256
-from winnow.schemas.training import SaeIdentity, StreamState, TrainSpec
+from winnow.schemas.stream import StreamState
+from winnow.schemas.training import SaeIdentity, TrainSpec
 
 
 class CheckpointRows(Contract):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 from winnow.schemas.base import canonical_json, sha256_hex
 from winnow.schemas.errors import ConfigError, PlanMismatch

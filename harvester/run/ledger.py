@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from winnow.common.reporter import say
 from winnow.harvester.run.failures import Failures
 from winnow.schemas.errors import MissingObject, WinnowError
-from winnow.schemas.harvest import HarvestLedger, HarvestManifest, HarvestPlan, LedgerRun, TokenAccount
+from winnow.schemas.harvest import HarvestManifest, HarvestPlan
+from winnow.schemas.ledger import HarvestLedger, LedgerRun, TokenAccount
 from winnow.store.objects import ObjectStore
 
 LEDGER_KEY = "ledger.json"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.harvest import SLICES, HarvestPlan
-from winnow.schemas.training import StreamState
+from winnow.schemas.stream import StreamState
 from winnow.store.format.layout import keyed_permutations, philox_key
 
 # Part of checkpoints: a changed order needs a new name, or old runs would resume on other batches.

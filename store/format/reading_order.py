@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from winnow.schemas.errors import ConfigError, IntegrityError
-from winnow.schemas.training import StreamState
+from winnow.schemas.stream import StreamState
 from winnow.store.format.layout import keyed_permutation
 from winnow.store.format.order import LaneOrder, Place
 

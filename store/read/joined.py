@@ -17,7 +17,7 @@ from winnow.schemas.config import StorageSpec
 from winnow.schemas.harvest import HarvestManifest
 from winnow.schemas.joined import JoinedPlan, difference, hooks_by_root, not_aligned
 from winnow.schemas.readings import RowsSpec
-from winnow.schemas.training import StreamState
+from winnow.schemas.stream import StreamState
 from winnow.store.format.order import LaneOrder
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.assemble import RowBatch

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol, Self
 from winnow.common.closing import Closing
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.harvest import HarvestPlan, row_bytes
-from winnow.schemas.training import StreamState
+from winnow.schemas.stream import StreamState
 from winnow.store.format.order import LaneOrder
 from winnow.store.objects import ObjectStore
 from winnow.store.read.assemble import RUNS_AHEAD, Assembler, RowBatch, Widen, assembled_bytes, widen_stored

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from winnow.common.closing import Closing
 from winnow.schemas.harvest import SCALE_BYTES
-from winnow.schemas.training import StreamState
+from winnow.schemas.stream import StreamState
 from winnow.store.format.order import LaneOrder
 from winnow.store.read.stream import Rows
 

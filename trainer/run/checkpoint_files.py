@@ -32,7 +32,8 @@ from torch import Tensor
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.checkpoint import CheckpointIndex, CheckpointRows
 from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
-from winnow.schemas.training import SaeIdentity, StreamState
+from winnow.schemas.stream import StreamState
+from winnow.schemas.training import SaeIdentity
 from winnow.store.objects import ObjectStore
 from winnow.store.records.commit import settle
 from winnow.trainer.mesh.shard import has_latents

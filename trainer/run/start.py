@@ -15,7 +15,8 @@ from winnow.sae.init import initialise
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.fit import require_hooks
-from winnow.schemas.training import SaeIdentity, StreamState, TrainSpec
+from winnow.schemas.stream import StreamState
+from winnow.schemas.training import SaeIdentity, TrainSpec
 from winnow.store import ActivationStore
 from winnow.store.format.order import LaneOrder, group_units_for
 from winnow.store.objects import ObjectStore

@@ -11,7 +11,8 @@ from tests.support.meeting import meet
 from tests.support.mesh_worker import N, go
 from winnow.schemas.checkpoint import CheckpointIndex
 from winnow.schemas.errors import IntegrityError, StoreError
-from winnow.schemas.training import SaeIdentity, StreamState
+from winnow.schemas.stream import StreamState
+from winnow.schemas.training import SaeIdentity
 from winnow.store.objects import ObjectStore
 from winnow.store.objects.local import LocalStore
 from winnow.store.testing import FaultyStore
