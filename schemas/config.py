@@ -101,7 +101,11 @@ class Config(Contract):
         if isinstance(raw, dict) and "root" not in raw:
             fields = cast("dict[str, Any]", raw)
             train: Any = fields.get("train")
-            roots: Any = train.get("roots") if isinstance(train, dict) else getattr(train, "roots", None)
+            if isinstance(train, dict):
+                train = cast("dict[str, Any]", train)
+                roots = train.get("roots")
+            else:
+                roots = getattr(train, "roots", None)
             if isinstance(roots, dict) and roots:
                 return {**fields, "root": next(iter(cast("dict[str, Any]", roots).values()))}
         return cast("Any", raw)

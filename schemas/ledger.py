@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from winnow.schemas.base import Artefact, Contract
+from winnow.schemas.base import Artefact, Contract, HookName
 
 
 class TokenAccount(Contract):
