@@ -6,7 +6,9 @@ Both take the same number of steps from the same harvest, which the config names
 (`winnow harvest configs/chat.yaml`). Held-out FVU and delta CE are of the assistant's tokens; for both, FVU
 of all tokens stands beside. A killed run resumes by the same command.
 
-- `assistant_over_all_fvu`, `assistant_over_all_delta_ce`: the ratio of the two, per seed.
+- `assistant_over_all_fvu`: the ratio of the two FVUs on the assistant's held-out tokens, per seed.
+- `assistant_less_all_delta_ce`: the difference of the two delta CEs there, in nats per token, per seed. Not
+  their ratio, since either may be about 0.
 """
 
 from __future__ import annotations
@@ -45,13 +47,12 @@ def measure(config: Config, folder: Path, seeds: int, windows: int) -> dict[str,
             # as many steps as the other one takes
             spec = spec.model_copy(update={"epochs": steps / plan_order(spec, dataset).steps_per_epoch})
             found[name].append(figures(config, spec, own.rows, windows))
-    ratios = {
-        f"assistant_over_all_{key}": [
-            one[key] / other[key] for one, other in zip(found["assistant"], found["all"], strict=True)
-        ]
-        for key in ("fvu_raw", "delta_ce")
+    pairs = list(zip(found["assistant"], found["all"], strict=True))
+    compared = {
+        "assistant_over_all_fvu": [one["fvu_raw"] / other["fvu_raw"] for one, other in pairs],
+        "assistant_less_all_delta_ce": [one["delta_ce"] - other["delta_ce"] for one, other in pairs],
     }
-    return {**ratios, **found, "means": _means(found), "steps": steps, "rows": own.rows.words}
+    return {**compared, **found, "means": _means(found), "steps": steps, "rows": own.rows.words}
 
 
 def figures(config: Config, spec: TrainSpec, rows: RowsSpec, windows: int) -> dict[str, float]:
