@@ -219,13 +219,14 @@ def training(config: Config, formats: list[str], *, delta_ce: bool) -> dict[str,
 
 def _trained(config: Config, name: str, after: Callable[..., dict[str, float]] | None) -> dict[str, Any]:
     # The training loop opens its dataset by this name; its validation rows do not pass the stream.
-    real = loop.ActivationStore
+    real = loop.open_roots
     if name != "as_stored":
-        loop.ActivationStore = type("Simulated", (SimulatedStore,), {"format": name})
+        simulated = type("Simulated", (SimulatedStore,), {"format": name})
+        loop.open_roots = lambda root, _, storage, **options: simulated.open(root, storage, **options)
     try:
         return loop.train(config, after_train=after)
     finally:
-        loop.ActivationStore = real
+        loop.open_roots = real
 
 
 if __name__ == "__main__":

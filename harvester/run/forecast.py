@@ -18,6 +18,7 @@ from winnow.schemas.config import Config, PricesSpec, section
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.harvest import MOMENT_UNITS, SLICES, HarvestPlan, PlanSpec, row_bytes
 from winnow.schemas.subject import HookSite
+from winnow.store.format.labels import LABEL_BYTES, LABELS
 from winnow.store.objects import ObjectStore
 from winnow.store.objects.probe import probe_requests
 from winnow.store.read.groups import reading_threads
@@ -37,6 +38,8 @@ _RECEIPT_BYTES = 4096
 """Size of a receipt per hook."""
 _MOMENT_BYTES = 44
 """Size of the two moments of one dimension, as JSON, in the first receipts."""
+_ARRAY_BYTES = 1400
+"""Bytes of an array's zarr.json, and of its copy in the root's, about."""
 _FIXED_OBJECTS = 5
 """plan.json, the root's zarr.json, token digests, manifest.json, ledger.json."""
 
@@ -138,7 +141,9 @@ def forecast(
     seconds = to_do * unit_tokens / rate if rate else None
     probe = probe_requests(store)
     requests = _requests(spec, units, to_do, probe, planned=plan is not None, seconds=seconds or 0.0)
-    whole = _dataset_bytes(spec, units, sites)
+    # Plans of earlier versions have none.
+    labelled = plan is None or plan.labels is not None
+    whole = _dataset_bytes(spec, units, sites) + (_label_bytes(spec, units) if labelled else 0)
     hours = seconds / 3600 if seconds is not None else None
     return Forecast(
         units=units,
@@ -147,7 +152,7 @@ def forecast(
         bytes=whole,
         bytes_to_do=to_do * shard,
         free_bytes=store.free_bytes(),
-        objects=_objects(spec, units),
+        objects=_objects(spec, units) + (_label_objects(units) if labelled else 0),
         requests=requests,
         tokens_per_second=rate,
         rate_from=rate_from,
@@ -286,6 +291,7 @@ def _dataset_bytes(spec: PlanSpec, units: int, sites: tuple[HookSite, ...]) -> i
     # Tokens are uint32, and their chunk ends with a crc32c of four bytes.
     tokens = spec.windows_per_unit * spec.context_length * 4 + 4
     whole = units * (shards + tokens + _RECEIPT_BYTES * len(sites))
+    whole += _ARRAY_BYTES * (3 + len(spec.hooks))
     return whole + min(units, MOMENT_UNITS) * _MOMENT_BYTES * sum(site.d_model for site in sites)
 
 
@@ -293,6 +299,17 @@ def _objects(spec: PlanSpec, units: int) -> int:
     arrays = 3 + len(spec.hooks)  # a zarr.json each: tokens, token digests, activations, hooks
     # Per unit: a shard per hook, the token chunk, the receipt.
     return _FIXED_OBJECTS + arrays + math.ceil(units / PART_UNITS) + units * (len(spec.hooks) + 2)
+
+
+def _label_objects(units: int) -> int:
+    # A zarr.json of each label, of their group and of their digests; the digests; a chunk of each per unit.
+    return len(LABELS) + 3 + units * len(LABELS)
+
+
+def _label_bytes(spec: PlanSpec, units: int) -> int:
+    # Each chunk ends with a crc32c of four bytes.
+    chunks = units * (spec.windows_per_unit * spec.context_length * LABEL_BYTES + 4 * len(LABELS))
+    return chunks + _ARRAY_BYTES * (len(LABELS) + 2)
 
 
 def _requests(
@@ -307,6 +324,7 @@ def _requests(
     lists = 3 * math.ceil(units / _LIST_KEYS)  # tokens, receipts, receipts again to seal
     if not planned:
         puts += 3 + 3 + len(spec.hooks) + units  # plan, root, digests; arrays; tokens
+        puts += _label_objects(units)
         lists += 1
     return Requests(puts=puts, gets=gets, lists=lists)
 

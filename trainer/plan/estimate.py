@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from winnow.common.figures import human_bytes
 from winnow.schemas.errors import ConfigError, DependencyMissing
 from winnow.schemas.training import SaeParts, TrainSpec
-from winnow.store.read.assemble import assembled_bytes
 from winnow.trainer.mesh.world import check_mesh
 from winnow.trainer.plan.memory import FLOAT, HALF, Memory, outputs, parameters, sae_memory
 from winnow.trainer.step.moments import BYTES
@@ -181,6 +180,9 @@ def _stream_bytes(spec: TrainSpec, d_model: int, data: int) -> int:
     """Host memory of the streams of all data ranks; a GPU that holds a further shard opens none."""
     batch = spec.batch_rows // data * len(spec.stream_hooks) * d_model * FLOAT
     # twice, because the next group is read while the current one is used
+    # here, not above: with it come the store's codecs, which `benchmarks.gpu` does without
+    from winnow.store.read.assemble import assembled_bytes
+
     return 2 * spec.group_bytes + data * assembled_bytes(batch)
 
 
