@@ -22,6 +22,7 @@ from winnow.store.format.order import LaneOrder
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.assemble import RowBatch
 from winnow.store.read.reader import ActivationStore, load_plan, load_token_digests
+from winnow.store.read.readings import Reading
 from winnow.store.read.stream import Rows
 
 
@@ -83,12 +84,13 @@ class JoinedStore(ActivationStore):
         followed = [part.arrivals for part in self.parts.values() if part.arrivals is not None]
         self.arrivals = followed[0] if followed else None
 
-    def only(self, rows: RowsSpec) -> ActivationStore:
-        """See `ActivationStore.only`; the labels are the same in all of them."""
-        if rows == (self.reading.rows if self.reading else RowsSpec()):
-            return self
-        made = JoinedStore({name: part.only(rows) for name, part in self.parts.items()})
-        made.reading = made.datasets[0].reading
+    def _reading(self, rows: RowsSpec) -> Reading:
+        # Of one of them for all: the tokens are the same, so the labels of the others need not be read.
+        return self.datasets[0]._reading(rows)
+
+    def _restricted(self, reading: Reading | None) -> ActivationStore:
+        made = JoinedStore({name: part._restricted(reading) for name, part in self.parts.items()})
+        made.reading = reading
         return made
 
     @property

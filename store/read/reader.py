@@ -178,10 +178,15 @@ class ActivationStore:
         """
         if rows == (self.reading.rows if self.reading else RowsSpec()):
             return self
+        return self._restricted(None if rows.everything else self._reading(rows))
+
+    def _reading(self, rows: RowsSpec) -> Reading:
+        return Reading(self.store, self.plan, rows)
+
+    def _restricted(self, reading: Reading | None) -> ActivationStore:
+        """The same dataset with another reading, or with none."""
         made = ActivationStore(self.store, self.plan, self._manifest, self.index, self.arrivals, self.cache)
-        made._digests = self._digests
-        if not rows.everything:
-            made.reading = Reading(self.store, self.plan, rows)
+        made._digests, made.reading = self._digests, reading
         return made
 
     @classmethod

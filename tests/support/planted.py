@@ -17,6 +17,18 @@ from winnow.store.testing import make_plan, write_dataset
 D_MODEL, DIRECTIONS, ACTIVE = 32, 48, 3
 HOOK, OTHER_HOOK = "resid_post.1", "mlp_out.0"
 SINKS_PER_UNIT = 3
+TRAIN: dict[str, Any] = {
+    "latents": 64,
+    "k": ACTIVE,
+    "batch_rows": 256,
+    "epochs": 3,
+    "lr": 0.003,
+    "dead_after_tokens": 1500,
+    "sample_rows": 1000,
+    "device": "cpu",
+    "threads": 1,
+}
+"""How an SAE of such rows is trained."""
 
 
 def directions() -> NDArray[np.float32]:
@@ -46,15 +58,7 @@ def planted_config(folder: Path, *, train_units: int = 8, **train: Any) -> Path:
     spec = {
         "out": str(folder / "run"),
         "hook": HOOK,
-        "latents": 64,
-        "k": ACTIVE,
-        "batch_rows": 256,
-        "epochs": 3,
-        "lr": 0.003,
-        "dead_after_tokens": 1500,
-        "sample_rows": 1000,
-        "device": "cpu",
-        "threads": 1,
+        **TRAIN,
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({"root": str(root), "train": {**spec, **train}}), encoding="utf-8")

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from tests.support.planted import ACTIVE, D_MODEL, HOOK, planted_rows
+from tests.support.planted import D_MODEL, HOOK, TRAIN, planted_rows
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.harvest import HarvestPlan
 from winnow.store.objects import open_store
@@ -60,15 +60,7 @@ def roots_config(folder: Path, roots: dict[str, str] | None = None, **train: Any
         "hook": HOOKS[0],
         "with_hooks": [HOOKS[1]],
         "normalize": "dataset",
-        "latents": 64,
-        "k": ACTIVE,
-        "batch_rows": 256,
-        "epochs": 3,
-        "lr": 0.003,
-        "dead_after_tokens": 1500,
-        "sample_rows": 1000,
-        "device": "cpu",
-        "threads": 1,
+        **TRAIN,
     }
     path = folder / "roots.yaml"
     path.write_text(yaml.safe_dump({"train": {**spec, **train}}), encoding="utf-8")
