@@ -33,6 +33,7 @@ from torch import Tensor
 
 from benchmarks.invented import read_texts, write_texts
 from benchmarks.report import write_report
+from winnow.common.cores import usable_cores
 from winnow.common.device import torch_settings
 from winnow.common.reporter import Progress
 from winnow.evaluator.activations import active
@@ -286,7 +287,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all cores")
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
-    found = measure(args.folder, SIZES[args.size], args.model, tuple(args.texts), args.threads)
+    threads = args.threads or usable_cores()
+    found = measure(args.folder, SIZES[args.size], args.model, tuple(args.texts), threads)
     print(json.dumps(write_report("diffing", {"size": args.size, **found}, args.json), indent=1))
 
 
