@@ -90,7 +90,7 @@ def resolve_hook(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
             )
         # The input of block L, not the output of block L - 1: layer 0 has no block before it.
         return Tap(hook, block, site == "resid_pre", layer)
-    parts = layout.block
+    parts = layout.parts[layer]
     if parts is None:
         what = f"adds its {site[:-4]} output" if site.endswith("_out") else "has the norm of its MLP"
         raise ConfigError(

@@ -1,7 +1,8 @@
 """Where the parts of a subject's blocks are: one table of architectures. Pure: no weights, no forward pass.
 
 The table goes by the family of the *text* model: if that is a part of a larger one (Gemma 3 with its
-vision tower), its blocks are found inside it.
+vision tower), its blocks are found inside it. Of other architectures the parts are guessed by name
+(`winnow.subject.shapes`) and proved when the subject is loaded (`winnow.subject.prove`).
 """
 
 from __future__ import annotations
@@ -13,46 +14,12 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from winnow.schemas.errors import ConfigError
+from winnow.subject.shapes import Block, guess_block
 
 log = logging.getLogger("winnow.subject")
 
 Part = Literal["attention", "mlp", "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"]
 """A module of a block, by what it does."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Paths, inside a block, of its modules.
-
-    One after the other: `mid = stream + post(attention(norm(stream)))`, then
-    `mid + post(mlp(norm(mid)))`. In parallel, both read the stream that enters the block.
-
-    Attributes:
-        attention: The attention module.
-        mlp: The MLP module.
-        attention_norm: Norm of what attention reads; None if it reads the stream itself (OLMo 2 and 3).
-        mlp_norm: Norm of what the MLP reads, which may be attention's too (Phi); None as above.
-        attention_post_norm: Norm of what attention gives, before it is added; None if it is added as it is.
-        mlp_post_norm: The same for the MLP.
-        parallel: Whether attention and MLP run in parallel.
-    """
-
-    attention: str
-    mlp: str
-    attention_norm: str | None
-    mlp_norm: str | None
-    attention_post_norm: str | None = None
-    mlp_post_norm: str | None = None
-    parallel: bool = False
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """All of them that the block has."""
-        found = (
-            self.attention, self.mlp, self.attention_norm, self.mlp_norm,
-            self.attention_post_norm, self.mlp_post_norm,
-        )  # fmt: skip
-        return tuple(path for path in found if path is not None)
 
 
 class _Family(NamedTuple):
@@ -125,7 +92,8 @@ class Layout:
         architecture: transformers' `model_type`.
         blocks: Path of the list of blocks.
         layers: Number of blocks in the whole model.
-        block: The parts of a block, by paths inside it; None if the architecture is not in the table.
+        parts: Of each block, by paths inside it; None if they are not known.
+        tabled: Whether the parts are of the table; others are guesses until they are proved.
         streams: How many residual streams a block passes on, as far as the config tells.
         embedding: Path of the token embedding; None if there is none. Its output need not be
             `resid_pre.0`: GPT-2 adds positions, Gemma scales it.
@@ -136,7 +104,8 @@ class Layout:
     architecture: str
     blocks: str
     layers: int
-    block: Block | None = None
+    parts: tuple[Block | None, ...]
+    tabled: bool = False
     streams: int = 1
     embedding: str | None = None
     final_norm: str | None = None
@@ -144,7 +113,8 @@ class Layout:
 
     def path(self, layer: int, part: Part) -> str | None:
         """The path of a part of block `layer`; None if the block has none, or its parts are not known."""
-        name = None if self.block is None else getattr(self.block, part)
+        block = self.parts[layer]
+        name = None if block is None else getattr(block, part)
         return None if name is None else f"{self.blocks}.{layer}.{name}"
 
 
@@ -172,7 +142,10 @@ def find_layout(model: nn.Module, config: Any) -> Layout:
         fitting = [path for path in lists if path.rpartition(".")[2] == name and _has(model, path, block)]
         if len(fitting) == 1:
             norm = f"{fitting[0].rpartition('.')[0]}.{family.final_norm}"
-            return Layout(architecture, fitting[0], layers, block, streams, embedding, norm, unembedding)
+            parts = (block,) * layers
+            return Layout(
+                architecture, fitting[0], layers, parts, True, streams, embedding, norm, unembedding
+            )
     if len(lists) != 1:
         raise ConfigError(
             f"architecture {architecture!r} is unknown and its blocks cannot be told",
@@ -180,14 +153,16 @@ def find_layout(model: nn.Module, config: Any) -> Layout:
             got=", ".join(lists) or "none",
             fix=f"Known architectures: {', '.join(LAYOUTS)}",
         )
-    log.warning(
-        "architecture %r is not in the table of hooks: using %s as its blocks; %smodule paths can be "
-        "read, attn_out, mlp_out, resid_mid and mlp_in cannot",
-        architecture,
-        lists[0],
-        "resid_pre, resid_post and " if streams == 1 else "",
+    (blocks,) = lists
+    # Blocks of several streams hand on something else than a sum.
+    parts = tuple(
+        guess_block({name for name, _ in model.get_submodule(f"{blocks}.{layer}").named_modules()})
+        if streams == 1
+        else None
+        for layer in range(layers)
     )
-    return Layout(architecture, lists[0], layers, None, streams, embedding, None, unembedding)
+    log.info("architecture %r is not in the table of hooks: using %s as its blocks", architecture, blocks)
+    return Layout(architecture, blocks, layers, parts, False, streams, embedding, None, unembedding)
 
 
 def _block(family: _Family, config: Any) -> Block:

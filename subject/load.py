@@ -32,6 +32,7 @@ from winnow.subject.pretrained import (
     outline_model,
     tokenizer_digest,
 )
+from winnow.subject.prove import proved
 from winnow.subject.splice import Replacement, next_token_loss, read_taps, replaced
 from winnow.subject.steps import Steps
 from winnow.subject.tokenizer import ControlTokens, TextTokenizer
@@ -126,6 +127,7 @@ class Subject:
             model.to(device)  # pyright: ignore[reportArgumentType]  (its stub wants a self)
         subject = cls(spec, located, model, layout, modules, kept, device)
         subject._check_causal()
+        subject._prove_parts()
         log.info(
             "subject %s: %s, %d of %d layers, %s on %s, %s attention",
             spec.model,
@@ -443,6 +445,16 @@ class Subject:
             return self._body(ids.to(self.device))
 
         check_causal(self.model, blocks, run, self._vocabulary, self.spec.model)
+
+    def _prove_parts(self) -> None:
+        """Drop the parts of blocks that were guessed by name and that a short pass does not confirm."""
+        if self.layout.tabled or not any(self.layout.parts):
+            return
+
+        def run(ids: Tensor) -> object:
+            return self._body(ids.to(self.device))
+
+        self.layout = proved(self.model, self.layout, self._kept_layers, run, self._vocabulary)
 
     def _ids(self, token_ids: Any) -> Tensor:
         if isinstance(token_ids, np.ndarray) and token_ids.dtype.kind == "u":

@@ -78,7 +78,7 @@ class Held:
                 longer than its context, or a module cannot be held, which is named.
         """
         layout = subject.layout
-        if layout.block is None or layout.final_norm is None or layout.unembedding is None:
+        if not layout.tabled or layout.final_norm is None or layout.unembedding is None:
             raise _refused(subject, "blocks whose parts are not known", layout.blocks)
         if subject.dtype not in (torch.float32, torch.float64):
             raise ConfigError(

@@ -230,7 +230,7 @@ class _Examination:
         pre, attention, middle, given = (
             self.rows.get(f"{site}.{layer}") for site in ("resid_pre", "attn_out", "resid_mid", "mlp_in")
         )
-        block = self.subject.layout.block
+        block = self.subject.layout.parts[layer]
         if block is None or pre is None or attention is None or middle is None or given is None:
             return
         _same(f"resid_mid.{layer}", middle, pre if block.parallel else pre + attention)
@@ -276,6 +276,19 @@ class _Examination:
                 with _passing(self.subject.model.get_submodule(f"{blocks}.{layer}"), output=True) as got:
                     self.subject.logits(ids, parts)
                 _same(f"block {layer} without its parts", got[0], self.rows[f"resid_pre.{layer}"][:2])
+            self.emptied_middle(layer, ids)
+
+    def emptied_middle(self, layer: int, ids: Tensor) -> None:
+        """What replaces the middle is the stream that the block adds its MLP to."""
+        block, hooks = self.subject.layout.parts[layer], (f"resid_mid.{layer}", f"mlp_out.{layer}")
+        # In a parallel block the middle is the stream before it, to which attention still adds.
+        if block is None or block.parallel or not set(hooks) <= set(self.hooks):
+            return
+        module = self.subject.model.get_submodule(f"{self.subject.layout.blocks}.{layer}")
+        with _passing(module, output=True) as got:
+            self.subject.logits(ids, dict.fromkeys(hooks, torch.zeros_like))
+        if got[0].any():
+            raise WrongNumber(f"{hooks[0]} replaced by zeros: the block adds to another stream")
 
     def truncation(self) -> str:
         hook = next((hook for hook in ("resid_post.1", "resid_post.0") if hook in self.hooks), None)

@@ -12,7 +12,7 @@ RESIDUAL = "resid_pre, resid_post"
 ALL = "resid_pre, resid_post, attn_out, mlp_out, resid_mid, mlp_in"
 
 FAMILIES = {
-    "bamba": (RESIDUAL, "right", "cached", "right"),
+    "bamba": (ALL, "right", "cached", "right"),
     "bert, is_decoder": (RESIDUAL, "right", "cached", "right"),
     "gemma2": (ALL, "right", "cached", "right"),
     "gemma3": (ALL, "right", "cached", "right"),
@@ -20,7 +20,7 @@ FAMILIES = {
     "mamba": (RESIDUAL, "right", "cached", "right"),
     "openai-gpt": (RESIDUAL, "right", "whole passes", "right"),
     "phi3, longrope": (ALL, "right", "cached in parts", "right"),
-    "qwen3_5_text": (RESIDUAL, "right", "cached", "right"),
+    "qwen3_5_text": (ALL, "right", "cached", "right"),
     "zaya": (RESIDUAL, "right", "cached", "right"),
 }
 """Sites, truncation, generation and tail of: state space beside attention, an encoder made causal, soft caps,

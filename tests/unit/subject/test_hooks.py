@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -21,7 +20,7 @@ TOWER = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
     "image_size": 16, "patch_size": 4,
 }  # fmt: skip
-LLAMA = Layout("llama", "model.layers", 30, LAYOUTS["llama"].block)
+LLAMA = Layout("llama", "model.layers", 30, (LAYOUTS["llama"].block,) * 30, tabled=True)
 MODULES = frozenset(
     ["model", "model.embed_tokens", "model.layers", "model.norm", "lm_head"]
     + [f"model.layers.{n}" for n in range(30)]
@@ -91,7 +90,7 @@ def test_the_places_inside_a_block_fit_together(architecture: str, extra: dict[s
             return rows if path is None else model.get_submodule(path)(rows)
 
         pre, attention, mid, given, mlp = (found[f"{site}.{layer}"] for site in sites)
-        assert torch.equal(mid, pre if layout.block.parallel else pre + attention)
+        assert torch.equal(mid, pre if layout.parts[layer].parallel else pre + attention)
         torch.testing.assert_close(run("mlp_norm", mid), given, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(run("mlp_post_norm", run("mlp", given)), mlp, rtol=1e-5, atol=1e-5)
     clean = model(input_ids=tokens, use_cache=False).logits
@@ -150,7 +149,7 @@ def test_a_replaced_middle_is_the_stream_and_a_replaced_mlp_in_is_not(
     mlp, post = run("resid_mid.1", "mlp_out.1", "resid_post.1")
     assert torch.equal(kept[0].view_as(clean["resid_mid.1"]), clean["resid_mid.1"]), "rows that it may keep"
     middle = moved(clean["resid_mid.1"])
-    if not layout.block.parallel:  # in parallel attention reads it too
+    if not layout.parts[1].parallel:  # in parallel attention reads it too
         torch.testing.assert_close(post, middle + mlp, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(mlp, clean["mlp_out.1"])
     attention, mlp, post = run("mlp_in.1", "attn_out.1", "mlp_out.1", "resid_post.1")
@@ -251,7 +250,7 @@ def test_a_module_that_runs_twice_is_refused() -> None:
             return self.act(self.act(x))
 
     model, x = Twice(), torch.ones(1, 2, 3)
-    tap = resolve_hook("act", Layout("twice", "blocks", 1), {"act"})
+    tap = resolve_hook("act", Layout("twice", "blocks", 1, (None,)), {"act"})
     with pytest.raises(ConfigError, match="runs more than once"):
         read_taps(model, [tap], lambda: model(x), (1, 2), stop=False)
     with pytest.raises(ConfigError, match="runs more than once"), replaced(model, {tap: torch.neg}, (1, 2)):
@@ -291,24 +290,28 @@ def test_a_wrong_name_is_explained(hook: str, words: str) -> None:
     assert repr(hook) in str(caught.value)
 
 
-def test_an_unknown_architecture_is_discovered_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_parts_of_an_unknown_architecture_are_guessed_by_name() -> None:
     model = tiny_model("llama", layers=LAYERS)
     setattr(model.config, "model_type", "novel")  # noqa: B010
-    with caplog.at_level(logging.WARNING):
-        layout = find_layout(model, model.config)
-    assert "using model.layers as its blocks" in caplog.text
+    layout = find_layout(model, model.config)
     modules = frozenset(name for name, _ in model.named_modules())
     assert resolve_hook("resid_post.1", layout, modules).path == "model.layers.1"
-    with pytest.raises(ConfigError, match=r"attn output is not known.*block 1 is model.layers.1"):
-        resolve_hook("attn_out.1", layout, modules)
-    for site in ("resid_mid", "mlp_in"):
-        with pytest.raises(ConfigError, match=r"where 'novel' has the norm of its MLP is not known"):
-            resolve_hook(f"{site}.1", layout, modules)
-    assert (layout.path(1, "mlp"), layout.final_norm) == (None, None)
+    assert (layout.parts, layout.tabled) == ((LAYOUTS["llama"].block,) * LAYERS, False)
+    assert resolve_hook("attn_out.1", layout, modules).path == "model.layers.1.self_attn"
+    assert layout.final_norm is None
     assert (layout.embedding, layout.unembedding) == ("model.embed_tokens", "lm_head")
     model.config.num_hidden_layers = 7
     with pytest.raises(ConfigError, match="blocks cannot be told"):
         find_layout(model, model.config)
+
+
+def test_parts_of_other_names_are_not_guessed() -> None:
+    layout = Layout("novel", "model.layers", 2, (None, None))
+    with pytest.raises(ConfigError, match=r"attn output is not known.*block 1 is model.layers.1"):
+        resolve_hook("attn_out.1", layout, ())
+    for site in ("resid_mid", "mlp_in"):
+        with pytest.raises(ConfigError, match=r"where 'novel' has the norm of its MLP is not known"):
+            resolve_hook(f"{site}.1", layout, ())
 
 
 @torch.no_grad()
@@ -355,7 +358,8 @@ def test_the_text_part_of_a_larger_model_is_found_by_its_family() -> None:
         "llama",
         "model.language_model.layers",
         LAYERS,
-        LAYOUTS["llama"].block,
+        (LAYOUTS["llama"].block,) * LAYERS,
+        tabled=True,
         embedding="model.language_model.embed_tokens",
         final_norm="model.language_model.norm",
         unembedding="lm_head",
