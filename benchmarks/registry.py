@@ -63,7 +63,7 @@ def entries(registry: dict[str, Any]) -> list[Entry]:
         for one in about["saes"]:
             path = str(one["path"])
             refused = _refused(release, loader, overrides, one)
-            found.append(Entry(release, loader, path, refused, _at_hook(release, loader, path)))
+            found.append(Entry(release, loader, path, refused, _at_hook(loader, path)))
     return found
 
 
@@ -81,13 +81,11 @@ def _refused(release: str, loader: str, overrides: dict[str, Any], one: dict[str
     return ""
 
 
-def _at_hook(release: str, loader: str, path: str) -> bool:
-    if loader == "gemma_3":
-        return not path.startswith("attn_out")
+def _at_hook(loader: str, path: str) -> bool:
     if loader in ("gemma_2", "gemma_2_transcoder"):
-        # Inputs of `o_proj`, embeddings before the first block, the row before the MLP norm's gain.
-        return loader == "gemma_2" and "-att" not in release and not path.startswith("embedding")
-    return loader != "connor_rob_hook_z"
+        # Embeddings before the first block, the row before the MLP norm's gain.
+        return loader == "gemma_2" and not path.startswith("embedding")
+    return True
 
 
 def table(found: list[Entry]) -> str:

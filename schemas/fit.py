@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from winnow.schemas.errors import SaeMismatch
 from winnow.schemas.harvest import HarvestPlan, row_bytes
 from winnow.schemas.sets import SetCard
-from winnow.schemas.subject import SubjectIdentity, parse_hook
+from winnow.schemas.subject import SubjectIdentity, parse_hook, reads_stream
 from winnow.schemas.training import SaeCard, SaeIdentity
 from winnow.schemas.window import WindowRule
 
@@ -173,9 +173,8 @@ def require_hooks(name: str, hooks: Sequence[str], plan: HarvestPlan) -> None:
 def harvest_bytes(plan: HarvestPlan, hooks: Sequence[str]) -> int | None:
     """Bytes of the rows of `hooks` for all of a plan's rows, uncompressed; None if a width is not known."""
     widths = {site.name: site.d_model for site in plan.sites}
-    # All named sites have the residual stream's width.
-    stream = next((width for hook, width in widths.items() if parse_hook(hook)), None)
-    found = [widths.get(hook, stream if parse_hook(hook) else None) for hook in dict.fromkeys(hooks)]
+    stream = next((width for hook, width in widths.items() if reads_stream(hook)), None)
+    found = [widths.get(hook, stream if reads_stream(hook) else None) for hook in dict.fromkeys(hooks)]
     known = [width for width in found if width is not None]
     if len(known) < len(found):
         return None

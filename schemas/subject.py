@@ -9,7 +9,9 @@ from pydantic import Field
 
 from winnow.schemas.base import Contract, HookName, Sha256
 
-HOOK_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "resid_mid", "mlp_in")
+STREAM_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "resid_mid", "mlp_in")
+"""Sites whose rows are as wide as the residual stream."""
+HOOK_SITES = (*STREAM_SITES, "attn_z")
 """Sites that every common architecture has; any other place is named by a dotted module path."""
 
 # Anchored at both ends: `model.resid_post.9` is a module path, not a named site.
@@ -22,6 +24,12 @@ def parse_hook(name: str) -> tuple[str, int] | None:
     """Split `"resid_post.9"` into `("resid_post", 9)`; return None if `name` is a module path."""
     match = _NAMED.match(name)
     return (match[1], int(match[2])) if match else None
+
+
+def reads_stream(name: str) -> bool:
+    """Whether a hook is one of `STREAM_SITES`."""
+    named = parse_hook(name)
+    return named is not None and named[0] in STREAM_SITES
 
 
 def expand_hooks(names: Any) -> Any:

@@ -3,6 +3,7 @@
 ::
 
     resid_pre.L    input of block L: the residual stream [W, T, D] before it
+    attn_z.L       the heads of block L's attention, joined: what its output projection reads
     attn_out.L     what block L's attention adds to the residual stream
     resid_mid.L    the residual stream that the norm of block L's MLP reads
     mlp_in.L       what block L's MLP module is given, after that norm
@@ -19,7 +20,7 @@ is what reaches the stream. OLMo 2 and 3 have no norm before the MLP: there `mlp
 What replaces `resid_mid` replaces the stream, so that the block adds its MLP's output to it; what replaces
 `mlp_in` is seen by the MLP only.
 
-Architectures with several residual streams (hyper-connections) have none of the six sites: only module paths
+Architectures with several residual streams (hyper-connections) have none of these sites: only module paths
 can be read there.
 """
 
@@ -30,7 +31,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from winnow.schemas.errors import ConfigError
-from winnow.schemas.subject import HOOK_SITES, parse_hook
+from winnow.schemas.subject import HOOK_SITES, parse_hook, reads_stream
 from winnow.subject.layout import Layout
 
 _PARTS = ("self_attn", "linear_attn", "attention", "attn", "mixer", "mlp", "feed_forward")
@@ -56,8 +57,13 @@ class Tap:
     in_place: bool = False
 
     @property
+    def of_stream(self) -> bool:
+        """Whether the hook is a site whose width is the residual stream's."""
+        return reads_stream(self.hook)
+
+    @property
     def named(self) -> bool:
-        """Whether the hook is one of the six sites, whose width is the model's D."""
+        """Whether the hook is one of the sites, and not a module path."""
         return parse_hook(self.hook) is not None
 
 
@@ -93,11 +99,21 @@ def resolve_hook(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
     parts = layout.parts[layer]
     if parts is None:
         what = f"adds its {site[:-4]} output" if site.endswith("_out") else "has the norm of its MLP"
+        what = "has the projection of its heads" if site == "attn_z" else what
         raise ConfigError(
             f"hook {hook!r}: where {layout.architecture!r} {what} is not known",
             expected="resid_pre, resid_post or a module path",
             fix=f"Name the module itself; block {layer} is {block}",
         )
+    if site == "attn_z":
+        if parts.projection is None:
+            raise ConfigError(
+                f"hook {hook!r}: block {layer} of {layout.architecture!r} has no projection of heads that is "
+                "known",
+                expected="another site, or a module path",
+                fix=f"Name the module itself; its attention is {block}.{parts.attention}",
+            )
+        return Tap(hook, f"{block}.{parts.projection}", True, layer)
     if site == "attn_out":
         return Tap(hook, f"{block}.{parts.attention_post_norm or parts.attention}", False, layer)
     if site == "mlp_out":

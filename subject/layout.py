@@ -18,7 +18,9 @@ from winnow.subject.shapes import Block, guess_block
 
 log = logging.getLogger("winnow.subject")
 
-Part = Literal["attention", "mlp", "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"]
+Part = Literal[
+    "attention", "mlp", "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "projection"
+]
 """A module of a block, by what it does."""
 
 
@@ -34,24 +36,37 @@ class _Family(NamedTuple):
     """The config's field that says whether attention and MLP run in parallel."""
 
 
-_LLAMA = _Family("model.layers", Block("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"))
+_LLAMA = _Family(
+    "model.layers",
+    Block("self_attn", "mlp", "input_layernorm", "post_attention_layernorm", projection="self_attn.o_proj"),
+)
 _GEMMA = _Family(
     "model.layers",
     Block(
         "self_attn", "mlp", "input_layernorm", "pre_feedforward_layernorm",
-        "post_attention_layernorm", "post_feedforward_layernorm",
+        "post_attention_layernorm", "post_feedforward_layernorm", projection="self_attn.o_proj",
     ),
 )  # fmt: skip
 _OLMO = _Family(
     "model.layers",
-    Block("self_attn", "mlp", None, None, "post_attention_layernorm", "post_feedforward_layernorm"),
+    Block(
+        "self_attn",
+        "mlp",
+        None,
+        None,
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+        projection="self_attn.o_proj",
+    ),
 )
 
 LAYOUTS: dict[str, _Family] = {
-    "gpt2": _Family("transformer.h", Block("attn", "mlp", "ln_1", "ln_2"), "ln_f"),
+    "gpt2": _Family("transformer.h", Block("attn", "mlp", "ln_1", "ln_2", projection="attn.c_proj"), "ln_f"),
     "gpt_neox": _Family(
         "gpt_neox.layers",
-        Block("attention", "mlp", "input_layernorm", "post_attention_layernorm"),
+        Block(
+            "attention", "mlp", "input_layernorm", "post_attention_layernorm", projection="attention.dense"
+        ),
         "final_layer_norm",
         "use_parallel_residual",
     ),
@@ -67,7 +82,14 @@ LAYOUTS: dict[str, _Family] = {
     "olmo3": _OLMO,
     "phi": _Family(
         "model.layers",
-        Block("self_attn", "mlp", "input_layernorm", "input_layernorm", parallel=True),
+        Block(
+            "self_attn",
+            "mlp",
+            "input_layernorm",
+            "input_layernorm",
+            parallel=True,
+            projection="self_attn.dense",
+        ),
         "final_layernorm",
     ),
     "phi3": _LLAMA,

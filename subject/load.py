@@ -416,14 +416,14 @@ class Subject:
         width = int(self.model.config.get_text_config().hidden_size)
         named = all(tap.named for tap in taps)
         if self.device.type == "meta" and named:
-            return dict.fromkeys(taps, width)
+            return {tap: width if tap.of_stream else self._width_of(tap) for tap in taps}
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         with torch.no_grad():
             # To the end of the pass if there are module paths, so that one that runs twice is refused here.
             found = read_taps(self.model, taps, lambda: self._body(ids), (1, 2), stop=named)
         widths = {tap: found[tap.hook].shape[-1] for tap in taps}
         for tap, got in widths.items():
-            if tap.named and got != width:
+            if tap.of_stream and got != width:
                 raise ConfigError(
                     f"hook {tap.hook!r}: {tap.path} gives rows of another width than the residual stream of "
                     f"{self.layout.architecture!r} has",
@@ -432,6 +432,18 @@ class Subject:
                     fix="Name the path of a module that gives what you want to read",
                 )
         return widths
+
+    def _width_of(self, tap: Tap) -> int:
+        """The width that a linear layer reads, from its shape alone."""
+        layer = self.model.get_submodule(tap.path)
+        # GPT-2's layer of this kind has another field for it.
+        found = getattr(layer, "in_features", None) or getattr(layer, "nx", None)
+        if found is None:
+            raise ConfigError(
+                f"hook {tap.hook!r}: the width of {tap.path} cannot be told without running the subject",
+                fix=f"Name the module that gives it; {tap.path} is {type(layer).__name__}",
+            )
+        return int(found)
 
     def _body(self, ids: Tensor) -> object:
         """Run the blocks that are there; a truncated model has no head to run."""

@@ -48,7 +48,7 @@ def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transform
     spread: dict[str, Any] = {"device_map": spec.device_map} if spec.device_map else {}
     with _quiet(), _explained(spec):
         config = _read_config(folder, spec)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(config).from_pretrained(
             folder,
             config=config,
             use_safetensors=True,
@@ -74,7 +74,7 @@ def outline_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transf
     with _quiet(), _explained(spec):
         config = _read_config(folder, spec)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
+            model = _auto_class(config).from_config(
                 config,
                 attn_implementation=_asked_attention(spec, config),
                 trust_remote_code=spec.trust_remote_code,
@@ -103,6 +103,19 @@ def attention_of(model: transformers.PreTrainedModel, spec: SubjectSpec) -> Lite
 def _read_config(folder: Path, spec: SubjectSpec) -> Any:
     return transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=spec.trust_remote_code
+    )
+
+
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that loads a config's model as one that predicts tokens."""
+    causal, vision = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    # Code beside the weights comes first, as in transformers itself.
+    if causal.__name__ in (getattr(config, "auto_map", None) or {}):
+        return causal
+    # LLaVA, Mistral 3, Qwen-VL, PaliGemma, InternVL, ...: without an image they are their text model.
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return (
+        vision if not known and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else causal
     )
 
 

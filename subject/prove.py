@@ -9,7 +9,7 @@ Letters: T positions of the pass, D width of the residual stream, L a layer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,7 @@ from winnow.subject.splice import read_taps
 
 log = logging.getLogger("winnow.subject")
 
-_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+_STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 # Two additions, each rounded to half a unit in the last place, and as much again.
 _ROUNDINGS = 4.0
 """Largest difference that counts as rounding, in units of the dtype's epsilon and of the summed magnitudes.
@@ -60,6 +60,10 @@ def proved(
             parts[layer] = _confirmed(model, layout, layer, found)
         except _Refuted as reason:
             wrong[layer], parts[layer] = str(reason), None
+    for layer in _headless(model, layout, parts, run, ids):
+        block = parts[layer]
+        assert block is not None
+        parts[layer] = replace(block, projection=None)
     if wrong:
         first = min(wrong)
         log.warning(
@@ -80,7 +84,7 @@ def _read(
     """Layer -> site -> rows [T, D] in float64; nothing if any of them cannot be read."""
     taps: dict[tuple[int, str], Tap] = {}
     for layer in layers:
-        for site in _SITES:
+        for site in _STREAM:
             taps[layer, site] = resolve_hook(f"{site}.{layer}", layout, ())
     if not taps:
         return {}
@@ -93,6 +97,36 @@ def _read(
     for (layer, site), tap in taps.items():
         found.setdefault(layer, {})[site] = read[tap.hook][0]
     return found
+
+
+def _headless(
+    model: nn.Module,
+    layout: Layout,
+    parts: Sequence[Block | None],
+    run: Callable[[Tensor], object],
+    ids: Tensor,
+) -> list[int]:
+    """Layers whose attention's output is not what its projection makes of what it reads."""
+    wrong: list[int] = []
+    for layer, block in enumerate(parts):
+        if block is None or block.projection is None:
+            continue
+        heads = resolve_hook(f"attn_z.{layer}", layout, ())
+        whole = Tap(f"attention.{layer}", f"{layout.blocks}.{layer}.{block.attention}", False, layer)
+        try:
+            with torch.no_grad():
+                read = read_taps(model, [heads, whole], lambda: run(ids), (1, ids.shape[1]))
+                made = model.get_submodule(heads.path)(read[heads.hook])
+        except Exception:  # no rows, or a layer of another signature
+            wrong.append(layer)
+            continue
+        slack = 16 * torch.finfo(made.dtype).eps
+        given = read[whole.hook]
+        if made.shape != given.shape or not torch.allclose(
+            made.float(), given.float(), rtol=slack, atol=slack * float(given.abs().max())
+        ):
+            wrong.append(layer)
+    return wrong
 
 
 class _Refuted(Exception):

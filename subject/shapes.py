@@ -7,7 +7,7 @@ found here is only a guess until `winnow.subject.prove` has run the subject.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -27,6 +27,8 @@ class Block:
         attention_post_norm: Norm of what attention gives, before it is added; None if it is added as it is.
         mlp_post_norm: The same for the MLP.
         parallel: Whether attention and MLP run in parallel.
+        projection: The linear layer that makes attention's output of all heads, joined; None if attention has
+            no heads or another name for it.
     """
 
     attention: str
@@ -36,22 +38,25 @@ class Block:
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     parallel: bool = False
+    projection: str | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
         """All of them that the block has."""
         found = (
             self.attention, self.mlp, self.attention_norm, self.mlp_norm,
-            self.attention_post_norm, self.mlp_post_norm,
+            self.attention_post_norm, self.mlp_post_norm, self.projection,
         )  # fmt: skip
         return tuple(path for path in found if path is not None)
 
 
 # Names in transformers 5.23, in the order in which they are tried.
-_ATTENTION = (
+_WITH_HEADS = (
     "self_attn", "attn", "self_attention", "attention", "multi_head_attention", "norm_attn_norm.attn",
-    "linear_attn", "mamba", "conv", "temporal_block", "mlstm_layer",
 )  # fmt: skip
+_HEADLESS = ("linear_attn", "mamba", "conv", "temporal_block", "mlstm_layer")
+_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+"""Names, inside attention, of the layer after the heads."""
 _MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "mlp_block")
 _BEFORE_ATTENTION = (
     "input_layernorm", "ln_1", "attention_layernorm", "attn_norm", "norm_1", "operator_norm", "layernorm1",
@@ -76,24 +81,23 @@ _SANDWICHES = (
 
 def guess_block(names: Collection[str]) -> Block | None:
     """The parts of a block, from the paths of all modules inside it; None if its names are others."""
-    return next(_fitting(names), None)
-
-
-def _fitting(names: Collection[str]) -> Iterator[Block]:
-    attention, mlp = _first(names, _ATTENTION), _first(names, _MLP)
+    attention, mlp = _first(names, (*_WITH_HEADS, *_HEADLESS)), _first(names, _MLP)
     if attention is None or mlp is None:
-        return
+        return None
     norm = _first(names, _BEFORE_ATTENTION)
+    after_heads = [f"{attention}.{name}" for name in _PROJECTIONS] if attention in _WITH_HEADS else []
+    projection = _first(names, after_heads)
     for before, after_attention, after_mlp in _SANDWICHES:
         if {after_attention, after_mlp, before or after_mlp} <= set(names):
-            yield Block(attention, mlp, norm, before, after_attention, after_mlp)
+            return Block(attention, mlp, norm, before, after_attention, after_mlp, projection=projection)
     before = _first(names, _BEFORE_MLP)
     if before is not None:
-        yield Block(attention, mlp, norm, before)
-    elif norm is not None:
-        # One norm, or one for each: attention and MLP read the same stream.
-        own = _first(names, _BEFORE_PARALLEL_MLP)
-        yield Block(attention, mlp, norm, own or norm, parallel=True)
+        return Block(attention, mlp, norm, before, projection=projection)
+    if norm is None:
+        return None
+    # One norm, or one for each: attention and MLP read the same stream.
+    own = _first(names, _BEFORE_PARALLEL_MLP)
+    return Block(attention, mlp, norm, own or norm, parallel=True, projection=projection)
 
 
 def _first(names: Collection[str], wanted: Sequence[str]) -> str | None:

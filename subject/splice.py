@@ -178,7 +178,7 @@ def _rows(tap: Tap, value: Tensor, shape: tuple[int, int]) -> Tensor:
             got=f"{value.dtype} {list(value.shape)}",
         )
     # Several residual streams: they must not be flattened into one row silently.
-    if tap.named and value.ndim > 3:
+    if tap.of_stream and value.ndim > 3:
         raise ConfigError(
             f"hook {tap.hook!r}: {tap.path} gives more than one row for each token",
             expected=f"one residual stream [{shape[0]}, {shape[1]}, D]",

@@ -9,7 +9,7 @@ transcoder has the same arrays; if O = D and no name says so, only the user know
 |---|---|---|
 | res, `resid_post` | a block's output | `resid_post.L` |
 | mlp, `mlp_out` | the MLP's output after its norm | `mlp_out.L` |
-| att, `attn_out` | the input of `o_proj`: all heads, joined | no hook of Winnow's |
+| att, `attn_out` | the input of `o_proj`: all heads, joined | `attn_z.L` |
 | transcoders (first) | the MLP's input after its norm and before that norm's gain | no hook of Winnow's |
 | `transcoder` (2) | `pre_feedforward_layernorm`'s output | that module |
 
@@ -36,12 +36,14 @@ NAME = "gemma-scope"
 FILE, SECOND_FILE, CONFIG = "params.npz", "params.safetensors", "config.json"
 _ARRAYS = {"W_enc", "b_enc", "threshold", "W_dec", "b_dec"}
 _SKIP = "affine_skip_connection"
-SITES = {"res": "resid_post", "mlp": "mlp_out", "resid_post": "resid_post", "mlp_out": "mlp_out"}
+SITES = {
+    "res": "resid_post", "mlp": "mlp_out", "att": "attn_z",
+    "resid_post": "resid_post", "mlp_out": "mlp_out", "attn_out": "attn_z",
+}  # fmt: skip
 # Names of the published repositories and their folders: the files of Gemma Scope 1 themselves name no hook.
 _FIRST_PATH = re.compile(r"gemma-scope-[^/]*-(res|mlp|att|transcoders)/layer_(\d+)/")
 _SECOND_PATH = re.compile(r"/(resid_post|mlp_out|attn_out|transcoder)(?:_all)?/layer_(\d+)_")
 _POINT = re.compile(r"(.*layers\.(\d+)(?:\.(\w+(?:\.\w+)*))?)\.(input|output)")
-_HEADS_NOTE = "it reads the input of layer {}'s o_proj, all heads joined, which is no hook that Winnow reads"
 _NORMED_NOTE = (
     "it reads the input of layer {}'s MLP after the norm and before the norm's gain, which is no hook that "
     "Winnow reads"
@@ -108,9 +110,7 @@ def _place(path: Path, config: dict[str, Any]) -> tuple[str | None, str | None, 
     # The target is a hook of Winnow's even if the input is none: it is imported with a note, for `--hook`.
     if kind == "transcoders":
         return None, f"mlp_out.{layer}", True, (_NORMED_NOTE.format(layer),)
-    if kind == "transcoder":
-        return f"model.layers.{layer}.pre_feedforward_layernorm", f"mlp_out.{layer}", True, ()
-    return None, None, False, (_HEADS_NOTE.format(layer),)
+    return f"model.layers.{layer}.pre_feedforward_layernorm", f"mlp_out.{layer}", True, ()
 
 
 def _point(name: object) -> tuple[str | None, tuple[str, ...]]:
@@ -125,6 +125,8 @@ def _point(name: object) -> tuple[str | None, tuple[str, ...]]:
             return f"mlp_out.{layer}", ()
         if side == "output" and HOOK.fullmatch(path):
             return path, ()
+        if side == "input" and module == "self_attn.o_proj":
+            return f"attn_z.{layer}", ()
     return None, (f"it reads {name}, which is no hook that Winnow reads",)
 
 

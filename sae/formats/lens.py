@@ -78,6 +78,9 @@ class Loading:
         # After a LayerNorm, which removes the mean itself, it changes nothing.
         if not self.lens or parse_lens(hook) is None or RMS.search(self.model) or _after_norm(hook):
             return False
+        # The heads are not in the stream yet.
+        if _joins_heads(hook):
+            return False
         said = self.options.get(CENTRES, self.processed)
         return None if said is None else bool(said)
 
@@ -95,6 +98,11 @@ class Loading:
                     f"the subject was loaded with fold_ln: {hook} lacked the gain and bias of the MLP's "
                     "norm, which Winnow's mlp_in has"
                 )
+            if _joins_heads(hook) and self.options.get("fold_value_biases", self.processed):
+                found.append(
+                    f"the subject was loaded with fold_value_biases: {hook} lacked attention's value biases, "
+                    "which Winnow's attn_z has (Llama, Gemma, Mistral and Qwen 3 have none)"
+                )
             if is_lens_name(hook) and parse_lens(hook) is None:
                 on = [name for name in (CENTRES, *SAME_ROWS) if self.options.get(name, self.processed)]
                 found.append(
@@ -108,6 +116,11 @@ class Loading:
 def _after_norm(hook: str | None) -> bool:
     """Whether it is `mlp_in`, by its name here or there."""
     return (parse_lens(hook) or hook or "").startswith("mlp_in.")
+
+
+def _joins_heads(hook: str | None) -> bool:
+    """Whether it is `attn_z`, by its name here or there."""
+    return (parse_lens(hook) or hook or "").startswith("attn_z.")
 
 
 def read_loading(about: Mapping[str, Any]) -> Loading:

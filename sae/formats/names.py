@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 
-LENS = re.compile(r"blocks\.(\d+)\.(hook_(?:resid_pre|attn_out|resid_mid|mlp_out|resid_post)|mlp\.hook_in)")
+LENS = re.compile(
+    r"blocks\.(\d+)\.(hook_(?:resid_pre|attn_out|resid_mid|mlp_out|resid_post)|mlp\.hook_in|attn\.hook_z)"
+)
 # Not `hook_mlp_in`, which stands for two places: TransformerLens' stream before the MLP's norm and, in
 # SAELens' files, the row after it that Gemma Scope 2's transcoders read.
 LENS_ANY = re.compile(r"(?:.*\.)?hook_\w+")
 MLP_INPUT = "mlp.hook_in"
 """`mlp_in`, the row after the MLP's norm, in TransformerLens 3's bridge to transformers; HookedTransformer
 has no hook there."""
-OURS = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out|resid_mid|mlp_in)\.(\d+)")
+HEADS_JOINED = "attn.hook_z"
+"""`attn_z`, by head: [B, T, heads, D / heads]."""
+_MODULE_SITES = {"mlp_in": MLP_INPUT, "attn_z": HEADS_JOINED}
+"""Sites that TransformerLens names after a module of the block."""
+OURS = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out|resid_mid|mlp_in|attn_z)\.(\d+)")
 HOOK = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MODULE = re.compile(r"(?P<head>(?:\w+\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<rest>[\w.]+))?")
 HEADS = {"layers": "model.", "h": "transformer.", "blocks": "transformer."}
@@ -25,21 +31,21 @@ def to_lens(hook: str | None) -> str | None:
     match = OURS.fullmatch(hook or "")
     if not match:
         return hook
-    return f"blocks.{match[2]}." + (MLP_INPUT if match[1] == "mlp_in" else f"hook_{match[1]}")
+    return f"blocks.{match[2]}." + _MODULE_SITES.get(match[1], f"hook_{match[1]}")
 
 
 def parse_lens(name: str | None) -> str | None:
-    """The inverse of `to_lens` for Winnow's six sites; None for any other name."""
+    """The inverse of `to_lens` for Winnow's sites; None for any other name."""
     match = LENS.fullmatch(name or "")
     if not match:
         return None
-    site = "mlp_in" if match[2] == MLP_INPUT else match[2].removeprefix("hook_")
-    return f"{site}.{match[1]}"
+    sites = {name: site for site, name in _MODULE_SITES.items()}
+    return f"{sites.get(match[2], match[2].removeprefix('hook_'))}.{match[1]}"
 
 
 def from_lens(name: str | None) -> str | None:
     """The inverse of `to_lens`; None for a name that a card cannot hold."""
-    # Names of places that Winnow does not read (`hook_z`) are kept: the card says where the SAE belongs.
+    # Names of places that Winnow does not read (`hook_q`) are kept: the card says where the SAE belongs.
     return parse_lens(name) or (name if name and HOOK.fullmatch(name) else None)
 
 

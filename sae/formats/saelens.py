@@ -220,11 +220,11 @@ def write_with_subject(plain: Plain, folder: Path) -> None:
             got=f"model {plain.model!r}, hook {plain.hook!r}",
             fix="Give --model; import with --hook",
         )
-    # They run HookedTransformer, which has no hook between the MLP's norm and the MLP.
-    if layer_of(plain.hook) is None or (plain.hook or "").startswith("mlp_in."):
+    # They run HookedTransformer, which has no hook between the MLP's norm and the MLP, and gives heads apart.
+    if layer_of(plain.hook) is None or (plain.hook or "").startswith(("mlp_in.", "attn_z.")):
         raise refuse(
             "SAEBench or Neuronpedia",
-            f"hook {plain.hook!r}, which TransformerLens' HookedTransformer does not know",
+            f"hook {plain.hook!r}, which TransformerLens' HookedTransformer does not know as rows",
             "Export to saelens",
         )
     write(plain, folder)
@@ -254,7 +254,7 @@ def _config(plain: Plain, architecture: str) -> dict[str, Any]:
         "device": "cpu",
         "apply_b_dec_to_input": not plain.transcoder,
         "normalize_activations": "none" if plain.epsilon is None else "layer_norm",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if (plain.hook or "").startswith("attn_z.") else "none",
         "metadata": metadata,
     }
     # Winnow selects by the pre-activation alone, whatever the decoder rows' norms.

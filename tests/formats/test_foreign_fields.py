@@ -154,12 +154,27 @@ def test_a_layer_norm_needs_no_centring(tmp_path):
 
 def test_other_options_of_loading_and_other_places_are_named(tmp_path):
     options = {"revision": "step1000", "torch_dtype": "bfloat16", "fold_value_biases": True}
-    about = {"hook_name": "blocks.3.attn.hook_z", "model_from_pretrained_kwargs": options}
-    notes = " ".join(lens_import(tmp_path, reshape_activations="hook_z", metadata=PYTHIA | about).notes)
+    about = {"hook_name": "blocks.3.attn.hook_q", "model_from_pretrained_kwargs": options}
+    notes = " ".join(lens_import(tmp_path, metadata=PYTHIA | about).notes)
     assert "revision: 'step1000'" in notes
-    assert "blocks.3.attn.hook_z is none that Winnow reads" in notes
+    assert "blocks.3.attn.hook_q is none that Winnow reads" in notes
     assert "loaded with fold_value_biases" in notes
     assert "bfloat16" not in notes
+
+
+@pytest.mark.parametrize("folds", [False, True])
+def test_joined_heads_are_attn_z_and_come_back_by_head(tmp_path, folds):
+    about = {
+        "hook_name": "blocks.3.attn.hook_z",
+        "model_from_pretrained_kwargs": {"fold_value_biases": folds},
+    }
+    card = lens_import(tmp_path, reshape_activations="hook_z", metadata=PYTHIA | about)
+    assert card.hook == "attn_z.3"
+    assert ("lacked attention's value biases" in " ".join(card.notes)) == folds
+    export_sae(str(tmp_path / "ours"), "saelens", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "cfg.json").read_text())
+    assert written["metadata"]["hook_name"] == "blocks.3.attn.hook_z"
+    assert written["reshape_activations"] == "hook_z"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,15 @@ TOKENS = range(16, 256)
 CLASSES: dict[str, str] = {name: str(model) for name, model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
 """transformers' `model_type` -> the class that `AutoModelForCausalLM` makes of it."""
 
+VISION = (
+    "aria", "aya_vision", "cohere2_vision", "glm4v", "idefics3", "internvl", "lfm2_vl", "llava",
+    "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+    "qwen3_vl_moe", "smolvlm", "video_llama_3",
+)  # fmt: skip
+"""Models of text and images that only `AutoModelForImageTextToText` loads: of a text, they are its text
+model."""
+CLASSES |= {name: str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name]) for name in VISION}
+
 _SIZES: tuple[tuple[int, str], ...] = (
     (
         WIDTH,
@@ -107,6 +116,13 @@ _SIZES: tuple[tuple[int, str], ...] = (
 
 _SIZE_OF = {field: size for size, fields in _SIZES for field in fields.split()}
 
+_MROPE = {
+    "text_config.rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+    }
+}
 _MLA = {"num_key_value_heads": HEADS}
 _QSA = {
     "indexer_n_heads": 2,
@@ -188,6 +204,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["hash_moe", "moe", "hash_moe", "moe"],
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
     },
+    "glm4v": _MROPE,
+    "qwen2_vl": _MROPE,
+    "qwen2_5_vl": _MROPE,
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},

@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from tests.subjects.catalogue import CLASSES, NOT_BUILT, TOKENS, VARIANTS, make_subject
+from tests.subjects.catalogue import CLASSES, NOT_BUILT, TOKENS, VARIANTS, VISION, make_subject
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import HOOK_SITES
@@ -129,7 +129,8 @@ def _same(what: str, found: Tensor, expected: Tensor, *, exact: bool = False) ->
 class _Examination:
     def __init__(self, row: Row, folder: Path, subject: Subject) -> None:
         self.row, self.folder, self.subject = row, folder, subject
-        self.bare: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        kind = "ImageTextToText" if row.name in VISION else "CausalLM"
+        self.bare: Any = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder).eval()
         draw = torch.Generator().manual_seed(1)
         self.ids = torch.randint(TOKENS.start, TOKENS.stop, (WINDOWS, LENGTH), generator=draw)
         self.layers = range(subject.layout.layers)
@@ -225,12 +226,20 @@ class _Examination:
                 _same(f"resid_post.{layer}", sum(parts), whole)  # pyright: ignore
             self.middle(layer)
 
+    @torch.no_grad()
     def middle(self, layer: int) -> None:
-        """What the norm of the MLP reads and gives."""
+        """What the heads, and the norm of the MLP, read and give."""
         pre, attention, middle, given = (
             self.rows.get(f"{site}.{layer}") for site in ("resid_pre", "attn_out", "resid_mid", "mlp_in")
         )
         block = self.subject.layout.parts[layer]
+        heads, projection = self.rows.get(f"attn_z.{layer}"), self.subject.layout.path(layer, "projection")
+        if heads is not None and attention is not None and projection is not None:
+            made = self.subject.model.get_submodule(projection)(heads)
+            norm = self.subject.layout.path(layer, "attention_post_norm")
+            _same(
+                f"attn_z.{layer}", self.subject.model.get_submodule(norm)(made) if norm else made, attention
+            )
         if block is None or pre is None or attention is None or middle is None or given is None:
             return
         _same(f"resid_mid.{layer}", middle, pre if block.parallel else pre + attention)
@@ -325,7 +334,7 @@ class _Examination:
 
     def tail(self) -> str:
         """Whole windows patched from the hook on, and one row changed with a cache; each right or refused."""
-        hooks = [f"{site}.{layer}" for site, layer in zip(HOOK_SITES, (2, 1, 2, 1, 1, 2), strict=True)]
+        hooks = [f"{site}.{layer}" for site, layer in zip(HOOK_SITES, (2, 1, 2, 1, 1, 2, 1), strict=True)]
         hooks = [hook for hook in hooks if hook in self.hooks]
         if not hooks:
             return "—"

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.subjects.catalogue import CLASSES, SUBJECTS
+from tests.subjects.catalogue import CLASSES, SUBJECTS, VISION
 from tests.subjects.checks import Row, examine
 from winnow.schemas.subject import HOOK_SITES
 
@@ -27,8 +27,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "subjects.md"
 INTRODUCTION = f"""\
 # Subjects: every causal language model of transformers {transformers.__version__}
 
-A tiny random model of each of the {len(CLASSES)} architectures that `AutoModelForCausalLM` knows, and of some
-of their forms, was loaded with `subject.attention: auto` and compared with the bare transformers model.
+A tiny random model of each of the {len(CLASSES) - len(VISION)} architectures that
+`AutoModelForCausalLM` knows, of {len(VISION)} that read images too and that only
+`AutoModelForImageTextToText` knows, and of some of their forms, was loaded with `subject.attention: auto` and
+compared with the bare transformers model.
 `make test-subjects` repeats this and fails if the result differs from this page;
 `python -m tests.subjects.table --write` rewrites the page.
 
@@ -36,8 +38,10 @@ of their forms, was loaded with `subject.attention: auto` and compared with the 
 - **sites**: where activations can be read and replaced, on every layer unless some are named. If a site is
   replaced by itself, every logit is bit-identical; if it is replaced by zeros, the next block receives zeros;
   and `resid_post = resid_pre + attn_out + mlp_out` and `resid_mid = resid_pre + attn_out` (`resid_pre` where
-  attention and MLP run in parallel) if all are present, and the MLP's norm of `resid_mid` is `mlp_in`. A site
-  that is not named is refused.
+  attention and MLP run in parallel) if all are present, the MLP's norm of `resid_mid` is `mlp_in`, and the
+  projection of `attn_z`, normed where the block norms it, is `attn_out`. A site that is not named is refused.
+  Outside the table of subject/layout.py, parts are found by their names and proved at load; a model whose
+  config scales what a block adds (Granite's `residual_multiplier`) loses them.
   Module paths can be read on every subject that loads.
 - **truncation**: a subject loaded only up to a hook gives the same bits as the whole subject.
 - **generation**: `cached`, or a whole pass for each token. The logits of every step are those of a whole pass

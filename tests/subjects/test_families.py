@@ -9,21 +9,23 @@ import pytest
 from tests.subjects.checks import examine
 
 RESIDUAL = "resid_pre, resid_post"
-ALL = "resid_pre, resid_post, attn_out, mlp_out, resid_mid, mlp_in"
+ALL = "resid_pre, resid_post, attn_out, mlp_out, resid_mid, mlp_in, attn_z"
 
 FAMILIES = {
-    "bamba": (ALL, "right", "cached", "right"),
+    "bamba": (f"{ALL} (layers 1, 3)", "right", "cached", "right"),
     "bert, is_decoder": (RESIDUAL, "right", "cached", "right"),
     "gemma2": (ALL, "right", "cached", "right"),
     "gemma3": (ALL, "right", "cached", "right"),
     "gemma4_text, shared keys": (RESIDUAL, "right", "cached", "right"),
     "mamba": (RESIDUAL, "right", "cached", "right"),
+    "llava": (ALL, "right", "cached", "right"),
+    "mixtral": (ALL, "right", "cached", "right"),
     "openai-gpt": (RESIDUAL, "right", "whole passes", "right"),
     "phi3, longrope": (ALL, "right", "cached in parts", "right"),
-    "qwen3_5_text": (ALL, "right", "cached", "right"),
+    "qwen3_5_text": (f"{ALL} (layers 3)", "right", "cached", "right"),
     "zaya": (RESIDUAL, "right", "cached", "right"),
 }
-"""Sites, truncation, generation and tail of: state space beside attention, an encoder made causal, soft caps,
+"""Sites, truncation, generation and tail of: state space beside attention (which alone has heads), an encoder made causal, soft caps,
 text and images, keys of other layers, a state space alone, no cache, rows that depend on the window's length,
 linear attention, and blocks that hand more on than the stream."""
 

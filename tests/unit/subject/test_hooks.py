@@ -79,7 +79,7 @@ def test_the_parts_of_a_block_add_up(architecture: str, extra: dict[str, bool]) 
 def test_the_places_inside_a_block_fit_together(architecture: str, extra: dict[str, bool]) -> None:
     """Whatever is read is what the layout's own modules make of what is read before them."""
     model, layout, modules = build(architecture, **extra)
-    sites = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out")
+    sites = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_out")
     taps = [resolve_hook(f"{site}.{n}", layout, modules) for n in range(LAYERS) for site in sites]
     tokens = ids()
     found = read_taps(model, taps, lambda: model(input_ids=tokens, use_cache=False), (2, 7))
@@ -89,7 +89,9 @@ def test_the_places_inside_a_block_fit_together(architecture: str, extra: dict[s
             path = layout.path(layer, part)
             return rows if path is None else model.get_submodule(path)(rows)
 
-        pre, attention, mid, given, mlp = (found[f"{site}.{layer}"] for site in sites)
+        pre, z, attention, mid, given, mlp = (found[f"{site}.{layer}"] for site in sites)
+        made = run("attention_post_norm", run("projection", z))
+        torch.testing.assert_close(made, attention, rtol=1e-5, atol=1e-5)
         assert torch.equal(mid, pre if layout.parts[layer].parallel else pre + attention)
         torch.testing.assert_close(run("mlp_norm", mid), given, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(run("mlp_post_norm", run("mlp", given)), mlp, rtol=1e-5, atol=1e-5)
@@ -275,7 +277,10 @@ def test_names_resolve_to_modules() -> None:
     [
         ("resid_pst.3", "Near ones: resid_post.3"),
         ("resid_post.03", "Near ones: resid_post."),
-        ("resid_post", "resid_pre|resid_post|attn_out|mlp_out|resid_mid|mlp_in with a layer from 0 to 29"),
+        (
+            "resid_post",
+            "resid_pre|resid_post|attn_out|mlp_out|resid_mid|mlp_in|attn_z with a layer from 0 to 29",
+        ),
         ("resid_post.-1", "is not a place in this llama subject"),
         ("model.layers.3.mpl", "Near ones: model.layers.3.mlp"),
         ("", "is not a place"),

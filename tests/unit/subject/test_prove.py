@@ -77,7 +77,7 @@ def test_blocks_that_were_dropped_are_not_run() -> None:
 
 def test_shapes_by_name() -> None:
     plain = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-    assert guess_block(plain) == LAYOUTS["llama"].block
+    assert guess_block({*plain, "self_attn.o_proj"}) == LAYOUTS["llama"].block
     assert guess_block(plain - {"mlp"}) is None
     both = {*plain, "post_self_attn_layernorm", "post_mlp_layernorm"}
     assert guess_block(both) == Block(
