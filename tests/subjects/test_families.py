@@ -25,9 +25,9 @@ FAMILIES = {
     "qwen3_5_text": (f"{ALL} (layers 3)", "right", "cached", "right"),
     "zaya": (RESIDUAL, "right", "cached", "right"),
 }
-"""Sites, truncation, generation and tail of: state space beside attention (which alone has heads), an encoder made causal, soft caps,
-text and images, keys of other layers, a state space alone, no cache, rows that depend on the window's length,
-linear attention, and blocks that hand more on than the stream."""
+"""Sites, truncation, generation and tail of: state space beside attention (which alone has heads), an encoder
+made causal, soft caps, text and images, keys of other layers, a state space alone, a text tower, experts, no
+cache, rows that depend on the window's length, linear attention, and blocks that hand more on than the stream."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
