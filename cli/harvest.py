@@ -130,16 +130,10 @@ def _forecast(config: Config, store: ObjectStore, json: bool) -> None:
 
 
 def _harvest(config: Config, store: ObjectStore, accept_quarantined: bool, json: bool) -> None:
-    from winnow.harvester.run import forecast as forecasts
-    from winnow.harvester.run.driver import ensure_plan, harvest
+    from winnow.harvester.run.start import harvest
 
-    plan = ensure_plan(config, store)
-    # After planning, which fixes the number of units; nothing to say about a harvest that is complete.
-    before = forecasts.forecast(config, store, plan)
-    if before.units_to_do:
-        say(forecasts.summary_line(before))
-    manifest = harvest(config, store, plan, accept_quarantined=accept_quarantined)
-    facts = _harvest_facts(manifest, plan, store)
+    dataset = harvest(config, accept_quarantined=accept_quarantined)
+    facts = _harvest_facts(dataset.manifest, dataset.plan, store)
     emit(facts, json, lambda: _show_harvest(facts))
 
 

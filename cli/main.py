@@ -27,6 +27,11 @@ class Entry(NamedTuple):
 
 # Their order is that of the list. A test compares each line with the command's help.
 COMMANDS = {
+    "quickstart": Entry(
+        "quickstart",
+        "Harvest, train and look at the embedded default: a small model over Shakespeare and the Bible.",
+    ),
+    "init": Entry("init", "Write a commented config for a model and a corpus, after looking at both."),
     "plan": Entry(
         "harvest", "Read the corpus, tokenise and shuffle it into windows, and write the dataset's plan."
     ),
@@ -138,7 +143,7 @@ app = typer.Typer(
     name="winnow",
     cls=ListedCommands,
     help="From a language model's activations to sparse, readable features.",
-    epilog="Start: `winnow plan`, `harvest`, `train` with configs/quickstart.yaml.",
+    epilog="Start: `winnow quickstart`; with your own model and text: `winnow init`.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

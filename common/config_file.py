@@ -33,6 +33,11 @@ def load_config(path: str | Path, sets: Sequence[str] = ()) -> Config:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(where, expected="YAML in UTF-8", got=str(error)) from error
+    return parse_config(text, where, sets)
+
+
+def parse_config(text: str, where: str, sets: Sequence[str] = ()) -> Config:
+    """Parse a config from its text; `where` names it in messages. Otherwise as `load_config`."""
     raw, lines = parse_yaml(text, where)
     if not isinstance(raw, dict):
         raise ConfigError(where, expected="a mapping of sections", got=type(raw).__name__)

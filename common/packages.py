@@ -16,6 +16,11 @@ def is_package_uri(uri: str) -> bool:
     return uri.startswith(_SCHEME)
 
 
+def package_name(uri: str) -> str | None:
+    """The distribution that a `package://` URI names; None for any other URI."""
+    return uri.removeprefix(_SCHEME).partition("/")[0] if is_package_uri(uri) else None
+
+
 def resolve_package(uri: str) -> list[Path]:
     """Find the files that `package://DIST/PATTERN` names.
 

@@ -3,8 +3,8 @@
 The names below are what most programs need. The rooms hold the rest, and are imported by their names
 (`import winnow.store`, `from winnow.trainer.run.loop import train_fleet`)::
 
-    from winnow import ActivationStore, Sae, Subject, TranscoderSet
-    from winnow import evaluate, load_config, reporting, train
+    from winnow import ActivationStore, Latents, Sae, Subject, TranscoderSet
+    from winnow import evaluate, harvest, index, load_config, reporting, train
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from winnow.common.config_file import load_config as load_config
     from winnow.common.reporter import reporting as reporting
     from winnow.evaluator.report import evaluate as evaluate
+    from winnow.explorer.latents import Latents as Latents
+    from winnow.explorer.latents import index as index
+    from winnow.harvester.run.start import harvest as harvest
     from winnow.sae.model import Sae as Sae
     from winnow.sae.sets import TranscoderSet as TranscoderSet
     from winnow.store.read.reader import ActivationStore as ActivationStore
@@ -26,21 +29,27 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "ActivationStore": "winnow.store.read.reader",
+    "Latents": "winnow.explorer.latents",
     "Sae": "winnow.sae.model",
     "Subject": "winnow.subject.load",
     "TranscoderSet": "winnow.sae.sets",
     "evaluate": "winnow.evaluator.report",
+    "harvest": "winnow.harvester.run.start",
+    "index": "winnow.explorer.latents",
     "load_config": "winnow.common.config_file",
     "reporting": "winnow.common.reporter",
     "train": "winnow.trainer.run.loop",
 }
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "ActivationStore",
+    "Latents",
     "Sae",
     "Subject",
     "TranscoderSet",
     "__version__",
     "evaluate",
+    "harvest",
+    "index",
     "load_config",
     "reporting",
     "train",

@@ -227,7 +227,7 @@ def _section(exhibit: Exhibit, row: Row) -> str:
 
 def _tokens(exhibit: Exhibit, ids: Sequence[int], scores: Sequence[float]) -> str:
     return " ".join(
-        f'<code class="token" title="{score:.3g}">{_seen(text)}</code>'
+        f'<code class="token" title="{score:.3g}">{seen(text)}</code>'
         for text, score in zip(exhibit.words(list(ids)), scores, strict=True)
     )
 
@@ -237,9 +237,9 @@ def _strips(exhibit: Exhibit, examples: Sequence[Row], largest: float) -> str:
     for each in examples:
         pairs = zip(exhibit.words(each["tokens"]), each["values"], strict=True)
         spans = "".join(
-            f'<span title="{value:.3g}" style="--a:{value / largest:.2f}">{_seen(text)}</span>'
+            f'<span title="{value:.3g}" style="--a:{value / largest:.2f}">{seen(text)}</span>'
             if value > 0
-            else f"<span>{_seen(text)}</span>"
+            else f"<span>{seen(text)}</span>"
             for text, value in pairs
         )
         peak = each["values"][each["position"] - each["first"]]
@@ -249,6 +249,11 @@ def _strips(exhibit: Exhibit, examples: Sequence[Row], largest: float) -> str:
     return "".join(lines)
 
 
-def _seen(text: str) -> str:
+def seen(text: str) -> str:
     """Token text as HTML, with line breaks and tabs made visible."""
-    return escape(text.replace("\n", "↵").replace("\t", "⇥"))
+    return escape(visible(text))
+
+
+def visible(text: str) -> str:
+    """Token text with line breaks and tabs made visible."""
+    return text.replace("\n", "↵").replace("\t", "⇥")

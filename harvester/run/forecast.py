@@ -104,7 +104,7 @@ def forecast(
     store: ObjectStore,
     plan: HarvestPlan | None,
     *,
-    measure: Callable[[], tuple[tuple[HookSite, ...], float]] | None = None,
+    measure: Callable[[], tuple[tuple[HookSite, ...], float | None]] | None = None,
 ) -> Forecast:
     """Count what the harvest of `config` on `store` has left to do.
 
@@ -112,8 +112,8 @@ def forecast(
         config: With `plan` and `harvest`; with `prices` for amounts of money.
         store: The root; nothing is written.
         plan: The plan found there; without one, `plan.train_units` must be given.
-        measure: Returns the hooks' widths and tokens/s of one actor; called only if the ledger has no
-            rate or there is no plan. None leaves hours out.
+        measure: Returns the hooks' widths and tokens/s of one actor, or None for a rate that is not known;
+            called only if the ledger has no rate or there is no plan. None leaves hours out.
 
     Raises:
         ConfigError: Neither a plan nor a number of units.
@@ -134,7 +134,8 @@ def forecast(
     sites = plan.sites if plan else ()
     if rate is None and measure is not None:
         sites, alone = measure()
-        rate, rate_from = alone * config.harvest.actors, "measured"
+        if alone is not None:
+            rate, rate_from = alone * config.harvest.actors, "measured"
     shard = sum(_shard_bytes(spec, site) for site in sites)
     unit_tokens = spec.windows_per_unit * spec.context_length
     to_do = units - done

@@ -1,0 +1,1 @@
+"""Configs to copy: data files, installed with the package."""
