@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 RUN = $(BIN)/winnow $(if $(RAY_ADDRESS),submit --address $(RAY_ADDRESS) $(JOB) --)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats test-subjects peers lint format bench servers minio clean
+.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats test-subjects peers notebooks lint format bench servers minio clean
 
 help:  ## Show this list
 	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value'] [RAY_ADDRESS=http://HEAD:8265]"; echo
@@ -79,6 +79,10 @@ test-subjects: setup-dev  ## Try every causal language model of transformers (do
 
 peers: setup-dev  ## Install other libraries for SAEs and circuits, to be compared with, in two folders (550 MB)
 	$(BIN)/python -m benchmarks.peers
+
+notebooks: setup-dev  ## Execute the notebooks of examples/ as they are and keep their outputs; ARGS: their names
+	$(BIN)/winnow quickstart --install
+	$(BIN)/python -m tests.support.notebooks $(ARGS)
 
 lint: setup-dev  ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .

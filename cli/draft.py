@@ -73,11 +73,11 @@ def draft(model: Model, survey: Survey, hook: str | None, tokens: int | None) ->
     Raises:
         ConfigError: The corpus is too small for one training and one held-out unit.
     """
-    length = _context(survey.median_tokens, model.context_limit)
     most = tokens or DEFAULT_TOKENS
     # A tenth of the estimate is kept back: a plan that asks for more than there is would be refused.
     likely = most if survey.tokens is None else int(survey.tokens * (1.0 if survey.whole else 0.9))
     budget = min(most, likely)
+    length = _context(survey.median_tokens, budget, model.context_limit)
     windows = budget // length
     shard = _SHARD_BYTES // (2 * model.width * (length - 1))
     size = max(SLICES, min(shard, windows // _FEWEST_UNITS, 1024) // SLICES * SLICES)
@@ -114,10 +114,13 @@ def draft(model: Model, survey: Survey, hook: str | None, tokens: int | None) ->
     )
 
 
-def _context(median: int, limit: int | None) -> int:
+def _context(median: int, tokens: int, limit: int | None) -> int:
     """The power of two nearest to the median document, within `_CONTEXTS` and the model's limit."""
-    near = 2 ** round(math.log2(max(median, 1)))
-    return max(8, min(max(_CONTEXTS[0], min(near, _CONTEXTS[1])), limit or _CONTEXTS[1]))
+    length = max(_CONTEXTS[0], min(2 ** round(math.log2(max(median, 1))), _CONTEXTS[1]))
+    # Shorter windows of little text: a unit has 64 at least, and of few units one held out is a large share.
+    while length > _CONTEXTS[0] and tokens < _FEWEST_UNITS * SLICES * length:
+        length //= 2
+    return max(8, min(length, limit or length))
 
 
 def config_text(found: Draft, root: str, out: str) -> str:

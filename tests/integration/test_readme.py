@@ -17,9 +17,10 @@ from tests.support.pipeline import pipeline_config
 REPO = Path(__file__).parents[2]
 NOT_HERE = (
     "make explore", "make test", "make minio", "make lint", "make bench", "winnow explore", "git clone",
-    "cd ",
+    "cd ", "pip install", "winnow quickstart",
 )  # fmt: skip
-"""Commands that would run this test again, do not end, take minutes, or leave the folder."""
+"""Commands that would run this test again, do not end, take minutes, leave the folder, or that
+tests/contract/test_wheel.py runs in an environment of its own."""
 
 
 def commands(path: Path) -> list[str]:
@@ -39,6 +40,9 @@ def tiny(tmp_path_factory):
         train={"hook": None, "set": {"reads": "mlp_in"}},
     )
     return {
+        "HuggingFaceTB/SmolLM2-135M ": f"{folder / 'subject'} --no-measure ",
+        "'texts/*.txt'": str(folder / "corpus.jsonl"),
+        "mine.yaml": str(folder / "mine.yaml"),
         "configs/quickstart.yaml": str(config),
         "data/quickstart": str(folder / "data"),
         "runs/quickstart": str(folder / "run"),
