@@ -41,7 +41,7 @@ def quickstart_command(
 ) -> None:
     """Harvest, train and look at the embedded default: a small model over Shakespeare and the Bible.
 
-    Needs nothing but this package, in any folder. Model and texts come as Python packages (about 150 MB),
+    Needs nothing but this package, in any folder. Model and texts come as Python packages (110 MB),
     which are installed if you agree. Writes the example configs to `configs/`, activations to
     `data/quickstart` and the autoencoder to `runs/quickstart`; takes about a quarter of an hour on two CPU
     cores. May be interrupted at any time: the same command resumes, and finished steps are only shown again.

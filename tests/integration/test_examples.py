@@ -59,7 +59,7 @@ def test_a_public_dictionary_is_evaluated(work):
     )
     assert ours.sae_sha256 != theirs.sae_sha256
     for name in ("fvu_normalised", "delta_ce"):
-        assert theirs.figure(name).value == pytest.approx(ours.figure(name).value, rel=1e-3, abs=1e-5)
+        assert theirs.figure(name).value == pytest.approx(ours.figure(name).value, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
