@@ -17,6 +17,7 @@ _AROUND = 12
 # some of them drop `<style>`. Half transparent, so that text keeps its contrast on light and on dark.
 _HEAT = "background:rgba(240,150,30,{:.2f})"
 _TOKEN = "background:rgba(128,128,128,.18);border-radius:3px;padding:0 .3em;white-space:pre"
+_NUMBER = "opacity:.75;display:inline-block;min-width:3.5em"
 _BOX = "border:1px solid rgba(128,128,128,.5);border-radius:8px;padding:.6em 1em;max-width:56em"
 
 
@@ -90,7 +91,7 @@ def _example(exhibit: Exhibit, each: dict[str, Any], largest: float) -> str:
     )
     return (
         '<div style="margin-top:.4em;white-space:pre-wrap;line-height:1.5">'
-        f'<span style="opacity:.75">{pairs[peak][1]:.3g}</span> {spans}</div>'
+        f'<span style="{_NUMBER}">{pairs[peak][1]:.3g}</span>{spans}</div>'
     )
 
 
