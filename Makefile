@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 RUN = $(BIN)/winnow $(if $(RAY_ADDRESS),submit --address $(RAY_ADDRESS) $(JOB) --)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats test-subjects peers notebooks lint format bench servers minio clean
+.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats test-subjects peers notebooks docs docs-serve lint format bench servers minio clean
 
 help:  ## Show this list
 	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value'] [RAY_ADDRESS=http://HEAD:8265]"; echo
@@ -41,6 +41,10 @@ help:  ## Show this list
 
 .venv/ready-dev: .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/ready-docs: .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 setup: .venv/ready  ## Make .venv with everything that harvest and train need
@@ -84,6 +88,15 @@ notebooks: setup-dev  ## Execute the notebooks of examples/ as they are and keep
 	$(BIN)/winnow quickstart --install
 	$(BIN)/python -m tests.support.notebooks $(ARGS)
 
+docs: .venv/ready-docs  ## Build the documentation site into site/; a warning is an error
+	$(BIN)/python -m docs.generate
+	$(BIN)/zensical build --clean --strict
+
+# It watches build/docs: `python -m docs.generate` in another terminal shows what has changed since.
+docs-serve: .venv/ready-docs  ## Show the documentation site at http://localhost:8000
+	$(BIN)/python -m docs.generate
+	$(BIN)/zensical serve
+
 lint: setup-dev  ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -109,6 +122,6 @@ $(WINNOW_TOOLS)/bin/minio:
 	GOBIN=$(abspath $(@D)) go install github.com/minio/minio@$(MINIO_VERSION)
 
 clean:  ## Remove .venv, caches and the quickstart's data and runs
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build dist
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cache *.egg-info build dist site
 	rm -rf data/quickstart runs/quickstart
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

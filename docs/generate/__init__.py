@@ -1,0 +1,1 @@
+"""Gathers the pages of the documentation site; `make docs` builds the site from them."""
