@@ -31,7 +31,6 @@ class SetCard(Artefact):
     """`set.json`, written after all of its layers: the set exists once this file does."""
 
     kind: Literal["winnow.set"] = "winnow.set"
-    version: str = "1.0"
     layers: tuple[SetLayer, ...] = Field(min_length=1)
     """Its layers, ascending, none of the range left out."""
     cross: bool

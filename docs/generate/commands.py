@@ -18,7 +18,7 @@ Input that is wrong ends a command with exit code 2 and one sentence: what is wr
 was found, what to do. Nothing is written then. [Errors](errors.md) lists all exit codes. This page is
 generated from the program.
 
-| command | |
+| command | what it does |
 |---|---|
 """
 

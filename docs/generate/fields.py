@@ -82,20 +82,23 @@ def files_page() -> str:
     parts = [FILES]
     for artefact in artefacts():
         whole = schema_of(artefact)
-        parts += [f"## {artefact.model_fields['kind'].default}", prose(whole), _table(whole, whole)]
+        parts += [f"## {artefact.model_fields['kind'].default}", prose(whole), _list(whole, whole)]
         for name, held in whole.get("$defs", {}).items():
             if "properties" in held:
-                parts += [f"**{name}**: {prose(held)}", _table(held, whole)]
+                parts += [f"**{name}**: {prose(held)}", _list(held, whole)]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(section: Schema, whole: Schema) -> str:
-    rows = ["| field | values | |", "|---|---|---|"]
+def _list(section: Schema, whole: Schema) -> str:
+    """The fields of a document as a definition list: a table of three columns does not fit a telephone."""
+    parts: list[str] = []
     for name, field, _ in entries(section):
+        if name == "kind":  # the heading says it
+            continue
         held = target(field, whole)
         values = kind(field, whole)
         if held is not None and "properties" in held:
             values = values.replace("section", held["title"])
-        cells = [f"`{name}`", values, " ".join(prose(field).split())]
-        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join(rows)
+        said = " ".join(prose(field).split())
+        parts.append(f"`{name}` <small>{values}</small>\n:   {said}")
+    return "\n\n".join(parts)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 ALSO = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docker/README.md", "explorer/static/icon.svg")
+HEADS = {"docs/index.md": "---\nhide: [toc]\n---\n\n"}
+"""What precedes a page's text in the site only: a code host would show it."""
 LANGUAGES = {".py": "python", ".sh": "sh", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".txt": "text"}
 """Suffixes of source files, which are shown on a page; files with others are copied."""
 _FENCE = re.compile(r"(^```.*?^```[ ]*$)", re.DOTALL | re.MULTILINE)
@@ -71,7 +73,7 @@ class Pages:
         language = LANGUAGES.get(PurePosixPath(path).suffix)
         if path.endswith(".md"):
             text = self._written.get(path) or (self.root / path).read_text(encoding="utf-8")
-            self.files[place(path)] = self._page(text, path, linked).encode()
+            self.files[place(path)] = (HEADS.get(path, "") + self._page(text, path, linked)).encode()
         elif language:
             # Four backticks: a docstring may hold a block of three.
             text = (self.root / path).read_text(encoding="utf-8")

@@ -83,9 +83,9 @@ def _either(values: list[str]) -> str:
 
 
 def unit_of(name: str) -> str | None:
-    """Return the unit that a field's name ends or begins with, if it does."""
+    """Return the unit that a field's name ends or begins with; None if it does not, or is that word alone."""
     words = name.split("_per_")[0].split("_")
-    return next((unit for unit in UNITS if unit in (words[-1], words[0])), None)
+    return next((unit for unit in UNITS if unit in (words[-1], words[0]) and unit != name), None)
 
 
 def default_of(schema: Schema, required: bool) -> str:
@@ -108,9 +108,9 @@ def entries(schema: Schema) -> Iterator[tuple[str, Schema, bool]]:
 def facts(name: str, field: Schema, required: bool, whole: Schema) -> str:
     """Say type, unit and default of a field on one line."""
     unit = unit_of(name)
-    said = [kind(field, whole), *([f"in {unit}"] if unit and "integer" in kind(field, whole) else [])]
-    if unit == "seconds" and len(said) == 1:
-        said.append("in seconds")
+    said = [kind(field, whole)]
+    if unit and said[0].startswith(("integer", "number")):
+        said.append(f"in {'characters' if unit == 'chars' else unit}")
     return " · ".join([*said, default_of(field, required)])
 
 

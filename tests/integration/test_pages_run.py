@@ -11,8 +11,8 @@ from tests.support.snippets import REPO, Workspace, blocks
 PAGES = sorted([*(REPO / "docs" / "guides").glob("*.md"), *(REPO / "docs" / "extend").glob("*.md")])
 ELSEWHERE = ("store.md",)
 """Its code runs in tests/contract/test_documented_store.py."""
-LAYERS = {"circuits.md": 3}
-"""Blocks of the tiny subject, where a page harvests all of them."""
+LAYERS = {"circuits.md": 3, "own.md": 15}
+"""Blocks of the tiny subject, where a page needs others than ten."""
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_a_page_runs_as_it_is_written(
     written = blocks(page)
     # A server only for the pages that need one.
     bucket = request.getfixturevalue("s3_uri") if any("s3://" in block.text for block in written) else ""
-    place = Workspace(tmp_path, monkeypatch, layers=LAYERS.get(page.name, 15), bucket=bucket)
+    place = Workspace(tmp_path, monkeypatch, layers=LAYERS.get(page.name, 10), bucket=bucket)
     if page.parent.name == "extend":
         place.command("winnow harvest configs/quickstart.yaml")
     if page.stem == "metric":

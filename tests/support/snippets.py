@@ -92,7 +92,7 @@ class Workspace:
     """
 
     def __init__(
-        self, folder: Path, patch: pytest.MonkeyPatch, *, layers: int = 15, bucket: str = ""
+        self, folder: Path, patch: pytest.MonkeyPatch, *, layers: int = 10, bucket: str = ""
     ) -> None:
         self.folder, self.patch, self.bucket = folder, patch, bucket
         patch.chdir(folder)
