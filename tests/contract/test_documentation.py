@@ -1,14 +1,16 @@
-"""The documentation names what exists: links, paths of the repository, names that are imported."""
+"""The documentation names what exists: links, paths of the repository, names that are imported, options."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from docs.generate.__main__ import GENERATED
+from winnow.cli.main import COMMANDS, load_command
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -61,3 +63,20 @@ def test_names_that_a_page_imports_exist(page: Path) -> None:
     for module, names in re.findall(r"^from (winnow[\w.]*) import ([\w, ]+)", TEXTS[page], re.MULTILINE):
         for name in names.split(","):
             assert hasattr(import_module(module), name.strip()), (module, name)
+
+
+@each_page
+def test_commands_of_a_page_exist_with_their_options(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for fence in re.findall(r"^```(?:sh)?\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE):
+        for line in fence.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True) if line.startswith("winnow ") else []
+            if len(words) < 2 or words[1] not in COMMANDS or "--help" in words:
+                continue
+            # Some options want a file that exists.
+            for word in words:
+                if re.fullmatch(r"[\w.-]+\.(json|txt)", word):
+                    (tmp_path / word).touch()
+            load_command(words[1]).make_context(words[1], words[2:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.pipeline import pipeline_config
+from tests.support.snippets import blocks
 
 REPO = Path(__file__).parents[2]
 NOT_HERE = (
@@ -25,9 +25,7 @@ tests/contract/test_wheel.py runs in an environment of its own."""
 
 def commands(path: Path) -> list[str]:
     """The lines of every ```sh block, continuation lines joined, comments left out."""
-    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [command for block in blocks(path) if block.language == "sh" for command in block.commands]
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +95,11 @@ def test_readme_commands(tiny, tmp_path, s3_uri, s3_environment):
 
 
 def test_readme_python_runs(tiny):
-    blocks = re.findall(
-        r"```python\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
-    )
-    assert blocks
+    written = [block.text for block in blocks(REPO / "README.md") if block.language == "python"]
+    assert written
     if not Path(tiny["runs/quickstart"], "sae.json").exists():
         pytest.fail("the README's commands must have run first")
-    code = "\n".join(blocks)
+    code = "\n".join(written)
     for path, replacement in tiny.items():
         code = code.replace(path, replacement)
     model = str(Path(tiny["configs/quickstart.yaml"]).parent / "subject")
