@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
 
 import winnow.schemas
@@ -67,7 +68,10 @@ def _section(path: str, section: Schema, whole: Schema, level: int) -> Iterator[
 
 
 def _field(path: str, name: str, field: Schema, required: bool, whole: Schema) -> str:
-    return f"#### {path} {{ #{path} }}\n\n{facts(name, field, required, whole)}\n\n{prose(field)}"
+    said, held = facts(name, field, required, whole), target(field, whole)
+    if held is not None and "properties" in held:
+        said = re.sub(r"sections?", rf"[\g<0>](#in-{path})", said, count=1)
+    return f"#### {path} {{ #{path} }}\n\n{said}\n\n{prose(field)}"
 
 
 def artefacts() -> list[type[Artefact]]:
