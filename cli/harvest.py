@@ -169,6 +169,7 @@ def _plan_facts(plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
         "windows": plan.windows,
         "windows_unused": facts.windows_unused,
         "bos_token": plan.bos_token,
+        "attend": plan.spec.attend,
         "join": plan.spec.join,
         "join_token": plan.join_token,
         "duplicates_dropped": facts.duplicates_dropped,

@@ -146,11 +146,12 @@ def _open(uri: str, allow_http: bool, timeout_seconds: float) -> ObjectStore:
 
 
 def _show_info(found: DatasetInfo) -> None:
-    from winnow.store.check.info import bad_records, label_rows, token_rows
+    from winnow.store.check.info import bad_records, derived_rows, label_rows, token_rows
 
     progress = f"{found.units_committed} of {found.units} units"
     rows: list[tuple[str, object]] = [
         ("state", f"{found.state} ({progress})" if found.state != "sealed" else f"sealed ({progress})"),
+        *derived_rows(found.derived),
         ("subject", found.subject),
         ("weights", f"{found.subject_weights_sha256[:16]}..."),
         ("corpus", ", ".join(found.corpus)),

@@ -35,6 +35,10 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
     Raises:
         SaeMismatch: The subject that was found is not the one that the dataset was harvested from.
     """
+    why = next((part.plan.no_subject for part in store.datasets if part.plan.no_subject is not None), None)
+    if why is not None:
+        say(f"delta CE is not measured: {why}")
+        return {}
     if isinstance(store, JoinedStore):
         return _joint(config, sae, store)
     subject = Subject.load(subject_spec_of(store.plan, config.subject))

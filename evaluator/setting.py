@@ -36,6 +36,8 @@ from winnow.subject.tail import Tail
 
 log = logging.getLogger("winnow.evaluator")
 
+WITH_SUBJECT: tuple[Family, ...] = ("downstream", "compute", "ablation", "probes", "n2g", "judge")
+"""Families that run the subject on the dataset's windows, or compare with what it gives."""
 CHUNK_ROWS = 4096
 """Stored rows that are read and encoded at a time."""
 
@@ -78,6 +80,16 @@ class OnDataset:
     def window(self) -> WindowRule:
         """How the dataset's windows begin; any other text is run in the same way."""
         return WindowRule.of(self.dataset.plan)
+
+    @property
+    def without_subject(self) -> dict[Family, str]:
+        """Families that run the subject on the dataset's windows, if its rows are not what that gives."""
+        plan = self.dataset.plan
+        plans = (
+            [part.plan for part in self.dataset.datasets] if isinstance(self.dataset, JoinedStore) else [plan]
+        )
+        why = next((each.no_subject for each in plans if each.no_subject is not None), None)
+        return {} if why is None else dict.fromkeys(WITH_SUBJECT, f"they run the subject, and {why}")
 
     @cached_property
     def subject(self) -> Subject:
@@ -264,7 +276,12 @@ class Setting(OnDataset):
         """Families that make no sense for this SAE, and why."""
         if self.card.with_hooks or self.joined:
             why = "they are about an SAE that reads one hook of one subject"
-            return dict.fromkeys(("compute", "stability", "ablation", "probes", "n2g", "judge"), why)
+            found: dict[Family, str] = dict.fromkeys(
+                ("compute", "stability", "ablation", "probes", "n2g", "judge"), why
+            )
+            return found | self.without_subject
+        if self.without_subject:
+            return self.without_subject
         return {"downstream": self.why_partial, "compute": self.why_partial} if self.partial else {}
 
     @cached_property

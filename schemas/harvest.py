@@ -18,6 +18,7 @@ from pydantic import (
 
 from winnow.schemas.base import Artefact, Contract, HookName, RelativeKey, Sha256, canonical_json, sha256_hex
 from winnow.schemas.corpus import CorpusSpec
+from winnow.schemas.derived import Derivation
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.follow import FollowLimits
 from winnow.schemas.labels import PlannedLabels
@@ -93,6 +94,14 @@ class PlanSpec(Contract):
     """How the spelling of a special token inside a document is read: as `text` like any other, or as that
     `token`, for chats that are written out with their control tokens. `auto` is `text`, because a document
     that only mentions such a token must not end there. A stored plan records which it was."""
+    attend: Literal["window", "document"] = Field(
+        default="window", exclude_if=lambda attend: attend == "window"
+    )
+    """What a token sees. `window`: all earlier tokens of its window, also those of other documents, as in
+    pretraining. `document`: those of its own document only, with positions from 0, so that its row is that of
+    the document run alone. A document that began in an earlier window begins again at the window's start,
+    as after any cut. Needs a subject that keeps packed documents apart, which is checked when it is loaded;
+    docs/subjects.md names those that do."""
     dtype: Dtype = "bfloat16"
     """Type in which activations are stored. `int8` takes half the bytes of bfloat16, with one float32 scale
     per row; docs/data.md has its cost in FVU and delta CE."""
@@ -278,6 +287,9 @@ class HarvestPlan(Artefact):
     """Id of the token that joins documents, if it is not the subject's `eos_token_id`."""
     labels: PlannedLabels | None = Field(default=None, exclude_if=lambda labels: labels is None)
     """What the tokens are (role, turn, source, ...); null in plans that were made before labels existed."""
+    derived: Derivation | None = Field(default=None, exclude_if=lambda derived: derived is None)
+    """What the rows were made from, if not by the subject (`winnow derive`). If the rule regroups rows,
+    a window is only a group of rows with their tokens, and no text."""
     execution: Execution
     """What else the plan was made with, outside its fingerprint."""
 
@@ -305,6 +317,8 @@ class HarvestPlan(Artefact):
                 raise ValueError("labels.tokens_by_role must have a number for each role")
             if len(self.labels.tokens_by_source) != len(self.corpus.sources):
                 raise ValueError("labels.tokens_by_source must have a number for each source")
+        if self.spec.attend == "document" and self.labels is None:
+            raise ValueError("spec.attend: document needs labels, which tell where documents begin")
         if self.units <= self.spec.validation_units:
             raise ValueError("a plan needs at least one training unit")
         # The product too: a reader has an entry for every shard, not only for every unit.
@@ -319,6 +333,20 @@ class HarvestPlan(Artefact):
     def fingerprint(self) -> str:
         """The dataset's identity: SHA-256 of the canonical JSON of every field except `execution`."""
         return sha256_hex(canonical_json(self.model_dump(mode="json", exclude={"execution"})))
+
+    @property
+    def no_text(self) -> str | None:
+        """Why the dataset's windows cannot be run or read as text; None if they can."""
+        if self.derived is None or not any(rule.regroups for rule in self.derived.rules):
+            return None
+        return f"its rows were regrouped ({self.derived.words}) and are no windows of text"
+
+    @property
+    def no_subject(self) -> str | None:
+        """Why the subject, run on the dataset's windows, does not give its rows; None if it does."""
+        if self.derived is not None and any(rule.minus for rule in self.derived.rules):
+            return "its rows are differences of two datasets, which no subject gives"
+        return self.no_text
 
     @property
     def bos_token(self) -> int | None:

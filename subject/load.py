@@ -22,6 +22,7 @@ from winnow.schemas.fit import mismatch
 from winnow.schemas.subject import HookSite, SubjectIdentity, SubjectSpec
 from winnow.schemas.window import WindowRule
 from winnow.subject.causal import check_causal
+from winnow.subject.documents import check_apart, checked_positions
 from winnow.subject.generate import GeneratedToken, Steer, generate, written_hooks
 from winnow.subject.hooks import Tap, resolve_hook
 from winnow.subject.layout import Layout, find_layout
@@ -82,6 +83,8 @@ class Subject:
         # Hook -> its tap and width D, which costs a forward pass to find out.
         self._taps: dict[str, tuple[Tap, int]] = {}
         self._texts: dict[ControlTokens, TextTokenizer] = {}
+        # Length of the longest windows in which documents were found to be kept apart.
+        self._apart = 0
 
     @classmethod
     def load(
@@ -232,23 +235,29 @@ class Subject:
         taps = self._resolve(hooks)
         return tuple(HookSite(name=tap.hook, d_model=self._taps[tap.hook][1]) for tap in taps)
 
-    def activations(self, token_ids: Any, hooks: Sequence[str]) -> dict[str, Tensor]:
+    def activations(
+        self, token_ids: Any, hooks: Sequence[str], *, positions: Any = None
+    ) -> dict[str, Tensor]:
         """Read activations; nothing after the last hook is computed.
 
         Args:
             token_ids: Integers [W, T], an array or a tensor. They run in one forward pass.
             hooks: Hooks to read, all in the same pass.
+            positions: Integers [W, T], each token's place in its document: attention then stays inside
+                documents (`ActivationStore.positions`). None lets a token see its whole window.
 
         Returns:
             hook -> [W, T, D], in the LM's dtype on its device.
 
         Raises:
-            ConfigError: As for `sites`, or token ids of a wrong shape, type or range.
+            ConfigError: As for `sites`, token ids of a wrong shape, type or range, or positions that the
+                subject does not obey.
         """
         taps = self._resolve(hooks)
         ids = self._ids(token_ids)
+        places = self.checked(positions, ids)
         with torch.no_grad():
-            found = read_taps(self.model, taps, lambda: self._forward(ids), _shape(ids))
+            found = read_taps(self.model, taps, lambda: self._forward(ids, places), _shape(ids))
         # A module path may give what grows with T, such as attention's weights: its columns are no features.
         for hook, values in found.items():
             if values.shape[-1] != self._taps[hook][1]:
@@ -260,7 +269,12 @@ class Subject:
         return found
 
     def logits(
-        self, token_ids: Any, replace: Mapping[str, Replacement] | None = None, *, grad: bool = False
+        self,
+        token_ids: Any,
+        replace: Mapping[str, Replacement] | None = None,
+        *,
+        grad: bool = False,
+        positions: Any = None,
     ) -> Tensor:
         """Run the whole LM, with activations replaced if asked.
 
@@ -272,6 +286,7 @@ class Subject:
                 at `mlp_in` only the MLP reads them.
             grad: Keep the graph, so that the logits have gradients with respect to what `replace` returns;
                 the LM's own weights have none.
+            positions: As for `activations`.
 
         Returns:
             [W, T, V] in the LM's dtype.
@@ -285,17 +300,20 @@ class Subject:
         chosen = dict(replace or {})
         taps = self._resolve(list(chosen)) if chosen else []
         fns = {tap: chosen[tap.hook] for tap in taps}
+        places = self.checked(positions, ids)
         with torch.set_grad_enabled(grad), replaced(self.model, fns, _shape(ids)):
-            return self._forward(ids).logits
+            return self._forward(ids, places).logits
 
-    def loss(self, token_ids: Any, replace: Mapping[str, Replacement] | None = None) -> Tensor:
+    def loss(
+        self, token_ids: Any, replace: Mapping[str, Replacement] | None = None, *, positions: Any = None
+    ) -> Tensor:
         """Cross-entropy of each next token, in nats; see `logits` for the arguments.
 
         Returns:
             float32 [W, T-1] on the LM's device; entry t is the loss of predicting token t+1.
         """
         ids = self._ids(token_ids)
-        logits = self.logits(ids, replace)
+        logits = self.logits(ids, replace, positions=positions)
         with torch.no_grad():
             return next_token_loss(logits, ids.to(logits.device))
 
@@ -393,9 +411,44 @@ class Subject:
                 fix="Load it without `until`",
             )
 
-    def _forward(self, ids: Tensor) -> Any:
-        # A cache of every layer's keys and values would take memory and is read by nobody.
-        return self.model(input_ids=ids, use_cache=False)
+    def checked(self, positions: Any, ids: Tensor) -> Tensor | None:
+        """Positions for a pass over `ids` int64 [W, T], once it is certain that the subject obeys them.
+
+        Args:
+            positions: As for `activations`.
+            ids: The tokens.
+
+        Raises:
+            ConfigError: They do not count documents, or the subject does not keep documents apart.
+        """
+        if positions is None:
+            return None
+        self.require_documents_apart(ids.shape[1])
+        return checked_positions(positions, ids)
+
+    def require_documents_apart(self, length: int) -> None:
+        """Check that rows of packed documents are those of each alone, in windows of `length` tokens.
+
+        It takes a few passes, once.
+
+        Raises:
+            ConfigError: They are not, so that `plan.attend: document` is impossible.
+        """
+        if length <= self._apart:
+            return
+
+        def run(ids: Tensor, positions: Tensor | None) -> Tensor:
+            # Without the head: logits of a long window would take gigabytes.
+            told = _told(None if positions is None else positions.to(self.device))
+            return self.model.base_model(input_ids=ids.to(self.device), use_cache=False, **told)[0]
+
+        check_apart(run, self._vocabulary, length, self.spec.model)
+        self._apart = length
+
+    def _forward(self, ids: Tensor, positions: Tensor | None = None) -> Any:
+        # A cache of every layer's keys and values would take memory and is read by nobody. With one, or with
+        # a mask, positions that restart would not keep documents apart either.
+        return self.model(input_ids=ids, use_cache=False, **_told(positions))
 
     def _resolve(self, hooks: Sequence[str]) -> list[Tap]:
         if isinstance(hooks, str) or not hooks or len(set(hooks)) != len(hooks):
@@ -556,6 +609,11 @@ def _dtype_of(spec: SubjectSpec, device: torch.device) -> torch.dtype:
     if spec.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[spec.dtype]
+
+
+def _told(positions: Tensor | None) -> dict[str, Tensor]:
+    """The arguments of a pass that say where its tokens are; some models take none."""
+    return {} if positions is None else {"position_ids": positions}
 
 
 def _shape(ids: Tensor) -> tuple[int, int]:

@@ -55,6 +55,8 @@ class Pass:
     """Whether `continued` may use it."""
     cache: Any
     """Keys and values of every block, or None."""
+    positions: Tensor | None = None
+    """int64 [W, T]: places in documents, outside which no token sees; None if a token sees its window."""
 
 
 class _Spared(NamedTuple):
@@ -100,17 +102,21 @@ class Tail:
         """The share of the blocks that a patched pass skips."""
         return self._first / self._layout.layers if self._spares.blocks else 0.0
 
-    def start(self, token_ids: Any, *, keep_cache: bool = False, logits: bool = True) -> Pass:
+    def start(
+        self, token_ids: Any, *, keep_cache: bool = False, logits: bool = True, positions: Any = None
+    ) -> Pass:
         """Run one clean pass.
 
         Args:
             token_ids: Integers [W, T]; the logits have W*T*V numbers.
-            keep_cache: Keep what `continued` needs.
+            keep_cache: Keep what `continued` needs. With `positions` there is no cache, and `continued` runs
+                every position.
             logits: Run to the end; otherwise stop at the hook.
+            positions: As for `Subject.logits`; every later pass from this one has them too.
         """
         ids = torch.as_tensor(token_ids.astype("int64") if hasattr(token_ids, "astype") else token_ids)
         ids = ids.to(self.subject.device, torch.int64)
-        return self._start(ids, keep_cache, logits, self._spares)
+        return self._start(ids, keep_cache, logits, self._spares, self.subject.checked(positions, ids))
 
     def patched(self, start: Pass, fn: Replacement) -> Tensor:
         """Logits [W, T, V] with the hook's rows replaced by `fn` of them.
@@ -121,7 +127,7 @@ class Tail:
         """
         shape = (start.ids.shape[0], start.ids.shape[1])
         with torch.no_grad(), self._skipping(start.below), replaced(self._model, {self._tap: fn}, shape):
-            return self._forward(start.ids, None)
+            return self._forward(start.ids, None, start.positions)
 
     def continued(self, start: Pass, window: int, first: int, stop: int, rows: Tensor) -> Tensor:
         """Logits of positions `first` to `stop - 1` of one window, with the row at `first` replaced.
@@ -144,13 +150,16 @@ class Tail:
             return self._one_by_one(start, window, first, stop, rows)
         return self._continued(start, window, first, stop, rows)
 
-    def _start(self, ids: Tensor, keep_cache: bool, logits: bool, spares: _Spared) -> Pass:
+    def _start(
+        self, ids: Tensor, keep_cache: bool, logits: bool, spares: _Spared, positions: Tensor | None = None
+    ) -> Pass:
         shape = (ids.shape[0], ids.shape[1])
-        cache = DynamicCache() if keep_cache and spares.positions else None
+        # With a cache transformers does not keep documents apart.
+        cache = DynamicCache() if keep_cache and spares.positions and positions is None else None
         made: list[Any] = [torch.empty(0), None]
 
         def run() -> None:
-            made[0] = self._forward(ids, cache)
+            made[0] = self._forward(ids, cache, positions)
 
         def keep(_: Any, __: Any, output: Any) -> None:
             # Cloned: the blocks above may write into it.
@@ -161,7 +170,7 @@ class Tail:
                 stack.callback(self._block(self._first - 1).register_forward_hook(keep).remove)
             stack.enter_context(torch.no_grad())
             found = read_taps(self._model, [self._tap], run, shape, stop=not logits)
-        return Pass(ids, found[self.hook], made[0], made[1], keep_cache, cache)
+        return Pass(ids, found[self.hook], made[0], made[1], keep_cache, cache, positions)
 
     def _continued(self, start: Pass, window: int, first: int, stop: int, rows: Tensor) -> Tensor:
         """`continued`, with the keys and values of the positions before `first`."""
@@ -177,14 +186,15 @@ class Tail:
         )
         swap: Replacement = lambda _: here.reshape(n * length, -1)  # noqa: E731
         with torch.no_grad(), self._skipping(below), replaced(self._model, {self._tap: swap}, (n, length)):
-            return self._forward(ids, cache)
+            return self._forward(ids, cache, None)
 
     def _one_by_one(self, start: Pass, window: int, first: int, stop: int, rows: Tensor) -> Tensor:
         """`continued`, over all positions of the window."""
         # One variant at a time: the logits [T, V] of all of them would be too many.
         here = slice(window, window + 1)
         below = _each(start.below, start.ids.shape, lambda part: part[here])
-        alone = Pass(start.ids[here], start.rows[here], start.logits, below, True, None)
+        places = None if start.positions is None else start.positions[here]
+        alone = Pass(start.ids[here], start.rows[here], start.logits, below, True, None, places)
 
         def one(row: Tensor) -> Replacement:
             def swap(x: Tensor) -> Tensor:
@@ -232,8 +242,10 @@ class Tail:
         log.warning("subject %s: every pass of %s is a whole one", self.subject.spec.model, self.hook)
         return _Spared(False, False)
 
-    def _forward(self, ids: Tensor, cache: Any) -> Tensor:
+    def _forward(self, ids: Tensor, cache: Any, positions: Tensor | None) -> Tensor:
         kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        if positions is not None:
+            kept["position_ids"] = positions
         return self._model(input_ids=ids, use_cache=cache is not None, **kept).logits
 
     def _block(self, layer: int) -> Any:

@@ -123,15 +123,17 @@ class _Passes:
         self._setting, self._position = setting, position
         self._stop = position + setting.spec.ablation_tokens
         self._ids = setting.tokens([window])[:, : self._stop]
+        positions = setting.dataset.positions([window])
+        self._positions = None if positions is None else positions[:, : self._stop]
         self._hooks, self._start = setting.card.output_hooks, None
         parts: list[Tensor] = []
         found: dict[str, Tensor] = {}
         if setting.card.target_hooks:
-            found = setting.subject.activations(self._ids, list(setting.hooks))
+            found = setting.subject.activations(self._ids, list(setting.hooks), positions=self._positions)
             parts = [found[hook][0, position].float() for hook in self._hooks]
         # What several hooks hold cannot be changed from one of them on.
         if len(self._hooks) == 1:
-            self._start = setting.tail.start(self._ids, keep_cache=True)
+            self._start = setting.tail.start(self._ids, keep_cache=True, positions=self._positions)
             parts = [self._start.rows[0, position].float()]
         self.row = found[setting.hook][0, position].float() if found else parts[0]
         self.written, self.channels = torch.cat(parts), len(parts[0])
@@ -147,7 +149,8 @@ class _Passes:
         for variant in variants - self.written:
             parts = zip(self._hooks, variant.split(self._widths), strict=True)
             replace = {hook: partial(self._add, part=part) for hook, part in parts}
-            made.append(self._setting.subject.logits(self._ids, replace)[0, self._position :])
+            logits = self._setting.subject.logits(self._ids, replace, positions=self._positions)
+            made.append(logits[0, self._position :])
         return torch.stack(made)
 
     def _add(self, rows: Tensor, part: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from winnow.sae.model import Sae
 from winnow.schemas.evaluation import EvaluateSpec, Figure
 from winnow.schemas.joined import hooks_by_root, split_hook
 from winnow.store import ActivationStore
+from winnow.store.read.joined import JoinedStore
 from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement
 from winnow.subject.tail import Tail
@@ -54,8 +55,8 @@ class Runs(Protocol):
     hooks: tuple[str, ...]
     """Hooks that are read or replaced. A position is replaced if all of them have a weight above 0 there."""
 
-    def clean(self, tokens: NDArray[Any], *, logits: bool) -> Clean:
-        """Run `tokens` [W, T] clean; without `logits` only as far as `patched` needs it."""
+    def clean(self, store: ActivationStore, windows: Sequence[int], *, logits: bool) -> Clean:
+        """Run windows of a dataset clean; without `logits` only as far as `patched` needs it."""
         ...
 
     def patched(self, clean: Clean, chosen: Tensor, rows: Tensor) -> Tensor:
@@ -70,9 +71,9 @@ class AtHook:
         self._tail = tail
         self.hooks = (tail.hook,)
 
-    def clean(self, tokens: NDArray[Any], *, logits: bool) -> Clean:
+    def clean(self, store: ActivationStore, windows: Sequence[int], *, logits: bool) -> Clean:
         """See `Runs.clean`."""
-        start = self._tail.start(tokens, logits=logits)
+        start = self._tail.start(_tokens(store, windows), logits=logits, positions=store.positions(windows))
         return Clean(start.ids, start.rows.flatten(0, 1), start.logits if logits else None, start)
 
     def patched(self, clean: Clean, chosen: Tensor, rows: Tensor) -> Tensor:
@@ -98,17 +99,19 @@ class AcrossHooks:
         # Each hook once, in order: a crosscoder reads and writes the same ones.
         self.hooks = tuple(dict.fromkeys([*reads, *writes]))
 
-    def clean(self, tokens: NDArray[Any], *, logits: bool) -> Clean:
+    def clean(self, store: ActivationStore, windows: Sequence[int], *, logits: bool) -> Clean:
         """See `Runs.clean`."""
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(self._subject.device)
-        found = self._subject.activations(tokens, self._reads)
+        ids, positions = _tokens(store, windows).to(self._subject.device), store.positions(windows)
+        found = self._subject.activations(ids, self._reads, positions=positions)
         rows = torch.cat([found[hook].float().flatten(0, 1) for hook in self._reads], dim=1)
-        return Clean(ids, rows, self._subject.logits(tokens) if logits else None, tokens)
+        made = self._subject.logits(ids, positions=positions) if logits else None
+        return Clean(ids, rows, made, positions)
 
     def patched(self, clean: Clean, chosen: Tensor, rows: Tensor) -> Tensor:
         """See `Runs.patched`."""
         parts = zip(self._writes, rows.split(self._widths, dim=1), strict=True)
-        return self._subject.logits(clean.held, {hook: _at(chosen, part) for hook, part in parts})
+        replace = {hook: _at(chosen, part) for hook, part in parts}
+        return self._subject.logits(clean.ids, replace, positions=clean.held)
 
 
 class AcrossSubjects:
@@ -134,16 +137,19 @@ class AcrossSubjects:
         self._widths = [store.d_model(hook) for hook in writes]
         self.hooks = tuple(dict.fromkeys([*reads, *writes]))
 
-    def clean(self, tokens: NDArray[Any], *, logits: bool) -> Clean:
+    def clean(self, store: ActivationStore, windows: Sequence[int], *, logits: bool) -> Clean:
         """See `Runs.clean`."""
+        assert isinstance(store, JoinedStore)
         subject = self._subjects[self._name]
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(subject.device)
+        ids = _tokens(store, windows).to(subject.device)
         found: dict[str, Tensor] = {}
         for name, own in hooks_by_root(self._reads).items():
-            read = self._subjects[name].activations(tokens, own)
+            positions = store.parts[name].positions(windows)
+            read = self._subjects[name].activations(ids, own, positions=positions)
             found |= {f"{name}/{hook}": rows.float().flatten(0, 1) for hook, rows in read.items()}
         rows = torch.cat([found[hook].to(subject.device) for hook in self._reads], dim=1)
-        return Clean(ids, rows, subject.logits(tokens) if logits else None, tokens)
+        positions = store.parts[self._name].positions(windows)
+        return Clean(ids, rows, subject.logits(ids, positions=positions) if logits else None, positions)
 
     def patched(self, clean: Clean, chosen: Tensor, rows: Tensor) -> Tensor:
         """See `Runs.patched`."""
@@ -154,7 +160,12 @@ class AcrossSubjects:
             for name, own in [split_hook(hook)]
             if name == self._name
         }
-        return self._subjects[self._name].logits(clean.held, replace)
+        return self._subjects[self._name].logits(clean.ids, replace, positions=clean.held)
+
+
+def _tokens(store: ActivationStore, windows: Sequence[int]) -> Tensor:
+    """Tokens of some windows, int64 [W, T]."""
+    return torch.from_numpy(np.stack([store.tokens(window) for window in windows]).astype(np.int64))
 
 
 def _at(chosen: Tensor, rows: Tensor) -> Replacement:
@@ -198,8 +209,7 @@ def splice_losses(
     with torch.no_grad(), Progress(label, len(windows), "windows") as bar:
         for first in range(0, len(windows), batch_windows):
             batch = windows[first : first + batch_windows]
-            tokens = np.stack([store.tokens(window) for window in batch])
-            start = runs.clean(tokens, logits=clean)
+            start = runs.clean(store, batch, logits=clean)
             # One mask for all variants: losses recovered compare them, so all must leave the same positions
             # clean.
             weights = torch.from_numpy(store.window_weights(list(runs.hooks), batch) > 0)

@@ -174,7 +174,8 @@ def set_losses(
             # One mask for all variants, as in `downstream`: all leave the same positions clean.
             weights = torch.from_numpy(store.window_weights(list(whole.of.hooks), batch) > 0)
             chosen = weights.reshape(-1, 1).to(subject.device)
-            clean = subject.logits(tokens)
+            told = store.positions(batch)
+            clean = subject.logits(tokens, positions=told)
             out.setdefault("clean", []).append(costs(clean, ids)[0])
             variants = {
                 "sae": _all_replaced(whole, chosen),
@@ -182,10 +183,10 @@ def set_losses(
                 "mean": {hook: _put(chosen, means[m]) for m, hook in outputs.items()},
             }
             if alone:
-                given = _predicted(subject, whole, tokens)
+                given = _predicted(subject, whole, tokens, told)
                 variants |= {f"{m}": {hook: _put(chosen, given[m])} for m, hook in outputs.items()}
             for name, replace in variants.items():
-                loss, kl = costs(subject.logits(tokens, replace), ids, clean)
+                loss, kl = costs(subject.logits(tokens, replace, positions=told), ids, clean)
                 assert kl is not None
                 out.setdefault(name, []).append(loss)
                 out.setdefault(f"kl.{name}", []).append(kl)
@@ -193,9 +194,12 @@ def set_losses(
     return {name: torch.cat(values).double().cpu().numpy() for name, values in out.items()}
 
 
-def _predicted(subject: Subject, whole: TranscoderSet, tokens: np.ndarray) -> dict[int, Tensor]:
+def _predicted(
+    subject: Subject, whole: TranscoderSet, tokens: np.ndarray, positions: np.ndarray | None
+) -> dict[int, Tensor]:
     """What the set predicts of every layer's MLP [B, D], from a clean pass."""
-    found = subject.activations(tokens, [whole.of.read_hook(layer) for layer in whole.layers])
+    hooks = [whole.of.read_hook(layer) for layer in whole.layers]
+    found = subject.activations(tokens, hooks, positions=positions)
     return whole({layer: _read(whole, layer, found[whole.of.read_hook(layer)]) for layer in whole.layers})
 
 

@@ -93,10 +93,11 @@ class Recipe:
 
         Raises:
             SaeMismatch: The dataset does not hold what the SAE reads.
-            ConfigError: The index is remote and no scratch folder is given.
+            ConfigError: The dataset's windows are no text, or the index is remote without a scratch folder.
             MissingObject, IntegrityError: The SAE does not exist or is damaged.
         """
         dataset = ActivationStore.open(self.root, self.storage)
+        dataset.require_text()
         subject = subject or LazySubject(self.subject, dataset.plan.subject)
         sae = Sae.load(self.sae, device=subject.device, storage=self.storage)
         store, scratch = open_index_store(self.out, self.scratch, self.storage)

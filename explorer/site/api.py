@@ -329,14 +329,13 @@ def ablation(desk: Desk, sae: int, body: _AblateBody) -> dict[str, Any]:
     with desk.lane.visit():
         subject = desk.model()
         if body.text is not None:
-            ids = tokenise(subject, body.text, MAX_TOKENS, exhibit.window)
+            ids, positions = tokenise(subject, body.text, MAX_TOKENS, exhibit.window), None
         else:
-            ids = _window(desk, body.window or 0)
+            ids, positions = _window(desk, body.window or 0)
         meta, own = exhibit.table.meta, exhibit.sae(subject.device)
-        reading = read_tokens(
-            subject, own, ids, drop_leading=meta.drop_leading, sink_multiple=meta.sink_multiple
-        )
-        found = ablate(subject, own, reading, body.latent, drop_leading=meta.drop_leading)
+        common: dict[str, Any] = {"drop_leading": meta.drop_leading, "positions": positions}
+        reading = read_tokens(subject, own, ids, sink_multiple=meta.sink_multiple, **common)
+        found = ablate(subject, own, reading, body.latent, **common)
     reply = _described(exhibit, ids, found)
     desk.ablations[key] = reply
     while len(desk.ablations) > _CACHED_ABLATIONS:
@@ -344,10 +343,12 @@ def ablation(desk: Desk, sae: int, body: _AblateBody) -> dict[str, Any]:
     return reply
 
 
-def _window(desk: Desk, window: int) -> list[int]:
+def _window(desk: Desk, window: int) -> tuple[list[int], Any]:
+    """Tokens of a window of the dataset, and their positions if attention stays inside documents."""
     if desk.dataset is None:
         raise ConfigError("window", expected="a text", got="a window, and the dataset is not available")
-    return [int(token) for token in desk.dataset().tokens(window)]
+    dataset = desk.dataset()
+    return [int(token) for token in dataset.tokens(window)], dataset.positions([window])
 
 
 def _described(exhibit: Exhibit, ids: list[int], found: Ablation) -> dict[str, Any]:

@@ -60,7 +60,13 @@ def tokenise(subject: Subject, text: str, limit: int, rule: WindowRule) -> list[
 
 
 def read_tokens(
-    subject: Subject, sae: Sae, ids: Sequence[int], *, drop_leading: int = 1, sink_multiple: float = 10.0
+    subject: Subject,
+    sae: Sae,
+    ids: Sequence[int],
+    *,
+    drop_leading: int = 1,
+    sink_multiple: float = 10.0,
+    positions: Any = None,
 ) -> Reading:
     """Encode a text's activations.
 
@@ -70,6 +76,7 @@ def read_tokens(
         ids: The text's tokens [T].
         drop_leading: Positions at the start that are not read (the dataset's `plan.drop_leading`).
         sink_multiple: A position whose norm exceeds this multiple of the text's median is a sink.
+        positions: [1, T], if the text is a window of several documents: as for `Subject.activations`.
 
     Raises:
         ConfigError: The text has no position that is read.
@@ -84,7 +91,8 @@ def read_tokens(
             fix="Give a longer text",
         )
     hook = sae.card.hook
-    rows = subject.activations([list(ids)], [hook])[hook][0].to(sae.W_dec.device, torch.float32)
+    found = subject.activations([list(ids)], [hook], positions=positions)
+    rows = found[hook][0].to(sae.W_dec.device, torch.float32)
     with torch.no_grad():
         values, indices = sae.encode(rows)
     read = torch.arange(len(rows), device=rows.device) >= drop_leading
@@ -115,18 +123,27 @@ class Ablation(NamedTuple):
     """Tokens whose probability falls most, which the latent promoted, and the change, [T]."""
 
 
-def ablate(subject: Subject, sae: Sae, reading: Reading, latent: int, *, drop_leading: int = 1) -> Ablation:
+def ablate(
+    subject: Subject,
+    sae: Sae,
+    reading: Reading,
+    latent: int,
+    *,
+    drop_leading: int = 1,
+    positions: Any = None,
+) -> Ablation:
     """Run a text with and without one latent, keeping the SAE's error.
 
-    Leading positions (`drop_leading`) stay clean, as in training.
+    Leading positions (`drop_leading`) stay clean, as in training; `positions` as for `read_tokens`.
     """
     if sae.card is None:
         raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
     ids = torch.tensor([reading.ids], device=subject.device)
     # x - z_n d_n, not the reconstruction without n: otherwise the SAE's error would be measured too.
     steers = [Steer(sae, latent, "ablate", skip=drop_leading)]
-    clean = subject.logits(ids)
-    cut = subject.logits(ids, steered_hooks({sae.card.hook: steers}, len(reading.ids)))
+    clean = subject.logits(ids, positions=positions)
+    without = steered_hooks({sae.card.hook: steers}, len(reading.ids))
+    cut = subject.logits(ids, without, positions=positions)
     change = (next_token_loss(cut, ids) - next_token_loss(clean, ids))[0]
     before, after = clean[0].float().log_softmax(1), cut[0].float().log_softmax(1)
     # Rounding makes the KL of equal distributions slightly negative.

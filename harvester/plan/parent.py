@@ -41,6 +41,11 @@ class Parent:
         self.store = store
         self.plan: HarvestPlan = load_plan(store)
         """Its plan."""
+        if (why := self.plan.no_text) is not None:
+            raise ConfigError(
+                f"plan.tokens_from: {store.uri}", expected="windows of text", got=why,
+                fix="Name the dataset that it was derived from",
+            )  # fmt: skip
 
     @classmethod
     def of(cls, config: Config) -> Parent | None:
@@ -99,7 +104,7 @@ class Parent:
         """
         assert config.plan is not None
         spec = config.plan.on_windows_of(self.plan.spec)
-        own = {"hooks", "dtype", "compress", "sink_multiple", "adopt_tolerance"}
+        own = {"hooks", "attend", "dtype", "compress", "sink_multiple", "adopt_tolerance"}
         stored, wanted = (each.model_dump(mode="json", exclude=own) for each in (self.plan.spec, spec))
         lines = differing_fields(stored, wanted, "plan")
         if config.corpus is not None:
@@ -110,6 +115,13 @@ class Parent:
                 f"the windows of {self.store.uri}, which plan.tokens_from names",
                 got="; ".join(lines[:12]),
                 fix="Leave these fields out: they are then that dataset's",
+            )
+        if spec.attend == "document" and self.plan.labels is None:
+            raise ConfigError(
+                "plan.attend: document",
+                expected="windows whose labels tell where documents begin",
+                got=f"those of {self.store.uri}, planned before labels existed",
+                fix="Plan on the corpus itself, or set plan.attend: window",
             )
         return spec
 

@@ -370,6 +370,12 @@ def refuse_other(
     Raises:
         PlanMismatch: It is not; the differing fields are named.
     """
+    if plan.derived is not None:
+        raise PlanMismatch(
+            f"{store.uri} holds a dataset that was derived from another",
+            got=plan.derived.words,
+            fix="Name another root; `winnow derive` completes and remakes it",
+        )
     lines = _plan_differences(plan, config, identity, sites)
     if lines:
         retokenised = any(line.startswith("subject.tokenizer_sha256") for line in lines)
@@ -409,12 +415,14 @@ def _outline(config: Config) -> Subject:
         gpus = config.harvest.gpus_per_actor
         gpu = spec.device.startswith("cuda") or spec.device_map is not None or bool(gpus)
     found = Subject.outline(spec, gpu=gpu)
-    # The width at a module path is known only from a forward pass; on the CPU if the GPUs are on other
-    # machines.
-    if not all(parse_hook(hook) for hook in plan.hooks):
+    # The width at a module path, and whether documents are kept apart, are known only from forward passes; on
+    # the CPU if the GPUs are on other machines.
+    if plan.attend == "document" or not all(parse_hook(hook) for hook in plan.hooks):
         dtype = found.identity.dtype
         elsewhere = {"device": "cpu", "device_map": None} if config.harvest.ray_address else {}
         found = Subject.load(spec.model_copy(update={"dtype": dtype, **elsewhere}), until=plan.hooks)
+        if plan.attend == "document":
+            found.require_documents_apart(plan.context_length)
     if config.harvest.ray_address and spec.dtype == "auto":
         say(f"plan: the subject runs in {found.identity.dtype}; subject.dtype fixes it")
     return found

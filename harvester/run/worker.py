@@ -32,6 +32,7 @@ from winnow.schemas.harvest import SCALE_BYTES, Attempt, HarvestPlan
 from winnow.schemas.subject import SubjectSpec
 from winnow.store.format.layout import STORED_DTYPES, row_permutation
 from winnow.store.objects import open_store
+from winnow.store.read.labels import read_positions
 from winnow.store.read.reader import read_tokens
 from winnow.store.write.writer import commit_unit
 from winnow.subject.load import Subject
@@ -153,6 +154,9 @@ class UnitWorker:
             raise ConfigError("subject weights on this worker", expected=planned.weights_sha256, got=found)
         for site in subject.sites(self._plan.spec.hooks):
             self._check_width(site.name, site.d_model)
+        # Here too: this node may have another device or another transformers than the planner.
+        if self._plan.spec.attend == "document":
+            subject.require_documents_apart(self._plan.spec.context_length)
         return subject
 
     def _check_width(self, hook: str, width: int) -> None:
@@ -219,8 +223,9 @@ class UnitWorker:
             start = time.monotonic()
             with self._wait.tokens():
                 tokens = read_tokens(self._store, self._plan, unit)
+                positions = read_positions(self._store, self._plan, unit)
             with self._wait.lm():
-                rows = self._rows(unit, tokens)
+                rows = self._rows(unit, tokens, positions)
             batch = self._batch
         attempt = Attempt(
             id=uuid.uuid4().hex,
@@ -232,7 +237,9 @@ class UnitWorker:
         )
         return rows, attempt, hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest()
 
-    def _rows(self, unit: int, tokens: NDArray[np.uint32]) -> dict[str, NDArray[np.generic]]:
+    def _rows(
+        self, unit: int, tokens: NDArray[np.uint32], positions: NDArray[np.int64] | None
+    ) -> dict[str, NDArray[np.generic]]:
         """Every hook's rows [R, D] of a unit, in stored order and dtype, all from passes of one shape."""
         # If memory runs out, the whole unit starts again: its last bits depend on the shape of the passes,
         # and the receipt records one shape for all of them.
@@ -240,7 +247,7 @@ class UnitWorker:
         while True:
             before = self._windows_done
             try:
-                return self._rows_once(unit, tokens)
+                return self._rows_once(unit, tokens, positions)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -270,7 +277,9 @@ class UnitWorker:
         if self._auto:
             record_smaller_batch(self._store, self._plan, self._subject.device, self._threads, self._batch)
 
-    def _rows_once(self, unit: int, tokens: NDArray[np.uint32]) -> dict[str, NDArray[np.generic]]:
+    def _rows_once(
+        self, unit: int, tokens: NDArray[np.uint32], positions: NDArray[np.int64] | None
+    ) -> dict[str, NDArray[np.generic]]:
         plan, spec = self._plan, self._plan.spec
         # The inverse permutation (planned row -> stored row) puts each batch in its places as it comes; the
         # other way round, the unit's rows would be held twice.
@@ -293,8 +302,9 @@ class UnitWorker:
 
         copies, last = CopyOut(self._subject.device), None
         for first in range(0, spec.windows_per_unit, self._batch):
-            batch = tokens[first : first + self._batch]
-            found = self._subject.activations(batch, spec.hooks)
+            part = slice(first, first + self._batch)
+            batch, places = tokens[part], None if positions is None else positions[part]
+            found = self._subject.activations(batch, spec.hooks, positions=places)
             # In every pass, not once: assignment of rows as items would truncate or pad them silently.
             for hook, values in found.items():
                 self._check_width(hook, values.shape[-1])

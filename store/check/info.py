@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from winnow.schemas.base import Contract
+from winnow.schemas.derived import Derivation
 from winnow.schemas.harvest import HarvestPlan
 from winnow.schemas.labels import PlannedLabels
 from winnow.store.format.layout import TOKENS_ARRAY, tokens_key
@@ -51,6 +52,10 @@ class DatasetInfo(Contract):
     """Its id."""
     control_tokens: str
     """How special tokens' spellings in documents were read: `text` or `token`."""
+    derived: Derivation | None
+    """What the rows were made from; null if the subject gave them."""
+    attend: str
+    """What a token saw: its `window`, or its `document` only."""
     windows_per_unit: int
     rows_per_unit: int
     units: int
@@ -87,8 +92,23 @@ def token_rows(plan: HarvestPlan | DatasetInfo) -> list[tuple[str, object]]:
         ("windows begin with", first),
         ("documents joined by", f"{spec.join} (token {plan.join_token})"),
     ]
+    if spec.attend == "document":
+        rows.append(("a token sees", "its own document"))
     if spec.control_tokens == "token":
         rows.append(("control tokens in text", "taken as tokens"))
+    return rows
+
+
+def derived_rows(derived: Derivation | None) -> list[tuple[str, object]]:
+    """Describe what a derived dataset was made from, as rows of a table; none if it was harvested."""
+    if derived is None:
+        return []
+    rows: list[tuple[str, object]] = [
+        ("derived from", f"dataset {derived.parent[:12]}"),
+        ("rule", derived.words),
+    ]
+    if derived.left_out:
+        rows.append(("left over", f"{derived.left_out:,} rows fill no unit"))
     return rows
 
 
@@ -143,6 +163,8 @@ def dataset_info(store: ObjectStore) -> DatasetInfo:
         join=plan.spec.join,
         join_token=plan.join_token,
         control_tokens=plan.spec.control_tokens,
+        derived=plan.derived,
+        attend=plan.spec.attend,
         windows_per_unit=plan.spec.windows_per_unit,
         rows_per_unit=plan.rows_per_unit,
         units=plan.units,

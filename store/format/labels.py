@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,3 +54,20 @@ def label_digests(labels: Labels) -> NDArray[np.uint8]:
     """uint8 [labels, 32]: the SHA-256 of each label of a unit."""
     made = [hashlib.sha256(np.ascontiguousarray(labels[name], LABELS[name]).data).digest() for name in LABELS]
     return np.frombuffer(b"".join(made), np.uint8).reshape(len(LABELS), 32)
+
+
+def document_positions(documents: NDArray[Any]) -> NDArray[np.int64]:
+    """Each token's place in its document, counted from the document's first token in the window.
+
+    A document that began in an earlier window begins again at 0: its earlier tokens are not seen.
+
+    Args:
+        documents: The label `document` [W, T].
+
+    Returns:
+        int64 [W, T].
+    """
+    at = np.broadcast_to(np.arange(documents.shape[1]), documents.shape)
+    begins = np.ones(documents.shape, bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)

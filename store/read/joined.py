@@ -124,6 +124,10 @@ class JoinedStore(ActivationStore):
         """See `ActivationStore.unit_tokens`; the tokens are the same in all of them."""
         return self.datasets[0].unit_tokens(unit)
 
+    def positions(self, windows: Sequence[int]) -> NDArray[np.int64] | None:
+        """There are none: ask the parts, which may attend differently."""
+        raise TypeError(f"joined datasets have positions each: ask the parts for those of {len(windows)}")
+
     def weights(self, hooks: Sequence[str], start: int, stop: int) -> NDArray[np.float32]:
         """See `ActivationStore.weights`."""
         found = [part.weights(own, start, stop) for part, own in self._parts_of(hooks)]

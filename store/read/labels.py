@@ -5,7 +5,7 @@ Letters: T context length, W windows in a unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from winnow.schemas.base import sha256_hex
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
 from winnow.schemas.harvest import HarvestPlan
 from winnow.schemas.labels import PlannedLabels
-from winnow.store.format.labels import LABELS, label_key
+from winnow.store.format.labels import LABELS, document_positions, label_key
 from winnow.store.format.shards import decode_chunk
 from winnow.store.format.zarr_metadata import LABEL_DIGESTS_KEY
 from winnow.store.objects import ObjectStore
@@ -85,6 +85,44 @@ def read_labels(
     if digests is None:
         digests = load_label_digests(store, plan)
     return {name: _read_label(store, plan, unit, name, digests) for name in names}
+
+
+def read_positions(
+    store: ObjectStore, plan: HarvestPlan, unit: int, digests: NDArray[np.uint8] | None = None
+) -> NDArray[np.int64] | None:
+    """Read where each token of a unit's windows is in its document, if attention stays inside documents.
+
+    Returns:
+        int64 [W, T], see `store.format.labels.document_positions`; None if tokens see their whole window.
+
+    Raises:
+        MissingObject, IntegrityError: As for `read_labels`.
+    """
+    if plan.spec.attend == "window":
+        return None
+    return document_positions(read_labels(store, plan, unit, ["document"], digests)["document"])
+
+
+def window_positions(
+    plan: HarvestPlan,
+    windows: Sequence[int],
+    labels: Callable[[int], Mapping[str, NDArray[np.generic]]],
+) -> NDArray[np.int64] | None:
+    """`read_positions` of some windows of a dataset, int64 [len(windows), T].
+
+    Args:
+        plan: The dataset's plan.
+        windows: Numbers of windows of the dataset.
+        labels: Unit -> at least the label `document` [W, T].
+    """
+    if plan.spec.attend == "window":
+        return None
+    size, asked = plan.spec.windows_per_unit, np.asarray(windows, dtype=np.int64)
+    out = np.empty((asked.size, plan.spec.context_length), np.int64)
+    for unit in np.unique(asked // size):
+        chosen = asked // size == unit
+        out[chosen] = document_positions(labels(int(unit))["document"][asked[chosen] % size])
+    return out
 
 
 def _read_label(

@@ -26,7 +26,7 @@ from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.cache import SliceCache
 from winnow.store.read.fetch import fetch_slices
 from winnow.store.read.follow import Arrivals, deleted_units, wait_for_plan
-from winnow.store.read.labels import load_label_digests, read_labels
+from winnow.store.read.labels import load_label_digests, read_labels, window_positions
 from winnow.store.read.readings import Reading
 from winnow.store.records.commit import list_receipts, load_receipt
 from winnow.store.records.index import ReceiptIndex
@@ -342,7 +342,8 @@ class ActivationStore:
         return self.unit_tokens(unit)[number]
 
     def unit_tokens(self, unit: int) -> NDArray[np.uint32]:
-        """Read the token ids of a unit's windows, uint32 [W, T], checked."""
+        """Read the token ids of a unit's windows, uint32 [W, T], checked; ConfigError if they are no text."""
+        self.require_text()
         if self._digests is None:
             self._digests = load_token_digests(self.store, self.plan)
         return read_tokens(self.store, self.plan, unit, self._digests)
@@ -355,6 +356,14 @@ class ActivationStore:
         if self._label_digests is None:
             self._label_digests = load_label_digests(self.store, self.plan)
         return read_labels(self.store, self.plan, unit, names, self._label_digests)
+
+    def positions(self, windows: Sequence[int]) -> NDArray[np.int64] | None:
+        """int64 [len(windows), T]: each token's place in its document, for passes as in the harvest.
+
+        None if a token sees its whole window (`plan.attend`).
+        """
+        self.require_text()
+        return window_positions(self.plan, windows, lambda unit: self.unit_labels(unit, ["document"]))
 
     def weights(self, hooks: Sequence[str], start: int, stop: int) -> NDArray[np.float32]:
         """float32 [stop - start]: the weight of each row.
@@ -566,6 +575,11 @@ class ActivationStore:
 
         facts: dict[str, Any] = {"arrivals": self.arrivals, "cache": self.cache}
         return RowStream(self.store, self.plan, self.index, order, hooks, **options, **facts)
+
+    def require_text(self) -> None:
+        """Raise ConfigError if the dataset was derived and its windows are no text."""
+        if (why := self.plan.no_text) is not None:
+            raise ConfigError(f"{self.uri}: {why}", fix="Take the dataset that it was derived from")
 
     def _check(self, hook: str, start: int, stop: int) -> int:
         if not 0 <= start <= stop <= self.rows:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Row:
     truncation: str = "—"
     generation: str = "—"
     tail: str = "—"
+    documents: str = "—"
     notes: list[tuple[str, str]] = field(default_factory=list)
     """What was tried, and the sentence that refused it."""
     faults: list[str] = field(default_factory=list)
@@ -154,6 +156,7 @@ class _Examination:
         row.truncation = _tried(row, "truncation", self.truncation) or "refused"
         row.generation = _tried(row, "generation", self.generation) or "refused"
         row.tail = _tried(row, "tail", self.tail) or "refused"
+        row.documents = _tried(row, "documents", self.documents) or "refused"
 
     def plain(self, ids: Tensor, **options: Any) -> Any:
         with torch.no_grad():
@@ -347,6 +350,35 @@ class _Examination:
             )
         ]
         return "right" if len(right) == len(ways) else " ".join(right) or "refused"
+
+    def documents(self) -> str:
+        """Documents packed into windows, each against the document run alone."""
+        ids, cuts = self.ids[:2], ((0, 9, LENGTH), (0, 4, 5, 15, LENGTH))
+        positions = torch.stack(
+            [torch.cat([torch.arange(high - low) for low, high in pairwise(cut)]) for cut in cuts]
+        )
+        try:
+            logits = self.subject.logits(ids, positions=positions)
+        except ConfigError as error:
+            if "does not keep the documents" not in error.what:
+                raise
+            return "refused"
+        rows = self.subject.activations(ids, self.hooks, positions=positions) if self.hooks else {}
+        hook = next((hook for hook in ("resid_post.1", "mlp_out.1") if hook in self.hooks), None)
+        patched = logits
+        if hook is not None:
+            tail = Tail(self.subject, hook)
+            patched = tail.patched(tail.start(ids, positions=positions), lambda x: x)
+        for window, cut in enumerate(cuts):
+            for low, high in pairwise(cut):
+                one = ids[window : window + 1, low:high]
+                expected = self.plain(one).logits[0]
+                _same("logits of a packed document", logits[window, low:high], expected)
+                _same("the same, patched", patched[window, low:high], expected)
+                alone = self.subject.activations(one, self.hooks) if self.hooks else {}
+                for each, found in alone.items():
+                    _same(f"{each} of a packed document", rows[each][window, low:high], found[0])
+        return "apart"
 
     def patched(self, hook: str) -> bool:
         ids = self.ids[:2]

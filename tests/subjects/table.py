@@ -48,12 +48,15 @@ compared with the bare transformers model.
   over the same tokens, and a steer of strength 0 changes no bit.
 - **tail**: the passes of evaluation and attribution that begin at a hook: `patched` (whole windows) and
   `continued` (positions after one changed row, with a cache); `right` is both.
+- **documents**: `apart`: with `plan.attend: document`, logits and rows of documents packed into a window are
+  those of each document run alone. `refused`: they are not, because the architecture in transformers ignores
+  positions that restart (recurrences, ALiBi, positions of its own, masks made without them as in gpt-oss).
 
 For every subject, logits and losses are those of the bare model, a window alone gives the same result as in a
 batch of 8, and no logit depends on a later token.
 
-| subject | class | attention | sites | truncation | generation | tail | why |
-|---|---|---|---|---|---|---|---|
+| subject | class | attention | sites | truncation | generation | tail | documents | why |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -67,7 +70,7 @@ def line(row: Row) -> str:
     why = [text if what == ["note"] else f"{', '.join(what)}: {text}" for text, what in parts.items()]
     why += [f"**FAULT** {fault}" for fault in row.faults]
     cells = [f"`{row.name}`", row.model_class, row.attention, row.sites, row.truncation, row.generation]
-    return f"| {' | '.join([*cells, row.tail, '; '.join(why).replace('|', '/')])} |"
+    return f"| {' | '.join([*cells, row.tail, row.documents, '; '.join(why).replace('|', '/')])} |"
 
 
 def page(rows: Iterable[Row]) -> str:

@@ -12,29 +12,30 @@ RESIDUAL = "resid_pre, resid_post"
 ALL = "resid_pre, resid_post, attn_out, mlp_out, resid_mid, mlp_in, attn_z"
 
 FAMILIES = {
-    "bamba": (f"{ALL} (layers 1, 3)", "right", "cached", "right"),
-    "bert, is_decoder": (RESIDUAL, "right", "cached", "right"),
-    "gemma2": (ALL, "right", "cached", "right"),
-    "gemma3": (ALL, "right", "cached", "right"),
-    "gemma4_text, shared keys": (RESIDUAL, "right", "cached", "right"),
-    "mamba": (RESIDUAL, "right", "cached", "right"),
-    "llava": (ALL, "right", "cached", "right"),
-    "mixtral": (ALL, "right", "cached", "right"),
-    "openai-gpt": (RESIDUAL, "right", "whole passes", "right"),
-    "phi3, longrope": (ALL, "right", "cached in parts", "right"),
-    "qwen3_5_text": (f"{ALL} (layers 3)", "right", "cached", "right"),
-    "zaya": (RESIDUAL, "right", "cached", "right"),
+    "bamba": (f"{ALL} (layers 1, 3)", "right", "cached", "right", "refused"),
+    "bert, is_decoder": (RESIDUAL, "right", "cached", "right", "refused"),
+    "gemma2": (ALL, "right", "cached", "right", "apart"),
+    "gemma3": (ALL, "right", "cached", "right", "apart"),
+    "gemma4_text, shared keys": (RESIDUAL, "right", "cached", "right", "apart"),
+    "mamba": (RESIDUAL, "right", "cached", "right", "refused"),
+    "llava": (ALL, "right", "cached", "right", "apart"),
+    "mixtral": (ALL, "right", "cached", "right", "apart"),
+    "openai-gpt": (RESIDUAL, "right", "whole passes", "right", "refused"),
+    "phi3, longrope": (ALL, "right", "cached in parts", "right", "apart"),
+    "qwen3_5_text": (f"{ALL} (layers 3)", "right", "cached", "right", "refused"),
+    "zaya": (RESIDUAL, "right", "cached", "right", "refused"),
 }
-"""Sites, truncation, generation and tail of: state space beside attention (which alone has heads), an encoder
-made causal, soft caps, text and images, keys of other layers, a state space alone, a text tower, experts, no
-cache, rows that depend on the window's length, linear attention, and blocks that hand more on than the stream."""
+"""Sites, truncation, generation, tail and documents of: state space beside attention (which alone has heads),
+an encoder made causal, soft caps, text and images, keys of other layers, a state space alone, a text tower,
+experts, no cache, rows that depend on the window's length, linear attention, and blocks that hand on more than
+the stream."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_right_in_every_way(name: str, tmp_path: Path) -> None:
     row = examine(name, tmp_path)
     assert not row.faults
-    assert (row.sites, row.truncation, row.generation, row.tail) == FAMILIES[name]
+    assert (row.sites, row.truncation, row.generation, row.tail, row.documents) == FAMILIES[name]
 
 
 @pytest.mark.parametrize(
