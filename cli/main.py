@@ -36,6 +36,9 @@ COMMANDS = {
         "harvest", "Read the corpus, tokenise and shuffle it into windows, and write the dataset's plan."
     ),
     "harvest": Entry("harvest", "Run the subject model over the planned windows and store its activations."),
+    "derive": Entry(
+        "derive", "Make a dataset from a dataset: chosen rows, means of rows, differences, another dtype."
+    ),
     "train": Entry("train", "Train a TopK sparse autoencoder on a harvested dataset."),
     "sweep": Entry("train", "Train a grid of TopK sparse autoencoders from one read of a dataset."),
     "runs": Entry(

@@ -1,0 +1,113 @@
+"""`winnow derive`: killed and resumed it gives the same dataset; damage in the parent ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from winnow.harvester.derive.derive import derive
+from winnow.schemas.derived import DeriveRule
+from winnow.schemas.errors import IntegrityError, MissingObject
+from winnow.schemas.readings import RowsSpec
+from winnow.store import ActivationStore
+from winnow.store.check.verify import verify
+from winnow.store.format.labels import label_key
+from winnow.store.format.layout import shard_key, tokens_key
+from winnow.store.objects import open_store
+from winnow.store.testing import make_plan, write_dataset
+
+HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
+ROWS = RowsSpec(special=False)
+RULES = {"regrouped": ["--rows", "{special: false}"], "kept": ["--dtype", "float32"]}
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory) -> str:
+    root = str(tmp_path_factory.mktemp("parent"))
+    plan = make_plan(units=80, windows_per_unit=64, hooks=HOOKS, labels=True, validation_units=6)
+    write_dataset(open_store(root), plan)
+    return root
+
+
+def run(parent: str, out: Path, rule: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "winnow", "derive", parent, str(out), *RULES[rule], "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def attempts(root: Path) -> dict[str, str]:
+    return {path.name: json.loads(path.read_text())["attempt"]["id"] for path in root.glob("receipts/*.json")}
+
+
+def killed_once(parent: str, out: Path, rule: str, reached) -> None:
+    process, end = run(parent, out, rule), time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < end, "the awaited moment never came"
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()  # waits, and closes the pipe
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_killed_at_one_moment_after_another_it_gives_the_same_dataset(parent, tmp_path, rule):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    expected = json.loads(run(parent, whole, rule).communicate(timeout=300)[0])
+    units, kept = expected["units"], dict[str, str]()
+    for reached in (
+        lambda: any(out.glob("tokens/c/*/0")),
+        lambda: any(out.glob("activations/*/c/*/0")),
+        lambda: len(list(out.glob("receipts/*.json"))) >= units // 3,
+    ):
+        killed_once(parent, out, rule, reached)
+        before, kept = kept, attempts(out)
+        assert before.items() <= kept.items(), "a unit that had a receipt was made again"
+        assert len(kept) < units, "killed too late to show anything"
+    found = json.loads(run(parent, out, rule).communicate(timeout=300)[0])
+    assert found["dataset_sha256"] == expected["dataset_sha256"]
+    assert kept.items() <= attempts(out).items(), "a unit that had a receipt was made again"
+    assert not verify(open_store(str(out)), level="full")
+
+
+@pytest.fixture
+def own(tmp_path) -> tuple[str, int]:
+    """A parent of its own, and the unit that will be damaged."""
+    root = str(tmp_path / "parent")
+    write_dataset(open_store(root), make_plan(units=12, hooks=HOOKS, labels=True, validation_units=4))
+    return root, 9
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "swapped", "absent"])
+def test_a_damaged_shard_of_the_parent_ends_it_and_commits_nothing_wrong(own, tmp_path, damage):
+    root, unit = own
+    dataset, path = ActivationStore.open(root), Path(root, shard_key("mlp_out.2", unit))
+    body, other = path.read_bytes(), Path(root, shard_key("mlp_out.2", unit - 1)).read_bytes()
+    damaged = {"cut": body[: len(body) // 2], "flipped": b"?" + body[1:], "swapped": other, "absent": None}
+    for name, rule in {"regrouped": DeriveRule(rows=ROWS), "kept": DeriveRule()}.items():
+        out, root_out = open_store(str(tmp_path / name)), Path(tmp_path, name)
+        path.unlink()
+        if damaged[damage] is not None:
+            path.write_bytes(damaged[damage])
+        with pytest.raises((IntegrityError, MissingObject), match=f"unit {unit}"):
+            derive(dataset, out, rule, dtype="float32")
+        committed = len(attempts(root_out))
+        assert not (root_out / "manifest.json").exists()
+        path.write_bytes(body)
+        plan, _ = derive(dataset, out, rule, dtype="float32")
+        assert 0 < committed < plan.units
+        assert not verify(out, level="full")
+
+
+@pytest.mark.parametrize("key", [tokens_key(9), label_key("flags", 9)])
+def test_tokens_or_labels_that_changed_places_end_it_before_anything_is_written(own, tmp_path, key):
+    root, unit = own
+    Path(root, key).write_bytes(Path(root, key.replace(f"/{unit}/", f"/{unit - 1}/")).read_bytes())
+    with pytest.raises(IntegrityError, match=f"unit {unit}"):
+        derive(ActivationStore.open(root), open_store(str(tmp_path / "out")), DeriveRule(rows=ROWS))
+    assert not (tmp_path / "out").exists()
