@@ -27,8 +27,8 @@ FAMILIES = {
 }
 """Sites, truncation, generation, tail and documents of: state space beside attention (which alone has heads),
 an encoder made causal, soft caps, text and images, keys of other layers, a state space alone, a text tower,
-experts, no cache, rows that depend on the window's length, linear attention, and blocks that hand on more than
-the stream."""
+experts, no cache, rows that depend on the window's length, linear attention, and blocks that hand on more
+than the stream."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
