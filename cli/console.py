@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,7 +25,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from winnow.common.figures import human_rate
-from winnow.common.reporter import Display, Lines, Progress, reporting
+from winnow.common.reporter import Display, Lines, Progress, reporting, say
 from winnow.schemas.errors import WinnowError
 
 # No markup, highlighting or emoji codes: files and roots may be named like `[red]` or `:bug:`, and are shown
@@ -116,6 +116,38 @@ def reporting_to_console() -> Generator[None]:
     finally:
         if outermost:
             _LOGGER.removeHandler(_RECORDS)
+
+
+LOOPBACK = "127.0.0.1"
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        metavar="PORT",
+        help="Serve Prometheus metrics (/metrics) and /healthz on this port meanwhile; 0: a free one",
+    ),
+]
+MetricsHost = Annotated[
+    str,
+    typer.Option(
+        "--metrics-host",
+        metavar="ADDRESS",
+        help="Address that --metrics-port listens on; 0.0.0.0: anyone who reaches the machine may read",
+    ),
+]
+
+
+@contextmanager
+def serving_metrics_if(port: int | None, host: str) -> Generator[None]:
+    """Serve the process's metrics while the block runs, if a port is given."""
+    if port is None:
+        yield
+        return
+    from winnow.common.metrics import serving_metrics
+
+    with serving_metrics(port, host) as bound:
+        say(f"metrics: http://{host}:{bound}/metrics")
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import typer
 
 from winnow.cli.console import emit, guard, print_table
 from winnow.common.reporter import say
+from winnow.common.signals import interrupted_by_signals
 from winnow.schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Measure a trained SAE; the help text is `EVALUATE_HELP`."""
-    with guard():
+    with guard(), interrupted_by_signals():
         from winnow.common.yaml_text import parse_value
         from winnow.evaluator.report import evaluate
         from winnow.schemas.base import validate

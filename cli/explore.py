@@ -11,6 +11,7 @@ import typer
 
 from winnow.cli.console import emit, guard, print_table
 from winnow.common.reporter import say
+from winnow.common.signals import interrupted_by_signals
 
 if TYPE_CHECKING:
     from winnow.schemas.features import FeatureIndex, IndexSpec
@@ -101,7 +102,7 @@ def index_command(
 
     Example: `winnow index runs/quickstart --config configs/quickstart.yaml`
     """
-    with guard():
+    with guard(), interrupted_by_signals():
         from winnow.explorer.index.make import Staff, make_index, make_indexes
         from winnow.explorer.place import Place, default_index
         from winnow.sae.model import read_set_card

@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table
+from winnow.cli.console import (
+    LOOPBACK,
+    MetricsHost,
+    MetricsPort,
+    emit,
+    guard,
+    print_table,
+    serving_metrics_if,
+)
 from winnow.common.figures import human_bytes
 from winnow.common.reporter import say
+from winnow.common.signals import interrupted_by_signals
 
 if TYPE_CHECKING:
     from winnow.schemas.config import Config
@@ -45,7 +54,7 @@ def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> No
 
     Example: `winnow plan configs/quickstart.yaml --set root=s3://bucket/data`
     """
-    with guard():
+    with guard(), interrupted_by_signals():
         from winnow.common.config_file import load_config
         from winnow.harvester.run.driver import ensure_plan
         from winnow.store.objects import open_store
@@ -88,17 +97,29 @@ def harvest_command(
             "Nothing else may write to the root meanwhile",
         ),
     ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            metavar="I/N",
+            help="Harvest every N-th unit from unit I only (I from 0), as one job of an array; needs a plan. "
+            "The part that finishes last seals the dataset",
+        ),
+    ] = None,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = LOOPBACK,
 ) -> None:
     """Run the subject model over the planned windows and store its activations.
 
     Plans first if there is no plan. May be interrupted or killed at any time: the same command resumes, and
-    units that have a receipt are never run again. Refuses a root that holds another plan.
+    units that have a receipt are never run again. Refuses a root that holds another plan. At SIGTERM or
+    SIGUSR1 it commits the units that have begun and exits with 130.
 
     Example: `winnow harvest configs/quickstart.yaml --set harvest.actors=2`
     """
     # At INFO Ray prints its start and its dashboard's address between our lines.
     logging.getLogger("ray").setLevel(logging.WARNING)
-    with guard():
+    with guard(), interrupted_by_signals():
         from winnow.common.config_file import load_config
         from winnow.store.objects import open_store
 
@@ -109,10 +130,11 @@ def harvest_command(
         if forecast:
             _forecast(cfg, store, json)
             return
-        # Before the plan is ensured: a repair needs the stored plan and must not make one.
-        if repair:
-            _repair(cfg, store)
-        _harvest(cfg, store, accept_quarantined, json)
+        with serving_metrics_if(metrics_port, metrics_host):
+            # Before the plan is ensured: a repair needs the stored plan and must not make one.
+            if repair:
+                _repair(cfg, store)
+            _harvest(cfg, store, accept_quarantined, part, json)
 
 
 def _forecast(config: Config, store: ObjectStore, json: bool) -> None:
@@ -129,12 +151,46 @@ def _forecast(config: Config, store: ObjectStore, json: bool) -> None:
     emit(found.model_dump(mode="json"), json, lambda: print_table(title, forecasts.table_rows(found)))
 
 
-def _harvest(config: Config, store: ObjectStore, accept_quarantined: bool, json: bool) -> None:
-    from winnow.harvester.run.start import harvest
+def _harvest(
+    config: Config, store: ObjectStore, accept_quarantined: bool, part: str | None, json: bool
+) -> None:
+    from winnow.harvester.run import start
+    from winnow.harvester.run.part import Part
 
-    dataset = harvest(config, accept_quarantined=accept_quarantined)
-    facts = _harvest_facts(dataset.manifest, dataset.plan, store)
+    if part is None:
+        dataset = start.harvest(config, accept_quarantined=accept_quarantined)
+        facts = _harvest_facts(dataset.manifest, dataset.plan, store)
+    else:
+        own = Part.parse(part)
+        _require_plan(config, store)
+        plan, manifest = start.harvest_part(config, own, accept_quarantined=accept_quarantined)
+        if manifest is None:
+            _show_part(part, store, plan, json)
+            return
+        facts = _harvest_facts(manifest, plan, store)
     emit(facts, json, lambda: _show_harvest(facts))
+
+
+def _require_plan(config: Config, store: ObjectStore) -> None:
+    # Otherwise every job of an array would tokenise the whole corpus.
+    from winnow.harvester.plan.planner import find_plan
+    from winnow.schemas.errors import ConfigError
+
+    if find_plan(config, store) is None:
+        raise ConfigError(
+            f"{store.uri} has no complete plan, which --part needs",
+            expected="a plan that all parts share",
+            fix="Run `winnow plan` with the same config first",
+        )
+
+
+def _show_part(part: str, store: ObjectStore, plan: HarvestPlan, json: bool) -> None:
+    from winnow.store.read.reader import receipts_present
+
+    left = plan.units - len(receipts_present(store, plan))
+    facts = {"root": store.uri, "part": part, "units": plan.units, "units_to_do": left}
+    told = f"part {part} is complete; {left} of {plan.units} units are missing, and the last part seals"
+    emit(facts, json, lambda: say(told))
 
 
 def _repair(config: Config, store: ObjectStore) -> None:

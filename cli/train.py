@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table
+from winnow.cli.console import (
+    LOOPBACK,
+    MetricsHost,
+    MetricsPort,
+    emit,
+    guard,
+    print_table,
+    serving_metrics_if,
+)
 from winnow.common.figures import human_bytes
 from winnow.common.reporter import say
+from winnow.common.signals import interrupted_by_signals
 
 if TYPE_CHECKING:
     from winnow.schemas.training import TrainSpec
@@ -76,11 +85,13 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
                 "the new schedule: after a decay it rises again.",
             ),
         ] = False,
+        metrics_port: MetricsPort = None,
+        metrics_host: MetricsHost = LOOPBACK,
     ) -> None:
         # Before torch is imported: cuBLAS reads it at its first product and needs it to give the same bits in
         # every run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        with guard():
+        with guard(), interrupted_by_signals():
             from winnow.common.config_file import load_config
             from winnow.trainer.mesh.world import launch_of, only_the_first_tells
             from winnow.trainer.run.loop import train
@@ -88,9 +99,11 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
             settings = load_config(config, set_ or [])
             launch = launch_of(os.environ)
             after_train = _measure_in_subject() if subject_figures else None
+            # The ranks of one machine share its ports, and the first one's figures are the run's.
+            port = metrics_port if launch.rank == 0 else None
             # torchrun merges the ranks' output: each line would come once per rank, and --json print several
             # objects.
-            with only_the_first_tells(launch):
+            with only_the_first_tells(launch), serving_metrics_if(port, metrics_host):
                 summary = train(settings, after_train=after_train, extend=extend, launch=launch)
             if launch.rank == 0:
                 emit(summary, as_json, lambda: show(summary, settings.train.out if settings.train else ""))
@@ -115,10 +128,12 @@ def register_sweep(app: typer.Typer) -> None:
             # Off, unlike in `train`: they cost a pass of the subject over held-out windows per SAE.
             bool, typer.Option("--subject-figures", help="Also run the subject model for each SAE.")
         ] = False,
+        metrics_port: MetricsPort = None,
+        metrics_host: MetricsHost = LOOPBACK,
     ) -> None:
         # As in `train`: each SAE must get the bits that `train` alone would give it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        with guard():
+        with guard(), interrupted_by_signals():
             from winnow.common.config_file import load_config
             from winnow.store.read.joined import open_roots
             from winnow.trainer.plan.sweep import grid_specs, require_room
@@ -138,7 +153,8 @@ def register_sweep(app: typer.Typer) -> None:
             need = require_room(specs, dataset)
             say(f"{len(specs)} SAEs, {human_bytes(need)} of memory for them")
             after_train = _measure_in_subject() if subject_figures else None
-            summaries = train_fleet(settings, specs, after_train=after_train)
+            with serving_metrics_if(metrics_port, metrics_host):
+                summaries = train_fleet(settings, specs, after_train=after_train)
             found = {spec.out: summary for spec, summary in zip(specs, summaries, strict=True)}
             emit(found, as_json, lambda: show_sweep(found, specs))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -87,6 +89,7 @@ def _session(settings: CrewSettings) -> Generator[None]:
             "object_store_memory": _LOCAL_OBJECTS_BYTES,
             "num_cpus": usable_cores(),
         }
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address or "local",
@@ -103,6 +106,9 @@ def _session(settings: CrewSettings) -> Generator[None]:
             fix="Start one (`ray start --head`), give its host:port, and set RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH if it asks for a token",
         ) from error
+    # Ray's own handler would end the process with exit code 15 and skip what a stopped command says.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

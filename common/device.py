@@ -1,13 +1,10 @@
-"""Device, threads, determinism and signals of a run."""
+"""Device, threads and determinism of a run."""
 
 from __future__ import annotations
 
 import ctypes
-import signal
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -96,29 +93,3 @@ def torch_settings(device: torch.device, threads: int) -> Generator[None]:
         filling.fill_uninitialized_memory = fill_before
         torch.set_num_threads(threads_before)
         torch.use_deterministic_algorithms(deterministic_before)
-
-
-@contextmanager
-def stop_on_signals(stopping: threading.Event) -> Generator[None]:
-    """Set an event at the first SIGINT or SIGTERM; a second one acts as usual."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    # Handlers are restored at once, so that an impatient second Ctrl-C ends a run that does not stop.
-    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        stopping.set()
-        restore()
-
-    # Python sets handlers in the main thread only; elsewhere (a worker's threads) the event stays unset.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        restore()

@@ -1,73 +1,64 @@
-"""Serves the trainer service's health and Prometheus metrics on loopback, with the standard library's server.
-
-`/healthz` is 200 while the service's loop turns, else 503. `/metrics` is Prometheus' text format.
-"""
+"""The trainer service's metrics: its queue, its devices, and the runs that it trains now."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from winnow.common.metrics import serving_metrics
 from winnow.jobs.queue import job_facts
 from winnow.jobs.service import Service
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, StoreError
 from winnow.schemas.service import RunStatus
 from winnow.store.objects import open_store
+from winnow.trainer.run.metrics import run_families
 from winnow.trainer.run.status import read_status
 
 # As long as a lease: a loop that turns more slowly loses its jobs to other services.
 _STUCK_SECONDS = 60.0
 """Seconds without a turn after which the loop counts as stuck."""
 _JOB_STATES = ("waiting", "running", "stopped", "finished", "failed")
-_GAUGES = {
-    "winnow_run_step": ("step", "Steps finished"),
-    "winnow_run_steps": ("steps", "Steps of the whole run"),
-    "winnow_run_tokens": ("tokens", "Rows trained on"),
-    "winnow_run_tokens_per_second": ("tokens_per_s", "Rows per second of its own time"),
-    "winnow_run_fvu": ("fvu", "FVU of the last batch that was logged; once finished, held out"),
-    "winnow_run_waiting_share": ("waiting_share", "Share of the time spent waiting for data"),
-    "winnow_run_seconds": ("seconds", "Wall-clock of its steps"),
-    "winnow_run_cost": ("cost", "At prices.trainer_hour"),
-}
 
 
-def _is_healthy(service: Service) -> bool:
-    """Whether the service's loop turns."""
-    return time.monotonic() - service.last_turn < _STUCK_SECONDS
+class ServiceMetrics(Collector):
+    """The metrics of one service, read from its queue and its runs' folders when they are asked for."""
 
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
-def metrics_text(service: Service) -> str:
-    """The current metrics, in Prometheus' text format."""
-    facts = job_facts(service.store)
-    states = Counter(fact["state"] for fact in facts)
-    lines = ["# HELP winnow_jobs Jobs of the queue", "# TYPE winnow_jobs gauge"]
-    lines += [f'winnow_jobs{{state="{state}"}} {states[state]}' for state in _JOB_STATES]
-    lines += ["# HELP winnow_devices Devices of this service", "# TYPE winnow_devices gauge"]
-    free = len(service.free)
-    lines += [f'winnow_devices{{state="free"}} {free}']
-    lines += [f'winnow_devices{{state="busy"}} {len(service.devices) - free}']
-    lines += ["# HELP winnow_failed_attempts_total Attempts that failed"]
-    lines += ["# TYPE winnow_failed_attempts_total counter"]
-    lines += [f"winnow_failed_attempts_total {sum(fact['failed_attempts'] for fact in facts)}"]
-    runs = [
-        (attempt.job.name, out, status)
-        for attempt in list(service.attempts)  # a copy: the loop changes it in another thread
-        for out in attempt.job.outs
-        if (status := _status(out, attempt.job.job.config.storage)) is not None
-    ]
-    for name, (attribute, help_text) in _GAUGES.items():
-        lines += [f"# HELP {name} {help_text}", f"# TYPE {name} gauge"]
-        for job, out, status in runs:
-            value = getattr(status, attribute)
-            if value is not None:
-                lines.append(f'{name}{{job="{job}",run="{_escaped(out)}"}} {value}')
-    return "\n".join(lines) + "\n"
+    def collect(self) -> Iterable[Metric]:
+        """See `prometheus_client.registry.Collector`.
+
+        Raises:
+            StoreError: The queue cannot be reached.
+        """
+        service = self._service
+        facts = job_facts(service.store)
+        states = Counter(fact["state"] for fact in facts)
+        jobs = GaugeMetricFamily("winnow_jobs", "Jobs of the queue", labels=["state"])
+        for state in _JOB_STATES:
+            jobs.add_metric([state], states[state])
+        devices = GaugeMetricFamily("winnow_devices", "Devices of this service", labels=["state"])
+        free = len(service.free)
+        devices.add_metric(["free"], free)
+        devices.add_metric(["busy"], len(service.devices) - free)
+        failed = sum(fact["failed_attempts"] for fact in facts)
+        yield jobs
+        yield devices
+        yield CounterMetricFamily("winnow_failed_attempts", "Attempts that failed", value=failed)
+        yield from run_families(
+            ({"job": attempt.job.name, "run": out}, status, {})
+            for attempt in list(service.attempts)  # a copy: the loop changes it in another thread
+            for out in attempt.job.outs
+            if (status := _status(out, attempt.job.job.config.storage)) is not None
+        )
 
 
 def _status(out: str, storage: StorageSpec) -> RunStatus | None:
@@ -78,57 +69,29 @@ def _status(out: str, storage: StorageSpec) -> RunStatus | None:
         return None
 
 
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def service_registry(service: Service) -> CollectorRegistry:
+    """A registry of a service's metrics alone."""
+    # Not described at registration: that would read the queue before the first scrape.
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ServiceMetrics(service))
+    return registry
 
 
 @contextmanager
 def serving(service: Service, port: int) -> Iterator[int]:
-    """Answer on 127.0.0.1 while the block runs; yields the port.
+    """Answer on 127.0.0.1 while the block runs; yields the port. See `serving_metrics`.
 
     Args:
-        service: The service to report on.
+        service: The service to report on; healthy while its loop turns.
         port: Port to listen on; 0 takes a free one.
 
     Raises:
         ConfigError: The port is in use.
     """
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/healthz":
-                healthy = _is_healthy(service)
-                self._answer(200 if healthy else 503, "ok\n" if healthy else "the loop is stuck\n")
-            elif self.path == "/metrics":
-                try:
-                    self._answer(200, metrics_text(service))
-                except StoreError:
-                    self._answer(503, "storage cannot be reached\n")
-            else:
-                self._answer(404, "/healthz or /metrics\n")
+    def turns() -> bool:
+        return time.monotonic() - service.last_turn < _STUCK_SECONDS
 
-        def _answer(self, code: int, text: str) -> None:
-            data = text.encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        # The base class writes a line per request to stderr, among the service's own messages.
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: ARG002
-            return
-
-    # On loopback only: there is no authentication, and metrics name jobs and folders.
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        raise ConfigError(f"port {port}", expected="a free one on 127.0.0.1", got=error.strerror) from error
-    thread = threading.Thread(target=server.serve_forever, name="winnow-metrics", daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    # On loopback only: metrics name jobs and folders.
+    with serving_metrics(port, registry=service_registry(service), healthy=turns) as bound:
+        yield bound

@@ -6,6 +6,7 @@ same command produces the same dataset) needs nothing more. There is one driver,
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, deque
 from typing import Any
@@ -24,10 +25,13 @@ from winnow.cluster.crew import (
 )
 from winnow.common.figures import human_bytes
 from winnow.common.reporter import Progress, say
+from winnow.common.signals import SCHEDULER_SIGNALS, interrupted_by_signals, stop_on_signals
 from winnow.harvester.plan.planner import find_plan, make_plan
 from winnow.harvester.run.brake import Brake
 from winnow.harvester.run.failures import Failures
 from winnow.harvester.run.ledger import RunLedger, settle_account
+from winnow.harvester.run.metrics import HARVEST
+from winnow.harvester.run.part import ALL, Part, check_part
 from winnow.harvester.run.single import LocalRun, check_single_writer, commit_voids
 from winnow.harvester.run.worker import UnitWorker
 from winnow.schemas.config import Config, section
@@ -118,42 +122,84 @@ def harvest(
         WorkerError: Units are quarantined, or too many attempts failed in a row.
         NonFiniteError: Only NaN or infinity from the subject prevents the seal.
         StoreError: The store fails the probe, refuses or is full.
+        KeyboardInterrupt: SIGTERM or SIGUSR1 was received; units that had begun are committed.
     """
-    check_single_writer(config)
-    have = receipts_present(store, plan)
-    todo = [unit for unit in range(plan.units) if unit not in have]
-    if todo:
-        # Before the first unit: a server that ignores if-none-match would let two attempts at a unit
-        # overwrite each other, and hours of harvest would rest on it.
-        store.probe(single_writer=config.storage.single_writer)
-        _check_store_space(plan, store, len(todo), config.harvest.follow)
-        say(
-            f"harvest: {len(todo)} of {plan.units} units to do, "
-            f"{human_bytes(_forecast_bytes(plan, len(todo)))} to write to {store.uri}"
-        )
+    _make_units(config, store, plan, ALL, accept_quarantined)
+    return _seal(store, plan)
 
-        # Called when storage failed: "retry later" is useless on a full disk, which should end the harvest
-        # with that sentence.
-        def enough_space() -> None:
-            _check_store_space(plan, store, plan.units - len(receipts_present(store, plan)))
 
-        failures = Failures(config.harvest, enough_space)
-        with RunLedger(store, plan, failures) as ledger:
-            if config.storage.single_writer:
-                LocalRun(config, store, plan, todo, failures, ledger).go()
-            else:
-                with cluster(crew_settings(config)):
-                    _Run(config, store, plan, todo, failures, ledger).go()
-        # After the run, not during it: bad units must not keep the others from being committed.
-        if failures.quarantined:
-            if not accept_quarantined:
-                raise failures.refusal(plan.units)
-            commit_voids(store, plan, config.harvest, failures)
+def harvest_part(
+    config: Config, store: ObjectStore, plan: HarvestPlan, part: Part, *, accept_quarantined: bool = False
+) -> HarvestManifest | None:
+    """Make the units of one part that have no receipt yet; seals the dataset if they were the last.
+
+    Parts may run at the same time, on machines that only share the store.
+
+    Args:
+        config: See `harvest`, whose errors it raises too.
+        store: See `harvest`.
+        plan: See `harvest`.
+        part: Which units.
+        accept_quarantined: See `harvest`.
+
+    Returns:
+        The manifest, or None if units of other parts are missing.
+
+    Raises:
+        ConfigError: The config has a setting that only a harvest of all units can have.
+    """
+    check_part(config)
+    _make_units(config, store, plan, part, accept_quarantined)
+    # Two parts that end together may both seal: the second one finds the manifest of the first.
+    return _seal(store, plan) if len(receipts_present(store, plan)) == plan.units else None
+
+
+def _seal(store: ObjectStore, plan: HarvestPlan) -> HarvestManifest:
     # Also if nothing was left to do: a run killed between the last receipt and the seal, or between the seal
     # and the account, is completed by the next one.
     manifest = seal(store, plan)
     settle_account(store, plan, manifest)
     return manifest
+
+
+def _make_units(
+    config: Config, store: ObjectStore, plan: HarvestPlan, part: Part, accept_quarantined: bool
+) -> None:
+    """Make those units of a part that have no receipt yet."""
+    check_single_writer(config)
+    units = part.units(plan)
+    have = receipts_present(store, plan)
+    todo = [unit for unit in units if unit not in have]
+    if not todo:
+        return
+    # Before the first unit: a server that ignores if-none-match would let two attempts at a unit
+    # overwrite each other, and hours of harvest would rest on it.
+    store.probe(single_writer=config.storage.single_writer)
+    _check_store_space(plan, store, len(todo), config.harvest.follow)
+    say(
+        f"harvest: {len(todo)} of {len(units)} units to do, "
+        f"{human_bytes(_forecast_bytes(plan, len(todo)))} to write to {store.uri}"
+    )
+
+    # Called when storage failed: "retry later" is useless on a full disk, which should end the harvest
+    # with that sentence.
+    def enough_space() -> None:
+        present = receipts_present(store, plan)
+        _check_store_space(plan, store, sum(unit not in present for unit in units))
+
+    failures = Failures(config.harvest, enough_space)
+    with RunLedger(store, plan, failures) as ledger:
+        HARVEST.show(ledger, store.uri, part, units=len(units), before=len(units) - len(todo))
+        if config.storage.single_writer:
+            LocalRun(config, store, plan, todo, failures, ledger).go()
+        else:
+            with cluster(crew_settings(config)):
+                _Run(config, store, plan, todo, len(units), failures, ledger).go()
+    # After the run, not during it: bad units must not keep the others from being committed.
+    if failures.quarantined:
+        if not accept_quarantined:
+            raise failures.refusal(plan.units)
+        commit_voids(store, plan, config.harvest, failures)
 
 
 class _Run:
@@ -165,34 +211,43 @@ class _Run:
         store: ObjectStore,
         plan: HarvestPlan,
         todo: list[int],
+        units: int,
         failures: Failures,
         ledger: RunLedger,
     ) -> None:
         self._config, self._store, self._plan, self._ledger = config, store, plan, ledger
-        self._queue = deque(todo)
+        self._queue, self._units = deque(todo), units
         self._flying: dict[Any, tuple[int, int]] = {}  # result ref -> (actor's number, unit)
         self._failures = failures
         self._windows: dict[int, int] = {}  # actor's number -> windows it has run
         self._committed = 0
         self._total = len(todo)
+        self._stopping = threading.Event()
         # From the work list and not from the store once more: a listing is a request per 1,000 keys.
         have = set(range(plan.units)) - set(todo)
         self._brake = Brake(config.harvest.follow, store, plan, have)
 
     def go(self) -> None:
-        """Work until the queue is empty."""
+        """Work until the queue is empty; see `harvest` for signals."""
         spec = self._plan.spec
         unit_tokens = spec.windows_per_unit * spec.context_length
-        self._crew = self._muster()
-        self._actors = self._crew.members
-        self._crew.await_first()
+        with interrupted_by_signals():
+            self._crew = self._muster()
+            self._actors = self._crew.members
+            self._crew.await_first()
         # Only now, so that starting Ray and loading the subject do not lower the rate that the next
         # forecast reads from the ledger.
         self._ledger.start()
-        done_before = self._plan.units - self._total
-        with Progress("harvest", self._plan.units * unit_tokens, "tokens", done_before * unit_tokens) as bar:
+        done_before = self._units - self._total
+        bar = Progress("harvest", self._units * unit_tokens, "tokens", done_before * unit_tokens)
+        # Not SIGINT: who presses Ctrl-C waits, and units in flight may take minutes.
+        with bar, stop_on_signals(self._stopping, SCHEDULER_SIGNALS):
             self._hand_out()
             while self._flying or self._queue:
+                if self._stopping.is_set() and self._queue:
+                    say(f"harvest: stopping; {len(self._flying)} units that have begun are finished first")
+                    self._queue.clear()
+                    continue
                 moments = [*self._flying, *self._crew.waiting]
                 if not moments:  # the brake is on: ray.wait refuses an empty list
                     time.sleep(POLL_SECONDS)
@@ -210,7 +265,10 @@ class _Run:
                 # older than its last commit.
                 units = done_before + self._committed
                 tokens = max(units * unit_tokens, done_before * unit_tokens + self._tokens_run())
-                bar.update(tokens, units=f"{units}/{self._plan.units}", failed=self._failures.total)
+                bar.update(tokens, units=f"{units}/{self._units}", failed=self._failures.total)
+                HARVEST.actors, HARVEST.paused = len(self._actors), self._brake.paused
+        if self._stopping.is_set() and self._committed < self._total:
+            raise KeyboardInterrupt
 
     def _muster(self) -> Crew:
         """Ask for the actors."""
@@ -256,6 +314,9 @@ class _Run:
         try:
             self._ledger.add(ray.get(ref))
         except RayActorError as error:
+            # What signals this process may signal its actors too: the units are no worse for it.
+            if self._stopping.is_set():
+                return
             # A lost node does not count towards unit_attempts. To the front: followers wait for the units in
             # the order of the queue.
             if self._crew.lost(number, error):
@@ -273,7 +334,7 @@ class _Run:
             self._failures.succeeded(unit)
 
     def _failed(self, unit: int, error: WinnowError, *, died: bool = False) -> None:
-        if self._failures.failed(unit, error, died=died):
+        if self._failures.failed(unit, error, died=died) and not self._stopping.is_set():
             self._queue.append(unit)
 
     def _tokens_run(self) -> int:
@@ -288,4 +349,5 @@ class _Run:
                 continue
         # Capped: repeated attempts run more windows than there are.
         most = self._total * self._plan.spec.windows_per_unit
-        return min(sum(self._windows.values()), most) * self._plan.spec.context_length
+        HARVEST.tokens_run = min(sum(self._windows.values()), most) * self._plan.spec.context_length
+        return HARVEST.tokens_run

@@ -9,6 +9,7 @@ itself, one after another.
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from winnow.common.clock import now
 from winnow.common.cores import usable_cores
 from winnow.common.reporter import Progress, say
+from winnow.common.signals import SCHEDULER_SIGNALS, stop_on_signals
 from winnow.harvester.run.failures import Failures
 from winnow.harvester.run.ledger import RunLedger, UnitFacts
 from winnow.harvester.run.worker import UnitWorker
@@ -84,7 +86,7 @@ class LocalRun:
         self._queue, self._failures, self._committed = deque(todo), failures, 0
 
     def go(self) -> None:
-        """Work until the queue is empty."""
+        """Work until the queue is empty; see `winnow.harvester.run.driver.harvest` for signals."""
         worker = local_worker(self._config, self._store, self._plan)
         say("harvest: single writer, the units are computed in this process")
         worker.ready()
@@ -93,12 +95,18 @@ class LocalRun:
         unit_tokens = plan.spec.windows_per_unit * plan.spec.context_length
         done_before = (plan.units - len(self._queue)) * unit_tokens
         flying: dict[Future[UnitFacts], int] = {}
+        total, stopping = len(self._queue), threading.Event()
         # Threads, as inside an actor: one unit is committed while the LM, behind the worker's lock, runs the
         # next.
         pool = ThreadPoolExecutor(_UNITS_HELD, thread_name_prefix="winnow-unit")
         try:
-            with Progress("harvest", plan.units * unit_tokens, "tokens", done_before) as bar:
+            bar = Progress("harvest", plan.units * unit_tokens, "tokens", done_before)
+            with bar, stop_on_signals(stopping, SCHEDULER_SIGNALS):
                 while self._queue or flying:
+                    if stopping.is_set() and self._queue:
+                        say(f"harvest: stopping; {len(flying)} units that have begun are finished first")
+                        self._queue.clear()
+                        continue
                     while self._queue and len(flying) < _UNITS_HELD:
                         unit = self._queue.popleft()
                         flying[pool.submit(worker.run, unit)] = unit
@@ -108,6 +116,8 @@ class LocalRun:
                     bar.update(done, units=f"{done // unit_tokens}/{plan.units}", failed=self._failures.total)
         finally:
             pool.shutdown(cancel_futures=True)
+        if stopping.is_set() and self._committed < total:
+            raise KeyboardInterrupt
 
     def _collect(self, future: Future[UnitFacts], unit: int) -> None:
         error = future.exception()

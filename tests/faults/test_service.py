@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
 from tests.support.planted import OTHER_HOOK, planted_config, planted_rows
 from winnow.cli.main import app
 from winnow.common.config_file import load_config
 from winnow.jobs import service as service_module
-from winnow.jobs.prometheus import metrics_text
+from winnow.jobs.prometheus import service_registry
 from winnow.jobs.queue import Queue, job_facts
 from winnow.jobs.service import Service, machine_id, slots
 from winnow.sae.model import Sae
@@ -294,7 +295,7 @@ def test_a_job_whose_folder_is_out_of_reach_is_left_to_its_worker_and_stops_no_o
     assert service.turn()
     assert [attempt.job.name for attempt in service.attempts] == names
     assert [fact["state"] for fact in job_facts(queue.store)] == ["running", "running"]
-    assert 'winnow_jobs{state="running"} 2' in metrics_text(service)
+    assert 'winnow_jobs{state="running"} 2' in generate_latest(service_registry(service)).decode()
 
 
 def test_first_come_first_served_on_the_devices_there_are(queue, tmp_path):

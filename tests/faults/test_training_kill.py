@@ -74,6 +74,30 @@ def test_killed_at_one_moment_after_another_it_gives_the_same_bits(whole, tmp_pa
     assert steps == [*range(10, 16 * EPOCHS, 10), 16 * EPOCHS]
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_by_a_scheduler_it_saves_the_step_and_ends_with_130(whole, tmp_path, sent):
+    config, weights = whole
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 120
+    while not any(out.glob("checkpoints/*/index.json")):
+        assert process.poll() is None, "training ended before it could be stopped"
+        assert time.monotonic() < end, "the awaited moment never came"
+        time.sleep(0.004)
+    # Twice: the second one must not end the process while it writes the checkpoint.
+    process.send_signal(sent)
+    process.send_signal(sent)
+    told = " ".join(process.communicate(timeout=120)[1].split())
+    assert process.returncode == 130
+    step = max(int(path.parent.name) for path in out.glob("checkpoints/*/index.json"))
+    assert f"stopped after step {step} of {16 * EPOCHS}; a checkpoint is kept" in told
+    assert json.loads((out / "status.json").read_text())["state"] == "stopped"
+    assert finish(config, out)["steps"] == 16 * EPOCHS
+    assert (out / "sae.safetensors").read_bytes() == weights
+
+
 def test_a_killed_crosscoder_of_two_subjects_gives_the_same_bits(tmp_path):
     config = roots_config(tmp_path, out=str(tmp_path / "whole"), checkpoint_seconds=0)
     train(load_config(config))

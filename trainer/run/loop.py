@@ -16,9 +16,10 @@ from typing import NoReturn
 
 import torch
 
-from winnow.common.device import cpu_threads, resolve_device, stop_on_signals, torch_settings
+from winnow.common.device import cpu_threads, resolve_device, torch_settings
 from winnow.common.figures import human_bytes
 from winnow.common.reporter import Progress, say
+from winnow.common.signals import stop_on_signals
 from winnow.sae.model import Sae
 from winnow.schemas.config import Config, section
 from winnow.schemas.errors import ConfigError, NonFiniteError, WorkerError
@@ -74,7 +75,7 @@ def train(
         ConfigError: A spec that does not fit the dataset, or another run in `out`; nothing is written.
         NonFiniteError: Loss or gradient is NaN or infinite; the last checkpoint is kept.
         IntegrityError: Stored bytes do not match their digests.
-        KeyboardInterrupt: SIGINT, SIGTERM or `winnow stop` was received; a checkpoint was made.
+        KeyboardInterrupt: SIGINT, SIGTERM, SIGUSR1 or `winnow stop` was received; a checkpoint was made.
     """
     specs = [section(config.train, "train")]
     return train_fleet(config, specs, after_train=after_train, extend=extend, launch=launch)[0]

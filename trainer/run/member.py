@@ -22,6 +22,7 @@ from winnow.trainer.mesh.witness import Witness
 from winnow.trainer.mesh.world import World
 from winnow.trainer.run.checkpoint_files import Saver
 from winnow.trainer.run.loggers import Loggers
+from winnow.trainer.run.metrics import RUNS
 from winnow.trainer.run.publish import Summary, publish
 from winnow.trainer.run.publish_set import publish_set
 from winnow.trainer.run.start import identity_of, restore_or_create, rows_of, stream_state
@@ -158,6 +159,7 @@ class Member:
         """Add a telemetry line."""
         self.status.fvu = record["fvu"]
         self.telemetry.log(record)
+        RUNS.record(self.out.uri, record)
         if self._loggers is not None:
             self._loggers.log(record)
 

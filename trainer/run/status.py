@@ -10,6 +10,7 @@ from winnow.schemas.config import PricesSpec
 from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
 from winnow.schemas.service import RunState, RunStatus
 from winnow.store.objects import ObjectStore
+from winnow.trainer.run.metrics import RUNS
 from winnow.trainer.step import Run, SetRun
 
 STATUS_KEY = "status.json"
@@ -72,6 +73,7 @@ class StatusWriter:
             cause=cause,
         )
         self._out.put(STATUS_KEY, status.to_json())
+        RUNS.status(self._out.uri, status)
         return status
 
 
