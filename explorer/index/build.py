@@ -28,9 +28,17 @@ from numpy.typing import NDArray
 
 from winnow.explorer.index import latents as per_latent
 from winnow.explorer.index.blocks import Block, block_folder, firing_counts, make_block, merge
-from winnow.explorer.index.directions import DirectLogits, nearest, stream_rows, token_texts, unit_rows
+from winnow.explorer.index.directions import (
+    DirectLogits,
+    nearest,
+    principal,
+    stream_rows,
+    token_texts,
+    unit_rows,
+)
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import (
+    COMPONENTS,
     GROUP_LATENTS,
     INDEX_KEY,
     PART_LATENTS,
@@ -392,8 +400,12 @@ class Indexer:
             columns["token_ids"] = _heads(part.column("token_ids"))
             columns["promoted"] = _heads(part.column("promoted_ids") if self.spec.logits else None, part)
             tables.append(pa.table(columns))
+        columns = _columns(pa.concat_tables(tables))
+        found = principal(self.sae.W_dec.detach())
+        if found is not None:
+            columns |= {name: pa.array(found[:, i]) for i, name in enumerate(COMPONENTS)}
         # One row group: the server reads the whole summary at its start.
-        return encode_table(_columns(pa.concat_tables(tables)), self.card.latents)
+        return encode_table(columns, self.card.latents)
 
 
 def _columns(table: Any) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from winnow.subject.load import Subject
 
 _LOGIT_NUMBERS = 1 << 24
 """Largest rows x V of logits held at once: 67 MB of float32."""
+# A set's cross-layer decoder of 24 layers of 768 is wider: its covariance would be 2.7 GB, and take minutes.
+_PRINCIPAL_WIDTH = 8192
+"""Largest D of which principal components are computed."""
 COSINE_COLUMNS = 1 << 14
 """Latents that a part is compared with at a time: with 1,024 per part, also 67 MB."""
 
@@ -177,6 +180,35 @@ def nearest(directions: Tensor, first: int, stop: int, count: int) -> Near:
 def unit_rows(W: Tensor) -> Tensor:
     """Rows [N, D] scaled to length 1; zero rows stay zero."""
     return W / W.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+@torch.no_grad()
+def principal(W: Tensor) -> NDArray[np.float32] | None:
+    """Coordinates [N, 2] of the unit rows of W [N, D] along their first two principal components.
+
+    The sign of a component is that of its largest entry.
+
+    Returns:
+        None if D is below 2, or above `_PRINCIPAL_WIDTH`.
+    """
+    N, D = W.shape
+    if not 2 <= D <= _PRINCIPAL_WIDTH:
+        return None
+    # In blocks, so that unit rows of the whole decoder are not held once more; in float64, since a mean
+    # square minus a squared mean would lose digits.
+    total = torch.zeros(D, dtype=torch.float64)
+    square = torch.zeros(D, D, dtype=torch.float64)
+    for block in W.split(COSINE_COLUMNS):
+        rows = unit_rows(block.float()).double().cpu()
+        total += rows.sum(0)
+        square += rows.T @ rows
+    mean = total / N
+    _, vectors = torch.linalg.eigh(square / N - torch.outer(mean, mean))
+    axes = vectors[:, [-1, -2]]
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    axes = axes * torch.where(largest < 0, -1.0, 1.0)
+    parts = [(unit_rows(block.float()).double().cpu() - mean) @ axes for block in W.split(COSINE_COLUMNS)]
+    return torch.cat(parts).float().numpy()
 
 
 def token_texts(tokenizer: Any, vocabulary: int) -> list[str]:

@@ -42,6 +42,8 @@ _MAX_EXPLANATIONS_BYTES = 1 << 28
 
 SCALARS = ("fires", "largest", "mean", "mean_square", "enc_dec_cosine", "token_share", "logit_peak")
 """Columns of the summary that are numbers."""
+COMPONENTS = ("direction_1", "direction_2")
+"""Further columns: the decoder row along two principal components of all; absent in older indexes."""
 
 
 def part_key(part: int) -> str:

@@ -1,4 +1,4 @@
-"""The explorer's JSON API. Every input is bounded here; nothing from a request names a file.
+"""The explorer's JSON API. Every input is bounded (`bodies`); nothing from a request names a file.
 
 Requests use the subject and the SAE one at a time (`winnow.explorer.site.lane`); pages of latents do not
 queue.
@@ -7,142 +7,45 @@ queue.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
 
-from winnow.explorer.index.subjects import LazySubject
-from winnow.explorer.site.circuit import Circuits
+from winnow.explorer.site.bodies import (
+    MAX_NEW_TOKENS,
+    MAX_TEXT,
+    AblateBody,
+    MonitorBody,
+    PromotionBody,
+    SteerBody,
+    TextBody,
+)
 from winnow.explorer.site.circuit_api import add_graphs
+from winnow.explorer.site.desk import Desk
+from winnow.explorer.site.effects import ablation, measured_promotion
 from winnow.explorer.site.exhibit import AXES, Exhibit, matches, overview
 from winnow.explorer.site.lane import Lane
 from winnow.explorer.site.monitor import MAX_LATENTS, MAX_TOKENS, MonitorReport, monitor
-from winnow.explorer.site.reading import Ablation, ablate, read_tokens, tokenise
+from winnow.explorer.site.reading import read_tokens, tokenise
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.window import WindowRule
-from winnow.store import ActivationStore
 from winnow.subject.generate import Steer
-from winnow.subject.load import Subject
 
-# What one request may cost; with the eight seats (`--seats`) this bounds how long the last one waits. The
-# page takes its own limits from here (`/api/site`).
-MAX_TEXT = 4000
-_MAX_NEW_TOKENS = 200
-_MAX_EDITS = 8
-# A feature page offers 36 examples, each of which can be ablated: a few latents' worth.
-_CACHED_ABLATIONS = 256
 _TOP_PER_TOKEN = 8
 
 _SaeNumber = Annotated[int, Path(ge=0, le=255, description="Which SAE, as listed by /api/site")]
-Axis = Literal["density", "largest", "mean", "token_share", "logit_peak", "enc_dec_cosine"]
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-# Any SAE's numbers; whether this SAE has the latent is checked by `Desk.latent`, with a message that says
-# which ones it has.
-_LatentNumber = Annotated[int, Field(ge=0, lt=1 << 31)]
-
-
-class _Body(BaseModel):
-    # A misspelt field is an error, not a default that is taken silently.
-    model_config = ConfigDict(extra="forbid")
-
-
-class _TextBody(_Body):
-    """A text to read."""
-
-    text: Text
-
-
-class _MonitorBody(_TextBody):
-    """A text, and the latents to monitor on it."""
-
-    latents: Annotated[list[_LatentNumber], Field(min_length=1, max_length=MAX_LATENTS)]
-
-
-class _AblateBody(_Body):
-    """A latent, and the text or the dataset's window in which it is ablated."""
-
-    latent: _LatentNumber
-    text: Text | None = None
-    window: Annotated[int | None, Field(ge=0, lt=1 << 32)] = None
-
-
-class Edit(_Body):
-    """One change of one latent."""
-
-    sae: Annotated[int, Field(ge=0, le=255)] = 0
-    latent: _LatentNumber
-    op: Literal["clamp", "scale", "add", "ablate"] = "clamp"
-    # JSON parsers accept Infinity, which would make every logit NaN.
-    strength: Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)] = 0.0
-
-
-class SteerBody(_Body):
-    """What to generate, clean and steered with the same random numbers."""
-
-    prompt: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-    edits: Annotated[list[Edit], Field(max_length=_MAX_EDITS)]
-    tokens: Annotated[int, Field(ge=1, le=_MAX_NEW_TOKENS)] = 40
-    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 0.8
-    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-
-
-@dataclass
-class Desk:
-    """What all requests share.
-
-    Attributes:
-        exhibits: The SAEs that the site shows.
-        subject: The subject they belong to; None if nothing says which one, as for a graph's file alone.
-        lane: The queue in front of the subject.
-        dataset: Opens the dataset; None if it is not available.
-        circuits: The graphs, and what their page needs.
-        ablations: Newest replies by request, for repeated ones.
-    """
-
-    exhibits: list[Exhibit]
-    subject: LazySubject | None
-    lane: Lane
-    dataset: Callable[[], ActivationStore] | None = None
-    circuits: Circuits = field(default_factory=Circuits)
-    ablations: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
-
-    def model(self) -> Subject:
-        """The subject with all its layers, loaded when it is first needed.
-
-        Raises:
-            ConfigError: The server has none.
-            SaeMismatch: Other weights than the dataset was harvested from.
-        """
-        if self.subject is None:
-            raise ConfigError("subject", expected="a subject", got="none", fix="Name it in --config FILE")
-        return self.subject.whole()
-
-    def exhibit(self, number: int) -> Exhibit:
-        """The SAE of a number.
-
-        Raises:
-            ConfigError: No such SAE.
-        """
-        if not self.exhibits:
-            raise ConfigError("sae", expected="an index", got="none", fix="Run `winnow index SET` first")
-        if not 0 <= number < len(self.exhibits):
-            raise ConfigError("sae", expected=f"0 to {len(self.exhibits) - 1}", got=number)
-        return self.exhibits[number]
-
-    def latent(self, exhibit: Exhibit, number: int) -> int:
-        """Return `number` if the SAE has such a latent.
-
-        Raises:
-            ConfigError: It has not.
-        """
-        if not 0 <= number < exhibit.table.meta.latents:
-            raise ConfigError("latent", expected=f"0 to {exhibit.table.meta.latents - 1}", got=number)
-        return number
+Axis = Literal[
+    "density",
+    "largest",
+    "mean",
+    "token_share",
+    "logit_peak",
+    "enc_dec_cosine",
+    "direction_1",
+    "direction_2",
+]
 
 
 def make_router(desk: Desk) -> APIRouter:
@@ -174,10 +77,11 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
             "limits": {
                 "text": MAX_TEXT,
                 "tokens": MAX_TOKENS,
-                "new_tokens": _MAX_NEW_TOKENS,
+                "new_tokens": MAX_NEW_TOKENS,
                 "latents": MAX_LATENTS,
             },
             "windows": desk.dataset is not None,
+            "labels": desk.kinds is not None and desk.kinds.known,
         }
 
     @router.get("/saes/{sae}/map", summary="Coordinates of latents")
@@ -215,6 +119,15 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
     def feature(sae: _SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
         return desk.exhibit(sae).feature(latent)
 
+    @router.get("/saes/{sae}/features/{latent}/labels", summary="What the tokens of a latent's examples are")
+    def labels(sae: _SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
+        exhibit = desk.exhibit(sae)
+        if desk.kinds is None:
+            raise ConfigError("labels", expected="the dataset", got="nothing: it is not available")
+        examples = exhibit.table.latent(latent)["examples"]
+        places = [(each["window"], each["position"]) for each in examples]
+        return desk.kinds.of(exhibit.table.meta.plan_fingerprint, places)
+
 
 def _add_comparisons(router: APIRouter, desk: Desk) -> None:
     """Routes about two SAEs: they need the decoders, not the subject."""
@@ -238,7 +151,7 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
     """Routes that run the subject, one request at a time."""
 
     @router.post("/saes/{sae}/text", summary="Which latents fire on a text, token by token")
-    def text(sae: _SaeNumber, body: _TextBody) -> dict[str, Any]:
+    def text(sae: _SaeNumber, body: TextBody) -> dict[str, Any]:
         exhibit = desk.exhibit(sae)
         with desk.lane.visit():
             subject = desk.model()
@@ -255,7 +168,7 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
         return _describe_reading(exhibit, reading)
 
     @router.post("/saes/{sae}/monitor", summary="Chosen latents over a text")
-    def watch(sae: _SaeNumber, body: _MonitorBody) -> MonitorReport:
+    def watch(sae: _SaeNumber, body: MonitorBody) -> MonitorReport:
         exhibit = desk.exhibit(sae)
         with desk.lane.visit():
             subject = desk.model()
@@ -272,8 +185,12 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
             )
 
     @router.post("/saes/{sae}/ablate", summary="How predictions on a text change without a latent")
-    def effects(sae: _SaeNumber, body: _AblateBody) -> dict[str, Any]:
+    def effects(sae: _SaeNumber, body: AblateBody) -> dict[str, Any]:
         return ablation(desk, sae, body)
+
+    @router.post("/saes/{sae}/promotion", summary="What steering with a latent promotes, measured")
+    def promoted(sae: _SaeNumber, body: PromotionBody) -> dict[str, Any]:
+        return measured_promotion(desk, sae, body)
 
     @router.post("/steer", summary="Generate clean and steered; one JSON object per line")
     def steer(body: SteerBody) -> StreamingResponse:
@@ -308,63 +225,6 @@ def _describe_reading(exhibit: Exhibit, reading: Any) -> dict[str, Any]:
             for latent in strongest
         ],
         "briefs": {str(latent): exhibit.brief(latent) for latent in sorted(shown)},
-    }
-
-
-def ablation(desk: Desk, sae: int, body: _AblateBody) -> dict[str, Any]:
-    """The effects of one latent on one text, computed or from the cache.
-
-    Raises:
-        ConfigError: No such latent, neither text nor window, both, or a text of unsuitable length.
-    """
-    exhibit = desk.exhibit(sae)
-    desk.latent(exhibit, body.latent)
-    if (body.text is None) == (body.window is None):
-        raise ConfigError("text, window", expected="one of the two", got="both or neither")
-    # Looked up before a seat is taken: a repeated request never meets a busy model.
-    key = (sae, body.latent, body.text, body.window)
-    if key in desk.ablations:
-        desk.ablations.move_to_end(key)
-        return desk.ablations[key]
-    with desk.lane.visit():
-        subject = desk.model()
-        if body.text is not None:
-            ids, positions = tokenise(subject, body.text, MAX_TOKENS, exhibit.window), None
-        else:
-            ids, positions = _window(desk, body.window or 0)
-        meta, own = exhibit.table.meta, exhibit.sae(subject.device)
-        common: dict[str, Any] = {"drop_leading": meta.drop_leading, "positions": positions}
-        reading = read_tokens(subject, own, ids, sink_multiple=meta.sink_multiple, **common)
-        found = ablate(subject, own, reading, body.latent, **common)
-    reply = _described(exhibit, ids, found)
-    desk.ablations[key] = reply
-    while len(desk.ablations) > _CACHED_ABLATIONS:
-        desk.ablations.popitem(last=False)
-    return reply
-
-
-def _window(desk: Desk, window: int) -> tuple[list[int], Any]:
-    """Tokens of a window of the dataset, and their positions if attention stays inside documents."""
-    if desk.dataset is None:
-        raise ConfigError("window", expected="a text", got="a window, and the dataset is not available")
-    dataset = desk.dataset()
-    return [int(token) for token in dataset.tokens(window)], dataset.positions([window])
-
-
-def _described(exhibit: Exhibit, ids: list[int], found: Ablation) -> dict[str, Any]:
-    texts = exhibit.table.texts
-
-    def votes(pairs: list[tuple[int, float]]) -> list[dict[str, Any]]:
-        return [{"token": texts[number], "change": round(change, 6)} for number, change in pairs]
-
-    return {
-        "tokens": exhibit.words(ids),
-        "values": [round(value, 5) for value in found.activation],
-        # None at the last token: what comes after it is unknown.
-        "loss_change": [None if each is None else round(each, 6) for each in found.loss_change],
-        "kl": [round(each, 6) for each in found.kl],
-        "up": [votes(each) for each in found.up],
-        "down": [votes(each) for each in found.down],
     }
 
 

@@ -1,22 +1,25 @@
-"""Opens what a server of SAEs shows: their indexes, explanations, the dataset and the subject."""
+"""What a server of SAEs shows: their indexes, explanations, the dataset and the subject."""
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 from winnow.evaluator.report import load_evaluation
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import FeatureTable
 from winnow.explorer.place import Place, default_index
-from winnow.explorer.site.api import Desk
 from winnow.explorer.site.circuit import Circuits
 from winnow.explorer.site.edits import make_runner
 from winnow.explorer.site.exhibit import Exhibit
 from winnow.explorer.site.explained import from_evaluation
 from winnow.explorer.site.graphs import GRAPHS, Shelf
+from winnow.explorer.site.kinds import Kinds
 from winnow.explorer.site.lane import Lane
 from winnow.explorer.site.layers import indexed_layers, open_set
 from winnow.schemas.config import StorageSpec
@@ -25,8 +28,83 @@ from winnow.schemas.fit import check_one_subject, mismatch
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
+from winnow.subject.load import Subject
 
 log = logging.getLogger("winnow.explorer")
+
+# A feature page offers 36 examples, each of which can be ablated: a few latents' worth.
+_CACHED_EFFECTS = 256
+"""Replies about ablations and promotions that are kept."""
+
+
+@dataclass
+class Desk:
+    """What all requests share.
+
+    Attributes:
+        exhibits: The SAEs that the site shows.
+        subject: The subject they belong to; None if nothing says which one, as for a graph's file alone.
+        lane: The queue in front of the subject.
+        dataset: Opens the dataset; None if it is not available.
+        circuits: The graphs, and what their page needs.
+        effects: Newest replies about ablations and promotions by request, for repeated ones.
+    """
+
+    exhibits: list[Exhibit]
+    subject: LazySubject | None
+    lane: Lane
+    dataset: Callable[[], ActivationStore] | None = None
+    circuits: Circuits = field(default_factory=Circuits)
+    effects: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+
+    @cached_property
+    def kinds(self) -> Kinds | None:
+        """What the dataset's tokens are; None if it is not available."""
+        return Kinds(self.dataset) if self.dataset is not None else None
+
+    def once(self, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The reply to a request: the one given before, or what `compute` returns."""
+        # Looked up before a seat is taken: a repeated request never meets a busy model.
+        if key in self.effects:
+            self.effects.move_to_end(key)
+            return self.effects[key]
+        reply = self.effects[key] = compute()
+        while len(self.effects) > _CACHED_EFFECTS:
+            self.effects.popitem(last=False)
+        return reply
+
+    def model(self) -> Subject:
+        """The subject with all its layers, loaded when it is first needed.
+
+        Raises:
+            ConfigError: The server has none.
+            SaeMismatch: Other weights than the dataset was harvested from.
+        """
+        if self.subject is None:
+            raise ConfigError("subject", expected="a subject", got="none", fix="Name it in --config FILE")
+        return self.subject.whole()
+
+    def exhibit(self, number: int) -> Exhibit:
+        """The SAE of a number.
+
+        Raises:
+            ConfigError: No such SAE.
+        """
+        if not self.exhibits:
+            raise ConfigError("sae", expected="an index", got="none", fix="Run `winnow index SET` first")
+        if not 0 <= number < len(self.exhibits):
+            raise ConfigError("sae", expected=f"0 to {len(self.exhibits) - 1}", got=number)
+        return self.exhibits[number]
+
+    def latent(self, exhibit: Exhibit, number: int) -> int:
+        """Return `number` if the SAE has such a latent.
+
+        Raises:
+            ConfigError: It has not.
+        """
+        if not 0 <= number < exhibit.table.meta.latents:
+            raise ConfigError("latent", expected=f"0 to {exhibit.table.meta.latents - 1}", got=number)
+        return number
 
 
 def open_desk(

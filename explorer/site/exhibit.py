@@ -6,6 +6,7 @@ Letters: N latents.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,6 +32,8 @@ AXES = {
     "token_share": "share of its activation on its favourite token",
     "logit_peak": "logit of its most promoted token",
     "enc_dec_cosine": "cosine of encoder and decoder row",
+    "direction_1": "its decoder row along the first principal component of all",
+    "direction_2": "its decoder row along the second principal component of all",
 }
 """The axes of the map, and their descriptions."""
 _MAX_POINTS = 100_000
@@ -83,9 +86,20 @@ class Exhibit:
     # ---- all latents -----------------------------------------------------------------------------
 
     def axis(self, name: str) -> NDArray[np.float64]:
-        """Values of one of `AXES`, [N]."""
+        """Values of one of `AXES`, [N].
+
+        Raises:
+            ConfigError: The index is older than this axis.
+        """
         if name == "density":
             return self.table.density()
+        if name not in self.table.summary.column_names:
+            raise ConfigError(
+                f"{name} of {self.name}",
+                expected="an index that has it",
+                got="an older one",
+                fix="Delete the index and run `winnow index` again",
+            )
         return self.table.column(name).astype(np.float64)
 
     @cached_property
@@ -165,9 +179,10 @@ class Exhibit:
             name: row[name] for name in ("fires", "largest", "mean", "mean_square", "enc_dec_cosine")
         }
         page["quantiles"], page["histogram"] = row["quantiles"], row["histogram"]
-        page["tokens"] = self._pairs(row["token_ids"], row["token_shares"])
+        page["tokens"] = self.pairs(zip(row["token_ids"], row["token_shares"], strict=True))
         for name in ("promoted", "suppressed"):
-            page[name] = self._pairs(row.get(f"{name}_ids", []), row.get(f"{name}_logits", []))
+            scores = row.get(f"{name}_logits", [])
+            page[name] = self.pairs(zip(row.get(f"{name}_ids", []), scores, strict=True))
         for name in ("cosine", "coactive"):
             pairs = zip(row.get(f"{name}_ids", []), row.get(f"{name}_scores", []), strict=True)
             page[name] = [self.brief(other) | {"score": score} for other, score in pairs]
@@ -180,11 +195,9 @@ class Exhibit:
         ]
         return page
 
-    def _pairs(self, ids: list[int], scores: list[float]) -> list[dict[str, Any]]:
-        return [
-            {"token": self.table.texts[number], "id": number, "score": score}
-            for number, score in zip(ids, scores, strict=True)
-        ]
+    def pairs(self, scored: Iterable[tuple[int, float]]) -> list[dict[str, Any]]:
+        """Token ids and scores, with the tokens' texts."""
+        return [{"token": self.table.texts[number], "id": number, "score": score} for number, score in scored]
 
     def facts(self) -> dict[str, Any]:
         """What the site says about this SAE."""
@@ -195,10 +208,12 @@ class Exhibit:
         counts, edges = np.histogram(np.log10(density[alive]), bins=40, range=(-7, 0))
         return {
             "name": self.name,
+            "sha256": meta.sae_sha256,
             "hook": meta.hook,
             "targets": list(meta.target_hooks),
             "d_model": meta.d_model,
             "latents": meta.latents,
+            "vocabulary": len(self.table.texts),
             "rows": meta.rows,
             "windows": meta.windows,
             "bos": self.window.bos,
@@ -207,6 +222,7 @@ class Exhibit:
             "l0": float(density.sum()),
             "bands": meta.spec.bands,
             "explained": len(self.table.explanations),
+            "axes": ["density", *(name for name in AXES if name in self.table.summary.column_names)],
             "density_histogram": {
                 "counts": counts.tolist(),
                 "low": float(edges[0]),

@@ -10,7 +10,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from winnow.explorer.site.api import Desk, make_router
+from winnow.explorer.site.api import make_router
+from winnow.explorer.site.desk import Desk
 from winnow.explorer.site.gate import Gate
 from winnow.explorer.site.lane import Busy
 from winnow.schemas.errors import ConfigError, StoreError, WinnowError
@@ -64,8 +65,12 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
     files = _load_files()
 
     @app.get("/", include_in_schema=False)
+    def start() -> Response:
+        # Of its own: with a default in `page`, a field `name` of the page's address would be the file's name.
+        return page("index.html")
+
     @app.get("/{name}", include_in_schema=False)
-    def page(name: str = "index.html") -> Response:
+    def page(name: str) -> Response:
         data, kind = files.get(name, (b"There is no such page.\n", None))
         return Response(data, 200 if kind else 404, media_type=kind or "text/plain")
 

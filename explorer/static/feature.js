@@ -1,7 +1,8 @@
 // One latent: what it fires on, from strongest to weakest, what it promotes, and its neighbours.
 import { address, get, remember } from "./api.js";
 import { histogram } from "./charts.js";
-import { el, level, number, percent, waiting } from "./dom.js";
+import { el, field, level, number, percent, select, waiting } from "./dom.js";
+import { keeper } from "./lists.js";
 import { about, strip, table, token } from "./tokens.js";
 
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
@@ -16,15 +17,16 @@ export async function featurePage(site, fields) {
       el("div", {}, el("h1", {}, `Latent ${latent}`), el("p", { class: "soft" }, `${page.sae} · `, about(page.brief))),
       el("div", { class: "row" }, turn(latent - 1, "prev", "← Previous"), turn(latent + 1, "next", "Next →"),
         el("a", { class: "button quiet", href: address({ page: "monitor", sae, latents: latent }) }, "Watch"),
-        el("a", { class: "button", href: address({ page: "steer", edits: `${sae}:${latent}:clamp:${number(2 * page.figures.largest).replace(",", "")}` }) }, "Steer with it"))),
+        el("a", { class: "button", href: address({ page: "steer", edits: `${sae}:${latent}:clamp:${number(2 * page.figures.largest).replace(",", "")}` }) }, "Steer with it")),
+      keeper(site, sae, latent)),
     page.explanations.length ? el("div", { class: "card" }, el("h2", {}, "Explanations"), el("ul", { class: "plain" }, page.explanations.map((/** @type {any} */ one) =>
       el("li", {}, one.text, " ", el("span", { class: "soft small" }, `${one.source}${one.score === null ? "" : ` · ${number(one.score)}`}`))))) : "",
-    el("div", { class: "columns" }, el("div", {}, examples(site, sae, page, fields.band), neighbours(sae, page)), aside(page)),
+    el("div", { class: "columns" }, el("div", {}, examples(site, sae, page, fields.band, fields.kind), neighbours(sae, page)), aside(site, sae, page)),
   ];
 }
 
-/** @param {any} site @param {string} sae @param {any} page @param {string} [band] */
-function examples(site, sae, page, band) {
+/** @param {any} site @param {string} sae @param {any} page @param {string} [band] @param {string} [kind] */
+function examples(site, sae, page, band, kind = "") {
   const bands = page.quantiles.length - 1;
   /** @type {[string, string, string][]} */
   const tabs = [["-1", "Strongest", "The windows with its highest activations, of all windows that are indexed."]];
@@ -51,18 +53,50 @@ function examples(site, sae, page, band) {
       button.tabIndex = button.dataset.key === key ? 0 : -1;
     }
     says.textContent = words;
-    list.replaceChildren(...page.examples.filter((/** @type {any} */ one) => String(one.band) === key).map((/** @type {any} */ one) => example(site, sae, page, one)));
+    const shown = page.examples.filter((/** @type {any} */ one) => String(one.band) === key && fits(one, kind));
+    list.replaceChildren(...(shown.length ? shown.map((/** @type {any} */ one) => example(site, sae, page, one)) : [el("p", { class: "note" }, "None of these examples is of that kind.")]));
   };
   const first = present.find(([key]) => key === (band ?? "-1")) ?? present[0];
   if (first) choose(first[0], first[2]);
+  const kinds = el("div", { class: "kinds" });
+  // Apart from the page, which must not wait for the dataset.
+  if (first && site.labels) labelled(sae, page).then((options) => {
+    if (options.length < 3) return;
+    kinds.replaceChildren(field("On tokens of", select("kind", options, kind, (chosen) => { kind = chosen; remember({ kind }); again(); })));
+    if (kind) again();
+    // In place: a window that is being ablated stays.
+    for (const one of page.examples) if (one.badge) one.badge.textContent = one.kind;
+  }, (error) => kinds.replaceChildren(el("p", { class: "soft small" }, error.message)));
+  const again = () => buttons.forEach((button, i) => button.getAttribute("aria-selected") === "true" && choose(present[i][0], present[i][2]));
   return el("section", { class: "card" },
     el("div", { class: "head" }, el("h2", {}, "Where it fires"), el("span", { class: "legend" }, "0", el("i"), level(page.figures.largest))),
-    present.length ? [el("div", { class: "tabs", role: "tablist", "aria-label": "Parts of its activations" }, buttons), says, list]
+    present.length ? [el("div", { class: "tabs", role: "tablist", "aria-label": "Parts of its activations" }, buttons), kinds, says, list]
       : el("p", { class: "note" }, "It fires on no token of the indexed windows."));
+}
+
+/** Whether an example is of a kind, such as `role:2`; all are of the empty one. @param {any} one @param {string} kind */
+function fits(one, kind) {
+  const [name, value] = kind.split(":");
+  return !kind || !one.label || String(one.label[name]) === value;
+}
+
+/** Give the examples their labels; returns the kinds there are, with counts. @param {string} sae @param {any} page @returns {Promise<[string, string][]>} */
+async function labelled(sae, page) {
+  const found = await get(`saes/${sae}/features/${page.latent}/labels`), names = { role: found.roles, source: found.sources };
+  /** @type {Map<string, number>} */ const counts = new Map();
+  page.examples.forEach((/** @type {any} */ one, /** @type {number} */ i) => {
+    one.label = found.tokens[i];
+    one.kind = [found.roles.length > 1 && found.roles[one.label.role] !== "none" && `${found.roles[one.label.role]}, turn ${one.label.turn}`, found.sources.length > 1 && found.sources[one.label.source]].filter(Boolean).join(" · ");
+    for (const name of ["role", "source"]) counts.set(`${name}:${one.label[name]}`, (counts.get(`${name}:${one.label[name]}`) ?? 0) + 1);
+  });
+  const of = (/** @type {"role"|"source"} */ name) => [...counts].filter(([kind]) => kind.startsWith(`${name}:`)).sort();
+  // A label that is the same for all divides nothing.
+  return [["", `all ${page.examples.length} examples`], .../** @type {const} */ (["role", "source"]).flatMap((name) => of(name).length < 2 ? [] : of(name).map(([kind, count]) => /** @type {[string, string]} */ ([kind, `${name} ${names[name][Number(kind.split(":")[1])]} (${count})`])))];
 }
 
 /** @param {any} site @param {string} sae @param {any} page @param {any} one */
 function example(site, sae, page, one) {
+  one.badge = el("span", { class: "soft small of" }, one.kind);
   const effect = el("div", { class: "effect", hidden: true }), at = one.position - one.first;
   const says = (/** @type {number} */ i) => `${number(one.values[i])}${one.position - at + i === 0 ? "\nthe window's first token, which is not read" : ""}`;
   const button = el("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => {
@@ -72,7 +106,7 @@ function example(site, sae, page, one) {
   } }, "Ablate");
   return el("div", { class: "example" }, el("span", { class: "num", title: "its activation at the marked token" }, level(one.values[at])),
     strip(one.tokens, one.values, { most: page.figures.largest, peak: at, says, flat: true, label: `Example with activation ${number(one.values[at])}` }),
-    site.windows && button, effect);
+    one.badge, site.windows && button, effect);
 }
 
 /** How the model's predictions change without the latent. @param {any} site @param {string} sae @param {number} latent @param {number} window */
@@ -91,10 +125,39 @@ async function ablation(site, sae, latent, window) {
   ];
 }
 
-/** @param {any} page */
-function aside(page) {
+/** What steering with the latent promotes. @param {any} site @param {string} sae @param {any} page */
+function steered(site, sae, page) {
+  if (!site.windows || !page.figures.fires) return "";
+  const place = el("div", {});
+  const button = el("button", { type: "button", class: "quiet", onclick: async () => {
+    button.disabled = true;
+    await waiting(place, site.subject.ready ? "Running windows with and without it…" : "Loading the subject model, then running windows with and without it…", () => measured(site, sae, page));
+    button.disabled = false;
+  } }, "Measure");
+  return el("section", { class: "card", id: "steered" }, el("h2", {}, "Promotes, when steered"),
+    el("p", { class: "soft small" }, "The whole model runs: what becomes likelier when the latent is clamped to its largest activation."), button, place);
+}
+
+/** @param {any} site @param {string} sae @param {any} page */
+async function measured(site, sae, page) {
+  const found = await get(`saes/${sae}/promotion`, { latent: page.latent });
+  site.subject.ready = true;
+  const rows = (/** @type {string} */ name, /** @type {any[]} */ all) => el("table", {}, el("caption", { class: "small" }, name),
+    el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "change of log-probability, nats"))),
+    el("tbody", {}, all.map((row) => el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, `${row.score > 0 ? "+" : "−"}${level(Math.abs(row.score))}`)))));
+  const shared = found.direct.filter((/** @type {any} */ one) => one.shared).length;
+  const ranks = found.direct.map((/** @type {any} */ one) => one.rank).sort((/** @type {number} */ a, /** @type {number} */ b) => a - b);
+  return [
+    found.direct.length ? el("p", { class: "small verdict" }, `${shared} of the ${found.direct.length} tokens that its direction alone promotes are among these ${found.up.length}; their median rank is ${ranks[Math.floor((ranks.length - 1) / 2)].toLocaleString("en")} of ${site.saes[Number(sae)].vocabulary.toLocaleString("en")}.`) : "",
+    rows("More likely", found.up), rows("Less likely", found.down),
+    el("p", { class: "soft small" }, `Mean change of log-probability in nats, over ${found.positions.toLocaleString("en")} positions of ${found.windows} windows; clamped to ${level(found.strength)}; KL ${number(found.kl)} nats.`),
+  ];
+}
+
+/** @param {any} site @param {string} sae @param {any} page */
+function aside(site, sae, page) {
   const facts = page.figures;
-  const logits = (/** @type {string} */ title, /** @type {any[]} */ rows) => rows.length ? el("section", { class: "card" }, el("h2", {}, title), el("p", { class: "soft small" }, "Logits of its direction alone."),
+  const logits = (/** @type {string} */ title, /** @type {any[]} */ rows) => rows.length ? el("section", { class: "card" }, el("h2", {}, title), el("p", { class: "soft small" }, "Logits of its direction alone: the direct path, which skips the layers in between."),
     el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "logit"))), el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, level(row.score))))))) : "";
   return el("aside", { "aria-label": "Figures" },
     el("section", { class: "card" }, el("h2", {}, "Activations"),
@@ -105,7 +168,7 @@ function aside(page) {
       ].map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]))),
     page.tokens.length ? el("section", { class: "card" }, el("h2", {}, "Fires on these tokens"), el("p", { class: "soft small" }, "Share of its summed activation."), el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "share"))), el("tbody", {}, page.tokens.map((/** @type {any} */ row) =>
       el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, row.score < 0.005 ? "< 1 %" : `${(100 * row.score).toFixed(0)} %`)))))) : "",
-    logits("Promotes", page.promoted), logits("Suppresses", page.suppressed));
+    logits("Promotes, by its direction", page.promoted), logits("Suppresses, by its direction", page.suppressed), steered(site, sae, page));
 }
 
 /** @param {string} sae @param {any} page */

@@ -4,16 +4,17 @@ import { el, hideTip, waiting } from "./dom.js";
 import { comparePage } from "./compare.js";
 import { featurePage } from "./feature.js";
 import { graphPage } from "./graph.js";
+import { listsPage } from "./lists.js";
 import { mapPage } from "./map.js";
 import { monitorPage } from "./monitor.js";
 import { steerPage } from "./steer.js";
 import { textPage } from "./text.js";
 
-/** @typedef {{name: string, hook: string, latents: number, bands: number, bos: boolean}} Shown */
-/** @typedef {{saes: Shown[], subject: {model: string, ready: boolean}, axes: Record<string, string>, graphs: boolean, limits: Record<string, number>, windows: boolean}} Site */
+/** @typedef {{name: string, sha256: string, hook: string, latents: number, vocabulary: number, bands: number, bos: boolean, axes: string[]}} Shown */
+/** @typedef {{saes: Shown[], subject: {model: string, ready: boolean}, axes: Record<string, string>, graphs: boolean, limits: Record<string, number>, windows: boolean, labels: boolean}} Site */
 
 /** @type {Record<string, [string, (site: any, fields: Record<string, string>) => Promise<any>|any]>} */
-const PAGES = { map: ["Map", mapPage], feature: ["Feature", featurePage], text: ["Text", textPage], compare: ["Compare", comparePage], steer: ["Steer", steerPage], monitor: ["Monitor", monitorPage], graph: ["Circuit", graphPage] };
+const PAGES = { map: ["Map", mapPage], feature: ["Feature", featurePage], text: ["Text", textPage], compare: ["Compare", comparePage], steer: ["Steer", steerPage], monitor: ["Monitor", monitorPage], lists: ["Lists", listsPage], graph: ["Circuit", graphPage] };
 /** The pages that there is something for: graphs may be shown without an SAE, and an SAE without graphs. @param {Site|undefined} site */
 const pagesOf = (site) => Object.keys(PAGES).filter((page) => (page === "graph" ? !site || site.graphs : !site || site.saes.length > 0));
 

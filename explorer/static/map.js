@@ -14,8 +14,9 @@ const shares = (name) => (SHARES.includes(name) ? (/** @type {number} */ value) 
 export function mapPage(site, fields) {
   const now = { sae: "0", x: "density", y: "token_share", sort: "token_share", down: "1", low: "", high: "", q: "", from: "0", ...fields };
   const chart = el("div", { class: "card map" }), list = el("div", { class: "card" });
-  const axes = /** @type {[string, string][]} */ (Object.entries(site.axes));
-  const short = Object.fromEntries(axes.map(([name]) => [name, name.replaceAll("_", " ")]));
+  const shown = /** @type {any} */ (site.saes[Number(now.sae)] ?? site.saes[0]);
+  const axes = /** @type {[string, string][]} */ (Object.entries(site.axes).filter(([name]) => shown.axes.includes(name)));
+  const short = Object.fromEntries(Object.keys(site.axes).map((name) => [name]).map(([name]) => [name, name.replaceAll("_", " ")]));
   /** @type {Map<number, string>} */ const named = new Map();
   /** @type {number | null} */ let below = null; // the pointer
 
@@ -38,8 +39,8 @@ export function mapPage(site, fields) {
         }
       },
     });
-    const shown = data.latents.length < data.total ? `, ${data.latents.length.toLocaleString("en")} drawn at random` : "";
-    return [canvas, el("p", { class: "soft small" }, `${data.total.toLocaleString("en")} latents${shown}. ${short[now.x]}: ${site.axes[now.x]}. ${short[now.y]}: ${site.axes[now.y]}.`)];
+    const some = data.latents.length < data.total ? `, ${data.latents.length.toLocaleString("en")} drawn at random` : "";
+    return [canvas, el("p", { class: "soft small" }, `${data.total.toLocaleString("en")} latents${some}. ${short[now.x]}: ${site.axes[now.x]}. ${short[now.y]}: ${site.axes[now.y]}.`)];
   });
 
   const rows = () => waiting(list, "Sorting latents…", async () => {
@@ -70,7 +71,6 @@ export function mapPage(site, fields) {
     timer = setTimeout(() => event.target.checkValidity() && change({ [name]: event.target.value, from: "0" }), 250);
   };
   const edge = (/** @type {string} */ name, /** @type {string} */ hint) => el("input", { type: "number", name, min: 0, max: 100, step: "any", value: /** @type {any} */ (now)[name], placeholder: hint, oninput: typed(name) });
-  const shown = /** @type {any} */ (site.saes[Number(now.sae)] ?? site.saes[0]);
   draw();
   rows();
   return [
@@ -81,6 +81,7 @@ export function mapPage(site, fields) {
       el("label", { class: "field grow" }, "Search tokens and explanations", el("input", { type: "search", name: "q", maxlength: 200, value: now.q, oninput: typed("q") })),
       field("Across", select("x", axes.map(([name]) => [name, short[name]]), now.x, (x) => change({ x }))),
       field("Up", select("y", axes.map(([name]) => [name, short[name]]), now.y, (y) => change({ y }))),
+      shown.axes.includes("direction_1") && el("a", { class: "button quiet", href: now.x === "direction_1" ? address({ page: "map", sae: now.sae }) : address({ page: "map", sae: now.sae, x: "direction_1", y: "direction_2" }) }, now.x === "direction_1" ? "By density" : "By direction"),
       field("Density from, %", edge("low", "0")), field("to, %", edge("high", "100"))),
     chart, list,
   ];

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from winnow.explorer.place import Place
-from winnow.explorer.site.api import Desk
-from winnow.explorer.site.desk import open_desk
+from winnow.explorer.site.desk import Desk, open_desk
 from winnow.explorer.site.serve import listen, make_app, server
 from winnow.schemas.config import StorageSpec
 

@@ -58,6 +58,18 @@ def test_map_filters_searches_and_opens_a_latent(page, served):
     page.wait_for_selector("h1:has-text('Latent')")
 
 
+def test_map_by_direction(page, served):
+    open_page(page, served, "?page=map", "main canvas")
+    page.get_by_role("link", name="By direction").click()
+    page.wait_for_url(re.compile("x=direction_1&y=direction_2"))
+    page.wait_for_selector("text=along the first principal component")
+    assert page.locator("select[name=x]").input_value() == "direction_1"
+    picture(page, served, "map-direction")
+    no_serious_violation(page)
+    page.get_by_role("link", name="By density").click()
+    page.wait_for_selector("text=share of tokens on which it fires")
+
+
 def test_map_names_the_latent_below_the_pointer_and_opens_it(page, served):
     open_page(page, served, "?page=map", "main canvas")
     data = page.evaluate("fetch('/api/saes/0/map').then((reply) => reply.json())")
@@ -96,6 +108,39 @@ def test_feature_page_and_ablation(page, served):
     page.wait_for_selector("h1:has-text('Latent 6')")
     page.go_back()
     page.wait_for_selector("h1:has-text('Latent 5')")
+
+
+def test_examples_by_the_source_of_their_tokens(page, served):
+    open_page(page, served, "?page=feature&latent=5", ".strip span")
+    if not page.evaluate("fetch('/api/site').then((reply) => reply.json()).then((site) => site.labels)"):
+        pytest.skip("these SAEs' dataset has no labels")
+    chosen = page.get_by_label("On tokens of")
+    chosen.wait_for()
+    sources = page.locator(".example .of").all_text_contents()
+    name = sources[0]
+    kind = chosen.locator("option", has_text=name).get_attribute("value")
+    chosen.select_option(kind)
+    page.wait_for_url(re.compile("kind=source"))
+    assert page.locator(".example").count() == sources.count(name)
+    no_serious_violation(page)
+    page.reload()
+    page.get_by_label("On tokens of").wait_for()
+    assert page.get_by_label("On tokens of").input_value() == kind
+    assert set(page.locator(".example .of").all_text_contents()) == {name}
+
+
+def test_what_steering_promotes_is_measured_beside_the_direct_path(page, served):
+    open_page(page, served, "?page=feature&latent=5", ".strip span")
+    assert page.get_by_role("heading", name="Promotes, by its direction").count() == 1
+    card = page.locator("#steered")
+    card.get_by_role("button", name="Measure").click()
+    card.locator("table").first.wait_for()
+    assert card.locator("table").count() == 2
+    assert re.search(r"\d+ of the \d+ tokens that its direction alone promotes", card.text_content())
+    assert "nats" in card.text_content()
+    card.scroll_into_view_if_needed()
+    picture(page, served, "steered")
+    no_serious_violation(page)
 
 
 def test_text_page_says_what_fires(page, served):
@@ -156,6 +201,78 @@ def test_monitor_exports_what_it_shows(page, served):
     assert "".join(report["tokens"]) == TEXT
 
 
+def test_lists_are_kept_shared_by_link_and_by_file(page, served, chromium, tmp_path):
+    for latent in (5, 7):
+        open_page(page, served, f"?page=feature&latent={latent}", ".keeper input")
+        page.get_by_label("Name of a list").fill("Old words <b>")
+        page.get_by_role("button", name="Keep").click()
+        page.wait_for_selector("a:has-text('in Old words <b>')")
+    page.get_by_role("link", name="in Old words <b>").click()
+    page.wait_for_selector("#list table a")
+    assert page.locator("#list tbody tr").count() == 2
+    picture(page, served, "lists")
+    no_serious_violation(page)
+    link = page.get_by_label("Link to this list").input_value()
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Download").click()
+    path = tmp_path / "list.json"
+    saved.value.save_as(path)
+    assert json.loads(path.read_text())["latents"] == [5, 7]
+
+    page.get_by_label("Name", exact=True).fill("Older words")
+    page.get_by_role("button", name="Rename").click()
+    page.wait_for_selector("h2:has-text('Older words')")
+    page.get_by_label("Take out").select_option("5")
+    page.wait_for_url(re.compile(r"latents=7$"))
+    page.wait_for_selector("#list table a")
+    assert page.locator("#list tbody tr").count() == 1
+    page.reload()
+    page.wait_for_selector("li:has-text('1 latent of')")
+    page.get_by_role("button", name="Delete").click()
+    page.wait_for_selector("text=No list is kept yet")
+
+    # Somebody else: nothing is kept until they ask for it.
+    other = chromium.new_context()
+    theirs = other.new_page()
+    theirs.goto(link)
+    theirs.wait_for_selector("#list table a")
+    assert theirs.evaluate("localStorage.getItem('lists')") is None
+    theirs.get_by_role("button", name="Keep this list").click()
+    theirs.wait_for_selector("li:has-text('Old words <b>')")
+    assert theirs.locator("main b").count() == 0
+    other.close()
+    page.get_by_label("A file with a list").set_input_files(path)
+    page.wait_for_selector("h2:has-text('Old words <b>')")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[", "This file is no JSON."),
+        ('{"kind": "winnow.monitor"}', "This file is no list of latents."),
+        ('{"kind": "winnow.latents", "name": "a", "sae": "b", "latents": [1]}', "does not say to which SAE"),
+        (
+            f'{{"kind": "winnow.latents", "name": "a", "sae": "{"0" * 64}", "latents": ["1"]}}',
+            "not all numbers",
+        ),
+    ],
+)
+def test_a_file_that_is_no_list_is_refused(page, served, content, says, tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(content)
+    open_page(page, served, "?page=lists", "input[type=file]")
+    page.get_by_label("A file with a list").set_input_files(path)
+    page.wait_for_selector(f".error:has-text('{says}')")
+    assert page.evaluate("localStorage.getItem('lists')") is None
+
+
+def test_a_list_of_another_sae_is_shown_as_that(page, served):
+    open_page(page, served, f"?page=lists&name=Theirs&of={'0' * 64}&latents=3,900000", "#list")
+    assert "an SAE that is not shown here" in page.locator("#list").text_content()
+    open_page(page, served, f"?page=lists&name=Theirs&of={'0' * 64}&latents=3,x", ".error")
+    assert "not all numbers" in page.locator(".error").text_content()
+
+
 def test_dark_and_narrow(page, served):
     open_page(page, served, "?page=feature&latent=5", ".strip span")
     page.get_by_role("button", name="Switch between light and dark").click()
@@ -170,6 +287,7 @@ def test_dark_and_narrow(page, served):
         "?page=compare",
         "?page=steer",
         "?page=monitor",
+        "?page=lists",
     ):
         open_page(page, served, address, "main h1")
         page.wait_for_load_state("networkidle")

@@ -18,12 +18,14 @@ from tests.support.explorer_site import HOOK, LATENTS, Site, make_dataset, make_
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import INDEX_KEY, FeatureTable
 from winnow.explorer.place import Place
-from winnow.explorer.site.api import MAX_TEXT, Desk, SteerBody, steering
-from winnow.explorer.site.desk import add_explanations, open_desk
+from winnow.explorer.site.api import steering
+from winnow.explorer.site.bodies import MAX_TEXT, SteerBody
+from winnow.explorer.site.desk import Desk, add_explanations, open_desk
 from winnow.explorer.site.exhibit import Exhibit
 from winnow.explorer.site.lane import Busy, Lane
 from winnow.explorer.site.serve import make_app
 from winnow.sae.model import Sae
+from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, SaeMismatch
 from winnow.schemas.evaluation import Evaluation
 from winnow.schemas.features import Explanation
@@ -192,11 +194,114 @@ def test_a_window_can_be_ablated_and_is_remembered(client, site, desk):
     assert max(reply["values"]) == pytest.approx(
         max(desk.exhibits[0].table.latent(7)["examples"][0]["values"]), rel=0.02
     )  # stored rows are bfloat16
-    key = (0, 7, None, window)
-    assert desk.ablations[key]["kl"] == reply["kl"]
-    desk.ablations[key]["kl"] = ["remembered"]
+    key = ("ablation", 0, 7, None, window)
+    assert desk.effects[key]["kl"] == reply["kl"]
+    desk.effects[key]["kl"] = ["remembered"]
     again = client.post("/api/saes/0/ablate", json={"latent": 7, "window": window}).json()
     assert again["kl"] == ["remembered"]
+
+
+def test_promotion_is_the_mean_change_over_windows_in_which_the_latent_is_clamped(
+    client, site, subject, desk
+):
+    table, sae = desk.exhibits[0].table, Sae.load(site.saes[0])
+    row, drop, dataset = table.latent(7), table.meta.drop_leading, ActivationStore.open(site.root)
+    drawn = sorted(np.random.default_rng(0).choice(table.meta.windows, 8, replace=False).tolist())
+
+    def clamped(rows: torch.Tensor) -> torch.Tensor:
+        code = torch.zeros(len(rows), LATENTS).scatter_add_(1, *reversed(sae.encode(rows)))[:, 7]
+        norm = sae.normalise(rows)[1].norm
+        new = rows + (row["largest"] - code)[:, None] * norm * sae.W_dec[7]
+        return torch.cat([rows[:drop], new[drop:]])
+
+    moved, kl = [], []
+    for window in drawn:
+        ids = [dataset.tokens(window).tolist()]
+        clean, pushed = (
+            subject.logits(ids, replace)[0, drop:].log_softmax(1) for replace in (None, {HOOK: clamped})
+        )
+        moved.append(pushed - clean)
+        kl.append((clean.exp() * (clean - pushed)).sum(1))
+    change = torch.cat(moved).mean(0)[: len(table.texts)]
+    reply = client.post("/api/saes/0/promotion", json={"latent": 7}).json()
+    assert reply["strength"] == row["largest"]
+    assert (reply["windows"], reply["positions"]) == (8, len(torch.cat(kl)))
+    assert reply["kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-3)
+    best = change.topk(5)
+    assert [each["id"] for each in reply["up"]] == best.indices.tolist()
+    assert [each["score"] for each in reply["up"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert [each["id"] for each in reply["down"]] == change.topk(5, largest=False).indices.tolist()
+    assert [each["id"] for each in reply["direct"]] == row["promoted_ids"]
+    order = change.argsort(descending=True).tolist()
+    for each in reply["direct"]:
+        assert each["change"] == pytest.approx(change[each["id"]].item(), abs=1e-4)
+        assert each["rank"] == order.index(each["id"]) + 1
+        assert each["shared"] == (each["rank"] <= 5)
+    # Remembered, and another strength is another question.
+    desk.effects["promotion", 0, 7, row["largest"]]["kl"] = "remembered"
+    assert client.post("/api/saes/0/promotion", json={"latent": 7}).json()["kl"] == "remembered"
+    weaker = client.post("/api/saes/0/promotion", json={"latent": 7, "strength": 0.1}).json()
+    assert weaker["kl"] < torch.cat(kl).mean()
+
+
+def test_the_map_by_direction_is_the_decoders_principal_components(client, site, desk):
+    rows = Sae.load(site.saes[0]).W_dec.double()
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    _, _, vectors = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    reply = client.get("/api/saes/0/map?x=direction_1&y=direction_2").json()
+    for found, axis in ((reply["x"], vectors[0]), (reply["y"], vectors[1])):
+        wanted = (rows - rows.mean(0)) @ axis
+        sign = 1 if axis[axis.abs().argmax()] > 0 else -1
+        assert found == pytest.approx((sign * wanted).tolist(), abs=1e-4)
+    assert "direction_1" in desk.exhibits[0].facts()["axes"]
+
+
+def test_an_older_index_has_no_map_by_direction(site):
+    table = FeatureTable.open(f"{site.saes[0]}/features")
+    table.summary = table.summary.drop_columns(["direction_1", "direction_2"])
+    older = Exhibit("older", site.saes[0], table)
+    assert "direction_1" not in older.facts()["axes"]
+    assert "density" in older.facts()["axes"]
+    with pytest.raises(ConfigError, match="an index that has it"):
+        older.axis("direction_1")
+
+
+def test_no_field_of_the_address_is_a_file(client):
+    assert client.get("/?name=style.css").headers["content-type"].startswith("text/html")
+    assert client.get("/style.css").headers["content-type"].startswith("text/css")
+    assert client.get("/nothing.css").status_code == 404
+
+
+def test_labels_say_what_the_tokens_of_the_examples_are(client, site, desk):
+    dataset = ActivationStore.open(site.root)
+    reply = client.get("/api/saes/0/features/7/labels").json()
+    assert reply["sources"] == ["corpus.jsonl", "letters.jsonl"]
+    assert reply["roles"] == list(dataset.plan.labels.roles)
+    examples = desk.exhibits[0].table.latent(7)["examples"]
+    assert len(reply["tokens"]) == len(examples) > 0
+    for found, each in zip(reply["tokens"], examples, strict=True):
+        unit, window = divmod(each["window"], dataset.plan.spec.windows_per_unit)
+        labels = dataset.unit_labels(unit)
+        wanted = {name: int(labels[name][window, each["position"]]) for name in ("role", "turn", "source")}
+        assert found == wanted
+    assert {found["source"] for found in reply["tokens"]} == {0, 1}
+    assert client.get("/api/site").json()["labels"]
+
+
+def test_labels_of_another_dataset_are_refused(desk):
+    with pytest.raises(ConfigError, match="the dataset that was indexed"):
+        desk.kinds.of("0" * 64, [(0, 1)])
+
+
+def test_promotion_needs_the_dataset_and_a_latent(client, site, tmp_path):
+    reply = client.post("/api/saes/0/promotion", json={"latent": LATENTS})
+    assert reply.status_code == 400
+    assert "latent" in reply.json()["error"]
+    alone = open_desk([site.saes[0]], None, Place(str(tmp_path), site.config.subject, StorageSpec()), seats=2)
+    there = TestClient(make_app(alone), base_url="http://127.0.0.1:8517")
+    reply = there.post("/api/saes/0/promotion", json={"latent": 7})
+    assert reply.status_code == 400
+    assert "the dataset is not available" in reply.json()["error"]
 
 
 def lines(reply) -> list[dict]:
@@ -393,7 +498,7 @@ def test_no_request_makes_the_server_fail(app, caplog):
     headers = {"Host": "127.0.0.1"}
     described = schemathesis.openapi.from_asgi("/api/openapi.json", app, headers=headers)
     operations = [each.ok() for each in described.get_all_operations()]
-    assert len(operations) == 15
+    assert len(operations) == 17
     for operation in operations:
         assert fuzzed(operation, headers) >= 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.pipeline import pipeline_config
+from tests.support.pipeline import pipeline_config, write_corpus
 from winnow.common.config_file import load_config
 from winnow.explorer.index.make import make_index
 from winnow.explorer.place import Place
@@ -45,8 +45,18 @@ def random_sae(d_model: int, latents: int, k: int, seed: int) -> Sae:
 
 
 def make_dataset(folder: Path, units: int = 3) -> tuple[Path, Config]:
-    """Plan and harvest in this process, without Ray."""
-    path = pipeline_config(folder, units=units, plan={"hooks": [HOOK]}, storage={"single_writer": True})
+    """Plan and harvest two sources in this process, without Ray."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "corpus.jsonl", folder / "letters.jsonl"]
+    for seed, file in enumerate(files):
+        write_corpus(file, documents=20 * (units + 1), seed=seed)
+    path = pipeline_config(
+        folder,
+        units=units,
+        corpus={"sources": [{"uri": str(file)} for file in files]},
+        plan={"hooks": [HOOK]},
+        storage={"single_writer": True},
+    )
     config = load_config(path)
     store = open_store(config.root, config.storage)
     harvest(config, store, ensure_plan(config, store))
