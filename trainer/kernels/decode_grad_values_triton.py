@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from winnow.trainer.kernels.cost import Cost, Given, cost_of, size_of
 from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
 
 LARGEST_BLOCK = 256
@@ -30,6 +31,13 @@ def _dots(grad, indices, W_dec, out, K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.co
         directions = tl.load(W_dec + latent[:, None] * D + d[None, :], mask=inside, other=0.0)
         total += tl.sum(directions.to(tl.float32) * g[None, :], axis=1)
     tl.store(out + row * K + entry, total, mask=entry < K)
+
+
+@cost_of("_dots")
+def _dots_cost(given: Given) -> Cost:
+    codes = size_of(given["indices"]) + size_of(given["out"])
+    gathered = given["indices"].numel() * given["D"] * given["W_dec"].element_size()
+    return Cost(streamed=size_of(given["grad"]) + codes, gathered=gathered)
 
 
 def decode_grad_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from winnow.trainer.kernels.cost import Cost, Given, cost_of, size_of
 from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
 
 LARGEST_BLOCK = 1024
@@ -27,6 +28,13 @@ def _decode(values, indices, W_dec, out, K, D, BLOCK_D: tl.constexpr):
         direction = tl.load(W_dec + latent * D + d, mask=d < D, other=0.0)
         total += value * direction.to(tl.float32)
     tl.store(out + row * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+@cost_of("_decode")
+def _decode_cost(given: Given) -> Cost:
+    gathered = given["values"].numel() * given["D"] * given["W_dec"].element_size()
+    codes = size_of(given["values"]) + size_of(given["indices"])
+    return Cost(streamed=codes + size_of(given["out"]), gathered=gathered)
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, dtype: torch.dtype | None = None) -> Tensor:

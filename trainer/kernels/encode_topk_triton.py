@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.trainer.kernels.best import best, sort_pairs
+from winnow.trainer.kernels.cost import Cost, Given, cost_of, size_of
 from winnow.trainer.kernels.reference import accumulator
 from winnow.trainer.kernels.support_triton import cdiv, interpreted, launch, power_of_two
 
@@ -97,6 +98,16 @@ def _sweep(
         found += tl.sum(one, axis=1)
     # also the hits beyond the slots: a count above SLOTS is how the host learns of an overflow
     tl.store(counts + row.to(tl.int64) * stripes + stripe, found, mask=row < B)
+
+
+@cost_of("_sweep")
+def _sweep_cost(given: Given) -> Cost:
+    rows, latents, width = given["B"], given["N"], given["D"]
+    read = (rows + latents) * width * given["x"].element_size() + latents * given["b"].element_size()
+    # SEED_SHARE * k entries of a row reach tau, if the first latents are like the others: about 12 % of the
+    # slots, which are of size `expected + 6 sigma`, rounded up to a power of two
+    written = size_of(given["values"]) + size_of(given["ids"])
+    return Cost(2.0 * rows * latents * width, read + written // 8 + size_of(given["counts"]))
 
 
 def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from winnow.trainer.kernels.cost import Cost, Given, cost_of, size_of
 from winnow.trainer.kernels.segment_grad import Segments
 from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
 
@@ -69,6 +70,29 @@ def _join(first, partial, out, D, BLOCK_D: tl.constexpr):
         for chunk in range(low, high):
             total += tl.load(partial + chunk * D + d, mask=d < D, other=0.0)
         tl.store(out + latent * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+@cost_of("_whole")
+def _whole_cost(given: Given) -> Cost:
+    ends, values = given["ends"], given["values"]
+    # `ends` is a slice of those of all latents, whose number only its storage tells
+    of_all = max(1, ends.untyped_storage().nbytes() // ends.element_size() - 1)
+    # as many entries as fall to the slice if latents are equally active
+    entries = len(values) * (len(ends) - 1) // of_all
+    row = given["D"] * given["rows"].element_size()
+    read = entries * (values.element_size() + given["row"].element_size())
+    return Cost(streamed=read + size_of(ends) + size_of(given["out"]), gathered=entries * row)
+
+
+@cost_of("_chunk")
+def _chunk_cost(given: Given) -> Cost:
+    # no latent is hot in a usual step: programs find no owner
+    return Cost(streamed=size_of(given["latents"]))
+
+
+@cost_of("_join")
+def _join_cost(given: Given) -> Cost:
+    return Cost(streamed=size_of(given["first"]))
 
 
 def segment_sums(

@@ -8,6 +8,8 @@ from typing import Any
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
+from winnow.trainer.kernels.cost import heard
+
 
 @triton.jit
 def _probe():
@@ -20,9 +22,10 @@ def interpreted() -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel on a grid."""
+    """Run a kernel on a grid; while a ledger is kept (`cost.listening`), only tell of it."""
     # in one place, because Triton's own types tell a type checker nothing
-    kernel[grid](*arguments, **constants)
+    if not heard(kernel, grid, arguments, constants):
+        kernel[grid](*arguments, **constants)
 
 
 def cdiv(size: int, by: int) -> int:

@@ -10,9 +10,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+
+class Marks(Protocol):
+    """Is told of the marks in a step's code."""
+
+    def mark(self, name: str) -> None:
+        """The part `name` of the step ends here."""
+        ...
 
 
 class Spans:
@@ -50,16 +58,23 @@ class Spans:
 
 
 # not a parameter of every function in the step, and not shared with other threads
-_active: ContextVar[Spans | None] = ContextVar("winnow_spans", default=None)
+_active: ContextVar[Marks | None] = ContextVar("winnow_spans", default=None)
 
 
 @contextmanager
 def sampling(device: torch.device, wanted: bool = True) -> Iterator[Spans | None]:
     """Time the marks inside; if `wanted` is False, nothing."""
     spans = Spans(device) if wanted else None
-    token = _active.set(spans)
-    try:
+    with telling(spans):
         yield spans
+
+
+@contextmanager
+def telling(marks: Marks | None) -> Iterator[None]:
+    """Tell the marks inside to `marks`."""
+    token = _active.set(marks)
+    try:
+        yield
     finally:
         _active.reset(token)
 

@@ -43,13 +43,21 @@ class Run:
         recipe: How it is trained.
         loss_constant: From `winnow.sae.init.initialise`.
         world: The mesh; one process if not given.
+        kernels: The backend; None chooses that of the spec and the device.
     """
 
-    def __init__(self, sae: Sae, recipe: Recipe, loss_constant: float, world: World | None = None) -> None:
+    def __init__(
+        self,
+        sae: Sae,
+        recipe: Recipe,
+        loss_constant: float,
+        world: World | None = None,
+        kernels: Backend | None = None,
+    ) -> None:
         # measured once, at the start: from batch to batch it would change the scale of the loss
         self.recipe, self.loss_constant = recipe, loss_constant
         self.shard = Shard(sae, world or World(), recipe.spec.latents)
-        self.kernels: Backend = choose_kernels(recipe.spec, sae.parts, self.device)
+        self.kernels: Backend = kernels or choose_kernels(recipe.spec, sae.parts, self.device)
         self.adam = make_adam(sae, recipe.spec)
         self.ema = Ema(sae, ema_beta(recipe.spec, recipe.steps)) if recipe.spec.ema else None
         self.dead = DeadCounter(sae.latents, self.device)
