@@ -1,11 +1,10 @@
 """Estimate of a run on a given GPU before it is rented: memory, step time, tokens/s, hours, money.
 
-Memory is computed (`winnow.trainer.plan.memory`); tests compare it with what torch allocates. Time is a
-roofline: the encoder's product at the card's rate, everything sparse and the update at its memory bandwidth,
-and collectives at the rate of its link, none of it overlapped. EFFICIENCY holds the assumed shares of the
-data sheet's rates.
+Memory and time come from the ledger of a step on paper (`winnow.trainer.plan.paper`): the step's own code,
+run at full size on tensors without contents. Time divides its products and bytes by the card's rates
+(`winnow.trainer.plan.rates`), and what a mesh sends by its link, none of it overlapped.
 
-Legend: B rows, D d_model, N latents, K active latents per row.
+Legend: B rows, D d_model, N latents.
 """
 
 from __future__ import annotations
@@ -21,58 +20,12 @@ from winnow.common.figures import human_bytes
 from winnow.schemas.errors import ConfigError, DependencyMissing
 from winnow.schemas.training import SaeParts, TrainSpec
 from winnow.trainer.mesh.world import check_mesh
-from winnow.trainer.plan.memory import FLOAT, HALF, Memory, outputs, parameters, sae_memory
+from winnow.trainer.plan.memory import DEAD_SHARE, FLOAT, Memory, gpu_memory, standing_memory
+from winnow.trainer.plan.no_triton import has_triton
+from winnow.trainer.plan.paper import Paper, step_on_paper
+from winnow.trainer.plan.rates import EFFICIENCY, GPUS, Part, Rates, parts_of
 from winnow.trainer.step.moments import BYTES
 from winnow.trainer.step.recipe import choose_kernels
-
-_GIB = 2**30
-
-
-class _Gpu(NamedTuple):
-    """A card's constants. Rates are the data sheet's, dense, without sparsity."""
-
-    memory: float
-    """Bytes."""
-    flops: float
-    """FLOP/s of a float32 product without tensor cores, the trainer's default."""
-    half_flops: float
-    """FLOP/s of a product of bfloat16 operands on tensor cores, summed in float32."""
-    bandwidth: float
-    """Bytes per second of its memory."""
-    link: float
-    """Bytes per second to another card of the machine, in one direction."""
-    source: str
-
-
-GPUS = {
-    "a100-40gb": _Gpu(40e9, 19.5e12, 312e12, 1.555e12, 300e9, "data sheet: NVIDIA A100 SXM"),
-    "a100-80gb": _Gpu(80e9, 19.5e12, 312e12, 2.039e12, 300e9, "data sheet: NVIDIA A100 SXM"),
-    "h100": _Gpu(80e9, 67e12, 989e12, 3.35e12, 450e9, "data sheet: NVIDIA H100 SXM"),
-    "h200": _Gpu(141e9, 67e12, 989e12, 4.8e12, 450e9, "data sheet: NVIDIA H200 SXM"),
-    "l4": _Gpu(24e9, 30.3e12, 121e12, 0.3e12, 32e9, "data sheet: NVIDIA L4"),
-    "l40s": _Gpu(48e9, 91.6e12, 362e12, 0.864e12, 32e9, "data sheet: NVIDIA L40S"),
-    "rtx-4090": _Gpu(24e9, 82.6e12, 165e12, 1.008e12, 32e9, "data sheet: GeForce RTX 4090"),
-}
-EFFICIENCY = {
-    "product": (0.75, "assumed: a large product's share of the float32 rate; not measured"),
-    "bandwidth": (0.7, "assumed: gathers and the update's share of the memory's bandwidth; not measured"),
-    "link": (0.7, "assumed: a ring's share of the link; not measured"),
-    "memory": (0.92, "assumed: what driver, context and the allocator leave of the card; not measured"),
-}
-"""Constant -> its value and source. No GPU has been measured yet; docs/estimate.md says how to do it."""
-_GATHERS = 5
-"""Passes over K rows of D numbers per row of the batch: decoding, the gradients of the values, and the
-sums for W_dec and W_enc, one of which reads and writes."""
-_OF_TARGET = 3
-"""Those of them that are made for every target: decoding, gradients of the values, sums for W_dec."""
-# fewer than the code makes: on `meta` tensors 48 passes over an [N, D] were counted for both matrices
-# together, casts and temporaries included, where 22 would do
-UPDATE_PASSES = 14
-"""Times that every weight's number is read or written: gradient written, projected (2), clipped (1);
-Adam reads four and writes three; renormalisation 1; the moving average 2."""
-
-_MOMENT_PASSES = 4
-"""Those of UPDATE_PASSES that read or write Adam's moments: fewer bytes if they are packed."""
 
 
 class Estimate(NamedTuple):
@@ -88,8 +41,12 @@ class Estimate(NamedTuple):
     """Bytes of one GPU that a run may take."""
     stream_bytes: int
     """Bytes of host memory of the streams, buffers and batches ahead, over all processes."""
+    parts: dict[str, Part]
+    """The step's parts as its code marks them, on one GPU, none of the latents dead."""
     seconds: dict[str, float]
-    """Seconds of a step by part."""
+    """Seconds of a step: of the device by part, `between GPUs`, and `host` for what the host takes longer."""
+    dead_step_seconds: float | None
+    """Seconds of a step in which DEAD_SHARE of the latents are dead; None without AuxK."""
     rows: int
     """Rows B of a step."""
     steps: int
@@ -147,19 +104,27 @@ def estimate(
     if card is None:
         raise ConfigError("--gpu", expected=" or ".join(sorted(GPUS)), got=repr(gpu))
     data, latent = check_mesh(spec, count)
+    rates = Rates.of(card)
     # only for its refusals; a missing Triton is none, because the machine that estimates need not train
     with suppress(DependencyMissing):
         choose_kernels(spec, SaeParts(activation=spec.activation), torch.device("cuda"))
-    memory = _one_gpu(spec, d_model, data, latent)
     available = int(card.memory * EFFICIENCY["memory"][0])
+    papers: list[Paper] = []
+    memory = standing_memory(spec, d_model, -(-spec.latents // latent))
+    # what stands is known at once, and a step that could not begin need not be reckoned
+    if memory.total <= available:
+        for dead in (0.0, DEAD_SHARE) if spec.auxk_coefficient else (0.0,):
+            papers.append(step_on_paper(spec, d_model, data=data, latent=latent, dead_share=dead))
+        memory = max((Memory.of(paper) for paper in papers), key=lambda memory: memory.total)
     if memory.total > available:
         raise ConfigError(
             f"the run does not fit {count} x {gpu}: each GPU",
             expected=f"at most {human_bytes(available)}",
             got=f"{human_bytes(memory.total)} ({human_bytes(memory.standing)} for weights, gradients, Adam "
-            f"and average, {human_bytes(memory.step)} for a step)",
+            "and average" + (f", {human_bytes(memory.step)} for a step)" if memory.step else " alone)"),
             fix=_what_would_fit(spec, d_model, available, count),
         )
+    usual = papers[0]
     return Estimate(
         gpu=gpu,
         gpus=count,
@@ -168,7 +133,9 @@ def estimate(
         memory=memory,
         available=available,
         stream_bytes=_stream_bytes(spec, d_model, data),
-        seconds=step_seconds(spec, d_model, card, data, latent),
+        parts=parts_of(((site.part, entry) for site, entry in usual.entries.items()), rates, usual.runs),
+        seconds=step_seconds(usual, rates),
+        dead_step_seconds=sum(step_seconds(papers[1], rates).values()) if len(papers) > 1 else None,
         rows=spec.batch_rows,
         steps=math.ceil(tokens / spec.batch_rows),
         currency=currency,
@@ -186,54 +153,14 @@ def _stream_bytes(spec: TrainSpec, d_model: int, data: int) -> int:
     return 2 * spec.group_bytes + data * assembled_bytes(batch)
 
 
-def _one_gpu(spec: TrainSpec, d_model: int, data: int, latent: int) -> Memory:
-    """Memory of the GPU of a mesh that holds the largest shard."""
-    # a run fits only if every shard does
-    shard = largest_shard(spec.latents, latent)
-    return sae_memory(spec, d_model, rows=spec.batch_rows // data, latents=shard, device="cuda")
-
-
-def largest_shard(latents: int, shards: int) -> int:
-    """Latents of the largest of the shards, which differ by one if `shards` does not divide `latents`."""
-    return -(-latents // shards)
-
-
-def step_seconds(spec: TrainSpec, d_model: int, card: _Gpu, data: int, latent: int) -> dict[str, float]:
-    """Seconds of a step by part; the module's docstring says what is counted."""
-    rows, latents = spec.batch_rows / data, largest_shard(spec.latents, latent)
-    bandwidth = card.bandwidth * EFFICIENCY["bandwidth"][0]
-    # Multi-TopK decodes K and then 4K
-    active = spec.k * (5 if spec.multi_topk else 1) / latent
-    widths, layers = [count or 1 for count in outputs(spec)], len(outputs(spec))
-    size = sum(
-        parameters(d_model, latents, None if count is None else count * d_model) for count in outputs(spec)
-    )
-    size *= FLOAT
-    passes = UPDATE_PASSES if spec.ema else UPDATE_PASSES - 2
-    passes -= _MOMENT_PASSES * (1 - BYTES[spec.moments] / FLOAT)
-    half = spec.compute_dtype == "bfloat16"
-    operand, flops = (HALF, card.half_flops) if half else (FLOAT, card.flops)
-    # the encoder's part of the gathers, and for each target the decoder's
-    gathered = sum(_GATHERS - _OF_TARGET + _OF_TARGET * count for count in widths)
-    sent = 0.0
-    # the table in docs/trainer.md; every shard has the whole error, so no gradient crosses the latent axis
-    if latent > 1:
-        sent += layers * 2 * (latent - 1) / latent * rows * d_model * FLOAT
-        one = min(spec.k, math.ceil(2 * spec.k / latent) + 4)
-        sent += layers * one * rows * FLOAT * (latent - 1)
-    if data > 1:  # a step sends what is smaller: gradients, or rows and codes
-        dense = 2 * (data - 1) / data * size
-        codes = layers * (data - 1) * rows * (d_model * FLOAT + active * 12)
-        # with micro-batches only gradients are left to send: the rows of earlier parts are gone
-        by_sums = spec.accumulate > 1 or (spec.set is not None and spec.set.cross)
-        sent += dense if by_sums else min(dense, codes)
-    return {
-        "encoder product": layers * 2 * rows * d_model * latents / (flops * EFFICIENCY["product"][0]),
-        "top-k": layers * rows * latents * FLOAT * 2 / bandwidth,
-        "sparse gathers and sums": gathered * rows * active * d_model * operand / bandwidth,
-        "update": passes * size / bandwidth,
-        "between GPUs": sent / (card.link * EFFICIENCY["link"][0]),
-    }
+def step_seconds(paper: Paper, rates: Rates) -> dict[str, float]:
+    """Seconds of a step by part; see `Estimate.seconds`."""
+    parts = parts_of(((site.part, entry) for site, entry in paper.entries.items()), rates, paper.runs)
+    found = {name: part.seconds for name, part in parts.items()}
+    # the host runs ahead of the device, so that only what it takes longer is waited for
+    host = paper.runs * rates.host_seconds(paper.entries.values()) - sum(found.values())
+    sent = paper.runs * sum(paper.sent.values())
+    return found | {"between GPUs": sent / rates.link, "host": max(0.0, host)}
 
 
 def _what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) -> str:
@@ -243,7 +170,11 @@ def _what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) -
         # validated as a run's spec: advice that training refuses is worse than none
         try:
             changed = TrainSpec.model_validate(spec.model_dump() | change)
-            return _one_gpu(changed, d_model, *check_mesh(changed, gpus)).total <= available
+            data, latent = check_mesh(changed, gpus)
+            # first what takes no ledger to know
+            if standing_memory(changed, d_model, -(-changed.latents // latent)).total > available:
+                return False
+            return gpu_memory(changed, d_model, data=data, latent=latent).total <= available
         except (ConfigError, ValidationError):
             return False
 
@@ -284,17 +215,29 @@ def data_volume(
 
 def table_rows(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
     """Rows of the table that the command prints."""
-    memory = found.memory
-    parts = ", ".join(f"{name} {seconds * 1000:,.1f}" for name, seconds in found.seconds.items() if seconds)
-    return [
+    memory, dead = found.memory, found.dead_step_seconds
+    rows = [
         ["GPUs", f"{found.gpus} x {found.gpu} (data {found.data} x latent {found.latent})"],
         ["memory, each GPU", f"{human_bytes(memory.total)} of {human_bytes(found.available)}"],
         ["  weights and gradients", human_bytes(memory.weights + memory.gradients)],
         ["  Adam, average, counts", human_bytes(memory.moments + memory.average + memory.counts)],
         ["  a step", human_bytes(memory.step)],
         ["host memory of the stream", f"up to {human_bytes(found.stream_bytes)}"],
-        ["a step", f"{found.step_seconds * 1000:,.1f} ms"],
-        ["  of it, ms", parts],
+        ["a step, reckoned", f"{found.step_seconds * 1000:,.1f} ms"],
+    ]
+    for name, seconds in found.seconds.items():
+        part = found.parts.get(name)
+        said = f"{seconds * 1000:,.1f} ms"
+        if part is not None:
+            said += f"; {human_bytes(part.streamed + part.gathered)}, {part.operations:,} operations"
+            said += f", {part.flops / 1e12:,.1f} TFLOP" if part.flops else ""
+            said += f", {part.syncs:,} waits" if part.syncs else ""
+        if seconds or part is not None:
+            rows.append([f"  {name}", said])
+    if dead is not None:
+        rows.append([f"  with {DEAD_SHARE:.0%} of latents dead", f"{dead * 1000:,.1f} ms"])
+    return [
+        *rows,
         ["tokens/s", f"{found.tokens_per_second:,.0f}"],
         ["steps", f"{found.steps:,} of {found.rows:,} rows"],
         ["data", f"{human_bytes(volume['bytes'])}, {volume['shards']:,.0f} shards of 256 MiB"],
@@ -303,13 +246,15 @@ def table_rows(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
         ["hours", f"{found.hours:,.1f}"],
         ["money", "no price" if found.money is None else f"{found.money:,.0f} {found.currency}"],
         ["constants", f"{GPUS[found.gpu].source}; shares of it assumed, not measured (docs/estimate.md)"],
+        *([] if has_triton() else [["kernels", "priced from their launches: Triton is not installed here"]]),
     ]
 
 
 def as_json(found: Estimate, volume: dict[str, float]) -> dict[str, object]:
     """Everything as JSON-compatible values."""
     return {
-        **{key: value for key, value in found._asdict().items() if key != "memory"},
+        **{key: value for key, value in found._asdict().items() if key not in ("memory", "parts")},
+        "parts": {name: part._asdict() for name, part in found.parts.items()},
         "memory": {**found.memory._asdict(), "standing": found.memory.standing, "total": found.memory.total},
         "step_seconds": found.step_seconds,
         "tokens_per_s": found.tokens_per_second,

@@ -1,6 +1,6 @@
-"""Memory of a training process by arithmetic: what a step holds, tensor by tensor.
+"""Memory of a training process: on a CPU by arithmetic, tensor by tensor; on a GPU from the step's ledger.
 
-tests/unit/trainer/plan/test_estimate.py compares it with what torch allocates.
+tests/unit/trainer/plan/test_memory.py compares the arithmetic with what torch allocates.
 
 Legend: B rows, D d_model, O width of the output, N latents, K active latents per row, L layers of a set.
 Sizes are of one process: with a mesh, B is its rows and N its latents.
@@ -8,7 +8,6 @@ Sizes are of one process: with a mesh, B is its rows and N its latents.
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Literal, NamedTuple
 import torch
 
 from winnow.schemas.training import MomentsDtype, TrainSpec
-from winnow.trainer.kernels.segment_grad import BLOCK_BYTES, GPU_BLOCK_BYTES
+from winnow.trainer.kernels.segment_grad import BLOCK_BYTES
+from winnow.trainer.plan.paper import HELD, Paper, step_on_paper
 from winnow.trainer.step.moments import BYTES
 
 FLOAT = 4
 """Bytes of a float32: weights, gradients, average and rows, and moments unless they are packed."""
-HALF = 2
-"""Bytes of an operand in bfloat16."""
 ROWS_ENCODING, ROWS_GRADIENTS = 3, 6
 """Tensors [B, D] held while rows are encoded: the batch as read, normalised, centred; and, while gradients
 are computed, also the reconstruction, its error and its gradient."""
@@ -31,9 +29,8 @@ _ENTRY_BYTES = 36
 """Bytes per active latent of a row: value 4, index 8, and the peak of sorting them by latent."""
 _TILE_BYTES = 1024 * 4096 * FLOAT
 """Bytes of the encoder's tile of pre-activations; a mask of one byte per number is held beside it."""
-# copies of the constants of `encode_topk_triton`, which cannot be imported without Triton
-SWEEP_SLOT_BYTES, SWEEP_SEED_SHARE = 1 << 28, 16
-"""On a GPU: bytes of the slots of a sweep, and the inverse share of the latents that its pilot multiplies."""
+DEAD_SHARE = 0.1
+"""Share of the latents that are taken to be dead where AuxK's tensors are counted, on a GPU."""
 
 
 class Memory(NamedTuple):
@@ -62,6 +59,12 @@ class Memory(NamedTuple):
         """Bytes at the peak of a step."""
         return self.standing + self.step
 
+    @classmethod
+    def of(cls, paper: Paper) -> Memory:
+        """Of a step on paper."""
+        held = {name: paper.held[name] for name in HELD}
+        return cls(**held, step=paper.peak - sum(held.values()))
+
 
 def parameters(d_model: int, latents: int, d_out: int | None = None) -> int:
     """Numbers in W_enc, W_dec, b_enc and b_pre; of a transcoder with output [B, O] also in b_dec."""
@@ -88,48 +91,25 @@ def _moments_bytes(kind: MomentsDtype, d_model: int, latents: int, d_out: int | 
     return 2 * (matrices * BYTES[kind] + (scales + parameters(d_model, latents, d_out) - matrices) * FLOAT)
 
 
-def _sweep_bytes(spec: TrainSpec, rows: int, latents: int, k: int) -> int:
-    """Bytes that `encode_topk` holds on a GPU: a pilot's pre-activations or a sweep's slots."""
-    seed = max(-(-latents // SWEEP_SEED_SHARE), 8 * k)
-    # too few latents for a sweep: the tiles of `exact`, with a mask
-    if 2 * seed > latents:
-        return min(rows, 2048) * min(latents, 8192) * FLOAT * 5 // 4
-    stripes = -(-latents // 1024)
-    expected = k * latents / seed * min(1.0, 1024 / latents)
-    slots = 1 << math.ceil(math.log2(expected + 6 * expected**0.5 + 4))
-    chunk = min(rows, max(128, SWEEP_SLOT_BYTES // (8 * stripes * slots) // 128 * 128))
-    # a bfloat16 pilot and its float32 copy are held together
-    a_number = FLOAT + HALF if spec.compute_dtype == "bfloat16" else FLOAT
-    # the larger of the two, because the pilot is freed before the slots are made: value, id and mask of each
-    return max(chunk * seed * a_number, chunk * stripes * slots * 9)
-
-
-def sae_memory(
-    spec: TrainSpec,
-    d_model: int,
-    *,
-    rows: int | None = None,
-    latents: int | None = None,
-    device: Literal["cpu", "cuda"] = "cpu",
-) -> Memory:
-    """Memory for training one SAE or transcoder, or a transcoder set, on one device.
-
-    Args:
-        spec: How it is trained.
-        d_model: D; a transcoder's target is as wide.
-        rows: B of this process; None takes the spec's whole batch. With `accumulate` only a part of them
-            is on the device at a time.
-        latents: N of this process; None takes all.
-        device: Selects the kernels, whose temporary tensors differ. For a GPU nothing has been measured:
-            `python -m benchmarks.gpu` compares it with the card's own report.
+def sae_memory(spec: TrainSpec, d_model: int) -> Memory:
+    """Memory for training one SAE or transcoder, or a transcoder set, on a CPU.
 
     AuxK's tensors are left out, because the number of dead latents is not known in advance. They are at most
     B x 12 k_aux numbers of a micro-batch, and with `accumulate` two rows of D per dead latent.
 
     Weights, gradients and float32 moments of an autoencoder are 32 N D bytes; those of a cross-layer set of L
     layers 16 N D (L + L (L + 1) / 2). The average adds a quarter.
+
+    Args:
+        spec: How it is trained. With `accumulate` only a part of the rows is held at a time.
+        d_model: D; a transcoder's target is as wide.
     """
-    rows, latents = -(-(rows or spec.batch_rows) // spec.accumulate), latents or spec.latents
+    rows = -(-spec.batch_rows // spec.accumulate)
+    return standing_memory(spec, d_model, spec.latents)._replace(step=_step_bytes(spec, d_model, rows))
+
+
+def standing_memory(spec: TrainSpec, d_model: int, latents: int) -> Memory:
+    """What is held between steps of N latents on any device; its `step` is 0."""
     widths = [None if count is None else count * d_model for count in outputs(spec)]
     sizes = [parameters(d_model, latents, width) * FLOAT for width in widths]
     return Memory(
@@ -138,50 +118,57 @@ def sae_memory(
         moments=sum(_moments_bytes(spec.moments, d_model, latents, width) for width in widths),
         average=sum(sizes) if spec.ema else 0,
         counts=8 * latents * len(sizes),
-        step=_step_bytes(spec, d_model, rows, latents, device, max(sizes)),
+        step=0,
     )
 
 
-def _step_bytes(
-    spec: TrainSpec, d_model: int, rows: int, latents: int, device: Literal["cpu", "cuda"], largest: int
-) -> int:
-    """What a step of `rows` rows holds at its peak; `largest`: bytes of the largest dictionary's weights."""
-    k = min(spec.k_start or spec.k, latents)  # of the widest step; a shard may have fewer latents than K
+def gpu_memory(spec: TrainSpec, d_model: int, *, data: int = 1, latent: int = 1) -> Memory:
+    """Memory of the GPU of a mesh that holds the largest shard, batches included; AuxK with DEAD_SHARE.
+
+    From the ledger of a step (`winnow.trainer.plan.paper`), which no GPU has been compared with yet:
+    `python -m benchmarks.gpu` does.
+
+    Args:
+        spec: How it is trained.
+        d_model: D; a transcoder's target is as wide.
+        data: Data ranks of the mesh.
+        latent: Latent shards of the mesh.
+    """
+    dead = DEAD_SHARE if spec.auxk_coefficient else 0.0
+    return Memory.of(step_on_paper(spec, d_model, data=data, latent=latent, dead_share=dead))
+
+
+def _step_bytes(spec: TrainSpec, d_model: int, rows: int) -> int:
+    """What a step of `rows` rows holds at its peak."""
+    latents = spec.latents
+    k = min(spec.k_start or spec.k, latents)  # of the widest step
     wide = min(4 * k, latents) if spec.multi_topk else 0
     one, layers = rows * d_model * FLOAT, len(outputs(spec))
     cross = spec.set is not None and spec.set.cross
     # layers of a per-layer set take their steps one after another, those of a cross-layer set one together
     together = layers if cross else 1
-    encoding_rows, gradient_rows = ROWS_ENCODING, ROWS_GRADIENTS
-    if spec.target_hook is not None:
-        # also the target, as read and normalised
-        encoding_rows, gradient_rows = ROWS_ENCODING + 2, ROWS_GRADIENTS + 2
-    waiting = 2 * (layers - together) * one  # rows of the layers whose turn it is not
-    if device == "cuda":
-        tile, block = _sweep_bytes(spec, rows, latents, max(k, wide)), GPU_BLOCK_BYTES
-    else:
-        tile = min(_TILE_BYTES, min(rows, 1024) * min(latents, 4096) * FLOAT) * 5 // 4
-        block = BLOCK_BYTES
-    encoding = encoding_rows * one * together + tile
+    # of a transcoder also the target, as read and normalised
+    more = 2 if spec.target_hook is not None else 0
+    tile = min(_TILE_BYTES, min(rows, 1024) * min(latents, 4096) * FLOAT) * 5 // 4
+    encoding = (ROWS_ENCODING + more) * one * together + tile
+    largest = parameters(d_model, latents, max(count or 1 for count in outputs(spec)) * d_model) * FLOAT
     # two blocks: sums, and what is added to them
-    gradients = gradient_rows * one * together + 2 * min(block, largest // 2)
+    gradients = (ROWS_GRADIENTS + more) * one * together + 2 * min(BLOCK_BYTES, largest // 2)
+    waiting = 2 * (layers - together) * one  # rows of the layers whose turn it is not
     # the larger, because encoding has ended when gradients begin; codes live through both
     step = max(encoding, gradients) + rows * (k + wide) * together * _ENTRY_BYTES + waiting
-    if device == "cuda" and spec.accumulate == 1:
-        # the next step's rows, which are copied meanwhile (`Transfer`)
-        step += one * (1 if spec.target_hook is None else 2 * layers)
-    # rounded copies of all matrices of a step and of the rows; a CPU keeps them in float32 (`step_ops`)
+    # rounded copies of all matrices of a step and of the rows, which a CPU keeps in float32 (`step_ops`)
     if spec.compute_dtype == "bfloat16":
         numbers = sum((1 + (count or 1)) * latents * d_model for count in outputs(spec)) if cross else 0
-        numbers = numbers or 2 * latents * d_model
-        step += (numbers + rows * d_model * together) * (HALF if device == "cuda" else FLOAT)
+        step += ((numbers or 2 * latents * d_model) + rows * d_model * together) * FLOAT
     return step
 
 
 def fleet_memory(specs: list[tuple[TrainSpec, int]], device: Literal["cpu", "cuda"] = "cpu") -> int:
     """Bytes of several SAEs (spec, D) in one process: the standing memory of all, and one step at a time."""
     # the largest step, not the sum: members take their steps one after another
-    found = [sae_memory(spec, d_model, device=device) for spec, d_model in specs]
+    memory = gpu_memory if device == "cuda" else sae_memory
+    found = [memory(spec, d_model) for spec, d_model in specs]
     return sum(memory.standing for memory in found) + max(memory.step for memory in found)
 
 
