@@ -38,11 +38,13 @@ from torch import Tensor
 from benchmarks.report import write_report
 from benchmarks.train_step import DEAD_SHARE, Size, make_run, seconds
 from winnow.common.device import torch_settings
+from winnow.schemas.training import TrainSpec
 from winnow.trainer.kernels import Backend, choose, encode_topk, reference
 from winnow.trainer.kernels.segment_grad import segments_of
 from winnow.trainer.kernels.step_ops import step_ops
-from winnow.trainer.plan.estimate import UPDATE_PASSES
-from winnow.trainer.plan.memory import FLOAT, HALF, sae_memory
+from winnow.trainer.plan.memory import gpu_memory
+from winnow.trainer.plan.paper import step_on_paper
+from winnow.trainer.plan.rates import GPUS, Rates, parts_of
 from winnow.trainer.step import Run, train_step
 from winnow.trainer.step.spans import sampling
 
@@ -160,25 +162,26 @@ def ratios(
         figures["quartiles"][name] = statistics.quantiles(found, n=4) if rounds > 1 else found * 3
         if name == "step_over_product":
             figures["step_seconds"] = _median(call, device)
-            figures["items"] = items(size, call, figures["step_seconds"], device, rates)
+            figures["items"] = items(size, run.recipe.spec, call, figures["step_seconds"], device, rates)
         del run, call
         _clear(device)
     return figures | {"product_seconds": statistics.median(floors)}
 
 
 def items(
-    size: Size, step: Callable[[], object], took: float, device: torch.device, rates: dict[str, float]
+    size: Size,
+    spec: TrainSpec,
+    step: Callable[[], object],
+    took: float,
+    device: torch.device,
+    rates: dict[str, float],
 ) -> dict[str, dict[str, float]]:
-    """The step's parts: operations, bytes, seconds at the card's rates, measured seconds."""
-    B, D, N, K = size
-    # Least traffic: each matrix once per pass over it, rows of decoder gathered in 16 bits, sorting included.
-    matrix, gathered = N * D * FLOAT, B * K * D * HALF
-    need = {
-        "encode": (2 * B * D * N, 2 * matrix + N * D * HALF * 2 + 4 * B * D * FLOAT),
-        "decode": (2 * B * K * D, gathered + 5 * B * D * FLOAT),
-        "backward": (6 * B * K * D, 3 * gathered + 8 * matrix + B * K * 8 * 16),
-        "update": (30 * N * D, 2 * (UPDATE_PASSES - 3) * matrix),
-    }
+    """The step's parts: operations and bytes on paper, seconds at the card's rates, measured seconds."""
+    paper = step_on_paper(spec, size.width)
+    own = Rates.of(GPUS["h100"], fused=1.0)._replace(
+        product=rates["bfloat16_flops"], stream=rates["bandwidth"], gather=rates["bandwidth"]
+    )
+    need = parts_of(((site.part, entry) for site, entry in paper.entries.items()), own)
     shares: dict[str, list[float]] = {name: [] for name in need}
     for _ in range(5):
         with sampling(device) as spans:
@@ -186,14 +189,10 @@ def items(
         for name, share in (spans.shares() if spans else {}).items():
             shares.setdefault(name.removeprefix("share_"), []).append(share)
     found: dict[str, dict[str, float]] = {}
-    for name, (operations, size_bytes) in need.items():
-        at_card = size_bytes / rates["bandwidth"]
-        # The only dense product, so the only part that arithmetic and not memory may limit.
-        if name == "encode":
-            at_card = max(at_card, operations / rates["bfloat16_flops"])
+    for name, part in need.items():
         taken = statistics.median(shares[name] or [0.0]) * took
-        numbers = {"operations": operations, "bytes": size_bytes}
-        found[name] = numbers | {"seconds_at_the_cards_rates": at_card, "seconds": taken}
+        numbers = {"operations": part.flops, "bytes": part.streamed + part.gathered}
+        found[name] = numbers | {"seconds_at_the_cards_rates": part.seconds, "seconds": taken}
     return found
 
 
@@ -214,7 +213,7 @@ def memory(size: Size, device: torch.device, kernels: Backend, **fields: object)
     step()
     took = seconds(step, device)
     peak = torch.cuda.max_memory_allocated() - before if cuda else None
-    said = sae_memory(run.recipe.spec, size.width, device="cuda", rows=size.rows)
+    said = gpu_memory(run.recipe.spec, size.width)
     return {
         **size._asdict(),
         **fields,

@@ -103,7 +103,7 @@ def aten(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> Aten:
         moved = _sort_bytes(given[0])
     elif name in _SCATTERS:
         source = given[-1]
-        rows = source.numel() // max(1, source[0].numel()) if source.dim() > 1 else source.numel()
+        rows = source.shape[0] if source.dim() else 1
         # deterministic: the places are sorted by 8 passes over key and position, then all is added in order
         moved = rows * 2 * _KEY * 2 * 8 + 2 * size_of(source)
     elif name in _GATHERS:

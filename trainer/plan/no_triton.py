@@ -58,7 +58,7 @@ class _Kernel:
 
 
 class _Anything(type):
-    """A class that can be called, subscripted and asked for any attribute; of a function it makes a kernel."""
+    """A class that can be called, subscripted and asked for any attribute; a function becomes a kernel."""
 
     def __call__(cls, *args: Any, **_: Any) -> Any:
         first = args[0] if len(args) == 1 else None

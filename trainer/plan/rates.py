@@ -39,7 +39,7 @@ GPUS = {
 }
 EFFICIENCY = {
     "product": (
-        0.69,
+        680 / 989,
         "assumed: the library's bfloat16 product, 680 of the 989 TFLOP/s of an H100; not measured",
     ),
     "float32 product": (0.75, "assumed: the library's float32 product without tensor cores; not measured"),
