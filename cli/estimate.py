@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from winnow.schemas.training import TrainSpec
 
 CARDS = "a100-40gb or a100-80gb or h100 or h200 or l4 or l40s or rtx-4090"
-"""The keys of `winnow.trainer.plan.estimate.GPUS`, whose module imports torch; a test compares them."""
+"""The keys of `winnow.trainer.plan.rates.GPUS`, whose module imports torch; a test compares them."""
 
 
 def register(app: typer.Typer) -> None:

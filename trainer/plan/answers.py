@@ -104,16 +104,18 @@ class Answers:
     def made(self, name: str, args: Any, kwargs: Any, frame: FrameType | None) -> Tensor | None:
         """The result of an operation whose length only the device knows; None if this is none."""
         if name == "nonzero":
-            return _there(self._found(args[0], _function(frame)), args[0].dim())
+            return _there(args[0], self._found(args[0], _function(frame)), args[0].dim())
         if name == "bincount":
-            return _there(kwargs.get("minlength", args[-1]))
+            return _there(args[0], kwargs.get("minlength", args[-1]))
         if name == "repeat_interleave" and isinstance(args[0], Tensor) and len(args) == 1:
             numbers = _facts(args[0])
             if kwargs.get("output_size") is None and None not in numbers:
-                return _there(int(sum(number or 0 for number in numbers)))
+                return _there(args[0], int(sum(number or 0 for number in numbers)))
         if name == "index" and _masks(args[1]):
             source, (mask, *_) = args[0], args[1]
-            return torch.empty(mask.numel(), *source.shape[mask.dim() :], dtype=source.dtype, device="cuda")
+            return torch.empty(
+                mask.numel(), *source.shape[mask.dim() :], dtype=source.dtype, device=source.device
+            )
         return None
 
     def _found(self, asked: Tensor, function: str) -> int:
@@ -131,8 +133,8 @@ class Answers:
         return 0  # ties, and rows to be done again
 
 
-def _there(*shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=torch.int64, device="cuda")
+def _there(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.int64, device=like.device)
 
 
 def _masks(indices: Any) -> bool:

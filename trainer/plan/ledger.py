@@ -1,6 +1,6 @@
 """A step's ledger: what each operation of a training step moves, multiplies, launches, allocates, waits for.
 
-Inside `Ledger.kept` tensors of the device `cuda` are fakes, which have shapes and no contents, so a step of
+Inside `Ledger.kept` tensors of the device are fakes, which have shapes and no contents, so a step of
 full size takes about half a millisecond per operation on any machine and needs no GPU. Operations on the host
 are real. Every operation of torch on a fake is entered with its account (`aten`), every launch of a Triton
 kernel with the kernel's own (`winnow.trainer.kernels.cost`). Where the code asks the device for a number, a
@@ -83,10 +83,12 @@ class Ledger(TorchDispatchMode):
 
     Args:
         answers: What the device says when it is asked.
+        device: Whose fakes are counted.
     """
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Answers, device: torch.device) -> None:
         super().__init__()
+        self._device = device.type
         self.entries: dict[Site, Entry] = {}
         self.live = 0
         """Bytes of the device's tensors that are alive."""
@@ -147,20 +149,20 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         device = kwargs.get("device")
-        made_there = device is not None and torch.device(device).type == "cuda"
+        made_there = device is not None and torch.device(device).type == self._device
         if not made_there and not any(isinstance(tensor, FakeTensor) for tensor in given):
             with _disable_current_modes():
                 return func(*args, **kwargs)
         packet = func.overloadpacket.__name__
         name = packet if packet == "_to_copy" else packet.rstrip("_")
-        there = [tensor for tensor in given if tensor.device.type == "cuda"]
+        there = [tensor for tensor in given if self._counted(tensor)]
         frame = _caller(2)
         if there:
             asked = self._ask(name, args, kwargs, there, frame)
             if asked is not None:
                 return asked
         out = None if name == "_fused_adam" else _unread(func, name, args, kwargs)
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.device.type == "cuda"]
+        made = [leaf for leaf in tree_leaves(out) if self._counted(leaf)]
         self._answers.note(name, given, made)
         if name in VIEWS or not (there or made):
             return out
@@ -174,7 +176,8 @@ class Ledger(TorchDispatchMode):
 
     def _ask(self, name: str, args: Any, kwargs: Any, there: list[Tensor], frame: FrameType | None) -> Any:
         """What an operation that makes the host wait gives; None if it does not wait."""
-        to_host = name == "_to_copy" and kwargs.get("device") is not None and kwargs["device"].type == "cpu"
+        goes = kwargs.get("device") if name == "_to_copy" else None
+        to_host = goes is not None and goes.type == "cpu" != self._device
         if name == "_local_scalar_dense" or to_host:
             self._entry("to the host", frame).syncs += 1
             numbers = self._answers.numbers(there[0], frame)
@@ -196,6 +199,9 @@ class Ledger(TorchDispatchMode):
             found = aten(name, there, [made])
             entry.add(found.cost, "", own=False, launches=found.launches)
         return made
+
+    def _counted(self, leaf: object) -> bool:
+        return isinstance(leaf, FakeTensor) and leaf.device.type == self._device
 
     # ---- memory ----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from winnow.trainer.plan.ledger import Entry, Ledger, Site
 from winnow.trainer.plan.no_triton import importable_kernels
 from winnow.trainer.step import Recipe, Run, SetRun, train_set, train_step
 
-_CUDA = torch.device("cuda", 0)
+_CUDA, _CPU = torch.device("cuda", 0), torch.device("cpu")
 HELD = ("weights", "gradients", "moments", "average", "counts")
 """What is held between steps."""
 
@@ -68,13 +68,15 @@ def paper_world(data: int, latent: int, latents: int) -> World:
 class _Batches:
     """The rows of a step on the device, and those of the next one, which arrive meanwhile."""
 
-    def __init__(self, spec: TrainSpec, d_model: int, rows: int, stored: torch.dtype) -> None:
+    def __init__(
+        self, spec: TrainSpec, d_model: int, rows: int, stored: torch.dtype, device: torch.device
+    ) -> None:
         hooks = spec.stream_hooks
-        self.weights = torch.empty(rows, device=_CUDA)
+        self.weights = torch.empty(rows, device=device)
         # with micro-batches rows wait on the host, and each part is moved by the step
         whole = spec.accumulate == 1
         self.rows = {
-            hook: torch.empty(rows, d_model, dtype=stored, device=_CUDA)
+            hook: torch.empty(rows, d_model, dtype=stored, device=device)
             if whole
             else torch.empty(1, 1, dtype=stored).expand(rows, d_model)
             for hook in hooks
@@ -118,12 +120,14 @@ def step_on_paper(
         batched=spec.traits.selects == "batch",
         clip_norm=spec.clip_norm,
     )
-    ledger, axes = Ledger(answers), {"data": world.data, "latent": world.latent}
+    # the step by autograd is that of a GPU too, but without one the engine follows no fake of it
+    device = _CUDA if _has_kernels(spec) else _CPU
+    ledger, axes = Ledger(answers, device), {"data": world.data, "latent": world.latent}
     with importable_kernels(), ledger.kept():
-        run = _run(spec, d_model, world)
+        run = _run(spec, d_model, world, device)
         # gradients and moments are made in the first step, for which few rows are enough
-        _Batches(spec, d_model, spec.lanes * spec.accumulate, stored).take(run)
-        batches = _Batches(spec, d_model, spec.batch_rows // data, stored)
+        _Batches(spec, d_model, spec.lanes * spec.accumulate, stored, device).take(run)
+        batches = _Batches(spec, d_model, spec.batch_rows // data, stored, device)
         before = {name: axis.bytes_sent for name, axis in axes.items()}
         ledger.restart()
         batches.take(run)
@@ -145,26 +149,29 @@ def _world(data: int, latent: int, latents: int) -> World:
     return World(_PaperAxis(None, 0, data), _PaperAxis(None, sizes.index(max(sizes)), latent))
 
 
-def _run(spec: TrainSpec, d_model: int, world: World) -> Run | SetRun:
+def _run(spec: TrainSpec, d_model: int, world: World, device: torch.device) -> Run | SetRun:
     """The run of a spec; of a per-layer set, that of its first layer."""
     # long enough that no learning rate, K or average is that of an end
     recipe = Recipe.resolve(spec.model_copy(update={"epochs": 1e6}), d_model, steps_per_epoch=1)
     if spec.set is None:
-        return _layer(recipe, d_model, world)
+        return _layer(recipe, d_model, world, device)
     layers = spec.set.range if spec.set.cross else [spec.set.first]
     recipes = {layer: replace(recipe, spec=recipe.spec.layer_spec(layer)) for layer in layers}
-    runs = {layer: _layer(own, d_model, world) for layer, own in recipes.items()}
+    runs = {layer: _layer(own, d_model, world, device) for layer, own in recipes.items()}
     return SetRun(recipe, runs) if spec.set.cross else runs[spec.set.first]
 
 
-def _layer(recipe: Recipe, d_model: int, world: World) -> Run:
+def _layer(recipe: Recipe, d_model: int, world: World, device: torch.device) -> Run:
     spec = recipe.spec
     widths = dict.fromkeys(spec.read_hooks, d_model)
     parts, held = spec.parts(widths), len(world.part(spec.latents))
-    sae = Sae(d_model, held, min(spec.k, held), spec.normalize, parts, device=_CUDA)
+    sae = Sae(d_model, held, min(spec.k, held), spec.normalize, parts, device=device)
     # the kernels of a GPU, also where none could run: nothing is computed
-    selects = sae.parts.traits.selects and spec.kernels != "eager"
-    return Run(sae, recipe, 1.0, world, kernels="triton" if selects else "eager")
+    return Run(sae, recipe, 1.0, world, kernels="triton" if _has_kernels(spec) else "eager")
+
+
+def _has_kernels(spec: TrainSpec) -> bool:
+    return bool(spec.traits.selects) and spec.kernels != "eager"
 
 
 def _standing(run: Run | SetRun) -> dict[str, list[Tensor]]:

@@ -132,7 +132,7 @@ def test_names_that_a_help_lists_are_those_of_the_room():
     from winnow.evaluator.recovery.train import VARIANTS
     from winnow.sae.formats.convert import READERS, WRITERS
     from winnow.schemas import evaluation
-    from winnow.trainer.plan.estimate import GPUS
+    from winnow.trainer.plan.rates import GPUS
 
     assert ", ".join(READERS) == READ
     assert ", ".join(WRITERS) == WRITTEN
