@@ -106,6 +106,7 @@ class Ledger(TorchDispatchMode):
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(_constants_by_the_host())
             stack.enter_context(_hosts_generator())
+            stack.enter_context(self._lists())
             stack.enter_context(listening(self._launched))
             stack.enter_context(telling(self))
             stack.enter_context(self)
@@ -176,20 +177,12 @@ class Ledger(TorchDispatchMode):
 
     def _ask(self, name: str, args: Any, kwargs: Any, there: list[Tensor], frame: FrameType | None) -> Any:
         """What an operation that makes the host wait gives; None if it does not wait."""
+        if name == "_local_scalar_dense":
+            return self._numbers(there[0], frame)[0]
         goes = kwargs.get("device") if name == "_to_copy" else None
-        to_host = goes is not None and goes.type == "cpu" != self._device
-        if name == "_local_scalar_dense" or to_host:
-            self._entry("to the host", frame).syncs += 1
-            numbers = self._answers.numbers(there[0], frame)
-            if numbers is None:
-                raise NotImplementedError(
-                    f"`winnow.trainer.plan.answers` has no usual answer for what {_place(frame)} asks of the "
-                    f"device, {list(there[0].shape)} of {there[0].dtype}"
-                )
-            if not to_host:
-                return numbers[0]
+        if goes is not None and goes.type == "cpu" != self._device:
             with _disable_current_modes():
-                return torch.tensor(numbers, dtype=there[0].dtype).view(there[0].shape)
+                return self._on_host(there[0], frame)
         made = self._answers.made(name, args, kwargs, frame)
         if made is not None:
             entry = self._entry(name, frame)
@@ -199,6 +192,37 @@ class Ledger(TorchDispatchMode):
             found = aten(name, there, [made])
             entry.add(found.cost, "", own=False, launches=found.launches)
         return made
+
+    def _numbers(self, asked: Tensor, frame: FrameType | None) -> list[Any]:
+        """The numbers of a tensor, flat, for which the host waits."""
+        self._entry("to the host", frame).syncs += 1
+        numbers = self._answers.numbers(asked, frame)
+        if numbers is None:
+            raise NotImplementedError(
+                f"`winnow.trainer.plan.answers` has no usual answer for what {_place(frame)} asks of the "
+                f"device, {list(asked.shape)} of {asked.dtype}"
+            )
+        return numbers
+
+    def _on_host(self, asked: Tensor, frame: FrameType | None) -> Tensor:
+        return torch.tensor(self._numbers(asked, frame), dtype=asked.dtype).view(asked.shape)
+
+    @contextmanager
+    def _lists(self) -> Iterator[None]:
+        """Inside, `tolist` of a fake is one answer: its own asks for every number alone."""
+        before = FakeTensor.tolist
+
+        def tolist(fake: FakeTensor) -> Any:
+            if not self._counted(fake):
+                return before(fake)
+            with _disable_current_modes():
+                return self._on_host(fake, _caller(2)).tolist()
+
+        FakeTensor.tolist = tolist
+        try:
+            yield
+        finally:
+            FakeTensor.tolist = before
 
     def _counted(self, leaf: object) -> bool:
         return isinstance(leaf, FakeTensor) and leaf.device.type == self._device

@@ -83,7 +83,7 @@ def test_the_device_answers_what_is_usual_and_each_answer_is_a_wait():
         assert torch.stack([rows.norm(), (rows > 0).sum().to(rows)]).tolist() == [2.0, 10.0]
         assert len(rows[rows > 0]) == 10
         assert len((rows > 1).nonzero()) == 0, "what is looked for is rare"
-    assert sum(entry.syncs for entry in ledger.entries.values()) == 9
+    assert sum(entry.syncs for entry in ledger.entries.values()) == 8
 
 
 def test_nothing_is_guessed():
@@ -176,7 +176,7 @@ from winnow.schemas.training import TrainSpec
 from winnow.trainer.plan.paper import step_on_paper
 found = step_on_paper(TrainSpec.model_validate_json(sys.argv[1]), 64)
 assert sys.modules["triton"] is None
-assert not [name for name in sys.modules if name.startswith("winnow.") and name.endswith("_triton")]
+assert not [name for name in sys.modules if name.startswith("winnow.trainer.kernels.") and "_triton" in name]
 print(json.dumps([found.peak, sum(e.streamed + e.gathered for e in found.entries.values())]))
 """
     spec = spec_of()
