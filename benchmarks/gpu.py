@@ -213,7 +213,7 @@ def memory(size: Size, device: torch.device, kernels: Backend, **fields: object)
     step()
     took = seconds(step, device)
     peak = torch.cuda.max_memory_allocated() - before if cuda else None
-    said = gpu_memory(run.recipe.spec, size.width)
+    said = gpu_memory(run.recipe.spec, size.width, stored="float32")
     return {
         **size._asdict(),
         **fields,

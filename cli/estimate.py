@@ -13,6 +13,7 @@ from winnow.schemas.layers import WRITES
 
 if TYPE_CHECKING:
     from winnow.schemas.config import Config
+    from winnow.schemas.harvest import Dtype
     from winnow.schemas.training import TrainSpec
 
 CARDS = "a100-40gb or a100-80gb or h100 or h200 or l4 or l40s or rtx-4090"
@@ -49,9 +50,10 @@ def estimate_command(
 ) -> None:
     """Estimate a run on some GPUs: memory, step time, tokens/s, hours, cost. Trains nothing.
 
-    Memory comes from formulas that tests compare with torch's own account; time comes from the card's data
-    sheet and from assumed, not measured, shares of it. A run that does not fit is refused, and the message
-    says what would fit. With --tokens and --d-model no dataset is needed.
+    Memory and time are reckoned from a training step that is taken on paper: the trainer's own code at full
+    size, on tensors without contents, needs no GPU. Rates come from the card's data sheet and from assumed,
+    not measured, shares of it. A run that does not fit is refused, and the message says what would fit. With
+    --tokens and --d-model no dataset is needed.
 
     Example: `winnow estimate configs/paper-16m.yaml --gpu h100 --count 16 --tokens 40e9 --d-model 768`
     """
@@ -62,7 +64,7 @@ def estimate_command(
 
         settings = load_config(config, set or [])
         spec = section(settings.train, "train")
-        spec, rows, width = _size(settings, spec, tokens, d_model)
+        spec, rows, width, stored = _size(settings, spec, tokens, d_model)
         prices = settings.prices
         hour = price or (prices.trainer_hour if prices else 0.0)
         found = estimate(
@@ -73,6 +75,7 @@ def estimate_command(
             count=count,
             price=hour or None,
             currency=prices.currency if prices else "USD",
+            stored=stored,
         )
         # Later epochs read the same rows again: the data is that of one.
         hooks = spec.set.hooks if spec.set is not None else spec.read_hooks
@@ -80,9 +83,11 @@ def estimate_command(
         emit(as_json(found, volume), json, lambda: print_table(f"{config}", table_rows(found, volume)))
 
 
-def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tuple[TrainSpec, float, int]:
-    """Return the spec with a set's layers resolved, the rows of the run and their width."""
-    from winnow.store.read.joined import open_roots
+def _size(
+    settings: Config, spec: TrainSpec, tokens: float, d_model: int
+) -> tuple[TrainSpec, float, int, Dtype]:
+    """Return the spec with a set's layers resolved, the rows of the run, their width and stored type."""
+    from winnow.store.read.joined import JoinedStore, open_roots
     from winnow.trainer.run.start import plan_order, resolve_recipe
 
     # The options and the formulas know one width, that of one hook.
@@ -97,7 +102,8 @@ def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tup
                 got="all",
                 fix="Add `--set train.set.layers=[0,11]` for a subject of 12 layers",
             )
-        return spec, tokens, d_model
+        planned = settings.plan.dtype if settings.plan is not None else "bfloat16"
+        return spec, tokens, d_model, planned
     dataset = open_roots(settings.root, spec.roots, settings.storage)
     if spec.set is not None and spec.set.layers == "all":
         layers = [int(hook.partition(".")[2]) for hook in dataset.hooks if hook.startswith(f"{WRITES}.")]
@@ -109,6 +115,7 @@ def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> tup
             expected=f"a target as wide as {spec.hook}, {width}",
             got=f"{spec.target_hook}, {dataset.d_model(spec.target_hook)}",
         )
+    part = dataset.part_of(spec.hook)[0] if isinstance(dataset, JoinedStore) else dataset
     if not tokens:
         tokens = resolve_recipe(spec, dataset, plan_order(spec, dataset)).steps * spec.batch_rows
-    return spec, tokens, width
+    return spec, tokens, width, part.plan.spec.dtype

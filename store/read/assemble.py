@@ -131,7 +131,8 @@ class Assembler:
 
     def _gather(self, held: NDArray[Any], chosen: NDArray[np.int64]) -> NDArray[Any]:
         widen = None if held.dtype == np.float32 else self.widen
-        width = held.shape[1] - (SCALE_BYTES if held.dtype == np.int8 else 0)
+        # packed int8 rows keep their scales
+        width = held.shape[1] - (SCALE_BYTES if widen is not None and held.dtype == np.int8 else 0)
         out = self._array((len(chosen), width), held.dtype if widen is None else np.float32)
         # "clip", since NumPy's default mode buffers `out`; the order's rows are all valid.
         if widen is None:

@@ -512,7 +512,7 @@ class ActivationStore:
         epochs: int | None = None,
         steps: int | None = None,
         prefetch: int = 8,
-        dtype: Literal["float32", "stored"] = "float32",
+        dtype: Literal["float32", "stored", "packed"] = "float32",
     ) -> Stream:
         """Stream batches in lane order, read ahead in the background.
 
@@ -532,8 +532,10 @@ class ActivationStore:
             epochs: Stop after this many epochs counted from step 0; None never stops.
             steps: Stop before this step, counted from step 0; None never stops.
             prefetch: Range requests in flight; for a local root at most one per core.
-            dtype: Dtype of the batches' rows: `float32`, or `stored`, the plan's (mostly bfloat16): half the
-                bytes to copy to a GPU, which widens them there. int8 is always widened.
+            dtype: Dtype of the batches' rows: `float32`, or `stored`, the plan's (mostly bfloat16), but
+                float32 if that is int8; or `packed`, the bytes as they are on disk, of int8 [B, D + 4]: D
+                values and the row's scale, a little-endian float32. Half or a quarter of the bytes to copy to
+                a GPU, which widens them there.
 
         Returns:
             An iterator of `winnow.store.read.torch_stream.Batch` that is also a context manager.

@@ -63,11 +63,16 @@ def memory_bytes(
 
 def _batch_bytes(plan: HarvestPlan, order: LaneOrder, hooks: Sequence[str], world: int, dtype: str) -> int:
     """Bytes of a rank's batch in the dtype that the consumer gets."""
-    wide = dtype == "float32" or plan.spec.dtype == "int8"
+    wide = _widens(plan, dtype)
     row = sum(
         plan.d_model(hook) * 4 if wide else row_bytes(plan.spec.dtype, plan.d_model(hook)) for hook in hooks
     )
     return row * order.batch_rows // world
+
+
+def _widens(plan: HarvestPlan, dtype: str) -> bool:
+    """Whether batches in the dtype that the consumer wants are widened to float32."""
+    return dtype == "float32" or (dtype == "stored" and plan.spec.dtype == "int8")
 
 
 class Rows(Protocol):
@@ -156,7 +161,7 @@ class RowStream(Closing):
         self._reader = GroupReader(store, plan, index, order, hooks, lanes, requests, arrivals, cache)
         self._waiter = ThreadPoolExecutor(1, "winnow-stream-follow") if arrivals else None
         widen = widen or partial(widen_stored, dtype=plan.spec.dtype)
-        wide = dtype == "float32" or plan.spec.dtype == "int8"
+        wide = _widens(plan, dtype)
         # A local root's reading threads assemble too, see `Assembler`.
         pool = None if store.remote else self._reader.pool
         self._dtype = dtype
@@ -320,8 +325,8 @@ def _checked(plan: HarvestPlan, hooks: Sequence[str], requests: int, dtype: str)
         plan.d_model(hook)
     if requests < 1:
         raise ConfigError("prefetch", expected="1 or more requests", got=requests)
-    if dtype not in ("float32", "stored"):
-        raise ConfigError("dtype", expected="float32 or stored", got=repr(dtype))
+    if dtype not in ("float32", "stored", "packed"):
+        raise ConfigError("dtype", expected="float32, stored or packed", got=repr(dtype))
     return hooks
 
 

@@ -22,8 +22,8 @@ class Batch(NamedTuple):
     """A rank's share of one step, in host memory."""
 
     rows: dict[str, torch.Tensor]
-    """Hook -> [B/world, D], raw activations, float32 unless the stored dtype was asked for; row i is the
-    same token for every hook."""
+    """Hook -> [B/world, D], raw activations, float32 unless the stored dtype was asked for (`packed` int8 is
+    [B/world, D + 4]); row i is the same token for every hook."""
     weights: torch.Tensor
     """float32 [B/world]: 0 at marked rows (sinks) and in void units, otherwise 1."""
     step: int

@@ -11,14 +11,15 @@ from winnow.trainer.run.transfer import Transfer
 STEPS, ROWS, WIDTH = 12, 4096, 512
 
 
-def test_rows_arrive_while_the_gpu_computes(device):
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int8])
+def test_rows_arrive_while_the_gpu_computes(device, kind):
     if device.type != "cuda":
         pytest.skip("a CPU copies nothing")
 
     def batches():
         for step in range(STEPS):
             yield Batch(
-                {"h.1": torch.full((ROWS, WIDTH), float(step))}, torch.full((ROWS,), step + 0.5), step
+                {"h.1": torch.full((ROWS, WIDTH), step, dtype=kind)}, torch.full((ROWS,), step + 0.5), step
             )
 
     busy = torch.randn(4096, 4096, device=device)
@@ -27,6 +28,8 @@ def test_rows_arrive_while_the_gpu_computes(device):
         for found, weights, _ in ready:
             rows = found.pop("h.1")
             assert rows.is_cuda
+            assert rows.dtype == kind
+            rows = rows.float()
             assert weights.is_cuda
             for _ in range(20):  # the GPU is behind the host by now
                 busy = torch.tanh(busy @ busy)

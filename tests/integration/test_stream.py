@@ -24,6 +24,7 @@ from winnow.store.read.assemble import RUN_BATCHES, RUNS_AHEAD
 from winnow.store.read.groups import reading_threads
 from winnow.store.read.stream import memory_bytes
 from winnow.store.testing import make_plan, synthetic_rows, write_dataset
+from winnow.trainer.step.widen import widened
 
 HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
 SEED = 11
@@ -115,12 +116,16 @@ def test_batches_in_the_stored_dtype(tmp_path, no_threads_left, dtype):
     store, options = ActivationStore.open(str(tmp_path)), {"batch_rows": 64, "seed": 1, "epochs": 1}
     with (
         store.stream(list(HOOKS), group_units=2, dtype="stored", **options) as stored,
+        store.stream(list(HOOKS), group_units=2, dtype="packed", **options) as packed,
         store.stream(list(HOOKS), group_units=2, **options) as wide,
     ):
-        for one, other in zip(stored, wide, strict=True):
+        assert (packed.memory_bytes < wide.memory_bytes) == (dtype != "float32")
+        for one, raw, other in zip(stored, packed, wide, strict=True):
             for hook, rows in one.rows.items():
                 assert rows.dtype == (torch.float32 if dtype == "int8" else getattr(torch, dtype))
                 assert torch.equal(rows.float(), other.rows[hook])
+                assert raw.rows[hook].dtype == getattr(torch, dtype)
+                assert torch.equal(widened(raw.rows[hook]), other.rows[hook])
     with pytest.raises(ConfigError, match="dtype"):
         store.stream("mlp_out.2", dtype="float64", **options)
 

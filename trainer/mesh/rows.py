@@ -27,7 +27,7 @@ class SharedRows(Closing):
 
     Args:
         open_stream: Opens the stream; called only on the ranks that read.
-        widths: D of each hook.
+        like: Of each hook an empty tensor [0, W] with the type and the width W of its rows.
         rows: B.
         first: Step of the first batch.
         device: Where batches are put if they are sent; a lone reader's stay in host memory.
@@ -39,14 +39,14 @@ class SharedRows(Closing):
     def __init__(
         self,
         open_stream: Callable[[], Stream],
-        widths: Mapping[str, int],
+        like: Mapping[str, torch.Tensor],
         rows: int,
         first: int,
         device: torch.device,
         world: World,
         idle: Callable[[], None] | None = None,
     ) -> None:
-        self._widths, self._rows, self._step = dict(widths), rows, first
+        self._like, self._rows, self._step = dict(like), rows, first
         self._device, self._world, self._idle = device, world, idle
         self._seen: deque[Batch] = deque()
         self._stream: Stream | None = None
@@ -80,9 +80,9 @@ class SharedRows(Closing):
         device, spread = self._device, self._world.latent.spread
         if batch is None:
             # of the shapes that the reader sends; a broadcast fills it in place
-            rows = {n: torch.empty(self._rows, width, device=device) for n, width in self._widths.items()}
+            rows = {n: a.new_empty(self._rows, a.shape[1], device=device) for n, a in self._like.items()}
             batch = Batch(rows, torch.empty(self._rows, device=device), self._step - 1)
-        rows = {hook: spread(batch.rows[hook].to(device)) for hook in self._widths}
+        rows = {hook: spread(batch.rows[hook].to(device)) for hook in self._like}
         return Batch(rows, spread(batch.weights.to(device)), batch.step)
 
     def _awaited(self) -> bool:

@@ -18,9 +18,10 @@ from pydantic import ValidationError
 
 from winnow.common.figures import human_bytes
 from winnow.schemas.errors import ConfigError, DependencyMissing
+from winnow.schemas.harvest import Dtype, row_bytes
 from winnow.schemas.training import SaeParts, TrainSpec
 from winnow.trainer.mesh.world import check_mesh
-from winnow.trainer.plan.memory import DEAD_SHARE, FLOAT, Memory, gpu_memory, standing_memory
+from winnow.trainer.plan.memory import DEAD_SHARE, Memory, gpu_memory, standing_memory
 from winnow.trainer.plan.no_triton import has_triton
 from winnow.trainer.plan.paper import Paper, step_on_paper
 from winnow.trainer.plan.rates import EFFICIENCY, GPUS, Part, Rates, parts_of
@@ -84,6 +85,7 @@ def estimate(
     count: int,
     price: float | None = None,
     currency: str = "USD",
+    stored: Dtype = "bfloat16",
 ) -> Estimate:
     """Estimate memory, time and money of a run.
 
@@ -95,6 +97,7 @@ def estimate(
         count: Number of GPUs.
         price: Price of one GPU per hour.
         currency: Currency of the price.
+        stored: Type of the dataset, in which rows reach a GPU.
 
     Raises:
         ConfigError: There is no such GPU, training would refuse the spec on them, or the run does not fit;
@@ -114,7 +117,9 @@ def estimate(
     # what stands is known at once, and a step that could not begin need not be reckoned
     if memory.total <= available:
         for dead in (0.0, DEAD_SHARE) if spec.auxk_coefficient else (0.0,):
-            papers.append(step_on_paper(spec, d_model, data=data, latent=latent, dead_share=dead))
+            papers.append(
+                step_on_paper(spec, d_model, data=data, latent=latent, dead_share=dead, stored=stored)
+            )
         memory = max((Memory.of(paper) for paper in papers), key=lambda memory: memory.total)
     if memory.total > available:
         raise ConfigError(
@@ -122,7 +127,7 @@ def estimate(
             expected=f"at most {human_bytes(available)}",
             got=f"{human_bytes(memory.total)} ({human_bytes(memory.standing)} for weights, gradients, Adam "
             "and average" + (f", {human_bytes(memory.step)} for a step)" if memory.step else " alone)"),
-            fix=_what_would_fit(spec, d_model, available, count),
+            fix=_what_would_fit(spec, d_model, available, count, stored),
         )
     usual = papers[0]
     return Estimate(
@@ -132,7 +137,7 @@ def estimate(
         latent=latent,
         memory=memory,
         available=available,
-        stream_bytes=_stream_bytes(spec, d_model, data),
+        stream_bytes=_stream_bytes(spec, d_model, data, stored),
         parts=parts_of(((site.part, entry) for site, entry in usual.entries.items()), rates, usual.runs),
         seconds=step_seconds(usual, rates),
         dead_step_seconds=sum(step_seconds(papers[1], rates).values()) if len(papers) > 1 else None,
@@ -143,9 +148,9 @@ def estimate(
     )
 
 
-def _stream_bytes(spec: TrainSpec, d_model: int, data: int) -> int:
+def _stream_bytes(spec: TrainSpec, d_model: int, data: int, stored: Dtype) -> int:
     """Host memory of the streams of all data ranks; a GPU that holds a further shard opens none."""
-    batch = spec.batch_rows // data * len(spec.stream_hooks) * d_model * FLOAT
+    batch = spec.batch_rows // data * len(spec.stream_hooks) * row_bytes(stored, d_model)
     # twice, because the next group is read while the current one is used
     # here, not above: with it come the store's codecs, which `benchmarks.gpu` does without
     from winnow.store.read.assemble import assembled_bytes
@@ -163,7 +168,7 @@ def step_seconds(paper: Paper, rates: Rates) -> dict[str, float]:
     return found | {"between GPUs": sent / rates.link, "host": max(0.0, host)}
 
 
-def _what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) -> str:
+def _what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int, stored: Dtype) -> str:
     """Name the smallest changes that would fit, each of them one that training accepts."""
 
     def fits(gpus: int, change: dict[str, Any]) -> bool:
@@ -174,7 +179,8 @@ def _what_would_fit(spec: TrainSpec, d_model: int, available: int, count: int) -
             # first what takes no ledger to know
             if standing_memory(changed, d_model, -(-changed.latents // latent)).total > available:
                 return False
-            return gpu_memory(changed, d_model, data=data, latent=latent).total <= available
+            memory = gpu_memory(changed, d_model, data=data, latent=latent, stored=stored)
+            return memory.total <= available
         except (ConfigError, ValidationError):
             return False
 

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from winnow.schemas.harvest import Dtype
 from winnow.schemas.training import MomentsDtype, TrainSpec
 from winnow.trainer.kernels.segment_grad import BLOCK_BYTES
 from winnow.trainer.plan.paper import HELD, Paper, step_on_paper
@@ -122,7 +123,9 @@ def standing_memory(spec: TrainSpec, d_model: int, latents: int) -> Memory:
     )
 
 
-def gpu_memory(spec: TrainSpec, d_model: int, *, data: int = 1, latent: int = 1) -> Memory:
+def gpu_memory(
+    spec: TrainSpec, d_model: int, *, data: int = 1, latent: int = 1, stored: Dtype = "bfloat16"
+) -> Memory:
     """Memory of the GPU of a mesh that holds the largest shard, batches included; AuxK with DEAD_SHARE.
 
     From the ledger of a step (`winnow.trainer.plan.paper`), which no GPU has been compared with yet:
@@ -133,9 +136,10 @@ def gpu_memory(spec: TrainSpec, d_model: int, *, data: int = 1, latent: int = 1)
         d_model: D; a transcoder's target is as wide.
         data: Data ranks of the mesh.
         latent: Latent shards of the mesh.
+        stored: Type of the dataset, in which rows reach the GPU.
     """
     dead = DEAD_SHARE if spec.auxk_coefficient else 0.0
-    return Memory.of(step_on_paper(spec, d_model, data=data, latent=latent, dead_share=dead))
+    return Memory.of(step_on_paper(spec, d_model, data=data, latent=latent, dead_share=dead, stored=stored))
 
 
 def _step_bytes(spec: TrainSpec, d_model: int, rows: int) -> int:

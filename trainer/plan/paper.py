@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from winnow.sae.model import Sae
+from winnow.schemas.harvest import Dtype, stored_width
 from winnow.schemas.training import TrainSpec
 from winnow.trainer.mesh.world import Axis, Pending, World
 from winnow.trainer.plan.answers import Answers
@@ -68,17 +69,16 @@ def paper_world(data: int, latent: int, latents: int) -> World:
 class _Batches:
     """The rows of a step on the device, and those of the next one, which arrive meanwhile."""
 
-    def __init__(
-        self, spec: TrainSpec, d_model: int, rows: int, stored: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, spec: TrainSpec, d_model: int, rows: int, stored: Dtype, device: torch.device) -> None:
         hooks = spec.stream_hooks
         self.weights = torch.empty(rows, device=device)
         # with micro-batches rows wait on the host, and each part is moved by the step
         whole = spec.accumulate == 1
+        width, kind = stored_width(stored, d_model), getattr(torch, stored)
         self.rows = {
-            hook: torch.empty(rows, d_model, dtype=stored, device=device)
+            hook: torch.empty(rows, width, dtype=kind, device=device)
             if whole
-            else torch.empty(1, 1, dtype=stored).expand(rows, d_model)
+            else torch.empty(1, 1, dtype=kind).expand(rows, width)
             for hook in hooks
         }
         self.ahead = [torch.empty_like(part) for part in self.rows.values()] if whole else []
@@ -100,7 +100,7 @@ def step_on_paper(
     data: int = 1,
     latent: int = 1,
     dead_share: float = 0.0,
-    stored: torch.dtype = torch.float32,
+    stored: Dtype = "bfloat16",
 ) -> Paper:
     """Take a step of a spec and tell what it costs one GPU.
 
@@ -110,7 +110,7 @@ def step_on_paper(
         data: Data ranks of the mesh.
         latent: Latent shards of the mesh.
         dead_share: Share of the latents that are dead in this step.
-        stored: Type in which rows reach the device.
+        stored: Type of the dataset, in which rows reach a GPU.
     """
     world = _world(data, latent, spec.latents)
     answers = Answers(

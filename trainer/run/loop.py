@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from winnow.common.device import cpu_threads, resolve_device, torch_settings
 from winnow.common.figures import human_bytes
@@ -26,7 +27,7 @@ from winnow.schemas.errors import ConfigError, NonFiniteError, WorkerError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
-from winnow.store.read.joined import open_roots
+from winnow.store.read.joined import JoinedStore, open_roots
 from winnow.store.read.torch_stream import Batch
 from winnow.trainer.mesh.rows import SharedRows
 from winnow.trainer.mesh.world import Launch, World, check_mesh, open_world
@@ -333,6 +334,7 @@ class _Together:
         """The stream's batches from the members' step up to `until`."""
         first, spec, world = self._first, self._first.spec, self._first.run.world
         dataset = first.dataset
+        packed = travels_packed(first.run.device)
         return SharedRows(
             # a function, because only the first shard of a data rank opens it: one read for all shards
             lambda: dataset.stream(
@@ -346,8 +348,9 @@ class _Together:
                 world=world.data.size,
                 start_step=first.step,
                 steps=until,
+                dtype="packed" if packed else "float32",
             ),
-            {hook: dataset.plan.d_model(hook) for hook in spec.stream_hooks},
+            {hook: _like(dataset, hook, packed=packed) for hook in spec.stream_hooks},
             spec.batch_rows // world.data.size,
             first.step,
             first.run.device,
@@ -453,6 +456,20 @@ class _Together:
                 name = "" if self._alone else f"{member.spec.out}: "
                 say(f"{name}stopped after step {member.step} of {member.recipe.steps}; a checkpoint is kept")
         raise KeyboardInterrupt
+
+
+def travels_packed(device: torch.device) -> bool:
+    """Whether rows reach a device as they are stored, and are widened there."""
+    # for a CPU the threads that gather rows widen them, while they are in cache
+    return device.type == "cuda"
+
+
+def _like(dataset: ActivationStore, hook: str, *, packed: bool) -> Tensor:
+    """No rows [0, W] of a hook, in the type in which the stream gives them."""
+    if not packed:
+        return torch.empty(0, dataset.plan.d_model(hook))
+    part, own = dataset.part_of(hook) if isinstance(dataset, JoinedStore) else (dataset, hook)
+    return torch.empty(0, part.plan.stored_width(own), dtype=getattr(torch, part.plan.spec.dtype))
 
 
 def _show(bar: Progress, step: int, steps: int, rows: int, reports: dict[Member, Report]) -> None:

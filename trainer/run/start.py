@@ -31,6 +31,7 @@ from winnow.trainer.run.warm_start import warm_start
 from winnow.trainer.step import Recipe, Run, SetRun
 from winnow.trainer.step.cross_init import initialise_cross
 from winnow.trainer.step.optim import Ema
+from winnow.trainer.step.widen import widened
 
 log = logging.getLogger("winnow.trainer")
 
@@ -101,9 +102,10 @@ def stream_state(
 
 
 def rows_of(rows: Mapping[str, Tensor], spec: TrainSpec) -> tuple[Tensor, Tensor | None]:
-    """Raw input rows [B, D], joined if there are several hooks, and a transcoder's target rows, by hook."""
+    """Raw or stored input rows [B, D], joined if there are several hooks, and a transcoder's target rows."""
     inputs = [rows[hook] for hook in spec.input_hooks]
-    joined = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
+    # widened before they are joined: packed int8 rows end with their scales
+    joined = torch.cat([widened(part) for part in inputs], dim=1) if len(inputs) > 1 else inputs[0]
     return joined, rows[spec.target_hook] if spec.target_hook else None
 
 
@@ -211,7 +213,7 @@ def initialise_runs(runs: Sequence[Run | SetRun], batches: SharedRows) -> None:
 
         def sample(parts: Sequence[Tensor], run: Run | SetRun = run, size: int = spec.sample_rows) -> Tensor:
             # of the whole batch on every rank, so that all initialise with the same bits
-            whole = [run.world.data.gather(part).flatten(0, 1) for part in parts]
+            whole = [run.world.data.gather(widened(part)).flatten(0, 1) for part in parts]
             return torch.cat(whole)[:size].to(run.device)
 
         def rows(hook: str, some: Sequence[Batch] = drawn[:need]) -> Tensor:

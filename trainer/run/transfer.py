@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from winnow.common.closing import Closing
 from winnow.store.read.torch_stream import Batch
+
+# a step of 65,536 rows of 768 in 29 ms asks for 3.5 GB/s of bfloat16, more than one thread may copy
+PINNERS = 4
+"""Threads that copy into pinned memory."""
+PART_BYTES = 8 << 20
+"""Bytes that a thread pins and sends at a time."""
 
 
 class _Sent(NamedTuple):
@@ -21,9 +28,9 @@ class _Sent(NamedTuple):
 class Transfer(Closing):
     """An iterator over a stream's batches, each on the device when it is returned.
 
-    With `ahead` one more batch is taken from the stream than has been returned: a thread copies it to pinned
-    memory and from there, on a CUDA stream of its own, to the device. An error of the stream is raised in its
-    turn, after the batches before it.
+    With `ahead` one more batch is taken from the stream than has been returned: threads copy parts of it to
+    pinned memory and from there, on a CUDA stream of their own, to the device. An error of the stream is
+    raised in its turn, after the batches before it.
 
     Args:
         batches: Batches of the store, in the host's memory or on the device.
@@ -48,6 +55,7 @@ class Transfer(Closing):
         self._ahead = device.type == "cuda" if ahead is None else ahead
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and self._ahead else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="winnow-transfer") if self._ahead else None
+        self._pinners = ThreadPoolExecutor(PINNERS, "winnow-pin") if self._stream is not None else None
         self._next: Future[_Sent] | Exception | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -78,8 +86,10 @@ class Transfer(Closing):
 
     def close(self) -> None:
         """Wait for the copy in progress; the stream is closed by its owner."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        # in this order: the first waits for what it has given the second
+        for threads in (self._thread, self._pinners):
+            if threads is not None:
+                threads.shutdown()
 
     def _take(self) -> Batch:
         if not self._left:
@@ -110,8 +120,22 @@ class Transfer(Closing):
         return Batch(rows, self._move(batch.weights), batch.step)
 
     def _move(self, tensor: Tensor) -> Tensor:
-        if self._stream is None or tensor.is_cuda:
+        if self._pinners is None or tensor.is_cuda:
             return tensor.to(self._device)
-        # only a copy from pinned memory is asynchronous; the allocator keeps the pinned block until the copy
-        # has ended, so nothing here has to hold it
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        # a list, so that an error of any part is raised here
+        list(self._pinners.map(partial(self._send_part, tensor, out), parts_of(tensor)))
+        return out
+
+    def _send_part(self, tensor: Tensor, out: Tensor, part: slice) -> None:
+        # every thread has a current stream of its own
+        with torch.cuda.stream(self._stream):
+            # only a copy from pinned memory is asynchronous; the allocator keeps the pinned block until the
+            # copy has ended, so nothing here has to hold it
+            out[part].copy_(tensor[part].pin_memory(), non_blocking=True)
+
+
+def parts_of(tensor: Tensor) -> list[slice]:
+    """Cut rows into slices of PART_BYTES that several threads pin at a time."""
+    step = max(1, PART_BYTES // max(1, tensor[:1].nbytes))
+    return [slice(first, min(first + step, len(tensor))) for first in range(0, len(tensor), step)]

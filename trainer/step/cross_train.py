@@ -18,6 +18,7 @@ from winnow.trainer.step.losses import Rows
 from winnow.trainer.step.report import StepReport, Tally
 from winnow.trainer.step.state import Run
 from winnow.trainer.step.train import count, group_sizes, report_of, require_finite, update
+from winnow.trainer.step.widen import widened
 
 Step = cross.CrossStep | cross_spec.CrossSpecStep
 
@@ -114,7 +115,7 @@ def _prepare(runs: Sequence[Run], weights: Tensor, *rows: Tensor) -> list[Rows]:
     kept = [(part[keep] if some else part).to(device) for part in (weights, *rows)]
     weights, inputs, targets = kept[0], kept[1 : len(runs) + 1], kept[len(runs) + 1 :]
     return [
-        Rows(run.sae.normalise(x)[0], normalise_own(run.sae, y), weights, sizes)
+        Rows(run.sae.normalise(widened(x))[0], normalise_own(run.sae, widened(y)), weights, sizes)
         for run, x, y in zip(runs, inputs, targets, strict=True)
     ]
 

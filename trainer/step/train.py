@@ -20,6 +20,7 @@ from winnow.trainer.step.report import StepReport, Tally
 from winnow.trainer.step.spans import mark
 from winnow.trainer.step.state import Run
 from winnow.trainer.step.update import fused_update, plain_update
+from winnow.trainer.step.widen import widened
 
 Step = sparse.SparseStep | spec.SpecStep
 """A step that is under way: `take` per micro-batch, then `end`."""
@@ -30,8 +31,9 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
 
     Args:
         run: The state, changed in place.
-        rows: Raw activations [B, D], on the SAE's device unless they are split (`accumulate`): its parts are
-            moved there one by one. On a mesh, this rank's share of the batch.
+        rows: Raw activations [B, D], or as they are stored (`widened`), on the SAE's device unless they are
+            split (`accumulate`): its parts are moved there one by one. On a mesh, this rank's share of the
+            batch.
         weights: [B]; rows of weight 0 take part in nothing, whatever they hold.
         target: A transcoder's raw target rows [B, O].
 
@@ -111,8 +113,8 @@ def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = Non
         rows, weights = rows[keep], weights[keep]
         target = None if target is None else target[keep]
     # dropped first, since garbage in a row of weight 0 would survive the weight: 0 * inf is NaN
-    x = run.sae.normalise(rows)[0]
-    return Rows(x, x if target is None else run.sae.normalise_target(target), weights, sizes)
+    x = run.sae.normalise(widened(rows))[0]
+    return Rows(x, x if target is None else run.sae.normalise_target(widened(target)), weights, sizes)
 
 
 def group_sizes(run: Run, keep: Tensor) -> tuple[int, ...]:

@@ -53,7 +53,9 @@ def go(stream: Rows, work, follow: bool = False) -> tuple[list[Any], int]:
             return stream
 
         idle = (lambda: waits.append(rank)) if follow else None
-        with SharedRows(open_stream, {"h": D}, B, 0, torch.device("cpu"), world, idle) as rows:
+        with SharedRows(
+            open_stream, {"h": torch.empty(0, D)}, B, 0, torch.device("cpu"), world, idle
+        ) as rows:
             return work(rows), rows.bytes_read, rows.memory_bytes, opened
 
     return meet(1, 3, run)[0], len(waits)

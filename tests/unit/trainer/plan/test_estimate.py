@@ -59,7 +59,7 @@ def test_the_papers_large_run_needs_a_mesh_and_is_told_which():
     assert json.loads(json.dumps(told))["step_seconds"] == pytest.approx(found.step_seconds)
     assert any("assumed" in row[1] for row in table_rows(found, data_volume(40e9, 768)))
     # Two groups, and five runs of one batch each in the only rank that opens a stream.
-    assert found.stream_bytes == 2 * large.group_bytes + 5 * 131_072 * 768 * 4
+    assert found.stream_bytes == 2 * large.group_bytes + 5 * 131_072 * 768 * 2
 
 
 def test_a_sets_batches_ahead_have_the_rows_of_all_its_hooks():
@@ -68,8 +68,8 @@ def test_a_sets_batches_ahead_have_the_rows_of_all_its_hooks():
     whole = spec.model_copy(update={"set": of, "target_normalize": "dataset"})
     found = [estimate(each, 64, tokens=1e6, gpu="h100", count=1) for each in (spec, whole)]
     ahead = [each.stream_bytes - 2 * spec.group_bytes for each in found]
-    # 1 MiB a batch of one hook, of which two make a run, and 60 MiB one of sixty.
-    assert ahead == [5 * 2 * 2**20, 5 * 60 * 2**20]
+    # 1/2 MiB a batch of one hook in bfloat16, of which five make a run, and 30 MiB one of sixty.
+    assert ahead == [5 * 5 * 2**19, 5 * 30 * 2**20]
 
 
 def test_packed_moments_fit_where_float32_does_not():

@@ -159,7 +159,7 @@ def test_a_plain_step_on_paper_holds_what_torch_allocates():
     weights = torch.ones(len(rows))
     train_step(run, rows, weights)
     peak = peak_of(lambda: train_step(run, rows, weights))
-    paper = step_on_paper(spec, 128)
+    paper = step_on_paper(spec, 128, stored="float32")
     # the batch, and on a GPU the next one, with a weight for each row of this one
     batches = 2 * rows.nbytes + weights.nbytes
     assert paper.peak - sum(paper.held.values()) - batches == pytest.approx(peak, rel=0.05)

@@ -7,7 +7,7 @@ import torch
 
 from winnow.schemas.errors import IntegrityError
 from winnow.store.read.torch_stream import Batch
-from winnow.trainer.run.transfer import Transfer
+from winnow.trainer.run.transfer import PART_BYTES, Transfer, parts_of
 
 CPU = torch.device("cpu")
 
@@ -54,3 +54,11 @@ def test_every_hook_s_rows_arrive(whole):
     with Transfer(Source(("h.1", "h.2")), 1, CPU, whole=whole, ahead=True) as batches:
         rows, _, _ = next(batches)
     assert {hook: tuple(t.shape) for hook, t in rows.items()} == {"h.1": (6, 3), "h.2": (6, 4)}
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 3), (1, 3), (4096, 1024), (5, PART_BYTES)])
+def test_rows_are_pinned_in_parts_that_cover_them(rows, width):
+    tensor = torch.empty(rows, width, dtype=torch.bfloat16)
+    parts = parts_of(tensor)
+    assert [number for part in parts for number in range(part.start, part.stop)] == list(range(rows))
+    assert all(tensor[part].nbytes <= max(PART_BYTES, 2 * width) for part in parts)
