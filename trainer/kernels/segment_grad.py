@@ -34,7 +34,7 @@ class Segments(NamedTuple):
     row: Tensor
     """int64 [E]: its row."""
     latent: Tensor
-    """int64 [E]: its latent, ascending."""
+    """int64 or int32 [E]: its latent, ascending."""
     ends: Tensor
     """int64 [N + 1]: latent n's entries are ends[n] up to ends[n + 1]."""
 
@@ -52,6 +52,22 @@ def segments_of(indices: Tensor, latents: int, chosen: Tensor | None = None) -> 
     ends = F.pad(torch.bincount(latent, minlength=latents).cumsum(0), (1, 0))
     order = order if places is None else places[order]
     # `max`: codes without slots (K = 0) would divide by 0
+    return Segments(order, order.div(max(1, indices.shape[1]), rounding_mode="floor"), latent, ends)
+
+
+def segments_unasked(indices: Tensor, latents: int, chosen: Tensor | None = None) -> Segments:
+    """`segments_of` without a number from the device, for which its queue would have to run dry.
+
+    Entries that are not chosen come last, past the last end, as of a latent N that there is not.
+    """
+    # a radix sort goes through the keys byte by byte: 32 bits take half the passes of 64
+    key = indices.flatten().to(torch.int32)
+    if chosen is not None:
+        key = torch.where(chosen.flatten(), key, latents)
+    latent, order = key.sort(stable=True)
+    edges = torch.arange(latents + 1, dtype=torch.int32, device=key.device)
+    # not `bincount`, which asks the device for the largest of its input
+    ends = torch.searchsorted(latent, edges)
     return Segments(order, order.div(max(1, indices.shape[1]), rounding_mode="floor"), latent, ends)
 
 
@@ -73,7 +89,7 @@ def segment_grad(values: Tensor, indices: Tensor, rows: Tensor, latents: int, ba
         segments = segments_of(indices, latents)
         return _segment_sums_cpu(values.flatten()[segments.order], segments, rows)
     if backend == "triton":
-        segments = segments_of(indices, latents)
+        segments = segments_unasked(indices, latents)
         module = triton_module("segment_grad")
         return module.segment_sums(values.flatten()[segments.order], segments, rows)
     if backend == "eager":

@@ -1,111 +1,236 @@
-"""`segment_grad` on a GPU: sums over sorted entries, without atomics.
+"""`segment_grad` on a GPU: sums over sorted entries, without atomics, finished in the pass that writes them.
 
-A latent with up to CHUNK entries is summed by one program per block of D. A hot one is split into chunks of
-CHUNK entries, whose partial sums another program adds in order: the load is even, and the bits are the same
-every run.
+A latent with up to `chunk_size` entries is summed by one program per block of D. A hot one is split into
+chunks of as many, whose partial sums another program adds in order: the load is even, and the bits are the
+same every run.
 
-Legend: B rows, D width, N latents, E entries (B*K), H chunks of hot latents.
+What the gradient of a step's matrix needs beside its sums (see `Finish`) is done by the program that holds
+the row; `finish_rows` does it in a pass of its own, for sums that are whole only after they crossed a mesh.
+
+Legend: B rows, D width, N latents, E entries (B*K), H chunks of hot latents, M dead latents.
 """
-# pyright: reportUnknownParameterType=false, reportMissingParameterType=false
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from winnow.trainer.kernels.cost import Cost, Given, cost_of, size_of
+from winnow.trainer.kernels.cost import Cost, cost_of
+from winnow.trainer.kernels.fused_ops import WIDEST, Finish
 from winnow.trainer.kernels.segment_grad import Segments
-from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
+from winnow.trainer.kernels.support_triton import block_of, cdiv, launch, power_of_two
 
-LARGEST_BLOCK = 1024
-CHUNK = 128
+LARGEST_BLOCK = WIDEST
+CHUNK, LARGEST_CHUNK = 128, 1024
+"""Fewest and most entries of a chunk."""
 
 
 @triton.jit
 def _sum_entries(values, row, rows, low, high, d, D, BLOCK_D: tl.constexpr):
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    weight = 0.0
     for entry in range(low, high):
         value = tl.load(values + entry).to(tl.float32)
         data = tl.load(rows + tl.load(row + entry) * D + d, mask=d < D, other=0.0)
         total += value * data.to(tl.float32)
-    return total
+        weight += value
+    return total, weight
 
 
 @triton.jit
-def _whole(values, row, ends, rows, out, D, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr):
+def _end(total, out, at, more, directions, squares, latent, d, D, ADD: tl.constexpr):
+    inside = d < D
+    if ADD:
+        total += tl.load(out + latent * D + d, mask=inside, other=0.0)
+    if at is not None:
+        place = tl.load(at + latent).to(tl.int64)
+        total += tl.load(more + place * D + d, mask=inside & (place >= 0), other=0.0)
+    if directions is not None:
+        direction = tl.load(directions + latent * D + d, mask=inside, other=0.0)
+        total -= tl.sum(total * direction, axis=0) * direction
+    if squares is not None:
+        tl.store(squares + latent, tl.sum(total * total, axis=0))
+    tl.store(out + latent * D + d, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _whole(
+    values,
+    row,
+    ends,
+    rows,
+    out,
+    bias,
+    at,
+    more,
+    directions,
+    squares,
+    D,
+    chunk_size,
+    ADD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     latent = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     low = tl.load(ends + latent)
     high = tl.load(ends + latent + 1)
     # a hot latent would keep one program busy long after all others: `_chunk` and `_join` do it
-    if high - low <= CHUNK:
-        total = _sum_entries(values, row, rows, low, high, d, D, BLOCK_D)
-        tl.store(out + latent * D + d, total.to(out.dtype.element_ty), mask=d < D)
+    if high - low <= chunk_size:
+        total, weight = _sum_entries(values, row, rows, low, high, d, D, BLOCK_D)
+        if bias is not None:
+            tl.store(bias + latent, tl.load(bias + latent) + weight)
+        _end(total, out, at, more, directions, squares, latent, d, D, ADD)
 
 
 @triton.jit
 def _chunk(
-    values, row, ends, rows, latents, first, partial, N, D, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr
+    values,
+    row,
+    ends,
+    rows,
+    latents,
+    first,
+    partial,
+    weights,
+    N,
+    D,
+    chunk_size,
+    BLOCK_D: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     latent = tl.load(latents + chunk)
     # the grid is an upper bound: programs past the last chunk find no owner
     if latent < N:
-        low = tl.load(ends + latent) + (chunk - tl.load(first + latent)) * CHUNK
-        high = tl.minimum(low + CHUNK, tl.load(ends + latent + 1))
-        total = _sum_entries(values, row, rows, low, high, d, D, BLOCK_D)
+        low = tl.load(ends + latent) + (chunk - tl.load(first + latent)) * chunk_size
+        high = tl.minimum(low + chunk_size, tl.load(ends + latent + 1))
+        total, weight = _sum_entries(values, row, rows, low, high, d, D, BLOCK_D)
         # in float32 whatever the rows are: a partial sum is not rounded before it is added
         tl.store(partial + chunk * D + d, total, mask=d < D)
+        tl.store(weights + chunk, weight)
 
 
 @triton.jit
-def _join(first, partial, out, D, BLOCK_D: tl.constexpr):
+def _join(
+    first,
+    partial,
+    weights,
+    out,
+    bias,
+    at,
+    more,
+    directions,
+    squares,
+    D,
+    ADD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     latent = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     low = tl.load(first + latent)
     high = tl.load(first + latent + 1)
     if low < high:
         total = tl.zeros([BLOCK_D], dtype=tl.float32)
+        weight = 0.0
         for chunk in range(low, high):
             total += tl.load(partial + chunk * D + d, mask=d < D, other=0.0)
-        tl.store(out + latent * D + d, total.to(out.dtype.element_ty), mask=d < D)
+            weight += tl.load(weights + chunk)
+        if bias is not None:
+            tl.store(bias + latent, tl.load(bias + latent) + weight)
+        _end(total, out, at, more, directions, squares, latent, d, D, ADD)
+
+
+@triton.jit
+def _finish(grad, directions, squares, D, BLOCK_D: tl.constexpr):
+    latent = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    total = tl.load(grad + latent * D + d, mask=d < D, other=0.0)
+    _end(total, grad, None, None, directions, squares, latent, d, D, ADD=False)
+
+
+def _added(given: Mapping[str, Any]) -> int:
+    """Bytes that finishing moves for each of N rows, beside writing them."""
+    return 4 * given["D"] * (bool(given["ADD"]) + (given["directions"] is not None))
 
 
 @cost_of("_whole")
-def _whole_cost(given: Given) -> Cost:
-    ends, values = given["ends"], given["values"]
-    # `ends` is a slice of those of all latents, whose number only its storage tells
-    of_all = max(1, ends.untyped_storage().nbytes() // ends.element_size() - 1)
-    # as many entries as fall to the slice if latents are equally active
-    entries = len(values) * (len(ends) - 1) // of_all
-    row = given["D"] * given["rows"].element_size()
-    read = entries * (values.element_size() + given["row"].element_size())
-    return Cost(streamed=read + size_of(ends) + size_of(given["out"]), gathered=entries * row)
+def _(given: Mapping[str, Any]) -> Cost:
+    latents, entries, width = len(given["ends"]) - 1, len(given["values"]), given["D"]
+    own = latents * (width * given["out"].element_size() + _added(given)) + given["ends"].nbytes
+    if given["more"] is not None:
+        own += given["more"].nbytes + given["at"].nbytes
+    # as if no latent were hot: the chunks then find no owner
+    return Cost(0.0, own + entries * 12, entries * width * given["rows"].element_size())
 
 
 @cost_of("_chunk")
-def _chunk_cost(given: Given) -> Cost:
-    # no latent is hot in a usual step: programs find no owner
-    return Cost(streamed=size_of(given["latents"]))
+def _(given: Mapping[str, Any]) -> Cost:
+    return Cost(streamed=given["latents"].nbytes)
 
 
 @cost_of("_join")
-def _join_cost(given: Given) -> Cost:
-    return Cost(streamed=size_of(given["first"]))
+def _(given: Mapping[str, Any]) -> Cost:
+    return Cost(streamed=given["first"].nbytes)
+
+
+@cost_of("_finish")
+def _(given: Mapping[str, Any]) -> Cost:
+    passes = 2 if given["directions"] is None else 3
+    return Cost(streamed=passes * given["grad"].nbytes + given["squares"].nbytes)
 
 
 def segment_sums(
     values: Tensor, segments: Segments, rows: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Sums [N, D] of type `dtype` (None takes rows'), from values [E] in the segments' order."""
-    latents, width = len(segments.ends) - 1, rows.shape[1]
-    out = rows.new_empty(latents, width, dtype=dtype or rows.dtype)
+    out = rows.new_empty(len(segments.ends) - 1, rows.shape[1], dtype=dtype or rows.dtype)
+    add_sums(out, values, segments, rows)
+    return out
+
+
+def chunk_size(entries: int, latents: int) -> int:
+    """Entries from which a latent is hot."""
+    # four times the mean, so that few are: their partial sums are written and read again. At K = 256 and
+    # B = 65,536 chunks of 128 would take 0.8 GB for them
+    return min(LARGEST_CHUNK, max(CHUNK, power_of_two(4 * entries // max(1, latents))))
+
+
+def add_sums(
+    out: Tensor,
+    values: Tensor,
+    segments: Segments,
+    rows: Tensor,
+    *,
+    bias: Tensor | None = None,
+    finish: Finish | None = None,
+) -> None:
+    """Write the sums to `out` [N, D], finished.
+
+    Args:
+        out: Contiguous; float32 if there is more to do than to sum.
+        values: [E], in the segments' order.
+        segments: Of the entries; those past the last end belong to no latent.
+        rows: [B, D].
+        bias: float32 [N], to which each latent's values are added.
+        finish: With this or a bias, D is at most `fused_ops.WIDEST`.
+    """
+    latents, width = out.shape
+    finish = finish or Finish()
     if not out.numel():
-        return out
+        return
     block = block_of(width, LARGEST_BLOCK)
     across = cdiv(width, block)
+    size = chunk_size(len(values), latents)
     values, rows, entry_row = values.contiguous(), rows.contiguous(), segments.row
+    at, more = finish.more or (None, None)
+    ends = (bias, at, more, finish.directions, finish.squares, width)
+    shape = {"BLOCK_D": block, "num_warps": max(4, block // 512)}
     launch(
         _whole,
         (latents, across),
@@ -114,20 +239,22 @@ def segment_sums(
         segments.ends,
         rows,
         out,
-        width,
-        CHUNK=CHUNK,
-        BLOCK_D=block,
+        *ends,
+        size,
+        ADD=finish.add,
+        **shape,
     )
-    if len(values) <= CHUNK:
-        return out  # no latent can be hot
+    if len(values) <= size:
+        return  # no latent can be hot
     counts = segments.ends.diff()
-    chunks = torch.where(counts > CHUNK, (counts + CHUNK - 1).div(CHUNK, rounding_mode="floor"), 0)
+    chunks = torch.where(counts > size, (counts + size - 1).div(size, rounding_mode="floor"), 0)
     first = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
-    # a hot latent of n entries has at most 2 n / CHUNK chunks: a bound that needs no number from the GPU, and
+    # a hot latent of n entries has at most 2 n / size chunks: a bound that needs no number from the GPU, and
     # therefore no wait for it
-    most = 2 * len(values) // CHUNK
+    most = 2 * len(values) // size
     owner = torch.searchsorted(first[1:], torch.arange(most, device=rows.device), right=True)
     partial = torch.empty(most, width, dtype=torch.float32, device=rows.device)
+    weights = torch.empty(most, dtype=torch.float32, device=rows.device)
     launch(
         _chunk,
         (most, across),
@@ -138,10 +265,24 @@ def segment_sums(
         owner,
         first,
         partial,
+        weights,
         latents,
         width,
-        CHUNK=CHUNK,
-        BLOCK_D=block,
+        size,
+        **shape,
     )
-    launch(_join, (latents, across), first, partial, out, width, BLOCK_D=block)
-    return out
+    launch(_join, (latents, across), first, partial, weights, out, *ends, ADD=finish.add, **shape)
+
+
+def finish_rows(grad: Tensor, directions: Tensor | None) -> Tensor:
+    """Take from each row of grad [N, D] what is parallel to the unit `directions`; the squared norms [N].
+
+    Arguments as for `Finish`; D is at most `fused_ops.WIDEST`.
+    """
+    squares = grad.new_empty(len(grad))
+    if grad.numel():
+        width = grad.shape[1]
+        block = block_of(width, LARGEST_BLOCK)
+        shape = {"BLOCK_D": block, "num_warps": max(4, block // 512)}
+        launch(_finish, (len(grad),), grad, directions, squares, width, **shape)
+    return squares

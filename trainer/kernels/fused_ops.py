@@ -1,0 +1,63 @@
+"""What a GPU's kernels do at once of a step's parts, each of which a CPU does by operations of its own.
+
+A program holds a whole row in its registers, so rows are at most `WIDEST` numbers wide, and in float32.
+
+Legend: B rows, D width, N latents, M dead latents, E entries of codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from winnow.trainer.kernels.dispatch import triton_module
+from winnow.trainer.kernels.reconstruct import Reconstructed
+
+# with 16 warps 16 numbers of a row per thread: the update holds five such rows, and takes 102 registers
+WIDEST = 8192
+"""Widest row, of the input or of the output."""
+
+
+class Finish(NamedTuple):
+    """What is done to the rows of a gradient besides summing them, in this order."""
+
+    add: bool = False
+    """Add what the gradient holds already: of earlier entries of the step."""
+    more: tuple[Tensor, Tensor] | None = None
+    """int32 [N], and float32 [M, D]: add to each latent the row that the first names; none if below 0."""
+    directions: Tensor | None = None
+    """float32 [N, D], unit rows: take away what is parallel to them."""
+    squares: Tensor | None = None
+    """float32 [N]: receives the squared norm of each finished row."""
+
+
+class AdamStep(NamedTuple):
+    """Numbers of one of Adam's steps."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    number: int
+    """From 1."""
+
+
+class FusedOps(NamedTuple):
+    """See the functions of these names in `reconstruct`, `segment_grad_triton` and `update_triton`."""
+
+    reconstruct: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Reconstructed]
+    add_sums: Callable[..., None]
+    finish_rows: Callable[[Tensor, Tensor | None], Tensor]
+    update_rows: Callable[..., None]
+
+
+def fused_ops() -> FusedOps:
+    """Those of Triton."""
+    sums = triton_module("segment_grad")
+    return FusedOps(
+        triton_module("reconstruct").reconstruct,
+        sums.add_sums,
+        sums.finish_rows,
+        triton_module("update").update_rows,
+    )
