@@ -42,7 +42,11 @@ class Fvu:
         # Selected, not multiplied by 0: rows of weight 0 may hold NaN.
         w = torch.ones(len(x), device=x.device) if weights is None else weights
         keep = w > 0
-        x, x_hat, w = x[keep].double(), x_hat[keep].double(), w[keep].double()
+        self.add_present(x[keep], x_hat[keep], w[keep])
+
+    def add_present(self, x: Tensor, x_hat: Tensor, weights: Tensor) -> None:
+        """The same for rows that are all of weight above 0: a GPU is not asked, and not waited for."""
+        x, x_hat, w = x.double(), x_hat.double(), weights.double()
         if not len(x):
             return
         # Moments about the first batch's mean: about 0, the variance would be a small difference of large
@@ -90,25 +94,28 @@ class L0:
     """Mean number of active latents (value > 0) per row, streaming."""
 
     def __init__(self) -> None:
-        self._active, self._weight = 0.0, 0.0
+        # numbers, or scalars on a device, which is not waited for before the mean is read
+        self._active: float | Tensor = 0.0
+        self._weight: float | Tensor = 0.0
 
     def add(self, values: Tensor, weights: Tensor | None = None) -> None:
         """Add the values [B, K] of codes and the rows' weights [B] (None: all 1)."""
         active = (values > 0).sum(1).double()
         w = torch.ones_like(active) if weights is None else weights.double()
-        self._active += (w @ active).item()
-        self._weight += w.sum().item()
+        self._active = self._active + w @ active
+        self._weight = self._weight + w.sum()
 
     def over(self, add: Callable[[Tensor], Tensor]) -> Self:
         """Combine with the other ranks; `add` sums a tensor over the ranks, all of which must call this."""
-        sums = torch.tensor([self._active, self._weight], dtype=torch.float64)
+        sums = torch.tensor([float(self._active), float(self._weight)], dtype=torch.float64)
         self._active, self._weight = add(sums).tolist()
         return self
 
     @property
     def value(self) -> float:
         """Active latents per row; NaN without rows."""
-        return self._active / self._weight if self._weight else float("nan")
+        active, weight = float(self._active), float(self._weight)
+        return active / weight if weight else float("nan")
 
 
 # ---- training terms ------------------------------------------------------------------------------

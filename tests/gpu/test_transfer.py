@@ -30,10 +30,10 @@ def test_rows_arrive_while_the_gpu_computes(device, kind):
             assert rows.is_cuda
             assert rows.dtype == kind
             rows = rows.float()
-            assert weights.is_cuda
+            assert weights.unique().tolist() == [len(sums) + 0.5]
             for _ in range(20):  # the GPU is behind the host by now
                 busy = torch.tanh(busy @ busy)
-            sums.append(torch.stack([rows.min(), rows.max(), weights.min(), weights.max()]))
-            del rows, weights  # their memory may be given away as soon as it is read
+            sums.append(torch.stack([rows.min(), rows.max()]))
+            del rows  # their memory may be given away as soon as it is read
     for step, seen in enumerate(torch.stack(sums).tolist()):
-        assert seen == [step, step, step + 0.5, step + 0.5]
+        assert seen == [step, step]

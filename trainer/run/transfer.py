@@ -1,4 +1,7 @@
-"""A step's rows on the device; on a GPU they are copied while the step before them computes."""
+"""A step's rows on the device; on a GPU they are copied while the step before them computes.
+
+Weights stay on the host: how many rows have one above 0 decides the shapes of a step.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class _Sent(NamedTuple):
 
 
 class Transfer(Closing):
-    """An iterator over a stream's batches, each on the device when it is returned.
+    """An iterator over a stream's batches, the rows of each on the device when it is returned.
 
     With `ahead` one more batch is taken from the stream than has been returned: threads copy parts of it to
     pinned memory and from there, on a CUDA stream of their own, to the device. An error of the stream is
@@ -36,8 +39,7 @@ class Transfer(Closing):
         batches: Batches of the store, in the host's memory or on the device.
         count: Number of batches to take; no more are requested.
         device: The device of the step.
-        whole: Move rows and weights; if False only the weights, for a step that moves its rows part by part
-            (`accumulate`).
+        whole: Move the rows; not for a step that moves them itself, part by part (`accumulate`).
         ahead: See above; None means only on a GPU.
     """
 
@@ -77,7 +79,7 @@ class Transfer(Closing):
             current = torch.cuda.current_stream(self._device)
             # the GPU waits for the copy, not the host, which can go on queueing the step
             current.wait_event(arrived)
-            for tensor in (*batch.rows.values(), batch.weights):
+            for tensor in batch.rows.values():
                 if tensor.is_cuda:
                     # otherwise the allocator, which knows only the copying stream, gives the memory to a
                     # later batch while the step still reads it
@@ -117,7 +119,7 @@ class Transfer(Closing):
 
     def _on_device(self, batch: Batch) -> Batch:
         rows = {hook: self._move(t) if self._whole else t for hook, t in batch.rows.items()}
-        return Batch(rows, self._move(batch.weights), batch.step)
+        return Batch(rows, batch.weights.cpu(), batch.step)
 
     def _move(self, tensor: Tensor) -> Tensor:
         if self._pinners is None or tensor.is_cuda:

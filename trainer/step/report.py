@@ -16,8 +16,9 @@ from winnow.trainer.step.context import Taken
 from winnow.trainer.step.losses import Rows
 from winnow.trainer.step.state import Run
 
-# a float64 copy of this many rows is still in cache when it is summed
-TALLIED_ROWS = 256
+# a float64 copy of this many rows is still in a CPU's cache when it is summed; on a GPU it bounds memory, and
+# more rows are fewer launches
+TALLIED_ROWS, TALLIED_ROWS_GPU = 256, 8192
 """Rows whose squares are summed in float64 at a time."""
 
 
@@ -40,9 +41,10 @@ class Tally:
         """Take in a micro-batch."""
         self.active |= self._dead.active(taken.values, taken.indices)
         self.l0.add(taken.values, batch.weights)
-        parts = (tensor.split(TALLIED_ROWS) for tensor in (batch.y, taken.y_hat, batch.weights))
+        size = TALLIED_ROWS if batch.y.device.type == "cpu" else TALLIED_ROWS_GPU
+        parts = (tensor.split(size) for tensor in (batch.y, taken.y_hat, batch.weights))
         for y, y_hat, weights in zip(*parts, strict=True):
-            self.fvu.add(y, y_hat, weights)
+            self.fvu.add_present(y, y_hat, weights)
 
 
 @dataclass(frozen=True)
