@@ -32,7 +32,7 @@ SHAPES = [  # B, D, N, K: empty, tiny, ragged, more than one program each way
     (37, 33, 300, 5),
 ]
 # In the last a hot latent has several chunks. The interpreter takes milliseconds per latent and per entry.
-SPARSE_SHAPES = [*SHAPES, (290, 21, 9, 3)]
+SPARSE_SHAPES = [*SHAPES, (290, 21, 60, 3)]
 if INTERPRETED:
     SPARSE_SHAPES = [*SHAPES[:-1], (37, 33, 60, 5), (140, 21, 9, 2)]
 AUXK_AND_PARTS = [(64, 1), (1, 4), *([] if INTERPRETED else [(64, 4), (1, 1)])]
@@ -121,17 +121,34 @@ def test_they_are_proper_custom_ops(device):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"multi_topk": True}, {"auxk_k": 1}], ids=["plain", "multi", "auxk on codes"]
+    "fields",
+    [
+        {},
+        {"multi_topk": True},
+        {"auxk_k": 1},
+        {"auxk_k": 8},
+        {"activation": "batchtopk", "auxk_coefficient": 0},
+        {"matryoshka": [20], "activation": "batchtopk", "auxk_coefficient": 0},
+    ],
+    ids=[
+        "plain",
+        "multi",
+        "auxk on codes",
+        "auxk on the best of dense ones",
+        "batchtopk",
+        "matryoshka, batchtopk",
+    ],
 )
-def test_the_step_is_the_eager_step(device, fields):
+def test_the_step_is_the_eager_step(device, monkeypatch, fields):
+    monkeypatch.setattr("winnow.trainer.step.auxk.DENSE_AUX_GPU", {"float32": 12})
     B, D, N, K = 40, 10, 90, 3
     runs = []
     for kernels in ("eager", "triton"):
         base = {"out": "x", "hook": "h.1", "latents": N, "k": K, "batch_rows": 64, "epochs": 8, "auxk_k": 64}
         base |= {"lr": 0.003, "dead_after_tokens": 50, "kernels": kernels}
-        sae = Sae(D, N, K, device=device)
-        constant = initialise(sae, normal(9, 300, D), torch.ones(300), seed=0)
         spec = TrainSpec.model_validate(base | fields)
+        sae = Sae(D, N, K, parts=spec.parts({"h.1": D}), device=device)
+        constant = initialise(sae, normal(9, 300, D), torch.ones(300), seed=0)
         runs.append(Run(sae, Recipe.resolve(spec, D, steps_per_epoch=5), constant))
         runs[-1].dead.since[: N // 3] = 1000
     weights = torch.ones(B, device=device)
@@ -154,6 +171,7 @@ def test_the_bfloat16_step_rounds_as_the_cpus_does(device, monkeypatch, auxk_k, 
     """Up to AuxK's dense products (of 64; 1 goes by its codes), in bfloat16 on a GPU. In several blocks."""
     B, D, N, K = 96, 10, 90, 3
     monkeypatch.setattr("winnow.trainer.kernels.step_ops.GPU_BLOCK_BYTES", 40 * D * 2)
+    monkeypatch.setattr("winnow.trainer.step.auxk.DENSE_AUX_GPU", {"bfloat16": 12})
     runs = []
     for kernels, where in (("cpu", torch.device("cpu")), ("triton", device)):
         base = {"out": "x", "hook": "h.1", "latents": N, "k": K, "batch_rows": 64, "epochs": 8}

@@ -20,7 +20,15 @@ from winnow.trainer.kernels.decode import decode_cpu
 from winnow.trainer.kernels.decode_grad_values import decode_grad_values_cpu
 from winnow.trainer.kernels.dispatch import Backend, triton_module
 from winnow.trainer.kernels.encode_topk import Watch, encode_topk_cpu
-from winnow.trainer.kernels.segment_grad import GPU_BLOCK_BYTES, Segments, latent_blocks, segment_block_cpu
+from winnow.trainer.kernels.fused_ops import FusedOps, fused_ops
+from winnow.trainer.kernels.segment_grad import (
+    GPU_BLOCK_BYTES,
+    Segments,
+    latent_blocks,
+    segment_block_cpu,
+    segments_of,
+    segments_unasked,
+)
 
 
 class Dead(NamedTuple):
@@ -57,11 +65,15 @@ class StepOps(NamedTuple):
     """N, rows -> the blocks of latents for `sums`."""
     low: Callable[[Tensor], Tensor]
     """A matrix as the operations above take it: unchanged, or rounded to bfloat16."""
+    segments: Callable[[Tensor, int, Tensor | None], Segments]
+    """indices [B, K], N, bool [B, K] -> their segments; see `segments_of`."""
+    fused: FusedOps | None = None
+    """A GPU's kernels that do several of a step's parts at once; None on a CPU."""
 
-    def mm(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product of two matrices, rounded as `low` does, in `a`'s type."""
+    def mm(self, a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The product of two matrices, rounded as `low` does, of type `dtype` (None takes `a`'s)."""
         a_low, b_low = self.low(a), self.low(b)
-        return torch.mm(a_low, b_low, out=aligned(len(a), b.shape[1], a_low)).to(a.dtype)
+        return torch.mm(a_low, b_low, out=aligned(len(a), b.shape[1], a_low)).to(dtype or a.dtype)
 
 
 def aligned(rows: int, columns: int, like: Tensor) -> Tensor:
@@ -80,7 +92,7 @@ def step_ops(backend: Backend, compute_dtype: ComputeDtype = "float32") -> StepO
     if backend == "cpu":
         # rounded to bfloat16's numbers but kept in float32: torch's primitives would round the sums too
         low = _rounded if half else _as_it_is
-        return StepOps(_encode_cpu, decode_cpu, _dots_cpu, segment_block_cpu, latent_blocks, low)
+        return StepOps(_encode_cpu, decode_cpu, _dots_cpu, segment_block_cpu, latent_blocks, low, segments_of)
     encode, decode = triton_module("encode_topk").encode_topk, triton_module("decode").decode
     dots = triton_module("decode_grad_values").decode_grad_values
     sums = triton_module("segment_grad").segment_sums
@@ -94,8 +106,8 @@ def step_ops(backend: Backend, compute_dtype: ComputeDtype = "float32") -> StepO
         W_dead, b_dead = W_enc[dead.ids], b[dead.ids]
         if not dead.dense:
             return Codes(values, indices, encode(x, W_dead, b_dead, dead.k))
-        z = torch.addmm(b_dead.to(x.dtype), x, W_dead.T)
-        return Codes(values, indices, z.to(values.dtype))
+        # in the operands' type: of [B, M] no other copy is made
+        return Codes(values, indices, torch.addmm(b_dead.to(x.dtype), x, W_dead.T))
 
     return StepOps(
         encode_with_dead,
@@ -104,6 +116,8 @@ def step_ops(backend: Backend, compute_dtype: ComputeDtype = "float32") -> StepO
         lambda values, segments, rows, block: sums(values, segments.of(block), rows, values.dtype),
         lambda latents, rows: latent_blocks(latents, rows, GPU_BLOCK_BYTES),
         (lambda tensor: tensor.to(torch.bfloat16)) if half else _as_it_is,
+        segments_unasked,
+        fused_ops(),
     )
 
 

@@ -21,18 +21,26 @@ from winnow.sae.metrics import mean_row
 from winnow.trainer.kernels.best import best, sort_pairs
 from winnow.trainer.kernels.encode_topk import ROW_TILE
 from winnow.trainer.kernels.reference import accumulator
-from winnow.trainer.kernels.segment_grad import segments_of
 from winnow.trainer.kernels.step_ops import Dead
 from winnow.trainer.mesh.topk import Codes, count_kept, keep
 from winnow.trainer.step.context import Model
-from winnow.trainer.step.gradients import DeadRows, zero_where_cut
+from winnow.trainer.step.gradients import DeadRows, per_latent, zero_where_cut
 from winnow.trainer.step.prefixes import EntryPart, squares
 
-# twelve is a CPU's: with a tenth of the latents dead, four dense products of 0.1 each beat gathers
-# (docs/kernels.md). For an H100 about 270 was reckoned, but no GPU was measured
+# with a tenth of the latents dead, four dense products of 0.1 each beat gathers (docs/kernels.md)
 DENSE_AUX = 12
-"""Most dead latents per latent kept for which AuxK works on dense [B, M]; beyond it, on codes. A gathered
-multiplication costs about as much as twelve of a product."""
+"""Most dead latents per latent kept for which AuxK works on dense [B, M] on a CPU; beyond it, on codes. A
+gathered multiplication costs about as much as twelve of a product."""
+# reckoned for an H100, not measured: its tensor cores make 340 T multiplications per second in bfloat16,
+# while gathers of 2.5 TB/s bring 1.25 T numbers to be multiplied; in float32 it is 25 T against 0.6 T
+DENSE_AUX_GPU = {"bfloat16": 270, "float32": 40}
+"""The same on a GPU, by the type of the products."""
+# at N = 131,072, a tenth of it dead and B = 65,536 these are 1.7 GB each of z and its gradient
+DENSE_AUX_BYTES = 2 << 30
+"""Most bytes of [B, M] on a GPU: beyond it, on codes."""
+# a top-k in place needs the best apart, and the library copies what it is given
+KEPT_BYTES = 1 << 28
+"""Bytes of dense codes that are cut to their best at a time on a GPU."""
 DeadCodes = Tensor | tuple[Tensor, Tensor] | None
 """As in `step_ops.Codes`; None if this shard has no dead latent or this rank no row."""
 
@@ -50,13 +58,12 @@ class AuxK:
         self._model, self._world, self._k = model, ctx.world, ctx.k_dead
         self._coefficient = ctx.spec.auxk_coefficient
         # only codes can be sent to the other data ranks
-        dense = not by_rows and sum(ctx.dead_of_shards) <= DENSE_AUX * ctx.k_dead
+        dense = not by_rows and sum(ctx.dead_of_shards) <= _dense_share(model) * ctx.k_dead
         # this shard may hold fewer dead latents than are kept of all
         self._dead = Dead(ids, min(ctx.k_dead, len(ids)), dense)
         self._apart = ctx.spec.accumulate > 1
-        self.value: float | None = None
-        """The term, once it is known."""
-        self.finite = True
+        self.value: Tensor | None = None
+        """The term [], finite or not, once it is known."""
         self._rows: DeadRows | None = None
         if self._apart:
             count, width = len(ids), ctx.sae.d_out
@@ -73,21 +80,27 @@ class AuxK:
         return self._model.W_dec[self._dead.ids]
 
     @property
+    def _kind(self) -> torch.dtype:
+        """The type of sums."""
+        return accumulator(self._model.W_dec.dtype)
+
+    @property
     def wanted(self) -> Dead | None:
         """The dead latents that the encoder computes codes of."""
         return self._dead if len(self._dead.ids) else None
 
     # ---- which codes -------------------------------------------------------------------------------
 
-    def _kept(self, found: DeadCodes, rows: int) -> Tensor | Codes:
+    def _kept(self, found: DeadCodes, count: int) -> Tensor | Codes:
         """This shard's part of the best k dead latents of each row: dense, or codes by place in the dead."""
         local = self._world.latent.size == 1
         if isinstance(found, Tensor) and local:
-            keep_best(found, self._dead.k)
+            rows = ROW_TILE if self._model.ops.fused is None else _rows_at_once(found)
+            keep_best(found, self._dead.k, rows)
             return found
         if found is None:
             # no dead latent or no row here, but the collectives below need every shard
-            empty = self._model.ctx.total.new_empty(rows, self._dead.k)
+            empty = self._model.ctx.total.new_empty(count, self._dead.k)
             found = empty, torch.empty_like(empty, dtype=torch.int64)
         if local:
             assert isinstance(found, tuple)
@@ -95,14 +108,17 @@ class AuxK:
         dense = found if isinstance(found, Tensor) else None
         # `count_kept` needs them in order, and the encoder gives codes of dead latents unordered
         values, places = sort_pairs(*(found if dense is None else best(dense, self._dead.k)))
-        available = [min(self._k, count) for count in self._model.ctx.dead_of_shards]
+        values = values.to(self._kind)  # dense ones may be of half precision
+        available = [min(self._k, dead) for dead in self._model.ctx.dead_of_shards]
         codes = keep(values, places, count_kept(values, self._k, available, self._world.latent).kept)
-        return codes if dense is None else dense.zero_().scatter_(1, codes.indices, codes.values)
+        if dense is None:
+            return codes
+        return dense.zero_().scatter_(1, codes.indices, codes.values.to(dense.dtype))
 
     def _given(self, z: Tensor | Codes) -> Tensor:
         """What the kept codes of all shards reconstruct [b, O]; by place in the dead in micro-batches."""
         if isinstance(z, Tensor):
-            given, latent = self._model.ops.mm(z, self._W), self._world.latent
+            given, latent = self._model.ops.mm(z, self._W, self._kind), self._world.latent
             # `mm` pads rows to 64 bytes, and collectives take contiguous tensors
             return given if latent.size == 1 else latent.sum(given.contiguous())
         return self._model.decode(*z, self._W if self._apart else None)
@@ -140,10 +156,13 @@ class AuxK:
         error = self._given(z).sub_(e)
         sums = data.sum(torch.stack([weights @ squares(error), spread]))
         left, spread = sums.unbind()
-        self._settle((left / spread).item())
-        if not self.finite:
+        self.value = left / spread
+        if self._fails():
             return None, None
         grad = error.mul_((2 * self._coefficient / spread * weights)[:, None])
+        if error.device.type != "cpu":
+            # not asked whether it is finite: what is not becomes 0, since 0 * NaN would be NaN
+            grad.masked_fill_(~self.value.isfinite(), 0.0)
         if isinstance(z, Tensor):
             return None, self._of_dense(z, grad, centred)
         return EntryPart(*z, self._model.by_target(grad), self._there(z)), None
@@ -152,9 +171,17 @@ class AuxK:
         """Which slots hold a code; None if empty slots are rare, as on one process."""
         return None if self._world.latent.size == 1 else z.values > 0
 
-    def _settle(self, value: float) -> None:
-        self.finite = math.isfinite(value)
-        self.value = value if self.finite else 0.0
+    def _fails(self) -> bool:
+        """Whether the term is known not to be finite: a CPU knows, a GPU would be waited for."""
+        assert self.value is not None
+        return self.value.device.type == "cpu" and not math.isfinite(self.value.item())
+
+    def read(self) -> tuple[float | None, bool]:
+        """The term, 0 if it was not finite and None if it is not known, and whether it was finite."""
+        if self.value is None:
+            return None, True
+        value = self.value.item()
+        return (value, True) if math.isfinite(value) else (0.0, False)
 
     # ---- a batch in micro-batches ------------------------------------------------------------------
 
@@ -185,11 +212,13 @@ class AuxK:
             apart = self._mean - moments[2:] / moments[0]
             self._error = moments[1]
             self._spread = data.sum(self._spread + self._weight * (apart @ apart))
-        self._settle((self._error / self._spread).item())
-        if not self.finite or self._rows is None:
+        self.value = self._error / self._spread
+        if self._fails() or self._rows is None:
             return None
         for total in self._rows[1:]:
             total.mul_(self._coefficient / self._spread)
+            if total.device.type != "cpu":
+                total.masked_fill_(~self.value.isfinite(), 0.0)
         return self._rows
 
     def _add_moments(self, e: Tensor, weights: Tensor) -> None:
@@ -207,31 +236,47 @@ class AuxK:
 
     def _of_dense(self, z: Tensor, grad: Tensor, centred: Tensor) -> DeadRows:
         """From dense codes [b, M]."""
-        mm = self._model.ops.mm
-        dz = zero_where_cut(mm(grad, self._W.T), z)
-        return DeadRows(self._dead.ids, mm(z.T, grad), mm(dz.T, centred), dz.sum(0))
+        mm, kind = self._model.ops.mm, self._kind
+        # as wide as z: no other copy of [b, M] is made
+        dz = zero_where_cut(mm(grad, self._W.T, z.dtype), z)
+        return DeadRows(self._dead.ids, mm(z.T, grad, kind), mm(dz.T, centred, kind), dz.sum(0, dtype=kind))
 
     def _of_codes(self, z: Codes, grad: Tensor, centred: Tensor) -> DeadRows | None:
         """From codes [b, k] by place in the dead; None if there are none."""
         if not z.values.numel():
             return None
         ops, count = self._model.ops, len(self._W)
-        segments = segments_of(z.indices, count, self._there(z))
+        segments = ops.segments(z.indices, count, self._there(z))
         grad = ops.low(grad)
         flat = z.values.flatten()[segments.order]
         dz = zero_where_cut(ops.dots(grad, z.indices, segments, self._W), flat)
         all_of_them = slice(0, count)
         W_dec = ops.sums(flat, segments, grad, all_of_them)
         W_enc = ops.sums(dz, segments, centred, all_of_them)
-        b_enc = dz.new_zeros(count).index_add_(0, segments.latent, dz)
+        b_enc = per_latent(dz, segments, count)
         return DeadRows(self._dead.ids, W_dec, W_enc, b_enc)
 
 
-def keep_best(z: Tensor, k: int) -> None:
-    """Cut z [B, M] to the best k of each row that are above 0, in place."""
+def _dense_share(model: Model) -> float:
+    """Most dead latents per latent kept for which AuxK works on dense codes."""
+    ctx = model.ctx
+    if model.ops.fused is None:
+        return DENSE_AUX
+    rows = -(-ctx.fullest // ctx.spec.accumulate)
+    dead = DENSE_AUX_BYTES // max(1, rows * model.W_dec.element_size())
+    return min(DENSE_AUX_GPU[ctx.spec.compute_dtype], dead / ctx.k_dead)
+
+
+def _rows_at_once(z: Tensor) -> int:
+    return max(1, KEPT_BYTES // max(1, z.shape[1] * z.element_size()))
+
+
+def keep_best(z: Tensor, k: int, rows: int) -> None:
+    """Cut z [B, M] to the best k of each row that are above 0, in place, some rows at a time."""
     # tile by tile: a top-k needs copies of its input, and a tile without more than k positives needs none
-    for part in z.split(ROW_TILE):
-        if k < z.shape[1] and int((part > 0).sum(1, dtype=torch.int32).max()) > k:
+    for part in z.split(rows):
+        # a GPU is not asked how many are positive: it would be waited for
+        if k < z.shape[1] and (z.device.type != "cpu" or int((part > 0).sum(1, dtype=torch.int32).max()) > k):
             values, at = best(part, k)
             part.zero_().scatter_(1, at, values)
         part.relu_()

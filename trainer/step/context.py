@@ -6,6 +6,7 @@ latents of this shard, T targets, E entries of codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,10 +17,12 @@ from torch import Tensor
 from winnow.sae.model import Sae
 from winnow.schemas.training import TrainSpec
 from winnow.trainer.kernels import Backend
+from winnow.trainer.kernels.fused_ops import WIDEST, FusedOps
 from winnow.trainer.kernels.segment_grad import Segments
 from winnow.trainer.kernels.step_ops import StepOps, step_ops
 from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.mesh.world import World
+from winnow.trainer.step.rounded import RoundedWeights
 from winnow.trainer.step.state import Run
 
 
@@ -50,22 +53,25 @@ class StepContext:
     """The largest number of such rows on a rank."""
     total: Tensor
     """Weight of the whole batch []: what every sum is divided by."""
+    rounded: RoundedWeights
+    """The run's copies of its matrices, if its kernels keep any."""
 
     @classmethod
     def of(cls, run: Run, weights: Tensor) -> StepContext:
-        """For the next step of a run on this rank's weights [B]; a collective over both axes."""
+        """For the next step of a run on this rank's weights [B], on the host; a collective over both axes."""
         return cls.of_layers([run], weights)[0]
 
     @classmethod
     def of_layers(cls, runs: Sequence[Run], weights: Tensor) -> list[StepContext]:
         """The same for runs that take one step together on the same rows."""
         first = runs[0]
-        data, present = first.world.data, weights[weights > 0].to(first.sae.W_enc)
+        data, present = first.world.data, weights[weights > 0].to(first.sae.W_enc.dtype)
         # one collective for both; the weights are first summed in their own type, so that on one rank the
         # total is exactly their sum
         here = torch.tensor([float(len(present)), present.sum().item()], dtype=torch.float64)
         counts, sums = data.gather(here).unbind(1)
-        total = present.new_tensor(sums.sum().item())
+        # filled, not copied: a number that the host copies to a GPU waits for its queue
+        total = first.sae.b_enc.new_full((), sums.sum().item())
         # frozen here for the whole step: micro-batches must agree on who is dead
         dead = [run.dead.silent(run.recipe.dead_after) for run in runs]
         of_shards = first.world.latent.gather(torch.tensor([len(ids) for ids in dead]))
@@ -84,6 +90,7 @@ class StepContext:
                 rows=int(counts.sum()),
                 fullest=int(counts.max()),
                 total=total,
+                rounded=run.rounded,
             )
             for number, (run, ids) in enumerate(zip(runs, dead, strict=True))
         ]
@@ -114,6 +121,11 @@ class StepContext:
         return [min(k, len(part)) for part in self.world.parts(self.spec.latents)]
 
 
+def takes(sae: Sae) -> bool:
+    """Whether `FusedOps` are made for matrices of this width and type."""
+    return max(sae.d_model, sae.d_out) <= WIDEST and sae.W_enc.dtype == torch.float32
+
+
 class Model(NamedTuple):
     """A step's facts, and its matrices as the backend's operations take them."""
 
@@ -121,13 +133,21 @@ class Model(NamedTuple):
     ops: StepOps
     W_enc: Tensor
     W_dec: Tensor
+    fused: FusedOps | None
+    """Kernels that do several parts at once, if the backend has them and rows are not too wide for them."""
 
     @classmethod
     def of(cls, ctx: StepContext) -> Model:
         """For one step: the weights must not change meanwhile."""
-        # rounded once per step, not once per product
-        ops = step_ops(ctx.kernels, ctx.spec.compute_dtype)
-        return cls(ctx, ops, ops.low(ctx.sae.W_enc.detach()), ops.low(ctx.sae.W_dec.detach()))
+        # rounded once per step, not once per product, or by the update that wrote them
+        ops, sae = step_ops(ctx.kernels, ctx.spec.compute_dtype), ctx.sae
+        fused = ops.fused if takes(sae) else None
+        if fused is None:
+            return cls(ctx, ops, ops.low(sae.W_enc.detach()), ops.low(sae.W_dec.detach()), None)
+        W_enc, W_dec = (
+            ctx.rounded.of(name, getattr(sae, name).detach(), ops.low) for name in ("W_enc", "W_dec")
+        )
+        return cls(ctx, ops, W_enc, W_dec, fused)
 
     def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor | None = None) -> Tensor:
         """The output [B, O] without its bias, summed over the shards."""
@@ -145,6 +165,11 @@ class Model(NamedTuple):
     def targets(self) -> int:
         """Targets T, all as wide as D; 1 unless this is a layer of a cross-layer transcoder."""
         return max(1, len(self.ctx.sae.parts.target_widths))
+
+    @property
+    def at_once(self) -> FusedOps | None:
+        """`fused`, if there is one target, which is what those kernels know."""
+        return self.fused if self.targets == 1 else None
 
     def by_target(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Rows [B, O] as one view [B, O/T] per target."""
@@ -194,3 +219,64 @@ class Outcome(NamedTuple):
     """Of all gradients of all shards except those of thresholds, whose scale is the bandwidth's."""
     second_rounds: int = 0
     """Rows whose selection took a second round."""
+
+
+class Ending:
+    """The end of a step, whose gradients are in `.grad` and whose numbers are on the device.
+
+    `send` starts their way to the host; more work can be given to the device before `read` waits for them.
+
+    Args:
+        loss: The loss without AuxK [], of all rows.
+        norm: As in `Outcome` [].
+        auxk: The AuxK term [], finite or not; None if it was not active.
+        coefficient: Of the AuxK term in the loss.
+        second_rounds: As in `Outcome`.
+    """
+
+    def __init__(
+        self, loss: Tensor, norm: Tensor, auxk: Tensor | None, coefficient: float, second_rounds: int
+    ) -> None:
+        self.loss, self.norm = loss, norm
+        self._auxk, self._second_rounds = auxk, second_rounds
+        if auxk is not None:
+            # in double precision, as the host would multiply
+            term = torch.where(auxk.isfinite(), auxk, 0.0).double() * coefficient
+            self.loss = loss + term.to(loss.dtype)
+        self._host: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    @classmethod
+    def known(cls, found: Outcome) -> Ending:
+        """That of a step whose numbers the host has."""
+        loss, norm = torch.tensor([found.loss, found.grad_norm], dtype=torch.float64)
+        auxk = None if found.auxk is None else loss.new_tensor(found.auxk if found.auxk_finite else math.nan)
+        # the loss has the term already
+        return cls(loss, norm, auxk, 0.0, found.second_rounds)
+
+    def send(self, *more: Tensor) -> None:
+        """Start to copy the numbers to the host, with further integers []."""
+        auxk = self.loss if self._auxk is None else self._auxk
+        # float64 holds integers up to 2**53
+        given = (self.loss, self.norm, auxk, *more)
+        numbers = torch.stack([number.to(self.loss.device, torch.float64) for number in given])
+        if numbers.is_cuda:
+            # a copy to pinned memory does not wait, and the event stands before what is queued after it
+            self._host = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._host = numbers
+
+    def read(self) -> tuple[Outcome, list[int]]:
+        """Wait for what was sent: the outcome, and the further integers."""
+        if self._host is None:
+            self.send()
+        assert self._host is not None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, norm, auxk, *more = self._host.tolist()
+        finite = self._auxk is None or math.isfinite(auxk)
+        value = None if self._auxk is None else (auxk if finite else 0.0)
+        return Outcome(loss, value, finite, norm, self._second_rounds), [int(number) for number in more]

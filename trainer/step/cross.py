@@ -88,10 +88,10 @@ class CrossStep:
             told = torch.cat([losses.double(), losses.new_tensor([second_rounds], dtype=torch.float64)])
             told = self._data.sum(told)
             losses, second_rounds = told[:-1].to(losses.dtype), int(told[-1])
-        norm = finish(self._gradients)
+        norm = finish(self._gradients).item()
         outcomes: list[Outcome] = []
         for model, auxk, loss in zip(self._models, self._auxk, losses.tolist(), strict=True):
-            value, finite = (None, True) if auxk is None else (auxk.value, auxk.finite)
+            value, finite = (None, True) if auxk is None else auxk.read()
             # after the sum, since AuxK's value is already that of all ranks' rows
             loss += model.ctx.spec.auxk_coefficient * (value or 0.0)
             outcomes.append(Outcome(loss, value, finite, norm, second_rounds))
@@ -175,7 +175,7 @@ class CrossStep:
             parts += [part] if part is not None else []
         entries = [Entries.of(model, part) for part in parts if part.values.numel()]
         # the layer's own target is the first, and the only one whose bias it holds
-        self._gradients[layer].add(entries, dead, centred, grads[0], None, last=not self._left)
+        self._gradients[layer].add(entries, dead, centred, grads[0].sum(0), None, last=not self._left)
 
 
 def own_bias(ctx: StepContext) -> Tensor:

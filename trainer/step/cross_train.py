@@ -15,6 +15,7 @@ from winnow.sae.model import Sae
 from winnow.trainer.step import cross, cross_spec
 from winnow.trainer.step.context import StepContext, Taken
 from winnow.trainer.step.losses import Rows
+from winnow.trainer.step.optim import lr_at
 from winnow.trainer.step.report import StepReport, Tally
 from winnow.trainer.step.state import Run
 from winnow.trainer.step.train import count, group_sizes, report_of, require_finite, update
@@ -46,6 +47,7 @@ def train_cross(
         # before the step, whose rows belong to the last epoch
         if run.counts.step == run.recipe.last_epoch_start:
             run.counts.tokens_before_last_epoch = run.counts.tokens
+    weights = weights.cpu()
     layers = StepContext.of_layers(runs, weights)
     # every sum would be divided by a weight of 0
     if not layers[0].rows:
@@ -79,8 +81,10 @@ def train_cross(
     for run, ctx, outcome, batch, one, tally, seen in zip(
         runs, layers, found, batches, taken, tallies, joined, strict=True
     ):
-        lr = update(run, ctx, outcome.grad_norm)
-        count(run, ctx, outcome, seen)
+        lr = lr_at(ctx.step, run.recipe.steps, ctx.spec)
+        update(run, ctx, outcome.grad_norm, lr, {})
+        count(run, ctx, outcome)
+        run.dead.update(seen, ctx.rows)
         reports.append(report_of(ctx, outcome, lr, batch.y, one.y_hat, one.values, batch.weights, tally))
     return reports
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from winnow.trainer.kernels.encode_topk import cuts_of, grad_bias
-from winnow.trainer.kernels.segment_grad import Segments, segments_of
+from winnow.trainer.kernels.fused_ops import Finish, FusedOps
+from winnow.trainer.kernels.segment_grad import Segments
 from winnow.trainer.mesh.exchange import Gather
 from winnow.trainer.mesh.world import Axis, Pending
 from winnow.trainer.step.context import Model
@@ -37,9 +38,11 @@ class Entries(NamedTuple):
     @classmethod
     def of(cls, model: Model, part: EntryPart) -> Entries:
         """From the codes of rows at hand."""
-        segments = segments_of(part.indices, model.ctx.sae.latents, part.chosen)
+        segments = model.ops.segments(part.indices, model.ctx.sae.latents, part.chosen)
         values = part.values.flatten()[segments.order]
         grads = tuple(model.ops.low(grad) for grad in part.grads)
+        if part.dz is not None:
+            return cls(segments, values, part.dz.flatten()[segments.order], grads)
         dz = zero_where_cut(model.dots(grads, part.indices, segments), values)
         return cls(segments, values, dz, grads)
 
@@ -103,7 +106,7 @@ class Gradients:
         entries: list[Entries],
         dead: DeadRows | None,
         centred: Tensor,
-        pulls: Tensor,
+        pull: Tensor,
         skip: tuple[Tensor, Tensor] | None,
         *,
         last: bool,
@@ -114,22 +117,34 @@ class Gradients:
             entries: Codes that a gradient flows through.
             dead: What is added to the dead latents' gradients.
             centred: The encoder's input [B, D] of the entries' rows.
-            pulls: Gradient of the output [B, O], or of that of the first target, the only one with a bias.
+            pull: Gradient of the output's bias [O], or of that of the first target, the only one with a bias.
             skip: That and the normalised rows [B, D], of this rank's own rows, for a linear path.
             last: Whether this is the last micro-batch.
         """
-        b_enc, sae = self.b_enc, self.model.ctx.sae
+        b_enc = self.b_enc
         if self._first:
             # not the matrices: the first micro-batch overwrites them, which saves a pass over [N, D]
             for grad in (b_enc, *self._biases):
                 grad.zero_()
-        for part in entries:
-            b_enc += grad_bias(part.dz, part.segments.latent, sae.latents)
         if dead is not None:
             b_enc.index_add_(0, dead.ids, dead.b_enc)
-        self._biases[0][: pulls.shape[1]] += pulls.sum(0)
+        self._biases[0][: len(pull)] += pull
         if skip is not None:
             self._biases[-1].addmm_(skip[0].T, skip[1])
+        fused = self.model.at_once
+        if fused is not None:
+            self._add_at_once(fused, entries, dead, centred, last=last)
+        else:
+            self._add_in_blocks(entries, dead, centred, last=last)
+        self._first = False
+
+    def _add_in_blocks(
+        self, entries: list[Entries], dead: DeadRows | None, centred: Tensor, *, last: bool
+    ) -> None:
+        """Add the sums over entries, block by block; arguments as for `add`."""
+        b_enc, sae = self.b_enc, self.model.ctx.sae
+        for part in entries:
+            b_enc += per_latent(part.dz, part.segments, sae.latents)
         if self._along is not None:
             self._add_along(self._along, entries, dead)
         travels = self._over is not None and last
@@ -148,14 +163,66 @@ class Gradients:
         self._add_columns("W_enc", slice(0, sae.d_model), sources, dead, finish)
         if travels:
             self._send(self._W_enc)
-        self._first = False
+
+    def _add_at_once(
+        self, fused: FusedOps, entries: list[Entries], dead: DeadRows | None, centred: Tensor, *, last: bool
+    ) -> None:
+        """The same by kernels that finish each row in the pass that writes it."""
+        more = None if dead is None else places_of(dead.ids, len(self.b_enc))
+        travels, finish = self._over is not None and last, last and self._over is None
+        sources = [_Source(part, part.values, part.grads[0]) for part in entries]
+        self._add_rows(fused, "W_dec", sources, dead, more, finish)
+        if travels:
+            self._send(self._W_dec, self._biases[0])
+        sources = [_Source(part, part.dz, centred) for part in entries]
+        self._add_rows(fused, "W_enc", sources, dead, more, finish)
+        if travels:
+            self._send(self._W_enc, self.b_enc)
+
+    def _add_rows(
+        self,
+        fused: FusedOps,
+        name: str,
+        sources: list[_Source],
+        dead: DeadRows | None,
+        places: Tensor | None,
+        finish: bool,
+    ) -> None:
+        """Add to a matrix's gradient, and with the encoder's to that of its bias."""
+        buffer, decoder = getattr(self, f"_{name}"), name == "W_dec"
+        directions = self.model.ctx.sae.W_dec.detach() if decoder and finish else None
+        squares = self.b_enc.new_empty(len(buffer)) if finish else None
+        more = None
+        if dead is not None:
+            assert places is not None
+            more = places, getattr(dead, name).contiguous()
+        for number, source in enumerate(sources):
+            fused.add_sums(
+                buffer,
+                source.weights,
+                source.entries.segments,
+                source.rows,
+                bias=None if decoder else self.b_enc,
+                finish=Finish(not self._first or number > 0)
+                if number < len(sources) - 1
+                else Finish(not self._first or number > 0, more, directions, squares),
+            )
+        if not sources:
+            if self._first:
+                buffer.zero_()
+            if dead is not None:
+                buffer.index_add_(0, dead.ids, getattr(dead, name))
+            if finish:
+                squares = fused.finish_rows(buffer, directions)
+        if squares is not None:
+            self._norms[name].append(norm_of(squares))
 
     def _add_along(self, along: Tensor, entries: list[Entries], dead: DeadRows | None) -> None:
         """Add what of each latent's decoder gradient is parallel to its row."""
         for part in entries:
             # <sum z g, W> = sum z <g, W>: the dots of the values' gradient, which are at hand; where those
             # are cut to 0, z is 0
-            along += grad_bias(part.values * part.dz, part.segments.latent, len(along))
+            along += per_latent(part.values * part.dz, part.segments, len(along))
         if dead is not None:
             rows = self.model.ctx.sae.W_dec.detach()[dead.ids]
             along.index_add_(0, dead.ids, torch.linalg.vecdot(dead.W_dec, rows))
@@ -220,7 +287,11 @@ class Gradients:
             self._travels.append(ctx.world.data.sum_start(self._biases[-1]))
         for travel in self._travels:
             travel.wait()
-        if self._along is None and (self._over is not None or self.model.targets > 1):
+        fused = self.model.at_once
+        if fused is not None and self._over is not None:
+            self._norms["W_dec"].append(norm_of(fused.finish_rows(self._W_dec, ctx.sae.W_dec.detach())))
+            self._norms["W_enc"].append(norm_of(fused.finish_rows(self._W_enc, None)))
+        elif self._along is None and (self._over is not None or self.model.targets > 1):
             for block in self.model.ops.blocks(ctx.sae.latents, self._W_dec):
                 self._project(block)
         # the encoder reads x - b_pre, so b_pre's gradient has this second term, of all shards; it comes after
@@ -251,8 +322,8 @@ class Gradients:
         return [grad.norm() for grad in self._biases]
 
 
-def finish(layers: Sequence[Gradients]) -> float:
-    """Sum over the mesh what is not summed yet; the joint norm of all shards' gradients.
+def finish(layers: Sequence[Gradients]) -> Tensor:
+    """Sum over the mesh what is not summed yet; the joint norm of all shards' gradients [].
 
     Args:
         layers: Those of one SAE, or of all layers of a set, clipped by their joint norm.
@@ -263,10 +334,10 @@ def finish(layers: Sequence[Gradients]) -> float:
     if len(layers) == 1 and latent.size == 1:
         # one SAE on one process: in one sum, whose bits resumed runs of earlier versions rest on
         (alone,) = layers
-        return torch.stack([alone.b_enc.norm(), *alone.replicated, *alone.norms]).norm().item()
+        return torch.stack([alone.b_enc.norm(), *alone.replicated, *alone.norms]).norm()
     own, everywhere = (torch.stack(squares).sum() for squares in zip(*found, strict=True))
     # replicated ones are counted once, and left out of the sum over shards
-    return (latent.sum(own) + everywhere).sqrt().item()
+    return (latent.sum(own) + everywhere).sqrt()
 
 
 def project(gradient: Tensor, directions: Tensor) -> None:
@@ -284,6 +355,31 @@ def pulls_of(parts: list[EntryPart]) -> Tensor:
     return first
 
 
+def pull_of(parts: list[EntryPart]) -> Tensor:
+    """The gradient of the output's bias [O]: the sum of that of the whole output over the rows."""
+    at_hand = [part.pull for part in parts if part.pull is not None]
+    left = [part for part in parts if part.whole and part.pull is None]
+    sums = [*at_hand, *([pulls_of(left).sum(0)] if left else [])]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def per_latent(values: Tensor, segments: Segments, latents: int) -> Tensor:
+    """Sums [N] of values [E] in the segments' order."""
+    # one more: entries that belong to no latent
+    return grad_bias(values, segments.latent, latents + 1)[:latents]
+
+
+def places_of(ids: Tensor, latents: int) -> Tensor:
+    """int32 [N]: each latent's place in ids [M]; -1 if it is not in them."""
+    places = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
+    return torch.full((latents,), -1, dtype=torch.int32, device=ids.device).scatter_(0, ids, places)
+
+
+def norm_of(squares: Tensor) -> Tensor:
+    """The norm [] of a matrix from the squared norms [N] of its rows."""
+    return squares.sum(dtype=torch.float64).sqrt().to(squares.dtype)
+
+
 def gathered(model: Model, gather: Gather) -> tuple[list[Entries], Tensor, Tensor]:
     """Entries, the encoder's input and the gradient of the whole output of all ranks' rows."""
     centred, parts = gather.result()
@@ -291,7 +387,7 @@ def gathered(model: Model, gather: Gather) -> tuple[list[Entries], Tensor, Tenso
     for part in parts:
         if part.values.numel():
             # ranks pad rows to the fullest of them and codes to the widest, with 0
-            segments = segments_of(part.indices, model.ctx.sae.latents, part.values > 0)
+            segments = model.ops.segments(part.indices, model.ctx.sae.latents, part.values > 0)
             values, dz = (codes.flatten()[segments.order] for codes in (part.values, part.dz))
             grads = model.by_target(model.ops.low(part.grad))
             entries.append(Entries(segments, values, dz, grads))

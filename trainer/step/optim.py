@@ -42,6 +42,22 @@ def make_adam(sae: Sae, spec: TrainSpec) -> torch.optim.Adam:
     )
 
 
+class HostSteps:
+    """Adam's counts of steps, which are on the device, as long as the host is the one that writes them."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Tensor, int]] = {}
+
+    def of(self, name: str, step: Tensor) -> int:
+        """A parameter's steps so far; asks the device unless `step` [] is as it was told."""
+        told, number = self._known.get(name, (None, 0))
+        return number if told is step and not step._version else int(step.item())
+
+    def tell(self, name: str, step: Tensor, number: int) -> None:
+        """A new tensor, of version 0, holds this number."""
+        self._known[name] = (step, number)
+
+
 @torch.no_grad()
 def project_decoder_gradient(sae: Sae) -> None:
     """Remove from each decoder row's gradient the part parallel to the (unit) row."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from winnow.trainer.kernels.fused_ops import FusedOps
 from winnow.trainer.mesh.topk import Codes
 from winnow.trainer.step.context import Model
 from winnow.trainer.step.losses import Rows
@@ -29,6 +30,10 @@ class EntryPart(NamedTuple):
     """bool [B, S]: the entries it flows through; None for all."""
     whole: bool = False
     """Whether `grads` are those of the whole output, bias and linear path included."""
+    dz: Tensor | None = None
+    """[B, S]: the gradient of the values, if it is known already."""
+    pull: Tensor | None = None
+    """[O]: the sum of `grads` over the rows, if it is known; they are then rounded as `StepOps.low` does."""
 
     @property
     def grad(self) -> Tensor:
@@ -41,10 +46,22 @@ class Reconstruction(NamedTuple):
 
     parts: list[EntryPart]
     y_hat: Tensor
-    error: Tensor
-    """[B, O]: y_hat - y."""
+    error: Tensor | None
+    """[B, O]: y_hat - y; None if it was not written."""
     loss: Tensor
     """Of this rank's rows, divided by the whole batch's weight []."""
+
+
+def reconstruct_at_once(
+    fused: FusedOps, model: Model, batch: Rows, codes: Codes, scale: Tensor, padded: bool
+) -> Reconstruction:
+    """`reconstruct` with one prefix and all latents here, the gradient of the values included."""
+    sae = model.ctx.sae
+    bias = sae.b_pre if sae.b_dec is None else sae.b_dec
+    made = fused.reconstruct(*codes, model.W_dec, batch.y, bias.detach(), 2 * scale)
+    chosen = codes.values > 0 if padded else None
+    part = EntryPart(*codes, (made.grad,), chosen, whole=True, dz=made.dz, pull=made.pull)
+    return Reconstruction([part], made.y_hat, None, scale @ made.squares)
 
 
 def reconstruct(model: Model, batch: Rows, codes: Codes, scale: Tensor, padded: bool) -> Reconstruction:

@@ -23,10 +23,10 @@ from torch import Tensor
 from winnow.trainer.mesh.exchange import Gather, Part, dense_bytes, rows_bytes
 from winnow.trainer.mesh.topk import Codes, candidates
 from winnow.trainer.step.auxk import AuxK, DeadCodes
-from winnow.trainer.step.context import Model, Outcome, StepContext, Taken
-from winnow.trainer.step.gradients import DeadRows, Entries, Gradients, finish, gathered, pulls_of
+from winnow.trainer.step.context import Ending, Model, StepContext, Taken
+from winnow.trainer.step.gradients import DeadRows, Entries, Gradients, finish, gathered, pull_of, pulls_of
 from winnow.trainer.step.losses import Rows
-from winnow.trainer.step.prefixes import EntryPart, Reconstruction, reconstruct, widened
+from winnow.trainer.step.prefixes import EntryPart, Reconstruction, reconstruct, reconstruct_at_once, widened
 from winnow.trainer.step.selection import (
     BATCH_CANDIDATES,
     Candidates,
@@ -71,6 +71,11 @@ class SparseStep:
         # decided before the first row, from numbers that every rank knows: all ranks choose alike
         self._by_rows = self._sends_rows()
         self._auxk = AuxK(self._model, by_rows=self._by_rows) if ctx.k_dead else None
+        # shards add up their reconstructions before an error is known; prefixes and a linear path are not
+        # made at once either, and rows cross the data axis as they are before they are rounded
+        whole = ctx.world.latent.size == 1 and not self._by_rows
+        plain = len(ctx.spec.prefixes) == 1 and ctx.sae.W_skip is None
+        self._fused = self._model.at_once if whole and plain else None
         # gathered rows are those of all ranks, so their sums are whole
         summed_here = self._by_rows or ctx.world.data.size == 1
         self._gradients = Gradients(self._model, None if summed_here else ctx.world.data)
@@ -93,24 +98,25 @@ class SparseStep:
         parts = made.parts
         # before AuxK is computed, so that the exchange and AuxK overlap
         self._send(gather, parts)
-        part, dead = self._add_auxk(encoded.dead, centred, made.error, batch.weights)
+        part, dead = self._add_auxk(encoded.dead, centred, made, batch)
         if part is not None:
             parts = [*parts, part]
             self._send(gather, [part])
         mark("decode")
-        pulls = pulls_of(parts)
-        skip = None if ctx.sae.W_skip is None else (pulls, batch.x)
+        skip = None if ctx.sae.W_skip is None else (pulls_of(parts), batch.x)
         if gather is not None:
             entries, centred, pulls = gathered(model, gather)
+            pull = pulls.sum(0)
         else:
+            pull = pull_of(parts) if skip is None else skip[0].sum(0)
             # a prefix that ends before this shard has no codes here
             entries = [Entries.of(model, part) for part in parts if part.values.numel()]
-        self._gradients.add(entries, dead, centred, pulls, skip, last=not self._left)
+        self._gradients.add(entries, dead, centred, pull, skip, last=not self._left)
         mark("backward")
         return Taken(made.y_hat, *codes)
 
     @torch.no_grad()
-    def end(self) -> Outcome:
+    def end(self) -> Ending:
         """Loss and norm of the whole step, whose gradients are then in `.grad`."""
         assert not self._left, "a micro-batch is missing"
         ctx, loss, second_rounds = self._ctx, self._loss, self._second_rounds
@@ -119,13 +125,10 @@ class SparseStep:
             told = torch.stack([loss.double(), loss.new_tensor(second_rounds, dtype=torch.float64)])
             told = ctx.world.data.sum(told)
             loss, second_rounds = told[0].to(loss.dtype), int(told[1])
-        auxk = self._auxk
-        if auxk is not None and auxk.value is not None:
-            # after the sum, since AuxK's value is already that of all ranks' rows
-            loss += ctx.spec.auxk_coefficient * auxk.value
+        # AuxK's value is already that of all ranks' rows
+        auxk = None if self._auxk is None else self._auxk.value
         norm = finish([self._gradients])
-        value, finite = (None, True) if auxk is None else (auxk.value, auxk.finite)
-        return Outcome(loss.item(), value, finite, norm, second_rounds)
+        return Ending(loss, norm, auxk, ctx.spec.auxk_coefficient, second_rounds)
 
     # ---- the parts of `take` -----------------------------------------------------------------------
 
@@ -160,7 +163,11 @@ class SparseStep:
         # by the whole batch's weight, so that micro-batches and ranks simply add up
         scale = batch.weights / (ctx.total * ctx.constant)
         # BatchTopK and shards leave slots empty, TopK on one process only if fewer than k values are positive
-        made = reconstruct(model, batch, codes, scale, batched or latent.size > 1)
+        padded = batched or latent.size > 1
+        if self._fused is not None and len(batch.x):
+            made = reconstruct_at_once(self._fused, model, batch, codes, scale, padded)
+        else:
+            made = reconstruct(model, batch, codes, scale, padded)
         if ctx.spec.multi_topk:
             wide, again = best_of_rows(best, self._widest, ctx.kept_of_shards(self._widest), latent)
             self._second_rounds += again
@@ -170,12 +177,13 @@ class SparseStep:
         return codes, made
 
     def _add_auxk(
-        self, found: DeadCodes, centred: Tensor, error: Tensor, weights: Tensor
+        self, found: DeadCodes, centred: Tensor, made: Reconstruction, batch: Rows
     ) -> tuple[EntryPart | None, DeadRows | None]:
-        """What AuxK adds to this micro-batch's gradients; `error` [B, O] is overwritten."""
+        """What AuxK adds to this micro-batch's gradients; `made.error` is overwritten."""
         if self._auxk is None:
             return None, None
-        return self._auxk.take(found, centred, error.neg_(), weights, last=not self._left)
+        e = batch.y - made.y_hat if made.error is None else made.error.neg_()
+        return self._auxk.take(found, centred, e, batch.weights, last=not self._left)
 
     # ---- rows or gradients over `data` -------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from winnow.sae.activations import DenseCodes, activation_of
 from winnow.sae.codes import encode_batchtopk, encode_topk
 from winnow.sae.metrics import sum_squares
 from winnow.trainer.mesh.topk import count_kept
-from winnow.trainer.step.context import Outcome, StepContext, Taken
+from winnow.trainer.step.context import Ending, Outcome, StepContext, Taken
 from winnow.trainer.step.losses import Rows, reconstruction_loss
 from winnow.trainer.step.optim import project_decoder_gradient
 from winnow.trainer.step.selection import groups_of
@@ -90,10 +90,10 @@ class SpecStep:
             indices = torch.arange(ctx.sae.latents, device=loss.device).expand_as(codes.values)
         return Taken(y_hat.detach(), codes.values.detach(), indices)
 
-    def end(self) -> Outcome:
+    def end(self) -> Ending:
         """What the step found; its gradients are in `.grad`."""
         assert self._outcome is not None, "nothing was taken"
-        return self._outcome
+        return Ending.known(self._outcome)
 
 
 # ---- codes -----------------------------------------------------------------------------------------

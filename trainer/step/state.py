@@ -11,8 +11,9 @@ from winnow.trainer.kernels import Backend
 from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.mesh.world import World
 from winnow.trainer.step.dead import DeadCounter
-from winnow.trainer.step.optim import Ema, ema_beta, make_adam
+from winnow.trainer.step.optim import Ema, HostSteps, ema_beta, make_adam
 from winnow.trainer.step.recipe import Recipe, choose_kernels
+from winnow.trainer.step.rounded import RoundedWeights
 
 
 @dataclass
@@ -59,9 +60,11 @@ class Run:
         self.shard = Shard(sae, world or World(), recipe.spec.latents)
         self.kernels: Backend = kernels or choose_kernels(recipe.spec, sae.parts, self.device)
         self.adam = make_adam(sae, recipe.spec)
+        self.adam_steps = HostSteps()
         self.ema = Ema(sae, ema_beta(recipe.spec, recipe.steps)) if recipe.spec.ema else None
         self.dead = DeadCounter(sae.latents, self.device)
         self.counts = Counts()
+        self.rounded = RoundedWeights()
         self.source: Sae | None = None
         """The SAE that a new run starts from, if any."""
 

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from winnow.schemas.errors import NonFiniteError
+from winnow.trainer.kernels.step_ops import step_ops
 from winnow.trainer.step import sparse, spec
-from winnow.trainer.step.context import Outcome, StepContext
+from winnow.trainer.step.context import Ending, Outcome, StepContext, takes
 from winnow.trainer.step.losses import Rows
 from winnow.trainer.step.optim import lr_at
 from winnow.trainer.step.report import StepReport, Tally
 from winnow.trainer.step.spans import mark
 from winnow.trainer.step.state import Run
-from winnow.trainer.step.update import fused_update, plain_update
+from winnow.trainer.step.update import fused_update, plain_update, update_matrices
 from winnow.trainer.step.widen import widened
 
 Step = sparse.SparseStep | spec.SpecStep
@@ -34,7 +35,8 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         rows: Raw activations [B, D], or as they are stored (`widened`), on the SAE's device unless they are
             split (`accumulate`): its parts are moved there one by one. On a mesh, this rank's share of the
             batch.
-        weights: [B]; rows of weight 0 take part in nothing, whatever they hold.
+        weights: [B], better on the host: their number decides shapes. Rows of weight 0 take part in nothing,
+            whatever they hold.
         target: A transcoder's raw target rows [B, O].
 
     Returns:
@@ -47,6 +49,8 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     # before the step, whose rows belong to the last epoch
     if counts.step == run.recipe.last_epoch_start:
         counts.tokens_before_last_epoch = counts.tokens
+    # on the host, where their number decides shapes: a GPU would be waited for
+    weights = weights.cpu()
     ctx = StepContext.of(run, weights)
     # every sum would be divided by a weight of 0
     if not ctx.rows:
@@ -66,10 +70,19 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
         tally = _take_all(run, step, pieces)
         active, x = tally.active, rows.new_empty(0)
         x_hat = values = weights = x
-    found = step.end()
+    ending = step.end()
+    # active on any rank's rows is active
+    since = run.dead.after(run.world.data.largest(active), ctx.rows)
+    # the next step's number of dead latents comes with this step's numbers, in the one wait for the device
+    ending.send((since >= run.recipe.dead_after).sum())
+    # given to the device before the wait, so that it has work meanwhile
+    lr = lr_at(ctx.step, run.recipe.steps, ctx.spec)
+    early = update_early(run, ctx, ending, lr)
+    found, (silent,) = ending.read()
     require_finite(found, ctx.step)
-    lr = update(run, ctx, found.grad_norm)
-    count(run, ctx, found, run.world.data.largest(active))
+    update(run, ctx, found.grad_norm, lr, early)
+    count(run, ctx, found)
+    run.dead.settle(since, silent, run.recipe.dead_after)
     return report_of(ctx, found, lr, x, x_hat, values, weights, tally)
 
 
@@ -95,7 +108,7 @@ def micro_batches(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None
 
     def ready(rows: Tensor, weights: Tensor, target: Tensor | None) -> Rows:
         moved = None if target is None else target.to(device)
-        return prepare(run, rows.to(device), weights.to(device), moved)
+        return prepare(run, rows.to(device), weights, moved)
 
     targets = [None] * count if target is None else target.tensor_split(count)
     parts = zip(rows.tensor_split(count), weights.tensor_split(count), targets, strict=True)
@@ -105,15 +118,20 @@ def micro_batches(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None
 
 @torch.no_grad()
 def prepare(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = None) -> Rows:
-    """A micro-batch normalised, without its rows of weight 0. Arguments as for `train_step`."""
+    """A micro-batch normalised, without its rows of weight 0. Arguments as for `train_step`.
+
+    `weights` are on the host.
+    """
     keep = weights > 0
     # before rows are dropped: groups are fixed lanes of the batch, and rows of weight 0 have no quota
     sizes = group_sizes(run, keep)
     if sum(sizes) < len(rows):
-        rows, weights = rows[keep], weights[keep]
-        target = None if target is None else target[keep]
+        places = keep.nonzero().flatten()
+        weights, places = weights[places], places.to(rows.device, non_blocking=True)
+        rows = rows[places]
+        target = None if target is None else target[places]
     # dropped first, since garbage in a row of weight 0 would survive the weight: 0 * inf is NaN
-    x = run.sae.normalise(widened(rows))[0]
+    x, weights = run.sae.normalise(widened(rows))[0], weights.to(rows.device, non_blocking=True)
     return Rows(x, x if target is None else run.sae.normalise_target(widened(target)), weights, sizes)
 
 
@@ -125,9 +143,19 @@ def group_sizes(run: Run, keep: Tensor) -> tuple[int, ...]:
     return tuple(int(part.sum()) for part in keep.tensor_split(groups))
 
 
-def update(run: Run, ctx: StepContext, grad_norm: float) -> float:
-    """Change the weights by the gradients, whose joint norm is given; gives the learning rate."""
-    lr = lr_at(ctx.step, run.recipe.steps, ctx.spec)
+def update_early(run: Run, ctx: StepContext, ending: Ending, lr: float) -> dict[str, int]:
+    """Update on a GPU what its kernels can before the host knows the step's numbers; see `update_matrices`.
+
+    Where loss or norm is not finite, they leave the weights as they are.
+    """
+    fused = None if ctx.kernels == "eager" else step_ops(ctx.kernels, ctx.spec.compute_dtype).fused
+    if fused is None or not takes(run.sae):
+        return {}
+    return update_matrices(fused, run, ending.loss, ending.norm, lr=lr, spec=ctx.spec, step=ctx.step)
+
+
+def update(run: Run, ctx: StepContext, grad_norm: float, lr: float, early: dict[str, int]) -> None:
+    """Change the weights by the gradients, whose joint norm is given; `early` ones are changed already."""
     largest = ctx.spec.clip_norm
     if ctx.kernels == "eager":
         plain_update(run.sae, run.adam, run.ema, lr=lr, grad_norm=grad_norm, largest=largest)
@@ -141,19 +169,19 @@ def update(run: Run, ctx: StepContext, grad_norm: float) -> float:
             largest=largest,
             moments=ctx.spec.moments,
             step=ctx.step,
+            early=early,
         )
+        for name, number in early.items():
+            run.adam_steps.tell(name, run.adam.state[getattr(run.sae, name)]["step"], number)
     mark("update")
-    return lr
 
 
-def count(run: Run, ctx: StepContext, found: Outcome, active: Tensor) -> None:
-    """Count a step in which the latents `active` uint8 [n] were, of all ranks' rows."""
+def count(run: Run, ctx: StepContext, found: Outcome) -> None:
+    """Count a step; its active latents are counted apart."""
     counts = run.counts
     if found.auxk is not None:
         counts.auxk_steps += 1
         counts.auxk_nonfinite += not found.auxk_finite
-    # active on any rank's rows is active; only now, since the dead latents are fixed for the whole step
-    run.dead.update(active, ctx.rows)
     counts.step += 1
     counts.tokens += ctx.rows
 

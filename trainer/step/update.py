@@ -7,6 +7,8 @@ Legend: D d_model, N latents.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,10 +16,12 @@ from torch import Tensor
 
 from winnow.sae.activations import activation_of
 from winnow.sae.model import Sae
-from winnow.schemas.training import MomentsDtype
+from winnow.schemas.training import MomentsDtype, TrainSpec
+from winnow.trainer.kernels.fused_ops import AdamStep, FusedOps
 from winnow.trainer.kernels.segment_grad import BLOCK_BYTES, GPU_BLOCK_BYTES, latent_blocks
-from winnow.trainer.step.moments import PACKED, Moments, new_state, pack_moments, unpack_moments
+from winnow.trainer.step.moments import PACKED, Moments, State, new_state, pack_moments, unpack_moments
 from winnow.trainer.step.optim import Ema, clip_gradients, renormalise_decoder
+from winnow.trainer.step.state import Run
 
 
 @torch.no_grad()
@@ -31,6 +35,7 @@ def fused_update(
     largest: float | None,
     moments: MomentsDtype = "float32",
     step: int = 0,
+    early: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Update weights, Adam's state and the moving average from the gradients in `.grad`.
 
@@ -43,6 +48,7 @@ def fused_update(
         largest: Norm to clip to; None never clips.
         moments: How Adam's moments are stored; see `winnow.trainer.step.moments`.
         step: The step's number, from which packed moments draw their rounding.
+        early: What `update_matrices` gave.
     """
     group = adam.param_groups[0]
     group["lr"] = lr
@@ -54,9 +60,11 @@ def fused_update(
     size = BLOCK_BYTES if sae.W_enc.device.type == "cpu" else GPU_BLOCK_BYTES
     for name in sae.parameter_names:
         parameter = getattr(sae, name)
-        state = adam.state[parameter]
-        if not state:
-            state |= new_state(parameter.detach(), moments if name in PACKED else "float32")
+        state = state_of(adam, parameter, moments if name in PACKED else "float32")
+        if name in early:
+            # filled with a number that the host knows, and may then know without asking (`Run.adam_steps`)
+            state["step"] = torch.full_like(state["step"], early[name])
+            continue
         # a block goes through everything while it is in cache: 35 ms of thread time instead of 87 for passes
         # over whole [N, D] tensors (docs/kernels.md)
         matrix = name in ("W_enc", "W_dec")
@@ -76,6 +84,47 @@ def fused_update(
             if ema is not None:
                 ema.sums[name][block].lerp_(weights, 1 - ema.beta)
         state["step"] += 1
+
+
+@torch.no_grad()
+def update_matrices(
+    fused: FusedOps, run: Run, loss: Tensor, norm: Tensor, *, lr: float, spec: TrainSpec, step: int
+) -> dict[str, int]:
+    """The same for both matrices by a kernel, unless loss [] or norm [] turns out not to be finite.
+
+    Adam's count of steps and the average's stay as they are: `fused_update` takes them on.
+
+    Returns:
+        Name -> the number of Adam's step, from 1.
+    """
+    sae, group, numbers = run.sae, run.adam.param_groups[0], dict[str, int]()
+    for place, name in enumerate(PACKED):
+        parameter = getattr(sae, name)
+        state = state_of(run.adam, parameter, spec.moments)
+        numbers[name] = run.adam_steps.of(name, state["step"]) + 1
+        fused.update_rows(
+            parameter.detach(),
+            parameter.grad,
+            state,
+            AdamStep(lr, group["betas"], group["eps"], numbers[name]),
+            loss,
+            norm,
+            largest=spec.clip_norm,
+            unit=name == "W_dec",
+            average=None if run.ema is None else (run.ema.sums[name], 1 - run.ema.beta),
+            low=run.rounded.written(name),
+            # every step and matrix has its own bits
+            seed=len(PACKED) * step + place,
+        )
+    return numbers
+
+
+def state_of(adam: torch.optim.Adam, parameter: Tensor, moments: MomentsDtype) -> State:
+    """Adam's state of a parameter, begun if it has none."""
+    state = adam.state[parameter]
+    if not state:
+        state |= new_state(parameter.detach(), moments)
+    return state
 
 
 def _adam(
