@@ -1,8 +1,8 @@
 """All measurements that need a GPU, in one command of under ten minutes.
 
-    python -m benchmarks.gpu --json OUT [--rounds 15] [--no-tests] [--tiny]
+    python -m benchmarks.gpu --json OUT [--rounds 15] [--tests EXPRESSION | --no-tests] [--tiny]
 
-Needs torch, Triton, pydantic, safetensors, rich, typer and pyyaml, and pytest for the tests; no ray, zarr or
+Needs torch, Triton, numpy, pydantic, safetensors and pyyaml, and pytest alone for the tests; no ray, zarr or
 transformers. The result is written after every part, so that earlier figures are kept if a later part fails.
 
 1. `tests`: `tests/gpu/test_triton.py`; a failure ends the command. `exact`: at full size, the largest
@@ -54,14 +54,18 @@ MILLION = Size(16_384, 768, 1_048_576, 32)
 TINY, TINY_MILLION = [Size(64, 16, 256, 2)], Size(64, 16, 512, 2)
 CHECKED_ROWS = 256
 """Rows on which kernels are compared with their dense equivalents."""
-TESTS = ["-m", "pytest", "tests/gpu/test_triton.py", "--no-skips", "-q", "--confcutdir=tests/gpu"]
+PYTEST = ["-m", "pytest", "-c", "benchmarks/gpu.ini", "--rootdir=.", "--confcutdir=tests/gpu"]
+TESTS = ["tests/gpu/test_triton.py", "--no-skips", "-q", "-p", "no:cacheprovider"]
 
 
-def test() -> dict[str, Any]:
-    """Run the kernels' tests; returns whether they passed, and their last line."""
+def test(expression: str) -> dict[str, Any]:
+    """Run those of the kernels' tests that pytest's `-k EXPRESSION` selects; all by an empty one.
+
+    Returns whether they passed, and their last line.
+    """
     # In a process of its own, whose GPU memory and settings end with it.
     done = subprocess.run(
-        [sys.executable, *TESTS, "-p", "no:cacheprovider"],
+        [sys.executable, *PYTEST, *TESTS, "-k", expression],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -238,7 +242,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--kernels", default="auto", help="under TRITON_INTERPRET=1 also triton on a CPU")
-    parser.add_argument("--no-tests", action="store_true", help="do not run pytest")
+    tests = parser.add_mutually_exclusive_group()
+    tests.add_argument("--tests", default="", metavar="EXPRESSION", help="only these, as pytest's -k selects")
+    tests.add_argument("--no-tests", action="store_true", help="do not run pytest")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test; on a CPU without a GPU")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
@@ -273,7 +279,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
         print(f"{figures['seconds']:>7} s  {part} {name}: {json.dumps(found)}", file=sys.stderr)
 
     if not args.no_tests:
-        keep("tests", "triton", test)
+        keep("tests", "triton", partial(test, args.tests))
         if not figures["tests"]["triton"].get("passed"):
             sys.exit(1)
     for name, kind in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():

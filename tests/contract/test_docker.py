@@ -101,6 +101,14 @@ def test_copied_files_exist_and_are_sent() -> None:
     assert names >= {"winnow", *rooms}
 
 
+def test_triton_can_compile_its_driver_in_the_image_with_cuda() -> None:
+    """Its first launch needs gcc, libc's headers (which gcc only recommends) and Python's."""
+    (base,) = [stage for name, stage in stages().items() if name == "base-cuda"]
+    installed = " ".join(rest for name, rest in base["body"] if name == "RUN").split()
+    assert {"gcc", "libc6-dev", "python3.12-dev"} <= set(installed)
+    assert stages()["runtime"]["parent"] == "base-${BASE}"
+
+
 def test_every_install_is_constrained() -> None:
     installs = [part for name, rest in instructions() if name == "RUN"
                 for part in rest.split("&&") if "pip install" in part]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -60,34 +61,63 @@ def test_memory(tmp_path):
     assert result["million"]["seconds"] > 0
 
 
-BLOCKED = """
-import runpy, sys
+ABSENT = """
+import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {absent}:
+        if name.partition(".")[0] in {names}:
             raise ModuleNotFoundError(name, name=name.partition(".")[0])
 sys.meta_path.insert(0, Absent())
-sys.argv = ["x", *{arguments}]
-runpy.run_module("benchmarks.gpu", run_name="__main__")
-import benchmarks.memory
 """
+LACKING = {"ray", "zarr", "transformers", "obstore", "pyarrow", "numcodecs", "google_crc32c", "matplotlib"}
+LACKING |= {"s3fs", "scipy", "typer", "rich", "pytest_timeout"}
 
 
-def test_gpu_where_torch_and_triton_are_almost_all_there_is(tmp_path):
-    """Its logic, at toy size on a CPU, beside `benchmarks.memory` and without what such machines lack."""
-    absent = {"ray", "zarr", "transformers", "obstore", "pyarrow", "numcodecs", "google_crc32c", "matplotlib"}
-    absent |= {"s3fs", "scipy", "typer", "rich"}
-    out = tmp_path / "gpu.json"
-    arguments = ["--tiny", "--no-tests", "--rounds", "1", "--json", str(out)]
-    subprocess.run(
-        [sys.executable, "-c", BLOCKED.format(absent=absent, arguments=arguments)],
+@pytest.fixture
+def bare(tmp_path) -> dict[str, str]:
+    """The environment of a machine with little more than torch, Triton and pytest."""
+    (tmp_path / "sitecustomize.py").write_text(ABSENT.format(names=LACKING))
+    # pytest finds pytest-timeout by its metadata, which a module that cannot be imported still has
+    bare = {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    return {**os.environ, **bare, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_such_a_machine_has_no_pytest_timeout(bare):
+    """And so pytest does not start under pyproject.toml, which the next test therefore needs its own for."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/gpu/test_triton.py", "--confcutdir=tests/gpu", "--co", "-q"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
+        env=bare,
+        capture_output=True,
+        text=True,
         timeout=300,
-        check=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "Unknown config option: timeout" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_gpu_where_torch_triton_and_pytest_are_almost_all_there_is(bare, tmp_path):
+    """Its tests (a few, interpreted) and its logic, at toy size on a CPU."""
+    out = tmp_path / "gpu.json"
+    arguments = ["--tiny", "--tests", "chosen or (exact and shape0)", "--rounds", "1", "--json", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments],
+        cwd=ROOT,
+        env={**bare, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    subprocess.run(
+        [sys.executable, "-c", "import benchmarks.memory"], cwd=ROOT, env=bare, timeout=60, check=True
     )
     result = json.loads(out.read_text())
+    assert result["tests"]["triton"]["passed"]
+    assert "3 passed" in result["tests"]["triton"]["said"][0]
     assert max(result["exact"]["float32"].values()) < 1e-5
     (size,) = result["sizes"].values()
     for name in ("encode_topk", "step", "float32_step"):

@@ -18,6 +18,8 @@ from winnow.schemas.errors import ConfigError, DependencyMissing
 
 Backend = Literal["eager", "cpu", "triton"]
 _BACKENDS: tuple[Backend, ...] = ("eager", "cpu", "triton")
+TRITON = "3.7.1"
+"""The version of Triton that torch 2.13's wheels for CUDA ask for, and with which the kernels are tested."""
 _LOG = logging.getLogger("winnow.trainer")
 
 
@@ -30,7 +32,8 @@ def choose(kernels: str, device: torch.device) -> Backend:
 
     Raises:
         ConfigError: Unknown name, or a backend that does not run on this device.
-        DependencyMissing: Triton is chosen and not installed.
+        DependencyMissing: Triton is chosen and not installed, or cannot start for want of a C compiler or of
+            Python's headers.
     """
     # no fallback to another backend: it would compute the same step, only slower, and nobody would notice
     wanted = ("triton" if device.type == "cuda" else "cpu") if kernels == "auto" else kernels
@@ -55,9 +58,9 @@ def _require(backend: Backend, device: torch.device) -> None:
             got=device,
             fix="Set kernels: auto, or device: cuda",
         )
-    # imported now, so that a missing Triton is an error before the first step
-    if backend == "triton":
-        triton_module("support")
+    # imported and started now, so that what is missing is an error before the first step
+    if backend == "triton" and not triton_module("support").interpreted():
+        triton_module("support").start()
 
 
 def triton_module(name: str) -> ModuleType:
@@ -76,7 +79,8 @@ def triton_module(name: str) -> ModuleType:
             "kernels: triton",
             expected="the package triton",
             got="it is not installed",
-            fix="`pip install triton`, or a CUDA build of torch, which brings it; or set kernels: eager",
+            fix=f"`pip install triton=={TRITON}`, or a CUDA build of torch, which brings it; "
+            "or set kernels: eager",
         ) from error
 
 

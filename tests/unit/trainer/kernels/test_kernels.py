@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,12 @@ from winnow.trainer.kernels import (
 from winnow.trainer.kernels.best import Best, best
 from winnow.trainer.kernels.encode_topk import COLUMN_TILE, ROW_TILE, Watch, encode_topk_cpu
 
+ROOT = Path(__file__).parents[4]
+STUB = """
+#include <Python.h>
+static struct PyModuleDef stub = {PyModuleDef_HEAD_INIT, "stub", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_stub(void) { return PyModule_Create(&stub); }
+"""
 SHAPES = [  # B, D, N, K: empty, ragged, K = N, several tiles, K too large to filter
     (0, 5, 9, 2),
     (1, 1, 1, 1),
@@ -238,7 +246,51 @@ def test_triton_asked_for_and_absent_says_what_to_install(monkeypatch):
         raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
     monkeypatch.setattr(dispatch.importlib, "import_module", absent)
-    with pytest.raises(DependencyMissing, match="pip install triton"):
+    with pytest.raises(DependencyMissing, match=r"pip install triton==3\.7\.1"):
         choose("triton", torch.device("cpu"))
-    with pytest.raises(DependencyMissing, match="pip install triton"):
+    with pytest.raises(DependencyMissing, match=r"pip install triton==3\.7\.1"):
         choose("auto", torch.device("cuda"))
+
+
+def test_the_version_that_the_message_names_is_torchs_and_ours():
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"triton=={dispatch.TRITON}" in pinned
+    asked = [line for line in importlib.metadata.requires("torch") or [] if line.startswith("triton")]
+    assert all(line.startswith(f"triton=={dispatch.TRITON};") for line in asked)
+
+
+class TestTritonStarts:
+    """Triton's own build, of a small C file in place of its driver, which needs a GPU's library."""
+
+    @pytest.fixture(autouse=True)
+    def build(self, monkeypatch, tmp_path):
+        support = pytest.importorskip("winnow.trainer.kernels.support_triton")
+        from triton.runtime.build import compile_module_from_src
+
+        class Driver:
+            @property
+            def active(self):
+                return compile_module_from_src(STUB, "stub")
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(support, "driver", Driver())
+        monkeypatch.setattr(support, "interpreted", lambda: False)
+
+    def test_without_a_compiler_the_message_says_so_and_how_to_get_one(self, monkeypatch):
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(DependencyMissing, match=r"neither gcc nor clang.*apt-get install gcc libc6-dev"):
+            choose("auto", torch.device("cuda"))
+
+    def test_without_pythons_headers_too(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("sysconfig.get_paths", lambda _scheme=None, **_: {"include": str(tmp_path)})
+        with pytest.raises(DependencyMissing, match=r"no .*Python\.h.*python3\.\d+-dev"):
+            choose("auto", torch.device("cuda"))
+
+    def test_a_compiler_that_fails_is_named(self, monkeypatch):
+        monkeypatch.setenv("CC", "false")
+        with pytest.raises(DependencyMissing, match="the C compiler failed"):
+            choose("triton", torch.device("cuda"))
+
+    def test_with_both_it_starts(self):
+        assert choose("auto", torch.device("cuda")) == "triton"
