@@ -35,6 +35,11 @@ SHAPES = [  # B, D, N, K: empty, tiny, ragged, more than one program each way
 SPARSE_SHAPES = [*SHAPES, (290, 21, 60, 3)]
 if INTERPRETED:
     SPARSE_SHAPES = [*SHAPES[:-1], (37, 33, 60, 5), (140, 21, 9, 2)]
+# More than a block of rows: the interpreter takes a tenth of a second per row.
+ENCODE_SHAPES = [
+    *SHAPES,
+    *([(3, 17, 1100, 70)] if INTERPRETED else [(140, 17, 1100, 6), (3, 17, 1100, 1025)]),
+]
 AUXK_AND_PARTS = [(64, 1), (1, 4), *([] if INTERPRETED else [(64, 4), (1, 1)])]
 
 
@@ -46,6 +51,12 @@ def data(shape, dtype, device, *, whole=False) -> list[torch.Tensor]:
     B, D, N, _ = shape
     made = [normal(seed, *size) for seed, size in enumerate(((B, D), (N, D), (N,)))]
     return [(t.round() if whole else t).to(device, dtype) for t in made]
+
+
+def equal(found, expected):
+    assert torch.equal(found[0].isnan(), expected[0].isnan())
+    assert torch.equal(found[0].nan_to_num(0), expected[0].nan_to_num(0))
+    assert torch.equal(found[1], expected[1])
 
 
 def codes(shape, dtype, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -62,37 +73,69 @@ def close(found, expected, dtype):
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[dtype] * max(1.0, largest))
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (140, 17, 1100, 6)])
+@pytest.mark.parametrize("shape", ENCODE_SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_encode_topk_is_exact_ties_included(device, shape, dtype):
     x, W, b = data(shape, dtype, device, whole=True)
-    values, indices = encode_topk(x, W, b, shape[3], "triton")
-    expected = reference.encode_topk(x, W, b, shape[3])
-    assert torch.equal(values, expected[0])
-    assert torch.equal(indices, expected[1])
+    equal(encode_topk(x, W, b, shape[3], "triton"), reference.encode_topk(x, W, b, shape[3]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_few_rows_are_done_again(device, dtype):
-    from winnow.trainer.kernels.encode_topk_triton import encode_topk_counted
+def test_its_values_are_the_dense_ones(device, dtype):
+    x, W, b = data((5, 40, 700, 12), dtype, device)
+    values, indices = encode_topk(x, W, b, 12, "triton")
+    close(values, reference.encode_topk(x, W, b, 12)[0], dtype)
+    dense = x.float() @ W.float().T + b.float()
+    close(values, dense.gather(1, indices), dtype)
+    assert all(len(set(row)) == 12 for row in indices.tolist())
 
-    x, W, b = data((150, 40, 1300, 4), dtype, device)
-    found = encode_topk_counted(x, W, b, 4)
-    assert found.redone <= 15
-    close(found.values, reference.encode_topk(x, W, b, 4)[0], dtype)
+
+@pytest.mark.parametrize("group", [2, 128])
+def test_chunks_blocks_and_pieces_are_joined(device, monkeypatch, group):
+    """Two chunks of rows, one of two blocks, and pieces of a row's groups, with ties across all of them."""
+    from winnow.trainer.kernels import encode_topk_triton as module
+    from winnow.trainer.kernels import groups
+
+    B, D, N, K = 35, 5, 1000, 6
+    monkeypatch.setattr(module, "group_size", lambda _latents, _k: group)
+    for place in (module, groups):
+        monkeypatch.setattr(place, "ROWS", 16)
+    monkeypatch.setattr(groups, "HELD_BYTES", 32 * groups.GROUP_BYTES * groups.groups_of(N, group))
+    assert groups.chunk_rows(N, group) == 32
+    # more entries than are kept, or there would be no end of pieces
+    piece = max(16, groups.groups_of(N, group) // 4)
+    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(module, "SMALL_PIECE", piece)
+    x, W, b = data((B, D, N, K), torch.float32, device, whole=True)
+    equal(encode_topk(x, W, b, K, "triton"), reference.encode_topk(x, W, b, K))
 
 
-def test_rows_that_overflow_or_hold_nan_are_exact(device):
-    from winnow.trainer.kernels.encode_topk_triton import encode_topk_counted
+@pytest.mark.parametrize("first", [0, 300])
+def test_latents_that_are_active_together_are_all_found(device, first):
+    """17 of 64 active latents among 24 neighbours, in whatever groups these are."""
+    x, W, b = data((4, 16, 1100, 64), torch.float32, device, whole=True)
+    b[first : first + 24] += 40
+    values, indices = reference.encode_topk(x, W, b, 64)
+    together = ((indices >= first) & (indices < first + 24)).sum(1)
+    assert together.min() >= 17
+    equal(encode_topk(x, W, b, 64, "triton"), (values, indices))
 
-    x, W, b = data((20, 8, 600, 3), torch.float32, device, whole=True)
+
+def test_rows_with_nan_infinity_or_nothing_but_ties_are_exact(device):
+    x, W, b = data((6, 8, 300, 3), torch.float32, device, whole=True)
     x[3], x[4, 2] = 0, torch.nan
-    b = torch.arange(600.0, device=device).clone()  # rising: the seed's tau filters nothing
-    found = encode_topk_counted(x, W, b, 3)
-    expected = reference.encode_topk(x, W, b, 3)
-    assert found.redone > 0
-    assert torch.equal(found.values.nan_to_num(9e9), expected[0].nan_to_num(9e9))
-    assert torch.equal(found.indices, expected[1])
+    W[77, 3] = W[299, 0] = torch.nan
+    b[200:] = -torch.inf
+    b[7] = torch.inf
+    found = encode_topk(x, W, b, 3, "triton")
+    equal(found, reference.encode_topk(x, W, b, 3))
+    assert found[0].isnan().any(1).all()
+
+
+def test_fewer_numbers_above_minus_infinity_than_kept(device):
+    x, W, b = data((3, 4, 200, 30), torch.float32, device, whole=True)
+    b[20:] = -torch.inf
+    equal(encode_topk(x, W, b, 30, "triton"), reference.encode_topk(x, W, b, 30))
 
 
 @pytest.mark.parametrize("shape", SPARSE_SHAPES)

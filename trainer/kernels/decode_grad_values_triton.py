@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.trainer.kernels.cost import Cost, Given, cost_of, size_of
+from winnow.trainer.kernels.examples import Shape, example
 from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
 
 LARGEST_BLOCK = 256
@@ -59,3 +60,9 @@ def decode_grad_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
             BLOCK_D=block_of(width, LARGEST_BLOCK),
         )
     return out
+
+
+@example
+def _example(shape: Shape) -> None:
+    rows, W_dec = shape.empty(shape.rows, shape.width), shape.empty(shape.latents, shape.width)
+    decode_grad_values(rows, shape.codes()[1], W_dec)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.trainer.kernels.cost import Cost, Given, cost_of, size_of
+from winnow.trainer.kernels.examples import Shape, example
 from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
 
 LARGEST_BLOCK = 1024
@@ -48,3 +49,8 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, dtype: torch.dtype | 
         contiguous = values.contiguous(), indices.contiguous(), W_dec.contiguous()
         launch(_decode, grid, *contiguous, out, values.shape[1], width, BLOCK_D=block)
     return out
+
+
+@example
+def _example(shape: Shape) -> None:
+    decode(*shape.codes(), shape.empty(shape.latents, shape.width), torch.float32)

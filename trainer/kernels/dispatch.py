@@ -59,8 +59,10 @@ def _require(backend: Backend, device: torch.device) -> None:
             fix="Set kernels: auto, or device: cuda",
         )
     # imported and started now, so that what is missing is an error before the first step
-    if backend == "triton" and not triton_module("support").interpreted():
-        triton_module("support").start()
+    # (estimates are made for a GPU on machines without one)
+    support = triton_module("support") if backend == "triton" else None
+    if support and torch.cuda.is_available() and not support.interpreted():
+        support.start()
 
 
 def triton_module(name: str) -> ModuleType:

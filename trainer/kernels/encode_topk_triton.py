@@ -1,17 +1,21 @@
-"""`encode_topk` on a GPU by seed and sweep.
+"""`encode_topk` on a GPU: sweep, select, finish, order.
 
-Seed: the exact k-th best of the first N/16 columns, tau, is a lower bound for the k-th best of all. Sweep:
-one pass of products keeps what reaches tau, about 16 k per row, in slots per row and stripe of columns,
-placed by prefix sums: no atomics, and never [B, N]. A top-k over the slots follows. A row that overflows a
-stripe's slots, or has fewer than k because seed and sweep round differently, is redone by `exact` and
-counted.
+Sweep: one pass of products, of which each group of G columns keeps its largest number, that one's column,
+and a bound on its runner-up; never [B, N]. Select: per row, the k groups with the best maxima. These maxima
+are the k best numbers unless a group's runner-up reaches the k-th of them. Finish: such groups are multiplied
+again, G columns each, and their numbers merged. Order: value descending, then column ascending. Exact, with
+ties and NaN, in whatever order the latents are; no atomics, and nothing that the host waits for.
 
-Legend: B rows, D width, N latents, K kept per row, S stripes of columns, C slots of a stripe.
+Which numbers are compared: a group's maximum is always the sweep's. The others of a group that is multiplied
+again are the finish's, whose sums may differ in the last bits; they are cut to their group's maximum, so that
+none passes the one that the sweep found largest. So no latent is lost or named twice by a rounding.
+
+Legend: R rows of a chunk, B rows, D width, N latents, K kept per row, G columns of a group.
 """
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
-import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
@@ -19,173 +23,322 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.trainer.kernels.best import best, sort_pairs
-from winnow.trainer.kernels.cost import Cost, Given, cost_of, size_of
+from winnow.trainer.kernels.cost import Cost, cost_of
+from winnow.trainer.kernels.examples import Shape, example
+from winnow.trainer.kernels.groups import COLUMNS, LARGEST_K, ROWS, chunk_rows, group_size, groups_of
 from winnow.trainer.kernels.reference import accumulator
 from winnow.trainer.kernels.support_triton import cdiv, interpreted, launch, power_of_two
 
-# compiled for sm_90 in bfloat16, the sweep of these blocks takes 255 registers and spills 1,424 bytes (one
-# block per SM); with 64 columns it does not spill (228 registers), but there are twice as many blocks
-ROWS, COLUMNS, DEPTH = 128, 128, 32
-"""Block of one product."""
-STRIPE = 8
-"""Blocks of columns that one program sweeps."""
-SEED_SHARE = 16
-SEED_PER_KEPT = 8
-"""The seed is N / SEED_SHARE columns, and at least this many per latent kept."""
-SLOT_BYTES = 1 << 28
-"""Bytes of slots held at a time; rows are swept in chunks of that size."""
+DEPTH = 32
+PIECE = 8192
+"""Most groups among which one program selects; of more the best of each piece are selected from again."""
+SMALL_PIECE = 1024
+MEMBERS = 4096
+"""Numbers of W_enc that the finish reads at a time."""
 EXACT_COLUMNS = 8192
 EXACT_ROWS = 2048
-
-
-class Counted(NamedTuple):
-    """Codes, and the number of rows that had to be redone."""
-
-    values: Tensor
-    indices: Tensor
-    redone: int
+_LEAST = tl.constexpr(-(2**31))
+_PADDING = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
+def _key(z):
+    """An int32 that orders as the float32 does, NaN largest, both zeros equal."""
+    bits = tl.where(z == z, z.to(tl.int32, bitcast=True), 0x7FC00000)
+    bits = tl.where(z == 0.0, 0, bits)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["R", "N"])
 def _sweep(
     x,
     W_enc,
     b,
-    tau,
-    values,
-    ids,
-    counts,
-    B,
+    maxima,
+    words,
+    R,
     N,
     D,
-    stripes,
-    SLOTS: tl.constexpr,
-    STRIPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    stripe = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    threshold = tl.load(tau + row, mask=row < B, other=float("inf"))
-    found = tl.zeros([ROWS], dtype=tl.int32)
-    # every row has its own slots in every stripe, so programs never share one: no atomics, a fixed order
-    home = (row.to(tl.int64) * stripes + stripe) * SLOTS
-    for block in range(STRIPE):
-        column = (stripe * STRIPE + block) * COLUMNS + tl.arange(0, COLUMNS)
-        z = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-        for left in range(0, D, DEPTH):
-            d = left + tl.arange(0, DEPTH)
-            x_inside = (row < B)[:, None] & (d < D)[None, :]
-            W_inside = (column < N)[None, :] & (d < D)[:, None]
-            x_part = tl.load(x + row.to(tl.int64)[:, None] * D + d[None, :], mask=x_inside, other=0.0)
-            W_part = tl.load(W_enc + column.to(tl.int64)[None, :] * D + d[:, None], mask=W_inside, other=0.0)
-            if WIDEN:  # the interpreter has no bfloat16 to multiply in
-                x_part = x_part.to(tl.float32)
-                W_part = W_part.to(tl.float32)
-            # "ieee": float32 operands are multiplied in float32, not silently in TF32
-            z = tl.dot(x_part, W_part, z, input_precision="ieee")
-        z += tl.load(b + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        inside = (row < B)[:, None] & (column < N)[None, :]
-        # not "at least tau": for NaN every comparison is false, and NaN must be seen
-        hit = ((z < threshold[:, None]) == 0) & inside
-        one = hit.to(tl.int32)
-        slot = found[:, None] + tl.cumsum(one, axis=1) - one
-        keep = hit & (slot < SLOTS)
-        tl.store(values + home[:, None] + slot, z, mask=keep)
-        tl.store(ids + home[:, None] + slot, column[None, :] + tl.zeros_like(slot), mask=keep)
-        found += tl.sum(one, axis=1)
-    # also the hits beyond the slots: a count above SLOTS is how the host learns of an overflow
-    tl.store(counts + row.to(tl.int64) * stripes + stripe, found, mask=row < B)
+    STEP: tl.constexpr = COLUMNS // GROUP
+    # rows run fastest: the programs of one block of W_enc run together, so that it is read once
+    row_blocks = tl.cdiv(R, ROWS)
+    row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(0) // row_blocks
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    # past the end the last row and column are read again, which needs no mask; 64 bits: row * D passes 2**31
+    x_rows = x + tl.minimum(row, R - 1).to(tl.int64)[:, None] * D
+    W_rows = W_enc + tl.minimum(column, N - 1).to(tl.int64)[None, :] * D
+    z = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for left in range(0, D, DEPTH):
+        d = left + tl.arange(0, DEPTH)
+        x_part = tl.load(x_rows + d[None, :], mask=(d < D)[None, :], other=0.0)
+        W_part = tl.load(W_rows + d[:, None], mask=(d < D)[:, None], other=0.0)
+        if WIDEN:  # the interpreter has no bfloat16 to multiply in
+            x_part = x_part.to(tl.float32)
+            W_part = W_part.to(tl.float32)
+        # "ieee": float32 operands are multiplied in float32, not silently in TF32
+        z = tl.dot(x_part, W_part, z, input_precision="ieee")
+    z += tl.load(b + tl.minimum(column, N - 1)).to(tl.float32)[None, :]
+    key = tl.where((column < N)[None, :], _key(z), _LEAST)
+    # a group's columns are STEP apart, because then a thread holds them all: tensor cores leave a thread with
+    # pairs of columns 8 apart, and nothing goes through shared memory
+    key = tl.reshape(key, [ROWS, GROUP, STEP])
+    member = tl.arange(0, GROUP)[None, :, None]
+    largest = tl.max(key, 1)
+    first = tl.min(tl.where(key == largest[:, None, :], member, GROUP), 1)
+    runner_up = tl.max(tl.where(member == first[:, None, :], _LEAST, key), 1)
+    at = (
+        (row.to(tl.int64) * (tl.cdiv(N, COLUMNS) * STEP))[:, None]
+        + block * STEP
+        + tl.arange(0, STEP)[None, :]
+    )
+    inside = (row < R)[:, None]
+    tl.store(maxima + at, largest, mask=inside)
+    # the member's number replaces the runner-up's last bits; with these set it is the finish's bound
+    tl.store(words + at, (runner_up & -GROUP) | first, mask=inside)
 
 
-@cost_of("_sweep")
-def _sweep_cost(given: Given) -> Cost:
-    rows, latents, width = given["B"], given["N"], given["D"]
-    read = (rows + latents) * width * given["x"].element_size() + latents * given["b"].element_size()
-    # SEED_SHARE * k entries of a row reach tau, if the first latents are like the others: about 12 % of the
-    # slots, which are of size `expected + 6 sigma`, rounded up to a power of two
-    written = size_of(given["values"]) + size_of(given["ids"])
-    return Cost(2.0 * rows * latents * width, read + written // 8 + size_of(given["counts"]))
+@triton.jit
+def _threshold(key, kept, low, high):
+    """Per row of keys, a number that exactly `kept` of them reach; if there is none, the kept-th largest."""
+    while tl.max((low < high).to(tl.int32), 0) > 0:
+        middle = (low | high) - ((low ^ high) >> 1)
+        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        low = tl.where(count >= kept, middle, low)
+        # where `low` is `high` already, `middle` is the same number
+        high = tl.where(count > kept, high, tl.where(count == kept, middle, tl.maximum(middle - 1, low)))
+    return low
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See `winnow.trainer.kernels.encode_topk`."""
-    found = encode_topk_counted(x, W_enc, b, k)
-    return found.values, found.indices
+@triton.jit
+def _column(place, word, COLUMNS, GROUP):
+    """The column of a group's maximum."""
+    step = COLUMNS // GROUP
+    return place // step * COLUMNS + place % step + (word & (GROUP - 1)) * step
+
+
+@triton.jit(do_not_specialize=["R", "entries", "width", "pieces", "groups", "kept", "group"])
+def _select(
+    keys,
+    places,
+    words,
+    out_keys,
+    out_places,
+    R,
+    entries,
+    width,
+    pieces,
+    groups,
+    kept,
+    group,
+    COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    # a line is a piece of a row
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    row = (line // pieces).to(tl.int64)[:, None]
+    at = (line % pieces * width)[:, None] + tl.arange(0, BLOCK)[None, :]
+    inside = (row < R) & (tl.arange(0, BLOCK) < width)[None, :] & (at < entries)
+    key = tl.load(keys + row * entries + at, mask=inside, other=_LEAST)
+    lowest = tl.min(tl.where(inside, key, 0x7FFFFFFF), 1)
+    highest = tl.max(key, 1)
+    # the kept-th of the maxima of 16 is a lower bound that only a few keys too many reach, so nearly all of
+    # the search looks at a sixteenth of the keys
+    bound = _threshold(tl.max(tl.reshape(key, [LINES, 16, BLOCK // 16]), 1), kept, lowest, highest)
+    threshold = _threshold(key, kept, bound, highest)
+    chosen = inside & (key >= threshold[:, None])
+    if tl.max(tl.sum(chosen.to(tl.int32), 1), 0) > kept:
+        # of equal maxima those of the lowest columns
+        above = key > threshold[:, None]
+        equal = inside & (key == threshold[:, None])
+        place = at
+        if not FIRST:
+            place = tl.load(places + row * entries + at, mask=equal, other=0)
+        word = tl.load(words + row * groups + place, mask=equal, other=0)
+        early = tl.where(equal, -_column(place, word, COLUMNS, group), _LEAST)
+        needed = kept - tl.sum(above.to(tl.int32), 1)
+        earliest = _threshold(early, needed, tl.full([LINES], _LEAST, tl.int32), tl.zeros([LINES], tl.int32))
+        chosen = above | (equal & (early >= earliest[:, None]))
+    slot = line.to(tl.int64)[:, None] * kept + tl.cumsum(chosen.to(tl.int32), 1) - 1
+    place = at
+    if not FIRST:
+        place = tl.load(places + row * entries + at, mask=chosen, other=0)
+    tl.store(out_keys + slot, key, mask=chosen)
+    tl.store(out_places + slot, place, mask=chosen)
+
+
+@triton.jit
+def _entry(key, column):
+    """One int64 that orders by key descending, then by column ascending."""
+    return ((-1 - key).to(tl.int64) << 32) | column.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["N", "groups", "kept", "K"])
+def _finish(
+    x,
+    W_enc,
+    b,
+    keys,
+    places,
+    words,
+    found,
+    N,
+    D,
+    groups,
+    kept,
+    K,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    STEP: tl.constexpr = COLUMNS // GROUP
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    inside = slot < kept
+    key = tl.load(keys + row * kept + slot, mask=inside, other=_LEAST)
+    place = tl.load(places + row * kept + slot, mask=inside, other=0)
+    word = tl.load(words + row * groups + place, mask=inside, other=0)
+    column = _column(place, word, COLUMNS, GROUP)
+    # a group whose first maximum is past the end has no column inside
+    inside &= column < N
+    # slots without a group, each with a number of its own, come after all entries
+    entry = tl.where(inside, _entry(key, column), _PADDING - slot.to(tl.int64))
+    worst = tl.max(tl.where(slot < K, entry, -1 - _PADDING))
+    # with fewer groups than K the worst is padding, which every runner-up reaches
+    again = inside & ((word | (GROUP - 1)) >= (-1 - (worst >> 32)).to(tl.int32))
+    group = tl.min(tl.where(again, slot, SLOTS))
+    while group < SLOTS:
+        mine = slot == group
+        limit = tl.sum(tl.where(mine, key, 0))
+        own = tl.sum(tl.where(mine, column, 0))
+        first = tl.sum(tl.where(mine, column - (word & (GROUP - 1)) * STEP, 0))
+        member = first + tl.arange(0, GROUP) * STEP
+        at = tl.minimum(member, N - 1)
+        z = tl.load(b + at).to(tl.float32)
+        for left in range(0, D, BLOCK_D):
+            d = left + tl.arange(0, BLOCK_D)
+            x_part = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+            W_at = W_enc + at.to(tl.int64)[:, None] * D + d[None, :]
+            W_part = tl.load(W_at, mask=(d < D)[None, :], other=0.0).to(tl.float32)
+            z += tl.sum(W_part * x_part[None, :], axis=1)
+        new = _entry(tl.minimum(_key(z), limit), member)
+        new = tl.where((member < N) & (member != own), new, _PADDING)
+        best = tl.min(new)
+        while best < worst:
+            entry = tl.where(entry == worst, best, entry)
+            worst = tl.max(tl.where(slot < K, entry, -1 - _PADDING))
+            new = tl.where(new == best, _PADDING, new)
+            best = tl.min(new)
+        again &= slot != group
+        group = tl.min(tl.where(again, slot, SLOTS))
+    tl.store(found + row * K + slot, entry, mask=slot < K)
+
+
+@triton.jit(do_not_specialize=["K"])
+def _order(found, values, indices, K, SLOTS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    entry = tl.load(found + row * K + slot, mask=slot < K, other=_PADDING)
+    rank = tl.zeros([SLOTS], dtype=tl.int32)
+    # entries differ, because no two have the same column
+    for other in range(K):
+        rank += (tl.load(found + row * K + other) < entry).to(tl.int32)
+    key = (-1 - (entry >> 32)).to(tl.int32)
+    value = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    tl.store(values + row * K + rank, value, mask=slot < K)
+    tl.store(indices + row * K + rank, entry & 0xFFFFFFFF, mask=slot < K)
 
 
 @torch.no_grad()
-def encode_topk_counted(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> Counted:
-    """`encode_topk`, with the number of rows that were redone.
-
-    float64, and dictionaries too small for a seed, are not swept but left to `exact`.
-    """
-    latents = len(W_enc)
-    seed = max(-(-latents // SEED_SHARE), SEED_PER_KEPT * k)
-    if x.dtype == torch.float64 or 2 * seed > latents or not k or not x.numel():
-        return Counted(*exact(x, W_enc, b, k), 0)
+def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `winnow.trainer.kernels.encode_topk`; float64 and k > LARGEST_K are left to `exact`."""
+    if x.dtype == torch.float64 or k > LARGEST_K or not k or not x.numel():
+        return exact(x, W_enc, b, k)
     x, W_enc, b = x.contiguous(), W_enc.contiguous(), b.contiguous()
-    stripes, slots = cdiv(latents, STRIPE * COLUMNS), _slots(latents, seed, k)
-    chunk = max(ROWS, SLOT_BYTES // (8 * stripes * slots) // ROWS * ROWS)
-    parts = [_swept(part, W_enc, b, k, seed, stripes, slots) for part in x.split(chunk)]
-    if len(parts) == 1:
-        return parts[0]
-    values = torch.cat([part.values for part in parts])
-    indices = torch.cat([part.indices for part in parts])
-    return Counted(values, indices, sum(part.redone for part in parts))
+    values = torch.empty(len(x), k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    chunk = chunk_rows(len(W_enc), group_size(len(W_enc), k))
+    for first in range(0, len(x), chunk):
+        rows = slice(first, first + chunk)
+        _encode(x[rows], W_enc, b, values[rows], indices[rows])
+    return values, indices
 
 
-def _slots(latents: int, seed: int, k: int) -> int:
-    """Slots of a stripe: the expected number of hits and six standard deviations."""
-    # expected if active latents are spread evenly. Simulated with N = 131,072 and K = 64: a prefix of 1,024
-    # latents with 17 of the 64 overflows in every row, one with 5 in 27 % of them, a random order in none
-    expected = k * latents / seed * min(1.0, STRIPE * COLUMNS / latents)
-    return power_of_two(math.ceil(expected + 6 * math.sqrt(expected) + 4))
+def _encode(x: Tensor, W_enc: Tensor, b: Tensor, values: Tensor, indices: Tensor) -> None:
+    """Encode the rows of a chunk into `values` and `indices` [R, K]."""
+    (rows, width), latents, k = x.shape, len(W_enc), values.shape[1]
+    group = group_size(latents, k)
+    groups = groups_of(latents, group)
+    cut = {"COLUMNS": COLUMNS, "GROUP": group}
+    maxima, words = (torch.empty(rows, groups, dtype=torch.int32, device=x.device) for _ in range(2))
+    grid = (cdiv(rows, ROWS) * cdiv(latents, COLUMNS),)
+    constants = {"ROWS": ROWS, "DEPTH": DEPTH, "WIDEN": interpreted(), "num_warps": 8}
+    launch(_sweep, grid, x, W_enc, b, maxima, words, rows, latents, width, **constants, **cut)
+    kept = min(k, groups)
+    keys, places, entries = maxima, words, groups
+    # pieces of equal width, so that each has more entries than are kept of it (PIECE / 2 > LARGEST_K)
+    while entries > kept or keys is maxima:
+        pieces = cdiv(entries, PIECE)
+        out = [torch.empty(rows, pieces * kept, dtype=torch.int32, device=x.device) for _ in range(2)]
+        sizes = (rows, entries, cdiv(entries, pieces), pieces, groups, kept, group)
+        # with 8 warps a large piece takes 208 registers of a thread on sm_90, with 16 it takes 97
+        block, lines, warps = (SMALL_PIECE, 4, 8) if sizes[2] <= SMALL_PIECE else (PIECE, 1, 16)
+        # the interpreter's time is by programs, not by numbers
+        lines = 64 if interpreted() else lines
+        constants = {"FIRST": keys is maxima, "BLOCK": block, "LINES": lines, "num_warps": warps}
+        grid = (cdiv(rows * pieces, lines),)
+        launch(_select, grid, keys, places, words, *out, *sizes, COLUMNS=COLUMNS, **constants)
+        (keys, places), entries = out, pieces * kept
+    found, slots = torch.empty_like(indices), max(64, power_of_two(k))
+    operands = (x, W_enc, b, keys, places, words, found)
+    constants = {"SLOTS": slots, "BLOCK_D": min(256, MEMBERS // group), "num_warps": 4}
+    launch(_finish, (rows,), *operands, latents, width, groups, kept, k, **constants, **cut)
+    launch(_order, (rows,), found, values, indices, k, SLOTS=slots, num_warps=cdiv(slots, 512))
 
 
-def _swept(x: Tensor, W_enc: Tensor, b: Tensor, k: int, seed: int, stripes: int, slots: int) -> Counted:
-    rows, device = len(x), x.device
-    pilot = torch.addmm(b[:seed].to(x.dtype), x, W_enc[:seed].T).float()
-    tau = pilot.topk(k, dim=1, sorted=False).values.amin(1)
-    # the pilot is rounded to x's type, the sweep is not: a little lower, or the sweep would miss the k-th
-    tau -= 4 * torch.finfo(x.dtype).eps * tau.abs()
-    # freed before the slots are made (268 MB for 8,192 rows at N = 131,072)
-    del pilot
-    values = torch.full((rows, stripes * slots), -torch.inf, device=device)
-    ids = torch.zeros(rows, stripes * slots, dtype=torch.int32, device=device)
-    counts = torch.empty(rows, stripes, dtype=torch.int32, device=device)
-    launch(
-        _sweep,
-        (cdiv(rows, ROWS), stripes),
-        x,
-        W_enc,
-        b,
-        tau,
-        values,
-        ids,
-        counts,
-        rows,
-        len(W_enc),
-        x.shape[1],
-        stripes,
-        SLOTS=slots,
-        STRIPE=STRIPE,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        DEPTH=DEPTH,
-        WIDEN=interpreted(),
-        num_warps=8,
+@example
+def _encode_example(shape: Shape) -> None:
+    x, W_enc = shape.empty(shape.rows, shape.width), shape.empty(shape.latents, shape.width)
+    encode_topk(x, W_enc, shape.empty(shape.latents, dtype=torch.float32), shape.k)
+
+
+@cost_of("_sweep")
+def _sweep_cost(given: Mapping[str, Any]) -> Cost:
+    outputs = given["maxima"].nbytes + given["words"].nbytes
+    operands = sum(given[name].nbytes for name in ("x", "W_enc", "b"))
+    return Cost(flops=2.0 * given["R"] * given["N"] * given["D"], streamed=operands + outputs)
+
+
+@cost_of("_select")
+def _select_cost(given: Mapping[str, Any]) -> Cost:
+    # without ties, for which words are read as well; a later round reads the places of what it chooses only
+    return Cost(streamed=given["keys"].nbytes + given["out_keys"].nbytes + given["out_places"].nbytes)
+
+
+@cost_of("_finish")
+def _finish_cost(given: Mapping[str, Any]) -> Cost:
+    rows, k, group = len(given["found"]), given["K"], given["GROUP"]
+    streamed = sum(given[name].nbytes for name in ("keys", "places", "found"))
+    # a sector of `words` per group chosen; groups done again as if active latents were spread evenly
+    again = k**2 * group / (2 * given["N"])
+    W = given["W_enc"]
+    return Cost(
+        streamed=streamed, gathered=int(rows * (32 * k + again * group * W.shape[1] * W.element_size()))
     )
-    # slots are in the order of their columns, so among equals the earlier position is the lower latent
-    kept, at = best(values, k)
-    kept, indices = sort_pairs(kept, ids.gather(1, at).long())
-    # too many hits for a stripe's slots, or too few in all (tau was too high by a rounding)
-    again = ((counts > slots).any(1) | (counts.sum(1) < k)).nonzero().flatten()
-    if len(again):
-        kept[again], indices[again] = exact(x[again], W_enc, b, k)
-    return Counted(kept, indices, len(again))
+
+
+@cost_of("_order")
+def _order_cost(given: Mapping[str, Any]) -> Cost:
+    return Cost(streamed=sum(given[name].nbytes for name in ("found", "values", "indices")))
 
 
 def exact(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:

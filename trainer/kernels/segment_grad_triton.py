@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.trainer.kernels.cost import Cost, cost_of
+from winnow.trainer.kernels.examples import Shape, example
 from winnow.trainer.kernels.fused_ops import WIDEST, Finish
 from winnow.trainer.kernels.segment_grad import Segments
 from winnow.trainer.kernels.support_triton import block_of, cdiv, launch, power_of_two
@@ -147,7 +148,7 @@ def _join(
 
 
 @triton.jit
-def _finish(grad, directions, squares, D, BLOCK_D: tl.constexpr):
+def _finish_row(grad, directions, squares, D, BLOCK_D: tl.constexpr):
     latent = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     total = tl.load(grad + latent * D + d, mask=d < D, other=0.0)
@@ -179,7 +180,7 @@ def _(given: Mapping[str, Any]) -> Cost:
     return Cost(streamed=given["first"].nbytes)
 
 
-@cost_of("_finish")
+@cost_of("_finish_row")
 def _(given: Mapping[str, Any]) -> Cost:
     passes = 2 if given["directions"] is None else 3
     return Cost(streamed=passes * given["grad"].nbytes + given["squares"].nbytes)
@@ -284,5 +285,14 @@ def finish_rows(grad: Tensor, directions: Tensor | None) -> Tensor:
         width = grad.shape[1]
         block = block_of(width, LARGEST_BLOCK)
         shape = {"BLOCK_D": block, "num_warps": max(4, block // 512)}
-        launch(_finish, (len(grad),), grad, directions, squares, width, **shape)
+        launch(_finish_row, (len(grad),), grad, directions, squares, width, **shape)
     return squares
+
+
+@example
+def _example(shape: Shape) -> None:
+    entries = shape.rows * shape.k
+    order, row, latent = (shape.empty(entries, dtype=torch.int64) for _ in range(3))
+    segments = Segments(order, row, latent, shape.empty(shape.latents + 1, dtype=torch.int64))
+    values, rows = shape.empty(entries, dtype=torch.float32), shape.empty(shape.rows, shape.width)
+    segment_sums(values, segments, rows, torch.float32)

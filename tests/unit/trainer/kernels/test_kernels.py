@@ -275,6 +275,7 @@ class TestTritonStarts:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         monkeypatch.setattr(support, "driver", Driver())
         monkeypatch.setattr(support, "interpreted", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def test_without_a_compiler_the_message_says_so_and_how_to_get_one(self, monkeypatch):
         monkeypatch.delenv("CC", raising=False)
