@@ -46,6 +46,8 @@ class Answers:
             "best_of_groups": lambda *_: True,
             "cuts_of": self._cuts,
             "keep": self._width,
+            # loss, norm and AuxK's term (`Ending`), then the number of dead latents
+            "read": lambda asked, _: [self._norm] * 3 + [self._dead] * (asked.numel() - 3),
         }
 
     # ---- numbers ---------------------------------------------------------------------------------

@@ -270,8 +270,9 @@ def _precision(launch: Launch) -> str:
     for value in launch.given.values():
         if isinstance(value, str) and value.startswith(("tf32", "bf16")):
             return value
-    first = next(v for v in launch.given.values() if isinstance(v, Tensor) and v.is_floating_point())
-    return str(first.dtype).removeprefix("torch.")
+    numbers = (v for v in launch.given.values() if isinstance(v, Tensor) and v.is_floating_point())
+    first = next(numbers, None)
+    return "" if first is None else str(first.dtype).removeprefix("torch.")
 
 
 def _caller(depth: int) -> FrameType | None:

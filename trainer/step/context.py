@@ -260,7 +260,8 @@ class Ending:
         # float64 holds integers up to 2**53
         given = (self.loss, self.norm, auxk, *more)
         numbers = torch.stack([number.to(self.loss.device, torch.float64) for number in given])
-        if numbers.is_cuda:
+        # a ledger's tensors are on a GPU that need not be there
+        if numbers.is_cuda and torch.cuda.is_available():
             # a copy to pinned memory does not wait, and the event stands before what is queued after it
             self._host = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
             self._host.copy_(numbers, non_blocking=True)

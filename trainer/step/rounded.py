@@ -13,9 +13,8 @@ from torch import Tensor
 
 class _Copy(NamedTuple):
     rounded: Tensor
-    of: int
-    """Where the weights are in memory."""
-    version: int
+    of: tuple[int, int]
+    """The weights' storage and the version of its contents."""
 
 
 class RoundedWeights:
@@ -30,9 +29,11 @@ class RoundedWeights:
         A copy is made anew if the weights have been written by others than the update that also writes it.
         """
         kept = self._copies.get(name)
-        # torch counts its own writes of a tensor, and a kernel's are not among them
-        if kept is None or (kept.of, kept.version) != (weights.data_ptr(), weights._version):
-            kept = _Copy(low(weights), weights.data_ptr(), weights._version)
+        # not the address, which tensors without contents lack; torch counts its own writes of a tensor, and a
+        # kernel's are not among them
+        of = weights.untyped_storage()._cdata, weights._version
+        if kept is None or kept.of != of:
+            kept = _Copy(low(weights), of)
             if kept.rounded is weights:
                 return weights
             self._copies[name] = kept
