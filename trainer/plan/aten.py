@@ -116,11 +116,12 @@ def aten(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> Aten:
         moved = read + read * 3 // 4
     elif name == "embedding_bag":
         gathered, moved = given[1].numel() * given[0].shape[-1] * given[0].element_size(), wrote
+    elif name in _PRODUCTS:
+        # the last of the tensors may be where the result is to be written (`out`)
+        a, b = [tensor for tensor in given if not any(tensor is result for result in made)][-2:]
+        flops, moved = 2.0 * a.numel() * b.shape[-1], size_of(a) + size_of(b) + wrote
     else:
         moved = read + wrote
-        if name in _PRODUCTS:
-            a, b = given[-2:]
-            flops = 2.0 * a.numel() * b.shape[-1]
     return Aten(Cost(flops, int(moved), int(gathered)), _KERNELS.get(name, 1))
 
 

@@ -58,6 +58,17 @@ def test_an_operation_is_entered_with_its_bytes_and_products():
     assert not any(entry.syncs for entry in ledger.entries.values())
 
 
+def test_a_product_into_a_tensor_that_is_there_costs_the_same():
+    ledger = ledger_of()
+    with ledger.kept():
+        a, b = (torch.empty(size, 64, dtype=torch.bfloat16, device=CUDA) for size in (32, 128))
+        torch.mm(a, b.T, out=torch.empty(32, 128, dtype=torch.bfloat16, device=CUDA))
+        ledger.end()
+    (product,) = (entry for site, entry in ledger.entries.items() if site.what == "mm")
+    assert product.flops == {("bfloat16", False): 2 * 32 * 64 * 128}
+    assert product.streamed == 2 * (32 * 64 + 128 * 64 + 32 * 128)
+
+
 def test_what_is_freed_leaves_the_peak():
     ledger = ledger_of()
     with ledger.kept():
