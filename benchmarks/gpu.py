@@ -5,14 +5,16 @@
 Needs torch, Triton, numpy, pydantic, safetensors and pyyaml, and pytest alone for the tests; no ray, zarr or
 transformers. The result is written after every part, so that earlier figures are kept if a later part fails.
 
-1. `tests`: `tests/gpu/test_triton.py`; a failure ends the command. `exact`: at full size, the largest
-   difference of each kernel from its dense equivalent on some rows, over the largest number, in float32 and
-   bfloat16.
+1. `tests`: `tests/gpu/test_triton.py`; a failure ends the command. `exact`: at full size, in all chunks of
+   rows, the largest difference of each kernel from its dense equivalent on some rows, over the largest
+   number, in float32 and bfloat16, on even and on skewed data.
 2. `sizes`, for each number of rows B at D = 768, N = 131,072, K = 32, medians of paired ratios to torch's
    bfloat16 product of the shape into a reused buffer: `encode_topk_over_product`; `step_over_product` with
    bfloat16 products, float32 Adam, clipping and average; `step_over_product_dead10`;
-   `float32_step_over_product`. `items`: bytes and operations of the step's parts, their seconds at the rates
-   measured as `card`, and their measured seconds.
+   `float32_step_over_product`, and over a float32 product. `_skewed`: some latents are active in every row,
+   and nearly half of the others lie together; otherwise all are equally active, which no real dictionary is.
+   `items`: bytes and operations of the step's parts, their seconds at the rates measured as `card`, and their
+   measured seconds.
 3. `memory`: peak bytes of a step over `winnow estimate`, at this size and at N = 1,048,576.
 """
 
@@ -51,7 +53,8 @@ from winnow.trainer.step.spans import sampling
 ROOT = Path(__file__).parents[1]
 SIZES = [Size(65_536, 768, 131_072, 32), Size(16_384, 768, 131_072, 32)]
 MILLION = Size(16_384, 768, 1_048_576, 32)
-TINY, TINY_MILLION = [Size(64, 16, 256, 2)], Size(64, 16, 512, 2)
+# More entries than a chunk of hot latents has; the interpreter's time is by rows.
+TINY, TINY_MILLION = [Size(24, 16, 256, 8)], Size(24, 16, 512, 8)
 CHECKED_ROWS = 256
 """Rows on which kernels are compared with their dense equivalents."""
 PYTEST = ["-m", "pytest", "-c", "benchmarks/gpu.ini", "--rootdir=.", "--confcutdir=tests/gpu"]
@@ -76,13 +79,37 @@ def test(expression: str) -> dict[str, Any]:
     return {"passed": done.returncode == 0, "said": done.stdout.strip().splitlines()[-1:]}
 
 
-def exactness(size: Size, device: torch.device, backend: Backend, dtype: torch.dtype) -> dict[str, float]:
+def skewed(size: Size, deviation: float, device: torch.device) -> Tensor:
+    """A bias [N] by which K / 8 latents are active in every row, and nearly half of the others in a prefix.
+
+    Args:
+        size: Of the dictionary.
+        deviation: The standard deviation of its pre-activations, which are normal.
+        device: Where the bias is made.
+    """
+    b = torch.zeros(size.latents, device=device)
+    # of N / 128 latents K / 2 are above the threshold of the K best of N
+    prefix = max(1, size.latents // 128)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    shares = torch.tensor([size.k / size.latents, size.k / 2 / prefix]).clamp(max=0.9)
+    threshold, within = normal.icdf(1 - shares).tolist()
+    b[:prefix] = (threshold - within) * deviation
+    b[prefix :: max(1, size.latents // max(1, size.k // 8))] += 8 * deviation
+    return b
+
+
+def exactness(
+    size: Size, device: torch.device, backend: Backend, dtype: torch.dtype, *, skew: bool
+) -> dict[str, float]:
     """Largest difference of each kernel from its dense equivalent, over the equivalent's largest number."""
     ops = step_ops(backend, "bfloat16" if dtype == torch.bfloat16 else "float32")
-    x, W = (torch.randn(n, size.width, device=device) for n in (min(CHECKED_ROWS, size.rows), size.latents))
+    x, W = (torch.randn(n, size.width, device=device) for n in (size.rows, size.latents))
     x, W = ops.low(x), ops.low(W * size.width**-0.5)
-    b = torch.zeros(size.latents, device=device)
+    b = skewed(size, 1.0, device) if skew else torch.zeros(size.latents, device=device)
     values, indices, _ = ops.encode(x, W, b, size.k, None)
+    # of the first chunk of rows to the last
+    checked = torch.linspace(0, size.rows - 1, min(CHECKED_ROWS, size.rows), device=device).long()
+    x, values, indices = x[checked], values[checked], indices[checked]
     expected, where = reference.encode_topk(x, W, b, size.k)
     segments = segments_of(indices, size.latents)
     flat = values.flatten()[segments.order]
@@ -135,12 +162,15 @@ def ratios(
 ) -> dict[str, Any]:
     """Medians of paired ratios to the bfloat16 product, and the step by parts."""
     x, W = (torch.randn(n, size.width, device=device) for n in (size.rows, size.latents))
-    half, W_half, b = x.bfloat16(), W.bfloat16(), torch.zeros(size.latents, device=device)
+    half, W_half = x.bfloat16(), W.bfloat16()
+    biases = {False: torch.zeros(size.latents, device=device), True: skewed(size, size.width**0.5, device)}
     del W
     out = torch.empty(size.rows, size.latents, device=device, dtype=torch.bfloat16)
     cases: dict[str, tuple[bool, str] | None] = {
         "encode_topk_over_product": None,
+        "encode_topk_over_product_skewed": None,
         "step_over_product": (False, "bfloat16"),
+        "step_over_product_skewed": (False, "bfloat16"),
         "step_over_product_dead10": (True, "bfloat16"),
         "float32_step_over_product": (False, "float32"),
     }
@@ -148,12 +178,14 @@ def ratios(
     floors: list[float] = []
     # One run at a time in memory.
     for name, case in cases.items():
-        run = None
+        run, skew = None, name.endswith("skewed")
         if case is None:
-            call: Callable[[], object] = lambda: encode_topk(half, W_half, b, size.k, kernels)  # noqa: E731
+            call: Callable[[], object] = partial(encode_topk, half, W_half, biases[skew], size.k, kernels)
         else:
             run = make_run(size, kernels, device, auxk=case[0], compute_dtype=case[1])
             call = stepper(run, x)
+            if skew:
+                run.sae.b_enc.data += skewed(size, (x[:256] @ run.sae.W_enc[:4096].T).std().item(), device)
         found: list[float] = []
         for number in range(rounds + 2):
             below = seconds(lambda: torch.mm(half, W_half.T, out=out), device)
@@ -169,7 +201,20 @@ def ratios(
             figures["items"] = items(size, run.recipe.spec, call, figures["step_seconds"], device, rates)
         del run, call
         _clear(device)
-    return figures | {"product_seconds": statistics.median(floors)}
+    float32 = _float32_product(x, size, device)
+    figures["float32_step_over_float32_product"] = (
+        figures["float32_step_over_product"] * statistics.median(floors) / float32
+    )
+    return figures | {"product_seconds": statistics.median(floors), "float32_product_seconds": float32}
+
+
+def _float32_product(x: Tensor, size: Size, device: torch.device) -> float:
+    """Seconds of a step's encoder product in float32, a block of rows after the other."""
+    # At once its result would take 34 GB at B = 65,536.
+    W = torch.randn(size.latents, size.width, device=device)
+    rows = min(8192, size.rows)
+    out = torch.empty(rows, size.latents, device=device)
+    return _median(lambda: torch.mm(x[:rows], W.T, out=out), device, 3) * size.rows / rows
 
 
 def items(
@@ -283,7 +328,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
         if not figures["tests"]["triton"].get("passed"):
             sys.exit(1)
     for name, kind in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
-        keep("exact", name, partial(exactness, sizes[0], device, kernels, kind))
+        for skew, suffix in {False: "", True: "_skewed"}.items():
+            keep("exact", name + suffix, partial(exactness, sizes[0], device, kernels, kind, skew=skew))
     keep("card", "rates", partial(card, sizes[-1], device))
     for size in sizes:
         rates = figures["card"]["rates"]

@@ -120,8 +120,12 @@ def test_gpu_where_torch_triton_and_pytest_are_almost_all_there_is(bare, tmp_pat
     assert "3 passed" in result["tests"]["triton"]["said"][0]
     assert max(result["exact"]["float32"].values()) < 1e-5
     (size,) = result["sizes"].values()
+    assert max(result["exact"]["bfloat16_skewed"].values()) < 1e-2
     for name in ("encode_topk", "step", "float32_step"):
         assert size[f"{name}_over_product"] > 0
+    for name in ("encode_topk_over_product_skewed", "step_over_product_skewed"):
+        assert size[name] > 0
+    assert size["float32_step_over_float32_product"] > 0
     for part in size["items"].values():
         assert min(part.values()) > 0
     assert result["memory"]["million"]["estimate"] > result["memory"]["here"]["estimate"]

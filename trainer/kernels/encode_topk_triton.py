@@ -33,8 +33,9 @@ DEPTH = 32
 PIECE = 8192
 """Most groups among which one program selects; of more the best of each piece are selected from again."""
 SMALL_PIECE = 1024
-MEMBERS = 4096
-"""Numbers of W_enc that the finish reads at a time."""
+# 16 KiB of float32 spilled 24 bytes on sm_120
+MEMBER_BYTES = 8192
+"""Bytes of W_enc that the finish reads at a time."""
 EXACT_COLUMNS = 8192
 EXACT_ROWS = 2048
 _LEAST = tl.constexpr(-(2**31))
@@ -300,7 +301,11 @@ def _encode(x: Tensor, W_enc: Tensor, b: Tensor, values: Tensor, indices: Tensor
         (keys, places), entries = out, pieces * kept
     found, slots = torch.empty_like(indices), max(64, power_of_two(k))
     operands = (x, W_enc, b, keys, places, words, found)
-    constants = {"SLOTS": slots, "BLOCK_D": min(256, MEMBERS // group), "num_warps": 4}
+    constants = {
+        "SLOTS": slots,
+        "BLOCK_D": min(256, MEMBER_BYTES // (group * x.element_size())),
+        "num_warps": 4,
+    }
     launch(_finish, (rows,), *operands, latents, width, groups, kept, k, **constants, **cut)
     launch(_order, (rows,), found, values, indices, k, SLOTS=slots, num_warps=cdiv(slots, 512))
 
