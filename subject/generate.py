@@ -25,6 +25,10 @@ from winnow.subject.hooks import Tap
 from winnow.subject.splice import Replacement, replaced
 from winnow.subject.steps import Kept, Steps
 
+# Logits divided by less may be infinite, and their softmax NaN; differences of 0.0001 already decide at 1e-6.
+_GREEDY = 1e-6
+"""Temperature below which the likeliest token is taken."""
+
 Op = Literal["clamp", "scale", "add", "ablate"]
 Positions = Literal["all", "generated"]
 
@@ -283,7 +287,7 @@ def generate(
         taps: The tap of every hook that is read or written.
         max_new_tokens: Largest number of tokens.
         seed: Seed of the draw; the same seed gives clean and steered runs the same random numbers.
-        temperature: Divides the logits; 0 takes the likeliest token.
+        temperature: Divides the logits; 0, or less than 1e-6, takes the likeliest token.
     """
     # On the CPU, so that a seed gives the same random numbers on every device.
     draw = torch.Generator().manual_seed(seed)
@@ -300,7 +304,7 @@ def generate(
         with torch.no_grad(), replaced(model, replace, (1, T)):
             logits, kept = steps.run(new, end, kept)
         scores = logits.float().cpu()
-        if temperature == 0:
+        if temperature < _GREEDY:
             token = int(scores.argmax())
         else:
             token = int(torch.multinomial((scores / temperature).softmax(0), 1, generator=draw))

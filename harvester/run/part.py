@@ -7,14 +7,15 @@ create-only in any case.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.harvest import HarvestPlan
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """Part `index` of `count` equal ones."""
 
     index: int

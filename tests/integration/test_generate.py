@@ -132,6 +132,7 @@ def test_seed_and_temperature(subject: Subject) -> None:
     assert ids() == ids()
     assert ids(seed=4) != ids()
     assert ids(temperature=0.0) == ids(temperature=0.0, seed=4)
+    assert ids(temperature=0.0) == ids(temperature=1e-300)
     token = run(subject)[0]
     assert token.logprob == pytest.approx(float(token.logits.log_softmax(0)[token.id]), rel=1e-5)
 
