@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -21,7 +22,7 @@ from winnow.common.clock import now
 from winnow.common.figures import human_bytes
 from winnow.common.reporter import Progress, say
 from winnow.harvester.derive.entries import Entries, EntryFinder, planned_unit
-from winnow.harvester.plan.digests import PlannedUnit, digests_of
+from winnow.harvester.plan.digests import MakeUnit, PlannedUnit, digests_of
 from winnow.schemas.base import sha256_hex, validate
 from winnow.schemas.derived import Derivation, DeriveRule
 from winnow.schemas.errors import DISTRIBUTION, ConfigError, PlanMismatch, StoreError
@@ -205,10 +206,10 @@ class _Regrouped:
         self.plan = _plan(parents[0], rule, geometry, facts, sum(found) - (held + train) * size)
         """The plan of the derived dataset."""
 
-    def _all(self, geometry: dict[str, Any]) -> Iterator[PlannedUnit]:
+    def _all(self, geometry: dict[str, Any]) -> Iterator[MakeUnit]:
         spec = self._parents[0].plan.spec.model_copy(update=geometry)
         plan = self._parents[0].plan.model_copy(update={"spec": spec})
-        return (planned_unit(plan, self._facts(unit)) for unit in range(len(self._units)))
+        return (partial(planned_unit, plan, self._facts(unit)) for unit in range(len(self._units)))
 
     def planned(self, unit: int) -> PlannedUnit:
         """Make the tokens and labels of a unit."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from winnow.common.cores import usable_cores
 from winnow.schemas.labels import COUNTED_TURNS, SPECIAL, PlannedLabels
 from winnow.store.format.labels import LABELS, Labels, label_digests
 from winnow.store.write.writer import tokens_digest
@@ -22,6 +26,10 @@ class PlannedUnit:
     """uint32 little-endian [W, T]."""
     labels: Labels
     """Label -> [W, T]."""
+
+
+MakeUnit = Callable[[], PlannedUnit]
+"""Makes what the plan stores of a unit, wherever it is called: labels are computed from windows."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +59,28 @@ class PlanDigests:
         )
 
 
-def digests_of(units: Iterable[PlannedUnit], roles: tuple[str, ...], sources: int) -> PlanDigests:
-    """Read all units once; `sources` is the number of the corpus's sources."""
+def digests_of(makers: Iterable[MakeUnit], roles: tuple[str, ...], sources: int) -> PlanDigests:
+    """Make every unit once and describe it; as many at a time as there are cores.
+
+    Args:
+        makers: Makes each unit, in their order; called by threads.
+        roles: Names of the roles.
+        sources: Number of the corpus's sources.
+    """
     tokens, labels = list[bytes](), list[NDArray[np.uint8]]()
     by_role, by_source = np.zeros(len(roles), np.int64), np.zeros(sources, np.int64)
     by_turn, special = np.zeros(COUNTED_TURNS, np.int64), 0
-    for unit in units:
-        tokens.append(bytes.fromhex(tokens_digest(unit.tokens)))
-        labels.append(label_digests(unit.labels))
-        by_role += _counts(unit.labels["role"], len(roles))
-        by_source += _counts(unit.labels["source"], sources)
-        by_turn += _counts(np.minimum(unit.labels["turn"].astype(np.int64), COUNTED_TURNS - 1), COUNTED_TURNS)
-        special += int(np.count_nonzero(unit.labels["flags"].astype(np.uint8) & SPECIAL))
+
+    def describe(make: MakeUnit) -> _UnitFacts:
+        return _facts_of(make(), len(roles), sources)
+
+    for unit in _mapped(describe, makers):
+        tokens.append(unit.tokens)
+        labels.append(unit.labels)
+        by_role += unit.by_role
+        by_source += unit.by_source
+        by_turn += unit.by_turn
+        special += unit.special
     return PlanDigests(
         np.frombuffer(b"".join(tokens), np.uint8).reshape(-1, 32),
         np.array(labels, np.uint8).reshape(-1, len(LABELS), 32),
@@ -72,6 +90,46 @@ def digests_of(units: Iterable[PlannedUnit], roles: tuple[str, ...], sources: in
         by_turn,
         special,
     )
+
+
+class _UnitFacts(NamedTuple):
+    """One unit's part of `PlanDigests`."""
+
+    tokens: bytes
+    labels: NDArray[np.uint8]
+    by_role: NDArray[np.int64]
+    by_source: NDArray[np.int64]
+    by_turn: NDArray[np.int64]
+    special: int
+
+
+def _facts_of(unit: PlannedUnit, roles: int, sources: int) -> _UnitFacts:
+    labels = unit.labels
+    return _UnitFacts(
+        bytes.fromhex(tokens_digest(unit.tokens)),
+        label_digests(labels),
+        _counts(labels["role"], roles),
+        _counts(labels["source"], sources),
+        _counts(np.minimum(labels["turn"], COUNTED_TURNS - 1), COUNTED_TURNS),
+        int(np.count_nonzero(labels["flags"].astype(np.uint8, copy=False) & SPECIAL)),
+    )
+
+
+def _mapped(describe: Callable[[MakeUnit], _UnitFacts], makers: Iterable[MakeUnit]) -> Iterator[_UnitFacts]:
+    """Describe units in threads, and yield in their order."""
+    # A bounded number ahead, not `pool.map`, which would read the whole spill file into memory.
+    threads = usable_cores()
+    waiting: deque[Future[_UnitFacts]] = deque()
+    with ThreadPoolExecutor(threads, "winnow-digests") as pool:
+        try:
+            for make in makers:
+                waiting.append(pool.submit(describe, make))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _counts(values: NDArray[np.generic], size: int) -> NDArray[np.int64]:

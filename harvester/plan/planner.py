@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from winnow.common.reporter import say
 from winnow.harvester.plan.chat import chat_templates
-from winnow.harvester.plan.digests import PlannedUnit
+from winnow.harvester.plan.digests import MakeUnit
 from winnow.harvester.plan.parent import Parent
 from winnow.harvester.plan.sources import find_files
 from winnow.harvester.plan.tokenise import DocumentTokenizer
@@ -126,8 +126,8 @@ def make_plan(
         wanted = set(missing)
         # Windows come in keyed order from the spill, so units before a missing one are read and passed over;
         # those after the last one are not read.
-        units = enumerate(islice(run.units(), max(missing, default=-1) + 1))
-        puts = (partial(_put_unit, store, plan, unit, made) for unit, made in units if unit in wanted)
+        units = enumerate(islice(run.makers(), max(missing, default=-1) + 1))
+        puts = (partial(_put_unit, store, plan, unit, make) for unit, make in units if unit in wanted)
         _put(puts, lambda done: shown.put(run.tokens, done, len(missing)))
     return plan
 
@@ -488,10 +488,11 @@ def _put(puts: Iterable[Callable[[], None]], report: Callable[[int], None]) -> N
 
 
 def _copy_unit(parent: Parent, store: ObjectStore, plan: HarvestPlan, unit: int) -> None:
-    _put_unit(store, plan, unit, parent.unit(unit))
+    _put_unit(store, plan, unit, partial(parent.unit, unit))
 
 
-def _put_unit(store: ObjectStore, plan: HarvestPlan, unit: int, planned: PlannedUnit) -> None:
+def _put_unit(store: ObjectStore, plan: HarvestPlan, unit: int, make: MakeUnit) -> None:
+    planned = make()
     put_labels(store, plan, unit, planned.labels)
     put_tokens(store, plan, unit, planned.tokens)
 

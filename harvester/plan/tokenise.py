@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +127,14 @@ _DOCUMENT_ENDS = (
 """Tokens that end a document, the least ambiguous first."""
 
 
+class SplitBatch(NamedTuple):
+    """Documents whose texts have been split, and are not yet arrays."""
+
+    documents: list[Document]
+    texts: Iterator[list[int]]
+    """The ids of each text among them."""
+
+
 class DocumentTokenizer:
     """A subject's tokenizer, set for whole documents: nothing is truncated or padded, one token follows each.
 
@@ -224,23 +232,32 @@ class DocumentTokenizer:
         """What the ids of sources of tokens must be."""
         return IdRules(self._identity.vocabulary, self.join)
 
-    def __call__(self, documents: list[Document]) -> list[Tokens]:
-        """Tokenise documents, each followed by the joining token, unless a conversation ends with it.
+    def split(self, documents: list[Document]) -> SplitBatch:
+        """Split the texts among documents into tokens, on all cores; the rest of the work is `mark`'s."""
+        texts = [document for document in documents if isinstance(document, str)]
+        return SplitBatch(documents, self._text.encode_batch(texts) if texts else iter(()))
+
+    def mark(self, batch: SplitBatch) -> list[Tokens]:
+        """The tokens of documents, each followed by the joining token, unless a conversation ends with it.
+
+        Batches must come in the corpus's order, which is that of new roles.
 
         Raises:
             IntegrityError: An id beyond the subject's embedding.
             ConfigError: More roles than a label can hold.
         """
-        kinds: dict[type, Callable[[list[Any]], list[Tokens]]] = {
-            str: self._plain,
-            Rendered: self._conversations,
-            GivenIds: self._given,
+        chats = [document for document in batch.documents if isinstance(document, Rendered)]
+        given = [document for document in batch.documents if isinstance(document, GivenIds)]
+        made: dict[type, Iterator[Tokens]] = {
+            str: iter(self._plain(batch.texts)),
+            Rendered: iter(self._conversations(chats) if chats else ()),
+            GivenIds: iter(self._given(given)),
         }
-        made: dict[type, Iterator[Tokens]] = {}
-        for kind, tokenise in kinds.items():
-            its = [document for document in documents if isinstance(document, kind)]
-            made[kind] = iter(tokenise(its) if its else ())
-        return [next(made[type(document)]) for document in documents]
+        return [next(made[type(document)]) for document in batch.documents]
+
+    def __call__(self, documents: list[Document]) -> list[Tokens]:
+        """Tokenise documents: `split`, then `mark`."""
+        return self.mark(self.split(documents))
 
     def _given(self, documents: list[GivenIds]) -> list[Tokens]:
         return [self._given_document(document) for document in documents]
@@ -255,12 +272,13 @@ class DocumentTokenizer:
             flags |= np.where(turns == turns[-1], LAST_TURN, 0)
         return self._joined(ids, roles, turns, flags)
 
-    def _plain(self, texts: list[str]) -> list[Tokens]:
+    def _plain(self, texts: Iterator[list[int]]) -> list[Tokens]:
         made: list[NDArray[np.uint32]] = []
-        for ids in self._text.encode_batch(texts):
+        for ids in texts:
             ids.append(self.join)
             made.append(np.array(ids, np.uint32))
-        self.check(made)
+        if made:
+            self.check(made)
         return [self._marked(ids) for ids in made]
 
     def _conversations(self, chats: list[Rendered]) -> list[Tokens]:

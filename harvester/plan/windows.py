@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from winnow.common.hashing import keyed_hash
 from winnow.harvester.plan.chat import template_digests
 from winnow.harvester.plan.corpus import Document, documents
-from winnow.harvester.plan.digests import PlanDigests, PlannedUnit, digests_of
+from winnow.harvester.plan.digests import MakeUnit, PlanDigests, PlannedUnit, digests_of
 from winnow.harvester.plan.marks import labels_of
 from winnow.harvester.plan.packing import (
     Holdout,
@@ -215,6 +217,10 @@ class CorpusWindows:
 
     def units(self) -> Iterator[PlannedUnit]:
         """Yield every planned unit, the validation units first."""
+        return (make() for make in self.makers())
+
+    def makers(self) -> Iterator[MakeUnit]:
+        """Yield what makes each planned unit, the validation units first; threads may call it."""
         # Read anew from the spill at each call: once for the digests, once for the chunks. The plan with the
         # digest of all tokens has to be stored before the first chunk.
         size = self._spec.windows_per_unit
@@ -229,11 +235,11 @@ class CorpusWindows:
         ):
             documents = np.array(packer.documents, np.uint64)
             for part in parts:
-                yield PlannedUnit(part["token"].astype("<u4"), labels_of(part, lead, documents, starts))
+                yield partial(_planned, part, lead, documents, starts)
 
     def digests(self) -> PlanDigests:
         """The digests of all units, and the counts of their labels."""
-        return digests_of(self.units(), tuple(self._tokenizer.roles), len(self._corpus.sources))
+        return digests_of(self.makers(), tuple(self._tokenizer.roles), len(self._corpus.sources))
 
     def facts(self) -> CorpusFacts:
         """What was read, and everything left over."""
@@ -271,8 +277,17 @@ class CorpusWindows:
             check_space(self._folder, needed, "the rest of the planner's spill file")
 
 
+def _planned(
+    windows: Windows, lead: int, documents: NDArray[np.uint64], source_starts: NDArray[np.uint64]
+) -> PlannedUnit:
+    return PlannedUnit(windows["token"].astype("<u4"), labels_of(windows, lead, documents, source_starts))
+
+
 def _tokenised(
     texts: Iterator[Document], tokenizer: DocumentTokenizer
 ) -> Generator[list[Tokens], None, None]:
-    # Two threads, one per stage; the caller packs and spills meanwhile.
-    return read_ahead(tokenizer(batch) for batch in read_ahead(batches(texts)))
+    # Three threads, one per stage; the caller packs and spills meanwhile. Ids become arrays in a stage of
+    # their own: under Python's lock that takes one core a tenth of the time of the split on two cores, for
+    # which the tokenizer would wait. One batch ahead, as its tokens take tens of MB until then.
+    split = read_ahead((tokenizer.split(batch) for batch in read_ahead(batches(texts))), 1)
+    return read_ahead(tokenizer.mark(batch) for batch in split)

@@ -70,6 +70,9 @@ from winnow.store.records.parts import PART_UNITS, DatasetDigest, encode_part
 _RECEIPT_THREADS = 16
 """Receipts that `seal` reads at the same time."""
 
+_CREATE_THREADS = 8
+"""Objects that `create_dataset` puts at the same time."""
+
 _OnProgress = Callable[[int, int], object]
 """Called with (done, total)."""
 
@@ -112,13 +115,19 @@ def create_dataset(
     found = settle(store, PLAN_KEY, plan.to_json())
     if found is not None:
         plan = _same_plan(plan, HarvestPlan.from_json(found, origin=f"{store.uri}/{PLAN_KEY}"), store.uri)
-    for key, body in zarr_objects(plan).items():
+
+    def put(key: str, body: bytes) -> None:
         found = settle(store, key, body)
         # Another zarr release words its metadata differently: no reason to refuse a root.
         if found is not None and found != body and not same_array(found, body):
             raise _differs(store, key)
-    for key, values in digests.items():
-        _put_chunk(store, key, values)
+
+    # At the same time: each waits for the disk or for a reply, and a plan of many hooks has as many.
+    with ThreadPoolExecutor(_CREATE_THREADS, thread_name_prefix="winnow-create") as pool:
+        puts = [pool.submit(put, key, body) for key, body in zarr_objects(plan).items()]
+        puts += [pool.submit(_put_chunk, store, key, values) for key, values in digests.items()]
+        for each in puts:
+            each.result()
     return plan
 
 
