@@ -5,11 +5,13 @@ Letters: T context length, D width, N latents, K active latents per row.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
+from winnow.common.yaml_text import parse_value
 from winnow.harvester.plan.survey import Survey
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.harvest import SLICES
@@ -134,10 +136,10 @@ def config_text(found: Draft, root: str, out: str) -> str:
         f"# {model.name}: {model.layers} layers of width {model.width}{limit}.",
         f"# The corpus: {held}; the median document has {survey.median_tokens:,}.",
         "# Any value can be overridden: --set train.latents=8192",
-        _line(f"root: {_quote(root)}", "the dataset: a folder, or s3://bucket/prefix"),
+        _line(f"root: {quoted(root)}", "the dataset: a folder, or s3://bucket/prefix"),
         "",
         "subject:",
-        _line(f"  model: {_quote(model.name)}", "hub id, folder or .gguf file"),
+        _line(f"  model: {quoted(model.name)}", "hub id, folder or .gguf file"),
         "",
         "corpus:",
     ]
@@ -150,13 +152,13 @@ def config_text(found: Draft, root: str, out: str) -> str:
         )
     lines.append("  sources:")
     for source in survey.corpus.sources:
-        lines.append(f"    - uri: {_quote(source.uri)}")
+        lines.append(f"    - uri: {quoted(source.uri)}")
         if source.format != "auto":
             lines.append(f"      format: {source.format}")
         if "column" in source.model_fields_set:
-            lines.append(f"      column: {_quote(source.column)}")
+            lines.append(f"      column: {quoted(source.column)}")
         if source.template is not None:
-            lines.append(f"      template: {_quote(source.template)}")
+            lines.append(f"      template: {quoted(source.template)}")
     whole = "null" if found.train_units is None else str(found.train_units)
     tokens = found.units * found.windows_per_unit * found.context_length
     amount = f"about {found.rows:,} rows"
@@ -171,7 +173,7 @@ def config_text(found: Draft, root: str, out: str) -> str:
         _line(f"  validation_units: {found.validation_units}", "held-out documents, for every figure"),
         "",
         "train:",
-        f"  out: {_quote(out)}",
+        f"  out: {quoted(out)}",
         f"  hook: {found.hook}",
         _line(f"  latents: {found.latents}", f"{found.latents / model.width:.2g} x the width"),
         _line(f"  k: {found.k}", "active per row; 16 to 64 is usual, more is closer and less sparse"),
@@ -206,8 +208,12 @@ def _line(text: str, comment: str) -> str:
     return f"{text.ljust(33)} # {comment}"
 
 
-def _quote(text: str) -> str:
-    """A YAML scalar: bare if it is plain, otherwise a JSON string, which YAML reads."""
-    plain = text.isascii() and all(each.isalnum() or each in "/._-" for each in text)
-    # A first letter or slash: anything else may be a number, a date or a directive.
-    return text if plain and (text[0].isalpha() or text[0] in "/.") else json.dumps(text, ensure_ascii=False)
+def quoted(text: str) -> str:
+    """A YAML scalar of a text: bare if that reads as the same text, otherwise in quotation marks."""
+    # Asked of the reader itself: `true`, `.5`, `None` and `*.txt` are no texts if they are bare.
+    try:
+        bare = parse_value(text, "") == text
+    except ConfigError:
+        bare = False
+    plain = text.isascii() and not any(each.isspace() or each in "#,[]{}" for each in text)
+    return text if bare and plain else yaml.safe_dump(text, default_style='"', width=math.inf).strip()

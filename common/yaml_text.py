@@ -52,7 +52,11 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Path, int]]:
     Raises:
         ConfigError: Not YAML, a duplicate key, or a value that YAML readers understand differently.
     """
-    loader: Any = _Loader(text)
+    try:
+        loader: Any = _Loader(text)
+    # Of characters that YAML does not allow, such as NUL; a reader that fails so has nothing to dispose of.
+    except yaml.YAMLError as error:
+        raise ConfigError(where, expected="YAML", got=" ".join(str(error).split())) from error
     try:
         node = loader.get_single_node()
         lines: dict[Path, int] = {}
