@@ -198,7 +198,7 @@ def ratios(
         figures["quartiles"][name] = statistics.quantiles(found, n=4) if rounds > 1 else found * 3
         if name == "step_over_product":
             figures["step_seconds"] = _median(call, device)
-            figures["items"] = items(size, run.recipe.spec, call, figures["step_seconds"], device, rates)
+            figures["items"] = items(size, spec_of(run), call, figures["step_seconds"], device, rates)
         del run, call
         _clear(device)
     float32 = _float32_product(x, size, device)
@@ -215,6 +215,12 @@ def _float32_product(x: Tensor, size: Size, device: torch.device) -> float:
     rows = min(8192, size.rows)
     out = torch.empty(rows, size.latents, device=device)
     return _median(lambda: torch.mm(x[:rows], W.T, out=out), device, 3) * size.rows / rows
+
+
+def spec_of(run: Run | None) -> TrainSpec:
+    """The spec of a run that was made."""
+    assert run is not None, "every case but the first makes one"
+    return run.recipe.spec
 
 
 def items(

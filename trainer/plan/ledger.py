@@ -218,7 +218,7 @@ class Ledger(TorchDispatchMode):
             with _disable_current_modes():
                 return self._on_host(fake, _caller(2)).tolist()
 
-        FakeTensor.tolist = tolist
+        FakeTensor.tolist = tolist  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield
         finally:

@@ -80,7 +80,7 @@ class _Something(metaclass=_Anything):
 
 
 class _Module(ModuleType):
-    __path__: list[str] = []
+    __path__ = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
