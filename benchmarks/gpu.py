@@ -231,7 +231,7 @@ def items(
     device: torch.device,
     rates: dict[str, float],
 ) -> dict[str, dict[str, float]]:
-    """The step's parts: operations and bytes on paper, seconds at the card's rates, measured seconds."""
+    """The step's parts: operations, bytes and FLOP on paper, seconds at the card's rates, measured ones."""
     paper = step_on_paper(spec, size.width)
     own = Rates.of(GPUS["h100"], fused=1.0)._replace(
         product=rates["bfloat16_flops"], stream=rates["bandwidth"], gather=rates["bandwidth"]
@@ -245,8 +245,13 @@ def items(
             shares.setdefault(name.removeprefix("share_"), []).append(share)
     found: dict[str, dict[str, float]] = {}
     for name, part in need.items():
-        taken = statistics.median(shares[name] or [0.0]) * took
-        numbers = {"operations": part.flops, "bytes": part.streamed + part.gathered}
+        # What comes after the last mark has no time of its own.
+        if not shares[name]:
+            continue
+        taken = statistics.median(shares[name]) * took
+        numbers: dict[str, float] = {"operations": part.operations, "bytes": part.streamed + part.gathered}
+        if part.flops:
+            numbers["flops"] = part.flops
         found[name] = numbers | {"seconds_at_the_cards_rates": part.seconds, "seconds": taken}
     return found
 
