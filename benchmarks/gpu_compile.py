@@ -103,7 +103,7 @@ def modules() -> list[ModuleType]:
 
 
 def entries(module: ModuleType) -> set[str]:
-    """Names of a module's kernels: of its jitted functions those that no other one calls."""
+    """Names of a module's kernels: of its own jitted functions those that no other one calls."""
     tree = ast.parse(inspect.getsource(module))
     jitted = {
         node.name: {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} - {node.name}
@@ -111,7 +111,8 @@ def entries(module: ModuleType) -> set[str]:
         if isinstance(node, ast.FunctionDef) and isinstance(getattr(module, node.name), JITFunction)
     }
     called = {name for names in jitted.values() for name in names}
-    return {name for name in jitted if name not in called and not name.startswith("_probe")}
+    # those without an underscore are called by other modules' kernels
+    return {name for name in jitted if name not in called and name.startswith("_") and name != "_probe"}
 
 
 def caught(call: Callable[[], object]) -> list[Launch]:

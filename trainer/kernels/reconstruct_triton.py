@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.trainer.kernels.cost import Cost, cost_of
+from winnow.trainer.kernels.examples import Shape, example
 from winnow.trainer.kernels.reconstruct import Reconstructed
 from winnow.trainer.kernels.rounding_triton import narrow
 from winnow.trainer.kernels.support_triton import cdiv, launch, power_of_two
@@ -129,3 +130,13 @@ def reconstruct(
             num_warps=min(16, max(4, block // 512)),
         )
     return Reconstructed(y_hat, squares, grad, pull.sum(0), dz)
+
+
+@example
+def _example(shape: Shape) -> None:
+    values, indices = shape.codes()
+    y, bias, share = (
+        shape.empty(*size, dtype=torch.float32)
+        for size in ((shape.rows, shape.width), (shape.width,), (shape.rows,))
+    )
+    reconstruct(values, indices, shape.empty(shape.latents, shape.width), y, bias, share)

@@ -12,17 +12,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from winnow.trainer.kernels.cost import Cost, cost_of
+from winnow.trainer.kernels.examples import Shape, example
 from winnow.trainer.kernels.fused_ops import AdamStep
 from winnow.trainer.kernels.rounding_triton import at_random, bits_of_row, narrow
 from winnow.trainer.kernels.support_triton import launch, power_of_two
 
+_SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+"""What Adam's state has beside moments of one byte."""
 
-@triton.jit
+
+# the seed differs in every step
+@triton.jit(do_not_specialize=["seed"])
 def _update(
     weights,
     grad,
@@ -150,8 +156,7 @@ def update_rows(
         grad.contiguous(),
         state["exp_avg"],
         state["exp_avg_sq"],
-        state.get("exp_avg_scale"),
-        state.get("exp_avg_sq_scale"),
+        *(state.get(name) for name in _SCALES),
         mean,
         low,
         loss,
@@ -172,3 +177,24 @@ def update_rows(
         BLOCK_D=block,
         num_warps=min(16, max(4, block // 128)),
     )
+
+
+@example
+def _example(shape: Shape) -> None:
+    def matrix(dtype: torch.dtype = torch.float32) -> Tensor:
+        return shape.empty(shape.latents, shape.width, dtype=dtype)
+
+    scales = {name: shape.empty(shape.latents, dtype=torch.float32) for name in _SCALES}
+    number = shape.empty((), dtype=torch.float32)
+    adam = AdamStep(1e-4, (0.9, 0.999), 1e-8, 2)
+    for first, second, more in (
+        (torch.float32, torch.float32, {}),
+        (torch.bfloat16, torch.bfloat16, {}),
+        (torch.int8, torch.uint8, scales),
+    ):
+        state = {"exp_avg": matrix(first), "exp_avg_sq": matrix(second), **more}
+        low = None if shape.dtype == torch.float32 else matrix(shape.dtype)
+        update_rows(
+            matrix(), matrix(), state, adam, number, number,
+            largest=1.0, unit=True, average=(matrix(), 0.001), low=low, seed=3,
+        )  # fmt: skip
