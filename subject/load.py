@@ -22,6 +22,7 @@ from winnow.schemas.fit import mismatch
 from winnow.schemas.subject import HookSite, SubjectIdentity, SubjectSpec
 from winnow.schemas.window import WindowRule
 from winnow.subject.causal import check_causal
+from winnow.subject.devices import device_of, dtype_of
 from winnow.subject.documents import check_apart, checked_positions
 from winnow.subject.generate import GeneratedToken, Steer, generate, written_hooks
 from winnow.subject.hooks import Tap, resolve_hook
@@ -40,8 +41,6 @@ from winnow.subject.tokenizer import ControlTokens, TextTokenizer
 from winnow.subject.weights import Located, digest_files, locate
 
 log = logging.getLogger("winnow.subject")
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Subject:
@@ -109,7 +108,7 @@ class Subject:
         spec = validate(SubjectSpec, spec, origin="subject")
         device = device_of(spec)
         located = locate(spec)
-        model = load_model(located.folder, spec, _dtype_of(spec, device))
+        model = load_model(located.folder, spec, dtype_of(spec, device))
         config = model.config.get_text_config()
         layout = find_layout(model, config)
         # Before truncation: names of modules that are dropped can still be told from names that never
@@ -157,7 +156,7 @@ class Subject:
             ConfigError: Nothing loadable is there.
         """
         located = locate(spec)
-        model = outline_model(located.folder, spec, _dtype_of(spec, torch.device("cuda" if gpu else "cpu")))
+        model = outline_model(located.folder, spec, dtype_of(spec, torch.device("cuda" if gpu else "cpu")))
         layout = find_layout(model, model.config.get_text_config())
         modules = frozenset(name for name, _ in model.named_modules() if name)
         return cls(spec, located, model, layout, modules, None, torch.device("meta"))
@@ -567,48 +566,6 @@ def _truncate(model: transformers.PreTrainedModel, layout: Layout, layers: int) 
         if module is head:
             owner, _, name = path.rpartition(".")
             setattr(model.get_submodule(owner), name, None)
-
-
-def device_of(spec: SubjectSpec) -> torch.device:
-    """The device that a subject runs on in this process; with `device_map`, the first one.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
-    name, count = spec.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if spec.device_map is not None:
-        if not count or name != "auto":
-            raise ConfigError(
-                f"subject.device_map {spec.device_map!r} spreads the subject over several GPUs",
-                expected="GPUs that this process sees, and subject.device: auto",
-                got=f"{count} GPUs, subject.device: {name}",
-                fix="Leave device_map out, or set harvest.gpus_per_actor and use a machine with GPUs",
-            )
-        return torch.device("cuda:0")
-    if name == "auto":
-        return torch.device("cuda:0" if count else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError("subject.device", expected="auto, cpu, cuda or cuda:N", got=name) from error
-    # Without an index: `cpu:0` is another device to torch's comparisons.
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda" or (device.index or 0) >= count:
-        raise ConfigError(
-            "subject.device",
-            expected=f"a device of this machine (cpu{''.join(f', cuda:{i}' for i in range(count))})",
-            got=name,
-            fix="Set device to auto or cpu, or install a torch that sees the GPU",
-        )
-    return torch.device("cuda", device.index or 0)
-
-
-def _dtype_of(spec: SubjectSpec, device: torch.device) -> torch.dtype:
-    """The dtype of a subject on a device."""
-    if spec.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[spec.dtype]
 
 
 def _told(positions: Tensor | None) -> dict[str, Tensor]:

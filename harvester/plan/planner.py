@@ -404,7 +404,8 @@ def _sections(config: Config) -> tuple[SubjectSpec, CorpusSpec, PlanSpec]:
 def _outline(config: Config) -> Subject:
     """The subject for planning, without its weights, which need neither memory nor a GPU then."""
     # Here, not above: it imports torch, which a caller with a subject of another kind does without.
-    from winnow.subject.load import Subject, device_of
+    from winnow.subject.devices import device_of
+    from winnow.subject.load import Subject
 
     spec, plan = section(config.subject, "subject"), section(config.plan, "plan")
     # What `dtype: auto` means depends on where the actors will run. On a cluster this machine's own devices
