@@ -136,7 +136,8 @@ def caught(call: Callable[[], object]) -> list[Launch]:
 
 def specialised(launches: list[Launch], target: str) -> dict[tuple[str, str], Launch]:
     """One launch for each binary that they need on this target."""
-    driver.set_active(Absent(target))
+    absent: Any = Absent(target)
+    driver.set_active(absent)
     found: dict[tuple[str, str], Launch] = {}
     for launch in launches:
         launch.kernel.device_caches.clear()
