@@ -126,8 +126,6 @@ class Gradients:
             # not the matrices: the first micro-batch overwrites them, which saves a pass over [N, D]
             for grad in (b_enc, *self._biases):
                 grad.zero_()
-        if dead is not None:
-            b_enc.index_add_(0, dead.ids, dead.b_enc)
         self._biases[0][: len(pull)] += pull
         if skip is not None:
             self._biases[-1].addmm_(skip[0].T, skip[1])
@@ -145,6 +143,8 @@ class Gradients:
         b_enc, sae = self.b_enc, self.model.ctx.sae
         for part in entries:
             b_enc += per_latent(part.dz, part.segments, sae.latents)
+        if dead is not None:
+            b_enc.index_add_(0, dead.ids, dead.b_enc)
         if self._along is not None:
             self._add_along(self._along, entries, dead)
         travels = self._over is not None and last
@@ -169,6 +169,8 @@ class Gradients:
     ) -> None:
         """The same by kernels that finish each row in the pass that writes it."""
         more = None if dead is None else places_of(dead.ids, len(self.b_enc))
+        if dead is not None:
+            self.b_enc.index_add_(0, dead.ids, dead.b_enc)
         travels, finish = self._over is not None and last, last and self._over is None
         sources = [_Source(part, part.values, part.grads[0]) for part in entries]
         self._add_rows(fused, "W_dec", sources, dead, more, finish)
