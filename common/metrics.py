@@ -7,7 +7,7 @@ follow Prometheus' conventions: base units, `_total` for what only grows, `_rati
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,7 +30,7 @@ def serving_metrics(
     host: str = LOOPBACK,
     registry: CollectorRegistry = REGISTRY,
     healthy: Callable[[], bool] = lambda: True,
-) -> Iterator[int]:
+) -> Generator[int]:
     """Answer `/metrics` and `/healthz` while the block runs; yields the port.
 
     `/healthz` is 200 or 503. There is no authentication.

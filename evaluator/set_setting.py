@@ -137,7 +137,8 @@ class SetSetting(OnDataset):
         """Families that make no sense for a whole set, and why."""
         layer = f"{self.uri.rstrip('/')}/{self.card.layers[0].folder}"
         why = f"they are about the latents of one layer, such as {layer}"
-        return {family: why for family in FAMILIES if family not in SET_FAMILIES} | self.without_subject
+        for_layers: dict[Family, str] = {family: why for family in FAMILIES if family not in SET_FAMILIES}
+        return for_layers | self.without_subject
 
     def held_out_rows(self) -> Iterator[SetRows]:
         """Yield the stored rows of the sampled held-out windows that have weight 1 at every hook."""

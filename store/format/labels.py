@@ -67,7 +67,7 @@ def document_positions(documents: NDArray[Any]) -> NDArray[np.int64]:
     Returns:
         int64 [W, T].
     """
-    at = np.broadcast_to(np.arange(documents.shape[1]), documents.shape)
+    at = np.broadcast_to(np.arange(documents.shape[1], dtype=np.int64), documents.shape)
     begins = np.ones(documents.shape, bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)

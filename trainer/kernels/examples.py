@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
     def empty(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor without numbers, of the operands' type unless told otherwise."""
-        return torch.empty(*sizes, dtype=dtype or self.dtype, device="meta")
+        return torch.empty(sizes, dtype=dtype or self.dtype, device="meta")
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """Values, float32, and indices, int64, [rows, k]."""

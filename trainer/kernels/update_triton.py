@@ -185,7 +185,7 @@ def _example(shape: Shape) -> None:
         return shape.empty(shape.latents, shape.width, dtype=dtype)
 
     scales = {name: shape.empty(shape.latents, dtype=torch.float32) for name in _SCALES}
-    number = shape.empty((), dtype=torch.float32)
+    number = shape.empty(dtype=torch.float32)
     adam = AdamStep(1e-4, (0.9, 0.999), 1e-8, 2)
     for first, second, more in (
         (torch.float32, torch.float32, {}),

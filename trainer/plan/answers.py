@@ -39,7 +39,7 @@ class Answers:
     def __init__(self, *, dead: int, k: int, shards: int, batched: bool, clip_norm: float | None) -> None:
         self._dead, self._k, self._shards, self._batched = dead, k, shards, batched
         self._norm = max(1.0, 2 * (clip_norm or 1.0))
-        self._named: dict[str, Callable[[Tensor, FrameType], Number | list[int] | None]] = {
+        self._named: dict[str, Callable[[Tensor, FrameType], Number | Sequence[Number] | None]] = {
             "micro_batches": lambda *_: True,
             "_wanted": lambda *_: True,
             "reaches": lambda *_: True,
@@ -62,7 +62,7 @@ class Answers:
             said = self._norm
         if said is None:
             return None
-        numbers = list(said) if isinstance(said, list) else [said] * asked.numel()
+        numbers = list(said) if isinstance(said, Sequence) else [said] * asked.numel()
         # what has no fact of its own inside a list of facts is a plain number
         return [self._norm if number is None else number for number in numbers]
 
