@@ -84,7 +84,7 @@ class PreparedWorker(UnitWorker):
         return SimpleNamespace(
             identity=plan.subject,
             device=torch.device("cpu"),
-            activations=lambda windows, hooks: {hook: rows[: len(windows)] for hook in hooks},
+            activations=lambda windows, hooks, **_: {hook: rows[: len(windows)] for hook in hooks},
         )
 
 

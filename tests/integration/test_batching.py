@@ -167,11 +167,11 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A device with room for eight windows; what was asked of it."""
     real, asked = Subject.activations, []
 
-    def activations(self: Subject, windows: Any, hooks: Any) -> Any:
+    def activations(self: Subject, windows: Any, hooks: Any, **options: Any) -> Any:
         asked.append(len(windows))
         if len(windows) > 8 or (len(windows) == 8 and asked.count(8) == 3):  # once in the middle of a unit
             raise NO_MEMORY
-        return real(self, windows, hooks)
+        return real(self, windows, hooks, **options)
 
     monkeypatch.setattr(Subject, "activations", activations)
     return asked
@@ -210,7 +210,7 @@ def test_a_number_that_was_asked_for_is_halved_too_and_not_remembered(
 
 
 def test_not_even_one_window(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def activations(*_: object) -> None:
+    def activations(*_: object, **__: object) -> None:
         raise NO_MEMORY
 
     monkeypatch.setattr(Subject, "activations", activations)
@@ -230,8 +230,8 @@ def test_rows_that_are_not_finite_are_named(
     ensure_plan(config, open_store(config.root))
     real, passes = Subject.activations, []
 
-    def activations(self: Subject, windows: Any, hooks: Any) -> Any:
-        found = real(self, windows, hooks)
+    def activations(self: Subject, windows: Any, hooks: Any, **options: Any) -> Any:
+        found = real(self, windows, hooks, **options)
         passes.append(len(windows))
         if len(passes) == 3:
             found["mlp_out.0"][1, 5, 7] = value
