@@ -57,11 +57,11 @@ def test_a_single_writer_goes_on_past_nan_and_says_what_stands_in_the_way(planne
     rows = worker.UnitWorker._rows
     asked = []
 
-    def poisoned(self, unit, tokens):
+    def poisoned(self, unit, tokens, *rest):
         asked.append(unit)
         if unit == 1:
             raise NonFiniteError("unit 1, hook resid_post.1, window 5 of the unit", got="NaN")
-        return rows(self, unit, tokens)
+        return rows(self, unit, tokens, *rest)
 
     monkeypatch.setattr(worker.UnitWorker, "_rows", poisoned)
     code, _, err = winnow("harvest", config, "--single-writer")
