@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from types import SimpleNamespace
 
@@ -34,7 +35,7 @@ def test_a_unit_whose_actor_had_no_memory_is_tried_alone(
     monkeypatch.setattr(driver.ray, "get", get)
     run = driver._Run.__new__(driver._Run)
     run._flying, run._queue, run._failures = {"ref": (0, 7)}, deque([8]), failures()
-    run._ledger = SimpleNamespace(add=print)
+    run._ledger, run._stopping = SimpleNamespace(add=print), threading.Event()
     run._collect("ref")
     assert list(run._queue) == [8, 7]
     assert run._failures.alone(7) is alone
