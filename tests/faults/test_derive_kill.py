@@ -31,7 +31,7 @@ RULES = {"regrouped": ["--rows", "{special: false}"], "kept": ["--dtype", "float
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory) -> str:
     root = str(tmp_path_factory.mktemp("parent"))
-    plan = make_plan(units=80, windows_per_unit=64, hooks=HOOKS, labels=True, validation_units=6)
+    plan = make_plan(units=48, windows_per_unit=64, hooks=HOOKS, labels=True, validation_units=6)
     write_dataset(open_store(root), plan)
     return root
 

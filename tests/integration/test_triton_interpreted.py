@@ -17,14 +17,15 @@ pytestmark = [
 ]
 
 
-def test_the_gpu_tests_pass_under_the_interpreter():
+@pytest.mark.parametrize("file", ["test_fused_ops.py", "test_triton.py"])
+def test_the_gpu_tests_pass_under_the_interpreter(file):
     """In a process of its own, because Triton decides on import whether it interprets."""
     done = subprocess.run(
         [
             sys.executable,
             "-m",
             "pytest",
-            "tests/gpu/test_triton.py",
+            f"tests/gpu/{file}",
             "--no-skips",
             "-q",
             "-p",
