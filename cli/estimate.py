@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from winnow.cli.console import emit, guard, print_table
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import ConfigError, MissingObject
 from winnow.schemas.layers import WRITES
 
 if TYPE_CHECKING:
@@ -104,7 +104,15 @@ def _size(
             )
         planned = settings.plan.dtype if settings.plan is not None else "bfloat16"
         return spec, tokens, d_model, planned
-    dataset = open_roots(settings.root, spec.roots, settings.storage)
+    try:
+        dataset = open_roots(settings.root, spec.roots, settings.storage)
+    except MissingObject as error:
+        raise ConfigError(
+            "the estimate without a dataset",
+            expected="the rows of the run and their width: --tokens N --d-model D",
+            got=f"no plan.json at {settings.root}",
+            fix="Give both, or run `winnow plan` first",
+        ) from error
     if spec.set is not None and spec.set.layers == "all":
         layers = [int(hook.partition(".")[2]) for hook in dataset.hooks if hook.startswith(f"{WRITES}.")]
         spec = spec.model_copy(update={"set": spec.set.of(1 + max(layers, default=0))})

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata, resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from winnow.common.packages import package_name
 from winnow.schemas.config import Config
 from winnow.schemas.errors import DependencyMissing
 
+_SUFFIXES, _FOLDERS = (".yaml", ".yml", ".json", ".sbatch"), ("monitoring", "slurm")
 FOLDER = "configs"
 """Where a command of the documentation looks for them: below the working directory, as in a clone."""
 
@@ -24,13 +26,24 @@ def write_examples(folder: Path) -> list[Path]:
         The files that were written.
     """
     written: list[Path] = []
-    for source in sorted(resources.files("winnow.configs").iterdir(), key=lambda file: file.name):
-        target = folder / source.name
-        if source.name.endswith(".yaml") and not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+    for path, source in sorted(_examples(resources.files("winnow.configs")).items()):
+        target = folder / path
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read_bytes())
             written.append(target)
     return written
+
+
+def _examples(folder: Traversable) -> dict[str, Traversable]:
+    """Configs of commands, of batch jobs and of monitoring: path below `folder` -> file."""
+    found: dict[str, Traversable] = {}
+    for entry in folder.iterdir():
+        if entry.name.endswith(_SUFFIXES):
+            found[entry.name] = entry
+        elif entry.name in _FOLDERS:
+            found |= {f"{entry.name}/{path}": file for path, file in _examples(entry).items()}
+    return found
 
 
 def missing_packages(config: Config) -> list[str]:

@@ -138,7 +138,7 @@ class Ablated(Shown):
             ]
             for at in range(len(ids))
             if effect.down[at] or effect.up[at]
-        ]
+        ] or [["the latent does not fire on this text", "", "", "", ""]]
         super().__init__(("after", "removed", "KL, nats", "less likely", "likelier"), rows)
 
 
@@ -224,13 +224,21 @@ class Latents:
     def find(self, query: str, count: int = 10) -> list[Brief]:
         """Latents with a text in the tokens they fire on or promote, or in an explanation of them.
 
-        Sorted by how much of their activation is on one token, the most first.
+        Upper and lower case and the spaces around it do not count. First come latents that fire on the text
+        itself, then those that fire on tokens with it, then the others; of equals those first of whose
+        activation more is on one token.
         """
-        found = self.exhibit.find(query, 0.0, 1.0)
-        return [
-            self.brief(each["latent"])
-            for each in self.exhibit.page(found, "token_share", True, 0, count)["rows"]
-        ]
+        wanted = query.strip().lower()
+        found = self.exhibit.find(query.strip(), 0.0, 1.0)
+        rows = self.exhibit.page(found, "token_share", True, 0, len(found))["rows"]
+
+        def place(row: dict[str, Any]) -> tuple[int, int]:
+            words = [word.strip().lower() for word in row["fires_on"]]
+            parts = [at for at, word in enumerate(words) if wanted in word]
+            return words.index(wanted) if wanted in words else len(words), min(parts, default=len(words))
+
+        # Stable: among equals the order of the page stays.
+        return [self.brief(row["latent"]) for row in sorted(rows, key=place)[:count]]
 
     def sample(self, count: int = 10, seed: int = 0) -> list[Brief]:
         """Latents that fire, drawn at random."""

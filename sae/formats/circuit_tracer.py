@@ -20,12 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import yaml
 
 from winnow.sae.formats.fields import refuse_tensors, unknown_fields, words
-from winnow.sae.formats.files import folder_of, read_safetensors, refuse, require, take
+from winnow.sae.formats.files import folder_of, read_safetensors, refuse, require, take, write_safetensors
 from winnow.sae.formats.raw import RawLayer, RawSet, fold
 from winnow.sae.sets import TranscoderSet
 from winnow.schemas.errors import ConfigError, IntegrityError
@@ -255,4 +254,4 @@ def _write_cross(set_: TranscoderSet, layer: int, folder: Path) -> None:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    write_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

@@ -19,13 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from winnow.sae.formats.fields import refuse_tensors, require_size, unknown_fields, words
-from winnow.sae.formats.files import folder_of, read_json, refuse, require, write_json
+from winnow.sae.formats.files import folder_of, read_json, refuse, require, write_json, write_safetensors
 from winnow.sae.formats.raw import RawLayer, RawSet, fold
 from winnow.sae.sets import TranscoderSet
 from winnow.schemas.errors import ConfigError, IntegrityError
@@ -185,7 +184,7 @@ def write(set_: TranscoderSet, folder: Path, model: str | None) -> None:
     if set_.cross:
         sources = torch.triu_indices(size, size)[0]
         tensors["layer_mask"] = (sources == torch.arange(size)[:, None]).float()
-    safetensors.torch.save_file(tensors, folder / FILE)
+    write_safetensors(tensors, folder / FILE)
     write_json(folder / CONFIG, _config_of(set_, model))
 
 

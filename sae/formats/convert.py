@@ -188,7 +188,10 @@ def export_sae(
     # Only now: an SAE that was refused leaves no empty folder.
     out.mkdir(parents=True, exist_ok=True)
     write(plain, out)
-    for note in hooked_note(plain.hook) if write in _HOOK_MODULES else ():
+    notes = hooked_note(plain.hook) if write in _HOOK_MODULES else ()
+    if write is saelens.write and (plain.model or "").startswith("package://"):
+        notes += (f"no other library finds the subject {plain.model!r}: name it with --model",)
+    for note in notes:
         log.warning("%s", note)
     return sorted(out.iterdir())
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -40,6 +39,7 @@ from winnow.sae.formats.files import (
     require,
     take,
     write_json,
+    write_safetensors,
 )
 from winnow.sae.formats.plain import Plain
 from winnow.schemas.errors import ConfigError, IntegrityError
@@ -244,7 +244,7 @@ def write(plain: Plain, folder: Path) -> None:
         state |= {"k": torch.tensor(plain.k, dtype=torch.int), "threshold": threshold}
         config["k"] = plain.k
     hooks = (plain.hook, *plain.with_hooks) if plain.hook else ()
-    safetensors.torch.save_file(state, folder / WEIGHTS, {HOOKS: ",".join(hooks)} if hooks else None)
+    write_safetensors(state, folder / WEIGHTS, {HOOKS: ",".join(hooks)} if hooks else None)
     write_json(folder / CONFIG, config)
 
 

@@ -121,6 +121,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise IntegrityError(f"{path} is not safetensors", got=error) from error
 
 
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file with the mode that any new file has."""
+    # safetensors 0.8 makes files that only their owner can read: colleagues on a shared disk could not
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
 def read_pt(path: Path) -> dict[str, Any]:
     """Read the state dict of a torch file with torch's weights-only reader.
 

@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from winnow.sae.formats.files import (
     take,
     take_matrix,
     write_json,
+    write_safetensors,
 )
 from winnow.sae.formats.names import from_lens, parse_lens, to_lens
 from winnow.sae.formats.plain import Plain
@@ -264,5 +264,5 @@ def write(plain: Plain, folder: Path) -> None:
         "sparsity_include_decoder_norm": False,
         "top_k": plain.k or 1,
     }
-    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    write_safetensors(tensors, folder / WEIGHTS)
     write_json(folder / CONFIG, config)

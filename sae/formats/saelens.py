@@ -11,12 +11,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from winnow.sae.formats.fields import refuse_tensors, require_size
-from winnow.sae.formats.files import folder_of, read_json, read_safetensors, refuse, take, write_json
+from winnow.sae.formats.files import (
+    folder_of,
+    read_json,
+    read_safetensors,
+    refuse,
+    take,
+    write_json,
+    write_safetensors,
+)
 from winnow.sae.formats.lens import CENTRES, read_loading
 from winnow.sae.formats.names import from_lens, is_lens_name, layer_of, to_lens
 from winnow.sae.formats.plain import Plain
@@ -205,7 +212,7 @@ def write(plain: Plain, folder: Path) -> None:
         tensors["threshold"] = plain.thresholds
     if plain.W_skip is not None:
         tensors["W_skip"] = plain.W_skip
-    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    write_safetensors(tensors, folder / WEIGHTS)
     write_json(folder / CONFIG, _config(plain, architecture))
 
 

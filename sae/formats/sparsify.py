@@ -10,11 +10,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from winnow.sae.formats.fields import refuse_tensors, require_size, unknown_fields, words
-from winnow.sae.formats.files import folder_of, read_json, read_safetensors, refuse, take, write_json
+from winnow.sae.formats.files import (
+    folder_of,
+    read_json,
+    read_safetensors,
+    refuse,
+    take,
+    write_json,
+    write_safetensors,
+)
 from winnow.sae.formats.names import added_note, from_module, module_path
 from winnow.sae.formats.plain import Plain
 from winnow.schemas.errors import ConfigError, IntegrityError
@@ -107,5 +114,5 @@ def write(plain: Plain, folder: Path) -> None:
         "transcode": plain.transcoder,
         "d_in": width,
     }
-    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    write_safetensors(tensors, folder / WEIGHTS)
     write_json(folder / CONFIG, config)

@@ -178,8 +178,11 @@ def test_the_quickstart_runs_from_the_wheel_in_an_empty_folder(venv: Path, tmp_p
     assert "ETA" in told
     assert "FVU, held out" in told
     assert "promotes" in told
-    assert {path.name for path in (work / "configs").iterdir()} == {
-        path.name for path in (ROOT / "configs").glob("*.yaml")
+    written = {str(path.relative_to(work)) for path in (work / "configs").rglob("*") if path.is_file()}
+    assert written == {
+        str(path.relative_to(ROOT))
+        for kind in ("*.yaml", "slurm/*.sbatch", "monitoring/*")
+        for path in (ROOT / "configs").glob(kind)
     }
     assert (work / "configs/quickstart.yaml").read_bytes() == (ROOT / "configs/quickstart.yaml").read_bytes()
     # What the quickstart says comes next works with what it has written.

@@ -16,10 +16,11 @@ def test_configs_are_written_once_and_never_over_a_file(tmp_path):
     folder.mkdir()
     (folder / "sweep.yaml").write_text("mine")
     written = examples.write_examples(folder)
-    assert {path.name for path in written} >= {"quickstart.yaml", "circuit.yaml", "chat.yaml"}
+    names = {"quickstart.yaml", "circuit.yaml", "chat.yaml", "slurm/harvest.sbatch", "monitoring/grafana.json"}
+    assert {str(path.relative_to(folder)) for path in written} >= names
     assert (folder / "sweep.yaml").read_text() == "mine"
     assert examples.write_examples(folder) == []
-    for path in written:
+    for path in (path for path in written if path.parent == folder):
         load_config(path, ["root=data/x"])
 
 
