@@ -16,7 +16,7 @@ def test_configs_are_written_once_and_never_over_a_file(tmp_path):
     folder.mkdir()
     (folder / "sweep.yaml").write_text("mine")
     written = examples.write_examples(folder)
-    names = {"quickstart.yaml", "circuit.yaml", "chat.yaml", "slurm/harvest.sbatch", "monitoring/grafana.json"}
+    names = {"quickstart.yaml", "chat.yaml", "slurm/harvest.sbatch", "monitoring/grafana.json"}
     assert {str(path.relative_to(folder)) for path in written} >= names
     assert (folder / "sweep.yaml").read_text() == "mine"
     assert examples.write_examples(folder) == []
