@@ -178,7 +178,7 @@ def _make_units(
     _check_store_space(plan, store, len(todo), config.harvest.follow)
     say(
         f"harvest: {len(todo)} of {len(units)} units to do, "
-        f"{human_bytes(_forecast_bytes(plan, len(todo)))} to write to {store.uri}"
+        f"{human_bytes(_forecast_bytes(plan, len(todo)))} to write to {store.uri}; loading the subject"
     )
 
     # Called when storage failed: "retry later" is useless on a full disk, which should end the harvest
