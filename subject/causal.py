@@ -44,9 +44,7 @@ def check_causal(
     Raises:
         ConfigError: An earlier position changes, or the model cannot run such a pass.
     """
-    # Spread over the vocabulary from its second quarter on: special tokens, which a model may treat
-    # differently, usually are the first ids.
-    ids = (vocabulary // 4 + torch.arange(LENGTH) * max(1, vocabulary // 64)) % vocabulary
+    ids = probe_ids(vocabulary)
     other = ids.clone()
     other[-_CHANGED:] = (ids[-_CHANGED:] + max(1, vocabulary // 5)) % vocabulary
     before, after = (_outputs(model, blocks, run, tokens[None], name) for tokens in (ids, other))
@@ -70,6 +68,13 @@ def check_causal(
                 fix="Take a decoder; an encoder like BERT is one only with `is_decoder` in its config",
             )
         return
+
+
+def probe_ids(vocabulary: int) -> Tensor:
+    """Ids int64 [T] of a short pass that tries a model of V tokens."""
+    # Spread over the vocabulary from its second quarter on: special tokens, which a model may treat
+    # differently, usually are the first ids.
+    return (vocabulary // 4 + torch.arange(LENGTH) * max(1, vocabulary // 64)) % vocabulary
 
 
 def _outputs(

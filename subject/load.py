@@ -504,21 +504,17 @@ class Subject:
 
     def _check_causal(self) -> None:
         blocks = [f"{self.layout.blocks}.{layer}" for layer in range(self._kept_layers)]
-
-        def run(ids: Tensor) -> object:
-            return self._body(ids.to(self.device))
-
-        check_causal(self.model, blocks, run, self._vocabulary, self.spec.model)
+        check_causal(self.model, blocks, self._probe, self._vocabulary, self.spec.model)
 
     def _prove_parts(self) -> None:
         """Drop the parts of blocks that were guessed by name and that a short pass does not confirm."""
         if self.layout.tabled or not any(self.layout.parts):
             return
+        self.layout = proved(self.model, self.layout, self._kept_layers, self._probe, self._vocabulary)
 
-        def run(ids: Tensor) -> object:
-            return self._body(ids.to(self.device))
-
-        self.layout = proved(self.model, self.layout, self._kept_layers, run, self._vocabulary)
+    def _probe(self, ids: Tensor) -> object:
+        """Run the blocks on ids of the host."""
+        return self._body(ids.to(self.device))
 
     def _ids(self, token_ids: Any) -> Tensor:
         if isinstance(token_ids, np.ndarray) and token_ids.dtype.kind == "u":

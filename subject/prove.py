@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.schemas.errors import ConfigError
-from winnow.subject.causal import LENGTH
+from winnow.subject.causal import probe_ids
 from winnow.subject.hooks import Tap, resolve_hook
 from winnow.subject.layout import Layout
 from winnow.subject.shapes import Block
@@ -46,21 +46,20 @@ def proved(
         run: Runs the model on ids int64 [1, T].
         vocabulary: V.
     """
-    ids = (vocabulary // 4 + torch.arange(LENGTH) * max(1, vocabulary // 64))[None] % vocabulary
+    ids = probe_ids(vocabulary)[None]
     guessed = [layer for layer in range(kept) if layout.parts[layer] is not None]
     wrong: dict[int, str] = {}
     parts = list(layout.parts)
-    rows = _read(model, layout, guessed, run, ids)
+    taps = {
+        layer: {site: resolve_hook(f"{site}.{layer}", layout, ()) for site in _STREAM} for layer in guessed
+    }
+    rows = _read(model, taps, run, ids)
     for layer in guessed:
-        found = rows.get(layer)
-        if found is None:
-            # One pass for all layers is refused as a whole where one of them is odd.
-            found = _read(model, layout, [layer], run, ids).get(layer)
         try:
-            parts[layer] = _confirmed(model, layout, layer, found)
+            parts[layer] = _confirmed(model, layout, layer, rows.get(layer))
         except _Refuted as reason:
             wrong[layer], parts[layer] = str(reason), None
-    for layer in _headless(model, layout, parts, run, ids):
+    for layer in _headless(model, layout, parts[:kept], run, ids):
         block = parts[layer]
         assert block is not None
         parts[layer] = replace(block, projection=None)
@@ -79,24 +78,22 @@ def proved(
 
 
 def _read(
-    model: nn.Module, layout: Layout, layers: list[int], run: Callable[[Tensor], object], ids: Tensor
+    model: nn.Module, taps: Mapping[int, Mapping[str, Tap]], run: Callable[[Tensor], object], ids: Tensor
 ) -> dict[int, dict[str, Tensor]]:
-    """Layer -> site -> rows [T, D] in float64; nothing if any of them cannot be read."""
-    taps: dict[tuple[int, str], Tap] = {}
-    for layer in layers:
-        for site in _STREAM:
-            taps[layer, site] = resolve_hook(f"{site}.{layer}", layout, ())
-    if not taps:
+    """Layer -> name of a tap -> rows [T, D]; layers with a tap that cannot be read are left out."""
+    every = [tap for own in taps.values() for tap in own.values()]
+    if not every:
         return {}
     try:
         with torch.no_grad():
-            read = read_taps(model, list(taps.values()), lambda: run(ids), (1, ids.shape[1]))
+            read = read_taps(model, every, lambda: run(ids), (1, ids.shape[1]))
     except ConfigError:
-        return {}
-    found: dict[int, dict[str, Tensor]] = {}
-    for (layer, site), tap in taps.items():
-        found.setdefault(layer, {})[site] = read[tap.hook][0]
-    return found
+        # One pass for all layers is refused as a whole if one of them is odd: then each has its own.
+        if len(taps) == 1:
+            return {}
+        alone = (_read(model, {layer: own}, run, ids) for layer, own in taps.items())
+        return {layer: rows for found in alone for layer, rows in found.items()}
+    return {layer: {name: read[tap.hook][0] for name, tap in own.items()} for layer, own in taps.items()}
 
 
 def _headless(
@@ -107,26 +104,33 @@ def _headless(
     ids: Tensor,
 ) -> list[int]:
     """Layers whose attention's output is not what its projection makes of what it reads."""
-    wrong: list[int] = []
-    for layer, block in enumerate(parts):
-        if block is None or block.projection is None:
-            continue
-        heads = resolve_hook(f"attn_z.{layer}", layout, ())
-        whole = Tap(f"attention.{layer}", f"{layout.blocks}.{layer}.{block.attention}", False, layer)
-        try:
-            with torch.no_grad():
-                read = read_taps(model, [heads, whole], lambda: run(ids), (1, ids.shape[1]))
-                made = model.get_submodule(heads.path)(read[heads.hook])
-        except Exception:  # no rows, or a layer of another signature
-            wrong.append(layer)
-            continue
-        slack = 16 * torch.finfo(made.dtype).eps
-        given = read[whole.hook]
-        if made.shape != given.shape or not torch.allclose(
-            made.float(), given.float(), rtol=slack, atol=slack * float(given.abs().max())
-        ):
-            wrong.append(layer)
-    return wrong
+    taps = {
+        layer: {
+            "heads": resolve_hook(f"attn_z.{layer}", layout, ()),
+            "whole": Tap(f"attention.{layer}", f"{layout.blocks}.{layer}.{block.attention}", False, layer),
+        }
+        for layer, block in enumerate(parts)
+        if block is not None and block.projection is not None
+    }
+    rows = _read(model, taps, run, ids)
+    return [layer for layer, own in taps.items() if not _projects(model, own["heads"], rows.get(layer))]
+
+
+def _projects(model: nn.Module, heads: Tap, found: Mapping[str, Tensor] | None) -> bool:
+    if found is None:
+        return False
+    try:
+        with torch.no_grad():
+            made = model.get_submodule(heads.path)(found["heads"][None])[0]
+    except Exception:  # a layer of any signature may have such a name
+        return False
+    return made.shape == found["whole"].shape and _close(made, found["whole"])
+
+
+def _close(made: Tensor, given: Tensor) -> bool:
+    """Whether two tensors agree as two runs of one module do."""
+    slack = 16 * torch.finfo(made.dtype).eps
+    return torch.allclose(made.float(), given.float(), rtol=slack, atol=slack * float(given.abs().max()))
 
 
 class _Refuted(Exception):
@@ -164,9 +168,6 @@ def _confirmed(model: nn.Module, layout: Layout, layer: int, found: Mapping[str,
             given = given if norm is None else model.get_submodule(norm)(given)
     except Exception as error:  # a module of any signature may have such a name
         raise _Refuted(f"{norm} is no norm of one tensor") from error
-    slack = 16 * eps
-    if given.shape[1:] != found["mlp_in"].shape or not torch.allclose(
-        given[0].float(), found["mlp_in"].float(), rtol=slack, atol=slack * float(given.abs().max())
-    ):
+    if given.shape[1:] != found["mlp_in"].shape or not _close(given[0], found["mlp_in"]):
         raise _Refuted("its MLP is given something else than that norm's output")
     return block

@@ -73,6 +73,8 @@ def test_blocks_that_were_dropped_are_not_run() -> None:
     model, layout = novel("llama")
     model.get_submodule("model").layers = model.get_submodule("model.layers")[:2]
     assert all(prove(model, layout, kept=2).parts)
+    # Nor is anything said of them: what they have may still be asked for, and is refused as dropped.
+    assert prove(model, layout, kept=2) == layout
 
 
 def test_shapes_by_name() -> None:
