@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from winnow.sae.formats.names import is_lens_name, parse_lens
+from winnow.sae.formats.names import is_at, is_lens_name, parse_lens
 
 CENTRES = "center_writing_weights"
 SAME_ROWS = ("fold_ln", "fold_value_biases", "center_unembed", "refactor_factored_attn_matrices")
@@ -76,10 +76,10 @@ class Loading:
         """Whether the rows at a hook of TransformerLens were centred; None if nothing determines it."""
         # Centring commutes with LayerNorm only: TransformerLens ignores the option on models with RMSNorm.
         # After a LayerNorm, which removes the mean itself, it changes nothing.
-        if not self.lens or parse_lens(hook) is None or RMS.search(self.model) or _after_norm(hook):
+        if not self.lens or parse_lens(hook) is None or RMS.search(self.model) or is_at(hook, "mlp_in"):
             return False
         # The heads are not in the stream yet.
-        if _joins_heads(hook):
+        if is_at(hook, "attn_z"):
             return False
         said = self.options.get(CENTRES, self.processed)
         return None if said is None else bool(said)
@@ -93,12 +93,12 @@ class Loading:
             said = ", ".join(f"{name}: {value!r}" for name, value in other.items())
             found.append(f"the subject was loaded with {said}: load it the same way (subject.revision, ...)")
         for hook in hooks:
-            if _after_norm(hook) and self.options.get("fold_ln", self.processed):
+            if is_at(hook, "mlp_in") and self.options.get("fold_ln", self.processed):
                 found.append(
                     f"the subject was loaded with fold_ln: {hook} lacked the gain and bias of the MLP's "
                     "norm, which Winnow's mlp_in has"
                 )
-            if _joins_heads(hook) and self.options.get("fold_value_biases", self.processed):
+            if is_at(hook, "attn_z") and self.options.get("fold_value_biases", self.processed):
                 found.append(
                     f"the subject was loaded with fold_value_biases: {hook} lacked attention's value biases, "
                     "which Winnow's attn_z has (Llama, Gemma, Mistral and Qwen 3 have none)"
@@ -111,16 +111,6 @@ class Loading:
                     + (f"; the subject was loaded with {', '.join(on)}" if on else "")
                 )
         return tuple(found)
-
-
-def _after_norm(hook: str | None) -> bool:
-    """Whether it is `mlp_in`, by its name here or there."""
-    return (parse_lens(hook) or hook or "").startswith("mlp_in.")
-
-
-def _joins_heads(hook: str | None) -> bool:
-    """Whether it is `attn_z`, by its name here or there."""
-    return (parse_lens(hook) or hook or "").startswith("attn_z.")
 
 
 def read_loading(about: Mapping[str, Any]) -> Loading:

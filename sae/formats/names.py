@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from winnow.schemas.subject import HOOK_SITES
+
 LENS = re.compile(
     r"blocks\.(\d+)\.(hook_(?:resid_pre|attn_out|resid_mid|mlp_out|resid_post)|mlp\.hook_in|attn\.hook_z)"
 )
@@ -17,7 +19,7 @@ HEADS_JOINED = "attn.hook_z"
 """`attn_z`, by head: [B, T, heads, D / heads]."""
 _MODULE_SITES = {"mlp_in": MLP_INPUT, "attn_z": HEADS_JOINED}
 """Sites that TransformerLens names after a module of the block."""
-OURS = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out|resid_mid|mlp_in|attn_z)\.(\d+)")
+OURS = re.compile(rf"({'|'.join(HOOK_SITES)})\.(\d+)")
 HOOK = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MODULE = re.compile(r"(?P<head>(?:\w+\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<rest>[\w.]+))?")
 HEADS = {"layers": "model.", "h": "transformer.", "blocks": "transformer."}
@@ -41,6 +43,12 @@ def parse_lens(name: str | None) -> str | None:
         return None
     sites = {name: site for site, name in _MODULE_SITES.items()}
     return f"{sites.get(match[2], match[2].removeprefix('hook_'))}.{match[1]}"
+
+
+def is_at(hook: str | None, *sites: str) -> bool:
+    """Whether a hook, by its name here or in TransformerLens, is at one of these sites."""
+    match = OURS.fullmatch(parse_lens(hook) or hook or "")
+    return match is not None and match[1] in sites
 
 
 def from_lens(name: str | None) -> str | None:

@@ -25,7 +25,7 @@ from winnow.sae.formats.files import (
     write_safetensors,
 )
 from winnow.sae.formats.lens import CENTRES, read_loading
-from winnow.sae.formats.names import from_lens, is_lens_name, layer_of, to_lens
+from winnow.sae.formats.names import from_lens, is_at, is_lens_name, layer_of, to_lens
 from winnow.sae.formats.plain import Plain
 from winnow.sae.formats.saelens_fields import (
     OF_EVERY_SAE,
@@ -228,7 +228,7 @@ def write_with_subject(plain: Plain, folder: Path) -> None:
             fix="Give --model; import with --hook",
         )
     # They run HookedTransformer, which has no hook between the MLP's norm and the MLP, and gives heads apart.
-    if layer_of(plain.hook) is None or (plain.hook or "").startswith(("mlp_in.", "attn_z.")):
+    if layer_of(plain.hook) is None or is_at(plain.hook, "mlp_in", "attn_z"):
         raise refuse(
             "SAEBench or Neuronpedia",
             f"hook {plain.hook!r}, which TransformerLens' HookedTransformer does not know as rows",
@@ -261,7 +261,7 @@ def _config(plain: Plain, architecture: str) -> dict[str, Any]:
         "device": "cpu",
         "apply_b_dec_to_input": not plain.transcoder,
         "normalize_activations": "none" if plain.epsilon is None else "layer_norm",
-        "reshape_activations": "hook_z" if (plain.hook or "").startswith("attn_z.") else "none",
+        "reshape_activations": "hook_z" if is_at(plain.hook, "attn_z") else "none",
         "metadata": metadata,
     }
     # Winnow selects by the pre-activation alone, whatever the decoder rows' norms.
