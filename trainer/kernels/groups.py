@@ -47,9 +47,3 @@ def groups_of(latents: int, group: int) -> int:
 def chunk_rows(latents: int, group: int) -> int:
     """Rows encoded at a time, so that their groups take HELD_BYTES."""
     return max(ROWS, HELD_BYTES // (GROUP_BYTES * groups_of(latents, group)) // ROWS * ROWS)
-
-
-def held_bytes(rows: int, latents: int, k: int) -> int:
-    """Bytes that `encode_topk` of this many rows holds beside its arguments and result."""
-    group = group_size(latents, k)
-    return min(rows, chunk_rows(latents, group)) * groups_of(latents, group) * GROUP_BYTES

@@ -58,14 +58,6 @@ class _PaperAxis(Axis):
         return Pending(out.copy_(tensor) if tensor.device.type == "cpu" else out)
 
 
-def paper_world(data: int, latent: int, latents: int) -> World:
-    """A rank of a mesh that holds one of the largest shards of N latents."""
-    if data * latent == 1:
-        return World()
-    sizes = [len(part) for part in World(latent=_PaperAxis(None, 0, latent)).parts(latents)]
-    return World(_PaperAxis(None, 0, data), _PaperAxis(None, sizes.index(max(sizes)), latent))
-
-
 class _Batches:
     """The rows of a step on the device, and those of the next one, which arrive meanwhile."""
 

@@ -6,13 +6,13 @@ import pytest
 
 from winnow.trainer.kernels.groups import (
     COLUMNS,
+    GROUP_BYTES,
     HELD_BYTES,
     LARGEST_GROUP,
     ROWS,
     chunk_rows,
     group_size,
     groups_of,
-    held_bytes,
 )
 
 
@@ -29,7 +29,7 @@ from winnow.trainer.kernels.groups import (
 def test_rows_of_a_chunk(latents, k, group, rows):
     assert group_size(latents, k) == group
     assert chunk_rows(latents, group) == rows
-    assert held_bytes(10 * rows, latents, k) <= HELD_BYTES
+    assert rows * groups_of(latents, group) * GROUP_BYTES <= HELD_BYTES
 
 
 def test_groups_grow_with_the_latents_per_active_one():
