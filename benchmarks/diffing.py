@@ -8,6 +8,8 @@ trained on both; the control is a crosscoder of two harvests of the base (they d
 
 - `top_on_new_text`: of the 20 latents of largest relative decoder norm in the second subject, those that are
   active mostly on the new text. `chance` is the same share of all latents, times 20.
+- `above_control`: latents whose relative norm is above that of every latent of the control;
+  `above_control_on_new_text`: those of them that are active mostly on the new text.
 - `top_one_sided`: those of the 20 whose relative norm is above 0.9; `top_found`: those for which both hold.
   Of two runs of the base none is expected.
 - `latents_shared`, `latents_only`: as in docs/evaluation.md, family `diffing`.
@@ -112,10 +114,16 @@ def measure(folder: Path, size: Size, model: str, texts: tuple[str, ...], thread
     for name, config in {"base": base, "tuned": tuned, "again": again}.items():
         timed(f"harvest {name}", lambda config=config: _harvest(config))
     found: dict[str, Any] = {}
-    for name, config in {"tuned": tuned, "again": again}.items():
+    control = 1.0
+    # The control first: the other is measured against it.
+    for name, config in {"again": again, "tuned": tuned}.items():
         crosscoder = _crosscoder(folder, name, size, base, config, threads)
         timed(f"train {name}", lambda crosscoder=crosscoder: train(crosscoder))
-        found[name] = timed(f"measure {name}", lambda crosscoder=crosscoder: figures(crosscoder, size, new))
+        found[name] = timed(
+            f"measure {name}",
+            lambda crosscoder=crosscoder, control=control: figures(crosscoder, size, new, control),
+        )
+        control = max(found[name]["top_relative_norms"])
     return {"fine_tuning": losses, **found, "seconds": seconds}
 
 
@@ -215,8 +223,11 @@ def _windows(subject: Subject, texts: list[str], context: int) -> Tensor:
 # The figures
 
 
-def figures(config: Config, size: Size, new: Path) -> dict[str, Any]:
-    """Measure whose the latents of a crosscoder are, and which of the top ones are the new text's."""
+def figures(config: Config, size: Size, new: Path, control: float) -> dict[str, Any]:
+    """Measure whose the latents of a crosscoder are, and which of the top ones are the new text's.
+
+    `control` is the largest relative norm of the control's latents, 1 for the control itself.
+    """
     assert config.train is not None
     spec = config.evaluate.model_copy(update={"metrics": ("reconstruction", "diffing")})
     evaluation = evaluate(config.train.out, config.model_copy(update={"evaluate": spec}))
@@ -228,6 +239,7 @@ def figures(config: Config, size: Size, new: Path) -> dict[str, Any]:
     enough = firings >= size.least_firings
     # Mostly: over half of its rows, where the new text has `share` of all rows.
     mostly = enough & (on_new > firings / 2)
+    above = enough & (norms > control)
     top = [int(n) for n in np.argsort(-norms, kind="stable") if enough[n]][:TOP]
     ids = ("fvu_normalised.base", f"fvu_normalised.{name}", "latents_shared", f"latents_only.{name}")
     kept = {figure: getattr(evaluation.figure(figure), "value", None) for figure in ids}
@@ -238,6 +250,8 @@ def figures(config: Config, size: Size, new: Path) -> dict[str, Any]:
         "top": len(top),
         "top_on_new_text": int(mostly[top].sum()),
         "chance": float(mostly.sum() / max(enough.sum(), 1) * len(top)),
+        "above_control": int(above.sum()),
+        "above_control_on_new_text": int((mostly & above).sum()),
         "top_one_sided": int((norms[top] > ONLY).sum()),
         "top_found": int((mostly[top] & (norms[top] > ONLY)).sum()),
         "top_relative_norms": [round(float(norms[n]), 4) for n in top],

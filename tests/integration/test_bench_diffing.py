@@ -27,6 +27,9 @@ def test_the_fine_tuned_model_differs_and_two_runs_of_the_base_do_not(tmp_path, 
     assert (found["again"]["top_one_sided"], found["again"]["top_found"]) == (0, 0)
     assert max(found["again"]["top_relative_norms"]) < 0.6
     assert max(found["tuned"]["top_relative_norms"]) > max(found["again"]["top_relative_norms"])
+    assert found["again"]["above_control"] == 0
+    assert found["tuned"]["above_control"] > 0
+    assert 0 <= found["tuned"]["above_control_on_new_text"] <= found["tuned"]["above_control"]
     # Again: nothing is done twice, and the figures are the same.
     later = run()
     assert {**later, "seconds": None} == {**found, "seconds": None}
