@@ -17,15 +17,15 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("file", ["test_fused_ops.py", "test_triton.py"])
-def test_the_gpu_tests_pass_under_the_interpreter(file):
-    """In a process of its own, because Triton decides on import whether it interprets."""
+def test_the_gpu_tests_pass_under_the_interpreter():
+    """In a process of their own, because Triton decides on import whether it interprets."""
     done = subprocess.run(
         [
             sys.executable,
             "-m",
             "pytest",
-            f"tests/gpu/{file}",
+            "tests/gpu/test_fused_ops.py",
+            "tests/gpu/test_triton.py",
             "--no-skips",
             "-q",
             "-p",
