@@ -27,6 +27,9 @@ BUCKET_PREFIX = "winnow-test-"
 MAKE = "MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES ARGS CONFIG RAY_ADDRESS JOB SAE OUT"
 for name in MAKE.split():
     os.environ.pop(name, None)
+# Before torch is imported, here and in the processes that tests start. With matrices this small a second
+# thread only waits, and busily: on two loaded cores two files took 33 s of CPU time, and with one thread 11.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 START_SECONDS = 30.0
 
 settings.register_profile("winnow", deadline=None)  # a busy machine is no failure

@@ -6,7 +6,6 @@ Windows, chunks and top-k are made small, and sequences longer than them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -89,15 +88,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2, past its window": ("gemma2", {"sliding_window": 16}),
 }
 TOKENS = np.random.default_rng(0).integers(16, 256, (3, 26))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many passes of models this small: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
