@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from winnow.cli.console import emit, guard, print_table
+from winnow.common.figures import count_of
 from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError
 
@@ -213,14 +214,16 @@ def _show_graph(graph: dict[str, Any]) -> None:
     ]
     print_table(f"after {graph['prompt']!r}: {said}", lines, header=("share", "", "strongest paths"))
     say(
-        f"{graph['features']} latents, {graph['errors']} errors, {graph['links']} edges; "
+        f"{count_of(graph['features'], 'latent')}, {count_of(graph['errors'], 'error')}, "
+        f"{count_of(graph['links'], 'edge')}; "
         f"replacement {graph['replacement']:.3f}, completeness {graph['completeness']:.3f}"
     )
     left = graph["left_out"]
     if left is not None:
         say(
-            f"left out: {left['latents']} active latents that were not traced, {left['nodes']} nodes and "
-            f"{left['links']} edges by pruning, {left['probability']:.1%} of the probability"
+            f"left out: {count_of(left['latents'], 'active latent')} not traced, "
+            f"{count_of(left['nodes'], 'node')} and {count_of(left['links'], 'edge')} by pruning, "
+            f"{left['probability']:.1%} of the probability"
         )
 
 

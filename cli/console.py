@@ -198,4 +198,14 @@ def print_table(title: str, rows: Sequence[Sequence[object]], header: Sequence[s
         table.add_column(header[index] if header else "", justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*[str(cell) for cell in row])
-    stdout.print(table)
+    print_whole(table)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table on stdout; in a pipe or a file as wide as its cells, none of them cut or wrapped."""
+    if stdout.is_terminal:
+        stdout.print(table)
+        return
+    # Of a pipe rich takes 80 columns, or COLUMNS, for the width and would cut the names that a program reads.
+    wide = Console(file=stdout.file, width=10_000, highlight=False, markup=False, emoji=False)
+    wide.print(table, crop=False)

@@ -36,9 +36,10 @@ class DtypeChoice(Enum):
 
 def derive_command(
     root: Annotated[
-        str, typer.Argument(help="A sealed dataset: a local path, file:// or s3://bucket/prefix.")
+        str,
+        typer.Argument(metavar="ROOT", help="A sealed dataset: a local path, file:// or s3://bucket/prefix."),
     ],
-    out: Annotated[str, typer.Argument(help="Root of the dataset that is made.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Root of the dataset that is made.")],
     rows: Annotated[
         str | None,
         typer.Option(

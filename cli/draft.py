@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from winnow.common.figures import count_of
 from winnow.common.yaml_text import parse_value
 from winnow.harvester.plan.survey import Survey
 from winnow.schemas.errors import ConfigError
@@ -133,7 +134,7 @@ def config_text(found: Draft, root: str, out: str) -> str:
     if survey.whole and survey.tokens:
         held = held.removeprefix("about ")
     lines = [
-        f"# {model.name}: {model.layers} layers of width {model.width}{limit}.",
+        f"# {model.name}: {count_of(model.layers, 'layer')} of width {model.width}{limit}.",
         f"# The corpus: {held}; the median document has {survey.median_tokens:,}.",
         "# Any value can be overridden: --set train.latents=8192",
         _line(f"root: {quoted(root)}", "the dataset: a folder, or s3://bucket/prefix"),
@@ -196,7 +197,7 @@ def _hook_note(found: Draft) -> str:
 
 
 def _files(survey: Survey) -> str:
-    return f"{survey.files:,} file{'s' if survey.files > 1 else ''}"
+    return count_of(survey.files, "file")
 
 
 def _default(survey: Survey, name: str) -> Any:

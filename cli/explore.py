@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from winnow.cli.console import emit, guard, print_table
+from winnow.common.figures import count_of
 from winnow.common.reporter import say
 from winnow.common.signals import interrupted_by_signals
 
@@ -207,6 +208,9 @@ def explore_command(
     first needed (for a text, a steered generation, an ablation). Of a transcoder set it shows the layers that
     are indexed, and the attribution graphs in SET/graphs.
 
+    A strength on the page Steer is a code in the SAE's own units for "clamp to" and "add", and a factor for
+    "scale by", where 1.0 changes nothing. The largest code in the dataset is shown beside it: begin there.
+
     Example: `winnow explore runs/quickstart --config configs/quickstart.yaml`
     """
     with guard():
@@ -267,4 +271,4 @@ def export_command(
             folders = {out / layer_folder(layer): place for layer, place in places.items()}
             files = export_all(folders, latents, storage)
         facts = {"files": len(files), "page": str(files[0])}
-        emit(facts, as_json, lambda: say(f"{len(files)} files; open {files[0]}"))
+        emit(facts, as_json, lambda: say(f"{count_of(len(files), 'file')}; open {files[0]}"))

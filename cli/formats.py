@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from winnow.cli.console import emit, guard
+from winnow.common.figures import count_of
 from winnow.common.reporter import say
 
 log = logging.getLogger("winnow.cli")
@@ -157,7 +158,8 @@ def _import_graph(source: Path, out: str, as_json: bool) -> None:
 
     graph = import_graph(source, out)
     found = {"nodes": len(graph.nodes), "links": len(graph.links), "slug": graph.metadata.slug}
-    said = f"{graph.metadata.slug}: {len(graph.nodes):,} nodes, {len(graph.links):,} links → {out}/graph.json"
+    said = f"{graph.metadata.slug}: {count_of(len(graph.nodes), 'node')}, "
+    said += f"{count_of(len(graph.links), 'link')} → {out}/graph.json"
     emit(found, as_json, lambda: say(said))
 
 
@@ -184,7 +186,7 @@ def _import_set(source: Path, format_name: str, out: str, reads: str | None, as_
         raise ConfigError("--reads", expected="resid_mid or mlp_in", got=reads)
     card = import_set(source, format_name, out, reads=reads)
     kind = "cross-layer" if card.cross else "per-layer"
-    said = f"{kind} set of {len(card.layers)} layers that read {card.reads} → {out}"
+    said = f"{kind} set of {count_of(len(card.layers), 'layer')}, input {card.reads} → {out}"
     emit(card.model_dump(mode="json"), as_json, lambda: say(said))
 
 

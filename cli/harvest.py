@@ -17,7 +17,7 @@ from winnow.cli.console import (
     print_table,
     serving_metrics_if,
 )
-from winnow.common.figures import human_bytes
+from winnow.common.figures import count_of, human_bytes
 from winnow.common.reporter import say
 from winnow.common.signals import interrupted_by_signals
 
@@ -189,7 +189,9 @@ def _show_part(part: str, store: ObjectStore, plan: HarvestPlan, json: bool) -> 
 
     left = plan.units - len(receipts_present(store, plan))
     facts = {"root": store.uri, "part": part, "units": plan.units, "units_to_do": left}
-    told = f"part {part} is complete; {left} of {plan.units} units are missing, and the last part seals"
+    told = (
+        f"part {part} is complete; of {count_of(plan.units, 'unit')} {left:,} to do, and the last part seals"
+    )
     emit(facts, json, lambda: say(told))
 
 
@@ -207,7 +209,8 @@ def _repair(config: Config, store: ObjectStore) -> None:
     for key in report.removed:
         say(f"repair: {key} was removed; the harvest runs its unit again")
     say(
-        f"repair: {len(report.restored)} objects written, {len(report.revised)} units with a new receipt, "
+        f"repair: {count_of(len(report.restored), 'object')} written, "
+        f"{count_of(len(report.revised), 'unit')} with a new receipt, "
         + ("a new manifest" if report.manifest else "the manifest is unchanged")
     )
 

@@ -165,19 +165,19 @@ def _forecast(config: Config, found: Draft, measure: bool) -> Forecast:
 
 
 def _show(found: Draft, forecast: Forecast, out: Path) -> None:
-    from winnow.common.figures import human_bytes
+    from winnow.common.figures import count_of, human_bytes
     from winnow.harvester.run.forecast import table_rows
 
     survey = found.survey
     print_table(
-        f"{found.model.name} over {survey.files:,} file(s) → {out}",
+        f"{found.model.name} over {count_of(survey.files, 'file')} → {out}",
         [
-            ("model", f"{found.model.layers} layers of width {found.model.width:,}"),
+            ("model", f"{count_of(found.model.layers, 'layer')} of width {found.model.width:,}"),
             ("corpus", f"{survey.tokens:,} tokens" if survey.tokens is not None else "of unknown size"),
             ("median document", f"{survey.median_tokens:,} tokens"),
             ("hook", found.hook),
             ("windows", f"of {found.context_length} tokens"),
-            ("training rows", f"{found.rows:,} x {found.epochs} epochs"),
+            ("training rows", f"{found.rows:,} x {count_of(found.epochs, 'epoch')}"),
             ("latents, k", f"{found.latents:,}, {found.k}"),
             *table_rows(forecast),
         ],

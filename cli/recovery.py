@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command("recovery", help=HELP, epilog=EPILOG)
     def command(
-        out: Annotated[str, typer.Argument(help="Folder or URI for the results.")],
+        out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI for the results.")],
         variants: Annotated[str, typer.Option(help="Names, separated by commas.")] = ALL,
         latents: Annotated[str, typer.Option(help="Dictionary sizes N, separated by commas.")] = "256,512",
         k: Annotated[str, typer.Option(help="Active latents K per row; several, separated by commas.")] = "8",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, stdout
+from winnow.cli.console import emit, guard, print_table, print_whole, stdout
 from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError
 
@@ -85,7 +85,7 @@ def watch_command(
         seen, table = _look(run, store)
         # In a file or pipe a live view would be one whole table after another.
         if once or not stdout.is_terminal:
-            stdout.print(table)
+            print_whole(table)
             return
         with Live(table, console=stdout) as live:
             # Ends with a killed run too: without a sign of life its state becomes `lost`.

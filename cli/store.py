@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from winnow.cli.console import emit, guard, print_table, stdout
-from winnow.common.figures import human_bytes
+from winnow.common.figures import count_of, human_bytes
 from winnow.common.reporter import Progress, say
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ class LevelChoice(Enum):
     FULL = "full"
 
 
-Uri = Annotated[str, typer.Argument(help="The dataset's root: a local path, file:// or s3://bucket/prefix.")]
+Uri = Annotated[
+    str,
+    typer.Argument(metavar="ROOT", help="The dataset's root: a local path, file:// or s3://bucket/prefix."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 AllowHttp = Annotated[
     bool, typer.Option("--allow-http", help="Permit an http:// endpoint beyond this machine's loopback.")
@@ -148,7 +151,7 @@ def _open(uri: str, allow_http: bool, timeout_seconds: float) -> ObjectStore:
 def _show_info(found: DatasetInfo) -> None:
     from winnow.store.check.info import bad_records, derived_rows, label_rows, token_rows
 
-    progress = f"{found.units_committed} of {found.units} units"
+    progress = f"{found.units_committed:,} of {count_of(found.units, 'unit')}"
     rows: list[tuple[str, object]] = [
         ("state", f"{found.state} ({progress})" if found.state != "sealed" else f"sealed ({progress})"),
         *derived_rows(found.derived),
@@ -162,7 +165,7 @@ def _show_info(found: DatasetInfo) -> None:
         ("rows per hook", f"{found.rows:,}"),
         (
             "unit",
-            f"{found.windows_per_unit} windows of {found.context_length} tokens, "
+            f"{count_of(found.windows_per_unit, 'window')} of {found.context_length} tokens, "
             f"{found.rows_per_unit:,} rows",
         ),
         *token_rows(found),
@@ -195,10 +198,11 @@ def _show_problems(
     # Strays are printed but are no damage: no plan, receipt or manifest names them, so nothing reads them.
     broken = len(damage(problems))
     if facts and facts.state != "sealed":
-        say(f"{uri} is {facts.state}: {facts.units_committed} of {facts.units} units are committed")
+        done, units = facts.units_committed, count_of(facts.units, "unit")
+        say(f"{uri} is {facts.state}: {done:,} of {units} committed")
     deeper = LEVELS[-1] if level != LEVELS[-1] else None
     if broken:
-        say(f"{uri}: {broken} problem{'s' if broken > 1 else ''} at level {level}")
+        say(f"{uri}: {count_of(broken, 'problem')} at level {level}")
         for line in _advice(uri, damage(problems), repaired):
             say(line)
     else:

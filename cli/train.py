@@ -18,7 +18,7 @@ from winnow.cli.console import (
     print_table,
     serving_metrics_if,
 )
-from winnow.common.figures import human_bytes
+from winnow.common.figures import count_of, human_bytes
 from winnow.common.reporter import say
 from winnow.common.signals import interrupted_by_signals
 
@@ -65,7 +65,9 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
 
     @app.command("train", help=HELP, epilog=EPILOG)
     def command(
-        config: Annotated[Path, typer.Argument(help="YAML file with `root` and a section `train`.")],
+        config: Annotated[
+            Path, typer.Argument(metavar="CONFIG", help="YAML file with `root` and a section `train`.")
+        ],
         set_: Annotated[
             list[str] | None,
             typer.Option(
@@ -114,7 +116,9 @@ def register_sweep(app: typer.Typer) -> None:
 
     @app.command("sweep", help=SWEEP_HELP, epilog=SWEEP_EPILOG)
     def command(
-        config: Annotated[Path, typer.Argument(help="YAML file with `root`, `train` and `sweep`.")],
+        config: Annotated[
+            Path, typer.Argument(metavar="CONFIG", help="YAML file with `root`, `train` and `sweep`.")
+        ],
         set_: Annotated[
             list[str] | None,
             typer.Option(
@@ -151,7 +155,7 @@ def register_sweep(app: typer.Typer) -> None:
             )
             # Before the first step: all SAEs train at once, and a lack of memory would end every one.
             need = require_room(specs, dataset)
-            say(f"{len(specs)} SAEs, {human_bytes(need)} of memory for them")
+            say(f"{count_of(len(specs), 'SAE')}: {human_bytes(need)} of memory")
             after_train = _measure_in_subject() if subject_figures else None
             with serving_metrics_if(metrics_port, metrics_host):
                 summaries = train_fleet(settings, specs, after_train=after_train)

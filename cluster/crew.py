@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from winnow.common.cores import cores_each, usable_cores
+from winnow.common.figures import count_of
 from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
 
@@ -132,7 +133,10 @@ def threads_per_actor(settings: CrewSettings) -> int:
     named = settings.named
     # Reported, because the number of threads decides the last bits of the rows: another set of nodes at the
     # next start would choose another number, and the digests would differ.
-    say(f"{named.who}: {threads} threads per actor, from the nodes there are; {named.threads} fixes it")
+    say(
+        f"{named.who}: {count_of(threads, 'thread')} per actor, from the nodes there are; "
+        f"{named.threads} fixes it"
+    )
     return threads
 
 
@@ -213,7 +217,7 @@ class Crew:
         refs = list(self._started.values())
         started, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         if started:
-            return f"{len(started)} of {len(refs)} actors have started and load the subject"
+            return f"{count_of(len(started), 'actor')} of {len(refs)} loading the subject"
         return no_room(self._needs, ray.available_resources())
 
     def welcome(self, ref: Any) -> None:

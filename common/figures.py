@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def count_of(count: int, noun: str) -> str:
+    """Format a number of things: `1 unit`, `1,204 units`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def human_rate(rate: float) -> str:
     """Format a rate: `1,204`, or `0.35` if it is small."""
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
@@ -137,8 +138,50 @@ Places = Mapping[tuple[str | int, ...], int]
 """Line (from 1) of a text at which the value under these keys and list indices begins."""
 
 
-def explain(error: ValidationError, places: Places | None = None) -> str:
-    """Render a pydantic error as one line: each field's path, line if known, complaint and input."""
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return `; did you mean latents?` for the names that are most like a misspelt one; empty if none is."""
+    found = get_close_matches(name, list(names), n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field's annotation holds, directly, in a union or in a collection."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _near(model: type[BaseModel], place: tuple[str | int, ...]) -> str:
+    """`nearest` for the unknown field at `place` of a model; at the top also of its name in a section."""
+    *parents, name = map(str, place)
+    models: list[type[BaseModel]] = [model]
+    for part in parents:
+        fields = [each.model_fields[part] for each in models if part in each.model_fields]
+        # An index of a list, or a key of a mapping, is no field: the models inside are already found.
+        models = [inner for field in fields for inner in _models_in(field.annotation)] if fields else models
+    own = nearest(name, [field for each in models for field in each.model_fields])
+    if own or parents:
+        return own
+    sections = {
+        f"{section}.{field}": field
+        for section, info in model.model_fields.items()
+        for inner in _models_in(info.annotation)
+        for field in inner.model_fields
+    }
+    same = [dotted for dotted, field in sections.items() if field == name]
+    return f"; did you mean {' or '.join(same)}?" if same else ""
+
+
+def explain(
+    error: ValidationError, places: Places | None = None, model: type[BaseModel] | None = None
+) -> str:
+    """Render a pydantic error as one line: each field's path, line if known, complaint and input.
+
+    Args:
+        error: The error.
+        places: Lines of the text that was parsed.
+        model: What was validated; with it, names like a misspelt one are suggested.
+    """
     lines: list[str] = []
     # Eight at most: a long list of wrong entries fails once for each, and the first few show the mistake.
     for item in error.errors(include_url=False)[:8]:
@@ -150,7 +193,10 @@ def explain(error: ValidationError, places: Places | None = None) -> str:
         # A complaint about a whole section names its fields itself; printing the section would bury it.
         plain = item["type"] != "missing" and not isinstance(item["input"], dict)
         given = f" (got {item['input']!r:.80})" if plain else ""
-        lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{given}")
+        said = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            said, given = "no such field" + (_near(model, item["loc"]) if model else ""), ""
+        lines.append(f"{path}: {said}{given}")
     return "; ".join(lines)
 
 
@@ -167,5 +213,5 @@ def validate(model: type[M], raw: Any, *, origin: str, lines: Places | None = No
         return model.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(
-            f"{origin} is not valid: {explain(error, lines)}", fix="Correct the named fields"
+            f"{origin} is not valid: {explain(error, lines, model)}", fix="Correct the named fields"
         ) from error

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from docs.generate import commands, errors, fields, figures, library
@@ -22,6 +23,16 @@ GENERATED = {
     "reference/errors.md": errors.page,
 }
 """Page -> what writes its Markdown."""
+OVERVIEW = "docs/reference.md"
+TITLES = {
+    "reference/config.md": "Config fields",
+    "reference/commands.md": "Commands",
+    "reference/python.md": "Python API",
+    "reference/metrics.md": "Metrics",
+    "reference/files.md": "Stored documents",
+    "reference/errors.md": "Errors",
+}
+"""Page -> its name in the overview."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,6 +41,11 @@ def gather(root: Path = ROOT) -> Pages:
     pages = Pages(root)
     for name, write in GENERATED.items():
         pages.add(f"docs/{name}", write())
+    # Only the site has these pages: in the repository their links would lead nowhere.
+    overview = (root / OVERVIEW).read_text(encoding="utf-8")
+    for name in GENERATED:
+        overview = re.sub(rf"^\| {TITLES[name]} \|", f"| [{TITLES[name]}]({name}) |", overview, flags=re.M)
+    pages.add(OVERVIEW, overview)
     pages.collect()
     return pages
 

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from winnow.common.figures import count_of
 from winnow.explorer.index.latents import TOP_BAND
 from winnow.explorer.site.exhibit import Exhibit
 from winnow.schemas.errors import ConfigError
@@ -200,7 +201,7 @@ def html_page(exhibit: Exhibit, rows: Sequence[Row]) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE.read_text(encoding='utf-8')}</style></head><body><main><h1>{title}</h1>"
         f'<p class="soft">{escape(meta.hook)} of {escape(meta.subject.model.rsplit("/", 1)[-1])}; '
-        f"{meta.rows:,} rows of {meta.windows:,} windows read"
+        f"{count_of(meta.rows, 'row')} of {count_of(meta.windows, 'window')} read"
         f"{'; windows begin with BOS' if exhibit.window.bos else ''}. Hover a token for its value.</p>"
         f"<p>{contents}</p>{''.join(_section(exhibit, row) for row in rows)}</main></body></html>\n"
     )

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from winnow.common.clock import now
-from winnow.common.figures import human_bytes
+from winnow.common.figures import count_of, human_bytes
 from winnow.common.reporter import Progress, say
 from winnow.harvester.derive.entries import Entries, EntryFinder, planned_unit
 from winnow.harvester.plan.digests import MakeUnit, PlannedUnit, digests_of
@@ -95,7 +95,7 @@ def derive(
     todo = [unit for unit in range(made.plan.units) if unit not in have]
     _check_room(out, made.plan, len(todo))
     plan = create_dataset(out, made.plan, *made.digests)
-    say(f"derive: {len(todo)} of {plan.units} units to do")
+    say(f"derive: {len(todo):,} of {count_of(plan.units, 'unit')} to do")
     with Progress("derive", plan.units, "units", plan.units - len(todo)) as bar:
         for unit in todo:
             _commit(out, plan, unit, made)

@@ -23,7 +23,7 @@ from winnow.cluster.crew import (
     last_line,
     threads_per_actor,
 )
-from winnow.common.figures import human_bytes
+from winnow.common.figures import count_of, human_bytes
 from winnow.common.reporter import Progress, say
 from winnow.common.signals import SCHEDULER_SIGNALS, interrupted_by_signals, stop_on_signals
 from winnow.harvester.plan.planner import find_plan, make_plan
@@ -177,7 +177,7 @@ def _make_units(
     store.probe(single_writer=config.storage.single_writer)
     _check_store_space(plan, store, len(todo), config.harvest.follow)
     say(
-        f"harvest: {len(todo)} of {len(units)} units to do, "
+        f"harvest: {len(todo):,} of {count_of(len(units), 'unit')} to do, "
         f"{human_bytes(_forecast_bytes(plan, len(todo)))} to write to {store.uri}; loading the subject"
     )
 
@@ -245,7 +245,7 @@ class _Run:
             self._hand_out()
             while self._flying or self._queue:
                 if self._stopping.is_set() and self._queue:
-                    say(f"harvest: stopping; {len(self._flying)} units that have begun are finished first")
+                    say(f"harvest: stopping after {count_of(len(self._flying), 'unit')} already begun")
                     self._queue.clear()
                     continue
                 moments = [*self._flying, *self._crew.waiting]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from winnow.common.cores import cores_each
-from winnow.common.figures import human_bytes
+from winnow.common.figures import count_of, human_bytes
 from winnow.harvester.run.ledger import WRITE_SECONDS, read_ledger
 from winnow.schemas.base import Contract
 from winnow.schemas.config import Config, PricesSpec, section
@@ -208,17 +208,21 @@ def measure_rate(config: Config) -> tuple[tuple[HookSite, ...], float]:
 def table_rows(found: Forecast) -> list[tuple[str, str]]:
     """The forecast as lines of a table."""
     requests = found.requests
+    kinds = ((requests.puts, "put"), (requests.gets, "get"), (requests.lists, "list"))
     lines = [
         ("units to do", f"{found.units_to_do:,} of {found.units:,}"),
         ("tokens to run", f"{found.tokens_to_do:,}"),
         ("to write", human_bytes(found.bytes_to_do)),
-        ("dataset when finished", f"{human_bytes(found.bytes)} in {found.objects:,} objects"),
-        ("requests", f"{requests.puts:,} puts, {requests.gets:,} gets, {requests.lists:,} lists"),
+        ("dataset when finished", f"{human_bytes(found.bytes)} in {count_of(found.objects, 'object')}"),
+        ("requests", ", ".join(count_of(count, noun) for count, noun in kinds)),
     ]
     if found.actor_bytes is not None and found.stream_bytes is not None:
         lines += [
             ("an actor's memory beside the LM", human_bytes(found.actor_bytes)),
-            ("a stream of all hooks", f"{human_bytes(found.stream_bytes)}, {found.open_files} objects open"),
+            (
+                "a stream of all hooks",
+                f"{human_bytes(found.stream_bytes)}, {count_of(found.open_files, 'object')} open",
+            ),
         ]
     if found.free_bytes is not None:
         lines.append(("free at the root", human_bytes(found.free_bytes)))
@@ -252,8 +256,8 @@ def _human_hours(hours: float) -> str:
 def summary_line(found: Forecast) -> str:
     """The forecast as one line, reported before the work."""
     parts = [
-        f"{human_bytes(found.bytes)} in {found.objects:,} objects when finished",
-        f"{found.requests.puts:,} puts and {found.requests.gets:,} gets to go",
+        f"{human_bytes(found.bytes)} in {count_of(found.objects, 'object')} when finished",
+        f"{count_of(found.requests.puts, 'put')} and {count_of(found.requests.gets, 'get')} to go",
     ]
     if found.hours is not None:
         parts.append(f"{_human_hours(found.hours)} at the rate so far")

@@ -8,6 +8,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 
+from winnow.common.figures import count_of
 from winnow.common.reporter import say
 from winnow.harvester.run.failures import Failures
 from winnow.schemas.errors import MissingObject, WinnowError
@@ -32,6 +33,8 @@ class UnitFacts:
     """Both since the worker's last report."""
     batch_windows: int | None = None
     """Windows in each pass of the LM."""
+    batch_source: str = ""
+    """Where that number comes from, for people."""
 
 
 def read_ledger(store: ObjectStore) -> HarvestLedger:
@@ -96,9 +99,11 @@ class RunLedger:
         """Count a committed unit, and write the entry if it is due."""
         # Reported when it changes: the shape decides the rows' last bits, and a smaller one means that memory
         # ran out.
-        if facts.batch_windows != self.batch_windows:
+        if facts.batch_windows is not None and facts.batch_windows != self.batch_windows:
             self.batch_windows = facts.batch_windows
-            say(f"harvest: {facts.batch_windows} windows per pass of the LM")
+            say(
+                f"harvest: {count_of(facts.batch_windows, 'window')} per pass of the LM, {facts.batch_source}"
+            )
         self._last = time.monotonic()
         self.units += 1
         self.bytes += facts.bytes

@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from winnow.common.clock import now
 from winnow.common.cores import usable_cores
+from winnow.common.figures import count_of
 from winnow.common.reporter import Progress, say
 from winnow.common.signals import SCHEDULER_SIGNALS, stop_on_signals
 from winnow.harvester.run.failures import Failures
@@ -104,7 +105,7 @@ class LocalRun:
             with bar, stop_on_signals(stopping, SCHEDULER_SIGNALS):
                 while self._queue or flying:
                     if stopping.is_set() and self._queue:
-                        say(f"harvest: stopping; {len(flying)} units that have begun are finished first")
+                        say(f"harvest: stopping after {count_of(len(flying), 'unit')} already begun")
                         self._queue.clear()
                         continue
                     while self._queue and len(flying) < _UNITS_HELD:

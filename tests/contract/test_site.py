@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from typer.core import TyperArgument
 
 import winnow
-from docs.generate.__main__ import gather
+from docs.generate.__main__ import GENERATED, gather
 from docs.generate.pages import Pages, separate_lists
 from winnow.cli.main import COMMANDS, load_command
 from winnow.schemas.config import Config
@@ -244,3 +244,8 @@ def test_what_is_no_longer_made_is_removed_and_what_is_the_same_is_left_alone(tm
     os.utime(out / "a.md", (1, 1))
     found.write(out)
     assert (out / "a.md").stat().st_mtime == 1
+
+
+def test_the_overview_leads_to_every_page_that_only_the_site_has(pages: dict[str, Page]) -> None:
+    links = {link.partition("#")[0] for link in pages["reference.html"].links}
+    assert {name.replace(".md", ".html") for name in GENERATED} <= links

@@ -128,7 +128,7 @@ def test_an_array_makes_the_dataset_and_a_preempted_job_of_it_is_requeued(config
     process = cluster.start("harvest.sbatch", *words, job=3, SLURM_ARRAY_TASK_ID="0", **array)
     await_that(lambda: any(root.glob("receipts/*.json")), process, cluster)
     process.send_signal(signal.SIGUSR1)
-    assert "units that have begun are finished first" in finish(cluster, process, 130)
+    assert "harvest: stopping after" in finish(cluster, process, 130)
     assert cluster.requeued == ["3"]
     made = set(receipts_present(open_store(str(root)), plan))
     assert made < set(range(0, UNITS, 2))

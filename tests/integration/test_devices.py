@@ -174,7 +174,7 @@ def test_a_crew_says_why_no_actor_is_ready(monkeypatch: pytest.MonkeyPatch, tmp_
     settings = CrewSettings(driver.NAMED, address="auto")
     crew = Crew(lambda: Gated(tmp_path / "gate", 1), 1, {"CPU": 1}, settings)
     crew.await_first()
-    assert said[-1] == "harvest: 1 of 1 actors have started and load the subject"
+    assert said[-1] == "harvest: 1 actor of 1 loading the subject"
 
 
 def test_a_shortage_is_told_from_a_start() -> None:

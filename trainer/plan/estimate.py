@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from winnow.common.figures import human_bytes
+from winnow.common.figures import count_of, human_bytes
 from winnow.schemas.errors import ConfigError, DependencyMissing
 from winnow.schemas.harvest import Dtype, row_bytes
 from winnow.schemas.training import SaeParts, TrainSpec
@@ -245,7 +245,7 @@ def table_rows(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
     return [
         *rows,
         ["tokens/s", f"{found.tokens_per_second:,.0f}"],
-        ["steps", f"{found.steps:,} of {found.rows:,} rows"],
+        ["steps", f"{found.steps:,} of {count_of(found.rows, 'row')}"],
         ["data", f"{human_bytes(volume['bytes'])}, {volume['shards']:,.0f} shards of 256 MiB"],
         # `max`: an estimate of no tokens takes no hours
         ["read", f"{human_bytes(volume['bytes'] / max(found.hours * 3600, 1e-9))}/s"],

@@ -8,7 +8,7 @@ from typing import Any
 
 from winnow.common.device import resolve_device
 from winnow.common.figures import human_bytes
-from winnow.schemas.base import validate
+from winnow.schemas.base import nearest, validate
 from winnow.schemas.config import Config, section
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import TrainSpec
@@ -29,8 +29,9 @@ def grid_specs(config: Config) -> list[TrainSpec]:
     base, sweep = section(config.train, "train"), section(config.sweep, "sweep")
     for field, values in sweep.grid.items():
         if field not in TrainSpec.model_fields or field == "out":
-            known = ", ".join(name for name in TrainSpec.model_fields if name != "out")
-            raise ConfigError("sweep.grid", expected=f"fields of train ({known})", got=repr(field))
+            known = [name for name in TrainSpec.model_fields if name != "out"]
+            expected = f"fields of train ({', '.join(known)})"
+            raise ConfigError("sweep.grid", expected=expected, got=f"{field!r}{nearest(field, known)}")
         if not values or len(set(map(repr, values))) < len(values):
             raise ConfigError(f"sweep.grid.{field}", expected="one or more values, each once", got=values)
     # a seed also orders the stream; with one order for all, SAEs that differ in seed share one read

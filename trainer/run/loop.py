@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from winnow.common.device import cpu_threads, resolve_device, torch_settings
-from winnow.common.figures import human_bytes
+from winnow.common.figures import count_of, human_bytes
 from winnow.common.reporter import Progress, say
 from winnow.common.signals import stop_on_signals
 from winnow.sae.model import Sae
@@ -268,9 +268,10 @@ def take_steps(
     bar = Progress("train", steps * spec.batch_rows, "rows", done=first.step * spec.batch_rows)
     with closing(stream), stop_on_signals(together.stopping), bar, ExitStack() as stack:
         say(
-            ("" if alone else f"{len(members)} SAEs from one stream: ")
-            + f"{steps} steps of {spec.batch_rows} rows on {first.run.device}; {first.order.group_units} "
-            f"units are shuffled together, {human_bytes(stream.memory_bytes)} of memory"
+            ("" if alone else f"{count_of(len(members), 'SAE')} from one stream: ")
+            + f"{count_of(steps, 'step')} of {count_of(spec.batch_rows, 'row')} on {first.run.device}; "
+            f"shuffled {count_of(first.order.group_units, 'unit')} at a time, "
+            f"{human_bytes(stream.memory_bytes)} of memory"
         )
         if first.is_new:
             initialise_runs([m.run for m in members], stream)

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import re
 
 import pytest
 import typer
@@ -50,6 +51,11 @@ def test_sets_reach_into_lists_and_open_absent_sections(tmp_path):
     ("text", "sets", "names"),
     [
         ("root: a\nbogus: 1\n", [], "bogus"),
+        ("root: a\n", ["train.latent=8"], "train.latent: no such field; did you mean latents?"),
+        ("root: a\n", ["train.mesh.dat=2"], "train.mesh.dat: no such field; did you mean data?"),
+        ("root: a\ncorpus: {sources: [{urri: x}]}\n", [], "urri (line 2): no such field; did you mean uri?"),
+        ("root: a\n", ["harvst.actors=2"], "harvst: no such field; did you mean harvest?"),
+        ("root: a\n", ["latents=8"], "latents: no such field; did you mean train.latents?"),
         ("root: a\n", ["nonsense"], "dotted.key=value"),
         ("- a\n", [], "mapping"),
         ("root: [", [], "YAML"),
@@ -60,7 +66,7 @@ def test_sets_reach_into_lists_and_open_absent_sections(tmp_path):
     ],
 )
 def test_bad_config_is_one_sentence_that_names_the_field(tmp_path, text, sets, names):
-    with pytest.raises(ConfigError, match=names.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=re.escape(names)):
         load_config(write(tmp_path, text), sets)
 
 
@@ -223,3 +229,11 @@ def test_names_are_printed_as_they_are(capsys):
     with guard():
         say(name)
     assert capsys.readouterr().err == name + "\n"
+
+
+def test_a_table_in_a_pipe_is_never_cut(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    names = [f"runs/{'long' * 20}-{number}" for number in range(4)]
+    print_table("runs", [names], header=names)
+    shown = capsys.readouterr().out
+    assert [shown.count(name) for name in names] == [2] * 4

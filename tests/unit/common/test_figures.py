@@ -1,6 +1,6 @@
 import pytest
 
-from winnow.common.figures import human_bytes, human_rate
+from winnow.common.figures import count_of, human_bytes, human_rate
 
 
 @pytest.mark.parametrize(
@@ -14,3 +14,12 @@ def test_bytes_have_the_largest_fitting_unit(count, text):
 @pytest.mark.parametrize(("rate", "text"), [(0.345, "0.34"), (9.96, "10"), (1204.4, "1,204")])
 def test_a_small_rate_keeps_two_digits(rate, text):
     assert human_rate(rate) == text
+
+
+def test_one_thing_is_no_plural():
+    assert [count_of(count, "unit") for count in (0, 1, 2, 1204)] == [
+        "0 units",
+        "1 unit",
+        "2 units",
+        "1,204 units",
+    ]
