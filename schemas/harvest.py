@@ -174,8 +174,8 @@ class HarvestSpec(Contract):
 
     batch_windows: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Windows per forward pass; halved if memory runs out. `auto` measures which number is fastest, once per
-    root and kind of device. The number affects the last bits of the rows: set it if two roots should have
-    equal digests."""
+    root and kind of device; delete `batches/<device>.json` in the root to measure again. The number affects
+    the last bits of the rows: set it if two roots should have equal digests."""
     actors: int = Field(default=1, gt=0)
     """Largest number of Ray actors, each with its own copy of the truncated model."""
     threads_per_actor: int = Field(default=0, ge=0)

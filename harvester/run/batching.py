@@ -14,6 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -108,10 +109,19 @@ def measure_batch(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, f
         free_memory(subject.device)
 
 
-def choose_batch(store: ObjectStore, plan: HarvestPlan, subject: Subject, threads: int) -> int:
+class Batch(NamedTuple):
+    """Windows per pass, and where the number comes from."""
+
+    windows: int
+    source: str
+    """For people; names the record to delete for measuring again."""
+
+
+def choose_batch(store: ObjectStore, plan: HarvestPlan, subject: Subject, threads: int) -> Batch:
     """The batch of this root for workers of this kind, measured if no worker has done so; see the module."""
     kind = kind_of(subject.device, threads)
-    if store.size(batch_key(kind)) is None:
+    known = store.size(batch_key(kind)) is not None
+    if not known:
         size, rates = measure_batch(subject, plan)
         log.info("%d windows per pass; tokens/s by size: %s", size, rates)
         record = BatchRecord(plan_fingerprint=plan.fingerprint, batch_windows=size, tokens_per_s=rates)
@@ -121,7 +131,13 @@ def choose_batch(store: ObjectStore, plan: HarvestPlan, subject: Subject, thread
     key = batch_key(kind)
     size = BatchRecord.from_json(store.get(key), origin=f"{store.uri}/{key}").batch_windows
     names = (key.rpartition("/")[2].removesuffix(".json") for key, _ in store.list(batches_prefix(kind)))
-    return min([size, *(int(name) for name in names if name.isdecimal() and int(name) > 0)])
+    less = min([size, *(int(name) for name in names if name.isdecimal() and int(name) > 0)])
+    # A measurement on a busy machine is kept like any other: who finds the harvest slow must learn of it.
+    source, records = "as an earlier run measured" if known else "measured now", f"{store.uri}/{key}"
+    if less < size:
+        source = f"less than the {size} that were measured, since memory ran out"
+        records += f" and {store.uri}/{batches_prefix(kind)}/"
+    return Batch(less, f"{source}; to measure again, delete {records}")
 
 
 def record_smaller_batch(

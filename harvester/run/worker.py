@@ -129,6 +129,7 @@ class UnitWorker:
         self._spec, self._threads, self._gpus = subject, threads, gpus
         self._auto = batch_windows == "auto"
         self._batch = 0 if batch_windows == "auto" else batch_windows  # 0: not chosen yet
+        self._batch_source = "as harvest.batch_windows says"
         # A subject may not be used by several threads at once, and two units are in this worker.
         self._lm = threading.Lock()
         self._windows_done = 0
@@ -185,7 +186,8 @@ class UnitWorker:
 
     def _choose_batch(self) -> None:
         if not self._batch:
-            self._batch = choose_batch(self._store, self._plan, self._subject, self._threads)
+            chosen = choose_batch(self._store, self._plan, self._subject, self._threads)
+            self._batch, self._batch_source = chosen
 
     def windows_done(self) -> int:
         """The number of windows run through the LM so far."""
@@ -210,7 +212,13 @@ class UnitWorker:
         # Only now: `commit_unit` needs them unchanged.
         self._spare.append(rows)
         stored = sum(shard.bytes for shard in receipt.shards.values())
-        return UnitFacts(unit, stored, *self._wait.take(), batch_windows=attempt.batch_windows)
+        return UnitFacts(
+            unit,
+            stored,
+            *self._wait.take(),
+            batch_windows=attempt.batch_windows,
+            batch_source=self._batch_source,
+        )
 
     def make(self, unit: int) -> tuple[dict[str, NDArray[np.generic]], Attempt, str]:
         """Compute one unit without storing it.
@@ -271,6 +279,7 @@ class UnitWorker:
                 "harvest.gpus_per_actor, or a larger device",
             )
         self._batch //= 2
+        self._batch_source = "halved, since memory ran out"
         free_memory(self._subject.device)
         log.warning("memory ran out: %d windows per pass from here (%s)", self._batch, reason)
         # A number in the config is the user's promise of a shape: it holds for this process only.

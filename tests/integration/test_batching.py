@@ -144,7 +144,10 @@ def test_a_restart_does_not_measure_again(config: Config, monkeypatch: pytest.Mo
     assert min(record.tokens_per_s.values()) > 0
     monkeypatch.setattr(batching, "measure_batch", None)
     again = worker(config)
-    assert again.run(0).batch_windows == record.batch_windows
+    facts = again.run(0)
+    assert facts.batch_windows == record.batch_windows
+    assert facts.batch_source == (f"as an earlier run measured; to measure again, delete {store.uri}/{CPU}")
+    assert first.run(1).batch_source.startswith("measured now; to measure again, delete ")
     assert again.windows_done() == 64
 
 
@@ -159,7 +162,7 @@ def test_whoever_measures_first_decides(config: Config, monkeypatch: pytest.Monk
     assert config.subject is not None
     plan = load_plan(store)
     subject = Subject.load(config.subject, until=plan.spec.hooks)
-    assert choose_batch(store, plan, subject, 1) == 4
+    assert choose_batch(store, plan, subject, 1).windows == 4
 
 
 @pytest.fixture
@@ -190,8 +193,9 @@ def test_out_of_memory_halves_the_batch_and_every_unit_has_one_shape(
     down = {f"{CPU.removesuffix('.json')}/{windows}.json" for windows in (16, 8, 4)}
     assert {key for key, _ in store.list("batches")} == {CPU, *down}
     limited.clear()
-    assert worker(config).run(0).batch_windows == 4
-    assert set(limited) == {4}, "a restart knows"
+    again = worker(config).run(0)
+    assert (again.batch_windows, set(limited)) == (4, {4}), "a restart knows"
+    assert again.batch_source.startswith("less than the 32 that were measured, since memory ran out")
     digest = seal(store, load_plan(store)).dataset_sha256
     assert not verify(store, level="full")
 
@@ -205,7 +209,8 @@ def test_out_of_memory_halves_the_batch_and_every_unit_has_one_shape(
 def test_a_number_that_was_asked_for_is_halved_too_and_not_remembered(
     config: Config, limited: list[int]
 ) -> None:
-    assert worker(config, 16).run(0).batch_windows == 4
+    facts = worker(config, 16).run(0)
+    assert (facts.batch_windows, facts.batch_source) == (4, "halved, since memory ran out")
     assert not list(open_store(config.root).list("batches"))
 
 
