@@ -87,6 +87,14 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
                 "the new schedule: after a decay it rises again.",
             ),
         ] = False,
+        figures: Annotated[
+            bool,
+            typer.Option(
+                "--subject-figures/--no-subject-figures",
+                help="Also run the subject model after training, for delta CE. Run again without the option, "
+                "the same command adds these figures. `python -m winnow.trainer` never measures them.",
+            ),
+        ] = True,
         metrics_port: MetricsPort = None,
         metrics_host: MetricsHost = LOOPBACK,
     ) -> None:
@@ -100,7 +108,7 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
 
             settings = load_config(config, set_ or [])
             launch = launch_of(os.environ)
-            after_train = _measure_in_subject() if subject_figures else None
+            after_train = _measure_in_subject() if subject_figures and figures else None
             # The ranks of one machine share its ports, and the first one's figures are the run's.
             port = metrics_port if launch.rank == 0 else None
             # torchrun merges the ranks' output: each line would come once per rank, and --json print several

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from winnow.common.figures import count_of
 from winnow.common.reporter import say
 from winnow.evaluator.families.downstream import (
     Reached,
@@ -11,21 +14,32 @@ from winnow.evaluator.families.downstream import (
     sae_variants,
     splice_losses,
 )
+from winnow.evaluator.kept_losses import KeptLosses
 from winnow.evaluator.setting import subject_spec_of, subjects_of
 from winnow.harvester.run.ledger import read_ledger
 from winnow.sae.model import Sae
 from winnow.schemas.config import Config
 from winnow.schemas.fit import check_subject
 from winnow.store import ActivationStore
-from winnow.store.objects import open_store
+from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.joined import JoinedStore
 from winnow.subject.load import Subject
 
 SHOWN = ("ce_clean", "delta_ce", "loss_recovered_zero", "loss_recovered_mean")
 
 
-def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: str) -> dict[str, float]:
+def measure_in_subject(
+    config: Config, sae: Sae, store: ActivationStore, hook: str, out: ObjectStore | None = None
+) -> dict[str, float]:
     """Measure the held-out figures that need the subject model, for the training summary.
+
+    Args:
+        config: `root`, `subject`, `storage` and `evaluate` are read.
+        sae: The SAE.
+        store: The dataset.
+        hook: The hook that it reads.
+        out: Its folder, where the losses of the windows so far are kept, so that the same call resumes, until
+            the caller removes them; None keeps nothing. An SAE of several subjects is always measured anew.
 
     Returns:
         `delta_ce` with its 95 % bootstrap interval over windows, `loss_recovered_zero`,
@@ -41,6 +55,7 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
         return {}
     if isinstance(store, JoinedStore):
         return _joint(config, sae, store)
+    say("delta CE: loading the subject")
     subject = Subject.load(subject_spec_of(store.plan, config.subject))
     check_subject(subject.identity, store.plan.subject)
     # No more windows than `winnow evaluate` takes, so that both report the same sample.
@@ -49,6 +64,10 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
     # An SAE without a card was never published; it is then an autoencoder of `hook`.
     written = sae.card.output_hooks if sae.card is not None else (hook,)
     runs = runs_of(subject, sae, store, hook)
+    kept = None if out is None else KeptLosses(out, _facts(subject, sae, store, hook, windows))
+    begun = kept.read() if kept is not None else {}
+    if begun:
+        say(f"delta CE: resuming after {count_of(len(begun['clean']), 'window')} of {len(windows)}")
     losses = splice_losses(
         runs,
         store,
@@ -56,6 +75,8 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
         sae_variants(sae, store, written, subject.device),
         batch_windows=config.evaluate.batch_windows,
         label="delta CE",
+        begun=begun,
+        keep=kept.write if kept is not None else None,
     )
     reached = Reached.of(store, runs.hooks, windows)
     if reached.note:
@@ -66,6 +87,18 @@ def measure_in_subject(config: Config, sae: Sae, store: ActivationStore, hook: s
     rate = read_ledger(open_store(config.root, config.storage)).tokens_per_second
     figures |= {"harvest_tokens_per_s": rate}
     return {name: float(value) for name, value in figures.items() if value is not None}
+
+
+def _facts(subject: Subject, sae: Sae, store: ActivationStore, hook: str, windows: range) -> dict[str, Any]:
+    """What the losses of the windows depend on; not `batch_windows`, which affects float noise only."""
+    return {
+        "sae": sae.card.weights_sha256 if sae.card is not None else None,
+        "plan": store.plan.fingerprint,
+        "dataset": store.dataset_sha256,
+        "hook": hook,
+        "windows": len(windows),
+        "subject": subject.identity.model_dump(mode="json"),
+    }
 
 
 def _joint(config: Config, sae: Sae, store: JoinedStore) -> dict[str, float]:

@@ -177,6 +177,28 @@ class FamilyResult(Contract):
     """UTC time, ISO 8601."""
 
 
+LOSSES_KEY = "losses.json"
+
+
+class PartialLosses(Artefact):
+    """`losses.json`: losses of the windows that the end of a training run has measured in the subject so far.
+
+    It is removed once `summary.json` has the figures; deleting it earlier only costs time.
+    """
+
+    kind: Literal["winnow.losses"] = "winnow.losses"
+    settings_sha256: Sha256
+    """Digest of everything that the losses depend on."""
+    losses: dict[str, tuple[float, ...]]
+    """Variant (`clean`, `sae`, `kl.sae`, ...) -> nats per token of each window, from the first."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        if len({len(values) for values in self.losses.values()}) != 1:
+            raise ValueError("losses must be of the same windows")
+        return self
+
+
 class Evaluation(Artefact):
     """`evaluation.json`, beside the SAE. Rewritten as each family finishes."""
 

@@ -189,6 +189,8 @@ def splice_losses(
     clean: bool = True,
     batch_windows: int = 4,
     label: str = "downstream",
+    begun: Losses | None = None,
+    keep: Callable[[Losses], None] | None = None,
 ) -> Losses:
     """Compute the mean cross-entropy of each window, clean and with hooks replaced, and the KL from clean.
 
@@ -200,14 +202,18 @@ def splice_losses(
         clean: Also compute the clean loss and the KLs, which takes the upper blocks once more.
         batch_windows: Windows per pass.
         label: Label of the progress bar.
+        begun: What an earlier call gave `keep`: losses of the first windows, which are not measured again.
+        keep: Called after each batch with the losses of all windows so far.
 
     Returns:
         Each variant's name and, unless `clean` is false, `clean` and `kl.` + its name -> [len(windows)] nats.
     """
     names = [*variants, *(("clean", *(f"kl.{name}" for name in variants)) if clean else ())]
-    out: dict[str, list[Tensor]] = {name: [] for name in names}
-    with torch.no_grad(), Progress(label, len(windows), "windows") as bar:
-        for first in range(0, len(windows), batch_windows):
+    begun = begun or {}
+    out = {name: [torch.from_numpy(begun[name])] if begun else [] for name in names}
+    done = len(begun[names[0]]) if begun else 0
+    with torch.no_grad(), Progress(label, len(windows), "windows", done) as bar:
+        for first in range(done, len(windows), batch_windows):
             batch = windows[first : first + batch_windows]
             start = runs.clean(store, batch, logits=clean)
             # One mask for all variants: losses recovered compare them, so all must leave the same positions
@@ -225,7 +231,13 @@ def splice_losses(
                 # Before the next variant's logits, W x T x V numbers, are made.
                 del patched
             bar.advance(len(batch))
-    return {name: torch.cat(values).double().cpu().numpy() for name, values in out.items()}
+            if keep is not None:
+                keep(_joined(out))
+    return _joined(out)
+
+
+def _joined(parts: Mapping[str, Sequence[Tensor]]) -> Losses:
+    return {name: torch.cat([part.double().cpu() for part in found]).numpy() for name, found in parts.items()}
 
 
 def costs(logits: Tensor, ids: Tensor, clean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

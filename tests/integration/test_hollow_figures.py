@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config, zero_sae
+from winnow.evaluator import kept_losses
 from winnow.evaluator.families import ablation, compute, downstream
 from winnow.evaluator.heldout import measure_in_subject
 from winnow.evaluator.n2g import family as n2g
@@ -15,7 +16,8 @@ from winnow.evaluator.setting import Setting
 from winnow.explorer.site.monitor import monitor
 from winnow.sae import Sae
 from winnow.schemas.errors import ConfigError
-from winnow.schemas.evaluation import ComputeLaw, EvaluateSpec
+from winnow.schemas.evaluation import LOSSES_KEY, ComputeLaw, EvaluateSpec
+from winnow.store.objects import open_store
 
 NO_PREDICTION = "64 of 64 windows left out: no prediction follows a replaced position"
 LAW = ComputeLaw(floor=1.0, scale=1e15, power=0.1, training_flop=1e18, source="made up")
@@ -101,3 +103,34 @@ def test_a_text_without_a_position_that_is_read_is_refused(toy, tmp_path):
         monitor("two words", setting.sae, [3], setting.subject, drop_leading=len(ids))
     with torch.no_grad():
         assert monitor("two words", setting.sae, [3], setting.subject, drop_leading=0).read[0]
+
+
+def test_a_measurement_that_was_stopped_resumes_with_the_same_bits(toy, tmp_path, monkeypatch, told):
+    uri = save_sae(toy, tmp_path / "sae", random_sae())
+    sae, out, store = Sae.load(uri), open_store(uri), Setting.open(uri, toy.root).dataset
+    whole = measure_in_subject(toy, sae, store, HOOK)
+    monkeypatch.setattr(kept_losses, "WRITE_SECONDS", 0)
+    run, seen = downstream.AtHook.clean, []
+
+    def clean(self, store, windows, *, logits):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(windows))
+        return run(self, store, windows, logits=logits)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(downstream.AtHook, "clean", clean)
+        with pytest.raises(KeyboardInterrupt):
+            measure_in_subject(toy, sae, store, HOOK, out)
+    told.clear()
+    assert measure_in_subject(toy, sae, store, HOOK, out) == whole
+    assert f"delta CE: resuming after {sum(seen)} windows of 64" in told
+    # those of another SAE, and what is no document, are measured again
+    other = random_sae(seed=1)
+    save_sae(toy, tmp_path / "other", other)
+    for found in (out.get(LOSSES_KEY), b"{"):
+        there = open_store(str(tmp_path / "other"))
+        there.put(LOSSES_KEY, found)
+        told.clear()
+        measure_in_subject(toy, Sae.load(there.uri), store, HOOK, there)
+        assert not any("resuming" in line for line in told)

@@ -25,6 +25,7 @@ from winnow.common.config_file import load_config
 from winnow.sae import Sae
 from winnow.schemas.checkpoint import CheckpointIndex
 from winnow.schemas.errors import ConfigError, IntegrityError, NonFiniteError
+from winnow.schemas.evaluation import LOSSES_KEY
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
 from winnow.store.testing import make_plan, write_dataset
@@ -236,7 +237,8 @@ def test_a_finished_run_is_shown_and_not_trained_again(config_of, tmp_path, monk
 def test_figures_that_need_the_subject_are_added_once(config_of):
     config, calls = config_of(), []
 
-    def after(given, sae, dataset, hook):
+    def after(given, sae, dataset, hook, out):
+        out.put(LOSSES_KEY, b"so far")
         calls.append((given, hook, sae.card.hook, dataset.rows))
         return {"delta_ce": 0.25}
 
@@ -245,6 +247,7 @@ def test_figures_that_need_the_subject_are_added_once(config_of):
         summary = train(config, after_train=after)
         assert (summary["delta_ce"], summary["left_out"]) == (0.25, [])
     assert calls == [(config, HOOK, HOOK, 9 * 512)]
+    assert open_store(config.train.out).size(LOSSES_KEY) is None
 
 
 def test_another_spec_or_dataset_in_the_same_out_is_refused(config_of, tmp_path, monkeypatch):

@@ -24,9 +24,10 @@ from winnow.common.signals import stop_on_signals
 from winnow.sae.model import Sae
 from winnow.schemas.config import Config, section
 from winnow.schemas.errors import ConfigError, NonFiniteError, WorkerError
+from winnow.schemas.evaluation import LOSSES_KEY
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
-from winnow.store.objects import open_store
+from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.joined import JoinedStore, open_roots
 from winnow.store.read.torch_stream import Batch
 from winnow.trainer.mesh.rows import SharedRows
@@ -49,8 +50,9 @@ from winnow.trainer.step.spans import sampling
 log = logging.getLogger("winnow.trainer")
 
 Report = StepReport | SetReport
-AfterTrain = Callable[[Config, Sae, ActivationStore, str], dict[str, float]]
-"""`after_train(config, sae, dataset, hook)` returns further figures for the summary."""
+AfterTrain = Callable[[Config, Sae, ActivationStore, str, ObjectStore], dict[str, float]]
+"""`after_train(config, sae, dataset, hook, out)` returns further figures for the summary. In the folder `out`
+it may keep `LOSSES_KEY`, by which it resumes and which is removed after the summary is written."""
 
 
 def train(
@@ -190,9 +192,15 @@ def _add_figures(
     """Add the missing figures to a published summary, also in storage."""
     # a set's are measured by `winnow evaluate`, layer by layer and all at once
     if summary["left_out"] and spec.set is None:
-        sae = Sae.load(spec.out, device=device, storage=config.storage)
-        summary |= after_train(config, sae, dataset, spec.hook) | {"left_out": []}
-        put_summary(open_store(spec.out, config.storage), summary)
+        sae, out = (
+            Sae.load(spec.out, device=device, storage=config.storage),
+            open_store(spec.out, config.storage),
+        )
+        summary |= after_train(config, sae, dataset, spec.hook, out) | {"left_out": []}
+        put_summary(out, summary)
+        # only now: a kill before the summary must find it
+        if out.size(LOSSES_KEY) is not None:
+            out.delete(LOSSES_KEY)
 
 
 def _require_one_process(specs: Sequence[TrainSpec]) -> None:
