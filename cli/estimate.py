@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from winnow.schemas.config import Config
     from winnow.schemas.harvest import Dtype
     from winnow.schemas.training import TrainSpec
+    from winnow.store import ActivationStore
 
 CARDS = "a100-40gb or a100-80gb or h100 or h200 or l4 or l40s or rtx-4090"
 """The keys of `winnow.trainer.plan.rates.GPUS`, whose module imports torch; a test compares them."""
@@ -64,7 +66,8 @@ def estimate_command(
 
         settings = load_config(config, set or [])
         spec = section(settings.train, "train")
-        spec, rows, width, stored = _size(settings, spec, tokens, d_model)
+        size = _size(settings, spec, tokens, d_model)
+        spec, rows, width = size.spec, size.rows, size.width
         prices = settings.prices
         hour = price or (prices.trainer_hour if prices else 0.0)
         found = estimate(
@@ -75,19 +78,33 @@ def estimate_command(
             count=count,
             price=hour or None,
             currency=prices.currency if prices else "USD",
-            stored=stored,
+            stored=size.stored,
+            stream_bytes=size.stream_bytes,
         )
         # Later epochs read the same rows again: the data is that of one.
         hooks = spec.set.hooks if spec.set is not None else spec.read_hooks
-        volume = data_volume(rows / max(1.0, spec.epochs), width, hooks=len(hooks))
+        volume = size.volume or data_volume(rows / max(1.0, spec.epochs), width, hooks=len(hooks))
         emit(as_json(found, volume), json, lambda: print_table(f"{config}", table_rows(found, volume)))
 
 
-def _size(
-    settings: Config, spec: TrainSpec, tokens: float, d_model: int
-) -> tuple[TrainSpec, float, int, Dtype]:
-    """Return the spec with a set's layers resolved, the rows of the run, their width and stored type."""
+class _Size(NamedTuple):
+    """What a dataset, or the options in its place, say of a run."""
+
+    spec: TrainSpec
+    """With a set's layers resolved."""
+    rows: float
+    """Rows of the run."""
+    width: int
+    stored: Dtype
+    stream_bytes: Callable[[int], int] | None = None
+    """Data ranks -> bytes of their streams; None without a dataset."""
+    volume: dict[str, float] | None = None
+    """`bytes`, `shards` and `shard_bytes` of its training split; None without a dataset."""
+
+
+def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> _Size:
     from winnow.store.read.joined import JoinedStore, open_roots
+    from winnow.store.read.stream import memory_bytes
     from winnow.trainer.run.start import plan_order, resolve_recipe
 
     # The options and the formulas know one width, that of one hook.
@@ -103,7 +120,7 @@ def _size(
                 fix="Add `--set train.set.layers=[0,11]` for a subject of 12 layers",
             )
         planned = settings.plan.dtype if settings.plan is not None else "bfloat16"
-        return spec, tokens, d_model, planned
+        return _Size(spec, tokens, d_model, planned)
     try:
         dataset = open_roots(settings.root, spec.roots, settings.storage)
     except MissingObject as error:
@@ -124,6 +141,24 @@ def _size(
             got=f"{spec.target_hook}, {dataset.d_model(spec.target_hook)}",
         )
     part = dataset.part_of(spec.hook)[0] if isinstance(dataset, JoinedStore) else dataset
-    if not tokens:
-        tokens = resolve_recipe(spec, dataset, plan_order(spec, dataset)).steps * spec.batch_rows
-    return spec, tokens, width, part.plan.spec.dtype
+    if tokens or d_model:
+        # Another run than the dataset's, which says nothing of its data.
+        return _Size(spec, tokens or _steps(spec, dataset) * spec.batch_rows, width, part.plan.spec.dtype)
+    order, hooks, plan = plan_order(spec, dataset), spec.stream_hooks, dataset.plan
+    units, unit_bytes = len(plan.split_units("train")), sum(plan.shard_bytes(hook) for hook in hooks)
+    shards = units * len(hooks)
+    return _Size(
+        spec,
+        resolve_recipe(spec, dataset, order).steps * spec.batch_rows,
+        width,
+        part.plan.spec.dtype,
+        # As training will say it: rows reach a GPU as they are stored.
+        lambda data: data * memory_bytes(plan, order, hooks, data, "packed"),
+        {"bytes": units * unit_bytes, "shards": shards, "shard_bytes": unit_bytes / len(hooks)},
+    )
+
+
+def _steps(spec: TrainSpec, dataset: ActivationStore) -> int:
+    from winnow.trainer.run.start import plan_order, resolve_recipe
+
+    return resolve_recipe(spec, dataset, plan_order(spec, dataset)).steps

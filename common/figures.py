@@ -20,3 +20,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {suffix}" if suffix == "B" else f"{count:.1f} {suffix}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+def human_hours(hours: float) -> str:
+    """Format a time given in hours: `2.5 days`, `3.2 h`, `4.0 min` or `12 s`."""
+    for size, unit in ((24.0, "days"), (1.0, "h"), (1 / 60, "min")):
+        if hours >= size:
+            return f"{hours / size:,.1f} {unit}"
+    return f"{hours * 3600:.0f} s"

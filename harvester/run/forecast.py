@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from winnow.common.cores import cores_each
-from winnow.common.figures import count_of, human_bytes
+from winnow.common.figures import count_of, human_bytes, human_hours
 from winnow.harvester.run.ledger import WRITE_SECONDS, read_ledger
 from winnow.schemas.base import Contract
 from winnow.schemas.config import Config, PricesSpec, section
@@ -230,7 +230,7 @@ def table_rows(found: Forecast) -> list[tuple[str, str]]:
         source = "earlier runs" if found.rate_from == "ledger" else "the LM here, alone, x actors"
         lines += [
             ("rate", f"{found.tokens_per_second:,.0f} tokens/s ({source})"),
-            ("time", _human_hours(found.hours)),
+            ("time", human_hours(found.hours)),
             ("storage must take", f"{human_bytes(found.bytes_per_second or 0)}/s"),
         ]
     if found.money:
@@ -245,14 +245,6 @@ def table_rows(found: Forecast) -> list[tuple[str, str]]:
     return lines
 
 
-def _human_hours(hours: float) -> str:
-    """`2.5 days`, `3.2 h`, `4.0 min` or `12 s`."""
-    for size, unit in ((24.0, "days"), (1.0, "h"), (1 / 60, "min")):
-        if hours >= size:
-            return f"{hours / size:,.1f} {unit}"
-    return f"{hours * 3600:.0f} s"
-
-
 def summary_line(found: Forecast) -> str:
     """The forecast as one line, reported before the work."""
     parts = [
@@ -260,7 +252,7 @@ def summary_line(found: Forecast) -> str:
         f"{count_of(found.requests.puts, 'put')} and {count_of(found.requests.gets, 'get')} to go",
     ]
     if found.hours is not None:
-        parts.append(f"{_human_hours(found.hours)} at the rate so far")
+        parts.append(f"{human_hours(found.hours)} at the rate so far")
     if found.money:
         parts.append(f"{found.money.total:,.2f} {found.money.currency}")
     return "forecast: " + ", ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import typer
@@ -13,6 +14,7 @@ from winnow.cli import estimate as estimate_cli
 from winnow.common.config_file import load_config
 from winnow.schemas.config import section
 from winnow.store import ActivationStore
+from winnow.store.read.stream import memory_bytes
 from winnow.trainer.run.start import plan_order, resolve_recipe
 
 
@@ -30,7 +32,23 @@ def test_steps_are_those_that_training_would_take(tmp_path, app):
     result = CliRunner().invoke(app, [str(path), "--json"])
     assert result.exit_code == 0, result.output
     recipe = resolve_recipe(spec, dataset, plan_order(spec, dataset))
-    assert json.loads(result.stdout)["steps"] == recipe.steps > 0
+    found = json.loads(result.stdout)
+    assert found["steps"] == recipe.steps > 0
+    units = len(dataset.plan.split_units("train"))
+    assert found["data"]["shards"] == units
+    assert found["data"]["bytes"] == units * dataset.plan.shard_bytes(spec.hook)
+    order = plan_order(spec, dataset)
+    assert found["stream_bytes"] == memory_bytes(dataset.plan, order, [spec.hook], dtype="packed")
+    assert found["stream_bytes"] < 2**26 < spec.group_bytes
+
+
+def test_a_small_run_takes_seconds_and_a_cpu_has_no_rates(tmp_path, app):
+    path = str(planted_config(tmp_path))
+    shown = CliRunner().invoke(app, [path]).stdout
+    assert re.search(r"time +│ +\d+ s ", shown), shown
+    refused = CliRunner().invoke(app, [path, "--gpu", "cpu"])
+    assert refused.exit_code == 2
+    assert "no published rate" in refused.stderr
 
 
 @pytest.mark.parametrize(

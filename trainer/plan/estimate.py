@@ -10,13 +10,14 @@ Legend: B rows, D d_model, N latents.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 
-from winnow.common.figures import count_of, human_bytes
+from winnow.common.figures import count_of, human_bytes, human_hours
 from winnow.schemas.errors import ConfigError, DependencyMissing
 from winnow.schemas.harvest import Dtype, row_bytes
 from winnow.schemas.training import SaeParts, TrainSpec
@@ -42,6 +43,8 @@ class Estimate(NamedTuple):
     """Bytes of one GPU that a run may take."""
     stream_bytes: int
     """Bytes of host memory of the streams, buffers and batches ahead, over all processes."""
+    stream_known: bool
+    """Whether that is of a dataset that was opened, and not the most that any may take."""
     parts: dict[str, Part]
     """The step's parts as its code marks them, on one GPU, none of the latents dead."""
     seconds: dict[str, float]
@@ -86,6 +89,7 @@ def estimate(
     price: float | None = None,
     currency: str = "USD",
     stored: Dtype = "bfloat16",
+    stream_bytes: Callable[[int], int] | None = None,
 ) -> Estimate:
     """Estimate memory, time and money of a run.
 
@@ -98,11 +102,21 @@ def estimate(
         price: Price of one GPU per hour.
         currency: Currency of the price.
         stored: Type of the dataset, in which rows reach a GPU.
+        stream_bytes: Data ranks -> host memory of their streams over a dataset. None, without a dataset,
+            takes the most that `group_bytes` allows.
 
     Raises:
         ConfigError: There is no such GPU, training would refuse the spec on them, or the run does not fit;
             the last error says what would.
     """
+    if gpu == "cpu":
+        raise ConfigError(
+            "--gpu",
+            expected=" or ".join(sorted(GPUS)),
+            got="cpu, for whose products and memory there is no published rate",
+            fix="Run `winnow train` for a minute instead: it shows its rows/s and the time left, and resumes "
+            "when it was interrupted",
+        )
     card = GPUS.get(gpu)
     if card is None:
         raise ConfigError("--gpu", expected=" or ".join(sorted(GPUS)), got=repr(gpu))
@@ -137,7 +151,8 @@ def estimate(
         latent=latent,
         memory=memory,
         available=available,
-        stream_bytes=_stream_bytes(spec, d_model, data, stored),
+        stream_bytes=stream_bytes(data) if stream_bytes else _most_stream_bytes(spec, d_model, data, stored),
+        stream_known=stream_bytes is not None,
         parts=parts_of(((site.part, entry) for site, entry in usual.entries.items()), rates, usual.runs),
         seconds=step_seconds(usual, rates),
         dead_step_seconds=sum(step_seconds(papers[1], rates).values()) if len(papers) > 1 else None,
@@ -148,8 +163,8 @@ def estimate(
     )
 
 
-def _stream_bytes(spec: TrainSpec, d_model: int, data: int, stored: Dtype) -> int:
-    """Host memory of the streams of all data ranks; a GPU that holds a further shard opens none."""
+def _most_stream_bytes(spec: TrainSpec, d_model: int, data: int, stored: Dtype) -> int:
+    """Most host memory of all data ranks' streams; a GPU that holds a further shard of latents opens none."""
     batch = spec.batch_rows // data * len(spec.stream_hooks) * row_bytes(stored, d_model)
     # twice, because the next group is read while the current one is used
     # here, not above: with it come the store's codecs, which `benchmarks.gpu` does without
@@ -214,9 +229,9 @@ def _describe(gpus: int, change: dict[str, Any]) -> str:
 def data_volume(
     tokens: float, d_model: int, bytes_a_number: int = 2, shard_bytes: int = 256 * 2**20, hooks: int = 1
 ) -> dict[str, float]:
-    """`bytes` and `shards` of the activations of some hooks."""
+    """`bytes` and `shards` of the activations of some hooks, if a shard has `shard_bytes`."""
     size = tokens * d_model * bytes_a_number * hooks
-    return {"bytes": size, "shards": math.ceil(size / shard_bytes)}
+    return {"bytes": size, "shards": math.ceil(size / shard_bytes), "shard_bytes": shard_bytes}
 
 
 def table_rows(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
@@ -228,7 +243,10 @@ def table_rows(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
         ["  weights and gradients", human_bytes(memory.weights + memory.gradients)],
         ["  Adam, average, counts", human_bytes(memory.moments + memory.average + memory.counts)],
         ["  a step", human_bytes(memory.step)],
-        ["host memory of the stream", f"up to {human_bytes(found.stream_bytes)}"],
+        [
+            "host memory of the stream",
+            ("" if found.stream_known else "up to ") + human_bytes(found.stream_bytes),
+        ],
         ["a step, reckoned", f"{found.step_seconds * 1000:,.1f} ms"],
     ]
     for name, seconds in found.seconds.items():
@@ -242,15 +260,16 @@ def table_rows(found: Estimate, volume: dict[str, float]) -> list[list[str]]:
             rows.append([f"  {name}", said])
     if dead is not None:
         rows.append([f"  with {DEAD_SHARE:.0%} of latents dead", f"{dead * 1000:,.1f} ms"])
+    shards = count_of(int(volume["shards"]), "shard")
     return [
         *rows,
         ["tokens/s", f"{found.tokens_per_second:,.0f}"],
         ["steps", f"{found.steps:,} of {count_of(found.rows, 'row')}"],
-        ["data", f"{human_bytes(volume['bytes'])}, {volume['shards']:,.0f} shards of 256 MiB"],
+        ["data", f"{human_bytes(volume['bytes'])}, {shards} of {human_bytes(volume['shard_bytes'])}"],
         # `max`: an estimate of no tokens takes no hours
         ["read", f"{human_bytes(volume['bytes'] / max(found.hours * 3600, 1e-9))}/s"],
-        ["hours", f"{found.hours:,.1f}"],
-        ["money", "no price" if found.money is None else f"{found.money:,.0f} {found.currency}"],
+        ["time", human_hours(found.hours)],
+        ["money", "no price" if found.money is None else f"{found.money:,.2f} {found.currency}"],
         ["constants", f"{GPUS[found.gpu].source}; shares of it assumed, not measured (docs/estimate.md)"],
         *([] if has_triton() else [["kernels", "priced from their launches: Triton is not installed here"]]),
     ]

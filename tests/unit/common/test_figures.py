@@ -1,6 +1,6 @@
 import pytest
 
-from winnow.common.figures import count_of, human_bytes, human_rate
+from winnow.common.figures import count_of, human_bytes, human_hours, human_rate
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,8 @@ def test_one_thing_is_no_plural():
         "2 units",
         "1,204 units",
     ]
+
+
+def test_hours_are_shown_in_the_largest_unit_that_fits():
+    shown = [human_hours(hours) for hours in (60, 3.2, 0.5, 0.005, 0)]
+    assert shown == ["2.5 days", "3.2 h", "30.0 min", "18 s", "0 s"]
