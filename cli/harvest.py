@@ -50,7 +50,8 @@ def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> No
     """Read the corpus, tokenise and shuffle it into windows, and write the dataset's plan.
 
     Streams the corpus: memory stays flat however large it is. Run again, it finds the plan and does nothing,
-    or completes what an interrupted run left out. `winnow harvest` plans by itself.
+    or completes what an interrupted run left out. `winnow harvest` plans by itself. Relative paths in a
+    config are relative to the working directory, not to the config's folder.
 
     Example: `winnow plan configs/quickstart.yaml --set root=s3://bucket/data`
     """
@@ -113,7 +114,8 @@ def harvest_command(
 
     Plans first if there is no plan. May be interrupted or killed at any time: the same command resumes, and
     units that have a receipt are never run again. Refuses a root that holds another plan. At SIGTERM or
-    SIGUSR1 it commits the units that have begun and exits with 130.
+    SIGUSR1 it commits the units that have begun and exits with 130. Relative paths in a config are relative
+    to the working directory, not to the config's folder.
 
     Example: `winnow harvest configs/quickstart.yaml --set harvest.actors=2`
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,8 @@ HELP = """Train a TopK sparse autoencoder on a harvested dataset.
 
 Reads the config's `root` (the dataset) and its section `train`; writes to `train.out`: `sae.safetensors` and
 `sae.json` (read by `winnow.Sae.load`), `summary.json`, `metrics.jsonl`, `loss.png` and `checkpoints/`.
+
+Relative paths in a config are relative to the working directory, not to the config's folder.
 
 May be interrupted at any time: the same command resumes from the newest checkpoint and ends with exactly the
 same weights. A finished run is only shown again.
@@ -102,6 +105,7 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
         # every run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard(), interrupted_by_signals():
+            _say_what_takes_long()
             from winnow.common.config_file import load_config
             from winnow.trainer.mesh.world import launch_of, only_the_first_tells
             from winnow.trainer.run.loop import train
@@ -146,6 +150,7 @@ def register_sweep(app: typer.Typer) -> None:
         # As in `train`: each SAE must get the bits that `train` alone would give it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard(), interrupted_by_signals():
+            _say_what_takes_long()
             from winnow.common.config_file import load_config
             from winnow.store.read.joined import open_roots
             from winnow.trainer.plan.sweep import grid_specs, require_room
@@ -192,6 +197,12 @@ def make_app() -> typer.Typer:
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
     register_train(app, subject_figures=False)
     return app
+
+
+def _say_what_takes_long() -> None:
+    # Ten seconds on a cold disk. Of a launch each rank would say it before it knows its rank.
+    if "torch" not in sys.modules and "RANK" not in os.environ:
+        say("loading PyTorch")
 
 
 def _measure_in_subject() -> AfterTrain:

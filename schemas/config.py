@@ -73,7 +73,8 @@ class Config(Contract):
     # Sections without a usable default are null rather than required: one file may serve a single stage.
 
     root: str = Field(min_length=1)
-    """The dataset: a local folder or a URI (`file://`, `s3://bucket/prefix`). May be left out if there are
+    """The dataset: a local folder or a URI (`file://`, `s3://bucket/prefix`). A relative path is relative to
+    the working directory of the command, not to the config's folder. May be left out if there are
     `train.roots`."""
     subject: SubjectSpec | None = None
     """plan, harvest: the language model."""

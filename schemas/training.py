@@ -100,7 +100,8 @@ class TrainSpec(Contract):
     """
 
     out: str = Field(min_length=1)
-    """Folder or URI of the run. Checkpoints, telemetry, plots and the published SAE are written to it."""
+    """Folder or URI of the run. Checkpoints, telemetry, plots and the published SAE are written to it. A
+    relative path is relative to the working directory."""
     roots: dict[RootName, str] | None = Field(default=None, exclude_if=lambda roots: roots is None)
     """Several datasets in the place of the config's `root`, by name: `{base: URI, chat: URI}`. Their rows
     must be those of the same tokens (`plan.tokens_from`). Hooks are then `base/resid_post.9` and

@@ -349,6 +349,15 @@ def test_the_command_prints_one_json_object_or_a_table(folder, tmp_path):
     assert "Example" in helped.stdout
 
 
+def test_a_run_says_where_and_what_it_begins_with(config_of, tmp_path, monkeypatch, told):
+    monkeypatch.chdir(tmp_path)
+    config = config_of(out="run")
+    train(config)
+    assert told[0] == f"reading {config.root}; writing to {tmp_path / 'run'}"
+    assert any(line.startswith("reading the first units and initialising from") for line in told)
+    assert told[-1] == f"{tmp_path / 'run'}: measuring on the held-out rows"
+
+
 def test_threads_are_put_back(config_of):
     before = torch.get_num_threads()
     train(config_of(epochs=0.1))

@@ -146,6 +146,10 @@ def train_fleet(
             else:
                 found[spec.out] = summary
                 say(f"{spec.out} is finished: nothing to train")
+        if todo:
+            # absolute: relative paths of a config are those of the working directory, which surprises
+            folder = todo[0][2].uri + (f" and {len(todo) - 1} more" if len(todo) > 1 else "")
+            say(f"reading {dataset.uri}; writing to {folder}")
         world = cleanup.enter_context(open_world(first, device, launch)) if todo else World()
         for recipe, order, out in todo:
             own = readings[recipe.spec.rows]
@@ -282,6 +286,8 @@ def take_steps(
             f"{human_bytes(stream.memory_bytes)} of memory"
         )
         if first.is_new:
+            # said, since the first group of units must be read for it: half a minute without a step
+            say(f"reading the first units and initialising from {count_of(spec.sample_rows, 'row')}")
             initialise_runs([m.run for m in members], stream)
         # only now: a stop during `initialise_runs` must not save weights that are not initialised
         for member in members:

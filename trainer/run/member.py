@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 import torch
 
 from winnow.common.device import cpu_threads
+from winnow.common.reporter import say
 from winnow.schemas.config import Config
 from winnow.schemas.errors import NonFiniteError, StoreError
 from winnow.schemas.training import SaeIdentity, TrainSpec
@@ -183,6 +184,7 @@ class Member:
     def publish(self) -> Summary:
         """Evaluate and write the SAE, and mark the run as finished."""
         self.saver.wait()
+        say(f"{self.out.uri}: measuring on the held-out rows")
         # identity is asked for again: a harvest that was followed may have been sealed meanwhile
         facts = self.telemetry, self.dataset, identity_of(self.dataset), self.out
         run = self.run
