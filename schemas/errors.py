@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 # Messages once named extras of `winnow`, which would have installed somebody else's package.
 DISTRIBUTION = "winnow-sae"
 """Winnow's name on the package index, on which `winnow` is another project."""
-Extra = Literal["tensorboard", "wandb", "zstd"]
+Extra = Literal["engine", "tensorboard", "wandb", "zstd"]
 """Extras of `DISTRIBUTION` that a message may tell a user to install."""
 
 

@@ -480,6 +480,9 @@ class Attempt(Contract):
     """When: UTC, ISO 8601."""
     adopted: tuple[HookName, ...] = ()
     """Hooks whose shard an earlier attempt had stored already."""
+    engine_difference: float | None = Field(default=None, exclude_if=lambda found: found is None)
+    """Largest difference between a row and that of transformers, as a fraction of its norm; null if the unit
+    was not compared (`SubjectSpec.engine_check_every`)."""
 
 
 class UnitReceipt(Artefact):

@@ -45,6 +45,10 @@ def expand_hooks(names: Any) -> Any:
     return found
 
 
+Engine = Literal["transformers", "interp-engine", "interp-engine-vllm"]
+"""What runs the subject in a harvest."""
+
+
 class SubjectSpec(Contract):
     """The language model to read, as the user names it."""
 
@@ -68,6 +72,18 @@ class SubjectSpec(Contract):
     trust_remote_code: bool = False
     """Run code that comes with the weights. False, because such code can do anything; a model that needs it
     is then refused."""
+    engine: Engine = "transformers"
+    """What reads activations during a harvest. `interp-engine` is that library's eager backend and
+    `interp-engine-vllm` its vLLM backend, for which a GPU is needed. Their rows are compared with those of
+    transformers, which is loaded beside them (see `engine_check_every`); everything but the harvest runs
+    transformers."""
+    engine_check_every: int = Field(default=16, gt=0)
+    """With another engine than transformers: of each worker's units, the first and every n-th after it are
+    also read with transformers and compared before they are committed. 1 compares all."""
+    engine_tolerance: float | None = Field(default=None, gt=0)
+    """Largest difference that a compared row may have, as a fraction of its norm: |engine's row -
+    transformers' row| / |transformers' row|. A larger one ends the harvest. Null, the default, is 1e-4 if the
+    subject runs in float32, and 0.25 in 16 bits, where other kernels alone move rows much farther."""
 
 
 class HookSite(Contract):
@@ -110,6 +126,9 @@ class SubjectIdentity(Contract):
     """Id of the token at the beginning of a sequence; null if the tokenizer has none."""
     eos_token_id: int | None = None
     """Id of the token at the end of a sequence; null if the tokenizer has none."""
+    # Left out of the JSON where it says nothing new, so that older plans keep their fingerprints.
+    engine: Engine = Field(default="transformers", exclude_if=lambda engine: engine == "transformers")
+    """What read the activations; `attention` is then that of transformers, with which they were compared."""
 
     def spec(self, stated: SubjectSpec | None = None) -> SubjectSpec:
         """Return the spec that loads this subject again.
@@ -120,7 +139,11 @@ class SubjectIdentity(Contract):
         """
         if stated is None:
             return SubjectSpec(
-                model=self.model, revision=self.revision, dtype=self.dtype, attention=self.attention
+                model=self.model,
+                revision=self.revision,
+                dtype=self.dtype,
+                attention=self.attention,
+                engine=self.engine,
             )
         # Another release of transformers may resolve `auto` differently, and sdpa ignored Gemma 2's cap of
         # attention logits on 4.51 to 5.20: the dataset's choice holds, not today's default.

@@ -222,7 +222,13 @@ class Subject:
             context_limit=self._context_limit,
             bos_token_id=_token_id(self.tokenizer.bos_token_id),
             eos_token_id=_token_id(self.tokenizer.eos_token_id),
+            engine=self.spec.engine,
         )
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its weights on this machine; of a GGUF, that of the converted ones."""
+        return self._located.folder
 
     def sites(self, hooks: Sequence[str]) -> tuple[HookSite, ...]:
         """Resolve hooks and their widths D. New ones cost one forward pass of two tokens.
@@ -253,7 +259,7 @@ class Subject:
                 subject does not obey.
         """
         taps = self._resolve(hooks)
-        ids = self._ids(token_ids)
+        ids = self.ids(token_ids)
         places = self.checked(positions, ids)
         with torch.no_grad():
             found = read_taps(self.model, taps, lambda: self._forward(ids, places), _shape(ids))
@@ -295,7 +301,7 @@ class Subject:
             ValueError: fn returned another shape.
         """
         self._require_whole()
-        ids = self._ids(token_ids)
+        ids = self.ids(token_ids)
         chosen = dict(replace or {})
         taps = self._resolve(list(chosen)) if chosen else []
         fns = {tap: chosen[tap.hook] for tap in taps}
@@ -311,7 +317,7 @@ class Subject:
         Returns:
             float32 [W, T-1] on the LM's device; entry t is the loss of predicting token t+1.
         """
-        ids = self._ids(token_ids)
+        ids = self.ids(token_ids)
         logits = self.logits(ids, replace, positions=positions)
         with torch.no_grad():
             return next_token_loss(logits, ids.to(logits.device))
@@ -358,7 +364,7 @@ class Subject:
             )
         if not len(prompt):
             raise ConfigError("prompt", expected="at least one token", got="none")
-        ids = self._ids(torch.as_tensor(prompt)[None])
+        ids = self.ids(torch.as_tensor(prompt)[None])
         if self._context_limit is not None and len(prompt) + max_new_tokens > self._context_limit:
             raise ConfigError(
                 "generate: prompt and new tokens are too many for the subject",
@@ -516,7 +522,12 @@ class Subject:
         """Run the blocks on ids of the host."""
         return self._body(ids.to(self.device))
 
-    def _ids(self, token_ids: Any) -> Tensor:
+    def ids(self, token_ids: Any) -> Tensor:
+        """Token ids as int64 [W, T] on the subject's device.
+
+        Raises:
+            ConfigError: They are not integers [W, T] of the vocabulary, or longer than its context.
+        """
         if isinstance(token_ids, np.ndarray) and token_ids.dtype.kind == "u":
             token_ids = token_ids.astype(np.int64)  # torch has few operations on unsigned integers
         ids = torch.as_tensor(token_ids)

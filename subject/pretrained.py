@@ -46,7 +46,7 @@ def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transform
         ConfigError: transformers cannot load it, weights are missing, or the GPUs are too small for it.
     """
     spread: dict[str, Any] = {"device_map": spec.device_map} if spec.device_map else {}
-    with _quiet(), _explained(spec):
+    with quiet(), _explained(spec):
         config = _read_config(folder, spec)
         loaded: Any = _auto_class(config).from_pretrained(
             folder,
@@ -71,7 +71,7 @@ def outline_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transf
     Raises:
         ConfigError: transformers does not support it.
     """
-    with _quiet(), _explained(spec):
+    with quiet(), _explained(spec):
         config = _read_config(folder, spec)
         with torch.device("meta"):
             model = _auto_class(config).from_config(
@@ -202,7 +202,7 @@ def convert(path: Path, folder: Path) -> None:
         OSError, SafetensorError: The folder cannot be written.
     """
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    with _quiet():
+    with quiet():
         with _explained(SubjectSpec(model=str(path))):
             tokenizer = gguf_tokenizer(path)
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -268,7 +268,7 @@ def _explained(spec: SubjectSpec) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence progress bars and transformers' report of the weights, which `_check_complete` replaces."""
     # The settings are global to the process: restored, for whoever else uses transformers in it.
     from transformers import modeling_gguf_pytorch_utils

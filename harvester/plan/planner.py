@@ -311,6 +311,7 @@ def _plan_differences(
     provenance.
     """
     stored: dict[str, Any] = plan.model_dump(mode="json")
+    stored["subject"]["engine"] = plan.subject.engine  # left out where it is transformers
     wanted = dict(stored)
     if config.plan is not None:
         # `auto` accepts whatever is stored: what it means may have changed since the plan was made.
@@ -321,7 +322,8 @@ def _plan_differences(
     if config.corpus is not None:
         wanted["corpus"] = config.corpus.model_dump(mode="json")
     if identity is not None:
-        wanted["subject"] = {**identity.model_dump(mode="json"), **_moved(plan.subject, identity)}
+        found = {**identity.model_dump(mode="json"), "engine": identity.engine}
+        wanted["subject"] = {**found, **_moved(plan.subject, identity)}
     elif config.subject is not None:
         moved = _moved(plan.subject, config.subject)
         wanted["subject"] = {**stored["subject"], **_stated(config.subject), **moved}
@@ -347,7 +349,7 @@ def _moved(planned: SubjectIdentity, found: SubjectIdentity | SubjectSpec) -> di
 
 def _stated(spec: SubjectSpec) -> dict[str, Any]:
     """The fields of an identity that the spec alone decides."""
-    stated: dict[str, Any] = {"model": spec.model}
+    stated: dict[str, Any] = {"model": spec.model, "engine": spec.engine}
     if spec.attention != "auto":
         stated["attention"] = spec.attention
     if spec.dtype != "auto":
@@ -405,9 +407,11 @@ def _outline(config: Config) -> Subject:
     """The subject for planning, without its weights, which need neither memory nor a GPU then."""
     # Here, not above: it imports torch, which a caller with a subject of another kind does without.
     from winnow.subject.devices import device_of
+    from winnow.subject.engine import check_engine
     from winnow.subject.load import Subject
 
     spec, plan = section(config.subject, "subject"), section(config.plan, "plan")
+    check_engine(spec.engine, plan)
     # What `dtype: auto` means depends on where the actors will run. On a cluster this machine's own devices
     # say nothing about that, so only the config is asked.
     if config.harvest.ray_address is None:

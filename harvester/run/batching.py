@@ -22,6 +22,8 @@ from winnow.schemas.harvest import BatchRecord, HarvestPlan
 from winnow.store.format.layout import batch_key, batches_prefix
 from winnow.store.objects import ObjectStore
 from winnow.store.records.commit import settle
+from winnow.subject.devices import out_of_memory
+from winnow.subject.engine import EngineReader
 from winnow.subject.load import Subject
 
 log = logging.getLogger("winnow.harvester")
@@ -35,14 +37,6 @@ _MOST_TOKENS = 1 << 20
 """Largest batch in tokens, however fast."""
 MEASURE_SECONDS = 0.2
 """Shortest time that one size is measured for."""
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether torch found no memory for a tensor, on a GPU or on the CPU."""
-    # On a CPU torch raises a plain RuntimeError, which only its message tells from others.
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
 
 
 def smallest_best(rate: Callable[[int], float], most: int) -> tuple[int, dict[int, float]]:
@@ -76,7 +70,7 @@ def smallest_best(rate: Callable[[int], float], most: int) -> tuple[int, dict[in
     return min(size for size, found in rates.items() if found * _GAIN >= best), rates
 
 
-def measure_batch(subject: Subject, plan: HarvestPlan) -> tuple[int, dict[int, float]]:
+def measure_batch(subject: Subject | EngineReader, plan: HarvestPlan) -> tuple[int, dict[int, float]]:
     """Windows per pass with which this subject is fastest here, and tokens/s by size."""
     T = plan.spec.context_length
     vocabulary, cuda = plan.subject.vocabulary, subject.device.type == "cuda"
@@ -117,7 +111,7 @@ class Batch(NamedTuple):
     """For people; names the record to delete for measuring again."""
 
 
-def choose_batch(store: ObjectStore, plan: HarvestPlan, subject: Subject, threads: int) -> Batch:
+def choose_batch(store: ObjectStore, plan: HarvestPlan, subject: Subject | EngineReader, threads: int) -> Batch:
     """The batch of this root for workers of this kind, measured if no worker has done so; see the module."""
     kind = kind_of(subject.device, threads)
     known = store.size(batch_key(kind)) is not None

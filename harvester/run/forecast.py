@@ -170,7 +170,9 @@ def measure_rate(config: Config) -> tuple[tuple[HookSite, ...], float]:
     """The hooks' widths and one actor's tokens/s: the truncated LM over batches of arbitrary tokens."""
     import torch
 
-    from winnow.subject.load import Subject  # here, not above: it brings torch
+    # Here, not above: it brings torch.
+    from winnow.subject.engine import reader_of
+    from winnow.subject.load import Subject
 
     spec, harvest = section(config.plan, "plan"), config.harvest
     # With an actor's threads, since the rate of one is then multiplied by the number of actors.
@@ -178,7 +180,7 @@ def measure_rate(config: Config) -> tuple[tuple[HookSite, ...], float]:
     torch.set_num_threads(harvest.threads_per_actor or cores_each(harvest.actors))
     try:
         subject = Subject.load(section(config.subject, "subject"), until=spec.hooks)
-        sites = subject.sites(spec.hooks)
+        sites, reader = subject.sites(spec.hooks), reader_of(subject, subject.spec.engine, spec.hooks)
         vocabulary = subject.identity.vocabulary
         windows = 8 if harvest.batch_windows == "auto" else harvest.batch_windows
         shape = (windows, spec.context_length)
@@ -191,7 +193,7 @@ def measure_rate(config: Config) -> tuple[tuple[HookSite, ...], float]:
         positions = split if spec.attend == "document" else None
 
         def run() -> None:
-            for values in subject.activations(tokens, spec.hooks, positions=positions).values():
+            for values in reader.activations(tokens, spec.hooks, positions=positions).values():
                 values[-1, -1, -1].item()  # waits for a GPU
 
         # Not timed: the first pass pays for more than itself.

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from winnow.harvester.run.batching import choose_batch, free_memory, out_of_memory, record_smaller_batch
+from winnow.harvester.run.batching import choose_batch, free_memory, record_smaller_batch
 from winnow.harvester.run.copyout import CopyOut
+from winnow.harvester.run.engine_check import EngineCheck
 from winnow.harvester.run.ledger import UnitFacts
 from winnow.harvester.run.waiting import StorageWait
 from winnow.schemas.config import StorageSpec
@@ -35,6 +36,8 @@ from winnow.store.objects import open_store
 from winnow.store.read.labels import read_positions
 from winnow.store.read.reader import read_tokens
 from winnow.store.write.writer import commit_unit
+from winnow.subject.devices import out_of_memory
+from winnow.subject.engine import EngineReader, reader_of
 from winnow.subject.load import Subject
 
 log = logging.getLogger("winnow.harvester")
@@ -144,7 +147,8 @@ class UnitWorker:
         # As planned: `auto` could choose otherwise on this node, by its device or its transformers, and rows
         # of one dataset would come from two models.
         planned = self._plan.subject
-        spec = self._spec.model_copy(update={"dtype": planned.dtype, "attention": planned.attention})
+        as_planned = {"dtype": planned.dtype, "attention": planned.attention, "engine": planned.engine}
+        spec = self._spec.model_copy(update=as_planned)
         subject = Subject.load(spec, until=self._plan.spec.hooks)
         # Ray reserves a share of a GPU only in its books; nothing else keeps actors on one card apart.
         if subject.device.type == "cuda" and 0 < self._gpus < 1:
@@ -159,6 +163,19 @@ class UnitWorker:
         if self._plan.spec.attend == "document":
             subject.require_documents_apart(self._plan.spec.context_length)
         return subject
+
+    @cached_property
+    def _reader(self) -> Subject | EngineReader:
+        """What activations are read with: the subject itself, unless another engine was planned."""
+        # After the subject: on a GPU, an engine takes a share of what it leaves free.
+        return reader_of(self._subject, self._plan.subject.engine, self._plan.spec.hooks)
+
+    @cached_property
+    def _check(self) -> EngineCheck | None:
+        """The comparison with transformers, if something else reads."""
+        if self._plan.subject.engine == "transformers":
+            return None
+        return EngineCheck(self._subject, self._subject.spec, self._plan.spec.drop_leading)
 
     def _check_width(self, hook: str, width: int) -> None:
         """Check that activations at `hook` are of the planned width; nothing is written otherwise.
@@ -182,11 +199,11 @@ class UnitWorker:
         """
         with self._lm:
             self._choose_batch()
-            return str(self._subject.device)
+            return str(self._reader.device)
 
     def _choose_batch(self) -> None:
         if not self._batch:
-            chosen = choose_batch(self._store, self._plan, self._subject, self._threads)
+            chosen = choose_batch(self._store, self._plan, self._reader, self._threads)
             self._batch, self._batch_source = chosen
 
     def windows_done(self) -> int:
@@ -200,7 +217,8 @@ class UnitWorker:
             Bytes and times, once the unit's receipt is in the store.
 
         Raises:
-            ConfigError: An activation is not of the planned width; nothing was written.
+            ConfigError: An activation is not of the planned width, or another engine's differs from that of
+                transformers; nothing was written.
             NonFiniteError: NaN or infinity in an activation, with unit, hook and window.
             IntegrityError, StoreError: From the store.
         """
@@ -235,12 +253,17 @@ class UnitWorker:
             with self._wait.lm():
                 rows = self._rows(unit, tokens, positions)
             batch = self._batch
+            farthest = None
+            if self._check is not None:
+                farthest = self._check.farthest
+                self._check.end()
         attempt = Attempt(
             id=uuid.uuid4().hex,
             seconds=time.monotonic() - start,
             batch_windows=batch,
             threads=self._threads,
             device=str(self._subject.device),
+            engine_difference=farthest,
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         return rows, attempt, hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest()
@@ -309,14 +332,18 @@ class UnitWorker:
                 view = stored.view(torch.uint16) if spec.dtype == "bfloat16" else stored
                 _as_items(rows[hook])[place[start : start + len(stored)]] = _as_items(view.numpy())
 
+        if self._check is not None:
+            self._check.begin()
         copies, last = CopyOut(self._subject.device), None
         for first in range(0, spec.windows_per_unit, self._batch):
             part = slice(first, first + self._batch)
             batch, places = tokens[part], None if positions is None else positions[part]
-            found = self._subject.activations(batch, spec.hooks, positions=places)
+            found = self._reader.activations(batch, spec.hooks, positions=places)
             # In every pass, not once: assignment of rows as items would truncate or pad them silently.
             for hook, values in found.items():
                 self._check_width(hook, values.shape[-1])
+            if self._check is not None:
+                self._check.compare(unit, first, batch, found)
             stored = [self._stored(values) for values in found.values()]
             copy = copies.start([*stored, *(all_finite(_telling(rows)) for rows in stored)])
             # One batch late, so that the host puts rows in their places while the device computes the next;
