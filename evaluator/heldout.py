@@ -20,6 +20,7 @@ from winnow.harvester.run.ledger import read_ledger
 from winnow.sae.model import Sae
 from winnow.schemas.config import Config
 from winnow.schemas.fit import check_subject
+from winnow.schemas.subject import read_only
 from winnow.store import ActivationStore
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.joined import JoinedStore
@@ -53,6 +54,12 @@ def measure_in_subject(
     if why is not None:
         say(f"delta CE is not measured: {why}")
         return {}
+    # An SAE without a card was never published; it is then an autoencoder of `hook`.
+    written = sae.card.output_hooks if sae.card is not None else (hook,)
+    fixed = next((name for name in written if read_only(name)), None)
+    if fixed is not None:
+        say(f"delta CE is not measured: the rows at {fixed} cannot be replaced")
+        return {}
     if isinstance(store, JoinedStore):
         return _joint(config, sae, store)
     say("delta CE: loading the subject")
@@ -61,8 +68,6 @@ def measure_in_subject(
     # No more windows than `winnow evaluate` takes, so that both report the same sample.
     held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
     windows, sae = range(min(held_out, config.evaluate.windows)), sae.to(subject.device)
-    # An SAE without a card was never published; it is then an autoencoder of `hook`.
-    written = sae.card.output_hooks if sae.card is not None else (hook,)
     runs = runs_of(subject, sae, store, hook)
     kept = None if out is None else KeptLosses(out, _facts(subject, sae, store, hook, windows))
     begun = kept.read() if kept is not None else {}

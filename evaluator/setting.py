@@ -25,7 +25,7 @@ from winnow.schemas.fit import check_dataset, check_subject, other_windows
 from winnow.schemas.harvest import HarvestPlan
 from winnow.schemas.layers import layer_folder
 from winnow.schemas.readings import RowsSpec
-from winnow.schemas.subject import SubjectSpec
+from winnow.schemas.subject import SubjectSpec, read_only
 from winnow.schemas.training import SaeCard, SaeIdentity
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
@@ -38,6 +38,8 @@ log = logging.getLogger("winnow.evaluator")
 
 WITH_SUBJECT: tuple[Family, ...] = ("downstream", "compute", "ablation", "probes", "n2g", "judge")
 """Families that run the subject on the dataset's windows, or compare with what it gives."""
+REPLACING: tuple[Family, ...] = ("downstream", "compute", "ablation")
+"""Families that replace rows by reconstructions or by rows without a latent."""
 CHUNK_ROWS = 4096
 """Stored rows that are read and encoded at a time."""
 
@@ -274,14 +276,16 @@ class Setting(OnDataset):
     @property
     def left_out(self) -> dict[Family, str]:
         """Families that make no sense for this SAE, and why."""
+        fixed = next((hook for hook in self.card.output_hooks if read_only(hook)), None)
+        found: dict[Family, str] = (
+            {} if fixed is None else dict.fromkeys(REPLACING, f"the rows at {fixed} cannot be replaced")
+        )
         if self.card.with_hooks or self.joined:
             why = "they are about an SAE that reads one hook of one subject"
-            found: dict[Family, str] = dict.fromkeys(
-                ("compute", "stability", "ablation", "probes", "n2g", "judge"), why
-            )
+            found |= dict.fromkeys(("compute", "stability", "ablation", "probes", "n2g", "judge"), why)
             return found | self.without_subject
-        if self.without_subject:
-            return self.without_subject
+        if found or self.without_subject:
+            return found | self.without_subject
         return {"downstream": self.why_partial, "compute": self.why_partial} if self.partial else {}
 
     @cached_property

@@ -11,8 +11,11 @@ from winnow.schemas.base import Contract, HookName, Sha256
 
 STREAM_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "resid_mid", "mlp_in")
 """Sites whose rows are as wide as the residual stream."""
-HOOK_SITES = (*STREAM_SITES, "attn_z")
-"""Sites that every common architecture has; any other place is named by a dotted module path."""
+HOOK_SITES = (*STREAM_SITES, "attn_z", "router")
+"""All sites: `router` is where a block has a mixture of experts. Any other place is named by a dotted module
+path."""
+READ_ONLY_SITES = ("router",)
+"""Sites whose rows can be read but not replaced: nothing is computed from them there."""
 
 # Anchored at both ends: `model.resid_post.9` is a module path, not a named site.
 _NAMED = re.compile(rf"^({'|'.join(HOOK_SITES)})\.(\d+)$")
@@ -30,6 +33,12 @@ def reads_stream(name: str) -> bool:
     """Whether a hook is one of `STREAM_SITES`."""
     named = parse_hook(name)
     return named is not None and named[0] in STREAM_SITES
+
+
+def read_only(name: str) -> bool:
+    """Whether a hook, of one dataset or of several (`base/router.9`), is one of `READ_ONLY_SITES`."""
+    named = parse_hook(name.rpartition("/")[2])
+    return named is not None and named[0] in READ_ONLY_SITES
 
 
 def expand_hooks(names: Any) -> Any:

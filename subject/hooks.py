@@ -8,6 +8,7 @@
     resid_mid.L    the residual stream that the norm of block L's MLP reads
     mlp_in.L       what block L's MLP module is given, after that norm
     mlp_out.L      what block L's MLP adds to the residual stream
+    router.L       the router's logits of block L, one for each expert, before softmax or sigmoid
     resid_post.L   output of block L: the residual stream after it
     any.module.3   the output of that module (the first tensor, if it is a tuple)
 
@@ -20,18 +21,21 @@ is what reaches the stream. OLMo 2 and 3 have no norm before the MLP: there `mlp
 What replaces `resid_mid` replaces the stream, so that the block adds its MLP's output to it; what replaces
 `mlp_in` is seen by the MLP only.
 
-Architectures with several residual streams (hyper-connections) have none of these sites: only module paths
-can be read there.
+`router` is read-only: a router gives its logits beside the experts that it has chosen from them, and only the
+choice is used.
+
+Architectures with several residual streams (hyper-connections) have none of these sites but `router`: only it
+and module paths can be read there.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from winnow.schemas.errors import ConfigError
-from winnow.schemas.subject import HOOK_SITES, parse_hook, reads_stream
+from winnow.schemas.subject import HOOK_SITES, parse_hook, read_only, reads_stream
 from winnow.subject.layout import Layout
 
 _PARTS = ("self_attn", "linear_attn", "attention", "attn", "mixer", "mlp", "feed_forward")
@@ -48,6 +52,7 @@ class Tap:
         reads_input: Read the module's input, not its output.
         layer: The block that holds it; None for modules outside the blocks (embeddings, final norm, head).
         in_place: What replaces it is written into the tensor itself, because the block has another use of it.
+        output: Which tensor, if the module's output is several.
     """
 
     hook: str
@@ -55,6 +60,12 @@ class Tap:
     reads_input: bool
     layer: int | None
     in_place: bool = False
+    output: int = 0
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing is computed from what is read there."""
+        return read_only(self.hook)
 
     @property
     def of_stream(self) -> bool:
@@ -96,6 +107,8 @@ def resolve_hook(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
             )
         # The input of block L, not the output of block L - 1: layer 0 has no block before it.
         return Tap(hook, block, site == "resid_pre", layer)
+    if site == "router":
+        return _resolve_router(hook, layer, layout)
     parts = layout.parts[layer]
     if parts is None:
         what = f"adds its {site[:-4]} output" if site.endswith("_out") else "has the norm of its MLP"
@@ -125,6 +138,34 @@ def resolve_hook(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
     # In place: the block adds the MLP's output to the same tensor that it gave to the norm. A replacement
     # that only the norm sees would leave the stream as it was.
     return Tap(hook, f"{block}.{parts.mlp_norm or parts.mlp}", True, layer, in_place=True)
+
+
+def require_writable(hooks: Iterable[str]) -> None:
+    """Check that what replaces the rows at some hooks would have an effect.
+
+    Raises:
+        ConfigError: One of them is read-only.
+    """
+    for hook in hooks:
+        if read_only(hook):
+            raise ConfigError(
+                f"hook {hook!r} can be read but not replaced",
+                expected="a place from which the block goes on to compute",
+                got="a router's logits, beside which the experts are chosen already",
+                fix="Replace mlp_out or the stream of the same layer",
+            )
+
+
+def _resolve_router(hook: str, layer: int, layout: Layout) -> Tap:
+    router = layout.router(layer)
+    if router is None:
+        known = [number for number in range(layout.layers) if layout.router(number) is not None]
+        raise ConfigError(
+            f"hook {hook!r}: block {layer} of {layout.architecture!r} has no router of experts that is known",
+            expected=f"one of the layers {', '.join(map(str, known))}" if known else "a mixture of experts",
+            fix=f"Name a module; block {layer} is {layout.blocks}.{layer}",
+        )
+    return Tap(hook, f"{layout.blocks}.{layer}.{router.module}", False, layer, output=router.output)
 
 
 def _resolve_path(hook: str, layout: Layout, modules: Collection[str]) -> Tap:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from winnow.schemas.errors import ConfigError
-from winnow.subject.shapes import Block, guess_block
+from winnow.subject.shapes import Block, Router, guess_block, guess_router
 
 log = logging.getLogger("winnow.subject")
 
@@ -121,6 +121,8 @@ class Layout:
             `resid_pre.0`: GPT-2 adds positions, Gemma scales it.
         final_norm: Path of the norm before the unembedding; None if the architecture is not in the table.
         unembedding: Path of the LM head; None if there is none.
+        routers: Of each block, its router, a guess until it is proved; None if it has none that is known.
+            Empty if no block has one.
     """
 
     architecture: str
@@ -132,6 +134,11 @@ class Layout:
     embedding: str | None = None
     final_norm: str | None = None
     unembedding: str | None = None
+    routers: tuple[Router | None, ...] = ()
+
+    def router(self, layer: int) -> Router | None:
+        """The router of block `layer`; None if it has none that is known."""
+        return self.routers[layer] if self.routers else None
 
     def path(self, layer: int, part: Part) -> str | None:
         """The path of a part of block `layer`; None if the block has none, or its parts are not known."""
@@ -177,14 +184,18 @@ def find_layout(model: nn.Module, config: Any) -> Layout:
         )
     (blocks,) = lists
     # Blocks of several streams hand on something else than a sum.
-    parts = tuple(
-        guess_block({name for name, _ in model.get_submodule(f"{blocks}.{layer}").named_modules()})
-        if streams == 1
-        else None
+    inside = [
+        {name for name, _ in model.get_submodule(f"{blocks}.{layer}").named_modules()}
         for layer in range(layers)
-    )
+    ]
+    parts = tuple(guess_block(names) if streams == 1 else None for names in inside)
+    # No family of the table has experts.
+    routers = tuple(guess_router(names) for names in inside)
     log.info("architecture %r is not in the table of hooks: using %s as its blocks", architecture, blocks)
-    return Layout(architecture, blocks, layers, parts, False, streams, embedding, None, unembedding)
+    return Layout(
+        architecture, blocks, layers, parts, False, streams, embedding, None, unembedding,
+        routers if any(routers) else (),
+    )  # fmt: skip
 
 
 def _block(family: _Family, config: Any) -> Block:

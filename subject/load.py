@@ -25,7 +25,7 @@ from winnow.subject.causal import check_causal
 from winnow.subject.devices import device_of, dtype_of
 from winnow.subject.documents import check_apart, checked_positions
 from winnow.subject.generate import GeneratedToken, Steer, generate, written_hooks
-from winnow.subject.hooks import Tap, resolve_hook
+from winnow.subject.hooks import Tap, require_writable, resolve_hook
 from winnow.subject.layout import Layout, find_layout
 from winnow.subject.pretrained import (
     attention_of,
@@ -35,6 +35,7 @@ from winnow.subject.pretrained import (
     tokenizer_digest,
 )
 from winnow.subject.prove import proved
+from winnow.subject.routers import prove_routers, router_width
 from winnow.subject.splice import Replacement, next_token_loss, read_taps, replaced
 from winnow.subject.steps import Steps
 from winnow.subject.tokenizer import ControlTokens, TextTokenizer
@@ -288,7 +289,7 @@ class Subject:
             replace: hook -> fn; fn gets the activation as rows [W*T, D] (window by window, in the LM's
                 dtype) and returns rows of the same shape, which replace it. At `attn_out` and
                 `mlp_out` they are added to the residual stream; at `resid_mid` they replace the stream;
-                at `mlp_in` only the MLP reads them.
+                at `mlp_in` only the MLP reads them. `router` cannot be replaced.
             grad: Keep the graph, so that the logits have gradients with respect to what `replace` returns;
                 the LM's own weights have none.
             positions: As for `activations`.
@@ -389,6 +390,7 @@ class Subject:
 
     def _steered_taps(self, steer: Mapping[str, Sequence[Steer]]) -> dict[str, Tap]:
         """The taps of all hooks that are read or written; ConfigError for an SAE of another width."""
+        require_writable(steer)
         widths = {hook: [one.read_width for one in each] for hook, each in steer.items()}
         for hook, width in written_hooks(steer).items():
             widths.setdefault(hook, []).append(width)
@@ -492,10 +494,13 @@ class Subject:
         return widths
 
     def _width_of(self, tap: Tap) -> int:
-        """The width that a linear layer reads, from its shape alone."""
+        """The width that a linear layer reads, or that a router gives, from its shape alone."""
         layer = self.model.get_submodule(tap.path)
-        # GPT-2's layer of this kind has another field for it.
-        found = getattr(layer, "in_features", None) or getattr(layer, "nx", None)
+        if tap.read_only:
+            found = router_width(layer)
+        else:
+            # GPT-2's layer of this kind has another field for it.
+            found = getattr(layer, "in_features", None) or getattr(layer, "nx", None)
         if found is None:
             raise ConfigError(
                 f"hook {tap.hook!r}: the width of {tap.path} cannot be told without running the subject",
@@ -514,9 +519,12 @@ class Subject:
 
     def _prove_parts(self) -> None:
         """Drop the parts of blocks that were guessed by name and that a short pass does not confirm."""
-        if self.layout.tabled or not any(self.layout.parts):
+        if self.layout.tabled:
             return
-        self.layout = proved(self.model, self.layout, self._kept_layers, self._probe, self._vocabulary)
+        args = self._kept_layers, self._probe, self._vocabulary
+        if any(self.layout.parts):
+            self.layout = proved(self.model, self.layout, *args)
+        self.layout = prove_routers(self.model, self.layout, *args)
 
     def _probe(self, ids: Tensor) -> object:
         """Run the blocks on ids of the host."""

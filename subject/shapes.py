@@ -50,6 +50,21 @@ class Block:
         return tuple(path for path in found if path is not None)
 
 
+@dataclass(frozen=True)
+class Router:
+    """Paths, inside a block, of what chooses the experts for each token, and of the experts.
+
+    Attributes:
+        module: The module whose output holds the logits.
+        experts: The experts, which are given the choice.
+        output: Which of the module's outputs the logits are.
+    """
+
+    module: str
+    experts: str
+    output: int = 0
+
+
 # Names in transformers 5.23, in the order in which they are tried.
 _WITH_HEADS = (
     "self_attn", "attn", "self_attention", "attention", "multi_head_attention", "norm_attn_norm.attn",
@@ -77,6 +92,21 @@ _SANDWICHES = (
     (None, "post_attention_layernorm", "post_feedforward_layernorm"),
 )
 """Norm before the MLP, norm after attention, norm after the MLP, of blocks that have the last two."""
+
+
+_ROUTERS = ("gate", "router")
+"""Names, beside `experts`, of the module that chooses among them."""
+
+
+def guess_router(names: Collection[str]) -> Router | None:
+    """What chooses a block's experts, from the paths of all modules inside it; None if that is not one."""
+    found = [
+        Router(f"{beside}{name}", f"{beside}experts")
+        for beside in [path.removesuffix("experts") for path in names if path.split(".")[-1] == "experts"]
+        for name in _ROUTERS
+        if f"{beside}{name}" in names
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def guess_block(names: Collection[str]) -> Block | None:

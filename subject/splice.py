@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.schemas.errors import ConfigError
-from winnow.subject.hooks import Tap
+from winnow.subject.hooks import Tap, require_writable
 
 Replacement = Callable[[Tensor], Tensor]
 """[W*T, D] -> [W*T, D]: rows of all windows, window by window, positions in order."""
@@ -81,6 +81,7 @@ def replaced(model: nn.Module, replace: Mapping[Tap, Replacement], shape: tuple[
         ConfigError: A tap's module did not run, ran twice, or gave no [W, T, ...] tensor.
         ValueError: `fn` returned another shape.
     """
+    require_writable(tap.hook for tap in replace)
     ran: set[str] = set()
 
     def swap(tap: Tap, value: Tensor) -> Tensor:
@@ -153,8 +154,9 @@ def _attached(model: nn.Module, tap: Tap, use: Callable[[Tap, Tensor], Tensor | 
     def on_output(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return use(tap, output)
-        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            new = use(tap, output[0])
+        several = isinstance(output, (tuple, list)) and len(output) > tap.output
+        if several and isinstance(output[tap.output], Tensor):
+            new = use(tap, output[tap.output])
             # The rest, such as attention's weights or a state, is passed on unchanged.
             return None if new is None else rebuilt(output, [new, *output[1:]])
         raise ConfigError(f"hook {tap.hook!r}: {tap.path} returns {type(output).__name__}, not a tensor")
@@ -171,6 +173,9 @@ def _attached(model: nn.Module, tap: Tap, use: Callable[[Tap, Tensor], Tensor | 
 
 def _rows(tap: Tap, value: Tensor, shape: tuple[int, int]) -> Tensor:
     """[W, T, ...] -> [W*T, D]; at a module path, axes after the second (attention heads) merge into D."""
+    # Routers flatten the windows before they choose.
+    if tap.read_only and value.ndim == 2 and len(value) == shape[0] * shape[1]:
+        value = value.view(*shape, -1)
     if value.ndim < 3 or tuple(value.shape[:2]) != shape or not value.is_floating_point():
         raise ConfigError(
             f"hook {tap.hook!r}: {tap.path} gives no activation for each token",

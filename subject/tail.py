@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import parse_hook
-from winnow.subject.hooks import resolve_hook
+from winnow.subject.hooks import require_writable, resolve_hook
 from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement, read_taps, rebuilt, replaced
 from winnow.subject.steps import same_logits, trial_ids, turning_points
@@ -77,7 +77,7 @@ class Tail:
             inside block L that block runs again; outside the blocks nothing is skipped.
 
     Raises:
-        ConfigError: The subject is truncated, or the hook is unknown.
+        ConfigError: The subject is truncated, or the hook is unknown or cannot be replaced.
     """
 
     def __init__(self, subject: Subject, hook: str) -> None:
@@ -91,6 +91,7 @@ class Tail:
         self._model: Any = subject.model
         self._layout = subject.layout
         modules = {name for name, _ in subject.model.named_modules() if name}
+        require_writable([hook])
         self._tap = resolve_hook(hook, subject.layout, modules)
         named = parse_hook(hook)
         layer = self._tap.layer or 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from winnow.schemas.subject import HOOK_SITES
+from winnow.schemas.subject import HOOK_SITES, READ_ONLY_SITES
 
 LENS = re.compile(
     r"blocks\.(\d+)\.(hook_(?:resid_pre|attn_out|resid_mid|mlp_out|resid_post)|mlp\.hook_in|attn\.hook_z)"
@@ -29,9 +29,12 @@ _ADDED = {"mlp": "mlp_out", "self_attn": "attn_out", "attn": "attn_out", "attent
 
 
 def to_lens(hook: str | None) -> str | None:
-    """`resid_post.9` as TransformerLens names it, `blocks.9.hook_resid_post`; any other name unchanged."""
+    """`resid_post.9` as TransformerLens names it, `blocks.9.hook_resid_post`; any other name unchanged.
+
+    It has no name for a router's logits.
+    """
     match = OURS.fullmatch(hook or "")
-    if not match:
+    if not match or match[1] in READ_ONLY_SITES:
         return hook
     return f"blocks.{match[2]}." + _MODULE_SITES.get(match[1], f"hook_{match[1]}")
 

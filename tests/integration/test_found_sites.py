@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,14 @@ from winnow.subject import Subject
 PLAN = {"hooks": ["attn_z.1", "mlp_in.1", "mlp_out.1"]}
 
 
-def winnow(*arguments: object) -> tuple[int, str]:
+def run(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, " ".join(result.stderr.split())
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def winnow(*arguments: object) -> tuple[int, str]:
+    code, _, error = run(*arguments)
+    return code, error
 
 
 @pytest.mark.parametrize(
@@ -72,3 +78,43 @@ def test_a_scaled_block_is_refused_before_a_byte_is_written(tmp_path: Path) -> N
     assert not list((tmp_path / "data").rglob("receipts/*"))
     with pytest.raises(ConfigError, match="is not known"):
         Subject.load(tmp_path / "subject").sites(["mlp_in.1"])
+
+
+def test_a_router_is_planned_harvested_derived_from_and_trained_on(tmp_path: Path) -> None:
+    """Its rows are narrower than the stream; the families that replace them are left out."""
+    make_subject(
+        tmp_path / "subject", "mixtral", layers=2, width=16, num_local_experts=8, num_experts_per_tok=2
+    )
+    hooks = {"hooks": ["router.1", "resid_post.1"]}
+    path = pipeline_config(
+        tmp_path, units=2, plan=hooks, train={"hook": "router.1", "epochs": 1, "latents": 16, "k": 2}
+    )
+    code, forecast, _ = run("harvest", path, "--forecast", "--json")
+    assert code == 0
+    assert json.loads(forecast)["bytes_to_do"] >= 3 * 64 * 16 * (8 + 16) * 2
+    code, error = winnow("harvest", path, "--single-writer", "--json")
+    assert code == 0, error
+    config = load_config(path)
+    store = ActivationStore.open(config.root)
+    assert (store.d_model("router.1"), store.d_model("resid_post.1")) == (8, 16)
+    code, told, _ = run("info", config.root)
+    assert code == 0
+    assert "router.1" in told
+    code, error = winnow("derive", config.root, tmp_path / "half", "--dtype", "float32", "--single-writer")
+    assert code == 0, error
+    assert ActivationStore.open(str(tmp_path / "half")).d_model("router.1") == 8
+    code, error = winnow("train", path, "--json")
+    assert code == 0, error
+    code, error = winnow("evaluate", tmp_path / "run", "--config", path, "--metrics", "reconstruction")
+    assert code == 0, error
+    code, error = winnow("evaluate", tmp_path / "run", "--config", path, "--metrics", "downstream")
+    assert code == 2
+    assert "the rows at router.1 cannot be replaced" in error
+
+
+def test_a_router_of_a_dense_subject_is_refused(tmp_path: Path) -> None:
+    path = pipeline_config(tmp_path, units=2, plan={"hooks": ["router.1"]})
+    code, error = winnow("harvest", path, "--single-writer")
+    assert code == 2
+    assert "block 1 of 'llama' has no router of experts that is known" in error
+    assert not (tmp_path / "data").exists()

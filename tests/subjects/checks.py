@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from tests.subjects.catalogue import CLASSES, NOT_BUILT, TOKENS, VARIANTS, VISION, make_subject
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
-from winnow.schemas.subject import HOOK_SITES
+from winnow.schemas.subject import HOOK_SITES, read_only
 from winnow.subject import Subject
 from winnow.subject.generate import Steer
 from winnow.subject.tail import Tail
@@ -148,6 +148,7 @@ class _Examination:
         for what, check in (
             ("resid against hidden_states", self.hidden_states),
             ("residual identity", self.residual_identity),
+            ("router against experts", self.routers),
             ("batch of 1 against 8", self.batches),
             ("identity replacement", self.identity),
             ("zero replacement", self.zero),
@@ -252,6 +253,25 @@ class _Examination:
                 f"mlp_in.{layer}", given, self.subject.model.get_submodule(norm)(middle) if norm else middle
             )
 
+    def routers(self) -> None:
+        """What the bare model's experts are given to do follows from the logits that were read."""
+        for hook, rows in [(hook, rows) for hook, rows in self.rows.items() if read_only(hook)]:
+            router = self.subject.layout.router(int(hook.rpartition(".")[2]))
+            assert router is not None
+            path = f"{self.subject.layout.blocks}.{hook.rpartition('.')[2]}.{router.experts}"
+            logits = rows.flatten(0, 1)
+            with _given(self.subject.model.get_submodule(path)) as given:
+                self.subject.logits(self.ids)
+            chosen = next((value for value in given if value.dtype == torch.int64), None)
+            if chosen is None:  # Llama 4 runs every expert on rows times their weights
+                continue
+            weights = next(value for value in given if value.shape == chosen.shape and value is not chosen)
+            own = logits.gather(1, chosen)
+            largest = torch.equal(own.sort(1).values, logits.topk(chosen.shape[1]).values.sort(1).values)
+            rising = weights.gather(1, own.argsort(1)).diff(dim=1)
+            if not largest and (chosen.shape[1] < 2 or bool((rising < -1e-5).any())):
+                raise WrongNumber(f"{hook}: other experts than its logits say")
+
     def batches(self) -> None:
         logits = self.subject.logits(self.ids)
         for window in range(WINDOWS):
@@ -265,7 +285,18 @@ class _Examination:
         ids = self.ids[:2]
         clean = self.subject.logits(ids)
         for hook in self.hooks:
-            _same(hook, self.subject.logits(ids, {hook: lambda rows: rows}), clean, exact=True)
+            if read_only(hook):
+                self.refused(hook)
+            else:
+                _same(hook, self.subject.logits(ids, {hook: lambda rows: rows}), clean, exact=True)
+
+    def refused(self, hook: str) -> None:
+        """What would have no effect is not accepted in silence."""
+        try:
+            self.subject.logits(self.ids[:2], {hook: torch.zeros_like})
+        except ConfigError:
+            return
+        raise WrongNumber(f"{hook} was replaced, though nothing reads it")
 
     def zero(self) -> None:
         """What takes the place of a row is what the next block gets; parts of zero add nothing."""
@@ -273,9 +304,9 @@ class _Examination:
         clean = self.subject.logits(ids)
         for layer in self.layers:
             for hook in [f"{site}.{layer}" for site in HOOK_SITES]:
-                if hook in self.hooks and torch.equal(
-                    self.subject.logits(ids, {hook: torch.zeros_like}), clean
-                ):
+                if read_only(hook) or hook not in self.hooks:
+                    continue
+                if torch.equal(self.subject.logits(ids, {hook: torch.zeros_like}), clean):
                     raise WrongNumber(f"{hook} replaced by zeros changes nothing")
             hook = f"resid_post.{layer}"
             if hook in self.hooks and layer + 1 < len(self.layers):
@@ -337,7 +368,8 @@ class _Examination:
 
     def tail(self) -> str:
         """Whole windows patched from the hook on, and one row changed with a cache; each right or refused."""
-        hooks = [f"{site}.{layer}" for site, layer in zip(HOOK_SITES, (2, 1, 2, 1, 1, 2, 1), strict=True)]
+        sites = [site for site in HOOK_SITES if not read_only(f"{site}.0")]
+        hooks = [f"{site}.{layer}" for site, layer in zip(sites, (2, 1, 2, 1, 1, 2, 1), strict=True)]
         hooks = [hook for hook in hooks if hook in self.hooks]
         if not hooks:
             return "—"
@@ -421,6 +453,21 @@ def _sae(width: int) -> Sae:
         sae.W_enc.normal_()
         sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_enc, dim=1))
     return sae
+
+
+@contextmanager
+def _given(module: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """All tensors that a module is given while this is open."""
+    got: list[Tensor] = []
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        got.extend(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield got
+    finally:
+        handle.remove()
 
 
 @contextmanager

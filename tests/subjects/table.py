@@ -40,6 +40,8 @@ compared with the bare transformers model.
   and `resid_post = resid_pre + attn_out + mlp_out` and `resid_mid = resid_pre + attn_out` (`resid_pre` where
   attention and MLP run in parallel) if all are present, the MLP's norm of `resid_mid` is `mlp_in`, and the
   projection of `attn_z`, normed where the block norms it, is `attn_out`. A site that is not named is refused.
+  `router` is read-only: the experts that a block runs are those of the largest logits, or the weights of
+  their outputs rise with their logits where a bias has a say in the choice.
   Outside the table of subject/layout.py, parts are found by their names and proved at load; a model whose
   config scales what a block adds (Granite's `residual_multiplier`) loses them.
   Module paths can be read on every subject that loads.

@@ -16,19 +16,23 @@ FAMILIES = {
     "bert, is_decoder": (RESIDUAL, "right", "cached", "right", "refused"),
     "gemma2": (ALL, "right", "cached", "right", "apart"),
     "gemma3": (ALL, "right", "cached", "right", "apart"),
+    "deepseek_v3": (f"{ALL}, router (layers 1, 2, 3)", "right", "cached", "right", "apart"),
+    "gemma4_text, experts": (f"{RESIDUAL}, router", "right", "cached", "right", "apart"),
     "gemma4_text, shared keys": (RESIDUAL, "right", "cached", "right", "apart"),
     "mamba": (RESIDUAL, "right", "cached", "right", "refused"),
     "llava": (ALL, "right", "cached", "right", "apart"),
-    "mixtral": (ALL, "right", "cached", "right", "apart"),
+    "llama4_text": (f"{RESIDUAL}, router", "right", "cached", "right", "apart"),
+    "mixtral": (f"{ALL}, router", "right", "cached", "right", "apart"),
     "openai-gpt": (RESIDUAL, "right", "whole passes", "right", "refused"),
     "phi3, longrope": (ALL, "right", "cached in parts", "right", "apart"),
     "qwen3_5_text": (f"{ALL} (layers 3)", "right", "cached", "right", "refused"),
     "zaya": (RESIDUAL, "right", "cached", "right", "refused"),
 }
 """Sites, truncation, generation, tail and documents of: state space beside attention (which alone has heads),
-an encoder made causal, soft caps, text and images, keys of other layers, a state space alone, a text tower,
-experts, no cache, rows that depend on the window's length, linear attention, and blocks that hand on more
-than the stream."""
+an encoder made causal, experts in whose choice a bias has a say, soft caps, text and images, experts chosen
+by probabilities, keys of other layers, experts that all run, a state space alone, a text tower, experts, no
+cache, rows that depend on the window's length, linear attention, and blocks that hand on more than the
+stream."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -51,4 +55,4 @@ def test_refused_with_a_sentence(name: str, what: str, sentence: str, tmp_path: 
     row = examine(name, tmp_path)
     assert not row.faults
     assert any(said == what and sentence in text for said, text in row.notes)
-    assert row.sites in ("—", "none")
+    assert row.sites in ("—", "none", "router")

@@ -279,7 +279,7 @@ def test_names_resolve_to_modules() -> None:
         ("resid_post.03", "Near ones: resid_post."),
         (
             "resid_post",
-            "resid_pre|resid_post|attn_out|mlp_out|resid_mid|mlp_in|attn_z with a layer from 0 to 29",
+            "resid_pre|resid_post|attn_out|mlp_out|resid_mid|mlp_in|attn_z|router with a layer from 0 to 29",
         ),
         ("resid_post.-1", "is not a place in this llama subject"),
         ("model.layers.3.mpl", "Near ones: model.layers.3.mlp"),
