@@ -63,7 +63,7 @@ def index(
 ) -> float:
     """Seconds that an index takes, without loading models."""
     store, scratch = open_index_store(out, None)
-    indexer = Indexer(dataset, root, sae, store, scratch, spec, subject)
+    indexer = Indexer(dataset, root, sae, store, scratch, spec, {"": subject})
     # Loaded before the clock starts; the indexer would load it with the first part.
     if spec.logits:
         subject.whole()

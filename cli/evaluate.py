@@ -115,12 +115,13 @@ def evaluate_command(
 
 def _config(path: Path | None, root: str | None, sets: list[str], sae: str) -> Config:
     from winnow.common.config_file import load_config
+    from winnow.evaluator.set_setting import named_root
     from winnow.schemas.config import Config
 
     if path is not None:
         # Last, so that it wins, and quoted: the value of a --set is YAML, where `runs/a #1` holds a comment.
         return load_config(path, [*sets, *([f"root={json.dumps(root)}"] if root else [])])
-    root = root or _root_of_roots(sae)
+    root = root or named_root(sae)
     if root is None:
         raise ConfigError(
             "the dataset", expected="--root URI or --config FILE", got="neither", fix="Name its root"
@@ -129,18 +130,6 @@ def _config(path: Path | None, root: str | None, sets: list[str], sae: str) -> C
     if sets:
         raise ConfigError("--set", expected="it together with --config", got="no config")
     return Config(root=root)
-
-
-def _root_of_roots(sae: str) -> str | None:
-    """Of an SAE of several datasets: the first of them, as its card names it."""
-    from winnow.sae.model import read_card, read_set_card
-    from winnow.store.objects import open_store
-
-    store = open_store(sae)
-    if read_set_card(store) is not None:
-        return None
-    spec = read_card(store, sae).spec
-    return next(iter(spec.roots.values())) if spec is not None and spec.roots else None
 
 
 def _show(found: Evaluation) -> None:

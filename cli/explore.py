@@ -142,12 +142,14 @@ def _make_spec(units: int | None, rows: str | None, top: int, logits: int, neigh
 
 
 def _show(meta: FeatureIndex, out: str) -> None:
+    hooks = " and ".join(part.hook for part in meta.parts) or meta.hook
     print_table(
-        f"index of {meta.hook} → {out}",
+        f"index of {hooks} → {out}",
         [
             ("latents", f"{meta.latents:,}"),
             ("windows read", f"{meta.windows:,}"),
             ("rows read", f"{meta.rows:,}"),
+            *([("of rows with", meta.spec.rows.words)] if meta.spec.rows else []),
             # Absent in an index made before this was recorded.
             *([("how they begin", meta.window.words)] if meta.window else []),
             ("made", meta.created),

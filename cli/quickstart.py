@@ -118,7 +118,7 @@ def _run(config: Config, out: str) -> dict[str, Any]:
     say("2 of 3: train the autoencoder")
     summary = train(config, after_train=measure_in_subject)
     say("3 of 3: index, what each latent fires on")
-    place = Place(config.root, config.subject, config.storage)
+    place = Place.in_config(config)
     index = make_index(out, place, default_index(out), None, IndexSpec())
     return {
         "root": config.root,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from winnow.common.device import resolve_device
 from winnow.evaluator.setting import OnDataset, Setting, restricted, subject_spec_of
-from winnow.sae.model import Sae, read_set_card
+from winnow.sae.model import Sae, read_card, read_set_card
 from winnow.sae.sets import TranscoderSet
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.config import StorageSpec
@@ -163,6 +163,18 @@ class SetSetting(OnDataset):
                     {layer: rows[f"{WRITES}.{layer}"] for layer in self.whole.layers},
                     windows[part][keep],
                 )
+
+
+def named_root(uri: str, storage: StorageSpec | None = None) -> str | None:
+    """Of an SAE of several datasets: the address of the first of them, as its card names it; else None.
+
+    Raises:
+        MissingObject: There is no SAE at `uri`.
+    """
+    store = open_store(uri, storage or StorageSpec())
+    if read_set_card(store) is not None:
+        return None
+    return next(iter(read_card(store, uri).roots.values()), None)
 
 
 def open_setting(

@@ -25,7 +25,7 @@ from winnow.schemas.fit import check_dataset, check_subject, other_windows
 from winnow.schemas.harvest import HarvestPlan
 from winnow.schemas.layers import layer_folder
 from winnow.schemas.readings import RowsSpec
-from winnow.schemas.subject import SubjectSpec, read_only
+from winnow.schemas.subject import SubjectIdentity, SubjectSpec, read_only
 from winnow.schemas.training import SaeCard, SaeIdentity
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
@@ -186,14 +186,13 @@ class Setting(OnDataset):
         """
         storage = storage or StorageSpec()
         card = read_card(open_store(uri, storage), uri)
-        named = card.spec.roots if card.spec is not None else None
-        dataset = open_roots(root, (roots or named) if "/" in card.hook else None, storage)
+        dataset = open_roots(root, (roots or card.roots) if "/" in card.hook else None, storage)
         chosen = subject_spec_of(dataset.plan, subject)
         device = resolve_device(chosen.device)
         sae = Sae.load(uri, device=device, storage=storage)
         assert sae.card is not None
         # Everything that can be refused without the subject, before a family spends time.
-        check_dataset(uri, sae.card, dataset.plan, targets=True, several=True)
+        check_dataset(uri, sae.card, dataset.plan, targets=True)
         if (warning := other_windows(uri, sae.card, dataset.plan)) is not None:
             log.warning(warning)
         spec, dataset = restricted(spec or EvaluateSpec(), sae.card.rows, dataset)
@@ -359,14 +358,14 @@ class Setting(OnDataset):
         return torch.from_numpy(read[0] if len(read) == 1 else np.concatenate(read, 1)).to(self.device)
 
 
-def part_names(setting: Setting) -> list[str]:
+def part_names(card: SaeCard) -> list[str]:
     """Name the parts of a crosscoder for ids: by dataset if each has one hook, otherwise by hook.
 
     Other SAEs have none.
     """
-    if not setting.card.with_hooks:
+    if not card.with_hooks:
         return []
-    hooks = setting.card.input_hooks
+    hooks = card.input_hooks
     roots = [hook.rpartition("/")[0] for hook in hooks]
     if len(set(roots)) == len(hooks):
         return roots
@@ -385,17 +384,32 @@ def subjects_of(dataset: JoinedStore, stated: SubjectSpec, places: Mapping[str, 
         ConfigError: A name that is none of the datasets', or nothing loadable is there.
         SaeMismatch: Weights are not those that were harvested.
     """
-    if unknown := set(places) - set(dataset.parts):
-        known = ", ".join(dataset.parts)
-        raise ConfigError("evaluate.subjects", expected=f"names of {known}", got=sorted(unknown))
+    planned = {name: part.plan.subject for name, part in dataset.parts.items()}
     found: dict[str, Subject] = {}
-    for name, part in dataset.parts.items():
+    for name, spec in subject_specs_of(planned, stated, places).items():
+        found[name] = Subject.load(spec)
+        check_subject(found[name].identity, planned[name])
+    return found
+
+
+def subject_specs_of(
+    planned: Mapping[str, SubjectIdentity], stated: SubjectSpec, places: Mapping[str, str]
+) -> dict[str, SubjectSpec]:
+    """Return the spec that loads the subject of each of several datasets; arguments as for `subjects_of`.
+
+    Raises:
+        ConfigError: A name that is none of the datasets'.
+    """
+    if unknown := set(places) - set(planned):
+        known = ", ".join(planned)
+        raise ConfigError("evaluate.subjects", expected=f"names of {known}", got=sorted(unknown))
+    found: dict[str, SubjectSpec] = {}
+    for name, subject in planned.items():
         where: dict[str, Any] = {"device": stated.device, "device_map": stated.device_map}
         where["trust_remote_code"] = stated.trust_remote_code
         if name in places:
             where |= {"model": places[name], "revision": None}
-        found[name] = Subject.load(part.plan.subject.spec().model_copy(update=where))
-        check_subject(found[name].identity, part.plan.subject)
+        found[name] = subject.spec().model_copy(update=where)
     return found
 
 

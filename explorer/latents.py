@@ -27,7 +27,7 @@ from winnow.common.config_file import load_config
 from winnow.explorer.index.make import make_index
 from winnow.explorer.place import Place, default_index
 from winnow.explorer.site.card import Card
-from winnow.explorer.site.desk import open_desk
+from winnow.explorer.site.desk import Desk, open_desk
 from winnow.explorer.site.exhibit import Exhibit
 from winnow.explorer.site.export import visible
 from winnow.explorer.site.monitor import MAX_TOKENS
@@ -157,9 +157,9 @@ class Latents:
         exhibit: The index and the SAE, as the explorer's server holds them.
     """
 
-    def __init__(self, exhibit: Exhibit, subject: Any) -> None:
+    def __init__(self, exhibit: Exhibit, desk: Desk) -> None:
         self.exhibit = exhibit
-        self._subject = subject
+        self._desk = desk
 
     @classmethod
     def open(
@@ -177,31 +177,36 @@ class Latents:
         """
         uri = str(sae)
         desk = open_desk([uri], [at] if at else None, _place(config), seats=1)
-        if len(desk.exhibits) != 1 or desk.subject is None:
+        if len(desk.exhibits) != 1 or not desk.subjects:
             raise ConfigError(
                 f"{uri} is a set of several layers",
                 expected="one SAE",
                 got=f"{len(desk.exhibits)} layers",
                 fix=f"Name one of them, such as {desk.exhibits[0].uri if desk.exhibits else uri}",
             )
-        return cls(desk.exhibits[0], desk.subject)
+        return cls(desk.exhibits[0], desk)
 
     def __len__(self) -> int:
         return int(self.exhibit.table.meta.latents)
 
     def __repr__(self) -> str:
         meta = self.exhibit.table.meta
-        return f"{len(self):,} latents of {self.exhibit.uri}, {meta.hook} of {meta.subject.model}"
+        hooks = ", ".join(part.hook for part in meta.parts) or meta.hook
+        return f"{len(self):,} latents of {self.exhibit.uri}, {hooks} of {meta.subject.model}"
 
     @property
     def subject(self) -> Subject:
-        """The language model, loaded when it is first needed."""
-        return self._subject.whole()
+        """The language model, loaded when it is first needed.
+
+        Raises:
+            ConfigError: It is a crosscoder of several.
+        """
+        return self._desk.model()
 
     @property
     def sae(self) -> Sae:
         """The SAE, on the subject's device."""
-        return self.exhibit.sae(self._subject.device)
+        return self.exhibit.sae(next(iter(self._desk.subjects.values())).device)
 
     # ---- from the index ----------------------------------------------------------------------------
 
@@ -289,8 +294,9 @@ class Latents:
         """How the predictions on a text change if a latent is set to 0; the SAE's error is kept.
 
         Raises:
-            ConfigError: No such latent, or the text is empty or too long.
+            ConfigError: No such latent, the text is empty or too long, or the SAE is a crosscoder.
         """
+        self.exhibit.require_one_hook("an ablation")
         self._checked(latent)
         reading = self._reading(text)
         drop = self.exhibit.table.meta.drop_leading
@@ -317,8 +323,10 @@ class Latents:
             seed: Of the draws, the same for both texts.
 
         Raises:
-            ConfigError: No such latent, a prompt of unsuitable length, or a number out of range.
+            ConfigError: No such latent, a prompt of unsuitable length, a number out of range, or the SAE is a
+                crosscoder.
         """
+        self.exhibit.require_one_hook("steering")
         meta = self.exhibit.table.meta
         steers = [
             Steer(self.sae, latent, "clamp", strength * self.brief(latent).largest, skip=meta.drop_leading)
@@ -336,9 +344,10 @@ class Latents:
 
     def _reading(self, text: str) -> Reading:
         meta = self.exhibit.table.meta
-        ids = tokenise(self.subject, text, MAX_TOKENS, self.exhibit.window)
+        subjects = self._desk.readers(self.exhibit)
+        ids = tokenise(next(iter(subjects.values())), text, MAX_TOKENS, self.exhibit.window)
         return read_tokens(
-            self.subject, self.sae, ids, drop_leading=meta.drop_leading, sink_multiple=meta.sink_multiple
+            subjects, self.sae, ids, drop_leading=meta.drop_leading, sink_multiple=meta.sink_multiple
         )
 
     def _checked(self, latent: int) -> int:
@@ -375,4 +384,4 @@ def _place(config: Settings | None) -> Place:
     if config is None:
         return Place(None, None, StorageSpec())
     settings = config if isinstance(config, Config) else load_config(Path(config))
-    return Place(settings.root, settings.subject, settings.storage)
+    return Place.in_config(settings)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from winnow.common.config_file import load_config
-from winnow.schemas.config import StorageSpec
+from winnow.schemas.config import Config, StorageSpec
 from winnow.schemas.layers import layer_folder
 from winnow.schemas.sets import SetCard
 from winnow.schemas.subject import SubjectSpec
@@ -19,6 +19,10 @@ class Place(NamedTuple):
     root: str | None
     subject: SubjectSpec | None
     storage: StorageSpec
+    roots: dict[str, str] | None = None
+    """Of an SAE of several datasets: where they are, if not where its card says (`train.roots`)."""
+    subjects: dict[str, str] = {}
+    """Of such an SAE: where a subject's files are, if not where its plan says (`evaluate.subjects`)."""
 
     @classmethod
     def of(cls, config: Path | None, root: str | None) -> Place:
@@ -26,7 +30,14 @@ class Place(NamedTuple):
         if config is None:
             return cls(root, None, StorageSpec())
         settings = load_config(config, [f"root={json.dumps(root)}"] if root else [])
-        return cls(settings.root, settings.subject, settings.storage)
+        return cls.in_config(settings)
+
+    @classmethod
+    def in_config(cls, settings: Config) -> Place:
+        """What a config says."""
+        roots = settings.train.roots if settings.train is not None else None
+        places = settings.evaluate.subjects
+        return cls(settings.root, settings.subject, settings.storage, roots, places)
 
 
 def default_index(sae: str) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from winnow.schemas.base import Artefact, Contract, HookName, Sha256
+from winnow.schemas.base import Artefact, Contract, HookName, ReadHook, RootName, Sha256
 from winnow.schemas.readings import RowsSpec
 from winnow.schemas.subject import SubjectIdentity
 from winnow.schemas.window import WindowRule
@@ -44,6 +44,17 @@ class IndexSpec(Contract):
     trained on."""
 
 
+class IndexPart(Contract):
+    """A part of a crosscoder: one of the hooks that it reads."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$", max_length=241)
+    """Its name in figures: that of its dataset, or of its hook if several hooks are of one dataset."""
+    hook: ReadHook
+    """The hook that it reads."""
+    d_model: int = Field(gt=0)
+    """Width D of the activations there."""
+
+
 class FeatureIndex(Artefact):
     """`index.json`: the index is complete. It is written last.
 
@@ -56,13 +67,15 @@ class FeatureIndex(Artefact):
     """The spec it was built from."""
     sae_sha256: Sha256
     """Digest of the SAE's weights."""
-    hook: HookName
-    """The hook that the SAE reads."""
+    hook: ReadHook
+    """The hook that the SAE reads; of a crosscoder, the first one."""
     # Left out of the JSON while empty: the index of an autoencoder is written as before the field existed.
     target_hooks: tuple[HookName, ...] = Field(default=(), exclude_if=lambda hooks: not hooks)
     """The hooks that a transcoder predicts; empty for other SAEs."""
+    parts: tuple[IndexPart, ...] = Field(default=(), exclude_if=lambda parts: not parts)
+    """The parts of a crosscoder, in the order in which rows are concatenated; empty for other SAEs."""
     d_model: int = Field(gt=0)
-    """Width D of the activations at the hook."""
+    """Width D of the activations at the hook; of a crosscoder, of all parts together."""
     latents: int = Field(gt=0)
     """Number of latents N."""
     part_latents: int = Field(gt=0)
@@ -71,12 +84,16 @@ class FeatureIndex(Artefact):
     """Latents per row group, which is the least that a feature page reads."""
     root: str = Field(min_length=1, max_length=4096)
     """Address of the dataset as it was given when the index was built."""
+    roots: dict[RootName, str] = Field(default={}, exclude_if=lambda roots: not roots)
+    """Of an SAE of several datasets: their addresses by name. `root` is then one of them."""
     plan_fingerprint: Sha256
     """Fingerprint of the dataset's plan."""
     dataset_sha256: Sha256 | None
     """Digest of the dataset; null if it was not sealed."""
     subject: SubjectIdentity
-    """The subject that the dataset was harvested from."""
+    """The subject that the dataset was harvested from; of several datasets, all of their subjects as one."""
+    subjects: dict[RootName, SubjectIdentity] = Field(default={}, exclude_if=lambda subjects: not subjects)
+    """Of an SAE of several datasets: the subject of each, by the name of the dataset. Empty otherwise."""
     context_length: int = Field(gt=0)
     """Window length T in tokens."""
     drop_leading: int = Field(ge=0)

@@ -30,9 +30,7 @@ def mismatch(
     return SaeMismatch(f"the {what} of {name}", expected=f"{expected} ({of}'s)", got=got, fix=fix)
 
 
-def check_dataset(
-    name: str, card: SaeCard, plan: HarvestPlan, *, targets: bool = False, several: bool = False
-) -> None:
+def check_dataset(name: str, card: SaeCard, plan: HarvestPlan, *, targets: bool = False) -> None:
     """Check that a dataset contains the rows that an SAE reads.
 
     Args:
@@ -40,19 +38,10 @@ def check_dataset(
         card: The SAE's card.
         plan: The dataset's plan.
         targets: Also check those that a transcoder predicts.
-        several: Accept a crosscoder.
 
     Raises:
-        SaeMismatch: The SAE reads several hooks unasked, or one that the dataset lacks, of another width or
-            subject.
+        SaeMismatch: The SAE reads a hook that the dataset lacks, or of another width or subject.
     """
-    if card.with_hooks and not several:
-        raise SaeMismatch(
-            f"the hooks of {name}",
-            expected="one hook",
-            got=f"a crosscoder of {', '.join(card.input_hooks)}",
-            fix="Of crosscoders, `winnow evaluate` measures reconstruction, downstream and diffing",
-        )
     for hook, held_width in zip(card.input_hooks, card.parts.widths or (card.d_model,), strict=True):
         if hook not in plan.spec.hooks:
             held = f"one of {', '.join(plan.spec.hooks)}"

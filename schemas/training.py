@@ -571,6 +571,11 @@ class SaeCard(Artefact):
         return self.spec.rows if self.spec is not None else RowsSpec()
 
     @property
+    def roots(self) -> dict[str, str]:
+        """Of an SAE of several datasets: where they were when it was trained. Empty otherwise."""
+        return (self.spec.roots if self.spec is not None else None) or {}
+
+    @property
     def input_hooks(self) -> tuple[str, ...]:
         """The hooks whose rows, joined, are the input."""
         return (self.hook, *self.with_hooks)

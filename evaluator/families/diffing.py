@@ -40,6 +40,18 @@ def relative_norms(sae: Sae) -> Tensor:
     return norms / norms.sum(dim=1, keepdim=True)
 
 
+def owners(norms: NDArray[np.float64]) -> NDArray[np.int64]:
+    """int64 [N]: the part that each latent belongs to alone, H if all share it, -1 otherwise.
+
+    Args:
+        norms: Relative norms [N, H]; not finite if a latent has no direction.
+    """
+    parts = norms.shape[1]
+    found = np.where((norms >= SHARED / parts).all(axis=1), parts, -1)
+    alone = norms > ONLY
+    return np.where(alone.any(axis=1), alone.argmax(axis=1), found)
+
+
 def _decoders(sae: Sae) -> tuple[Tensor, ...]:
     """The decoder of each part, [N, D]."""
     return sae.W_dec.detach().split(list(sae.parts.widths), dim=1)
@@ -142,14 +154,15 @@ def _kept(codes: Codes) -> Codes:
 
 def _report(setting: Setting, firings: NDArray[np.int64], rows: int, scaling: Scaling | None) -> Measured:
     """The figures, over the latents that are active on the held-out rows."""
-    names = part_names(setting)
+    names = part_names(setting.card)
     norms = relative_norms(setting.sae).cpu().numpy()
     active = (firings > 0) & np.isfinite(norms).all(axis=1)
     ratios = None
     if scaling is not None:
         ratios = [ratio.cpu().numpy() for ratio in scaling.ratios()]
-    only = {name: active & (norms[:, part] > ONLY) for part, name in enumerate(names)}
-    shared = active & (norms >= SHARED / len(names)).all(axis=1)
+    owner = owners(norms)
+    only = {name: active & (owner == part) for part, name in enumerate(names)}
+    shared = active & (owner == len(names))
     count = int(active.sum())
     note = f"of {count:,} latents active on {rows:,} held-out rows: a count, no sample"
 

@@ -112,7 +112,7 @@ def _widths(setting: Setting) -> dict[str, int]:
     """The FVUs that are measured, with the width of their rows: of a crosscoder also each part's."""
     spaces = ("fvu_normalised", "fvu_raw")
     found: dict[str, int] = dict.fromkeys(spaces, setting.sae.d_out)
-    for name, width in zip(part_names(setting), setting.sae.parts.widths, strict=True):
+    for name, width in zip(part_names(setting.card), setting.sae.parts.widths, strict=True):
         found |= {f"{space}.{name}": width for space in spaces}
     return found
 
@@ -124,7 +124,7 @@ def _by_part(
     found, widths = dict(pairs), list(setting.sae.parts.widths)
     for space, pair in pairs.items() if widths else ():
         true, given = (rows.split(widths, dim=1) for rows in pair)
-        for part, name in enumerate(part_names(setting)):
+        for part, name in enumerate(part_names(setting.card)):
             found[f"{space}.{name}"] = true[part], given[part]
     return found
 

@@ -5,6 +5,7 @@ Letters: R rows of a unit, D d_model, N latents, E active entries of a unit.
 A *block* is one unit's codes in a local folder of `.npy` files, written once and renamed into place:
 
     latent_start [N+1], row [E], value [E]    entries by (latent, row): those of a latent are contiguous
+                                              of a crosscoder value is [E, 1 + H] (`parts`)
     row_start [R+1], latent [E]               the same entries by row
     tokens [W, T], read [R]                   the unit's tokens, and which rows have weight above 0
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from winnow.explorer.index.parts import contributions
 from winnow.sae.model import Sae
 from winnow.store import ActivationStore
 from winnow.store.format import layout
@@ -66,7 +68,7 @@ def make_block(dataset: ActivationStore, sae: Sae, hooks: Sequence[str], unit: i
     Args:
         dataset: Holds the rows.
         sae: Encodes them.
-        hooks: The hook that the SAE reads, and others whose sinks are left out too.
+        hooks: The hooks that the SAE reads, and others whose sinks are left out too.
         unit: Number of the unit.
         scratch: Folder of all blocks.
 
@@ -103,7 +105,11 @@ def make_block(dataset: ActivationStore, sae: Sae, hooks: Sequence[str], unit: i
 def _encode_unit(
     dataset: ActivationStore, sae: Sae, hooks: Sequence[str], unit: int, planned: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.float32]]:
-    """Active entries of one unit: (planned row, latent, value), each [E], in any order."""
+    """Active entries of one unit: (planned row, latent, value), each [E], in any order.
+
+    Of a crosscoder the values are [E, 1 + H]: the activation, and what each part contributes to it.
+    """
+    reads = hooks[: len(sae.parts.widths) or 1]
     device, size = sae.W_dec.device, dataset.plan.rows_per_unit
     # At least a slice per read: a slice is what the store fetches and verifies.
     chunk = max(dataset.plan.rows_per_slice, READ_BYTES // (4 * sae.d_model))
@@ -115,18 +121,24 @@ def _encode_unit(
         keep = np.flatnonzero(dataset.weights(hooks, unit * size + first, unit * size + stop) > 0)
         if not len(keep):
             continue
-        rows = torch.from_numpy(dataset.read_rows(hooks[0], unit * size + first, unit * size + stop))
+        read = [dataset.read_rows(hook, unit * size + first, unit * size + stop) for hook in reads]
+        rows = torch.from_numpy(read[0] if len(read) == 1 else np.concatenate(read, axis=1))
         rows = rows if len(keep) == len(rows) else rows[torch.from_numpy(keep)]
         for low in range(0, len(rows), step):
+            x = rows[low : low + step].to(device)
             with torch.no_grad():
-                values, indices = sae.encode(rows[low : low + step].to(device))
-            values, indices = values.float().cpu().numpy(), indices.cpu().numpy()
+                found, slots = sae.encode(x)
+                shares = contributions(sae, x, slots).float().cpu().numpy() if sae.parts.widths else None
+            values, indices = found.float().cpu().numpy(), slots.cpu().numpy()
             # A slot of value 0 is padding, and its index means nothing.
             at, slot = np.nonzero(values > 0)
+            if shares is not None:
+                values = np.concatenate([values[..., None], shares], axis=2)
             where = planned[first + keep[low + at]]
             parts.append((where.astype(np.uint32), indices[at, slot].astype(np.uint32), values[at, slot]))
     if not parts:
-        return np.empty(0, np.uint32), np.empty(0, np.uint32), np.empty(0, np.float32)
+        wide = (1 + len(sae.parts.widths),) if sae.parts.widths else ()
+        return np.empty(0, np.uint32), np.empty(0, np.uint32), np.empty((0, *wide), np.float32)
     row, latent, value = (np.concatenate(column) for column in zip(*parts, strict=True))
     return row, latent, value
 
@@ -144,7 +156,7 @@ def transposed(
     Args:
         row: [E], below `rows`.
         latent: [E], below `latents`.
-        value: [E].
+        value: [E], or [E, 1 + H].
         rows: R.
         latents: N.
     """
@@ -178,7 +190,7 @@ def merge(
     """All entries of latents `first` to `stop - 1`, over blocks of equal size in the order given. Pure.
 
     Returns:
-        (start [stop - first + 1], row [E], value [E]): entries of latent `first + i` are
+        (start [stop - first + 1], row [E], value [E] or [E, 1 + H]): entries of latent `first + i` are
         `start[i]:start[i + 1]`, by ascending row; rows are numbered over all blocks.
     """
     size = len(blocks[0].row_start) - 1

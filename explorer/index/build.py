@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,17 +26,13 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from winnow.evaluator.families.diffing import relative_norms
 from winnow.explorer.index import latents as per_latent
 from winnow.explorer.index.blocks import Block, block_folder, firing_counts, make_block, merge
-from winnow.explorer.index.directions import (
-    DirectLogits,
-    nearest,
-    principal,
-    stream_rows,
-    token_texts,
-    unit_rows,
-)
-from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.index.directions import nearest, principal, token_texts, unit_rows
+from winnow.explorer.index.parts import AXIS, index_parts
+from winnow.explorer.index.promoted import promoted_columns
+from winnow.explorer.index.subjects import LazySubject, lazy_subjects
 from winnow.explorer.index.table import (
     COMPONENTS,
     GROUP_LATENTS,
@@ -53,7 +49,7 @@ from winnow.explorer.index.table import (
     lists,
     part_key,
 )
-from winnow.sae.model import Sae
+from winnow.sae.model import Sae, read_card
 from winnow.schemas.base import Contract, Sha256
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, MissingObject
@@ -63,6 +59,7 @@ from winnow.schemas.subject import SubjectSpec
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import ObjectStore, open_store
+from winnow.store.read.joined import open_roots
 
 _INPUTS_KEY = "making.json"
 """In the scratch folder: the inputs of the blocks and parts there."""
@@ -92,6 +89,10 @@ class Recipe:
     subject: SubjectSpec | None = None
     storage: StorageSpec = field(default_factory=StorageSpec)
     part_latents: int = PART_LATENTS
+    roots: Mapping[str, str] | None = None
+    """Of an SAE of several datasets: where they are; None takes those that its card names."""
+    subjects: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of such an SAE: where a subject's files are, if not where its plan says."""
 
     def open(self, subject: LazySubject | None = None) -> Indexer:
         """Open dataset, SAE and index; the subject is loaded when it is needed.
@@ -101,15 +102,22 @@ class Recipe:
 
         Raises:
             SaeMismatch: The dataset does not hold what the SAE reads.
+            PlanMismatch: The datasets of an SAE of several are not aligned.
             ConfigError: The dataset's windows are no text, or the index is remote without a scratch folder.
             MissingObject, IntegrityError: The SAE does not exist or is damaged.
         """
-        dataset = ActivationStore.open(self.root, self.storage)
-        dataset.require_text()
-        subject = subject or LazySubject(self.subject, dataset.plan.subject)
-        sae = Sae.load(self.sae, device=subject.device, storage=self.storage)
+        card = read_card(open_store(self.sae, self.storage), self.sae)
+        named = (self.roots or card.roots) if "/" in card.hook else None
+        dataset = open_roots(self.root, named, self.storage)
+        for part in dataset.datasets:
+            part.require_text()
+        subjects = {"": subject} if subject else lazy_subjects(dataset.plan, self.subject, self.subjects)
+        device = next(iter(subjects.values())).device
+        sae = Sae.load(self.sae, device=device, storage=self.storage)
         store, scratch = open_index_store(self.out, self.scratch, self.storage)
-        return Indexer(dataset, self.root, sae, store, scratch, self.spec, subject, self.part_latents)
+        return Indexer(
+            dataset, self.root, sae, store, scratch, self.spec, subjects, self.part_latents, named or {}
+        )
 
 
 @dataclass
@@ -123,8 +131,10 @@ class Indexer:
         out: Receives the index.
         scratch: Folder for blocks, removed at the end.
         spec: What the index holds.
-        subject: Gives the texts of tokens and, unless `logits` is 0, the unembedding.
+        subjects: Name of the dataset -> its subject; the name is empty if there is one dataset. Gives the
+            texts of tokens and, unless `logits` is 0, the unembedding.
         part_latents: Latents per part.
+        roots: Of several datasets: their addresses, recorded in the index.
     """
 
     dataset: ActivationStore
@@ -133,8 +143,9 @@ class Indexer:
     out: ObjectStore
     scratch: Path
     spec: IndexSpec
-    subject: LazySubject
+    subjects: Mapping[str, LazySubject]
     part_latents: int = PART_LATENTS
+    roots: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
         card, plan = self.sae.card, self.dataset.plan
@@ -142,13 +153,14 @@ class Indexer:
             raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
         self.card = card
         check_dataset("the SAE", card, plan)
+        self.own = index_parts(card)
         rows = card.rows if self.spec.rows is None else self.spec.rows
         # Of all rows null stays null: an index that was made before rows could be chosen is the same.
         self.spec = self.spec.model_copy(update={"rows": None if rows.everything else rows})
         self.dataset = self.dataset.only(rows)
         # A row that is a sink of a target was not trained on either. Codes need no row of the targets, so a
         # dataset without them can be indexed.
-        self.hooks = [card.hook, *(hook for hook in card.target_hooks if hook in plan.spec.hooks)]
+        self.hooks = [*card.input_hooks, *(hook for hook in card.target_hooks if hook in plan.spec.hooks)]
         self.units = min(self.spec.units or plan.units, plan.units)
         self.parts = -(-card.latents // self.part_latents)
         self.inputs = IndexInputs(
@@ -248,8 +260,7 @@ class Indexer:
         W_dec = self.sae.W_dec.detach()
         # A second copy of the decoder (3.2 GB at N = 1,048,576, D = 768), so only if cosines are wanted.
         directions = unit_rows(W_dec.float()) if self.spec.neighbours else W_dec
-        logits = DirectLogits(self.subject.whole()) if self.spec.logits else None
-        written = stream_rows(self.sae) if self.spec.logits else W_dec
+        promoted = promoted_columns(self.sae, self.card, self.subjects, self.spec.logits)
 
         def make(number: int) -> bytes:
             first = number * self.part_latents
@@ -259,14 +270,7 @@ class Indexer:
             columns |= self._activity(start, row, value, first, windows)
             columns["enc_dec_cosine"] = pa.array(self._enc_dec_cosine(first, stop), pa.float32())
             # Columns that were not asked for are absent, not empty: readers use `row.get(name, [])`.
-            if logits is not None:
-                kept = logits.extremes(written[first:stop], self.spec.logits)
-                for name, ids, scores in (
-                    ("promoted", kept.up_ids, kept.up),
-                    ("suppressed", kept.down_ids, kept.down),
-                ):
-                    columns[f"{name}_ids"] = lists(list(ids), pa.uint32())
-                    columns[f"{name}_logits"] = lists(list(scores), pa.float32())
+            columns |= promoted(first, stop)
             if self.spec.neighbours:
                 near = nearest(directions, first, stop, self.spec.neighbours)
                 together = per_latent.coactive(blocks, start, row, counts, first, self.spec)
@@ -296,8 +300,9 @@ class Indexer:
             window, at = np.divmod(row[mine], windows.rows)
             # Rows are numbered without the dropped leading positions, tokens with them.
             tokens = windows.of(window, at + windows.drop)
-            figures.append(per_latent.figures(value[mine], tokens, self.spec.bands))
-            choice = per_latent.choose(row[mine], value[mine], self.spec, windows.rows, first + i)
+            active = value[mine] if value.ndim == 1 else value[mine, 0]
+            figures.append(per_latent.figures(active, tokens, self.spec.bands))
+            choice = per_latent.choose(row[mine], active, self.spec, windows.rows, first + i)
             examples.append(per_latent.examples(row[mine], value[mine], choice, self.spec, windows))
         return figure_columns(figures) | {"examples": example_column(examples)}
 
@@ -356,18 +361,22 @@ class Indexer:
         # `index.json` is written last: until it exists `FeatureTable.open` refuses the folder as unfinished.
         plan = self.dataset.plan
         self.out.put(SUMMARY_KEY, self._summary())
-        texts = token_texts(self.subject.tokenizer, plan.subject.vocabulary)
+        # Aligned datasets have one vocabulary: any of the subjects tells the texts.
+        texts = token_texts(next(iter(self.subjects.values())).tokenizer, plan.subject.vocabulary)
         self.out.put(VOCABULARY_KEY, encode_table({"text": pa.array(texts, pa.string())}, len(texts)))
         meta = FeatureIndex(
             **self.inputs.model_dump(),
             hook=self.card.hook,
             target_hooks=self.card.target_hooks,
+            parts=self.own,
             d_model=self.card.d_model,
             latents=self.card.latents,
             part_latents=self.part_latents,
             group_latents=GROUP_LATENTS,
             root=self.root,
+            roots=dict(self.roots),
             subject=plan.subject,
+            subjects={name: each.planned for name, each in self.subjects.items() if name},
             context_length=plan.spec.context_length,
             drop_leading=plan.spec.drop_leading,
             sink_multiple=plan.spec.sink_multiple,
@@ -404,6 +413,10 @@ class Indexer:
         found = principal(self.sae.W_dec.detach())
         if found is not None:
             columns |= {name: pa.array(found[:, i]) for i, name in enumerate(COMPONENTS)}
+        if self.own:
+            # A latent without any direction is nobody's: 0 in every part, as JSON has no NaN.
+            norms = relative_norms(self.sae).nan_to_num().float().cpu().numpy()
+            columns |= {AXIS + part.name: pa.array(norms[:, i]) for i, part in enumerate(self.own)}
         # One row group: the server reads the whole summary at its start.
         return encode_table(columns, self.card.latents)
 

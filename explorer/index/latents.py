@@ -166,13 +166,14 @@ class Examples(NamedTuple):
     """Tokens shown."""
     tokens: NDArray[np.uint32]
     values: NDArray[np.float32]
-    """The latent's activation at each token shown."""
+    """The latent's activation at each token shown; of a crosscoder [tokens, 1 + H], with what each part
+    contributes."""
 
 
 def examples(
     row: NDArray[np.int64], value: NDArray[np.float32], choice: _Choice, spec: IndexSpec, windows: Windows
 ) -> Examples:
-    """Cut the context of the chosen entries out of their windows."""
+    """Cut the context of the chosen entries out of their windows; `value` is [E], or [E, 1 + H]."""
     window, at = np.divmod(row[choice.entry], windows.rows)
     position = at + windows.drop
     first = np.maximum(position - spec.before, 0)
@@ -181,7 +182,7 @@ def examples(
     place = np.repeat(first - starts[:-1], length) + np.arange(starts[-1])
     tokens = windows.of(np.repeat(window, length), place)
     # 0 unless an entry says otherwise: at dropped positions, at sinks, and where the latent is silent.
-    values = np.zeros(starts[-1], dtype=np.float32)
+    values = np.zeros((starts[-1], *value.shape[1:]), dtype=np.float32)
     # Row minus `base` is the position in the window. The search starts at the first position with a row:
     # before it, the numbers would be rows of the window before.
     base = window * windows.rows - windows.drop

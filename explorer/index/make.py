@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from winnow.common.reporter import Progress
+from winnow.evaluator.set_setting import named_root
 from winnow.explorer.index.build import Recipe
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.place import Place, layer_places
@@ -57,7 +58,9 @@ def make_index(
         subject: The subject, if several indexes share it.
         label: What progress is headed with.
     """
-    recipe = Recipe(sae_uri, _root(place), out, scratch, spec, place.subject, place.storage)
+    root = _root(place, sae_uri)
+    more: dict[str, Any] = {"roots": place.roots, "subjects": place.subjects}
+    recipe = Recipe(sae_uri, root, out, scratch, spec, place.subject, place.storage, **more)
     indexer = recipe.open(subject)
     if (warning := other_windows(sae_uri, indexer.card, indexer.dataset.plan)) is not None:
         log.warning(warning)
@@ -107,7 +110,7 @@ def make_indexes(
     Raises:
         SaeMismatch: The dataset lacks a hook that a layer reads, or is of another subject.
     """
-    dataset = ActivationStore.open(_root(place), place.storage)
+    dataset = ActivationStore.open(_root(place, set_uri), place.storage)
     # All layers before the first index is written.
     store, folders = open_store(set_uri, place.storage), layer_places(set_uri, card, out)
     check_reads(set_uri, card, dataset.plan)
@@ -122,7 +125,9 @@ def make_indexes(
     return made
 
 
-def _root(place: Place) -> str:
-    if place.root is None:
+def _root(place: Place, uri: str) -> str:
+    """The dataset's address; of an SAE of several datasets, that of one, unless another is given."""
+    root = place.root or next(iter((place.roots or {}).values()), None) or named_root(uri, place.storage)
+    if root is None:
         raise ConfigError("the dataset", expected="--root ROOT or --config FILE", got="neither")
-    return place.root
+    return root

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from winnow.evaluator.setting import subject_specs_of
 from winnow.schemas.fit import check_subject
+from winnow.schemas.harvest import HarvestPlan
+from winnow.schemas.joined import JoinedPlan
 from winnow.schemas.subject import SubjectIdentity, SubjectSpec
 from winnow.subject.load import Subject
 from winnow.subject.pretrained import load_tokenizer
 from winnow.subject.weights import locate
+
+
+def lazy_subjects(
+    plan: HarvestPlan, stated: SubjectSpec | None, places: Mapping[str, str]
+) -> dict[str, LazySubject]:
+    """The subjects of a dataset: name -> subject; the name is empty unless several datasets are joined.
+
+    Args:
+        plan: The dataset's plan.
+        stated: How to load it; of several, its device and trust in code are those of each.
+        places: Of several: name -> where a subject's files are, if not where its plan says.
+
+    Raises:
+        ConfigError: `places` has a name that is none of the datasets'.
+    """
+    parts = plan.parts if isinstance(plan, JoinedPlan) else {}
+    return joined_subjects({name: part.subject for name, part in parts.items()}, stated, places) or {
+        "": LazySubject(stated, plan.subject)
+    }
+
+
+def joined_subjects(
+    planned: Mapping[str, SubjectIdentity], stated: SubjectSpec | None, places: Mapping[str, str]
+) -> dict[str, LazySubject]:
+    """Those of several datasets, by name; arguments as for `lazy_subjects`."""
+    if not planned:
+        return {}
+    specs = subject_specs_of(planned, stated or next(iter(planned.values())).spec(), places)
+    return {name: LazySubject(specs[name], identity) for name, identity in planned.items()}
 
 
 class LazySubject:

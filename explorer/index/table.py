@@ -69,17 +69,18 @@ def example_column(found: Sequence[Examples]) -> Any:
     def inner(values: NDArray[Any], kind: Any) -> Any:
         return pa.ListArray.from_arrays(ends, pa.array(values, type=kind))
 
-    structs = pa.StructArray.from_arrays(
-        [
-            pa.array(joined.band, pa.int8()),
-            pa.array(joined.window, pa.uint32()),
-            pa.array(joined.position, pa.uint32()),
-            pa.array(joined.first, pa.uint32()),
-            inner(joined.tokens, pa.uint32()),
-            inner(joined.values, pa.float32()),
-        ],
-        names=["band", "window", "position", "first", "tokens", "values"],
-    )
+    columns = {
+        "band": pa.array(joined.band, pa.int8()),
+        "window": pa.array(joined.window, pa.uint32()),
+        "position": pa.array(joined.position, pa.uint32()),
+        "first": pa.array(joined.first, pa.uint32()),
+        "tokens": inner(joined.tokens, pa.uint32()),
+    }
+    # Of a crosscoder: the activation, and then what each part contributes to it.
+    values = joined.values if joined.values.ndim == 2 else joined.values[:, None]
+    for number, column in enumerate(np.ascontiguousarray(values.T)):
+        columns[f"part_{number - 1}" if number else "values"] = inner(column, pa.float32())
+    structs = pa.StructArray.from_arrays(list(columns.values()), names=list(columns))
     outer = np.cumsum([0, *(len(each.band) for each in found)]).astype(np.int32)
     return pa.ListArray.from_arrays(outer, structs)
 

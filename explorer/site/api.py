@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import StreamingResponse
@@ -25,7 +25,7 @@ from winnow.explorer.site.bodies import (
 from winnow.explorer.site.circuit_api import add_graphs
 from winnow.explorer.site.desk import Desk
 from winnow.explorer.site.effects import ablation, measured_promotion
-from winnow.explorer.site.exhibit import AXES, Exhibit, matches, overview
+from winnow.explorer.site.exhibit import AXES, Exhibit, last_name, matches, overview
 from winnow.explorer.site.lane import Lane
 from winnow.explorer.site.monitor import MAX_LATENTS, MAX_TOKENS, MonitorReport, monitor
 from winnow.explorer.site.reading import read_tokens, tokenise
@@ -36,16 +36,9 @@ from winnow.subject.generate import Steer
 _TOP_PER_TOKEN = 8
 
 _SaeNumber = Annotated[int, Path(ge=0, le=255, description="Which SAE, as listed by /api/site")]
-Axis = Literal[
-    "density",
-    "largest",
-    "mean",
-    "token_share",
-    "logit_peak",
-    "enc_dec_cosine",
-    "direction_1",
-    "direction_2",
-]
+# Which axes there are depends on the SAE: a crosscoder has one per part. `Exhibit.axis` refuses others.
+Axis = Annotated[str, Query(pattern=r"^[a-z0-9_.]{1,300}$")]
+_Class = Annotated[str, Query(max_length=241, description="Of a crosscoder: one of its `classes`")]
 
 
 def make_router(desk: Desk) -> APIRouter:
@@ -67,13 +60,13 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
     def site() -> dict[str, Any]:
         return {
             "saes": [exhibit.facts() for exhibit in desk.exhibits],
-            # The last part of the name: a path of the server's disk is nobody's business.
             "subject": {
-                "model": desk.subject.planned.model.rsplit("/", 1)[-1] if desk.subject else "no subject",
-                "ready": desk.subject is not None and desk.subject.ready,
+                "model": ", ".join(last_name(each.planned.model) for each in desk.subjects.values())
+                or "no subject",
+                "ready": bool(desk.subjects) and all(each.ready for each in desk.subjects.values()),
             },
             "graphs": bool(desk.circuits.shelf),
-            "axes": AXES,
+            "axes": AXES | {name: says for each in desk.exhibits for name, says in each.own_axes.items()},
             "limits": {
                 "text": MAX_TEXT,
                 "tokens": MAX_TOKENS,
@@ -92,9 +85,10 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
         q: Annotated[str, Query(max_length=200)] = "",
         low: Annotated[float, Query(ge=0, le=1)] = 0.0,
         high: Annotated[float, Query(ge=0, le=1)] = 1.0,
+        of: _Class = "",
     ) -> dict[str, Any]:
         exhibit = desk.exhibit(sae)
-        return exhibit.points(x, y, exhibit.find(q, low, high))
+        return exhibit.points(x, y, exhibit.find(q, low, high, of=of))
 
     @router.get("/saes/{sae}/latents", summary="A list of latents")
     def listing(
@@ -102,13 +96,14 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
         q: Annotated[str, Query(max_length=200)] = "",
         low: Annotated[float, Query(ge=0, le=1)] = 0.0,
         high: Annotated[float, Query(ge=0, le=1)] = 1.0,
+        of: _Class = "",
         sort: Axis = "token_share",
         descending: bool = True,
         offset: Annotated[int, Query(ge=0, lt=1 << 31)] = 0,
         limit: Annotated[int, Query(ge=1, le=100)] = 25,
     ) -> dict[str, Any]:
         exhibit = desk.exhibit(sae)
-        return exhibit.page(exhibit.find(q, low, high), sort, descending, offset, limit)
+        return exhibit.page(exhibit.find(q, low, high, of=of), sort, descending, offset, limit)
 
     @router.get("/saes/{sae}/brief/{latent}", summary="A latent in one line")
     def brief(sae: _SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
@@ -154,12 +149,13 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
     def text(sae: _SaeNumber, body: TextBody) -> dict[str, Any]:
         exhibit = desk.exhibit(sae)
         with desk.lane.visit():
-            subject = desk.model()
-            ids = tokenise(subject, body.text, MAX_TOKENS, exhibit.window)
+            subjects = desk.readers(exhibit)
+            first = next(iter(subjects.values()))
+            ids = tokenise(first, body.text, MAX_TOKENS, exhibit.window)
             meta = exhibit.table.meta
             reading = read_tokens(
-                subject,
-                exhibit.sae(subject.device),
+                subjects,
+                exhibit.sae(first.device),
                 ids,
                 drop_leading=meta.drop_leading,
                 sink_multiple=meta.sink_multiple,
@@ -171,13 +167,13 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
     def watch(sae: _SaeNumber, body: MonitorBody) -> MonitorReport:
         exhibit = desk.exhibit(sae)
         with desk.lane.visit():
-            subject = desk.model()
+            subjects = desk.readers(exhibit)
             meta = exhibit.table.meta
             return monitor(
                 body.text,
-                exhibit.sae(subject.device),
+                exhibit.sae(next(iter(subjects.values())).device),
                 body.latents,
-                subject,
+                subjects,
                 rule=exhibit.window,
                 drop_leading=meta.drop_leading,
                 sink_multiple=meta.sink_multiple,
@@ -255,6 +251,7 @@ def steering(desk: Desk, body: SteerBody) -> StreamingResponse:
     # failure would look like the end of a text.
     edits = [(desk.exhibit(edit.sae), edit) for edit in body.edits]
     for exhibit, edit in edits:
+        exhibit.require_one_hook("steering")
         desk.latent(exhibit, edit.latent)
     rule = _common_rule([exhibit for exhibit, _ in edits] or [desk.exhibit(0)])
     # `sit` and `turn` instead of `visit`: the seat is kept for the stream, the model only for each token.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from winnow.evaluator.report import load_evaluation
-from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.index.subjects import LazySubject, joined_subjects
 from winnow.explorer.index.table import FeatureTable
 from winnow.explorer.place import Place, default_index
 from winnow.explorer.site.circuit import Circuits
@@ -25,9 +25,11 @@ from winnow.explorer.site.layers import indexed_layers, open_set
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, StoreError
 from winnow.schemas.fit import check_one_subject, mismatch
+from winnow.schemas.joined import hooks_by_root
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
+from winnow.store.read.joined import open_roots
 from winnow.subject.load import Subject
 
 log = logging.getLogger("winnow.explorer")
@@ -43,7 +45,8 @@ class Desk:
 
     Attributes:
         exhibits: The SAEs that the site shows.
-        subject: The subject they belong to; None if nothing says which one, as for a graph's file alone.
+        subjects: Name of the dataset -> the subject they belong to; the name is empty if there is one.
+            Without entries if nothing says which one, as for a graph's file alone.
         lane: The queue in front of the subject.
         dataset: Opens the dataset; None if it is not available.
         circuits: The graphs, and what their page needs.
@@ -51,7 +54,7 @@ class Desk:
     """
 
     exhibits: list[Exhibit]
-    subject: LazySubject | None
+    subjects: Mapping[str, LazySubject]
     lane: Lane
     dataset: Callable[[], ActivationStore] | None = None
     circuits: Circuits = field(default_factory=Circuits)
@@ -77,12 +80,24 @@ class Desk:
         """The subject with all its layers, loaded when it is first needed.
 
         Raises:
+            ConfigError: The server has none, or several.
+            SaeMismatch: Other weights than the dataset was harvested from.
+        """
+        if "" not in self.subjects:
+            got = ", ".join(self.subjects) or "none"
+            raise ConfigError("subject", expected="a subject", got=got, fix="Name it in --config FILE")
+        return self.subjects[""].whole()
+
+    def readers(self, exhibit: Exhibit) -> dict[str, Subject]:
+        """The subjects whose rows an SAE reads, by the name of the dataset, which is empty if there is one.
+
+        Raises:
             ConfigError: The server has none.
             SaeMismatch: Other weights than the dataset was harvested from.
         """
-        if self.subject is None:
-            raise ConfigError("subject", expected="a subject", got="none", fix="Name it in --config FILE")
-        return self.subject.whole()
+        hooks = tuple(part.hook for part in exhibit.table.meta.parts) or (exhibit.table.meta.hook,)
+        names = hooks_by_root(hooks)
+        return {name: self.subjects[name].whole() if name else self.model() for name in names}
 
     def exhibit(self, number: int) -> Exhibit:
         """The SAE of a number.
@@ -140,13 +155,13 @@ def open_desk(
     at_hand = _dataset(exhibits, place)
     for exhibit in exhibits:
         exhibit.window = _window_rule(exhibit, at_hand)
-    subject = _subject(exhibits, place, at_hand)
+    subjects = _subjects(exhibits, place, at_hand)
     circuits = Circuits(Shelf(of.store.child(GRAPHS) if of else None, list(graphs)))
     if of is not None:
         circuits.layers = {layer: number for number, layer in enumerate(layers)}
         circuits.set_sha256 = of.card.layers_sha256
         circuits.runner = make_runner(of, place.subject, place.storage)
-    return Desk(exhibits, subject, Lane(seats), at_hand, circuits)
+    return Desk(exhibits, subjects, Lane(seats), at_hand, circuits)
 
 
 def _last(uri: str) -> str:
@@ -157,12 +172,13 @@ def _dataset(exhibits: list[Exhibit], place: Place) -> Callable[[], ActivationSt
     """Opens the dataset that was indexed; None, and a warning, if it is not available."""
     meta = exhibits[0].table.meta if exhibits else None
     root = place.root or (meta.root if meta else None)
+    roots = (place.roots or meta.roots) if meta and meta.roots else None
     if root is None:
         return None
 
     @cache
     def dataset() -> ActivationStore:
-        found = ActivationStore.open(root, place.storage)
+        found = open_roots(root, roots, place.storage)
         if meta is not None and found.plan.fingerprint != meta.plan_fingerprint:
             raise mismatch(
                 "plan",
@@ -182,13 +198,15 @@ def _dataset(exhibits: list[Exhibit], place: Place) -> Callable[[], ActivationSt
     return dataset
 
 
-def _subject(
+def _subjects(
     exhibits: list[Exhibit], place: Place, dataset: Callable[[], ActivationStore] | None
-) -> LazySubject | None:
-    """The subject that the indexes name, else the dataset's; None if neither is there."""
+) -> Mapping[str, LazySubject]:
+    """The subjects that the indexes name, else the dataset's; none if neither is there."""
     if exhibits:
-        return LazySubject(place.subject, exhibits[0].table.meta.subject)
-    return LazySubject(place.subject, dataset().plan.subject) if dataset else None
+        planned = exhibits[0].table.meta.subjects
+        several = joined_subjects(planned, place.subject, place.subjects)
+        return several or {"": LazySubject(place.subject, exhibits[0].table.meta.subject)}
+    return {"": LazySubject(place.subject, dataset().plan.subject)} if dataset else {}
 
 
 def _window_rule(exhibit: Exhibit, dataset: Callable[[], ActivationStore] | None) -> WindowRule:

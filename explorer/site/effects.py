@@ -28,6 +28,7 @@ def ablation(desk: Desk, sae: int, body: AblateBody) -> dict[str, Any]:
         ConfigError: No such latent, neither text nor window, both, or a text of unsuitable length.
     """
     exhibit = desk.exhibit(sae)
+    exhibit.require_one_hook("an ablation")
     desk.latent(exhibit, body.latent)
     if (body.text is None) == (body.window is None):
         raise ConfigError("text, window", expected="one of the two", got="both or neither")
@@ -55,6 +56,7 @@ def measured_promotion(desk: Desk, sae: int, body: PromotionBody) -> dict[str, A
         ConfigError: No such latent, or the dataset is not available.
     """
     exhibit = desk.exhibit(sae)
+    exhibit.require_one_hook("a measurement of what steering promotes,")
     row = exhibit.table.latent(desk.latent(exhibit, body.latent))
     meta = exhibit.table.meta
     strength = row["largest"] if body.strength is None else body.strength

@@ -17,12 +17,16 @@ import pyarrow.compute
 import torch
 from numpy.typing import NDArray
 
+from winnow.evaluator.families.diffing import owners
 from winnow.explorer.index.directions import unit_rows
+from winnow.explorer.index.parts import AXIS
 from winnow.explorer.index.table import FeatureTable
 from winnow.sae.model import Sae
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.features import FeatureIndex
 from winnow.schemas.fit import mismatch
+from winnow.schemas.joined import split_hook
 from winnow.schemas.window import WindowRule
 
 AXES = {
@@ -35,7 +39,9 @@ AXES = {
     "direction_1": "its decoder row along the first principal component of all",
     "direction_2": "its decoder row along the second principal component of all",
 }
-"""The axes of the map, and their descriptions."""
+"""The axes of the map, and their descriptions; a crosscoder has further ones (`Exhibit.own_axes`)."""
+SHARED, NEITHER = "shared", "neither"
+"""Whose a latent of a crosscoder is if it is no part's alone."""
 _MAX_POINTS = 100_000
 """Points sent to the map; of more latents a fixed random choice is sent."""
 _LABEL_TOKENS = 3
@@ -83,16 +89,43 @@ class Exhibit:
                 self._sae = sae
             return self._sae.to(device) if device is not None else self._sae
 
-    # ---- all latents -----------------------------------------------------------------------------
-
-    def axis(self, name: str) -> NDArray[np.float64]:
-        """Values of one of `AXES`, [N].
+    def require_one_hook(self, what: str) -> None:
+        """Refuse a crosscoder, and an SAE of several subjects.
 
         Raises:
-            ConfigError: The index is older than this axis.
+            ConfigError: It is one; the message says `what` is refused.
+        """
+        meta = self.table.meta
+        if meta.parts or meta.subjects:
+            hooks = [part.hook for part in meta.parts] or [meta.hook, *meta.target_hooks]
+            raise ConfigError(
+                f"{what} with {self.name}",
+                expected="an SAE of one hook of one subject",
+                got=f"one of {', '.join(hooks)}",
+                fix="`winnow attribute` tells what its latents do to a prediction",
+            )
+
+    # ---- all latents -----------------------------------------------------------------------------
+
+    @property
+    def own_axes(self) -> dict[str, str]:
+        """The axes of this SAE alone: of a crosscoder, the relative norms in its parts."""
+        return {
+            AXIS + part.name: f"share of its decoder norm that is in {part.name}"
+            for part in self.table.meta.parts
+        }
+
+    def axis(self, name: str) -> NDArray[np.float64]:
+        """Values of one of `AXES` or `own_axes`, [N].
+
+        Raises:
+            ConfigError: There is no such axis, or the index is older than it.
         """
         if name == "density":
             return self.table.density()
+        if name not in AXES | self.own_axes:
+            known = ", ".join(AXES | self.own_axes)
+            raise ConfigError(f"an axis of {self.name}", expected=f"one of {known}", got=name)
         if name not in self.table.summary.column_names:
             raise ConfigError(
                 f"{name} of {self.name}",
@@ -117,12 +150,46 @@ class Exhibit:
             lines.append("\n".join(words))
         return pa.array(lines)
 
+    @cached_property
+    def norms(self) -> NDArray[np.float64]:
+        """Of a crosscoder: relative norms [N, H]; [N, 0] of others."""
+        columns = [self.table.column(AXIS + part.name) for part in self.table.meta.parts]
+        return np.stack(columns, axis=1) if columns else np.zeros((self.table.meta.latents, 0))
+
+    @cached_property
+    def _owners(self) -> NDArray[np.int64]:
+        return owners(self.norms)
+
+    @property
+    def classes(self) -> list[str]:
+        """Of a crosscoder, whose its latents may be: one part's alone, shared, or neither."""
+        names = [part.name for part in self.table.meta.parts]
+        return [*names, SHARED, NEITHER] if names else []
+
     def find(
-        self, query: str, low: float, high: float, latents: list[int] | None = None
+        self, query: str, low: float, high: float, latents: list[int] | None = None, of: str = ""
     ) -> NDArray[np.int64]:
-        """Latents with a density in [low, high] and `query` in their tokens or explanations, ascending."""
+        """Latents with a density in [low, high] and `query` in their tokens or explanations, ascending.
+
+        Args:
+            query: Text, in any case; empty for all.
+            low: Least density.
+            high: Largest density.
+            latents: Numbers among which is searched; None for all.
+            of: One of `classes`; empty for all.
+
+        Raises:
+            ConfigError: `of` is no class of this SAE.
+        """
         density = self.table.density()
         keep = (density >= low) & (density <= high)
+        if of:
+            if of not in self.classes:
+                expected = ", ".join(self.classes) or "nothing: it is no crosscoder"
+                raise ConfigError(f"of, for latents of {self.name}", expected=expected, got=of)
+            # In the order of `classes`: the parts, then H for shared ones; -1 stands for the last.
+            number = self.classes.index(of)
+            keep &= self._owners == (-1 if of == NEITHER else number)
         if query:
             # pyarrow generates its functions at import, so type checkers do not know the attribute.
             match: Any = pyarrow.compute.__dict__["match_substring"]
@@ -156,7 +223,10 @@ class Exhibit:
         """A latent in one line."""
         table = self.table
         explained = table.explanations.get(number)
-        return {
+        mine: dict[str, Any] = {}
+        if self.classes:
+            mine = {"owner": self.classes[self._owners[number]], "norms": self.norms[number].tolist()}
+        return mine | {
             "latent": number,
             "density": float(table.column("fires")[number]) / max(table.meta.rows, 1),
             "largest": float(table.column("largest")[number]),
@@ -186,14 +256,28 @@ class Exhibit:
         for name in ("cosine", "coactive"):
             pairs = zip(row.get(f"{name}_ids", []), row.get(f"{name}_scores", []), strict=True)
             page[name] = [self.brief(other) | {"score": score} for other, score in pairs]
+        page["parts"] = [self._part(number, at, row) for at in range(len(self.table.meta.parts))]
         page["explanations"] = [
             each.model_dump(mode="json") for each in self.table.explanations.get(number, [])
         ]
-        page["examples"] = [
-            each | {"tokens": self.words(each["tokens"]), "values": _short(np.asarray(each["values"]))}
-            for each in row["examples"]
-        ]
+        page["examples"] = [self._example(each) for each in row["examples"]]
         return page
+
+    def _part(self, number: int, at: int, row: dict[str, Any]) -> dict[str, Any]:
+        """A part of a crosscoder as a latent's page shows it."""
+        part = self.table.meta.parts[at]
+        found: dict[str, Any] = {"name": part.name, "hook": part.hook}
+        found["relative_norm"] = float(self.norms[number, at])
+        for name in ("promoted", "suppressed"):
+            scores = row.get(f"{name}_logits_{at}", [])
+            found[name] = self.pairs(zip(row.get(f"{name}_ids_{at}", []), scores, strict=True))
+        return found
+
+    def _example(self, each: dict[str, Any]) -> dict[str, Any]:
+        """An example with texts of its tokens; of a crosscoder with what each part contributes to each."""
+        shares = [each.pop(f"part_{at}") for at in range(len(self.table.meta.parts))]
+        short = {"tokens": self.words(each["tokens"]), "values": _short(np.asarray(each["values"]))}
+        return each | short | ({"parts": [_short(np.asarray(one)) for one in shares]} if shares else {})
 
     def pairs(self, scored: Iterable[tuple[int, float]]) -> list[dict[str, Any]]:
         """Token ids and scores, with the tokens' texts."""
@@ -211,6 +295,17 @@ class Exhibit:
             "sha256": meta.sae_sha256,
             "hook": meta.hook,
             "targets": list(meta.target_hooks),
+            "parts": [
+                {
+                    "name": part.name,
+                    "hook": part.hook,
+                    "model": last_name(meta.subjects.get(split_hook(part.hook)[0], meta.subject).model),
+                }
+                for part in meta.parts
+            ],
+            "steers": not (meta.parts or meta.subjects),
+            "classes": self.classes,
+            "reading": meta.spec.rows.words if meta.spec.rows is not None else "",
             "d_model": meta.d_model,
             "latents": meta.latents,
             "vocabulary": len(self.table.texts),
@@ -222,7 +317,11 @@ class Exhibit:
             "l0": float(density.sum()),
             "bands": meta.spec.bands,
             "explained": len(self.table.explanations),
-            "axes": ["density", *(name for name in AXES if name in self.table.summary.column_names)],
+            "axes": [
+                name
+                for name in AXES | self.own_axes
+                if name == "density" or name in self.table.summary.column_names
+            ],
             "density_histogram": {
                 "counts": counts.tolist(),
                 "low": float(edges[0]),
@@ -279,7 +378,8 @@ def overview(one: Exhibit, other: Exhibit) -> dict[str, Any]:
 
 def _comparable(one: Exhibit, other: Exhibit) -> None:
     # The number of targets too: a decoder row of a layer of a cross-layer set spans all of them.
-    kinds = [(each.table.meta.d_model, max(len(each.table.meta.target_hooks), 1)) for each in (one, other)]
+    metas = [each.table.meta for each in (one, other)]
+    kinds = [(meta.d_model, len(meta.parts) or max(len(meta.target_hooks), 1)) for meta in metas]
     if kinds[0] != kinds[1]:
         shown = [f"{width} at {count} hook{'s' if count > 1 else ''}" for width, count in kinds]
         raise ConfigError(
@@ -287,6 +387,17 @@ def _comparable(one: Exhibit, other: Exhibit) -> None:
             expected=f"the same width ({shown[0]})",
             got=shown[1],
         )
+
+
+def subject_names(meta: FeatureIndex) -> str:
+    """The name of an index's subject, or of all of them: without folders of the server's disk."""
+    several = [subject.model for subject in meta.subjects.values()]
+    return ", ".join(map(last_name, several or [meta.subject.model]))
+
+
+def last_name(model: str) -> str:
+    """The last part of a model's name: a path of the server's disk is nobody's business."""
+    return model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _short(values: NDArray[Any]) -> list[float]:

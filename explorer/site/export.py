@@ -17,8 +17,9 @@ from typing import Any
 
 from winnow.common.figures import count_of
 from winnow.explorer.index.latents import TOP_BAND
-from winnow.explorer.site.exhibit import Exhibit
+from winnow.explorer.site.exhibit import Exhibit, subject_names
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.joined import split_hook
 from winnow.schemas.subject import parse_hook
 
 _STYLE = Path(__file__).parents[1] / "static" / "style.css"
@@ -129,9 +130,9 @@ def openai_bins(counts: Sequence[int], largest: float) -> list[tuple[int, float]
 def _neuronpedia_batch(exhibit: Exhibit, rows: Iterable[Row]) -> Row:
     """A batch of dashboards for Neuronpedia."""
     meta = exhibit.table.meta
-    named = parse_hook(meta.hook)
+    named = parse_hook(split_hook(meta.hook)[1])
     return {
-        "model_id": meta.subject.model.rsplit("/", 1)[-1],
+        "model_id": subject_names(meta),
         # The field must be a number; a hook at a module's path has no layer of its own.
         "layer": named[1] if named else 0,
         "sae_set": exhibit.name,
@@ -195,13 +196,15 @@ def html_page(exhibit: Exhibit, rows: Sequence[Row]) -> str:
     meta = exhibit.table.meta
     contents = " ".join(f'<a href="#l{row["latent"]}">{row["latent"]}</a>' for row in rows)
     title = escape(f"Latents of {exhibit.name}")
+    hooks = ", ".join(part.hook for part in meta.parts) or meta.hook
+    reading = f", those with {meta.spec.rows.words} only" if meta.spec.rows is not None else ""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE.read_text(encoding='utf-8')}</style></head><body><main><h1>{title}</h1>"
-        f'<p class="soft">{escape(meta.hook)} of {escape(meta.subject.model.rsplit("/", 1)[-1])}; '
-        f"{count_of(meta.rows, 'row')} of {count_of(meta.windows, 'window')} read"
+        f'<p class="soft">{escape(hooks)} of {escape(subject_names(meta))}; '
+        f"{count_of(meta.rows, 'row')} of {count_of(meta.windows, 'window')} read{escape(reading)}"
         f"{'; windows begin with BOS' if exhibit.window.bos else ''}. Hover a token for its value.</p>"
         f"<p>{contents}</p>{''.join(_section(exhibit, row) for row in rows)}</main></body></html>\n"
     )
@@ -217,6 +220,7 @@ def _section(exhibit: Exhibit, row: Row) -> str:
     return (
         f'<section class="card" id="l{number}"><h2>Latent {number}</h2>{said}'
         f'<p class="soft">fires on {density:.3%} of tokens, up to {row["largest"]:.3g}</p>'
+        f"{_parts(exhibit, number)}"
         f"<p>Fires on {_tokens(exhibit, row['token_ids'], row['token_shares'])}</p>"
         f"<p>Promotes {_tokens(exhibit, row.get('promoted_ids', []), row.get('promoted_logits', []))}</p>"
         f"<p>Suppresses {lowered}</p>"
@@ -224,6 +228,16 @@ def _section(exhibit: Exhibit, row: Row) -> str:
         f"<details><summary>Drawn at random, from weak to strong</summary>"
         f"{_strips(exhibit, drawn, row['largest'])}</details></section>"
     )
+
+
+def _parts(exhibit: Exhibit, number: int) -> str:
+    """Of a crosscoder: whose the latent is, and the relative norms of its parts."""
+    parts = exhibit.table.meta.parts
+    if not parts:
+        return ""
+    norms = zip(parts, exhibit.norms[number].tolist(), strict=True)
+    told = ", ".join(f"{part.name} {norm:.2f}" for part, norm in norms)
+    return f'<p class="soft">{exhibit.brief(number)["owner"]}; relative decoder norm: {told}</p>'
 
 
 def _tokens(exhibit: Exhibit, ids: Sequence[int], scores: Sequence[float]) -> str:

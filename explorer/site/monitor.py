@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from winnow.explorer.index.directions import token_texts
-from winnow.explorer.site.reading import read_tokens, tokenise
+from winnow.explorer.site.reading import Subjects, read_tokens, tokenise
 from winnow.sae.model import Sae
-from winnow.schemas.base import Artefact, Contract, HookName, Sha256
+from winnow.schemas.base import Artefact, Contract, ReadHook, Sha256
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.window import WindowRule
 from winnow.subject.load import Subject
@@ -41,7 +41,7 @@ class MonitorReport(Artefact):
 
     kind: str = Field(default="winnow.monitor", pattern=r"^winnow\.monitor$")
     sae_sha256: Sha256
-    hook: HookName
+    hook: ReadHook
     text: str
     # Left out if false, so that reports of datasets without BOS keep the bytes they had before the field.
     bos: bool = Field(default=False, exclude_if=lambda bos: not bos)
@@ -57,7 +57,7 @@ def monitor(
     text: str,
     sae: Sae,
     latents: Sequence[int],
-    subject: Subject,
+    subject: Subjects,
     *,
     rule: WindowRule | None = None,
     drop_leading: int = 1,
@@ -70,7 +70,7 @@ def monitor(
         text: At most 512 tokens, BOS included.
         sae: A published SAE.
         latents: At most 32 of its latents.
-        subject: The subject it belongs to.
+        subject: The subject it belongs to; of a crosscoder of several, all of them by name.
         rule: How the dataset's windows begin; None takes the rule of the SAE's card, or no BOS without one.
         drop_leading: The dataset's `plan.drop_leading`.
         sink_multiple: The dataset's `plan.sink_multiple`.
@@ -88,10 +88,11 @@ def monitor(
             got=list(latents)[:40],
         )
     rule = rule or sae.card.window or WindowRule()
-    ids = tokenise(subject, text, MAX_TOKENS, rule)
+    first = subject if isinstance(subject, Subject) else next(iter(subject.values()))
+    ids = tokenise(first, text, MAX_TOKENS, rule)
     reading = read_tokens(subject, sae, ids, drop_leading=drop_leading, sink_multiple=sink_multiple)
     if texts is None:
-        texts = token_texts(subject.tokenizer, subject.identity.vocabulary)
+        texts = token_texts(first.tokenizer, first.identity.vocabulary)
     watched: list[Watched] = []
     for latent in latents:
         values = reading.of(latent)

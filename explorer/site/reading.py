@@ -5,7 +5,7 @@ Letters: T tokens, D d_model, S slots of the codes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.joined import hooks_by_root
 from winnow.schemas.window import WindowRule
 from winnow.subject.generate import Steer, steered_hooks
 from winnow.subject.load import Subject
@@ -20,6 +21,10 @@ from winnow.subject.splice import next_token_loss
 
 _VOTES = 4
 """Tokens listed on each side of an ablation."""
+
+
+Subjects = Subject | Mapping[str, Subject]
+"""A subject, or several by the names of their datasets."""
 
 
 class Reading(NamedTuple):
@@ -60,7 +65,7 @@ def tokenise(subject: Subject, text: str, limit: int, rule: WindowRule) -> list[
 
 
 def read_tokens(
-    subject: Subject,
+    subjects: Subjects,
     sae: Sae,
     ids: Sequence[int],
     *,
@@ -71,8 +76,9 @@ def read_tokens(
     """Encode a text's activations.
 
     Args:
-        subject: The subject, with at least the layers up to the SAE's hook.
-        sae: A published SAE: its card names the hook that it reads.
+        subjects: The subject, with at least the layers up to the SAE's hook; of a crosscoder of several
+            subjects, all of them by the names of their datasets.
+        sae: A published SAE: its card names the hooks that it reads.
         ids: The text's tokens [T].
         drop_leading: Positions at the start that are not read (the dataset's `plan.drop_leading`).
         sink_multiple: A position whose norm exceeds this multiple of the text's median is a sink.
@@ -90,16 +96,19 @@ def read_tokens(
             got=len(ids),
             fix="Give a longer text",
         )
-    hook = sae.card.hook
-    found = subject.activations([list(ids)], [hook], positions=positions)
-    rows = found[hook][0].to(sae.W_dec.device, torch.float32)
+    named = {"": subjects} if isinstance(subjects, Subject) else subjects
+    found: dict[str, Tensor] = {}
+    for name, own in hooks_by_root(sae.card.input_hooks).items():
+        run = named[name].activations([list(ids)], own, positions=positions)
+        found |= {f"{name}/{hook}" if name else hook: rows[0] for hook, rows in run.items()}
+    parts = [found[hook].to(sae.W_dec.device, torch.float32) for hook in sae.card.input_hooks]
     with torch.no_grad():
-        values, indices = sae.encode(rows)
-    read = torch.arange(len(rows), device=rows.device) >= drop_leading
-    norms = rows.norm(dim=1)
-    # The median over the positions that are read, as in the harvest: position 0 is an attention sink, and in
+        values, indices = sae.encode(torch.cat(parts, dim=1))
+    kept = read = torch.arange(len(ids), device=values.device) >= drop_leading
+    # The median over the positions that are kept, as in the harvest: position 0 is an attention sink, and in
     # a short text its norm would raise the median.
-    read &= norms <= sink_multiple * norms[read].median()
+    for norms in (rows.norm(dim=1) for rows in parts):
+        read = read & (norms <= sink_multiple * norms[kept].median())
     return Reading(
         list(ids), torch.where(read[:, None], values.float(), 0.0).cpu(), indices.cpu(), read.cpu()
     )

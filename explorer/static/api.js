@@ -1,6 +1,6 @@
 // The server's JSON API, and the address bar as the page's only state.
 
-/** @typedef {{latent: number, density: number, largest: number, token_share: number, explanation: string|null, fires_on: string[], promotes: string[], score?: number}} Brief */
+/** @typedef {{latent: number, density: number, largest: number, token_share: number, explanation: string|null, fires_on: string[], promotes: string[], score?: number, owner?: string, norms?: number[]}} Brief */
 
 /** @param {string} path @param {any} [body] @param {AbortSignal} [signal] @returns {Promise<Response>} */
 export async function ask(path, body, signal) {

@@ -3,7 +3,7 @@ import { address, get, remember } from "./api.js";
 import { histogram } from "./charts.js";
 import { el, field, level, number, percent, select, waiting } from "./dom.js";
 import { keeper } from "./lists.js";
-import { about, strip, table, token } from "./tokens.js";
+import { about, strip, table, token, whose } from "./tokens.js";
 
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
 export async function featurePage(site, fields) {
@@ -17,7 +17,7 @@ export async function featurePage(site, fields) {
       el("div", {}, el("h1", {}, `Latent ${latent}`), el("p", { class: "soft" }, `${page.sae} · `, about(page.brief))),
       el("div", { class: "row" }, turn(latent - 1, "prev", "← Previous"), turn(latent + 1, "next", "Next →"),
         el("a", { class: "button quiet", href: address({ page: "monitor", sae, latents: latent }) }, "Watch"),
-        el("a", { class: "button", href: address({ page: "steer", edits: `${sae}:${latent}:clamp:${number(2 * page.figures.largest).replace(",", "")}` }) }, "Steer with it")),
+        site.saes[Number(sae)].steers && el("a", { class: "button", href: address({ page: "steer", edits: `${sae}:${latent}:clamp:${number(2 * page.figures.largest).replace(",", "")}` }) }, "Steer with it")),
       keeper(site, sae, latent)),
     page.explanations.length ? el("div", { class: "card" }, el("h2", {}, "Explanations"), el("ul", { class: "plain" }, page.explanations.map((/** @type {any} */ one) =>
       el("li", {}, one.text, " ", el("span", { class: "soft small" }, `${one.source}${one.score === null ? "" : ` · ${number(one.score)}`}`))))) : "",
@@ -97,16 +97,31 @@ async function labelled(sae, page) {
 /** @param {any} site @param {string} sae @param {any} page @param {any} one */
 function example(site, sae, page, one) {
   one.badge = el("span", { class: "soft small of" }, one.kind);
-  const effect = el("div", { class: "effect", hidden: true }), at = one.position - one.first;
-  const says = (/** @type {number} */ i) => `${number(one.values[i])}${one.position - at + i === 0 ? "\nthe window's first token, which is not read" : ""}`;
+  const effect = el("div", { class: "effect", hidden: true }), at = one.position - one.first, parts = page.parts;
+  const says = (/** @type {number} */ i) => `${number(one.values[i])}${one.values[i] && parts.length ? ` = ${sum(parts, one, i)}` : ""}${one.position - at + i === 0 ? "\nthe window's first token, which is not read" : ""}`;
   const button = el("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => {
     effect.hidden = !effect.hidden;
     button.setAttribute("aria-expanded", String(!effect.hidden));
     if (!effect.hidden) waiting(effect, site.subject.ready ? "Running the window with and without the latent…" : "Loading the subject model, then running the window twice…", () => ablation(site, sae, page.latent, one.window));
   } }, "Ablate");
   return el("div", { class: "example" }, el("span", { class: "num", title: "its activation at the marked token" }, level(one.values[at])),
-    strip(one.tokens, one.values, { most: page.figures.largest, peak: at, says, flat: true, label: `Example with activation ${number(one.values[at])}` }),
-    one.badge, site.windows && button, effect);
+    parts.length ? beside(page, one, at, says) : strip(one.tokens, one.values, { most: page.figures.largest, peak: at, says, flat: true, label: `Example with activation ${number(one.values[at])}` }),
+    one.badge, site.windows && !parts.length && button, effect);
+}
+
+/** What an activation of a crosscoder's latent is the sum of. @param {any[]} parts @param {any} one @param {number} i */
+function sum(parts, one, i) {
+  const shares = one.parts.map((/** @type {number[]} */ each) => each[i]);
+  /** @type {[number, string][]} */ const terms = [...parts.map((part, m) => /** @type {[number, string]} */ ([shares[m], part.name])), [one.values[i] - shares.reduce((/** @type {number} */ all, /** @type {number} */ each) => all + each, 0), "bias"]];
+  return terms.map(([value, name], m) => `${value < 0 ? "− " : m ? "+ " : ""}${number(Math.abs(value))} ${name}`).join(" ");
+}
+
+/** Of a crosscoder: the activation, and below it what each part contributes at the same tokens. @param {any} page @param {any} one @param {number} at @param {(i: number) => string} says */
+function beside(page, one, at, says) {
+  const line = (/** @type {string} */ name, /** @type {number[]} */ values, /** @type {string} */ label) => el("div", { class: "part" },
+    el("span", { class: "soft small" }, name, el("span", { class: "num" }, level(values[at]))), strip(one.tokens, values, { most: page.figures.largest, peak: at, says, flat: true, label }));
+  return el("div", { class: "parts" }, line("together", one.values, `Example with activation ${number(one.values[at])}`),
+    page.parts.map((/** @type {any} */ part, /** @type {number} */ m) => line(part.name, one.parts[m], `What ${part.name} contributes to it`)));
 }
 
 /** How the model's predictions change without the latent. @param {any} site @param {string} sae @param {number} latent @param {number} window */
@@ -127,7 +142,7 @@ async function ablation(site, sae, latent, window) {
 
 /** What steering with the latent promotes. @param {any} site @param {string} sae @param {any} page */
 function steered(site, sae, page) {
-  if (!site.windows || !page.figures.fires) return "";
+  if (!site.windows || !page.figures.fires || page.parts.length) return "";
   const place = el("div", {});
   const button = el("button", { type: "button", class: "quiet", onclick: async () => {
     button.disabled = true;
@@ -159,7 +174,7 @@ function aside(site, sae, page) {
   const facts = page.figures;
   const logits = (/** @type {string} */ title, /** @type {any[]} */ rows) => rows.length ? el("section", { class: "card" }, el("h2", {}, title), el("p", { class: "soft small" }, "Logits of its direction alone: the direct path, which skips the layers in between."),
     el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "logit"))), el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, level(row.score))))))) : "";
-  return el("aside", { "aria-label": "Figures" },
+  return el("aside", { "aria-label": "Figures" }, owner(site, sae, page),
     el("section", { class: "card" }, el("h2", {}, "Activations"),
       facts.fires ? histogram(page.histogram, 0, facts.largest, { label: `Histogram of ${facts.fires} activations from 0 to ${number(facts.largest)}, logarithmic counts of tokens`, log: true, axis: "activation; height: tokens, log", names: ["tokens"] }) : "",
       el("dl", { class: "facts" }, [
@@ -168,7 +183,18 @@ function aside(site, sae, page) {
       ].map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]))),
     page.tokens.length ? el("section", { class: "card" }, el("h2", {}, "Fires on these tokens"), el("p", { class: "soft small" }, "Share of its summed activation."), el("table", {}, el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "share"))), el("tbody", {}, page.tokens.map((/** @type {any} */ row) =>
       el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, row.score < 0.005 ? "< 1 %" : `${(100 * row.score).toFixed(0)} %`)))))) : "",
-    logits("Promotes, by its direction", page.promoted), logits("Suppresses, by its direction", page.suppressed), steered(site, sae, page));
+    page.parts.length ? page.parts.map((/** @type {any} */ part) => [logits(`Promotes in ${part.name}`, part.promoted), logits(`Suppresses in ${part.name}`, part.suppressed)])
+      : [logits("Promotes, by its direction", page.promoted), logits("Suppresses, by its direction", page.suppressed)], steered(site, sae, page));
+}
+
+/** Of a crosscoder: whose the latent is. @param {any} site @param {string} sae @param {any} page */
+function owner(site, sae, page) {
+  if (!page.parts.length) return "";
+  const shown = site.saes[Number(sae)];
+  return el("section", { class: "card", id: "owner" }, el("h2", {}, `Whose: ${whose(page.brief.owner)}`),
+    el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "part"), el("th", {}, "of"), el("th", { class: "num" }, "relative norm"))), el("tbody", {}, page.parts.map((/** @type {any} */ part, /** @type {number} */ m) =>
+      el("tr", {}, el("th", { scope: "row" }, part.name), el("td", { class: "soft small" }, `${part.hook.split("/").at(-1)} of ${shown.parts[m].model}`), el("td", { class: "num" }, part.relative_norm.toFixed(3)))))),
+    el("p", { class: "soft small" }, `The share of its decoder norm that is in a part: above 0.9 it is that part's only, shared if each has at least ${number(0.8 / page.parts.length)}.`));
 }
 
 /** @param {string} sae @param {any} page */

@@ -10,13 +10,13 @@ import { monitorPage } from "./monitor.js";
 import { steerPage } from "./steer.js";
 import { textPage } from "./text.js";
 
-/** @typedef {{name: string, sha256: string, hook: string, latents: number, vocabulary: number, bands: number, bos: boolean, axes: string[]}} Shown */
+/** @typedef {{name: string, sha256: string, hook: string, steers: boolean, parts: {name: string, hook: string, model: string}[], classes: string[], reading: string, latents: number, vocabulary: number, bands: number, bos: boolean, axes: string[]}} Shown */
 /** @typedef {{saes: Shown[], subject: {model: string, ready: boolean}, axes: Record<string, string>, graphs: boolean, limits: Record<string, number>, windows: boolean, labels: boolean}} Site */
 
 /** @type {Record<string, [string, (site: any, fields: Record<string, string>) => Promise<any>|any]>} */
 const PAGES = { map: ["Map", mapPage], feature: ["Feature", featurePage], text: ["Text", textPage], compare: ["Compare", comparePage], steer: ["Steer", steerPage], monitor: ["Monitor", monitorPage], lists: ["Lists", listsPage], graph: ["Circuit", graphPage] };
-/** The pages that there is something for: graphs may be shown without an SAE, and an SAE without graphs. @param {Site|undefined} site */
-const pagesOf = (site) => Object.keys(PAGES).filter((page) => (page === "graph" ? !site || site.graphs : !site || site.saes.length > 0));
+/** The pages that there is something for: graphs may be shown without an SAE, an SAE without graphs, and nothing steers with a crosscoder. @param {Site|undefined} site */
+const pagesOf = (site) => Object.keys(PAGES).filter((page) => (page === "graph" ? !site || site.graphs : page === "steer" ? !site || site.saes.some((sae) => sae.steers) : !site || site.saes.length > 0));
 
 const main = /** @type {HTMLElement} */ (document.getElementById("main"));
 const jump = /** @type {HTMLInputElement} */ (document.getElementById("jump-to"));

@@ -2,7 +2,7 @@
 import { address, get, go, remember } from "./api.js";
 import { scatter } from "./charts.js";
 import { el, field, hideTip, number, percent, select, showTip, waiting } from "./dom.js";
-import { table } from "./tokens.js";
+import { places, table, whose } from "./tokens.js";
 
 const LOGS = ["density", "largest", "mean"];
 const SHARES = ["density", "token_share"];
@@ -12,15 +12,15 @@ const shares = (name) => (SHARES.includes(name) ? (/** @type {number} */ value) 
 
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
 export function mapPage(site, fields) {
-  const now = { sae: "0", x: "density", y: "token_share", sort: "token_share", down: "1", low: "", high: "", q: "", from: "0", ...fields };
+  const now = { sae: "0", x: "density", y: "token_share", sort: "token_share", down: "1", low: "", high: "", q: "", of: "", from: "0", ...fields };
   const chart = el("div", { class: "card map" }), list = el("div", { class: "card" });
   const shown = /** @type {any} */ (site.saes[Number(now.sae)] ?? site.saes[0]);
   const axes = /** @type {[string, string][]} */ (Object.entries(site.axes).filter(([name]) => shown.axes.includes(name)));
-  const short = Object.fromEntries(Object.keys(site.axes).map((name) => [name]).map(([name]) => [name, name.replaceAll("_", " ")]));
+  const short = Object.fromEntries(Object.keys(site.axes).map((name) => [name, name.replace(/^relative_norm\./, "relative norm in ").replaceAll("_", " ")]));
   /** @type {Map<number, string>} */ const named = new Map();
   /** @type {number | null} */ let below = null; // the pointer
 
-  const filters = () => address({ q: now.q, low: now.low === "" ? undefined : Number(now.low) / 100, high: now.high === "" ? undefined : Number(now.high) / 100 }).slice(1);
+  const filters = () => address({ q: now.q, of: now.of, low: now.low === "" ? undefined : Number(now.low) / 100, high: now.high === "" ? undefined : Number(now.high) / 100 }).slice(1);
 
   const draw = () => waiting(chart, "Placing all latents…", async () => {
     const data = await get(`saes/${now.sae}/map?x=${now.x}&y=${now.y}&${filters()}`);
@@ -54,7 +54,7 @@ export function mapPage(site, fields) {
         el("span", { class: "soft small grow" }, found.total ? `${from + 1} to ${from + found.rows.length} of ${found.total.toLocaleString("en")}` : "No latent fits the filters."),
         el("button", { type: "button", class: "quiet", disabled: from === 0, onclick: turn(Math.max(0, from - ROWS)) }, "Back"),
         el("button", { type: "button", class: "quiet", disabled: from + ROWS >= found.total, onclick: turn(from + ROWS) }, "More")),
-      found.rows.length ? table(now.sae, found.rows) : "",
+      found.rows.length ? table(now.sae, found.rows, undefined, shown.parts) : "",
     ];
   });
 
@@ -75,13 +75,14 @@ export function mapPage(site, fields) {
   rows();
   return [
     el("div", { class: "head" }, el("h1", {}, `All latents of ${shown.name}`),
-      el("span", { class: "soft" }, `${shown.latents.toLocaleString("en")} latents at ${shown.hook}; ${number(shown.l0)} active per token; ${shown.silent.toLocaleString("en")} silent`)),
+      el("span", { class: "soft" }, `${shown.latents.toLocaleString("en")} latents at ${places(shown)}; ${number(shown.l0)} active per token; ${shown.silent.toLocaleString("en")} silent${shown.reading ? `; rows with ${shown.reading} only` : ""}`)),
     el("div", { class: "bar" },
       site.saes.length > 1 && field("SAE", select("sae", site.saes.map((sae, i) => [String(i), sae.name]), now.sae, (sae) => go({ ...now, page: "map", sae, from: "0" }))),
       el("label", { class: "field grow" }, "Search tokens and explanations", el("input", { type: "search", name: "q", maxlength: 200, value: now.q, oninput: typed("q") })),
       field("Across", select("x", axes.map(([name]) => [name, short[name]]), now.x, (x) => change({ x }))),
       field("Up", select("y", axes.map(([name]) => [name, short[name]]), now.y, (y) => change({ y }))),
       shown.axes.includes("direction_1") && el("a", { class: "button quiet", href: now.x === "direction_1" ? address({ page: "map", sae: now.sae }) : address({ page: "map", sae: now.sae, x: "direction_1", y: "direction_2" }) }, now.x === "direction_1" ? "By density" : "By direction"),
+      shown.classes.length > 0 && field("Whose", select("of", [["", "all"], .../** @type {[string, string][]} */ (shown.classes.map((/** @type {string} */ name) => [name, whose(name)]))], now.of, (of) => change({ of, from: "0" }))),
       field("Density from, %", edge("low", "0")), field("to, %", edge("high", "100"))),
     chart, list,
   ];

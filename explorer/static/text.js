@@ -19,7 +19,7 @@ export function textPage(site, fields) {
   const run = () => waiting(out, slow(site, "Reading the text…"), async () => {
     const found = await get(`saes/${now.sae}/text`, { text: box.value });
     site.subject.ready = true;
-    return show(now.sae, found, Number(fields.at ?? -1));
+    return show(site, now.sae, found, Number(fields.at ?? -1));
   });
   if (fields.text) run();
   return [
@@ -33,8 +33,8 @@ export function textPage(site, fields) {
   ];
 }
 
-/** @param {string} sae @param {any} found @param {number} at */
-function show(sae, found, at) {
+/** @param {import("./main.js").Site} site @param {string} sae @param {any} found @param {number} at */
+function show(site, sae, found, at) {
   const tokens = found.tokens.map((/** @type {any} */ one) => one.token), read = found.tokens.map((/** @type {any} */ one) => one.read);
   const counts = found.tokens.map((/** @type {any} */ one) => one.latents[0]?.[1] ?? 0);
   const detail = el("div", { "aria-live": "polite" });
@@ -56,6 +56,6 @@ function show(sae, found, at) {
     el("section", { class: "card" }, el("h2", {}, "Strongest over the whole text"),
       found.latents.map((/** @type {any} */ one) => el("div", { class: "example" }, el("span", {}, link(sae, one.latent)),
         el("div", {}, el("div", { class: "small" }, about(one)), strip(tokens, one.values, { most: strongest, read, label: `Latent ${one.latent}` })),
-        el("a", { class: "small", href: address({ page: "steer", edits: `${sae}:${one.latent}:clamp:${number(2 * one.largest)}` }) }, "steer")))),
+        site.saes[Number(sae)].steers && el("a", { class: "small", href: address({ page: "steer", edits: `${sae}:${one.latent}:clamp:${number(2 * one.largest)}` }) }, "steer")))),
   ];
 }

@@ -58,12 +58,20 @@ export function about(brief) {
 /** A link to a latent's page. @param {number|string} sae @param {number} latent */
 export const link = (sae, latent) => el("a", { href: address({ page: "feature", sae, latent }) }, `#${latent}`);
 
-/** Rows of latents. @param {number|string} sae @param {import("./api.js").Brief[]} rows @param {string} [score] */
-export function table(sae, rows, score) {
+/** Whose a latent of a crosscoder is, in words. @param {string} owner */
+export const whose = (owner) => (["shared", "neither"].includes(owner) ? owner : `${owner} only`);
+
+/** The hooks that an SAE reads. @param {import("./main.js").Shown} sae */
+export const places = (sae) => (sae.parts.length ? sae.parts.map((part) => part.hook).join(" and ") : sae.hook);
+
+/** Rows of latents. @param {number|string} sae @param {import("./api.js").Brief[]} rows @param {string} [score] @param {{name: string}[]} [parts] of a crosscoder */
+export function table(sae, rows, score, parts = []) {
   return el("div", { class: "scroll" }, el("table", {},
     el("thead", {}, el("tr", {}, el("th", {}, "latent"), el("th", {}, "fires on"), el("th", { class: "wide" }, "promotes"),
+      parts.length > 0 && [el("th", {}, "whose"), el("th", { class: "num" }, `relative norm in ${parts.map((part) => part.name).join(", ")}`)],
       el("th", { class: "num" }, score ?? "density"))),
     el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, link(sae, row.latent)), el("td", {}, about(row)),
       el("td", { class: "wide" }, row.promotes.flatMap((text) => [token(text), " "])),
+      parts.length > 0 && [el("td", {}, whose(row.owner ?? "")), el("td", { class: "num" }, (row.norms ?? []).map((norm) => norm.toFixed(2)).join(", "))],
       el("td", { class: "num" }, score ? level(row.score ?? 0) : percent(row.density)))))));
 }

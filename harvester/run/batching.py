@@ -111,7 +111,9 @@ class Batch(NamedTuple):
     """For people; names the record to delete for measuring again."""
 
 
-def choose_batch(store: ObjectStore, plan: HarvestPlan, subject: Subject | EngineReader, threads: int) -> Batch:
+def choose_batch(
+    store: ObjectStore, plan: HarvestPlan, subject: Subject | EngineReader, threads: int
+) -> Batch:
     """The batch of this root for workers of this kind, measured if no worker has done so; see the module."""
     kind = kind_of(subject.device, threads)
     known = store.size(batch_key(kind)) is not None

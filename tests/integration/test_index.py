@@ -142,7 +142,7 @@ def indexer_of(site: Site, out: Path, **fields) -> Indexer:
         store,
         scratch,
         spec,
-        subject,
+        {"": subject},
         part_latents=16,
     )
 
@@ -240,7 +240,7 @@ def test_an_sae_that_the_dataset_does_not_fit_is_refused(site, tmp_path, what):
     size = {"hooks": 2 * width, "width D": width + 1}.get(what, width)
     Sae(size, LATENTS, 2, "none", parts).save(open_store(str(tmp_path / "sae")), identity=identity, **hooks)
     recipe = Recipe(str(tmp_path / "sae"), site.root, str(tmp_path / "index"), None, SPEC)
-    with pytest.raises(SaeMismatch, match=f"the {what} of the SAE: expected"):
+    with pytest.raises(SaeMismatch, match=f"the {what.removesuffix('s')} of the SAE: expected"):
         recipe.open()
     assert not list((tmp_path).glob("index/*"))
 

@@ -59,10 +59,11 @@ def test_a_dataset_that_fits(fields):
     check_dataset("runs/a", card(**fields), PLAN)
 
 
-def test_several_hooks_fit_no_dataset_row():
-    joined = card(with_hooks=("mlp_out.0",), d_model=12, parts=SaeParts(widths=(8, 4)))
-    with pytest.raises(SaeMismatch, match=r"the hooks of runs/a: expected one hook, got a crosscoder"):
-        check_dataset("runs/a", joined, PLAN)
+def test_a_crosscoder_fits_if_the_dataset_holds_all_its_hooks():
+    check_dataset("runs/a", card(with_hooks=("mlp_out.0",), d_model=12, parts=SaeParts(widths=(8, 4))), PLAN)
+    wrong = card(with_hooks=("mlp_out.1",), d_model=12, parts=SaeParts(widths=(8, 4)))
+    with pytest.raises(SaeMismatch, match=r"the hook of runs/a: .* got mlp_out.1"):
+        check_dataset("runs/a", wrong, PLAN)
 
 
 def transcoder(target: str = "mlp_out.0", width: int = 4) -> SaeCard:
