@@ -1,21 +1,24 @@
 """All measurements that need a GPU, in one command of under ten minutes.
 
-    python -m benchmarks.gpu --json OUT [--rounds 15] [--tests EXPRESSION | --no-tests] [--tiny]
+    python -m benchmarks.gpu --json OUT [--rounds 15] [--tests EXPRESSION | --no-tests]
+    python -m benchmarks.gpu --list
+    TRITON_INTERPRET=1 python -m benchmarks.gpu --tiny --json OUT
 
 Needs torch, Triton, numpy, pydantic, safetensors and pyyaml, and pytest alone for the tests; no ray, zarr or
 transformers. The result is written after every part, so that earlier figures are kept if a later part fails.
+`--list` prints every figure and what it is. `--tiny` runs all of it at a toy size without a GPU, by the same
+kernels if they are interpreted; its figures mean nothing.
 
-1. `tests`: `tests/gpu/test_triton.py`; a failure ends the command. `exact`: at full size, in all chunks of
-   rows, the largest difference of each kernel from its dense equivalent on some rows, over the largest
-   number, in float32 and bfloat16, on even and on skewed data.
-2. `sizes`, for each number of rows B at D = 768, N = 131,072, K = 32, medians of paired ratios to torch's
-   bfloat16 product of the shape into a reused buffer: `encode_topk_over_product`; `step_over_product` with
-   bfloat16 products, float32 Adam, clipping and average; `step_over_product_dead10`;
-   `float32_step_over_product`, and over a float32 product. `_skewed`: some latents are active in every row,
-   and nearly half of the others lie together; otherwise all are equally active, which no real dictionary is.
-   `items`: bytes and operations of the step's parts, their seconds at the rates measured as `card`, and their
-   measured seconds.
-3. `memory`: peak bytes of a step over `winnow estimate`, at this size and at N = 1,048,576.
+1. `tests`: those of the kernels in `tests/gpu`; a failure ends the command. `exact`: on rows of all chunks
+   that the encoder cuts a batch into, how far the kernels are from their dense equivalents.
+2. `sizes`: medians of paired ratios to torch's bfloat16 product of the shape, and the parts of a step.
+   The product writes [B, N] into a reused buffer, which no step needs: an encoder may take less than it.
+3. `memory`: peak bytes of a step over `winnow estimate`.
+
+Random rows make all latents equally active, which no real dictionary is. In `skewed` data some latents are
+active in every row, the others' frequencies spread over orders of magnitude, and nearly half of the active
+ones lie together. Dead latents are quiet: at every step a tenth is silent, few of them are above 0, and none
+is among the best K.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +45,7 @@ from benchmarks.train_step import DEAD_SHARE, Size, make_run, seconds
 from winnow.common.device import torch_settings
 from winnow.schemas.training import TrainSpec
 from winnow.trainer.kernels import Backend, choose, encode_topk, reference
-from winnow.trainer.kernels.segment_grad import segments_of
+from winnow.trainer.kernels.segment_grad import chunk_size, segments_of
 from winnow.trainer.kernels.step_ops import step_ops
 from winnow.trainer.plan.memory import gpu_memory
 from winnow.trainer.plan.paper import step_on_paper
@@ -53,12 +56,83 @@ from winnow.trainer.step.spans import sampling
 ROOT = Path(__file__).parents[1]
 SIZES = [Size(65_536, 768, 131_072, 32), Size(16_384, 768, 131_072, 32)]
 MILLION = Size(16_384, 768, 1_048_576, 32)
-# More entries than a chunk of hot latents has; the interpreter's time is by rows.
-TINY, TINY_MILLION = [Size(24, 16, 256, 8)], Size(24, 16, 512, 8)
+# One latent is active in every row, and has more entries than a chunk. The interpreter's time is by rows and
+# latents.
+TINY, TINY_HERE, TINY_MILLION = [Size(132, 16, 32, 4)], Size(16, 16, 32, 4), Size(16, 16, 48, 4)
 CHECKED_ROWS = 256
 """Rows on which kernels are compared with their dense equivalents."""
 PYTEST = ["-m", "pytest", "-c", "benchmarks/gpu.ini", "--rootdir=.", "--confcutdir=tests/gpu"]
-TESTS = ["tests/gpu/test_triton.py", "--no-skips", "-q", "-p", "no:cacheprovider"]
+TESTS = ["tests/gpu/test_triton.py", "tests/gpu/test_fused_ops.py"]
+OPTIONS = ["--no-skips", "-q", "-p", "no:cacheprovider"]
+SPREAD = 0.5
+"""Of `skewed` biases, in standard deviations of the pre-activations."""
+QUIET = -1.5
+"""The bias of dead latents in the same: 7 % of their pre-activations are above 0."""
+
+
+class Case(NamedTuple):
+    """A figure of `sizes`."""
+
+    what: str
+    step: bool = True
+    """Of a whole step; else of `encode_topk`."""
+    auxk: bool = False
+    skewed: bool = False
+    compute_dtype: str = "bfloat16"
+
+
+STEP = "a step with bfloat16 products, float32 Adam, clipping and average, over the product"
+RATIOS = {
+    "encode_topk_over_product": Case("`encode_topk` of bfloat16 operands over the product", step=False),
+    "encode_topk_over_product_skewed": Case("the same on skewed data", step=False, skewed=True),
+    "step_over_product": Case(STEP),
+    "step_over_product_skewed": Case("the same on skewed data", skewed=True),
+    "step_over_product_dead10": Case("the same with AuxK and a tenth dead", auxk=True),
+    "step_over_product_dead10_skewed": Case("the same on skewed data", auxk=True, skewed=True),
+    "float32_step_over_product": Case("a step in float32 over the bfloat16 product", compute_dtype="float32"),
+}
+"""Each with its `quartiles`."""
+SIZE_FIGURES = {
+    "float32_step_over_float32_product": "the same over a float32 product",
+    "step_seconds": "of `step_over_product`",
+    "product_seconds": "the bfloat16 product",
+    "float32_product_seconds": "the float32 product",
+    "items": "parts of the step: operations, bytes, FLOP, seconds at the rates of `card`, measured seconds",
+}
+EXACT = {
+    "encode_topk": "largest difference from the dense equivalent, over its largest number",
+    "encode_topk_other_latents": "share of entries that name another latent",
+    "decode": "as for `encode_topk`",
+    "decode_grad_values": "as for `encode_topk`",
+    "segment_grad": "as for `encode_topk`",
+    "hot_latents": "latents whose sums were taken in chunks and joined",
+}
+HALF: dict[str, object] = {"compute_dtype": "bfloat16"}
+MEMORY: dict[str, tuple[bool, dict[str, object]]] = {
+    "here": (False, HALF),
+    "here, a tenth dead": (False, HALF | {"auxk": True}),
+    "here, float32": (False, {}),
+    "million": (True, HALF),
+    "million, int8 moments, in four parts": (True, HALF | {"moments": "int8", "accumulate": 4}),
+}
+"""Name -> whether N is 1,048,576, and fields of the spec."""
+
+
+def listing(sizes: Sequence[Size]) -> dict[str, str]:
+    """Every figure by its path in the result, and what it is."""
+    kinds = ("float32", "bfloat16", "float32_skewed", "bfloat16_skewed")
+    found = {"tests.triton": f"whether {' and '.join(TESTS)} pass on the card"}
+    found |= {f"exact.{kind}.{name}": what for kind in kinds for name, what in EXACT.items()}
+    found["card.rates"] = "FLOP/s of the bfloat16 product, bytes/s of a copy"
+    told = {name: case.what for name, case in RATIOS.items()} | SIZE_FIGURES
+    found |= {f"sizes.{size.rows}.{name}": what for size in sizes for name, what in told.items()}
+    for name, (million, fields) in MEMORY.items():
+        size = MILLION if million else SIZES[0]
+        given = ", ".join(f"{key} {value}" for key, value in fields.items())
+        found[f"memory.{name}"] = (
+            f"peak over estimate, B = {size.rows:,}, N = {size.latents:,}; {given or 'float32'}"
+        )
+    return found
 
 
 def test(expression: str) -> dict[str, Any]:
@@ -68,7 +142,7 @@ def test(expression: str) -> dict[str, Any]:
     """
     # In a process of its own, whose GPU memory and settings end with it.
     done = subprocess.run(
-        [sys.executable, *PYTEST, *TESTS, "-k", expression],
+        [sys.executable, *PYTEST, *TESTS, *OPTIONS, "-k", expression],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -80,22 +154,26 @@ def test(expression: str) -> dict[str, Any]:
 
 
 def skewed(size: Size, deviation: float, device: torch.device) -> Tensor:
-    """A bias [N] by which K / 8 latents are active in every row, and nearly half of the others in a prefix.
+    """A bias [N]: K / 8 latents are active in every row, and nearly half of the others in a prefix.
+
+    The frequencies of all of them spread over orders of magnitude.
 
     Args:
         size: Of the dictionary.
         deviation: The standard deviation of its pre-activations, which are normal.
         device: Where the bias is made.
     """
-    b = torch.zeros(size.latents, device=device)
+    draws = torch.Generator().manual_seed(5)
+    b = SPREAD * torch.randn(size.latents, generator=draws)
     # of N / 128 latents K / 2 are above the threshold of the K best of N
     prefix = max(1, size.latents // 128)
-    normal = torch.distributions.Normal(0.0, 1.0)
+    # of bias and pre-activation together
+    normal = torch.distributions.Normal(0.0, (1 + SPREAD**2) ** 0.5)
     shares = torch.tensor([size.k / size.latents, size.k / 2 / prefix]).clamp(max=0.9)
     threshold, within = normal.icdf(1 - shares).tolist()
-    b[:prefix] = (threshold - within) * deviation
-    b[prefix :: max(1, size.latents // max(1, size.k // 8))] += 8 * deviation
-    return b
+    b[:prefix] += threshold - within
+    b[prefix :: max(1, size.latents // max(1, size.k // 8))] += 8
+    return (b * deviation).to(device)
 
 
 def exactness(
@@ -124,7 +202,9 @@ def exactness(
         "segment_grad": (ops.sums(flat, segments, x, block), sums),
     }
     shares = {name: ((a - e).abs().max() / e.abs().max()).item() for name, (a, e) in found.items()}
-    return shares | {"encode_topk_other_latents": (indices != where).double().mean().item()}
+    hot = segments.ends.diff() > chunk_size(indices.numel(), size.latents)
+    others = (indices != where).double().mean().item()
+    return shares | {"encode_topk_other_latents": others, "hot_latents": int(hot.sum())}
 
 
 def card(size: Size, device: torch.device) -> dict[str, float]:
@@ -144,13 +224,20 @@ def _median(call: Callable[[], object], device: torch.device, rounds: int = 7) -
     return statistics.median(seconds(call, device) for _ in range(rounds))
 
 
-def stepper(run: Run, rows: Tensor) -> Callable[[], object]:
+def stepper(run: Run, rows: Tensor, *, skew: bool = False) -> Callable[[], object]:
     """One step, with a tenth of the latents dead at its start if AuxK is on."""
     weights = torch.ones(len(rows), device=rows.device)
     silent = torch.arange(0, run.sae.latents, round(1 / DEAD_SHARE), device=run.device)
+    some = rows[:256].to(run.device) @ run.sae.W_enc.detach()[:4096].T
+    size = Size(len(rows), run.sae.d_model, run.sae.latents, run.sae.k)
+    deviation, auxk = some.std().item(), run.recipe.spec.auxk_coefficient > 0
+    if skew:
+        run.sae.b_enc.data += skewed(size, deviation, run.device)
+    if auxk:
+        run.sae.b_enc.data[silent] = QUIET * deviation
 
     def step() -> None:
-        if run.recipe.spec.auxk_coefficient:
+        if auxk:
             run.dead.since[silent] = run.recipe.dead_after
         train_step(run, rows, weights)
 
@@ -166,39 +253,32 @@ def ratios(
     biases = {False: torch.zeros(size.latents, device=device), True: skewed(size, size.width**0.5, device)}
     del W
     out = torch.empty(size.rows, size.latents, device=device, dtype=torch.bfloat16)
-    cases: dict[str, tuple[bool, str] | None] = {
-        "encode_topk_over_product": None,
-        "encode_topk_over_product_skewed": None,
-        "step_over_product": (False, "bfloat16"),
-        "step_over_product_skewed": (False, "bfloat16"),
-        "step_over_product_dead10": (True, "bfloat16"),
-        "float32_step_over_product": (False, "float32"),
-    }
     figures: dict[str, Any] = {**size._asdict(), "kernels": kernels, "quartiles": {}}
     floors: list[float] = []
     # One run at a time in memory.
-    for name, case in cases.items():
-        run, skew = None, name.endswith("skewed")
-        if case is None:
-            call: Callable[[], object] = partial(encode_topk, half, W_half, biases[skew], size.k, kernels)
+    for name, case in RATIOS.items():
+        run = None
+        if case.step:
+            run = make_run(size, kernels, device, auxk=case.auxk, compute_dtype=case.compute_dtype)
+            call = stepper(run, x, skew=case.skewed)
         else:
-            run = make_run(size, kernels, device, auxk=case[0], compute_dtype=case[1])
-            call = stepper(run, x)
-            if skew:
-                run.sae.b_enc.data += skewed(size, (x[:256] @ run.sae.W_enc[:4096].T).std().item(), device)
+            call = partial(encode_topk, half, W_half, biases[case.skewed], size.k, kernels)
         found: list[float] = []
-        for number in range(rounds + 2):
+        # The first two compile and warm up.
+        first = -2 if device.type == "cuda" else 0
+        for number in range(first, rounds):
             below = seconds(lambda: torch.mm(half, W_half.T, out=out), device)
             above = seconds(call, device)
-            # The first two compile and warm up.
-            if number >= 2:
+            if number >= 0:
                 floors.append(below)
                 found.append(above / below)
         figures[name] = statistics.median(found)
         figures["quartiles"][name] = statistics.quantiles(found, n=4) if rounds > 1 else found * 3
         if name == "step_over_product":
-            figures["step_seconds"] = _median(call, device)
-            figures["items"] = items(size, spec_of(run), call, figures["step_seconds"], device, rates)
+            some = min(5, rounds)
+            figures["step_seconds"] = statistics.median(seconds(call, device) for _ in range(some))
+            took = figures["step_seconds"], some
+            figures["items"] = items(size, spec_of(run), call, took, device, rates)
         del run, call
         _clear(device)
     float32 = _float32_product(x, size, device)
@@ -227,18 +307,27 @@ def items(
     size: Size,
     spec: TrainSpec,
     step: Callable[[], object],
-    took: float,
+    took: tuple[float, int],
     device: torch.device,
     rates: dict[str, float],
 ) -> dict[str, dict[str, float]]:
-    """The step's parts: operations, bytes and FLOP on paper, seconds at the card's rates, measured ones."""
+    """The step's parts: operations, bytes and FLOP on paper, seconds at the card's rates, measured ones.
+
+    Args:
+        size: Of the step.
+        spec: Its run's.
+        step: Takes one.
+        took: Its seconds, and how many steps are taken for the shares of its parts.
+        device: Where.
+        rates: As `card` gives them.
+    """
     paper = step_on_paper(spec, size.width)
     own = Rates.of(GPUS["h100"], fused=1.0)._replace(
         product=rates["bfloat16_flops"], stream=rates["bandwidth"], gather=rates["bandwidth"]
     )
     need = parts_of(((site.part, entry) for site, entry in paper.entries.items()), own)
     shares: dict[str, list[float]] = {name: [] for name in need}
-    for _ in range(5):
+    for _ in range(took[1]):
         with sampling(device) as spans:
             step()
         for name, share in (spans.shares() if spans else {}).items():
@@ -248,7 +337,7 @@ def items(
         # What comes after the last mark has no time of its own.
         if not shares[name]:
             continue
-        taken = statistics.median(shares[name]) * took
+        taken = statistics.median(shares[name]) * took[0]
         numbers: dict[str, float] = {"operations": part.operations, "bytes": part.streamed + part.gathered}
         if part.flops:
             numbers["flops"] = part.flops
@@ -256,12 +345,14 @@ def items(
     return found
 
 
-def memory(size: Size, device: torch.device, kernels: Backend, **fields: object) -> dict[str, Any]:
+def memory(
+    size: Size, device: torch.device, kernels: Backend, *, auxk: bool = False, **fields: object
+) -> dict[str, Any]:
     """Peak bytes of two steps over the estimate; the peak is None without CUDA's allocator."""
     _clear(device)
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
-    run = make_run(size, kernels, device, auxk=False, **fields)
+    run = make_run(size, kernels, device, auxk=auxk, **fields)
     # Accumulated micro-batches are sent to the GPU one by one; otherwise the next batch arrives during a step
     # and is part of the peak.
     host = run.recipe.spec.accumulate > 1
@@ -273,10 +364,12 @@ def memory(size: Size, device: torch.device, kernels: Backend, **fields: object)
     step()
     took = seconds(step, device)
     peak = torch.cuda.max_memory_allocated() - before if cuda else None
+    # with AuxK, the estimate takes a tenth to be dead
     said = gpu_memory(run.recipe.spec, size.width, stored="float32")
     return {
         **size._asdict(),
         **fields,
+        "auxk": auxk,
         "step_seconds": took,
         "peak": peak,
         "estimate": said.total,
@@ -296,13 +389,18 @@ def main() -> None:
     """Test, measure, write; exits with 1 if a test or a part fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--kernels", default="auto", help="under TRITON_INTERPRET=1 also triton on a CPU")
+    parser.add_argument("--rounds", type=int, help="of every ratio; default 15, with --tiny 1")
+    parser.add_argument("--kernels", help="default auto; under TRITON_INTERPRET=1 triton")
     tests = parser.add_mutually_exclusive_group()
     tests.add_argument("--tests", default="", metavar="EXPRESSION", help="only these, as pytest's -k selects")
     tests.add_argument("--no-tests", action="store_true", help="do not run pytest")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test; on a CPU without a GPU")
+    parser.add_argument("--list", action="store_true", help="print every figure and what it is; needs no GPU")
     args = parser.parse_args()
+    if args.list:
+        for name, what in listing(SIZES).items():
+            print(f"{name}: {what}")
+        return
     if not args.tiny and not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device; --tiny runs its logic on a CPU", file=sys.stderr)
         sys.exit(2)
@@ -315,8 +413,12 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, device: torch.device) -> None:
     """Measure all parts; each is written when it is done."""
-    kernels = choose(args.kernels, device)
-    sizes, million = (TINY, TINY_MILLION) if args.tiny else (SIZES, MILLION)
+    # without a GPU `auto` takes a CPU's kernels, also where Triton's can be interpreted
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    kernels = choose(args.kernels or ("triton" if interpreted else "auto"), device)
+    sizes = TINY if args.tiny else SIZES
+    here, million = (TINY_HERE, TINY_MILLION) if args.tiny else (SIZES[0], MILLION)
+    rounds = args.rounds or (1 if args.tiny else 15)
     started, figures = time.monotonic(), dict[str, Any]()
     failed: list[str] = []
 
@@ -344,15 +446,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     keep("card", "rates", partial(card, sizes[-1], device))
     for size in sizes:
         rates = figures["card"]["rates"]
-        keep("sizes", str(size.rows), partial(ratios, size, args.rounds, device, kernels, rates))
-    half: dict[str, object] = {"compute_dtype": "bfloat16"}
-    small = half | {"moments": "int8", "accumulate": 4}
-    for name, size, fields in (
-        ("here", sizes[0], half),
-        ("here, float32", sizes[0], {}),
-        ("million", million, half),
-        ("million, int8 moments, in four parts", million, small),
-    ):
+        keep("sizes", str(size.rows), partial(ratios, size, rounds, device, kernels, rates))
+    for name, (large, fields) in MEMORY.items():
+        size = million if large else here
         keep("memory", name, partial(memory, size, device, kernels, **fields))
     print(json.dumps(write_report("gpu", figures, args.json), indent=1))
     if failed:

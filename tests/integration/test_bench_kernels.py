@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import set_step
+from benchmarks import gpu, set_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,9 +100,9 @@ def test_such_a_machine_has_no_pytest_timeout(bare):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_gpu_where_torch_triton_and_pytest_are_almost_all_there_is(bare, tmp_path):
-    """Its tests (a few, interpreted) and its logic, at toy size on a CPU."""
+    """Its tests (a few) and all that it measures, interpreted, at toy size on a CPU."""
     out = tmp_path / "gpu.json"
-    arguments = ["--tiny", "--tests", "chosen or (exact and shape0)", "--rounds", "1", "--json", str(out)]
+    arguments = ["--tiny", "--tests", "chosen or (exact and shape0)", "--json", str(out)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", *arguments],
         cwd=ROOT,
@@ -118,13 +119,19 @@ def test_gpu_where_torch_triton_and_pytest_are_almost_all_there_is(bare, tmp_pat
     result = json.loads(out.read_text())
     assert result["tests"]["triton"]["passed"]
     assert "3 passed" in result["tests"]["triton"]["said"][0]
-    assert max(result["exact"]["float32"].values()) < 1e-5
+    for path in gpu.listing(gpu.TINY):
+        found = result
+        for name in path.split("."):
+            found = found[name]
+    hot = {kind: found.pop("hot_latents") for kind, found in result["exact"].items()}
+    assert hot["float32"] == hot["bfloat16"] == 0
+    assert min(hot["float32_skewed"], hot["bfloat16_skewed"]) > 0
+    for kind, found in result["exact"].items():
+        assert max(found.values()) < (1e-2 if "bfloat16" in kind else 1e-5), kind
     (size,) = result["sizes"].values()
-    assert max(result["exact"]["bfloat16_skewed"].values()) < 1e-2
-    for name in ("encode_topk", "step", "float32_step"):
-        assert size[f"{name}_over_product"] > 0
-    for name in ("encode_topk_over_product_skewed", "step_over_product_skewed"):
-        assert size[name] > 0
+    assert size["kernels"] == "triton"
+    for name in gpu.RATIOS:
+        assert 0 < size[name] < math.inf
     assert size["float32_step_over_float32_product"] > 0
     for part in size["items"].values():
         assert min(part.values()) > 0

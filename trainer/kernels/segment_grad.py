@@ -24,6 +24,8 @@ BLOCK_BYTES = 2 << 20
 """Bytes of the sums computed at a time on the CPU: small enough to stay in cache until they are used."""
 GPU_BLOCK_BYTES = 1 << 28
 """The same on a GPU, where a block only bounds the memory of temporary tensors."""
+CHUNK, LARGEST_CHUNK = 128, 1024
+"""Fewest and most entries of a chunk, into which a GPU splits those of a hot latent."""
 
 
 class Segments(NamedTuple):
@@ -69,6 +71,14 @@ def segments_unasked(indices: Tensor, latents: int, chosen: Tensor | None = None
     # not `bincount`, which asks the device for the largest of its input
     ends = torch.searchsorted(latent, edges)
     return Segments(order, order.div(max(1, indices.shape[1]), rounding_mode="floor"), latent, ends)
+
+
+def chunk_size(entries: int, latents: int) -> int:
+    """Most entries of a latent that a GPU does not split into chunks; a power of two."""
+    # four times the mean, so that few are: their partial sums are written and read again. At K = 256 and
+    # B = 65,536 chunks of 128 would take 0.8 GB for them
+    four_times_the_mean = 4 * entries // max(1, latents)
+    return min(LARGEST_CHUNK, max(CHUNK, 1 << max(0, four_times_the_mean - 1).bit_length()))
 
 
 @torch.library.custom_op("winnow::segment_grad", mutates_args=())

@@ -24,12 +24,10 @@ from torch import Tensor
 from winnow.trainer.kernels.cost import Cost, cost_of
 from winnow.trainer.kernels.examples import Shape, example
 from winnow.trainer.kernels.fused_ops import WIDEST, Finish
-from winnow.trainer.kernels.segment_grad import Segments
-from winnow.trainer.kernels.support_triton import block_of, cdiv, launch, power_of_two
+from winnow.trainer.kernels.segment_grad import Segments, chunk_size
+from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
 
 LARGEST_BLOCK = WIDEST
-CHUNK, LARGEST_CHUNK = 128, 1024
-"""Fewest and most entries of a chunk."""
 
 
 @triton.jit
@@ -193,13 +191,6 @@ def segment_sums(
     out = rows.new_empty(len(segments.ends) - 1, rows.shape[1], dtype=dtype or rows.dtype)
     add_sums(out, values, segments, rows)
     return out
-
-
-def chunk_size(entries: int, latents: int) -> int:
-    """Entries from which a latent is hot."""
-    # four times the mean, so that few are: their partial sums are written and read again. At K = 256 and
-    # B = 65,536 chunks of 128 would take 0.8 GB for them
-    return min(LARGEST_CHUNK, max(CHUNK, power_of_two(4 * entries // max(1, latents))))
 
 
 def add_sums(
