@@ -6,7 +6,7 @@ Needs no GPU and takes about a minute. For B = 65,536 and 16,384 rows (D = 768, 
 in bfloat16, Adam's moments in float32, clipping, average) the ledger of `winnow.trainer.plan.paper` gives
 operations, launches, synchronisations, bytes and FLOP by part and by line of the code, and peak memory; also
 with a tenth of the latents dead (AuxK, 256 of them per row), packed moments, four micro-batches, and products
-in float32.
+in float32, plain and bounded. How many latents the latter leave in question is simulated, on the host.
 
 Everything is counted from the code as it is. Seconds divide counts by assumed rates
 (`winnow.trainer.plan.rates`), and are given in bfloat16 products of the library, [B, D] x [D, N]. The share
@@ -25,8 +25,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from benchmarks.report import write_report
 from winnow.schemas.training import TrainSpec
+from winnow.trainer.kernels.groups import SLACK, slack_of
 from winnow.trainer.plan.memory import DEAD_SHARE, gpu_memory
 from winnow.trainer.plan.paper import Paper, step_on_paper
 from winnow.trainer.plan.rates import EFFICIENCY, GPUS, Rates, parts_of
@@ -65,7 +68,9 @@ CASES: dict[str, dict[str, Any]] = {
     "moments int8": {"moments": "int8"},
     "accumulate 4": {"accumulate": 4},
     "float32 products": {"compute_dtype": "float32"},
+    "float32 products, bounded": {"compute_dtype": "float32", "float32_products": "bounded"},
 }
+SIMULATED_ROWS = 32
 LINES = 40
 """Lines of the code that are written, those that take longest."""
 
@@ -109,6 +114,22 @@ def case(size: Size, fields: dict[str, Any], card: str) -> dict[str, Any]:
         "parts": parts(size, paper, Rates.of(GPUS[card], BAR_SHARE)),
         "lines": lines(size, paper, Rates.of(GPUS[card], BAR_SHARE)),
     }
+
+
+def in_question(size: Size) -> float:
+    """Latents per row that `float32_products: bounded` multiplies in float32, of normal rows."""
+    draws = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(count, size.width, generator=draws) for count in (SIMULATED_ROWS, size.latents))
+    W = torch.nn.functional.normalize(W, dim=1)
+    low_x, low_W = x.bfloat16().float(), W.bfloat16().float()
+    lost_x, lost_W = (x - low_x).norm(dim=1), (W - low_W).norm(dim=1)
+    norms_x, norms_W = x.norm(dim=1), W.norm(dim=1)
+    # as `winnow.trainer.kernels.encode_bounded_triton` reckons its bound
+    row_slack = SLACK * lost_x + slack_of(size.width) * norms_x
+    bounds = low_x @ low_W.T + torch.outer(row_slack, norms_W)
+    bounds += torch.outer(SLACK * (norms_x + lost_x), lost_W)
+    kth = (x @ W.T).topk(size.k, dim=1).values[:, -1:]
+    return (bounds >= kth).sum(1).double().mean().item()
 
 
 def floor(size: Size, rates: Rates) -> float:
@@ -188,6 +209,11 @@ def main() -> None:
                 f"{one['peak'] / 1e9:.2f} GB, over estimate {one['peak_over_estimate']:.3f}",
                 file=sys.stderr,
             )
+    near = in_question(next(iter(sizes)))
+    print(
+        f"bounded float32 products: {near:.1f} latents per row are multiplied in float32 (simulated)",
+        file=sys.stderr,
+    )
     goals = bars(found, sizes)
     for goal in goals:
         said = "met" if goal["met"] else "missed"
@@ -198,6 +224,7 @@ def main() -> None:
         "rates": {name: {"value": value, "source": source} for name, (value, source) in EFFICIENCY.items()},
         "own_product_shares": {"given": SHARES, "bars_read_at": BAR_SHARE, "is": "an assumption"},
         "bars": goals,
+        "bounded_products_in_question": {"value": near, "is": "simulated: normal rows, random directions"},
         "cases": found,
     }
     report = write_report("gpu_paper", figures, args.json)

@@ -15,6 +15,7 @@ from winnow.schemas.window import WindowRule
 
 Normalize = Literal["layer", "dataset", "none"]
 ComputeDtype = Literal["float32", "bfloat16"]
+Float32Products = Literal["ieee", "bounded"]
 MomentsDtype = Literal["float32", "bfloat16", "int8"]
 
 
@@ -250,6 +251,11 @@ class TrainSpec(Contract):
     """Type of the operands of a step's large products and gathers. Sums, weights, gradients, average and
     checkpoints are float32 in any case. `bfloat16` is meant for GPUs, whose tensor cores are many times
     faster in it; a CPU rounds in the same way, but is slower."""
+    float32_products: Float32Products = "ieee"
+    """How a GPU makes the encoder's product if `compute_dtype` is float32. `ieee`: all of it in float32,
+    without tensor cores. `bounded`: in bfloat16 on tensor cores, and again in float32 for each latent that
+    may be among the best by a proved bound on the error: latents and values are those of float32 sums, equal
+    to those of `ieee` up to float noise. AuxK's dense products stay `ieee`; a CPU ignores the choice."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Wall-clock seconds between checkpoints; 0 writes one after every step."""
     # At least two: the older one is the way back if the newest turns out to be damaged.
@@ -362,6 +368,12 @@ class TrainSpec(Contract):
         dense = self.kernels == "eager" or selects is None
         fused = {"accumulate": self.accumulate > 1, "compute_dtype": self.compute_dtype != "float32"}
         fused["moments"] = self.moments != "float32"
+        fused["float32_products"] = self.float32_products != "ieee"
+        if self.float32_products != "ieee" and self.compute_dtype != "float32":
+            raise ValueError(
+                f"float32_products: {self.float32_products} is about float32 products, and compute_dtype is "
+                f"{self.compute_dtype}: leave one of them out"
+            )
         for field, wanted in fused.items():
             if dense and wanted:
                 raise ValueError(

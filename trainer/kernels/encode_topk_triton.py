@@ -50,11 +50,15 @@ def _key(z):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["R", "N"])
-def _sweep(
+@triton.jit
+def sweep(
     x,
     W_enc,
     b,
+    row_slack,
+    row_norms,
+    column_norms,
+    column_lost,
     maxima,
     words,
     R,
@@ -66,6 +70,7 @@ def _sweep(
     GROUP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
+    """One block of products; with slacks and norms, of upper bounds of products (`encode_bounded_triton`)."""
     STEP: tl.constexpr = COLUMNS // GROUP
     # rows run fastest: the programs of one block of W_enc run together, so that it is read once
     row_blocks = tl.cdiv(R, ROWS)
@@ -86,6 +91,10 @@ def _sweep(
         # "ieee": float32 operands are multiplied in float32, not silently in TF32
         z = tl.dot(x_part, W_part, z, input_precision="ieee")
     z += tl.load(b + tl.minimum(column, N - 1)).to(tl.float32)[None, :]
+    if row_slack is not None:
+        at_row, at_column = tl.minimum(row, R - 1), tl.minimum(column, N - 1)
+        z += tl.load(row_slack + at_row)[:, None] * tl.load(column_norms + at_column)[None, :]
+        z += tl.load(row_norms + at_row)[:, None] * tl.load(column_lost + at_column)[None, :]
     key = tl.where((column < N)[None, :], _key(z), _LEAST)
     # a group's columns are STEP apart, because then a thread holds them all: tensor cores leave a thread with
     # pairs of columns 8 apart, and nothing goes through shared memory
@@ -103,6 +112,25 @@ def _sweep(
     tl.store(maxima + at, largest, mask=inside)
     # the member's number replaces the runner-up's last bits; with these set it is the finish's bound
     tl.store(words + at, (runner_up & -GROUP) | first, mask=inside)
+
+
+@triton.jit(do_not_specialize=["R", "N"])
+def _sweep(
+    x,
+    W_enc,
+    b,
+    maxima,
+    words,
+    R,
+    N,
+    D,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    sweep(x, W_enc, b, None, None, None, None, maxima, words, R, N, D, ROWS, COLUMNS, DEPTH, GROUP, WIDEN)
 
 
 @triton.jit
@@ -281,15 +309,37 @@ def _encode(x: Tensor, W_enc: Tensor, b: Tensor, values: Tensor, indices: Tensor
     groups = groups_of(latents, group)
     cut = {"COLUMNS": COLUMNS, "GROUP": group}
     maxima, words = (torch.empty(rows, groups, dtype=torch.int32, device=x.device) for _ in range(2))
-    grid = (cdiv(rows, ROWS) * cdiv(latents, COLUMNS),)
     constants = {"ROWS": ROWS, "DEPTH": DEPTH, "WIDEN": interpreted(), "num_warps": 8}
+    grid = (cdiv(rows, ROWS) * cdiv(latents, COLUMNS),)
     launch(_sweep, grid, x, W_enc, b, maxima, words, rows, latents, width, **constants, **cut)
     kept = min(k, groups)
+    keys, places = select(maxima, words, kept, group)
+    found, slots = torch.empty_like(indices), max(64, power_of_two(k))
+    operands = (x, W_enc, b, keys, places, words, found)
+    constants = {
+        "SLOTS": slots,
+        "BLOCK_D": min(256, MEMBER_BYTES // (group * x.element_size())),
+        "num_warps": 4,
+    }
+    launch(_finish, (rows,), *operands, latents, width, groups, kept, k, **constants, **cut)
+    order(found, values, indices)
+
+
+def order(found: Tensor, values: Tensor, indices: Tensor) -> None:
+    """Write the entries found int64 [R, K] in order to values and indices [R, K]."""
+    k = found.shape[1]
+    slots = max(64, power_of_two(k))
+    launch(_order, (len(found),), found, values, indices, k, SLOTS=slots, num_warps=cdiv(slots, 512))
+
+
+def select(maxima: Tensor, words: Tensor, kept: int, group: int) -> tuple[Tensor, Tensor]:
+    """The best groups of each row by their maxima int32 [R, groups]: keys and places int32 [R, kept]."""
+    rows, groups = maxima.shape
     keys, places, entries = maxima, words, groups
-    # pieces of equal width, so that each has more entries than are kept of it (PIECE / 2 > LARGEST_K)
+    # pieces of equal width, so that each has more entries than are kept of it (PIECE / 2 > 2 LARGEST_K)
     while entries > kept or keys is maxima:
         pieces = cdiv(entries, PIECE)
-        out = [torch.empty(rows, pieces * kept, dtype=torch.int32, device=x.device) for _ in range(2)]
+        out = [torch.empty(rows, pieces * kept, dtype=torch.int32, device=maxima.device) for _ in range(2)]
         sizes = (rows, entries, cdiv(entries, pieces), pieces, groups, kept, group)
         # with 8 warps a large piece takes 208 registers of a thread on sm_90, with 16 it takes 97
         block, lines, warps = (SMALL_PIECE, 4, 8) if sizes[2] <= SMALL_PIECE else (PIECE, 1, 16)
@@ -299,15 +349,7 @@ def _encode(x: Tensor, W_enc: Tensor, b: Tensor, values: Tensor, indices: Tensor
         grid = (cdiv(rows * pieces, lines),)
         launch(_select, grid, keys, places, words, *out, *sizes, COLUMNS=COLUMNS, **constants)
         (keys, places), entries = out, pieces * kept
-    found, slots = torch.empty_like(indices), max(64, power_of_two(k))
-    operands = (x, W_enc, b, keys, places, words, found)
-    constants = {
-        "SLOTS": slots,
-        "BLOCK_D": min(256, MEMBER_BYTES // (group * x.element_size())),
-        "num_warps": 4,
-    }
-    launch(_finish, (rows,), *operands, latents, width, groups, kept, k, **constants, **cut)
-    launch(_order, (rows,), found, values, indices, k, SLOTS=slots, num_warps=cdiv(slots, 512))
+    return keys, places
 
 
 @example

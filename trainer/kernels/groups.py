@@ -22,6 +22,8 @@ COLUMNS = 128
 """Columns of a product's block, a multiple of LARGEST_GROUP."""
 LARGEST_K = 1024
 """Entries per row that one program orders."""
+SLACK = 1.02
+"""Of a bound: its norms are rounded, and |x'| |w'| is up to (1 + 2^-8)^2 times |x| |w|."""
 
 
 def group_size(latents: int, k: int) -> int:
@@ -47,3 +49,17 @@ def groups_of(latents: int, group: int) -> int:
 def chunk_rows(latents: int, group: int) -> int:
     """Rows encoded at a time, so that their groups take HELD_BYTES."""
     return max(ROWS, HELD_BYTES // (GROUP_BYTES * groups_of(latents, group)) // ROWS * ROWS)
+
+
+def slack_of(width: int) -> float:
+    """What sums of D products may be apart, in float32 and on tensor cores: a share of |x| |w| + |b|."""
+    # (D + 1) u in float32, 3 D u on tensor cores and 16 u for the bound itself (`encode_bounded_triton`)
+    return (4 * width + 16) * 2.0**-24 * SLACK
+
+
+def slots_of(k: int) -> int:
+    """Groups selected per row by their bounds: the k best, and room for those that may reach them."""
+    slots = 64
+    while slots < k + k // 4 + 8:
+        slots *= 2
+    return slots

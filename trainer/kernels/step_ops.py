@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from winnow.schemas.training import ComputeDtype
+from winnow.schemas.training import ComputeDtype, Float32Products
 from winnow.trainer.kernels.best import Best
 from winnow.trainer.kernels.decode import decode_cpu
 from winnow.trainer.kernels.decode_grad_values import decode_grad_values_cpu
@@ -83,17 +83,23 @@ def aligned(rows: int, columns: int, like: Tensor) -> Tensor:
     return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
 
 
-def step_ops(backend: Backend, compute_dtype: ComputeDtype = "float32") -> StepOps:
+def step_ops(
+    backend: Backend, compute_dtype: ComputeDtype = "float32", float32_products: Float32Products = "ieee"
+) -> StepOps:
     """The operations of `cpu` or `triton`.
 
-    With `bfloat16` their operands are rounded by `low`; sums and results stay in float32.
+    With `bfloat16` their operands are rounded by `low`; sums and results stay in float32. With `bounded`, a
+    GPU encodes float32 rows by products in bfloat16, to the same result up to float noise.
     """
     half = compute_dtype == "bfloat16"
     if backend == "cpu":
         # rounded to bfloat16's numbers but kept in float32: torch's primitives would round the sums too
         low = _rounded if half else _as_it_is
         return StepOps(_encode_cpu, decode_cpu, _dots_cpu, segment_block_cpu, latent_blocks, low, segments_of)
-    encode, decode = triton_module("encode_topk").encode_topk, triton_module("decode").decode
+    encode = triton_module("encode_topk").encode_topk
+    if float32_products == "bounded":
+        encode = triton_module("encode_bounded").encode_topk_bounded
+    decode = triton_module("decode").decode
     dots = triton_module("decode_grad_values").decode_grad_values
     sums = triton_module("segment_grad").segment_sums
 

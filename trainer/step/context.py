@@ -140,7 +140,7 @@ class Model(NamedTuple):
     def of(cls, ctx: StepContext) -> Model:
         """For one step: the weights must not change meanwhile."""
         # rounded once per step, not once per product, or by the update that wrote them
-        ops, sae = step_ops(ctx.kernels, ctx.spec.compute_dtype), ctx.sae
+        ops, sae = step_ops(ctx.kernels, ctx.spec.compute_dtype, ctx.spec.float32_products), ctx.sae
         fused = ops.fused if takes(sae) else None
         if fused is None:
             return cls(ctx, ops, ops.low(sae.W_enc.detach()), ops.low(sae.W_dec.detach()), None)
