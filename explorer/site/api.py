@@ -24,7 +24,7 @@ from winnow.explorer.site.bodies import (
 )
 from winnow.explorer.site.circuit_api import add_graphs
 from winnow.explorer.site.desk import Desk
-from winnow.explorer.site.effects import ablation, measured_promotion
+from winnow.explorer.site.effects import ablation, measured_promotion, related
 from winnow.explorer.site.exhibit import AXES, Exhibit, last_name, matches, overview
 from winnow.explorer.site.lane import Lane
 from winnow.explorer.site.monitor import MAX_LATENTS, MAX_TOKENS, MonitorReport, monitor
@@ -75,6 +75,7 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
             },
             "windows": desk.dataset is not None,
             "labels": desk.kinds is not None and desk.kinds.known,
+            "set": desk.relations is not None,
         }
 
     @router.get("/saes/{sae}/map", summary="Coordinates of latents")
@@ -187,6 +188,12 @@ def _add_readings(router: APIRouter, desk: Desk) -> None:
     @router.post("/saes/{sae}/promotion", summary="What steering with a latent promotes, measured")
     def promoted(sae: _SaeNumber, body: PromotionBody) -> dict[str, Any]:
         return measured_promotion(desk, sae, body)
+
+    @router.get(
+        "/saes/{sae}/features/{latent}/relations", summary="Latents of other layers that it has to do with"
+    )
+    def relations(sae: _SaeNumber, latent: Annotated[int, Path(ge=0, lt=1 << 31)]) -> dict[str, Any]:
+        return related(desk, sae, latent)
 
     @router.post("/steer", summary="Generate clean and steered; one JSON object per line")
     def steer(body: SteerBody) -> StreamingResponse:

@@ -76,12 +76,14 @@ class Circuits:
     Attributes:
         shelf: The graphs.
         layers: Layer of the set -> number of the exhibit with its index; layers without an index are missing.
+        unindexed: Layers of the set without an index.
         set_sha256: Digest of the set, as graphs name it; None without a set.
         runner: Runs edits; None if the server has no set or no subject.
     """
 
     shelf: Shelf = field(default_factory=Shelf)
     layers: dict[int, int] = field(default_factory=dict)
+    unindexed: tuple[int, ...] = ()
     set_sha256: str | None = None
     runner: Runner | None = None
 

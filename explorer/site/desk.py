@@ -22,6 +22,7 @@ from winnow.explorer.site.graphs import GRAPHS, Shelf
 from winnow.explorer.site.kinds import Kinds
 from winnow.explorer.site.lane import Lane
 from winnow.explorer.site.layers import indexed_layers, open_set
+from winnow.explorer.site.relations import Relations
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, StoreError
 from winnow.schemas.fit import check_one_subject, mismatch
@@ -36,7 +37,7 @@ log = logging.getLogger("winnow.explorer")
 
 # A feature page offers 36 examples, each of which can be ablated: a few latents' worth.
 _CACHED_EFFECTS = 256
-"""Replies about ablations and promotions that are kept."""
+"""Replies about ablations, promotions and relations that are kept."""
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Desk:
         lane: The queue in front of the subject.
         dataset: Opens the dataset; None if it is not available.
         circuits: The graphs, and what their page needs.
-        effects: Newest replies about ablations and promotions by request, for repeated ones.
+        effects: Newest replies about ablations, promotions and relations by request, for repeated ones.
     """
 
     exhibits: list[Exhibit]
@@ -64,6 +65,14 @@ class Desk:
     def kinds(self) -> Kinds | None:
         """What the dataset's tokens are; None if it is not available."""
         return Kinds(self.dataset) if self.dataset is not None else None
+
+    @cached_property
+    def relations(self) -> Relations | None:
+        """What latents of a set's layers have to do with each other; None without a set."""
+        if self.circuits.set_sha256 is None:
+            return None
+        layers = {layer: self.exhibits[number] for layer, number in self.circuits.layers.items()}
+        return Relations(layers, self.circuits.layers, self.dataset, self.model if self.subjects else None)
 
     def once(self, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The reply to a request: the one given before, or what `compute` returns."""
@@ -159,6 +168,7 @@ def open_desk(
     circuits = Circuits(Shelf(of.store.child(GRAPHS) if of else None, list(graphs)))
     if of is not None:
         circuits.layers = {layer: number for number, layer in enumerate(layers)}
+        circuits.unindexed = tuple(entry.layer for entry in of.card.layers if entry.layer not in layers)
         circuits.set_sha256 = of.card.layers_sha256
         circuits.runner = make_runner(of, place.subject, place.storage)
     return Desk(exhibits, subjects, Lane(seats), at_hand, circuits)

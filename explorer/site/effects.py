@@ -19,6 +19,8 @@ _STEERED_WINDOWS, _STEERED_TOKENS = 8, 64
 """Windows on which steering is measured, and the tokens that are read of each."""
 _PROMOTED = 12
 """Tokens listed that steering raises most, if the index does not say how many."""
+_RELATED = 12
+"""Latents listed of other layers, if the index does not say how many."""
 
 
 def ablation(desk: Desk, sae: int, body: AblateBody) -> dict[str, Any]:
@@ -104,6 +106,32 @@ def measured_promotion(desk: Desk, sae: int, body: PromotionBody) -> dict[str, A
         }
 
     return desk.once(("promotion", sae, body.latent, strength), compute)
+
+
+def related(desk: Desk, sae: int, latent: int) -> dict[str, Any]:
+    """The latents of other layers of a set that feed a latent, and those that it feeds.
+
+    Raises:
+        ConfigError: No such latent, or the site shows no set.
+    """
+    exhibit = desk.exhibit(sae)
+    desk.latent(exhibit, latent)
+    relations = desk.relations
+    if relations is None:
+        raise ConfigError(
+            "latents of other layers",
+            expected="a transcoder set, whose layers write to what later ones read",
+            got="single SAEs",
+            fix="Start it as `winnow explore SET`",
+        )
+    layer = next(layer for layer, number in desk.circuits.layers.items() if number == sae)
+
+    def compute() -> dict[str, Any]:
+        # It takes seconds of all cores, and the subject of a set that reads `mlp_in`.
+        with desk.lane.visit():
+            return relations.of(layer, latent, exhibit.table.meta.spec.neighbours or _RELATED)
+
+    return desk.once(("relations", sae, latent), compute) | {"missing": list(desk.circuits.unindexed)}
 
 
 def _window(desk: Desk, window: int) -> tuple[list[int], Any]:

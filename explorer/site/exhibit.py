@@ -79,15 +79,28 @@ class Exhibit:
         # Under the lock: two first requests at once would load the SAE twice.
         with self._lock:
             if self._sae is None:
-                sae, indexed = Sae.load(self.uri, storage=self.storage), self.table.meta.sae_sha256
-                found = sae.card.weights_sha256 if sae.card else "none"
-                # Somebody may train a new SAE to the same address while the server runs: the figures shown
-                # would then be another SAE's.
-                if found != indexed:
-                    fix = "Index it again"
-                    raise mismatch("weights", self.name, expected=indexed, of="the index", got=found, fix=fix)
-                self._sae = sae
+                self._sae = self.read()
             return self._sae.to(device) if device is not None else self._sae
+
+    @property
+    def held(self) -> Sae | None:
+        """The SAE, if it is loaded."""
+        return self._sae
+
+    def read(self) -> Sae:
+        """Read the SAE from its address; only the caller keeps it.
+
+        Raises:
+            SaeMismatch: It is not the one that was indexed.
+        """
+        sae, indexed = Sae.load(self.uri, storage=self.storage), self.table.meta.sae_sha256
+        found = sae.card.weights_sha256 if sae.card else "none"
+        # Somebody may train a new SAE to the same address while the server runs: the figures shown would
+        # then be another SAE's.
+        if found != indexed:
+            fix = "Index it again"
+            raise mismatch("weights", self.name, expected=indexed, of="the index", got=found, fix=fix)
+        return sae
 
     def require_one_hook(self, what: str) -> None:
         """Refuse a crosscoder, and an SAE of several subjects.

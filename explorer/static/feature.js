@@ -1,4 +1,5 @@
 // One latent: what it fires on, from strongest to weakest, what it promotes, and its neighbours.
+import { across } from "./across.js";
 import { address, get, remember } from "./api.js";
 import { histogram } from "./charts.js";
 import { el, field, level, number, percent, select, waiting } from "./dom.js";
@@ -21,7 +22,7 @@ export async function featurePage(site, fields) {
       keeper(site, sae, latent)),
     page.explanations.length ? el("div", { class: "card" }, el("h2", {}, "Explanations"), el("ul", { class: "plain" }, page.explanations.map((/** @type {any} */ one) =>
       el("li", {}, one.text, " ", el("span", { class: "soft small" }, `${one.source}${one.score === null ? "" : ` · ${number(one.score)}`}`))))) : "",
-    el("div", { class: "columns" }, el("div", {}, examples(site, sae, page, fields.band, fields.kind), neighbours(sae, page)), aside(site, sae, page)),
+    el("div", { class: "columns" }, el("div", {}, examples(site, sae, page, fields.band, fields.kind), across(site, sae, page, fields.across), neighbours(sae, page)), aside(site, sae, page)),
   ];
 }
 

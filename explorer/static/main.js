@@ -11,7 +11,7 @@ import { steerPage } from "./steer.js";
 import { textPage } from "./text.js";
 
 /** @typedef {{name: string, sha256: string, hook: string, steers: boolean, parts: {name: string, hook: string, model: string}[], classes: string[], reading: string, latents: number, vocabulary: number, bands: number, bos: boolean, axes: string[]}} Shown */
-/** @typedef {{saes: Shown[], subject: {model: string, ready: boolean}, axes: Record<string, string>, graphs: boolean, limits: Record<string, number>, windows: boolean, labels: boolean}} Site */
+/** @typedef {{saes: Shown[], subject: {model: string, ready: boolean}, axes: Record<string, string>, graphs: boolean, limits: Record<string, number>, windows: boolean, labels: boolean, set: boolean}} Site */
 
 /** @type {Record<string, [string, (site: any, fields: Record<string, string>) => Promise<any>|any]>} */
 const PAGES = { map: ["Map", mapPage], feature: ["Feature", featurePage], text: ["Text", textPage], compare: ["Compare", comparePage], steer: ["Steer", steerPage], monitor: ["Monitor", monitorPage], lists: ["Lists", listsPage], graph: ["Circuit", graphPage] };

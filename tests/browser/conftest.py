@@ -1,6 +1,7 @@
 """A real Chromium before a real server. Skipped, with a word, where no Chromium is installed.
 
-`--saes URI URI` with `--root ROOT` shows other SAEs than the toy ones; `--screenshots DIR` keeps pictures.
+`--saes URI URI` and `--set URI` with `--root ROOT` show others than the toy ones;
+`--screenshots DIR` keeps pictures.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 def pytest_addoption(parser):
     group = parser.getgroup("browser")
     group.addoption("--saes", nargs=2, help="two indexed SAEs to show in place of the toy ones")
+    group.addoption("--set", help="an indexed transcoder set to show in place of the toy one")
     group.addoption("--root", help="their dataset")
     group.addoption("--screenshots", type=Path, help="folder for pictures of every page")
 

@@ -86,8 +86,9 @@ def publish_set(
     layers: int = 3,
     weights: str | None = None,
     d_model: int = 16,
+    reads: Reads = "resid_mid",
 ) -> str:
     """Publish a random set as one that was trained on the config's dataset; returns its address."""
-    whole = random_set(layers, cross=cross, d_model=d_model)
+    whole = random_set(layers, cross=cross, d_model=d_model, reads=reads)
     whole.save(open_store(str(folder)), identity=_identity(config, weights))
     return str(folder)
