@@ -18,6 +18,9 @@ _AROUND = 12
 _HEAT = "background:rgba(240,150,30,{:.2f})"
 _TOKEN = "background:rgba(128,128,128,.18);border-radius:3px;padding:0 .3em;white-space:pre"
 _NUMBER = "opacity:.75;display:inline-block;min-width:3.5em"
+_PAGE = (
+    "margin:.5em;background:Canvas;color:CanvasText;font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere"
+)
 _BOX = "border:1px solid rgba(128,128,128,.5);border-radius:8px;padding:.6em 1em;max-width:56em"
 
 
@@ -60,6 +63,17 @@ class Card:
         lines += [f"{name}: {' '.join(map(visible, each))}" for name, each in words.items() if each]
         lines += [_plain(exhibit, each) for each in top]
         return cls(latent, html, "\n".join(lines))
+
+    def page(self, address: str) -> str:
+        """A page of its own, for an iframe; `address` is that of the latent's page."""
+        return (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta name="color-scheme" content="light dark"><title>Latent {self.latent}</title></head>'
+            f'<body style="{_PAGE}"><main>{self.html}</main>'
+            f'<p><a style="color:inherit" href="{escape(address)}" target="_blank" rel="noopener">'
+            f"All about latent {self.latent}</a></p></body></html>"
+        )
 
     def __repr__(self) -> str:
         return self.text

@@ -5,7 +5,8 @@
 - Origin: a request that a browser sends from another site is refused.
 - Token: if the server listens beyond loopback, the token is passed once in the URL and kept in a cookie.
 - Size: bodies beyond a limit are refused unread.
-- A content security policy that allows our own files and nothing else.
+- A content security policy that allows our own files and nothing else; of a page below `/embed/`, that pages
+  of this machine frame it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ _HEADERS = {
     # After an upgrade an old script would talk to a new API.
     "Cache-Control": "no-store",
 }
+EMBED = "/embed/"
+"""What the paths of pages that may be framed begin with."""
+# Pages of this machine only, such as a notebook's: any other site that is open in the browser could frame an
+# address of loopback too. The page has no script; its styles are attributes.
+_EMBED_HEADERS = _HEADERS | {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'self' http://127.0.0.1:* http://localhost:*",
+}
 
 
 class Gate:
@@ -56,7 +65,8 @@ class Gate:
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
+                framed = scope["path"].startswith(EMBED)
+                MutableHeaders(scope=message).update(_EMBED_HEADERS if framed else _HEADERS)
             await send(message)
 
         headers = Headers(scope=scope)

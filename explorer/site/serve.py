@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import socket
 from pathlib import Path
+from typing import Annotated
 
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse, Response
 
 from winnow.explorer.site.api import make_router
+from winnow.explorer.site.card import Card
 from winnow.explorer.site.desk import Desk
-from winnow.explorer.site.gate import Gate
+from winnow.explorer.site.gate import EMBED, Gate
 from winnow.explorer.site.lane import Busy
 from winnow.schemas.errors import ConfigError, StoreError, WinnowError
 
@@ -26,6 +29,7 @@ KINDS = {
     ".svg": "image/svg+xml",
 }
 _RETRY_SECONDS = 3
+_EMBEDDED_EXAMPLES = 5
 
 
 def make_app(desk: Desk, token: str | None = None) -> FastAPI:
@@ -68,6 +72,16 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
     def start() -> Response:
         # Of its own: with a default in `page`, a field `name` of the page's address would be the file's name.
         return page("index.html")
+
+    @app.get(f"{EMBED}{{sae}}/{{latent}}", include_in_schema=False)
+    def embedded(
+        sae: Annotated[int, PathParameter(ge=0, le=255)],
+        latent: Annotated[int, PathParameter(ge=0, lt=1 << 31)],
+    ) -> Response:
+        exhibit = desk.exhibit(sae)
+        card = Card.of(exhibit, desk.latent(exhibit, latent), _EMBEDDED_EXAMPLES)
+        address = f"/?page=feature&sae={sae}&latent={latent}"
+        return Response(card.page(address), media_type=KINDS[".html"])
 
     @app.get("/{name}", include_in_schema=False)
     def page(name: str) -> Response:

@@ -22,7 +22,7 @@ export async function featurePage(site, fields) {
       keeper(site, sae, latent)),
     page.explanations.length ? el("div", { class: "card" }, el("h2", {}, "Explanations"), el("ul", { class: "plain" }, page.explanations.map((/** @type {any} */ one) =>
       el("li", {}, one.text, " ", el("span", { class: "soft small" }, `${one.source}${one.score === null ? "" : ` · ${number(one.score)}`}`))))) : "",
-    el("div", { class: "columns" }, el("div", {}, examples(site, sae, page, fields.band, fields.kind), across(site, sae, page, fields.across), neighbours(sae, page)), aside(site, sae, page)),
+    el("div", { class: "columns" }, el("div", {}, examples(site, sae, page, fields.band, fields.kind), across(site, sae, page, fields.across), neighbours(sae, page), embedding(sae, page)), aside(site, sae, page)),
   ];
 }
 
@@ -203,4 +203,12 @@ function neighbours(sae, page) {
   if (!page.cosine.length && !page.coactive.length) return "";
   return el("section", { class: "card" }, el("h2", {}, "Neighbours by direction"), table(sae, page.cosine, "cosine"),
     page.coactive.length ? [el("h2", {}, "Latents that fire at the same positions"), table(sae, page.coactive, "together")] : "");
+}
+
+/** How to show the latent on another page. @param {string} sae @param {any} page */
+function embedding(sae, page) {
+  const url = new URL(`/embed/${sae}/${page.latent}`, location.href).href;
+  return el("details", { class: "card" }, el("summary", {}, "Show it on another page"),
+    field("An iframe, for pages and notebooks on this machine", el("input", { readonly: true, name: "embed", value: `<iframe src="${url}" title="Latent ${page.latent}" width="100%" height="420"></iframe>`, onfocus: (/** @type {any} */ event) => event.target.select() })),
+    el("p", { class: "soft small" }, el("a", { href: url, target: "_blank", rel: "noopener" }, "The page alone"), "; a notebook has ", el("code", {}, "winnow.Latents.show"), ", which needs no server."));
 }
