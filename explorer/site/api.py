@@ -14,6 +14,7 @@ from fastapi import APIRouter, Path, Query
 from fastapi.responses import StreamingResponse
 
 from winnow.explorer.site.bodies import (
+    MAX_AROUND,
     MAX_NEW_TOKENS,
     MAX_TEXT,
     AblateBody,
@@ -72,6 +73,7 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
                 "tokens": MAX_TOKENS,
                 "new_tokens": MAX_NEW_TOKENS,
                 "latents": MAX_LATENTS,
+                "around": MAX_AROUND,
             },
             "windows": desk.dataset is not None,
             "labels": desk.kinds is not None and desk.kinds.known,
@@ -123,6 +125,21 @@ def _add_lists(router: APIRouter, desk: Desk) -> None:
         examples = exhibit.table.latent(latent)["examples"]
         places = [(each["window"], each["position"]) for each in examples]
         return desk.kinds.of(exhibit.table.meta.plan_fingerprint, places)
+
+    @router.get("/saes/{sae}/context", summary="The text around a token of the dataset, of its document")
+    def context(
+        sae: _SaeNumber,
+        window: Annotated[int, Query(ge=0, lt=1 << 32)],
+        position: Annotated[int, Query(ge=0, lt=1 << 32)],
+        before: Annotated[int, Query(ge=0, le=MAX_AROUND)] = 200,
+        after: Annotated[int, Query(ge=0, le=MAX_AROUND)] = 200,
+    ) -> dict[str, Any]:
+        exhibit = desk.exhibit(sae)
+        if desk.contexts is None:
+            raise ConfigError("text", expected="the dataset", got="nothing: it is not available")
+        plan = exhibit.table.meta.plan_fingerprint
+        found = desk.contexts.around(plan, window, position, before, after)._asdict()
+        return {"tokens": exhibit.words(found.pop("ids"))} | found
 
 
 def _add_comparisons(router: APIRouter, desk: Desk) -> None:

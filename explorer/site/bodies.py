@@ -14,6 +14,8 @@ MAX_TEXT = 4000
 """Characters of a text."""
 MAX_NEW_TOKENS = 200
 """Tokens that one request generates."""
+MAX_AROUND = 2000
+"""Tokens of a text on each side of an example. Each window that they are in costs reading a unit's tokens."""
 MAX_EDITS = 8
 """Changes of one generation."""
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]

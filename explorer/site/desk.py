@@ -15,6 +15,7 @@ from winnow.explorer.index.subjects import LazySubject, joined_subjects
 from winnow.explorer.index.table import FeatureTable
 from winnow.explorer.place import Place, default_index
 from winnow.explorer.site.circuit import Circuits
+from winnow.explorer.site.context import Contexts
 from winnow.explorer.site.edits import make_runner
 from winnow.explorer.site.exhibit import Exhibit
 from winnow.explorer.site.explained import from_evaluation
@@ -65,6 +66,11 @@ class Desk:
     def kinds(self) -> Kinds | None:
         """What the dataset's tokens are; None if it is not available."""
         return Kinds(self.dataset) if self.dataset is not None else None
+
+    @cached_property
+    def contexts(self) -> Contexts | None:
+        """The texts around the dataset's tokens; None if it is not available."""
+        return Contexts(self.dataset) if self.dataset is not None else None
 
     @cached_property
     def relations(self) -> Relations | None:

@@ -2,6 +2,7 @@
 import { across } from "./across.js";
 import { address, get, remember } from "./api.js";
 import { histogram } from "./charts.js";
+import { wider } from "./context.js";
 import { el, field, level, number, percent, select, waiting } from "./dom.js";
 import { keeper } from "./lists.js";
 import { about, strip, table, token, whose } from "./tokens.js";
@@ -105,9 +106,10 @@ function example(site, sae, page, one) {
     button.setAttribute("aria-expanded", String(!effect.hidden));
     if (!effect.hidden) waiting(effect, site.subject.ready ? "Running the window with and without the latent…" : "Loading the subject model, then running the window twice…", () => ablation(site, sae, page.latent, one.window));
   } }, "Ablate");
+  const [more, text] = wider(site, sae, page, one);
   return el("div", { class: "example" }, el("span", { class: "num", title: "its activation at the marked token" }, level(one.values[at])),
     parts.length ? beside(page, one, at, says) : strip(one.tokens, one.values, { most: page.figures.largest, peak: at, says, flat: true, label: `Example with activation ${number(one.values[at])}` }),
-    one.badge, site.windows && !parts.length && button, effect);
+    one.badge, site.windows && el("span", { class: "row acts" }, more, !parts.length && button), text, effect);
 }
 
 /** What an activation of a crosscoder's latent is the sum of. @param {any[]} parts @param {any} one @param {number} i */

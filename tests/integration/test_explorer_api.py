@@ -498,7 +498,7 @@ def test_no_request_makes_the_server_fail(app, caplog):
     headers = {"Host": "127.0.0.1"}
     described = schemathesis.openapi.from_asgi("/api/openapi.json", app, headers=headers)
     operations = [each.ok() for each in described.get_all_operations()]
-    assert len(operations) == 18
+    assert len(operations) == 19
     for operation in operations:
         assert fuzzed(operation, headers) >= 1
 
