@@ -22,7 +22,7 @@ from torch import Tensor
 
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError, SaeMismatch
-from winnow.schemas.fit import mismatch
+from winnow.schemas.fit import mismatch, require_own_rows
 from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement
 
@@ -174,9 +174,12 @@ def attribute(
         metric: Logits [W, T, V] -> a scalar, such as `logit_difference`.
 
     Raises:
-        SaeMismatch: An SAE is a crosscoder, or its width is not that of its hook.
+        SaeMismatch: An SAE is a crosscoder, its width is not that of its hook, or it was trained on means or
+            differences of rows (`winnow derive`).
         ConfigError: There is no SAE, or the metric is not a scalar.
     """
+    for hook, sae in saes.items():
+        require_own_rows(f"the SAE at {hook}", None if sae.card is None else sae.card.identity)
     if not saes:
         raise ConfigError("saes", expected="one or more", got="none")
     # Before the pass: a wrong width would otherwise fail deep inside the subject, with a message about

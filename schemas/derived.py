@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -20,11 +21,18 @@ class DeriveRule(Contract):
     gives a mean in each of its windows. Null takes the rows themselves."""
     minus: Sha256 | None = None
     """`dataset_sha256` of an aligned dataset, whose rows are subtracted; null subtracts nothing."""
+    minus_subject: Sha256 | None = Field(default=None, exclude_if=lambda digest: digest is None)
+    """Digest of the weights of that dataset's subject; null if nothing is subtracted."""
 
     @property
     def regroups(self) -> bool:
         """Whether rows are no longer the tokens of windows of text, one after another."""
         return self.mean is not None or not self.rows.everything
+
+    @property
+    def remakes(self) -> bool:
+        """Whether its rows are others than were read, and not only some of them."""
+        return self.mean is not None or self.minus is not None
 
     @property
     def words(self) -> str:
@@ -55,4 +63,21 @@ class Derivation(Contract):
     @property
     def words(self) -> str:
         """The rules in one line."""
-        return "; then ".join(rule.words for rule in self.rules)
+        return words_of(self.rules)
+
+
+def words_of(rules: Sequence[DeriveRule]) -> str:
+    """Rules, applied one after another, in one line."""
+    return "; then ".join(rule.words for rule in rules)
+
+
+def same_kind(mine: Sequence[DeriveRule], theirs: Sequence[DeriveRule]) -> bool:
+    """Whether rows made by these rules are the same kind of thing: an activation, a mean, a difference.
+
+    Which rows are chosen does not matter, nor of which corpus those are that are subtracted.
+    """
+    one, other = (
+        [(rule.mean, rule.minus_subject or rule.minus) for rule in rules if rule.remakes]
+        for rules in (mine, theirs)
+    )
+    return one == other

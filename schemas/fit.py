@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from winnow.schemas.derived import DeriveRule, same_kind, words_of
 from winnow.schemas.errors import SaeMismatch
 from winnow.schemas.harvest import HarvestPlan, row_bytes
+from winnow.schemas.joined import JoinedPlan
 from winnow.schemas.sets import SetCard
 from winnow.schemas.subject import SubjectIdentity, parse_hook, reads_stream
 from winnow.schemas.training import SaeCard, SaeIdentity
@@ -40,7 +42,8 @@ def check_dataset(name: str, card: SaeCard, plan: HarvestPlan, *, targets: bool 
         targets: Also check those that a transcoder predicts.
 
     Raises:
-        SaeMismatch: The SAE reads a hook that the dataset lacks, or of another width or subject.
+        SaeMismatch: The SAE reads a hook that the dataset lacks, or of another width or subject, or was trained
+            on rows that were made otherwise (`winnow derive`).
     """
     for hook, held_width in zip(card.input_hooks, card.parts.widths or (card.d_model,), strict=True):
         if hook not in plan.spec.hooks:
@@ -100,6 +103,42 @@ def _check_identity(name: str, identity: SaeIdentity | None, plan: HarvestPlan) 
             got=_subject_of(identity),
             fix=TRAINED_ON,
         )
+    _check_kind(name, identity, plan)
+
+
+def _check_kind(name: str, identity: SaeIdentity | None, plan: HarvestPlan) -> None:
+    """Check that a dataset's rows are activations, means or differences, as those of the training were."""
+    # The same plan first: cards of before do not say how rows were made.
+    if identity is None or identity.plan_fingerprint == plan.fingerprint:
+        return
+    if isinstance(plan, JoinedPlan):
+        for part in plan.parts.keys() & identity.roots.keys():
+            _check_kind(f"{name}, of {part}", identity.roots[part], plan.parts[part])
+        return
+    planned = () if plan.derived is None else plan.derived.rules
+    if not same_kind(identity.derived, planned):
+        got = _made(identity.derived)
+        raise mismatch("rows", name, expected=_made(planned), of="the dataset", got=got, fix=TRAINED_ON)
+
+
+def require_own_rows(name: str, identity: SaeIdentity | None) -> None:
+    """Check that what was trained reads rows that a subject itself gives, before it is run on one.
+
+    Raises:
+        SaeMismatch: It was trained on means of rows, or on differences.
+    """
+    for one in () if identity is None else (identity, *identity.roots.values()):
+        if any(rule.remakes for rule in one.derived):
+            raise mismatch(
+                "rows", name, expected=_made(()), of="the subject", got=_made(one.derived),
+                fix="Evaluate and index it on the dataset that it was trained on, which holds such rows",
+            )  # fmt: skip
+
+
+def _made(rules: Sequence[DeriveRule]) -> str:
+    """What rows are that were made by these rules."""
+    remade = [rule for rule in rules if rule.remakes]
+    return f"rows {words_of(remade)}" if remade else "the subject's own rows"
 
 
 def other_windows(name: str, card: SaeCard | SetCard, plan: HarvestPlan) -> str | None:
@@ -200,6 +239,8 @@ def check_same_place(name: str, card: SaeCard, other: str, reference: SaeCard) -
     mine, theirs = card.identity, reference.identity
     if mine and theirs and mine.subject_weights_sha256 != theirs.subject_weights_sha256:
         raise mismatch("subject", name, expected=_subject_of(theirs), of=other, got=_subject_of(mine))
+    if mine and theirs and not same_kind(mine.derived, theirs.derived):
+        raise mismatch("rows", name, expected=_made(theirs.derived), of=other, got=_made(mine.derived))
 
 
 def check_subject(found: SubjectIdentity, planned: SubjectIdentity) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from winnow.schemas.activations import Activation, Traits, traits_of
 from winnow.schemas.base import Artefact, Contract, ReadHook, RootName, Sha256
+from winnow.schemas.derived import DeriveRule
 from winnow.schemas.layers import WRITES, SetSpec, layer_folder
 from winnow.schemas.readings import RowsSpec
 from winnow.schemas.window import WindowRule
@@ -506,6 +507,9 @@ class SaeIdentity(Contract):
     """Name of the subject model, from the plan."""
     subject_weights_sha256: Sha256
     """Digest of the subject's weights; SAEs and datasets are matched by it, not by the name."""
+    derived: tuple[DeriveRule, ...] = Field(default=(), exclude_if=lambda rules: not rules)
+    """Rules by which the dataset's rows were made from the subject's (`winnow derive`); empty if they are the
+    subject's own."""
     roots: dict[RootName, SaeIdentity] = Field(default={}, exclude_if=lambda roots: not roots)
     """Of an SAE of several datasets (`TrainSpec.roots`): each one's. The fields above then stand for all of
     them together. Empty otherwise."""

@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.fit import require_own_rows
 from winnow.subject.hooks import Tap
 from winnow.subject.splice import Replacement, replaced
 from winnow.subject.steps import Kept, Steps
@@ -89,6 +90,10 @@ class Steer:
             raise ConfigError(
                 "steer.sae", expected="a published transcoder (`Sae.load`)", got="one without a card"
             )
+
+        # `add` reads no code: the decoder's direction of a difference is one in the stream too.
+        if self.op != "add" and (card := getattr(self.sae, "card", None)) is not None:
+            require_own_rows("the SAE to steer by", card.identity)
 
     @property
     def targets(self) -> tuple[str, ...]:

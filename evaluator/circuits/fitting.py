@@ -6,7 +6,7 @@ import hashlib
 
 from winnow.sae.sets import TranscoderSet
 from winnow.schemas.errors import SaeMismatch
-from winnow.schemas.fit import mismatch
+from winnow.schemas.fit import mismatch, require_own_rows
 from winnow.schemas.graph import GraphOrigin
 from winnow.subject.load import Subject
 
@@ -51,6 +51,7 @@ def check_set(subject: Subject, set_: TranscoderSet) -> None:
             got=f"{identity.subject_model} ({identity.subject_weights_sha256})",
             fix="Load the subject that the set was trained on",
         )  # fmt: skip
+    require_own_rows("the set", identity)
 
 
 def check_graph(subject: Subject, set_: TranscoderSet, origin: GraphOrigin | None) -> GraphOrigin:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.fit import require_own_rows
 from winnow.schemas.joined import hooks_by_root
 from winnow.schemas.window import WindowRule
 from winnow.subject.generate import Steer, steered_hooks
@@ -96,6 +97,7 @@ def read_tokens(
             got=len(ids),
             fix="Give a longer text",
         )
+    require_own_rows("the SAE", sae.card.identity)
     named = {"": subjects} if isinstance(subjects, Subject) else subjects
     found: dict[str, Tensor] = {}
     for name, own in hooks_by_root(sae.card.input_hooks).items():

@@ -64,7 +64,7 @@ def derive(
     Args:
         parent: The sealed dataset.
         out: Root of the new one.
-        rule: How rows are made; `minus` is filled in.
+        rule: How rows are made; `minus` and `minus_subject` are filled in.
         minus: An aligned dataset of the same hooks and widths, whose rows are subtracted.
         dtype: How rows are stored; None takes the parent's.
         single_writer: See `StorageSpec.single_writer`.
@@ -80,7 +80,8 @@ def derive(
         raise ConfigError("the derived dataset", expected="a root of its own", got=out.uri)
     if minus is not None:
         _check_aligned(parent, minus)
-        rule = rule.model_copy(update={"minus": minus.dataset_sha256})
+        subtracted = {"minus": minus.dataset_sha256, "minus_subject": minus.plan.subject.weights_sha256}
+        rule = rule.model_copy(update=subtracted)
     parents = (parent,) if minus is None else (parent, minus)
     if rule.mean is not None and parent.plan.no_text is not None:
         raise ConfigError(

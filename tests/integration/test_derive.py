@@ -17,9 +17,11 @@ from winnow.cli.main import app
 from winnow.common.config_file import load_config
 from winnow.evaluator.families import reconstruction
 from winnow.evaluator.setting import Setting
+from winnow.explorer.site import reading
 from winnow.harvester.plan.planner import make_plan as plan_corpus
+from winnow.sae import Sae
 from winnow.schemas.config import Config
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import ConfigError, SaeMismatch
 from winnow.schemas.readings import RowsSpec
 from winnow.store import ActivationStore
 from winnow.store.check.info import dataset_info
@@ -32,6 +34,8 @@ from winnow.store.read.labels import read_labels
 from winnow.store.read.reader import read_tokens
 from winnow.store.testing import make_attempt, make_plan, synthetic_rows, synthetic_tokens, write_dataset
 from winnow.store.write.writer import commit_void, seal, tokens_digest
+from winnow.subject import Subject
+from winnow.subject.generate import Steer
 
 HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
 PLAN = make_plan(units=20, windows_per_unit=128, hooks=HOOKS, labels=True, validation_units=6)
@@ -189,6 +193,43 @@ def test_the_difference_of_aligned_datasets(harvested, tmp_path):
     assert dataset.plan.no_text is None
     assert "differences" in str(dataset.plan.no_subject)
     assert dataset.plan.derived.rule.minus == two.dataset_sha256
+
+
+def test_an_sae_of_differences_is_neither_measured_nor_run_on_what_they_were_made_of(
+    harvested, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(order_module, "LARGEST_DESIGN_EFFECT", float("inf"))
+    raw = harvested.model_dump(mode="json", exclude_none=True)
+    plan = {"hooks": ["mlp_out.0", "resid_post.1"], "tokens_from": harvested.root, "attend": "document"}
+    half = Config.model_validate({**raw, "corpus": None, "root": str(tmp_path / "half"), "plan": plan})
+    make_alone(half)
+    dataset, _ = derived(harvested.root, tmp_path / "out", "--minus", half.root)
+    run, config = str(tmp_path / "run"), tmp_path / "config.yaml"
+    train = {**raw["train"], "out": run, "epochs": 1}
+    config.write_text(yaml.safe_dump({**raw, "root": dataset.uri, "train": train}))
+    code, _, err = winnow("train", config, "--json")
+    assert code == 0, err
+    sae = Sae.load(run)
+    assert sae.card.identity.derived == dataset.plan.derived.rules
+    evaluate = ("evaluate", run, "--metrics", "reconstruction", "--root")
+    assert winnow(*evaluate, dataset.uri)[0] == 0
+    for command in (
+        (*evaluate, harvested.root),
+        ("index", run, "--root", harvested.root, "--out", tmp_path / "index"),
+        ("attribute", run, "--root", dataset.uri, "--prompt", "harvest", "--answer", "a"),
+    ):
+        code, _, err = winnow(*command)
+        assert (code, "subject's own rows" in err, "minus " in err) == (2, True, True), err
+    assert not (tmp_path / "index").exists()
+    subject = Subject.load(harvested.subject)
+    with pytest.raises(SaeMismatch, match="the rows of the SAE: expected the subject's own rows"):
+        reading.read_tokens(subject, sae, range(8))
+    with pytest.raises(SaeMismatch, match="the rows of the SAE to steer by"):
+        Steer(sae, 0, "scale", 2.0)
+    Steer(sae, 0, "add", 2.0)
+    plain = save_sae(harvested, tmp_path / "plain", identity_sae())
+    code, _, err = winnow("evaluate", plain, "--metrics", "reconstruction", "--root", dataset.uri)
+    assert (code, "got the subject's own rows" in " ".join(err.split())) == (2, True), err
 
 
 def test_what_needs_text_is_refused_in_words_and_the_rest_works(harvested, tmp_path):

@@ -90,6 +90,7 @@ def identity_of(dataset: ActivationStore) -> SaeIdentity:
         dataset_sha256=dataset.dataset_sha256,
         subject_model=dataset.plan.subject.model,
         subject_weights_sha256=dataset.plan.subject.weights_sha256,
+        derived=() if dataset.plan.derived is None else dataset.plan.derived.rules,
         roots={name: identity_of(part) for name, part in joined.items()},
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from winnow.schemas.base import sha256_hex
+from winnow.schemas.derived import Derivation, DeriveRule
 from winnow.schemas.errors import SaeMismatch
 from winnow.schemas.fit import (
     check_dataset,
@@ -64,6 +65,39 @@ def test_a_crosscoder_fits_if_the_dataset_holds_all_its_hooks():
     wrong = card(with_hooks=("mlp_out.1",), d_model=12, parts=SaeParts(widths=(8, 4)))
     with pytest.raises(SaeMismatch, match=r"the hook of runs/a: .* got mlp_out.1"):
         check_dataset("runs/a", wrong, PLAN)
+
+
+def rule(**fields: Any) -> DeriveRule:
+    return DeriveRule.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("mine", "fits"),
+    [
+        ((), False),
+        ((rule(minus=OTHER, minus_subject=OTHER),), True),
+        ((rule(minus=PLAN.fingerprint, minus_subject=OTHER), rule(rows={"special": False})), True),
+        ((rule(minus=OTHER, minus_subject=PLAN.fingerprint),), False),
+        ((rule(minus=OTHER, minus_subject=OTHER, mean="turn"),), False),
+    ],
+)
+def test_means_and_differences_fit_only_their_like(mine: tuple[DeriveRule, ...], fits: bool):
+    """Whatever the corpus, and whichever rows were chosen."""
+    made = Derivation(parent=OTHER, rule=rule(minus=OTHER, minus_subject=OTHER), left_out=0)
+    plan = PLAN.model_copy(update={"derived": made})
+    plan.__dict__.pop("fingerprint", None)
+    known = card(identity=identity().model_copy(update={"derived": mine}))
+    if fits:
+        check_dataset("runs/a", known, plan)
+    else:
+        with pytest.raises(SaeMismatch, match="the rows of runs/a: expected rows minus"):
+            check_dataset("runs/a", known, plan)
+    reference = card(identity=identity().model_copy(update={"derived": made.rules}))
+    if fits:
+        check_same_place("runs/a", known, "runs/b", reference)
+    else:
+        with pytest.raises(SaeMismatch, match="the rows of runs/a"):
+            check_same_place("runs/a", known, "runs/b", reference)
 
 
 def transcoder(target: str = "mlp_out.0", width: int = 4) -> SaeCard:
