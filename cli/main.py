@@ -73,7 +73,7 @@ COMMANDS = {
         "evaluate", "Measure a trained SAE or transcoder set on the windows its dataset held out."
     ),
     "compare": Entry("evaluate", "Compare evaluated SAEs and draw their L0 / FVU / delta-CE frontiers."),
-    "attribute": Entry("attribute", "Show which latents make the subject predict a token after a prompt."),
+    "attribute": Entry("attribute", "Show which latents make the subject predict a token after a text."),
     "circuit": Entry(
         "circuit",
         "Trace how a transcoder set's latents make the subject predict what comes after a prompt.",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,12 @@ class Attribution:
     error: Tensor
     """[W, T]: the same of what all SAEs together miss of the row, which no latent explains; of a transcoder,
     of the row of its (first) target."""
+
+    def among(self, counted: Tensor) -> Attribution:
+        """The same with effects and error 0 at positions that are not `counted`, bool [T]."""
+        keep = counted.to(self.effects.device)
+        error = torch.where(keep.to(self.error.device), self.error, 0.0)
+        return Attribution(self.values, self.indices, torch.where(keep[:, None], self.effects, 0.0), error)
 
     def top(self, count: int, *, skip: int = 0) -> list[tuple[int, int, int]]:
         """List (window, position, slot) of the effects of largest magnitude, beyond `skip` positions."""
@@ -135,7 +142,8 @@ def output_hooks(hook: str, sae: Sae) -> tuple[str, ...]:
     """
     if sae.parts.widths:
         got = f"a crosscoder of {len(sae.parts.widths)} hooks"
-        raise SaeMismatch(f"the SAE at {hook}", expected="an SAE of one hook", got=got)
+        fix = "Use `attribution_joint.attribute_joint`"
+        raise SaeMismatch(f"the SAE at {hook}", expected="an SAE of one hook", got=got, fix=fix)
     if not sae.has_target:
         return (hook,)
     if sae.card is None:
@@ -160,7 +168,12 @@ def _parts(sae: Sae, edit: Edit, rows: Tensor, count: int) -> list[tuple[Tensor,
 
 
 def attribute(
-    subject: Subject, saes: Mapping[str, Sae], token_ids: Tensor, metric: Callable[[Tensor], Tensor]
+    subject: Subject,
+    saes: Mapping[str, Sae],
+    token_ids: Tensor,
+    metric: Callable[[Tensor], Tensor],
+    *,
+    positions: Any = None,
 ) -> dict[str, Attribution]:
     """Compute first-order effects of all active latents on a scalar: one forward, one backward pass.
 
@@ -172,6 +185,7 @@ def attribute(
         saes: hook -> the SAE that reads it, such as the layers of a transcoder set.
         token_ids: int64 [W, T]; the graph above the lowest hook is kept for all of them.
         metric: Logits [W, T, V] -> a scalar, such as `logit_difference`.
+        positions: As for `Subject.logits`: of windows of several documents.
 
     Raises:
         SaeMismatch: An SAE is a crosscoder, its width is not that of its hook, or it was trained on means or
@@ -188,17 +202,15 @@ def attribute(
         width, name = saes[site.name].d_model, f"the SAE at {site.name}"
         if width != site.d_model:
             raise mismatch("width D", name, expected=site.d_model, of="the subject", got=width)
-    leaves = _Leaves()
+    leaves = Leaves()
     replace = spliced_hooks(saes, {hook: leaves.edit(hook) for hook in saes}, leaves.wrote)
-    total = metric(subject.logits(token_ids, replace, grad=True))
-    if total.numel() != 1:
-        raise ConfigError("metric", expected="a scalar", got=f"a tensor of shape {list(total.shape)}")
+    total = metric(subject.logits(token_ids, replace, grad=True, positions=positions))
     leaves.differentiate(total)
     shape = (token_ids.shape[0], token_ids.shape[1], -1)
     return {hook: leaves.found(hook, output_hooks(hook, sae)[0], shape) for hook, sae in saes.items()}
 
 
-class _Leaves:
+class Leaves:
     """Zeros that are added to every code and to every row that is written, and differentiated by.
 
     The derivative by an added zero is that by what it is added to. Codes and rows cannot be leaves: codes are
@@ -227,10 +239,17 @@ class _Leaves:
         return leaf
 
     def differentiate(self, total: Tensor) -> None:
-        """Compute the derivatives of `total` by every leaf."""
+        """Compute the derivatives of `total` by every leaf.
+
+        Raises:
+            ConfigError: It is not a scalar.
+        """
+        if total.numel() != 1:
+            raise ConfigError("metric", expected="a scalar", got=f"a tensor of shape {list(total.shape)}")
         # All leaves in one call, since the graph is freed after it.
         leaves = [leaf for *_, leaf in (*self._codes.values(), *self._rows.values())]
-        slopes = torch.autograd.grad(total, leaves)
+        # 0 where a later hook of the same crosscoder overwrites all that a leaf moves.
+        slopes = torch.autograd.grad(total, leaves, materialize_grads=True)
         self._slopes = {id(leaf): slope for leaf, slope in zip(leaves, slopes, strict=True)}
 
     @torch.no_grad()
@@ -252,6 +271,7 @@ def without(
     metric: Callable[[Tensor], Tensor],
     *,
     batch: int = 8,
+    positions: Any = None,
 ) -> Tensor:
     """Compute what a scalar really loses without each of some latents, by running the subject without it.
 
@@ -263,6 +283,7 @@ def without(
         places: (position, slot of the codes) of each latent, as in the results of `Attribution.top`.
         metric: Logits [1, T, V] -> a scalar.
         batch: Variants per pass; logits take batch x T x V numbers.
+        positions: [1, T], as for `attribute`.
 
     Returns:
         float64 [len(places)]: the scalar of the clean pass minus that without the latent.
@@ -281,7 +302,9 @@ def without(
             return changed.view_as(values)
 
         replace = spliced_hooks({hook: sae}, {hook: drop})
-        logits = subject.logits(tokens.expand(len(part) + 1, -1), replace)
+        count = len(part) + 1
+        at = None if positions is None else torch.as_tensor(positions).expand(count, -1)
+        logits = subject.logits(tokens.expand(count, -1), replace, positions=at)
         told = [float(metric(one[None])) for one in logits]
         lost += [told[0] - value for value in told[1:]]
     return torch.tensor(lost, dtype=torch.float64)
