@@ -42,8 +42,8 @@ def check_dataset(name: str, card: SaeCard, plan: HarvestPlan, *, targets: bool 
         targets: Also check those that a transcoder predicts.
 
     Raises:
-        SaeMismatch: The SAE reads a hook that the dataset lacks, or of another width or subject, or was trained
-            on rows that were made otherwise (`winnow derive`).
+        SaeMismatch: The SAE reads a hook that the dataset lacks, or of another width or subject, or was
+            trained on rows that were made otherwise (`winnow derive`).
     """
     for hook, held_width in zip(card.input_hooks, card.parts.widths or (card.d_model,), strict=True):
         if hook not in plan.spec.hooks:

@@ -102,8 +102,7 @@ class TrainSpec(Contract):
     """
 
     out: str = Field(min_length=1)
-    """Folder or URI of the run. Checkpoints, telemetry, plots and the published SAE are written to it. A
-    relative path is relative to the working directory."""
+    """Folder, from the working directory, or URI of the run: checkpoints, telemetry, plots, published SAE."""
     roots: dict[RootName, str] | None = Field(default=None, exclude_if=lambda roots: roots is None)
     """Several datasets in the place of the config's `root`, by name: `{base: URI, chat: URI}`. Their rows
     must be those of the same tokens (`plan.tokens_from`). Hooks are then `base/resid_post.9` and
@@ -253,10 +252,9 @@ class TrainSpec(Contract):
     checkpoints are float32 in any case. `bfloat16` is meant for GPUs, whose tensor cores are many times
     faster in it; a CPU rounds in the same way, but is slower."""
     float32_products: Float32Products = "ieee"
-    """How a GPU makes the encoder's product if `compute_dtype` is float32. `ieee`: all of it in float32,
-    without tensor cores. `bounded`: in bfloat16 on tensor cores, and again in float32 for each latent that
-    may be among the best by a proved bound on the error: latents and values are those of float32 sums, equal
-    to those of `ieee` up to float noise. AuxK's dense products stay `ieee`; a CPU ignores the choice."""
+    """How a GPU makes the encoder's product if `compute_dtype` is float32. `ieee`: in float32, without tensor
+    cores. `bounded`: in bfloat16 on tensor cores, then in float32 for each latent that may be among the best
+    by a proved bound: latents and values are those of float32. AuxK stays `ieee`; CPUs ignore it."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Wall-clock seconds between checkpoints; 0 writes one after every step."""
     # At least two: the older one is the way back if the newest turns out to be damaged.
@@ -367,14 +365,10 @@ class TrainSpec(Contract):
             )
         # ReLU and JumpReLU have any number of active latents, so their codes are dense: eager step only.
         dense = self.kernels == "eager" or selects is None
-        fused = {"accumulate": self.accumulate > 1, "compute_dtype": self.compute_dtype != "float32"}
-        fused["moments"] = self.moments != "float32"
-        fused["float32_products"] = self.float32_products != "ieee"
+        base = {"accumulate": 1, "compute_dtype": "float32", "moments": "float32", "float32_products": "ieee"}
+        fused = {name: getattr(self, name) != value for name, value in base.items()}
         if self.float32_products != "ieee" and self.compute_dtype != "float32":
-            raise ValueError(
-                f"float32_products: {self.float32_products} is about float32 products, and compute_dtype is "
-                f"{self.compute_dtype}: leave one of them out"
-            )
+            raise ValueError(f"float32_products is about float32: compute_dtype is {self.compute_dtype}")
         for field, wanted in fused.items():
             if dense and wanted:
                 raise ValueError(
@@ -508,8 +502,7 @@ class SaeIdentity(Contract):
     subject_weights_sha256: Sha256
     """Digest of the subject's weights; SAEs and datasets are matched by it, not by the name."""
     derived: tuple[DeriveRule, ...] = Field(default=(), exclude_if=lambda rules: not rules)
-    """Rules by which the dataset's rows were made from the subject's (`winnow derive`); empty if they are the
-    subject's own."""
+    """Rules by which `winnow derive` made the dataset's rows; empty if they are the subject's own."""
     roots: dict[RootName, SaeIdentity] = Field(default={}, exclude_if=lambda roots: not roots)
     """Of an SAE of several datasets (`TrainSpec.roots`): each one's. The fields above then stand for all of
     them together. Empty otherwise."""
