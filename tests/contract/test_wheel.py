@@ -74,10 +74,10 @@ def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture
-def venv(wheel: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with the wheel and, behind it, our dependencies; the clone is not on its path."""
-    folder = tmp_path / "venv"
+    folder = tmp_path_factory.mktemp("environment") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     # The folder that a path file names is only searched: the path file of `pip install -e` in it is not read.
     (site(folder) / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
@@ -201,13 +201,13 @@ def test_distributions_called_like_our_rooms_come_and_go_and_leave_us_alone(
 ) -> None:
     """The package index has some by the names trainer, store, schemas and harvester."""
     check_record(venv)
-    other = other_wheel(tmp_path)
+    other = other_wheel(tmp_path, name="rooms")
     pip(venv, "install", "--no-index", str(other))
     python = venv / "bin" / "python"
     code = "import trainer, winnow.trainer; print(trainer.OTHER, winnow.trainer.__path__ != trainer.__path__)"
     assert run(python, "-c", code, cwd=tmp_path).split() == ["theirs", "True"]
     check_record(venv)
-    pip(venv, "uninstall", "--yes", "others")
+    pip(venv, "uninstall", "--yes", "rooms")
     assert not (site(venv) / "trainer").exists()
     check_record(venv)
     run(python, "-c", "import winnow.trainer", cwd=tmp_path)
@@ -227,16 +227,16 @@ def record_digest(data: bytes) -> str:
     return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def other_wheel(folder: Path, files: dict[str, bytes] | None = None) -> Path:
+def other_wheel(folder: Path, files: dict[str, bytes] | None = None, name: str = "others") -> Path:
     """A distribution with some files; by default a package by the name of each of our rooms."""
-    path = folder / "others-1.0-py3-none-any.whl"
+    path, facts = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
     files = files or {f"{room}/__init__.py": b"OTHER = 'theirs'\n" for room in ROOMS}
-    files["others-1.0.dist-info/METADATA"] = b"Metadata-Version: 2.1\nName: others\nVersion: 1.0\n"
-    files["others-1.0.dist-info/WHEEL"] = (
+    files[f"{facts}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode()
+    files[f"{facts}/WHEEL"] = (
         b"Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     )
     lines = [f"{name},{record_digest(data)},{len(data)}" for name, data in files.items()]
-    files["others-1.0.dist-info/RECORD"] = "\n".join([*lines, "others-1.0.dist-info/RECORD,,"]).encode()
+    files[f"{facts}/RECORD"] = "\n".join([*lines, f"{facts}/RECORD,,"]).encode()
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in files.items():
             archive.writestr(name, data)
