@@ -75,6 +75,10 @@ class SubjectSpec(Contract):
     """For a subject larger than one GPU: how accelerate distributes its layers over the GPUs that the process
     sees (`harvest.gpus_per_actor` of them). A subject that does not fit on them is refused rather than partly
     placed on the CPU or a disk. Null, the default, uses one device."""
+    tensor_parallel: int = Field(default=1, gt=0)
+    """For a harvest of a subject larger than one GPU: processes that each hold a share of every weight
+    matrix, by transformers' `tp_plan`. They run on the GPUs that the worker sees (`harvest.gpus_per_actor`
+    of them), or on the CPU if there are none. 1, the default, divides nothing. Only a harvest divides."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation of transformers. `auto`: that of the plan if the dataset has one; otherwise
     sdpa if the architecture supports it, and eager if not."""

@@ -88,7 +88,11 @@ class Subject:
 
     @classmethod
     def load(
-        cls, spec: SubjectSpec | Mapping[str, Any] | str | Path, until: Sequence[str] | None = None
+        cls,
+        spec: SubjectSpec | Mapping[str, Any] | str | Path,
+        until: Sequence[str] | None = None,
+        *,
+        divided: bool = False,
     ) -> Subject:
         """Load a subject.
 
@@ -98,6 +102,7 @@ class Subject:
                 and of the LM head are dropped, and only hooks up to there can be read. If one of them
                 is outside the blocks (embeddings, final norm, LM head), the whole model is kept. None
                 keeps the whole model.
+            divided: Load this process's share only (`winnow.subject.divided`).
 
         Raises:
             ConfigError: Nothing loadable is there, the device is absent, a hook is unknown, or the
@@ -109,7 +114,7 @@ class Subject:
         spec = validate(SubjectSpec, spec, origin="subject")
         device = device_of(spec)
         located = locate(spec)
-        model = load_model(located.folder, spec, dtype_of(spec, device))
+        model = load_model(located.folder, spec, dtype_of(spec, device), divided=divided)
         config = model.config.get_text_config()
         layout = find_layout(model, config)
         # Before truncation: names of modules that are dropped can still be told from names that never
@@ -125,8 +130,8 @@ class Subject:
                 kept = max(inside) + 1
                 _truncate(model, layout, kept)
         # After truncation, so that the weights of later layers never reach the device. With a map, accelerate
-        # has placed the parts already.
-        if not spec.device_map:
+        # or a division, the parts are placed already.
+        if not spec.device_map and not divided:
             model.to(device)  # pyright: ignore[reportArgumentType]  (its stub wants a self)
         subject = cls(spec, located, model, layout, modules, kept, device)
         subject._check_causal()

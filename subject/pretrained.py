@@ -36,17 +36,25 @@ _LOAD_ERRORS = (
 )
 
 
-def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def load_model(
+    folder: Path, spec: SubjectSpec, dtype: torch.dtype, *, divided: bool = False
+) -> transformers.PreTrainedModel:
     """The causal LM in `folder`, in eval mode, without gradients.
 
     Its weights are on the CPU, mapped from the files if their dtype is `dtype` (then processes share them);
-    with `device_map`, on the GPUs.
+    with `device_map`, on the GPUs. `divided` loads this process's share of them, as one of
+    `spec.tensor_parallel` processes.
 
     Raises:
         ConfigError: transformers cannot load it, weights are missing, or the GPUs are too small for it.
     """
     spread: dict[str, Any] = {"device_map": spec.device_map} if spec.device_map else {}
     with quiet(), _explained(spec):
+        if divided:
+            # Older ones have none.
+            from transformers.distributed.configuration_utils import DistributedConfig
+
+            spread["distributed_config"] = DistributedConfig(tp_size=spec.tensor_parallel)
         config = _read_config(folder, spec)
         loaded: Any = _auto_class(config).from_pretrained(
             folder,
@@ -61,7 +69,7 @@ def load_model(folder: Path, spec: SubjectSpec, dtype: torch.dtype) -> transform
         )
     model, report = cast("tuple[transformers.PreTrainedModel, dict[str, Any]]", loaded)
     _check_complete(report, folder)
-    check_on_gpus(getattr(model, "hf_device_map", {}) if spread else {})
+    check_on_gpus(getattr(model, "hf_device_map", {}) if spec.device_map else {})
     return model.eval().requires_grad_(False)
 
 

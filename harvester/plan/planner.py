@@ -407,6 +407,7 @@ def _outline(config: Config) -> Subject:
     """The subject for planning, without its weights, which need neither memory nor a GPU then."""
     # Here, not above: it imports torch, which a caller with a subject of another kind does without.
     from winnow.subject.devices import device_of
+    from winnow.subject.divided import check_divisible
     from winnow.subject.engine import check_engine
     from winnow.subject.load import Subject
 
@@ -420,6 +421,7 @@ def _outline(config: Config) -> Subject:
         gpus = config.harvest.gpus_per_actor
         gpu = spec.device.startswith("cuda") or spec.device_map is not None or bool(gpus)
     found = Subject.outline(spec, gpu=gpu)
+    check_divisible(spec, plan, found.model)
     # The width at a module path, and whether documents are kept apart, are known only from forward passes; on
     # the CPU if the GPUs are on other machines.
     if plan.attend == "document" or not all(parse_hook(hook) for hook in plan.hooks):

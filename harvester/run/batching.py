@@ -23,6 +23,7 @@ from winnow.store.format.layout import batch_key, batches_prefix
 from winnow.store.objects import ObjectStore
 from winnow.store.records.commit import settle
 from winnow.subject.devices import out_of_memory
+from winnow.subject.divided import DividedSubject
 from winnow.subject.engine import EngineReader
 from winnow.subject.load import Subject
 
@@ -70,7 +71,9 @@ def smallest_best(rate: Callable[[int], float], most: int) -> tuple[int, dict[in
     return min(size for size, found in rates.items() if found * _GAIN >= best), rates
 
 
-def measure_batch(subject: Subject | EngineReader, plan: HarvestPlan) -> tuple[int, dict[int, float]]:
+def measure_batch(
+    subject: Subject | EngineReader | DividedSubject, plan: HarvestPlan
+) -> tuple[int, dict[int, float]]:
     """Windows per pass with which this subject is fastest here, and tokens/s by size."""
     T = plan.spec.context_length
     vocabulary, cuda = plan.subject.vocabulary, subject.device.type == "cuda"
@@ -112,7 +115,7 @@ class Batch(NamedTuple):
 
 
 def choose_batch(
-    store: ObjectStore, plan: HarvestPlan, subject: Subject | EngineReader, threads: int
+    store: ObjectStore, plan: HarvestPlan, subject: Subject | EngineReader | DividedSubject, threads: int
 ) -> Batch:
     """The batch of this root for workers of this kind, measured if no worker has done so; see the module."""
     kind = kind_of(subject.device, threads)

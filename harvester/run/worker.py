@@ -37,6 +37,7 @@ from winnow.store.read.labels import read_positions
 from winnow.store.read.reader import read_tokens
 from winnow.store.write.writer import commit_unit
 from winnow.subject.devices import out_of_memory
+from winnow.subject.divided import DividedSubject, refuse_documents
 from winnow.subject.engine import EngineReader, reader_of
 from winnow.subject.load import Subject
 
@@ -144,19 +145,15 @@ class UnitWorker:
     def _subject(self) -> Subject:
         """The truncated LM; loaded by the first caller, who holds the lock."""
         torch.set_num_threads(self._threads)
-        # As planned: `auto` could choose otherwise on this node, by its device or its transformers, and rows
-        # of one dataset would come from two models.
-        planned = self._plan.subject
-        as_planned = {"dtype": planned.dtype, "attention": planned.attention, "engine": planned.engine}
-        spec = self._spec.model_copy(update=as_planned)
-        subject = Subject.load(spec, until=self._plan.spec.hooks)
+        spec, hooks = self._as_planned, self._plan.spec.hooks
+        subject = Subject.load(spec, until=hooks) if self._divided is None else self._divided.subject
         # Ray reserves a share of a GPU only in its books; nothing else keeps actors on one card apart.
         if subject.device.type == "cuda" and 0 < self._gpus < 1:
             torch.cuda.set_per_process_memory_fraction(self._gpus, subject.device)
         # A hub branch, or a folder of the same name, may hold other weights on another node.
-        found = subject.identity.weights_sha256
-        if found != planned.weights_sha256:
-            raise ConfigError("subject weights on this worker", expected=planned.weights_sha256, got=found)
+        found, planned = subject.identity.weights_sha256, self._plan.subject.weights_sha256
+        if found != planned:
+            raise ConfigError("subject weights on this worker", expected=planned, got=found)
         for site in subject.sites(self._plan.spec.hooks):
             self._check_width(site.name, site.d_model)
         # Here too: this node may have another device or another transformers than the planner.
@@ -164,9 +161,36 @@ class UnitWorker:
             subject.require_documents_apart(self._plan.spec.context_length)
         return subject
 
+    @property
+    def _as_planned(self) -> SubjectSpec:
+        # `auto` could choose otherwise on this node, by its device or its transformers, and rows of one
+        # dataset would come from two models.
+        planned = self._plan.subject
+        return self._spec.model_copy(
+            update={"dtype": planned.dtype, "attention": planned.attention, "engine": planned.engine}
+        )
+
     @cached_property
-    def _reader(self) -> Subject | EngineReader:
-        """What activations are read with: the subject itself, unless another engine was planned."""
+    def _divided(self) -> DividedSubject | None:
+        """The processes that the subject is divided over, if it is."""
+        if self._spec.tensor_parallel == 1:
+            return None
+        if self._auto:
+            # The largest size is found by running out of memory, which ends the processes.
+            raise ConfigError(
+                "subject.tensor_parallel with harvest.batch_windows: auto",
+                expected="a number of windows",
+                fix="Set harvest.batch_windows",
+            )
+        refuse_documents(self._plan.spec)  # of a plan on another's windows, only here
+        return DividedSubject(self._as_planned, self._plan.spec.hooks, self._threads)
+
+    @cached_property
+    def _reader(self) -> Subject | EngineReader | DividedSubject:
+        """What activations are read with: the subject itself, unless it is divided or has another engine."""
+        if self._divided is not None:
+            _ = self._subject  # its weights and widths are checked
+            return self._divided
         # After the subject: on a GPU, an engine takes a share of what it leaves free.
         return reader_of(self._subject, self._plan.subject.engine, self._plan.spec.hooks)
 
