@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from tests.subjects.catalogue import make_subject
@@ -16,7 +17,9 @@ from tests.support.evaluated import HOOK, random_sae, save_sae
 from tests.support.pipeline import make_alone, pipeline_config
 from winnow.cli.main import app
 from winnow.common.config_file import load_config
-from winnow.evaluator.families import ablation, downstream
+from winnow.evaluator.families import ablation, downstream, sets
+from winnow.evaluator.families.downstream import AcrossSubjects
+from winnow.evaluator.set_setting import open_setting
 from winnow.evaluator.setting import Setting
 from winnow.explorer.site.reading import ablate, read_tokens
 from winnow.harvester.plan.planner import make_plan
@@ -28,8 +31,10 @@ from winnow.schemas.evaluation import EvaluateSpec
 from winnow.schemas.harvest import HarvestPlan
 from winnow.store import ActivationStore
 from winnow.store.check.info import dataset_info
+from winnow.store.format import order as order_module
 from winnow.store.format.labels import document_positions, label_key
 from winnow.store.objects import open_store
+from winnow.store.read.joined import open_roots
 from winnow.store.read.reader import load_plan
 from winnow.subject import Subject
 from winnow.subject.tail import Tail
@@ -128,6 +133,58 @@ def test_windows_of_another_dataset_may_be_attended_to_differently(tmp_path, har
         ActivationStore.open(root).read_rows("resid_post.1", 0, 500) for root in (harvested.root, raw["root"])
     )
     assert not np.allclose(one, two, atol=1e-2)
+
+
+def held_out_loss(root: str, subject: Subject, windows: int = 64, *, apart: bool = True) -> float:
+    """Mean loss of the first windows, with documents kept apart or not."""
+    store = ActivationStore.open(root)
+    ids = torch.from_numpy(np.stack([store.tokens(window) for window in range(windows)]).astype(np.int64))
+    return subject.loss(ids, positions=store.positions(range(windows)) if apart else None).mean().item()
+
+
+def test_joined_datasets_attend_each_in_its_own_way(tmp_path, harvested, subject, monkeypatch):
+    """Live rows of both are the stored ones, and each subject's figures are those of its own attention."""
+    monkeypatch.setattr(order_module, "LARGEST_DESIGN_EFFECT", float("inf"))
+    raw = harvested.model_dump(mode="json", exclude_none=True, exclude={"corpus", "plan"})
+    plan = {"hooks": ["resid_post.1"], "tokens_from": harvested.root, "dtype": "float32"}
+    across = Config.model_validate({**raw, "root": str(tmp_path / "across"), "plan": plan})
+    make_alone(across)
+    roots = {"across": across.root, "apart": harvested.root}
+    store, hooks = open_roots("", roots), tuple(f"{name}/resid_post.1" for name in roots)
+    size = store.plan.rows_per_unit
+    stored = np.concatenate([store.read_rows(hook, 0, size) for hook in hooks], axis=1)
+    windows, places = store.locate(np.arange(size))
+    runs = AcrossSubjects(dict.fromkeys(roots, subject), "apart", hooks, hooks, store)
+    live = runs.clean(store, range(4), logits=False).rows.view(4, 48, -1).numpy()
+    inside = windows < 4
+    np.testing.assert_allclose(live[windows[inside], places[inside]], stored[inside], atol=2e-5, rtol=1e-4)
+    assert not np.allclose(*np.split(stored[inside], 2, axis=1), atol=1e-2)
+    config = tmp_path / "config.yaml"
+    train = raw["train"] | {"hook": hooks[0], "with_hooks": [hooks[1]], "roots": roots, "epochs": 1}
+    train |= {"normalize": "dataset", "out": str(tmp_path / "run")}
+    config.write_text(yaml.safe_dump({"subject": raw["subject"], "train": train}), encoding="utf-8")
+    result = CliRunner().invoke(app, ["train", str(config), "--json"])
+    assert result.exit_code == 0, result.stderr
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for name in roots:
+        own = held_out_loss(harvested.root, subject, apart=name == "apart")
+        assert told[f"ce_clean.{name}"] == pytest.approx(own, abs=1e-4), told
+    assert told["ce_clean.apart"] != pytest.approx(told["ce_clean.across"], abs=1e-3)
+
+
+def test_a_transcoder_set_attends_as_the_harvest_did(tmp_path, subject, monkeypatch):
+    monkeypatch.setattr(order_module, "LARGEST_DESIGN_EFFECT", float("inf"))
+    train = {"hook": None, "set": {"layers": [0, 2]}, "epochs": 1}
+    config = config_of(tmp_path, plan={"hooks": ["resid_mid.0-2", "mlp_out.0-2"]}, train=train)
+    make_alone(config)
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml"), "--json"])
+    assert result.exit_code == 0, result.stderr
+    spec = EvaluateSpec(windows=8, metrics=("downstream",))
+    setting = open_setting(str(tmp_path / "run"), config.root, spec, subject=config.subject)
+    found = {figure.id: figure.value for figure in sets.downstream(setting).figures}
+    own = held_out_loss(config.root, subject, 8)
+    assert found["ce_clean"] == pytest.approx(own, abs=1e-4)
+    assert own != pytest.approx(held_out_loss(config.root, subject, 8, apart=False), abs=1e-3)
 
 
 @pytest.mark.parametrize("hook", ["resid_post.1", "mlp_out.0"])
