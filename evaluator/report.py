@@ -48,15 +48,15 @@ SET_MEASURES: dict[str, Callable[[SetSetting], Measured]] = {
 }
 """Family -> what measures it of a transcoder set."""
 DEPENDS: dict[str, tuple[str, ...]] = {
-    "reconstruction": ("windows",),
-    "downstream": ("windows",),
-    "compute": ("windows", "law"),
+    "reconstruction": ("windows", "rows"),
+    "downstream": ("windows", "rows"),
+    "compute": ("windows", "rows", "law"),
     "stability": ("against",),
-    "ablation": ("windows", "ablation_rows", "ablation_latents", "ablation_tokens"),
+    "ablation": ("windows", "rows", "ablation_rows", "ablation_latents", "ablation_tokens"),
     "probes": ("tasks", "probe_train", "probe_test", "probe_tokens", "probe_ridge"),
-    "n2g": ("windows", "n2g_latents", "n2g_examples", "n2g_train_rows", "n2g_positives"),
-    "judge": ("windows", "n2g_train_rows", "judge"),
-    "diffing": ("windows",),
+    "n2g": ("windows", "rows", "n2g_latents", "n2g_examples", "n2g_train_rows", "n2g_positives"),
+    "judge": ("windows", "rows", "n2g_train_rows", "judge"),
+    "diffing": ("windows", "rows"),
 }
 """Family -> the fields of `EvaluateSpec` that its figures depend on, besides the seed. `batch_windows` is in
 none: it affects float noise only."""
@@ -104,8 +104,8 @@ def _measure_lacking(setting: Setting | SetSetting, family: Family) -> None:
 def _settings_of(setting: Setting | SetSetting, family: Family) -> dict[str, Any]:
     """Return everything in the spec that a family's figures depend on."""
     spec = setting.spec.model_dump(mode="json")
-    # The rows only where some are chosen: settings of all rows are as before they could be.
-    names = ("seed", *DEPENDS[family], *(["rows"] if setting.spec.rows is not None else []))
+    # Rows are in the spec only if some are chosen: settings of all rows are as before they could be.
+    names = [name for name in ("seed", *DEPENDS[family]) if name in spec]
     return {"definitions": _DEFINITIONS} | {name: spec[name] for name in names}
 
 
@@ -368,7 +368,8 @@ def find_common_dataset(found: Sequence[Evaluation], uris: Sequence[str]) -> lis
     """Find each SAE's evaluation on one dataset: the first SAE's newest on which all were evaluated.
 
     Raises:
-        ConfigError: There is no such dataset, or the SAEs read different hooks.
+        ConfigError: There is no such dataset, the SAEs read different hooks, or a family was measured on
+            different rows.
     """
     shared = [one for one in found[0].each if all(other.on(one.plan_fingerprint) for other in found)]
     # If none is shared, the loop below names the first SAE that lacks the first one's dataset.
@@ -386,7 +387,28 @@ def find_common_dataset(found: Sequence[Evaluation], uris: Sequence[str]) -> lis
                 )
     if any(len(one.each) > 1 for one in found):
         say(f"compared on the dataset {name_of(shared[0])}")
-    return [on for one in found if (on := one.on(plan)) is not None]
+    chosen = [on for one in found if (on := one.on(plan)) is not None]
+    _require_same_rows(chosen, uris)
+    return chosen
+
+
+def _require_same_rows(found: Sequence[Evaluation], uris: Sequence[str]) -> None:
+    """Raise ConfigError if a family's figures are of other rows in one evaluation than in the first."""
+    for other, uri in zip(found[1:], uris[1:], strict=True):
+        for family in found[0].families.keys() & other.families.keys():
+            if "rows" not in DEPENDS[family]:
+                continue
+            mine, theirs = (
+                RowsSpec.model_validate(one.families[family].settings.get("rows", {})).words
+                for one in (found[0], other)
+            )
+            if mine != theirs:
+                raise ConfigError(
+                    f"{family} of {uri} was measured on other rows than of {uris[0]}",
+                    expected=mine,
+                    got=theirs,
+                    fix="Evaluate both with the same --rows",
+                )
 
 
 def name_of(evaluation: Evaluation) -> str:
