@@ -121,7 +121,11 @@ class Workspace:
             source.pop("group_by", None)
         if any(hook.startswith("mlp_in.0-") for hook in config.get("plan", {}).get("hooks", ())):
             config["plan"]["hooks"] = ["mlp_in.0-2", "mlp_out.0-2"]
+        # A plan on another's windows takes their sizes.
+        copied = "tokens_from" in config.get("plan", {})
         for section, values in SMALL.items():
+            if copied and section == "plan":
+                continue
             if section in config or section in ("harvest", "storage"):
                 config[section] = {**config.get(section, {}), **values}
         if "train" in config:
