@@ -233,3 +233,15 @@ def test_a_crosscoder_of_one_subject_is_indexed_and_read(tmp_path):
     assert client.post("/api/saes/0/text", json={"text": TEXT}).status_code == 200
     rows = client.get("/api/saes/0/latents", params={"of": "mlp_out_0"}).json()["rows"]
     assert [row["latent"] for row in rows] == [CHAT_ONLY]
+
+
+def test_an_index_of_chosen_rows_names_them_and_the_labels_are_read(made, tmp_path):
+    config, uri = made
+    place, rows = Place.in_config(config), {"rows": {"min_offset": 3}}
+    make_index(uri, place, str(tmp_path / "index"), None, IndexSpec(**{**SPEC.model_dump(), **rows}))
+    desk = open_desk([uri], [str(tmp_path / "index")], place, seats=1)
+    client = TestClient(make_app(desk), base_url="http://127.0.0.1:8517")
+    assert client.get("/api/site").json()["saes"][0]["reading"] == "min_offset=3"
+    page = client.get(f"/api/saes/0/features/{SHARED}").json()
+    found = client.get(f"/api/saes/0/features/{SHARED}/labels").json()
+    assert len(found["tokens"]) == len(page["examples"]) > 0
