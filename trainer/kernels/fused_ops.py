@@ -18,6 +18,8 @@ from winnow.trainer.kernels.reconstruct import Reconstructed
 # with 16 warps 16 numbers of a row per thread: the update holds five such rows, and takes 102 registers
 WIDEST = 8192
 """Widest row, of the input or of the output."""
+WIDEST_DEAD = 16_384
+"""Widest row of dead latents that a program cuts to its best."""
 
 
 class Finish(NamedTuple):
@@ -44,12 +46,13 @@ class AdamStep(NamedTuple):
 
 
 class FusedOps(NamedTuple):
-    """See the functions of these names in `reconstruct`, `segment_grad_triton` and `update_triton`."""
+    """See the functions of these names in `reconstruct` and in the modules of Triton kernels."""
 
     reconstruct: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Reconstructed]
     add_sums: Callable[..., None]
     finish_rows: Callable[[Tensor, Tensor | None], Tensor]
     update_rows: Callable[..., None]
+    keep_best: Callable[[Tensor, int], None]
 
 
 def fused_ops() -> FusedOps:
@@ -60,4 +63,5 @@ def fused_ops() -> FusedOps:
         sums.add_sums,
         sums.finish_rows,
         triton_module("update").update_rows,
+        triton_module("auxk").keep_best,
     )

@@ -113,7 +113,8 @@ def step_ops(
         if not dead.dense:
             return Codes(values, indices, encode(x, W_dead, b_dead, dead.k))
         # in the operands' type: of [B, M] no other copy is made
-        return Codes(values, indices, torch.addmm(b_dead.to(x.dtype), x, W_dead.T))
+        z = aligned(len(x), len(dead.ids), x)
+        return Codes(values, indices, torch.addmm(b_dead.to(x.dtype), x, W_dead.T, out=z))
 
     return StepOps(
         encode_with_dead,

@@ -20,6 +20,7 @@ from torch import Tensor
 from winnow.sae.metrics import mean_row
 from winnow.trainer.kernels.best import best, sort_pairs
 from winnow.trainer.kernels.encode_topk import ROW_TILE
+from winnow.trainer.kernels.fused_ops import WIDEST_DEAD
 from winnow.trainer.kernels.reference import accumulator
 from winnow.trainer.kernels.step_ops import Dead
 from winnow.trainer.mesh.topk import Codes, count_kept, keep
@@ -95,8 +96,11 @@ class AuxK:
         """This shard's part of the best k dead latents of each row: dense, or codes by place in the dead."""
         local = self._world.latent.size == 1
         if isinstance(found, Tensor) and local:
-            rows = ROW_TILE if self._model.ops.fused is None else _rows_at_once(found)
-            keep_best(found, self._dead.k, rows)
+            fused = self._model.ops.fused
+            if fused is not None and found.shape[1] <= WIDEST_DEAD:
+                fused.keep_best(found, self._dead.k)
+            else:
+                keep_best(found, self._dead.k, ROW_TILE if fused is None else _rows_at_once(found))
             return found
         if found is None:
             # no dead latent or no row here, but the collectives below need every shard
