@@ -62,7 +62,7 @@ TINY, TINY_HERE, TINY_MILLION = [Size(132, 16, 32, 4)], Size(16, 16, 32, 4), Siz
 CHECKED_ROWS = 256
 """Rows on which kernels are compared with their dense equivalents."""
 PYTEST = ["-m", "pytest", "-c", "benchmarks/gpu.ini", "--rootdir=.", "--confcutdir=tests/gpu"]
-TESTS = ["tests/gpu/test_triton.py", "tests/gpu/test_fused_ops.py"]
+TESTS = [f"tests/gpu/test_{name}.py" for name in ("triton", "fused_ops", "cross")]
 OPTIONS = ["--no-skips", "-q", "-p", "no:cacheprovider"]
 SPREAD = 0.5
 """Of `skewed` biases, in standard deviations of the pre-activations."""

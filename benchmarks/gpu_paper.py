@@ -2,11 +2,12 @@
 
     python -m benchmarks.gpu_paper --json OUT [--card h100|h200] [--tiny]
 
-Needs no GPU and takes about a minute. For B = 65,536 and 16,384 rows (D = 768, N = 131,072, K = 32, products
+Needs no GPU and takes about two minutes. For B = 65,536 and 16,384 rows (D = 768, N = 131,072, K = 32, products
 in bfloat16, Adam's moments in float32, clipping, average) the ledger of `winnow.trainer.plan.paper` gives
 operations, launches, synchronisations, bytes and FLOP by part and by line of the code, and peak memory; also
 with a tenth of the latents dead (AuxK, 256 of them per row), packed moments, four micro-batches, and products
-in float32, plain and bounded. How many latents the latter leave in question is simulated, on the host.
+in float32, plain and bounded. How many latents the latter leave in question is simulated, on the host. `sets`:
+a step of transcoder sets of 12 layers (N = 16,384 each, B = 16,384) in products of all their encoders.
 
 Everything is counted from the code as it is. Seconds divide counts by assumed rates
 (`winnow.trainer.plan.rates`), and are given in bfloat16 products of the library, [B, D] x [D, N]. The share
@@ -71,15 +72,59 @@ CASES: dict[str, dict[str, Any]] = {
     "float32 products, bounded": {"compute_dtype": "float32", "float32_products": "bounded"},
 }
 SIMULATED_ROWS = 32
+SET_SIZE, TINY_SET_SIZE = Size(16_384, 768, 16_384, 32), Size(256, 32, 512, 4)
+"""Of each layer of a set."""
+SETS = {"cross-layer": (True, 20.0), "per-layer": (False, 4.0)}
+"""Set -> whether it is cross-layer, and products before its rows of all targets were finished by kernels."""
 LINES = 40
 """Lines of the code that are written, those that take longest."""
+
+
+def set_case(size: Size, layers: int, cross: bool, card: str) -> dict[str, Any]:
+    """Counts and reckoned products of a step of a set."""
+    fields = {"set": {"layers": [0, layers - 1], "cross": cross}}
+    paper = step_on_paper(spec_of(size, fields), size.width)
+    entries, times = list(paper.entries.values()), paper.runs
+    rates = Rates.of(GPUS[card], BAR_SHARE)
+    # a product per layer; a per-layer set is told of as one layer, taken `runs` times
+    share = times / layers
+    return {
+        **size._asdict(),
+        "layers": layers,
+        "operations": times * sum(entry.operations for entry in entries),
+        "launches": times * sum(entry.launches for entry in entries),
+        "synchronisations": times * sum(entry.syncs for entry in entries),
+        "bytes_streamed": times * sum(entry.streamed for entry in entries),
+        "bytes_gathered": times * sum(entry.gathered for entry in entries),
+        "peak": paper.peak,
+        "products": share * products(size, paper, rates),
+        "parts": {name: share * part["products"] for name, part in parts(size, paper, rates).items()},
+    }
+
+
+def sets(tiny: bool, card: str) -> dict[str, dict[str, Any]]:
+    """Both kinds of sets, told as they are reckoned."""
+    size, layers = (TINY_SET_SIZE, 3) if tiny else (SET_SIZE, 12)
+    found: dict[str, dict[str, Any]] = {}
+    for name, (cross, before) in SETS.items():
+        found[name] = one = set_case(size, layers, cross, card)
+        if not tiny and card == "h100":
+            one["products_before"] = before
+        split = ", ".join(f"{part} {value:.2f}" for part, value in one["parts"].items())
+        print(
+            f"{name} set of {layers}: {one['products']:.2f} products of all encoders at {BAR_SHARE} "
+            f"({MARK}); {split}; {one['operations']} operations, {one['synchronisations']} synchronisations, "
+            f"{one['bytes_streamed'] / 1e9:.1f} + {one['bytes_gathered'] / 1e9:.1f} GB, "
+            f"peak {one['peak'] / 1e9:.1f} GB",
+            file=sys.stderr,
+        )
+    return found
 
 
 def spec_of(size: Size, fields: dict[str, Any]) -> TrainSpec:
     """The spec of a case."""
     base = {
         "out": "nowhere",
-        "hook": "resid_post.6",
         "latents": size.latents,
         "k": size.k,
         "batch_rows": size.rows,
@@ -87,7 +132,8 @@ def spec_of(size: Size, fields: dict[str, Any]) -> TrainSpec:
         "auxk_coefficient": 0.0,
         "auxk_k": min(256, size.latents // 16),
     }
-    return TrainSpec.model_validate(base | fields)
+    of = {} if "set" in fields else {"hook": "resid_post.6"}
+    return TrainSpec.model_validate(base | of | fields)
 
 
 def case(size: Size, fields: dict[str, Any], card: str) -> dict[str, Any]:
@@ -214,6 +260,7 @@ def main() -> None:
         f"bounded float32 products: {near:.1f} latents per row are multiplied in float32 (simulated)",
         file=sys.stderr,
     )
+    of_sets = sets(args.tiny, args.card)
     goals = bars(found, sizes)
     for goal in goals:
         said = "met" if goal["met"] else "missed"
@@ -225,6 +272,7 @@ def main() -> None:
         "own_product_shares": {"given": SHARES, "bars_read_at": BAR_SHARE, "is": "an assumption"},
         "bars": goals,
         "bounded_products_in_question": {"value": near, "is": "simulated: normal rows, random directions"},
+        "sets": of_sets,
         "cases": found,
     }
     report = write_report("gpu_paper", figures, args.json)

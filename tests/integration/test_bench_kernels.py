@@ -109,7 +109,7 @@ def test_gpu_where_torch_triton_and_pytest_are_almost_all_there_is(bare, tmp_pat
         env={**bare, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=550,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

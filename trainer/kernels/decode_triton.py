@@ -17,7 +17,7 @@ LARGEST_BLOCK = 1024
 
 
 @triton.jit
-def _decode(values, indices, W_dec, out, K, D, BLOCK_D: tl.constexpr):
+def _decode(values, indices, W_dec, out, K, D, ADD: tl.constexpr, BLOCK_D: tl.constexpr):
     # 64 bits: row * D and latent * D pass 2**31 (at D = 768 from 2.8 M rows or latents)
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -28,6 +28,8 @@ def _decode(values, indices, W_dec, out, K, D, BLOCK_D: tl.constexpr):
         latent = tl.load(indices + row * K + entry)
         direction = tl.load(W_dec + latent * D + d, mask=d < D, other=0.0)
         total += value * direction.to(tl.float32)
+    if ADD:
+        total += tl.load(out + row * D + d, mask=d < D, other=0.0)
     tl.store(out + row * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
@@ -35,22 +37,34 @@ def _decode(values, indices, W_dec, out, K, D, BLOCK_D: tl.constexpr):
 def _decode_cost(given: Given) -> Cost:
     gathered = given["values"].numel() * given["D"] * given["W_dec"].element_size()
     codes = size_of(given["values"]) + size_of(given["indices"])
-    return Cost(streamed=codes + size_of(given["out"]), gathered=gathered)
+    return Cost(streamed=codes + size_of(given["out"]) * (2 if given["ADD"] else 1), gathered=gathered)
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """See `winnow.trainer.kernels.decode`; `dtype` is the result's type, None takes W_dec's."""
     width = W_dec.shape[1]
     out = W_dec.new_empty(len(values), width, dtype=dtype or W_dec.dtype)
+    _launch(values, indices, W_dec, out, add=False)
+    return out
+
+
+def add_decoded(out: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor) -> None:
+    """Add the same to `out`, float32 [B, D] and contiguous."""
+    _launch(values, indices, W_dec, out, add=True)
+
+
+def _launch(values: Tensor, indices: Tensor, W_dec: Tensor, out: Tensor, *, add: bool) -> None:
     # an empty grid cannot be launched
     if out.numel():
+        width = W_dec.shape[1]
         block = block_of(width, LARGEST_BLOCK)
         grid = (len(values), cdiv(width, block))
         contiguous = values.contiguous(), indices.contiguous(), W_dec.contiguous()
-        launch(_decode, grid, *contiguous, out, values.shape[1], width, BLOCK_D=block)
-    return out
+        launch(_decode, grid, *contiguous, out, values.shape[1], width, ADD=add, BLOCK_D=block)
 
 
 @example
 def _example(shape: Shape) -> None:
-    decode(*shape.codes(), shape.empty(shape.latents, shape.width), torch.float32)
+    W_dec = shape.empty(shape.latents, shape.width)
+    decode(*shape.codes(), W_dec, torch.float32)
+    add_decoded(shape.empty(shape.rows, shape.width, dtype=torch.float32), *shape.codes(), W_dec)

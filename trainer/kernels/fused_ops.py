@@ -1,6 +1,8 @@
 """What a GPU's kernels do at once of a step's parts, each of which a CPU does by operations of its own.
 
-A program holds a whole row in its registers, so rows are at most `WIDEST` numbers wide, and in float32.
+A program holds a whole row in its registers, so rows are at most `WIDEST` numbers wide, and in float32. Only
+what is done to the rows of a matrix once they are summed goes through wider ones in tiles, twice: a latent of
+a cross-layer transcoder has a row for all its targets.
 
 Legend: B rows, D width, N latents, M dead latents, E entries of codes.
 """
@@ -17,9 +19,12 @@ from winnow.trainer.kernels.reconstruct import Reconstructed
 
 # with 16 warps 16 numbers of a row per thread: the update holds five such rows, and takes 102 registers
 WIDEST = 8192
-"""Widest row, of the input or of the output."""
+"""Widest row that a kernel holds at once, of the input or of a target."""
 WIDEST_DEAD = 16_384
 """Widest row of dead latents that a program cuts to its best."""
+# with 4096 the update of int8 moments spilled on sm_80
+WIDE_TILE = 2048
+"""Numbers of a wider row that a kernel holds at a time, if it can go through a row twice."""
 
 
 class Finish(NamedTuple):
@@ -49,6 +54,7 @@ class FusedOps(NamedTuple):
     """See the functions of these names in `reconstruct` and in the modules of Triton kernels."""
 
     reconstruct: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Reconstructed]
+    add_decoded: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     add_sums: Callable[..., None]
     finish_rows: Callable[[Tensor, Tensor | None], Tensor]
     update_rows: Callable[..., None]
@@ -60,6 +66,7 @@ def fused_ops() -> FusedOps:
     sums = triton_module("segment_grad")
     return FusedOps(
         triton_module("reconstruct").reconstruct,
+        triton_module("decode").add_decoded,
         sums.add_sums,
         sums.finish_rows,
         triton_module("update").update_rows,

@@ -26,11 +26,14 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def bits_of_row(seed, row, D, BLOCK_D: tl.constexpr):
-    """32 random bits for each number of a row of D, int32 [BLOCK_D]; BLOCK_D is a power of two from 4 on."""
+def bits_of_row(seed, row, left, D, BLOCK_D: tl.constexpr):
+    """32 random bits for each number of a row of D from place `left` on, int32 [BLOCK_D].
+
+    BLOCK_D is a power of two from 4 on, and `left` a multiple of it.
+    """
     # one counter serves four numbers, as Philox gives four words for each; D is rounded up, so that no two
     # rows share one
-    counter = row * ((D + 3) // 4) + tl.arange(0, BLOCK_D // 4)
+    counter = row * ((D + 3) // 4) + left // 4 + tl.arange(0, BLOCK_D // 4)
     first, second, third, fourth = tl.randint4x(seed, counter)
     words = tl.join(tl.join(first, third), tl.join(second, fourth))
     return tl.reshape(words, [BLOCK_D]).to(tl.int32, bitcast=True)

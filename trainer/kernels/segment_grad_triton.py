@@ -23,7 +23,7 @@ from torch import Tensor
 
 from winnow.trainer.kernels.cost import Cost, cost_of
 from winnow.trainer.kernels.examples import Shape, example
-from winnow.trainer.kernels.fused_ops import WIDEST, Finish
+from winnow.trainer.kernels.fused_ops import WIDE_TILE, WIDEST, Finish
 from winnow.trainer.kernels.segment_grad import Segments, chunk_size
 from winnow.trainer.kernels.support_triton import block_of, cdiv, launch
 
@@ -43,19 +43,20 @@ def _sum_entries(values, row, rows, low, high, d, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _end(total, out, at, more, directions, squares, latent, d, D, ADD: tl.constexpr):
+def _end(total, out, at, more, directions, squares, latent, d, D, stride, ADD: tl.constexpr):
     inside = d < D
+    here = latent * stride + d
     if ADD:
-        total += tl.load(out + latent * D + d, mask=inside, other=0.0)
+        total += tl.load(out + here, mask=inside, other=0.0)
     if at is not None:
         place = tl.load(at + latent).to(tl.int64)
         total += tl.load(more + place * D + d, mask=inside & (place >= 0), other=0.0)
     if directions is not None:
-        direction = tl.load(directions + latent * D + d, mask=inside, other=0.0)
+        direction = tl.load(directions + here, mask=inside, other=0.0)
         total -= tl.sum(total * direction, axis=0) * direction
     if squares is not None:
         tl.store(squares + latent, tl.sum(total * total, axis=0))
-    tl.store(out + latent * D + d, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + here, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -71,6 +72,7 @@ def _whole(
     directions,
     squares,
     D,
+    stride,
     chunk_size,
     ADD: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -84,7 +86,7 @@ def _whole(
         total, weight = _sum_entries(values, row, rows, low, high, d, D, BLOCK_D)
         if bias is not None:
             tl.store(bias + latent, tl.load(bias + latent) + weight)
-        _end(total, out, at, more, directions, squares, latent, d, D, ADD)
+        _end(total, out, at, more, directions, squares, latent, d, D, stride, ADD)
 
 
 @triton.jit
@@ -127,6 +129,7 @@ def _join(
     directions,
     squares,
     D,
+    stride,
     ADD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -142,15 +145,34 @@ def _join(
             weight += tl.load(weights + chunk)
         if bias is not None:
             tl.store(bias + latent, tl.load(bias + latent) + weight)
-        _end(total, out, at, more, directions, squares, latent, d, D, ADD)
+        _end(total, out, at, more, directions, squares, latent, d, D, stride, ADD)
 
 
 @triton.jit
-def _finish_row(grad, directions, squares, D, BLOCK_D: tl.constexpr):
+def _finish_row(grad, directions, squares, D, WIDE: tl.constexpr, BLOCK_D: tl.constexpr):
     latent = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    total = tl.load(grad + latent * D + d, mask=d < D, other=0.0)
-    _end(total, grad, None, None, directions, squares, latent, d, D, ADD=False)
+    if WIDE:
+        along = 0.0
+        if directions is not None:
+            products = tl.zeros([BLOCK_D], dtype=tl.float32)
+            for left in range(0, D, BLOCK_D):
+                d = left + tl.arange(0, BLOCK_D)
+                total = tl.load(grad + latent * D + d, mask=d < D, other=0.0)
+                products += total * tl.load(directions + latent * D + d, mask=d < D, other=0.0)
+            along = tl.sum(products, axis=0)
+        square = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for left in range(0, D, BLOCK_D):
+            d = left + tl.arange(0, BLOCK_D)
+            total = tl.load(grad + latent * D + d, mask=d < D, other=0.0)
+            if directions is not None:
+                total -= along * tl.load(directions + latent * D + d, mask=d < D, other=0.0)
+                tl.store(grad + latent * D + d, total, mask=d < D)
+            square += total * total
+        tl.store(squares + latent, tl.sum(square, axis=0))
+    else:
+        d = tl.arange(0, BLOCK_D)
+        total = tl.load(grad + latent * D + d, mask=d < D, other=0.0)
+        _end(total, grad, None, None, directions, squares, latent, d, D, D, ADD=False)
 
 
 def _added(given: Mapping[str, Any]) -> int:
@@ -181,6 +203,9 @@ def _(given: Mapping[str, Any]) -> Cost:
 @cost_of("_finish_row")
 def _(given: Mapping[str, Any]) -> Cost:
     passes = 2 if given["directions"] is None else 3
+    if given["WIDE"]:
+        # read twice, as if the second time did not hit the caches
+        passes = 1 if given["directions"] is None else 5
     return Cost(streamed=passes * given["grad"].nbytes + given["squares"].nbytes)
 
 
@@ -205,12 +230,13 @@ def add_sums(
     """Write the sums to `out` [N, D], finished.
 
     Args:
-        out: Contiguous; float32 if there is more to do than to sum.
+        out: Each row contiguous; float32 if there is more to do than to sum.
         values: [E], in the segments' order.
         segments: Of the entries; those past the last end belong to no latent.
         rows: [B, D].
         bias: float32 [N], to which each latent's values are added.
-        finish: With this or a bias, D is at most `fused_ops.WIDEST`.
+        finish: With this or a bias, D is at most `fused_ops.WIDEST`. Its directions' rows are as far apart
+            as those of `out`.
     """
     latents, width = out.shape
     finish = finish or Finish()
@@ -221,7 +247,7 @@ def add_sums(
     size = chunk_size(len(values), latents)
     values, rows, entry_row = values.contiguous(), rows.contiguous(), segments.row
     at, more = finish.more or (None, None)
-    ends = (bias, at, more, finish.directions, finish.squares, width)
+    ends = (bias, at, more, finish.directions, finish.squares, width, out.stride(0))
     shape = {"BLOCK_D": block, "num_warps": max(4, block // 512)}
     launch(
         _whole,
@@ -269,14 +295,15 @@ def add_sums(
 def finish_rows(grad: Tensor, directions: Tensor | None) -> Tensor:
     """Take from each row of grad [N, D] what is parallel to the unit `directions`; the squared norms [N].
 
-    Arguments as for `Finish`; D is at most `fused_ops.WIDEST`.
+    Arguments as for `Finish`; D may be any.
     """
     squares = grad.new_empty(len(grad))
     if grad.numel():
         width = grad.shape[1]
-        block = block_of(width, LARGEST_BLOCK)
+        wide = width > LARGEST_BLOCK
+        block = WIDE_TILE if wide else block_of(width, LARGEST_BLOCK)
         shape = {"BLOCK_D": block, "num_warps": max(4, block // 512)}
-        launch(_finish_row, (len(grad),), grad, directions, squares, width, **shape)
+        launch(_finish_row, (len(grad),), grad, directions, squares, width, WIDE=wide, **shape)
     return squares
 
 
@@ -286,6 +313,10 @@ def _example(shape: Shape) -> None:
     order, row, latent = (shape.empty(entries, dtype=torch.int64) for _ in range(3))
     segments = Segments(order, row, latent, shape.empty(shape.latents + 1, dtype=torch.int64))
     values, rows = shape.empty(entries, dtype=torch.float32), shape.empty(shape.rows, shape.width)
+    # one of twelve targets, and whole rows of them
+    wide = shape.empty(shape.latents, 12 * shape.width, dtype=torch.float32)
+    add_sums(wide[:, shape.width : 2 * shape.width], values, segments, rows, finish=Finish(add=True))
+    finish_rows(wide, wide)
     segment_sums(values, segments, rows, torch.float32)
     grad, directions = (shape.empty(shape.latents, shape.width, dtype=torch.float32) for _ in range(2))
     bias, squares = (shape.empty(shape.latents, dtype=torch.float32) for _ in range(2))

@@ -123,7 +123,13 @@ class StepContext:
 
 def takes(sae: Sae) -> bool:
     """Whether `FusedOps` are made for matrices of this width and type."""
-    return max(sae.d_model, sae.d_out) <= WIDEST and sae.W_enc.dtype == torch.float32
+    width = max(sae.d_model, sae.d_out // targets_of(sae))
+    return width <= WIDEST and sae.W_enc.dtype == torch.float32
+
+
+def targets_of(sae: Sae) -> int:
+    """Targets T, all as wide as D; 1 unless this is a layer of a cross-layer transcoder."""
+    return max(1, len(sae.parts.target_widths))
 
 
 class Model(NamedTuple):
@@ -163,21 +169,25 @@ class Model(NamedTuple):
 
     @property
     def targets(self) -> int:
-        """Targets T, all as wide as D; 1 unless this is a layer of a cross-layer transcoder."""
-        return max(1, len(self.ctx.sae.parts.target_widths))
+        """See `targets_of`."""
+        return targets_of(self.ctx.sae)
 
     @property
     def at_once(self) -> FusedOps | None:
-        """`fused`, if there is one target, which is what those kernels know."""
+        """`fused`, if there is one target, which is what the kernel that reconstructs knows."""
         return self.fused if self.targets == 1 else None
 
     def by_target(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Rows [B, O] as one view [B, O/T] per target."""
         return rows.chunk(self.targets, 1)
 
-    def decode_for(self, target: int, values: Tensor, indices: Tensor) -> Tensor:
-        """What this shard's codes add to one target [B, O/T]."""
-        return self.ops.decode(values, indices * self.targets + target, self._by_target)
+    def add_for(self, target: int, y_hat: Tensor, values: Tensor, indices: Tensor) -> None:
+        """Add what this shard's codes give one target to its prediction [B, O/T]."""
+        places = indices * self.targets + target
+        if self.fused is None:
+            y_hat += self.ops.decode(values, places, self._by_target)
+        else:
+            self.fused.add_decoded(y_hat, values, places, self._by_target)
 
     def dots(self, grads: tuple[Tensor, ...], indices: Tensor, segments: Segments) -> Tensor:
         """The gradient of each entry's value [E], from that of the output per target."""

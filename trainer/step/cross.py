@@ -72,9 +72,12 @@ class CrossStep:
         y_hat = self._predict(codes, len(batches[0].x))
         errors = [made - batch.y for made, batch in zip(y_hat, batches, strict=True)]
         grads = self._add_losses(errors, batches[0].weights)
+        pulls = [grad.sum(0) for grad in grads]
+        # once for all layers that write to a target
+        grads = [models[0].ops.low(grad) for grad in grads]
         mark("decode")
         for layer, found in enumerate(zip(codes, encoded, centred, strict=True)):
-            self._learn(layer, *found, errors[layer:], grads[layer:], batches[0].weights)
+            self._learn(layer, *found, errors[layer:], grads[layer:], pulls[layer], batches[0].weights)
         mark("backward")
         return [Taken(made, *kept) for made, kept in zip(y_hat, codes, strict=True)]
 
@@ -137,7 +140,7 @@ class CrossStep:
         for layer, (model, found) in enumerate(zip(models, codes, strict=True)):
             if found.values.numel():
                 for target in range(model.targets):
-                    y_hat[layer + target] += model.decode_for(target, *found)
+                    model.add_for(target, y_hat[layer + target], *found)
         self._latent.sum(y_hat)
         for made, model in zip(y_hat, models, strict=True):
             made += own_bias(model.ctx)
@@ -161,9 +164,13 @@ class CrossStep:
         centred: Tensor,
         errors: list[Tensor],
         grads: list[Tensor],
+        pull: Tensor,
         weights: Tensor,
     ) -> None:
-        """Add the gradients of a layer, given errors and gradients of the targets it writes to."""
+        """Add the gradients of a layer, given errors and gradients of the targets it writes to.
+
+        `pull` is the gradient of the bias of its own target.
+        """
         model, auxk = self._models[layer], self._auxk[layer]
         # BatchTopK and shards leave slots empty, TopK on one process only if fewer than k values are positive
         chosen = codes.values > 0 if self._batched or self._latent.size > 1 else None
@@ -175,7 +182,7 @@ class CrossStep:
             parts += [part] if part is not None else []
         entries = [Entries.of(model, part) for part in parts if part.values.numel()]
         # the layer's own target is the first, and the only one whose bias it holds
-        self._gradients[layer].add(entries, dead, centred, grads[0].sum(0), None, last=not self._left)
+        self._gradients[layer].add(entries, dead, centred, pull, None, last=not self._left)
 
 
 def own_bias(ctx: StepContext) -> Tensor:

@@ -18,7 +18,7 @@ from winnow.trainer.step.losses import Rows
 from winnow.trainer.step.optim import lr_at
 from winnow.trainer.step.report import StepReport, Tally
 from winnow.trainer.step.state import Run
-from winnow.trainer.step.train import count, group_sizes, report_of, require_finite, update
+from winnow.trainer.step.train import count, group_sizes, report_of, require_finite, update, update_early
 from winnow.trainer.step.widen import widened
 
 Step = cross.CrossStep | cross_spec.CrossSpecStep
@@ -75,6 +75,8 @@ def train_cross(
     found = step.end()
     # of all layers before any of them changes, so that weights, moments and averages stay as they were
     require_finite(found[0]._replace(loss=sum(outcome.loss for outcome in found)), layers[0].step)
+    # filled, not copied: a number that the host copies to a GPU waits for its queue
+    loss, norm = (layers[0].total.new_full((), n) for n in (found[0].loss, found[0].grad_norm))
     # one collective for all layers
     joined = runs[0].world.data.largest(torch.cat(active)).split([len(one) for one in active])
     reports: list[StepReport] = []
@@ -82,7 +84,7 @@ def train_cross(
         runs, layers, found, batches, taken, tallies, joined, strict=True
     ):
         lr = lr_at(ctx.step, run.recipe.steps, ctx.spec)
-        update(run, ctx, outcome.grad_norm, lr, {})
+        update(run, ctx, outcome.grad_norm, lr, update_early(run, ctx, loss, norm, lr))
         count(run, ctx, outcome)
         run.dead.update(seen, ctx.rows)
         reports.append(report_of(ctx, outcome, lr, batch.y, one.y_hat, one.values, batch.weights, tally))

@@ -99,6 +99,7 @@ class Gradients:
         # from the entries before any row is summed, since no block holds a whole row; None if it is measured,
         # block by block, or the sums are not whole here, or dots are of rounded rows
         ahead = model.targets > 1 and over is None and model.ctx.spec.compute_dtype == "float32"
+        ahead = ahead and model.fused is None  # whose kernels go through whole rows
         self._along = torch.zeros_like(sae.b_enc.detach()) if ahead else None
 
     def add(
@@ -129,7 +130,7 @@ class Gradients:
         self._biases[0][: len(pull)] += pull
         if skip is not None:
             self._biases[-1].addmm_(skip[0].T, skip[1])
-        fused = self.model.at_once
+        fused = self.model.fused
         if fused is not None:
             self._add_at_once(fused, entries, dead, centred, last=last)
         else:
@@ -172,12 +173,18 @@ class Gradients:
         if dead is not None:
             self.b_enc.index_add_(0, dead.ids, dead.b_enc)
         travels, finish = self._over is not None and last, last and self._over is None
-        sources = [_Source(part, part.values, part.grads[0]) for part in entries]
-        self._add_rows(fused, "W_dec", sources, dead, more, finish)
+        targets = self.model.targets
+        width = self._W_dec.shape[1] // targets
+        for target in range(targets):
+            sources = [_Source(part, part.values, part.grads[target]) for part in entries]
+            columns = slice(target * width, (target + 1) * width)
+            self._add_rows(fused, "W_dec", columns, sources, dead, more, finish and targets == 1)
+        if finish and targets > 1:
+            self._finish_decoder(fused)
         if travels:
             self._send(self._W_dec, self._biases[0])
         sources = [_Source(part, part.dz, centred) for part in entries]
-        self._add_rows(fused, "W_enc", sources, dead, more, finish)
+        self._add_rows(fused, "W_enc", slice(None), sources, dead, more, finish)
         if travels:
             self._send(self._W_enc, self.b_enc)
 
@@ -185,19 +192,20 @@ class Gradients:
         self,
         fused: FusedOps,
         name: str,
+        columns: slice,
         sources: list[_Source],
         dead: DeadRows | None,
         places: Tensor | None,
         finish: bool,
     ) -> None:
-        """Add to a matrix's gradient, and with the encoder's to that of its bias."""
-        buffer, decoder = getattr(self, f"_{name}"), name == "W_dec"
+        """Add to columns of a matrix's gradient, and with the encoder's to that of its bias."""
+        buffer, decoder = getattr(self, f"_{name}")[:, columns], name == "W_dec"
         directions = self.model.ctx.sae.W_dec.detach() if decoder and finish else None
         squares = self.b_enc.new_empty(len(buffer)) if finish else None
         more = None
         if dead is not None:
             assert places is not None
-            more = places, getattr(dead, name).contiguous()
+            more = places, getattr(dead, name)[:, columns].contiguous()
         for number, source in enumerate(sources):
             fused.add_sums(
                 buffer,
@@ -213,11 +221,16 @@ class Gradients:
             if self._first:
                 buffer.zero_()
             if dead is not None:
-                buffer.index_add_(0, dead.ids, getattr(dead, name))
+                buffer.index_add_(0, dead.ids, getattr(dead, name)[:, columns])
             if finish:
                 squares = fused.finish_rows(buffer, directions)
         if squares is not None:
             self._norms[name].append(norm_of(squares))
+
+    def _finish_decoder(self, fused: FusedOps) -> None:
+        """Project and measure the decoder's gradient, which is whole, in a pass of its own."""
+        squares = fused.finish_rows(self._W_dec, self.model.ctx.sae.W_dec.detach())
+        self._norms["W_dec"].append(norm_of(squares))
 
     def _add_along(self, along: Tensor, entries: list[Entries], dead: DeadRows | None) -> None:
         """Add what of each latent's decoder gradient is parallel to its row."""
@@ -289,10 +302,11 @@ class Gradients:
             self._travels.append(ctx.world.data.sum_start(self._biases[-1]))
         for travel in self._travels:
             travel.wait()
-        fused = self.model.at_once
-        if fused is not None and self._over is not None:
-            self._norms["W_dec"].append(norm_of(fused.finish_rows(self._W_dec, ctx.sae.W_dec.detach())))
-            self._norms["W_enc"].append(norm_of(fused.finish_rows(self._W_enc, None)))
+        fused = self.model.fused
+        if fused is not None:
+            if self._over is not None:
+                self._finish_decoder(fused)
+                self._norms["W_enc"].append(norm_of(fused.finish_rows(self._W_enc, None)))
         elif self._along is None and (self._over is not None or self.model.targets > 1):
             for block in self.model.ops.blocks(ctx.sae.latents, self._W_dec):
                 self._project(block)

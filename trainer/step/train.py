@@ -14,7 +14,7 @@ from torch import Tensor
 from winnow.schemas.errors import NonFiniteError
 from winnow.trainer.kernels.step_ops import step_ops
 from winnow.trainer.step import sparse, spec
-from winnow.trainer.step.context import Ending, Outcome, StepContext, takes
+from winnow.trainer.step.context import Outcome, StepContext, takes
 from winnow.trainer.step.losses import Rows
 from winnow.trainer.step.optim import lr_at
 from winnow.trainer.step.report import StepReport, Tally
@@ -77,7 +77,7 @@ def train_step(run: Run, rows: Tensor, weights: Tensor, target: Tensor | None = 
     ending.send((since >= run.recipe.dead_after).sum())
     # given to the device before the wait, so that it has work meanwhile
     lr = lr_at(ctx.step, run.recipe.steps, ctx.spec)
-    early = update_early(run, ctx, ending, lr)
+    early = update_early(run, ctx, ending.loss, ending.norm, lr)
     found, (silent,) = ending.read()
     require_finite(found, ctx.step)
     update(run, ctx, found.grad_norm, lr, early)
@@ -143,7 +143,7 @@ def group_sizes(run: Run, keep: Tensor) -> tuple[int, ...]:
     return tuple(int(part.sum()) for part in keep.tensor_split(groups))
 
 
-def update_early(run: Run, ctx: StepContext, ending: Ending, lr: float) -> dict[str, int]:
+def update_early(run: Run, ctx: StepContext, loss: Tensor, norm: Tensor, lr: float) -> dict[str, int]:
     """Update on a GPU what its kernels can before the host knows the step's numbers; see `update_matrices`.
 
     Where loss or norm is not finite, they leave the weights as they are.
@@ -151,7 +151,7 @@ def update_early(run: Run, ctx: StepContext, ending: Ending, lr: float) -> dict[
     fused = None if ctx.kernels == "eager" else step_ops(ctx.kernels, ctx.spec.compute_dtype).fused
     if fused is None or not takes(run.sae):
         return {}
-    return update_matrices(fused, run, ending.loss, ending.norm, lr=lr, spec=ctx.spec, step=ctx.step)
+    return update_matrices(fused, run, loss, norm, lr=lr, spec=ctx.spec, step=ctx.step)
 
 
 def update(run: Run, ctx: StepContext, grad_norm: float, lr: float, early: dict[str, int]) -> None:

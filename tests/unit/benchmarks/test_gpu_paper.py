@@ -36,6 +36,12 @@ def test_every_case_is_counted_and_every_bar_read(tmp_path, monkeypatch, capsys)
     for bar in found["bars"]:
         assert bar["met"] == (bar["value"] <= bar["bar"])
         assert bar["is"] == gpu_paper.MARK
+    for one in found["sets"].values():
+        # of the device or, at this size, of the host
+        assert one["products"] >= sum(one["parts"].values()) * (1 - 1e-9) > 0
+    cross, alone = (found["sets"][name] for name in ("cross-layer", "per-layer"))
+    # three layers decode to six targets instead of three
+    assert cross["bytes_gathered"] > 1.5 * alone["bytes_gathered"]
     assert found["own_product_shares"]["bars_read_at"] in gpu_paper.SHARES
 
 

@@ -36,7 +36,9 @@ def test_the_estimate_of_a_set_counts_every_product_and_decoder():
     # layer l has an encoder and L - l decoders, of each of which a row is read per active latent
     decoders = layers * (layers + 1) // 2
     assert clt["decode"].gathered == decoders * one["decode"].gathered
-    assert clt["update"].streamed > (layers + decoders) / 2 * one["update"].streamed
+    # all but the one pass over each encoder that b_pre's gradient takes
+    matrices = (layers + decoders) / 2
+    assert 0.95 * matrices < clt["update"].streamed / one["update"].streamed < matrices
 
 
 def test_the_papers_large_run_needs_a_mesh_and_is_told_which():
