@@ -22,14 +22,14 @@ export function across(site, sae, page, order) {
 /** @param {any} reply @param {string} [order] */
 function found(reply, order) {
   const rows = el("div", {});
-  const show = (/** @type {string} */ by) => {
+  const show = (/** @type {"expected"|"by_weight"} */ by) => {
     remember({ across: by });
-    rows.replaceChildren(side(reply, reply.inputs[by], "Feed it", "No earlier latent does."), side(reply, reply.outputs[by], "Are fed by it", "No later latent is."));
+    rows.replaceChildren(side(reply, by, "inputs", "Feed it", "No earlier latent does."), side(reply, by, "outputs", "Are fed by it", "No later latent is."));
   };
   const by = reply.rows ? (order === "by_weight" ? order : "expected") : "by_weight";
   show(by);
   return [
-    reply.rows ? el("div", { class: "bar" }, field("Order by", select("across", [["expected", "weight × activity where it fires"], ["by_weight", "weight alone"]], by, show))) : "",
+    reply.rows ? el("div", { class: "bar" }, field("Order by", select("across", [["expected", "weight × activity where it fires"], ["by_weight", "weight alone"]], by, (chosen) => show(chosen === "by_weight" ? chosen : "expected")))) : "",
     rows, el("p", { class: "soft small" }, said(reply)),
   ];
 }
@@ -42,13 +42,16 @@ function said(reply) {
   return `Together: on how many of ${rows} the other latent fires too. A strong weight between latents that are never active together does nothing.${missing}`;
 }
 
-/** One table. @param {any} reply @param {Related[]} rows @param {string} title @param {string} none */
-function side(reply, rows, title, none) {
-  const signed = (/** @type {number} */ value) => (value < 0 ? "−" : "+") + level(Math.abs(value));
-  const share = (/** @type {number|null} */ value) => (value === null ? "–" : `${(100 * value).toFixed(0)} %`);
-  return el("div", { class: "relations" }, el("h3", {}, title), rows.length ? el("div", { class: "scroll" }, el("table", {},
-    el("thead", {}, el("tr", {}, el("th", {}, "layer"), el("th", {}, "latent"), el("th", {}, "fires on"),
-      ...[...(reply.rows ? ["expected"] : []), "weight", ...(reply.rows ? ["together"] : [])].map((name) => el("th", { class: "num" }, name)))),
-    el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, String(row.layer)), el("td", {}, link(row.sae, row.latent)), el("td", {}, about(row)),
-      reply.rows > 0 && el("td", { class: "num" }, row.expected ? signed(row.expected) : "0"), el("td", { class: "num" }, signed(row.weight)), reply.rows > 0 && el("td", { class: "num" }, share(row.together))))))) : el("p", { class: "note" }, none));
+/** One table, in the order of `by`. @param {any} reply @param {"expected"|"by_weight"} by @param {"inputs"|"outputs"} of @param {string} title @param {string} none */
+function side(reply, by, of, title, none) {
+  const signed = (/** @type {number} */ value) => (value < 0 ? "−" : value ? "+" : "") + level(Math.abs(value));
+  // Narrow screens show the figure that orders the rows; without rows of the dataset there are weights only.
+  /** @type {[string, string, (row: Related) => string][]} */
+  const columns = [["weight", by === "by_weight" ? "num" : "num wide", (row) => signed(row.weight)]];
+  if (reply.rows) columns.unshift(["expected", by === "expected" ? "num" : "num wide", (row) => signed(row.expected ?? 0)]);
+  if (reply.rows) columns.push(["together", "num", (row) => `${(100 * (row.together ?? 0)).toFixed(0)} %`]);
+  const rows = /** @type {Related[]} */ (reply[of][by]);
+  return el("div", { class: "relations" }, el("h3", {}, title), !rows.length ? el("p", { class: "note" }, none) : el("div", { class: "scroll" }, el("table", {},
+    el("thead", {}, el("tr", {}, el("th", {}, "layer"), el("th", {}, "latent"), el("th", {}, "fires on"), columns.map(([name, kind]) => el("th", { class: kind }, name)))),
+    el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, String(row.layer)), el("td", {}, link(row.sae, row.latent)), el("td", {}, about(row)), columns.map(([, kind, says]) => el("td", { class: kind }, says(row)))))))));
 }
