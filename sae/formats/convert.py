@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from winnow.common.reporter import say
 from winnow.sae.formats import (
     crosscoder,
     dictionary_learning,
@@ -193,6 +194,9 @@ def export_sae(
         notes += (f"no other library finds the subject {plain.model!r}: name it with --model",)
     for note in notes:
         log.warning("%s", note)
+    # Said: who compares a latent's activation here and there would take the export for broken.
+    if plain.code_scale != 1:
+        say(f"codes are {plain.code_scale:.4g} times those here; latents and reconstructions are the same")
     return sorted(out.iterdir())
 
 

@@ -72,6 +72,8 @@ class Plain:
     """Whether rows lack their mean over D (TransformerLens' `center_writing_weights`); not with `epsilon`."""
     bos: bool | None = None
     """Whether the windows it was trained on began with BOS; None if the files do not say."""
+    code_scale: float = 1.0
+    """Of an export: what Winnow's codes are multiplied by; reconstructions stay the same."""
     notes: tuple[str, ...] = ()
     """What the files say and the SAE cannot hold, one sentence each."""
 
@@ -167,6 +169,7 @@ def from_sae(sae: Sae, model: str | None = None) -> Plain:
         centred=parts.centred,
         model=model or (card.identity.subject_model if card and card.identity else None),
         bos=card.window.bos if card and card.window else None,
+        code_scale=float(code),
     )
 
 

@@ -145,6 +145,24 @@ def test_the_epsilon_of_layer_norm_comes_along_exactly(tmp_path, name):
     assert error(Sae.load(tmp_path / "back")(x), ARITHMETIC[name](tmp_path / "theirs", x)) < LARGEST_ERROR
 
 
+@pytest.mark.parametrize("normalize", ["dataset", "layer", "none"])
+def test_an_export_says_by_how_much_its_codes_differ(tmp_path, told, normalize):
+    sae, x = make_sae(normalize=normalize), rows()
+    export_sae(save(sae, tmp_path / "ours"), "saelens", tmp_path / "theirs")
+    import_sae(tmp_path / "theirs", "saelens", str(tmp_path / "back"))
+    # of raw rows an import has the file's own codes
+    scale = {"layer": (D - 1) ** 0.5, "none": 1.0}.get(normalize)
+    if scale is None:
+        codes = [dense(*each.encode(x)).double().sum() for each in (Sae.load(tmp_path / "back"), sae)]
+        scale = (codes[0] / codes[1]).item()
+    said = [line for line in told if line.startswith("codes are")]
+    assert said == (
+        []
+        if scale == 1
+        else [f"codes are {scale:.4g} times those here; latents and reconstructions are the same"]
+    )
+
+
 # ---- what only other libraries write ---------------------------------------------------------------
 
 
