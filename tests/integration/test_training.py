@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_stepped_over(
     assert checkpoints(tmp_path / "run") == [19, 20]
     damage(tmp_path / "run" / "checkpoints" / f"{20:012d}" / file, how)
     train(config)
-    assert "resuming from the checkpoint at step 19 of 48" in told
+    assert f"resuming from the checkpoint at step 19 of 48: {tmp_path / 'run'}" in told
     if (file, how) != ("index.json", "missing"):  # without an index it is no checkpoint at all
         assert "checkpoint 20 is damaged" in caplog.text
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == whole

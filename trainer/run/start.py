@@ -157,7 +157,8 @@ def restore_or_create(
             threads,
             run.device,
         )
-    say(f"resuming from the checkpoint at step {index.step} of {recipe.steps}")
+    # named, since a sweep resumes several at once
+    say(f"resuming from the checkpoint at step {index.step} of {recipe.steps}: {out.uri}")
     return run, Telemetry.resume(out, index.step), False
 
 
