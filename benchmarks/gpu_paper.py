@@ -2,12 +2,13 @@
 
     python -m benchmarks.gpu_paper --json OUT [--card h100|h200] [--tiny]
 
-Needs no GPU and takes about two minutes. For B = 65,536 and 16,384 rows (D = 768, N = 131,072, K = 32, products
-in bfloat16, Adam's moments in float32, clipping, average) the ledger of `winnow.trainer.plan.paper` gives
-operations, launches, synchronisations, bytes and FLOP by part and by line of the code, and peak memory; also
-with a tenth of the latents dead (AuxK, 256 of them per row), packed moments, four micro-batches, and products
-in float32, plain and bounded. How many latents the latter leave in question is simulated, on the host. `sets`:
-a step of transcoder sets of 12 layers (N = 16,384 each, B = 16,384) in products of all their encoders.
+Needs no GPU and takes about two minutes. For B = 65,536 and 16,384 rows (D = 768, N = 131,072, K = 32,
+products in bfloat16, Adam's moments in float32, clipping, average) the ledger of `winnow.trainer.plan.paper`
+gives operations, launches, synchronisations, bytes and FLOP by part and by line of the code, and peak memory;
+also with a tenth of the latents dead (AuxK, 256 of them per row), packed moments, four micro-batches, and
+products in float32, plain and bounded. How many latents the latter leave in question is simulated, on the
+host. `sets`: a step of transcoder sets of 12 layers (N = 16,384 each, B = 16,384) in products of all their
+encoders.
 
 Everything is counted from the code as it is. Seconds divide counts by assumed rates
 (`winnow.trainer.plan.rates`), and are given in bfloat16 products of the library, [B, D] x [D, N]. The share

@@ -129,8 +129,7 @@ class Subject:
             if len(inside) == len(layers):
                 kept = max(inside) + 1
                 _truncate(model, layout, kept)
-        # After truncation, so that the weights of later layers never reach the device. With a map, accelerate
-        # or a division, the parts are placed already.
+        # After truncation, so that later layers never reach the device. A map and a division have placed it.
         if not spec.device_map and not divided:
             model.to(device)  # pyright: ignore[reportArgumentType]  (its stub wants a self)
         subject = cls(spec, located, model, layout, modules, kept, device)
