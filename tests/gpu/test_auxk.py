@@ -41,3 +41,18 @@ def test_rows_are_cut_to_their_best(device, shape, dtype):
     triton_module("auxk").keep_best(found, k)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(9), expected.nan_to_num(9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 7, 3), (140, 300, 33)])
+def test_gradients_are_masked_and_summed(device, shape, dtype):
+    B, M, D = shape
+    z = codes(B, M, dtype, device)
+    triton_module("auxk").keep_best(z, 2)
+    grad, W = (normal(seed, size, D).to(device, dtype) for seed, size in ((1, B), (2, M)))
+    expected = torch.where(z <= 0, 0.0, grad.float() @ W.float().T)
+    sums = triton_module("auxk").grads_of_codes(grad, W, z)
+    # a GPU rounds what it stores; the interpreter cuts it off
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype] * expected.abs().max().item()
+    torch.testing.assert_close(z.float(), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(sums, z.sum(0, dtype=torch.float32), rtol=1e-5, atol=1e-5)

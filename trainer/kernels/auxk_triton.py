@@ -1,9 +1,10 @@
-"""AuxK's dense codes on a GPU: each row of [B, M] cut to its best k in one pass, in place.
+"""AuxK's dense codes on a GPU: rows of [B, M] cut to their best k, and their gradients, each in one pass.
 
 A program holds a whole row in its registers and looks for the k-th best by bisection over the numbers' bits,
 so the row is read once and written once; the library's top-k alone reads it five times.
+The gradients' product is masked, and summed for the biases, by the program that has a block of it.
 
-Legend: B rows, M dead latents, k kept per row.
+Legend: B rows, M dead latents, D width, k kept per row.
 """
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
@@ -15,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.trainer.kernels.cost import Cost, Given, cost_of
-from winnow.trainer.kernels.encode_topk_triton import _key, _threshold
+from winnow.trainer.kernels.encode_topk_triton import DEPTH, _key, _threshold
 from winnow.trainer.kernels.examples import Shape, example
+from winnow.trainer.kernels.groups import COLUMNS, ROWS
 from winnow.trainer.kernels.step_ops import aligned
 from winnow.trainer.kernels.support_triton import cdiv, interpreted, launch, power_of_two
 
@@ -54,6 +56,73 @@ def _keep_best(z, R, M, stride, kept, SHIFT: tl.constexpr, LINES: tl.constexpr, 
     tl.store(at, value.to(z.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["R", "M"])
+def _grads(
+    grad,
+    W,
+    z,
+    sums,
+    R,
+    M,
+    D,
+    stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row_blocks = tl.cdiv(R, ROWS)
+    row_block = tl.program_id(0) % row_blocks
+    row = row_block * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) // row_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    # past the end the last row and column are read again, as in the encoder's sweep
+    grad_rows = grad + tl.minimum(row, R - 1).to(tl.int64)[:, None] * D
+    W_rows = W + tl.minimum(column, M - 1).to(tl.int64)[None, :] * D
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for left in range(0, D, DEPTH):
+        d = left + tl.arange(0, DEPTH)
+        grad_part = tl.load(grad_rows + d[None, :], mask=(d < D)[None, :], other=0.0)
+        W_part = tl.load(W_rows + d[:, None], mask=(d < D)[:, None], other=0.0)
+        if WIDEN:  # the interpreter has no bfloat16 to multiply in
+            grad_part = grad_part.to(tl.float32)
+            W_part = W_part.to(tl.float32)
+        total = tl.dot(grad_part, W_part, total, input_precision="ieee")
+    at = z + row.to(tl.int64)[:, None] * stride + column[None, :]
+    inside = (row < R)[:, None] & (column < stride)[None, :]
+    value = tl.load(at, mask=inside, other=0.0)
+    # NaN is not cut: it reaches the gradients, as by torch's own backward of relu
+    cut = tl.where(value <= 0.0, 0.0, total).to(z.dtype.element_ty)
+    tl.store(at, cut, mask=inside)
+    part = tl.sum(tl.where((row < R)[:, None], cut.to(tl.float32), 0.0), 0)
+    tl.store(sums + row_block.to(tl.int64) * M + column, part, mask=column < M)
+
+
+@cost_of("_grads")
+def _(given: Given) -> Cost:
+    rows, dead, width = given["R"], given["M"], given["D"]
+    moved = sum(given[name].nbytes for name in ("grad", "W", "sums"))
+    return Cost(2.0 * rows * dead * width, moved + 2 * rows * dead * given["z"].element_size())
+
+
+def grads_of_codes(grad: Tensor, W: Tensor, z: Tensor) -> Tensor:
+    """Replace z [B, M] by its gradient, `grad @ W.T` where z is above 0 and 0 elsewhere; gives its sums [M].
+
+    Args:
+        grad: [B, D], of z's type, as W.
+        W: [M, D].
+        z: As for `keep_best`.
+    """
+    (rows, width), dead = grad.shape, len(W)
+    if not z.numel():
+        return torch.zeros(dead, dtype=torch.float32, device=z.device)
+    sums = torch.empty(cdiv(rows, ROWS), dead, dtype=torch.float32, device=z.device)
+    sizes = (rows, dead, width, z.stride(0))
+    shape = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "WIDEN": interpreted(), "num_warps": 8}
+    grid = (len(sums) * cdiv(dead, COLUMNS),)
+    launch(_grads, grid, grad.contiguous(), W.contiguous(), z, sums, *sizes, **shape)
+    return sums.sum(0)
+
+
 @cost_of("_keep_best")
 def _(given: Given) -> Cost:
     return Cost(streamed=2 * given["R"] * given["M"] * given["z"].element_size())
@@ -83,4 +152,7 @@ def keep_best(z: Tensor, k: int) -> None:
 
 @example
 def _example(shape: Shape) -> None:
-    keep_best(aligned(shape.rows, shape.latents // 10, shape.empty(0)), 256)
+    dead = shape.latents // 10
+    z = aligned(shape.rows, dead, shape.empty(0))
+    keep_best(z, 256)
+    grads_of_codes(shape.empty(shape.rows, shape.width), shape.empty(dead, shape.width), z)

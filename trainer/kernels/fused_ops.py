@@ -59,16 +59,18 @@ class FusedOps(NamedTuple):
     finish_rows: Callable[[Tensor, Tensor | None], Tensor]
     update_rows: Callable[..., None]
     keep_best: Callable[[Tensor, int], None]
+    grads_of_codes: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def fused_ops() -> FusedOps:
     """Those of Triton."""
-    sums = triton_module("segment_grad")
+    sums, dead = triton_module("segment_grad"), triton_module("auxk")
     return FusedOps(
         triton_module("reconstruct").reconstruct,
         triton_module("decode").add_decoded,
         sums.add_sums,
         sums.finish_rows,
         triton_module("update").update_rows,
-        triton_module("auxk").keep_best,
+        dead.keep_best,
+        dead.grads_of_codes,
     )

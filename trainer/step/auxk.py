@@ -240,7 +240,14 @@ class AuxK:
 
     def _of_dense(self, z: Tensor, grad: Tensor, centred: Tensor) -> DeadRows:
         """From dense codes [b, M]."""
-        mm, kind = self._model.ops.mm, self._kind
+        ops, kind = self._model.ops, self._kind
+        mm = ops.mm
+        if ops.fused is not None and kind == torch.float32:
+            # rounded once for both products; the gradient of z takes its place
+            grad = ops.low(grad)
+            W_dec = mm(z.T, grad, kind)
+            b_enc = ops.fused.grads_of_codes(grad, self._W, z)
+            return DeadRows(self._dead.ids, W_dec, mm(z.T, centred, kind), b_enc)
         # as wide as z: no other copy of [b, M] is made
         dz = zero_where_cut(mm(grad, self._W.T, z.dtype), z)
         return DeadRows(self._dead.ids, mm(z.T, grad, kind), mm(dz.T, centred, kind), dz.sum(0, dtype=kind))
