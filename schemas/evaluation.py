@@ -81,8 +81,8 @@ class EvaluateSpec(Contract):
     """Families to measure. Null, the default, measures all that have what they need: `compute` needs a law,
     `stability` other SAEs, `judge` a judge, `diffing` a crosscoder."""
     subjects: dict[RootName, str] = {}
-    """downstream: of an SAE of several datasets, where a subject's files are (as `subject.model`) if not
-    where its plan says. Its weights must be those of the plan."""
+    """Of an SAE of several datasets: where a subject's files are (as `subject.model`) if not where its plan
+    says, for `downstream`, attribution, the index and the explorer. Its weights must be those of the plan."""
     windows: int = Field(default=256, ge=1)
     """Largest number of held-out windows: the first in the plan's order, which is random."""
     batch_windows: int = Field(default=4, ge=1)
