@@ -8,7 +8,7 @@ gives operations, launches, synchronisations, bytes and FLOP by part and by line
 also with a tenth of the latents dead (AuxK, 256 of them per row), packed moments, four micro-batches, and
 products in float32, plain and bounded. How many latents the latter leave in question is simulated, on the
 host. `sets`: a step of transcoder sets of 12 layers (N = 16,384 each, B = 16,384) in products of all their
-encoders.
+encoders. `host`: small steps, and what the host takes to give them to the device.
 
 Everything is counted from the code as it is. Seconds divide counts by assumed rates
 (`winnow.trainer.plan.rates`), and are given in bfloat16 products of the library, [B, D] x [D, N]. The share
@@ -77,6 +77,8 @@ SET_SIZE, TINY_SET_SIZE = Size(16_384, 768, 16_384, 32), Size(256, 32, 512, 4)
 """Of each layer of a set."""
 SETS = {"cross-layer": (True, 20.0), "per-layer": (False, 4.0)}
 """Set -> whether it is cross-layer, and products before its rows of all targets were finished by kernels."""
+SMALL = [Size(2048, 576, 4096, 32), Size(4096, 576, 16_384, 32)]
+"""The quickstart's size and a larger one, at which the host may be what takes longest."""
 LINES = 40
 """Lines of the code that are written, those that take longest."""
 
@@ -101,6 +103,30 @@ def set_case(size: Size, layers: int, cross: bool, card: str) -> dict[str, Any]:
         "products": share * products(size, paper, rates),
         "parts": {name: share * part["products"] for name, part in parts(size, paper, rates).items()},
     }
+
+
+def host(card: str) -> list[dict[str, Any]]:
+    """Milliseconds of device and host for small steps, told as they are reckoned."""
+    found: list[dict[str, Any]] = []
+    rates = Rates.of(GPUS[card])
+    for size in SMALL:
+        for kind in ("bfloat16", "float32"):
+            paper = step_on_paper(spec_of(size, {"compute_dtype": kind}), size.width)
+            entries = list(paper.entries.values())
+            one = {
+                **size._asdict(),
+                "compute_dtype": kind,
+                "operations": sum(entry.operations for entry in entries),
+                "device_ms": 1000 * sum(map(rates.device_seconds, entries)),
+                "host_ms": 1000 * rates.host_seconds(entries),
+            }
+            found.append(one)
+            print(
+                f"B = {size.rows}, N = {size.latents}, {kind}: device {one['device_ms']:.2f} ms, "
+                f"host {one['host_ms']:.2f} ms, {one['operations']} operations ({MARK})",
+                file=sys.stderr,
+            )
+    return found
 
 
 def sets(tiny: bool, card: str) -> dict[str, dict[str, Any]]:
@@ -274,6 +300,7 @@ def main() -> None:
         "bars": goals,
         "bounded_products_in_question": {"value": near, "is": "simulated: normal rows, random directions"},
         "sets": of_sets,
+        "host": host(args.card),
         "cases": found,
     }
     report = write_report("gpu_paper", figures, args.json)

@@ -36,6 +36,7 @@ def test_every_case_is_counted_and_every_bar_read(tmp_path, monkeypatch, capsys)
     for bar in found["bars"]:
         assert bar["met"] == (bar["value"] <= bar["bar"])
         assert bar["is"] == gpu_paper.MARK
+    assert all(one["host_ms"] > 0 < one["device_ms"] for one in found["host"])
     for one in found["sets"].values():
         # of the device or, at this size, of the host
         assert one["products"] >= sum(one["parts"].values()) * (1 - 1e-9) > 0
