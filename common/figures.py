@@ -27,4 +27,4 @@ def human_hours(hours: float) -> str:
     for size, unit in ((24.0, "days"), (1.0, "h"), (1 / 60, "min")):
         if hours >= size:
             return f"{hours / size:,.1f} {unit}"
-    return f"{hours * 3600:.0f} s"
+    return f"{hours * 3600:.0f} s" if hours == 0 or hours * 3600 >= 1 else "under 1 s"

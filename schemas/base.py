@@ -139,9 +139,9 @@ Places = Mapping[tuple[str | int, ...], int]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return `; did you mean latents?` for the names that are most like a misspelt one; empty if none is."""
+    """Return `; did you mean latents` for the names that are most like a misspelt one; empty if none is."""
     found = get_close_matches(name, list(names), n=3, cutoff=0.7)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    return f"; did you mean {' or '.join(found)}" if found else ""
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -169,7 +169,7 @@ def _near(model: type[BaseModel], place: tuple[str | int, ...]) -> str:
         for field in inner.model_fields
     }
     same = [dotted for dotted, field in sections.items() if field == name]
-    return f"; did you mean {' or '.join(same)}?" if same else ""
+    return f"; did you mean {' or '.join(same)}" if same else ""
 
 
 def explain(

@@ -26,5 +26,5 @@ def test_one_thing_is_no_plural():
 
 
 def test_hours_are_shown_in_the_largest_unit_that_fits():
-    shown = [human_hours(hours) for hours in (60, 3.2, 0.5, 0.005, 0)]
-    assert shown == ["2.5 days", "3.2 h", "30.0 min", "18 s", "0 s"]
+    shown = [human_hours(hours) for hours in (60, 3.2, 0.5, 0.005, 1e-5, 0)]
+    assert shown == ["2.5 days", "3.2 h", "30.0 min", "18 s", "under 1 s", "0 s"]
