@@ -190,9 +190,9 @@ def reader_of(subject: Subject, engine: Engine, hooks: Sequence[str]) -> Subject
 def _point(hook: str, engine: Engine) -> tuple[str, int]:
     """The engine's name for a hook's place, and its layer."""
     named = parse_hook(hook)
-    if named is None:
+    if named is None or named[0] not in _POINTS:
         raise ConfigError(
-            f"hook {hook!r} is a module path, which subject.engine {engine} does not serve",
+            f"hook {hook!r} is not served by subject.engine {engine}, which takes no module paths either",
             expected=f"{', '.join(_POINTS)} with a layer",
             fix="Set subject.engine to transformers",
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from winnow.evaluator.circuits.editing import Edited, edit
@@ -155,23 +156,33 @@ def _shown(node: Node, tokens: Sequence[str]) -> str:
 def held_out_windows(subject: Subject, root: str, most: int, storage: StorageSpec) -> torch.Tensor:
     """Read the first held-out windows int64 [W, T] of the dataset that a set was trained on.
 
+    Where attention was kept inside documents, only windows of a single one: a prompt is one text.
+
     Raises:
-        ConfigError: There is no dataset, or it has no held-out windows.
+        ConfigError: There is no dataset, or it has no such windows.
         SaeMismatch: It was harvested from another subject.
     """
     dataset = ActivationStore.open(root, storage)
     plan = dataset.plan
     check_subject(subject.identity, plan.subject)
-    units = plan.split_units("validation")
+    found: list[torch.Tensor] = []
     # The first ones are a random sample: the plan shuffles windows over the whole corpus.
-    units = units[: -(-most // plan.spec.windows_per_unit)]
-    if not units:
+    for unit in plan.split_units("validation"):
+        if sum(map(len, found)) >= most:
+            break
+        rows = torch.from_numpy(dataset.unit_tokens(unit).astype("int64"))
+        first = unit * plan.spec.windows_per_unit
+        places = dataset.positions(range(first, first + len(rows)))
+        if places is not None:
+            rows = rows[torch.from_numpy((places == np.arange(rows.shape[1])).all(axis=1))]
+        found.append(rows)
+    if not sum(map(len, found)):
+        whole = " of a single document (plan.attend: document)" if plan.spec.attend == "document" else ""
         raise ConfigError(
-            f"the dataset {root}", expected="held-out windows", got="none",
+            f"the dataset {root}", expected=f"held-out windows{whole}", got="none",
             fix="Plan it with plan.validation_units of 1 or more",
         )  # fmt: skip
-    rows = [torch.from_numpy(dataset.unit_tokens(unit).astype("int64")) for unit in units]
-    return torch.cat(rows)[:most]
+    return torch.cat(found)[:most]
 
 
 def trace_windows(

@@ -17,15 +17,17 @@ from tests.support.evaluated import HOOK, random_sae, save_sae
 from tests.support.pipeline import make_alone, pipeline_config
 from winnow.cli.main import app
 from winnow.common.config_file import load_config
+from winnow.evaluator.circuits.report import held_out_windows
 from winnow.evaluator.families import ablation, downstream, sets
 from winnow.evaluator.families.downstream import AcrossSubjects
 from winnow.evaluator.set_setting import open_setting
 from winnow.evaluator.setting import Setting
 from winnow.explorer.site.reading import ablate, read_tokens
 from winnow.harvester.plan.planner import make_plan
+from winnow.harvester.run.driver import ensure_plan
 from winnow.harvester.run.worker import UnitWorker
 from winnow.sae import Sae
-from winnow.schemas.config import Config
+from winnow.schemas.config import Config, StorageSpec
 from winnow.schemas.errors import ConfigError, PlanMismatch
 from winnow.schemas.evaluation import EvaluateSpec
 from winnow.schemas.harvest import HarvestPlan
@@ -185,6 +187,18 @@ def test_a_transcoder_set_attends_as_the_harvest_did(tmp_path, subject, monkeypa
     own = held_out_loss(config.root, subject, 8)
     assert found["ce_clean"] == pytest.approx(own, abs=1e-4)
     assert own != pytest.approx(held_out_loss(config.root, subject, 8, apart=False), abs=1e-3)
+
+
+def test_prompts_of_circuits_are_windows_of_one_document(tmp_path, harvested, subject):
+    with pytest.raises(ConfigError, match="windows of a single document"):
+        held_out_windows(subject, harvested.root, 4, StorageSpec())
+    config = config_of(tmp_path)
+    with (tmp_path / "corpus.jsonl").open("a") as corpus:
+        corpus.writelines(json.dumps({"text": "a long text, " * 99}) + "\n" for _ in range(9))
+    plan = ensure_plan(config, open_store(config.root))
+    found = held_out_windows(subject, config.root, 1000, StorageSpec())
+    assert 0 < len(found) < len(plan.split_units("validation")) * plan.spec.windows_per_unit
+    assert not (found[:, :-1] == plan.join_token).any()
 
 
 @pytest.mark.parametrize("hook", ["resid_post.1", "mlp_out.0"])

@@ -165,9 +165,9 @@ def test_a_crew_says_why_no_actor_is_ready(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(cluster, "WAIT_NOTE_SECONDS", 0.01)
 
     def say(message: str) -> None:
-        opened = any("have started and load" in earlier for earlier in said)
+        opened = any("loading the subject" in earlier for earlier in said)
         said.append(message)
-        if "have started and load" in message and not opened:  # a second opening would have no reader
+        if "loading the subject" in message and not opened:  # a second opening would have no reader
             (tmp_path / "gate").write_bytes(b"")
 
     monkeypatch.setattr(cluster, "say", say)

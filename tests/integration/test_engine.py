@@ -16,7 +16,6 @@ from winnow.harvester.run.driver import ensure_plan
 from winnow.harvester.run.worker import UnitWorker
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, DependencyMissing, PlanMismatch
-from winnow.schemas.subject import HOOK_SITES
 from winnow.store.objects import open_store
 from winnow.store.records.commit import load_receipt
 from winnow.subject import Subject, engine
@@ -57,7 +56,7 @@ def test_every_site_that_the_engine_serves_has_the_rows_of_transformers(
 ) -> None:
     make_subject(tmp_path, architecture)
     subject = Subject.load({"model": str(tmp_path), "device": "cpu"})
-    hooks = [f"{site}.2" for site in HOOK_SITES if (architecture, site) != ("phi", "resid_mid")]
+    hooks = [f"{site}.2" for site in engine._POINTS if (architecture, site) != ("phi", "resid_mid")]
     found = EngineReader(subject, "interp-engine", hooks).activations(TOKENS, hooks)
     right = subject.activations(TOKENS, hooks)
     assert {hook: deviation(found[hook], right[hook]).relative < 1e-6 for hook in hooks} == dict.fromkeys(
@@ -117,7 +116,8 @@ def test_a_point_that_is_one_norm_too_early_ends_the_harvest_before_a_unit_is_co
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("plan.hooks=[model.layers.1.mlp]", "'model.layers.1.mlp' is a module path, which subject.engine"),
+        ("plan.hooks=[model.layers.1.mlp]", "'model.layers.1.mlp' is not served by subject.engine"),
+        ("plan.hooks=[router.1]", "'router.1' is not served by subject.engine"),
         ("plan.attend=document", "takes no positions, so documents"),
     ],
 )

@@ -89,8 +89,8 @@ def test_truncation_frees_the_weights(folder: Path, monkeypatch: pytest.MonkeyPa
     late: list[weakref.ref] = []
     load = module.load_model
 
-    def spy(*arguments):
-        model = load(*arguments)
+    def spy(*arguments, **options):
+        model = load(*arguments, **options)
         late.append(weakref.ref(model.model.layers[3].mlp.up_proj.weight))
         return model
 

@@ -21,7 +21,8 @@ def test_training_prints_nothing_unless_it_is_asked(tmp_path, capfd):
     out, err = capfd.readouterr()
     lines = err.splitlines()
     assert out == ""
-    assert lines[0].startswith("16 steps of 256 rows on cpu")
+    assert lines[0].startswith(f"reading {tmp_path}")
+    assert any(line.startswith("16 steps of 256 rows on cpu") for line in lines)
     assert lines[-1].startswith("train: 4,096/4,096 (100%) rows, ")
     assert "step 16/16" in lines[-1]
     assert all("\r" not in line and "\x1b" not in line for line in lines)
