@@ -24,7 +24,6 @@ from winnow.evaluator.set_setting import open_setting
 from winnow.evaluator.setting import Setting
 from winnow.explorer.site.reading import ablate, read_tokens
 from winnow.harvester.plan.planner import make_plan
-from winnow.harvester.run.driver import ensure_plan
 from winnow.harvester.run.worker import UnitWorker
 from winnow.sae import Sae
 from winnow.schemas.config import Config, StorageSpec
@@ -193,9 +192,11 @@ def test_prompts_of_circuits_are_windows_of_one_document(tmp_path, harvested, su
     with pytest.raises(ConfigError, match="windows of a single document"):
         held_out_windows(subject, harvested.root, 4, StorageSpec())
     config = config_of(tmp_path)
-    with (tmp_path / "corpus.jsonl").open("a") as corpus:
-        corpus.writelines(json.dumps({"text": "a long text, " * 99}) + "\n" for _ in range(9))
-    plan = ensure_plan(config, open_store(config.root))
+    corpus = tmp_path / "corpus.jsonl"
+    long = [json.dumps({"text": f"{number} long text, " * 99}) for number in range(9)]
+    # First, because planning reads no further than it needs.
+    corpus.write_text("\n".join([*long, corpus.read_text()]))
+    plan, _ = make_alone(config)
     found = held_out_windows(subject, config.root, 1000, StorageSpec())
     assert 0 < len(found) < len(plan.split_units("validation")) * plan.spec.windows_per_unit
     assert not (found[:, :-1] == plan.join_token).any()
