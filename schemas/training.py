@@ -251,7 +251,7 @@ class TrainSpec(Contract):
     """Type of the operands of a step's large products and gathers. Sums, weights, gradients, average and
     checkpoints are float32 in any case. `bfloat16` is meant for GPUs, whose tensor cores are many times
     faster in it; a CPU rounds in the same way, but is slower."""
-    float32_products: Float32Products = "ieee"
+    float32_products: Float32Products = Field(default="ieee", exclude_if=lambda value: value == "ieee")
     """How a GPU makes the encoder's product if `compute_dtype` is float32. `ieee`: in float32, without tensor
     cores. `bounded`: in bfloat16 on tensor cores, then in float32 for each latent that may be among the best
     by a proved bound: latents and values are those of float32. AuxK stays `ieee`; CPUs ignore it."""

@@ -300,3 +300,10 @@ def test_a_range_of_layers_stands_for_its_hooks() -> None:
     for wrong in ("mlp_in.3-1", "model.layers.0-3", "mlp_in.0-1000000"):
         with pytest.raises(ValidationError, match="hooks"):
             PlanSpec.model_validate({"hooks": [wrong]})
+
+
+def test_a_card_of_float32_products_as_before_is_read_by_older_versions():
+    spec = TrainSpec(out="x", hook="a", latents=64, k=4)
+    assert "float32_products" not in spec.model_dump(mode="json")
+    bounded = spec.model_copy(update={"float32_products": "bounded"})
+    assert bounded.model_dump(mode="json")["float32_products"] == "bounded"
