@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,11 @@ class KeptLosses:
             return {}
         return {name: np.asarray(values) for name, values in found.losses.items()}
 
-    def write(self, losses: Losses) -> None:
-        """Keep these losses, unless others were written within WRITE_SECONDS."""
+    def write(self, measured: Callable[[], Losses]) -> None:
+        """Keep what `measured` returns, unless other losses were written within WRITE_SECONDS."""
         if time.monotonic() - self._written < WRITE_SECONDS:
             return
-        self._written = time.monotonic()
+        self._written, losses = time.monotonic(), measured()
         # JSON has no NaN; an SAE that makes them is measured in one go.
         if all(np.isfinite(values).all() for values in losses.values()):
             lists = {name: tuple(values.tolist()) for name, values in losses.items()}

@@ -190,7 +190,7 @@ def splice_losses(
     batch_windows: int = 4,
     label: str = "downstream",
     begun: Losses | None = None,
-    keep: Callable[[Losses], None] | None = None,
+    keep: Callable[[Callable[[], Losses]], None] | None = None,
 ) -> Losses:
     """Compute the mean cross-entropy of each window, clean and with hooks replaced, and the KL from clean.
 
@@ -202,8 +202,9 @@ def splice_losses(
         clean: Also compute the clean loss and the KLs, which takes the upper blocks once more.
         batch_windows: Windows per pass.
         label: Label of the progress bar.
-        begun: What an earlier call gave `keep`: losses of the first windows, which are not measured again.
-        keep: Called after each batch with the losses of all windows so far.
+        begun: What `keep` had of an earlier call: losses of the first windows, which are not measured again.
+        keep: Called after each batch with a function that returns the losses of all windows so far; on a GPU
+            it waits for the device.
 
     Returns:
         Each variant's name and, unless `clean` is false, `clean` and `kl.` + its name -> [len(windows)] nats.
@@ -232,7 +233,7 @@ def splice_losses(
                 del patched
             bar.advance(len(batch))
             if keep is not None:
-                keep(_joined(out))
+                keep(lambda: _joined(out))
     return _joined(out)
 
 
