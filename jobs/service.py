@@ -56,15 +56,19 @@ class Attempt:
     log: IO[bytes]
     beats: int = 0
     asked_to_end: float | None = None
+    first_codes: list[int] = field(default_factory=list)
+    """Codes of the processes that had ended when the others were asked to end on their account."""
 
     @property
     def code(self) -> int | None:
         """The exit code once all processes have ended, None while they run.
 
-        Of a group's codes, the most informative: a final failure, then any other, then a stop.
+        Of a group's codes, the most informative: a final failure, then of those that ended first a signal's,
+        then any other failure, then a stop.
         """
-        # When one rank fails, the others end as if stopped or killed: their codes say nothing of the cause.
-        codes: list[int] = []
+        # When one rank fails, the others end as if stopped or killed, or say that they have lost it: their
+        # codes say nothing of the cause. A killed rank has ended before any that misses it.
+        codes = sorted(self.first_codes)
         for process in self.processes:
             code = process.poll()
             if code is None:
@@ -309,8 +313,10 @@ class Service:
         for attempt in list(self.attempts):
             codes = [process.poll() for process in attempt.processes]
             # One of a group has failed: the others wait in a collective for it, in vain.
-            if None in codes and any(codes):
-                self._ask_to_end([attempt])
+            if attempt.asked_to_end is None and any(codes):
+                attempt.first_codes = [code for code in codes if code is not None]
+                if None in codes:
+                    self._ask_to_end([attempt])
             if attempt.asked_to_end and time.monotonic() - attempt.asked_to_end > _KILL_SECONDS:
                 attempt.signal(signal.SIGKILL)
             if attempt.code is not None:

@@ -182,7 +182,9 @@ def test_a_mesh_that_follows_a_harvest_loses_a_rank_and_goes_on_from_its_checkpo
         os.kill(service.attempts[0].processes[1].pid, signal.SIGKILL)
         wait(lambda: [service.turn(), queue.was_ended(name, 0)][1])
         seen = checkpoints(out)[-1]
-        assert facts_of(root)[name]["cause"].endswith("(exit code 1)"), "the rank that was left says so"
+        assert facts_of(root)[name]["cause"].endswith("(signal 9)"), (
+            "what the rank that was left says hides it"
+        )
         for unit in range(5, plan.units):
             write_unit(late, plan, unit, planted_rows)
         wait(lambda: not service.turn())
@@ -273,11 +275,44 @@ def test_of_a_group_the_code_that_says_most_counts(queue, tmp_path):
         service._reap()
     (fact,) = job_facts(queue.store)
     assert (fact["state"], fact["attempts"], fact["failed_attempts"]) == ("waiting", 2, 1)
+    assert fact["cause"].endswith("(signal 9)")
     service.turn()
     one, other = service.attempts[0].processes
     one.code, other.code = 1, service_module.PERMANENT
     assert service.turn() is False
     assert {fact["job"]: fact["state"] for fact in job_facts(queue.store)} == {name: "failed"}
+
+
+@pytest.mark.parametrize("killed_is_seen_first", [False, True])
+def test_the_cause_is_the_rank_that_was_killed_not_the_one_that_missed_it(
+    queue, tmp_path, killed_is_seen_first
+):
+    name = add(queue, tmp_path, "a", mesh={"latent": 2})
+    service = make(queue, ("cpu0", "cpu1"))
+    service.turn()
+    one, other = service.attempts[0].processes
+    other.code = -9
+    if killed_is_seen_first:
+        service._reap()
+        assert one.signals == [signal.SIGTERM]
+    one.code = 1
+    service._reap()
+    (fact,) = job_facts(queue.store)
+    assert (fact["job"], fact["state"], fact["cause"]) == (name, "waiting", "the cause (signal 9)")
+
+
+@pytest.mark.parametrize("code", [1, -6])
+def test_a_rank_that_falls_with_another_does_not_hide_why(queue, tmp_path, code):
+    add(queue, tmp_path, "a", mesh={"latent": 2})
+    service = make(queue, ("cpu0", "cpu1"))
+    service.turn()
+    one, other = service.attempts[0].processes
+    other.code = 3
+    service._reap()
+    one.code = code
+    service._reap()
+    (fact,) = job_facts(queue.store)
+    assert fact["cause"] == "the cause (exit code 3)"
 
 
 def test_a_job_without_a_harvest_holds_no_device_and_no_other_job(queue, tmp_path, told):
