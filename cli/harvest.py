@@ -242,14 +242,14 @@ def _plan_facts(plan: HarvestPlan, store: ObjectStore) -> dict[str, Any]:
 
 
 def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
-    from winnow.store.check.info import bad_records, label_rows, token_rows
+    from winnow.store.check.info import bad_records, hook_rows, label_rows, token_rows
 
     facts = _plan_facts(plan, store)
     print_table(
         f"plan {plan.fingerprint[:12]} at {store.uri}",
         [
             ("subject", plan.subject.model),
-            ("hooks", ", ".join(f"{site.name} (D {site.d_model})" for site in plan.sites)),
+            *hook_rows({site.name: site.d_model for site in plan.sites}),
             ("documents", f"{facts['documents']:,} ({facts['duplicates_dropped']:,} duplicates dropped)"),
             *bad_records(facts["bad_records"], facts["bad_first"]),
             ("corpus", f"{facts['corpus_tokens']:,} tokens"),

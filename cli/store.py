@@ -149,7 +149,7 @@ def _open(uri: str, allow_http: bool, timeout_seconds: float) -> ObjectStore:
 
 
 def _show_info(found: DatasetInfo) -> None:
-    from winnow.store.check.info import bad_records, derived_rows, label_rows, token_rows
+    from winnow.store.check.info import bad_records, derived_rows, hook_rows, label_rows, token_rows
 
     progress = f"{found.units_committed:,} of {count_of(found.units, 'unit')}"
     rows: list[tuple[str, object]] = [
@@ -161,7 +161,7 @@ def _show_info(found: DatasetInfo) -> None:
         ("documents", f"{found.documents:,}"),
         *bad_records(found.bad_records, found.bad_first),
         ("corpus tokens", f"{found.corpus_tokens:,}"),
-        ("hooks", ", ".join(f"{hook} (D = {width})" for hook, width in found.hooks.items())),
+        *hook_rows(found.hooks),
         ("rows per hook", f"{found.rows:,}"),
         (
             "unit",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from winnow.schemas.base import Contract
 from winnow.schemas.derived import Derivation
+from winnow.schemas.fit import ranges
 from winnow.schemas.harvest import HarvestPlan
 from winnow.schemas.labels import PlannedLabels
 from winnow.store.format.layout import TOKENS_ARRAY, tokens_key
@@ -181,6 +182,15 @@ def dataset_info(store: ObjectStore) -> DatasetInfo:
         dataset_sha256=manifest.dataset_sha256 if manifest else None,
         revision=manifest.revision if manifest else None,
     )
+
+
+def hook_rows(widths: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Describe the hooks of a dataset and their widths as rows of a table, one for each width."""
+    hooks: dict[int, list[str]] = {}
+    for hook, width in widths.items():
+        hooks.setdefault(width, []).append(hook)
+    rows = [f"{', '.join(ranges(named))} (D = {width})" for width, named in hooks.items()]
+    return [("" if index else "hooks", row) for index, row in enumerate(rows)]
 
 
 def bad_records(counts: Mapping[str, int], first: Sequence[str]) -> list[tuple[str, str]]:
