@@ -259,7 +259,7 @@ def _show_plan(plan: HarvestPlan, store: ObjectStore) -> None:
                 f"{plan.windows:,} of {plan.spec.context_length} ({facts['windows_unused']:,} unused)",
             ),
             *token_rows(plan),
-            *label_rows(plan.labels),
+            *label_rows(plan.labels, [source.uri for source in plan.corpus.sources]),
             ("rows", f"{plan.rows:,}"),
             ("size when harvested", human_bytes(facts["bytes"])),
         ],

@@ -169,7 +169,7 @@ def _show_info(found: DatasetInfo) -> None:
             f"{found.rows_per_unit:,} rows",
         ),
         *token_rows(found),
-        *label_rows(found.labels),
+        *label_rows(found.labels, found.corpus),
         ("validation units", found.validation_units),
         ("stored as", found.dtype),
         ("activations", f"{human_bytes(found.stored_bytes)} of {human_bytes(found.planned_bytes)}"),

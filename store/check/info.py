@@ -113,8 +113,8 @@ def derived_rows(derived: Derivation | None) -> list[tuple[str, object]]:
     return rows
 
 
-def label_rows(labels: PlannedLabels | None) -> list[tuple[str, object]]:
-    """Describe how many tokens there are of each kind, as rows of a table."""
+def label_rows(labels: PlannedLabels | None, sources: Sequence[str]) -> list[tuple[str, object]]:
+    """Describe how many tokens there are of each kind and of each of the `sources`, as rows of a table."""
     if labels is None:
         return [("labels", "none (planned by an earlier version)")]
     rows: list[tuple[str, object]] = [("special tokens", f"{labels.special:,}")]
@@ -122,13 +122,15 @@ def label_rows(labels: PlannedLabels | None) -> list[tuple[str, object]]:
     if set(by_role) != {"none"}:
         rows.append(("tokens by role", _shares(by_role)))
     if len(labels.tokens_by_source) > 1:
-        rows.append(("tokens by source", _shares(dict(enumerate(labels.tokens_by_source)))))
+        for index, (uri, count) in enumerate(zip(sources, labels.tokens_by_source, strict=True)):
+            rows.append(("" if index else "tokens by source", f"{uri} {count:,}"))
     if len(labels.tokens_by_turn) > 1:
-        rows.append(("tokens by turn", _shares(dict(enumerate(labels.tokens_by_turn)))))
+        turns = {f"turn {turn}:": count for turn, count in enumerate(labels.tokens_by_turn)}
+        rows.append(("tokens by turn", _shares(turns)))
     return rows
 
 
-def _shares(counts: Mapping[str, int] | Mapping[int, int]) -> str:
+def _shares(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
