@@ -72,10 +72,10 @@ def read_taps(
 
 @contextmanager
 def replaced(model: nn.Module, replace: Mapping[Tap, Replacement], shape: tuple[int, int]) -> Iterator[None]:
-    """While open, a forward pass of shape (W, T) continues with `fn`'s output at each tap.
+    """While open, a forward pass of shape (W, T) continues with a copy of `fn`'s output at each tap.
 
     `fn` gets the activation in the model's dtype; its result is cast back to it. The identity
-    leaves the pass bit-identical.
+    leaves the pass bit-identical. `fn` may keep its rows, and return rows that it keeps.
 
     Raises:
         ConfigError: A tap's module did not run, ran twice, or gave no [W, T, ...] tensor.
@@ -96,7 +96,9 @@ def replaced(model: nn.Module, replace: Mapping[Tap, Replacement], shape: tuple[
                 f"the replacement at {tap.hook} must return {tuple(rows.shape)}, got {tuple(new.shape)}"
             )
         new = new.to(device=value.device, dtype=value.dtype).reshape(value.shape)
-        return value.copy_(new) if tap.in_place else new
+        # A copy: Falcon's block adds attention into the tensor that its MLP returned. That would also
+        # change rows that `fn` kept, or gives again in the next pass.
+        return value.copy_(new) if tap.in_place else new.clone()
 
     with ExitStack() as stack:
         # Those in place first: OLMo 2 gives its MLP the stream, and once `mlp_in` is replaced at the same

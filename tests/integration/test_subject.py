@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.subjects.catalogue import make_subject as make_family
 from tests.support.tiny import ARCHITECTURES, OTHERS, make_subject, make_tokenizer
 from winnow.common.packages import resolve_package
 from winnow.schemas.errors import ConfigError, DependencyMissing
@@ -157,6 +158,18 @@ def test_loss_is_the_models_own_and_replacement_changes_it(folder: Path) -> None
     moved = subject.loss(IDS, {"resid_post.1": lambda _: clean})
     assert not torch.equal(moved, loss)
     assert torch.equal(moved, subject.loss(IDS, {"resid_pre.2": lambda _: clean}))
+
+
+def test_a_block_that_writes_into_the_row_changes_nothing_of_the_callers(tmp_path: Path) -> None:
+    # Falcon adds attention into the tensor that its MLP returned.
+    subject = Subject.load({"model": str(make_family(tmp_path, "falcon"))})
+    ids, kept = IDS % 200 + 16, []
+    subject.logits(ids, {"mlp_out.1": lambda rows: kept.append(rows) or rows})
+    assert torch.equal(kept[0].view(3, 16, 32), subject.activations(ids, ["mlp_out.1"])["mlp_out.1"])
+    mean = torch.ones(32)
+    first = subject.logits(ids, {"mlp_out.1": lambda rows: mean.expand_as(rows)})
+    assert torch.equal(mean, torch.ones(32))
+    assert torch.equal(subject.logits(ids, {"mlp_out.1": lambda rows: mean.expand_as(rows)}), first)
 
 
 def test_activations_can_be_trained_on_and_repeat_bit_for_bit(folder: Path) -> None:
