@@ -121,7 +121,7 @@ class GraphScores(Contract):
     replacement: float = Field(ge=0, le=1.0001)
     """Share of the influence on the logits that starts at embeddings, not at errors."""
     completeness: float = Field(ge=0, le=1.0001)
-    """Share of what nodes receive that does not come from errors, weighted by the nodes' influence."""
+    """Share of what nodes receive that does not come from errors, weighted by influence; 0.5 or more."""
 
 
 class GraphLimits(Contract):

@@ -109,6 +109,9 @@ def prune(
 def scores_of(adjacency: Tensor, weights: Tensor, errors: Tensor, embeddings: Tensor) -> Scores:
     """Replacement and completeness.
 
+    Errors and embeddings receive nothing and count as wholly explained, as in circuit-tracer: completeness is
+    R / (R + E), R what all nodes but errors reach and E, at most R, what errors do. So it is 0.5 or more.
+
     Args:
         adjacency: [n, n], not pruned.
         weights: [n].

@@ -82,7 +82,7 @@ def read(path: Path) -> Plain:
     if activation == "batchtopk" and threshold is not None and threshold < 0:
         raise ConfigError(
             f"{file}: no threshold was estimated in training",
-            fix="Train past its `threshold_start_step`: without one the library cannot encode either",
+            fix="Train past its `threshold_start_step`: until then every positive latent is active there",
         )
     W_enc, b_enc, W_dec, b_dec = _linear(state, file) if name in _LINEAR else _matrices(state, file)
     for field, size in zip(("dict_size", "activation_dim"), W_enc.shape, strict=True):

@@ -54,6 +54,24 @@ def test_scores_of_a_chain():
     assert found.completeness == pytest.approx(float((reached * explained).sum() / reached.sum()))
 
 
+def test_completeness_is_one_half_where_errors_explain_everything():
+    adjacency = torch.zeros(3, 3)
+    adjacency[2, 1] = 1.0  # logit: error
+    weights = torch.tensor([0.0, 0.0, 0.8])
+    errors, embeddings = torch.tensor([False, True, False]), torch.tensor([True, False, False])
+    assert influence.scores_of(adjacency, weights, errors, embeddings) == pytest.approx((0.0, 0.5))
+
+
+def test_completeness_is_the_share_of_all_nodes_but_errors():
+    adjacency, weights = random_graph()
+    n = len(weights)
+    errors, embeddings = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    errors[12:16] = True
+    reached = influence.node_influence(adjacency, weights) + weights
+    found = influence.scores_of(adjacency, weights, errors, embeddings).completeness
+    assert found == pytest.approx(float(reached[~errors].sum() / reached.sum()))
+
+
 def test_pruning_keeps_the_share_and_no_loose_ends():
     adjacency, weights = random_graph(features=40, errors=10)
     n = len(weights)
