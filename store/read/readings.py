@@ -78,12 +78,17 @@ class Reading:
         self._labels = planned_labels(store, plan)
         self._roles = [self._number("role", role, self._labels.roles) for role in rows.roles]
         uris = [source.uri for source in plan.corpus.sources]
-        self._sources = [
-            source if isinstance(source, int) and source < len(uris) else self._number("source", source, uris)
-            for source in rows.sources
-        ]
+        self._sources = [number for source in rows.sources for number in self._numbers_of(source, uris)]
         self._masks: dict[int, NDArray[np.bool_]] = {}
         self._lock = threading.Lock()
+
+    @classmethod
+    def _numbers_of(cls, source: int | str, uris: Sequence[str]) -> list[int]:
+        """The sources that one entry names: of a URI all, since files may be read by several columns."""
+        if isinstance(source, int) and 0 <= source < len(uris):
+            return [source]
+        cls._number("source", source, uris)
+        return [number for number, uri in enumerate(uris) if uri == source]
 
     @staticmethod
     def _number(what: str, name: object, names: Sequence[str]) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 
 import numpy as np
 import pytest
 import torch
 
+from tests.integration.test_planner import make_config, planned
+from tests.support.pipeline import write_corpus
 from tests.support.planted import HOOK
 from tests.support.roots import chat_plan, chat_rows
 from winnow.schemas.errors import ConfigError, IntegrityError, StoreError
@@ -19,6 +22,7 @@ from winnow.store.format import order as order_module
 from winnow.store.format.labels import label_key
 from winnow.store.objects import open_store
 from winnow.store.read.joined import open_roots
+from winnow.store.read.readings import Reading
 from winnow.store.testing import make_plan, synthetic_labels, synthetic_rows, write_dataset
 
 HOOKS = {"resid_post.1": 8, "mlp_out.2": 4}
@@ -137,6 +141,22 @@ def test_without_conditions_it_is_the_whole_dataset(folder):
     assert dataset.only(ASSISTANT).only(RowsSpec()).reading is None
 
 
+def test_a_uri_names_every_source_that_has_it(tmp_path):
+    path = write_corpus(tmp_path / "corpus.jsonl", documents=300)
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"a": text, "b": text[::-1]}) + "\n" for text in texts))
+    sources = [{"uri": str(path), "column": column} for column in ("a", "b")]
+    plan, store, _ = planned(make_config(tmp_path, corpus={"sources": sources}))
+
+    def chosen(*named):
+        reading = Reading(store, plan, RowsSpec(sources=named))
+        return np.concatenate([reading.mask(unit) for unit in range(plan.units)])
+
+    assert chosen(0).any()
+    assert np.array_equal(chosen(0), ~chosen(1))
+    assert chosen(str(path)).all()
+
+
 # ---- bad input ------------------------------------------------------------------------------------
 
 
@@ -145,6 +165,7 @@ def test_without_conditions_it_is_the_whole_dataset(folder):
     [
         (RowsSpec(roles=("narrator",)), r"rows\.roles: expected any of none, system, .*got 'narrator'"),
         (RowsSpec(sources=(7,)), r"rows\.sources: expected any of .*got 7"),
+        (RowsSpec(sources=(0, -1)), r"rows\.sources: expected any of .*got -1"),
         (RowsSpec(roles=("tool",), min_offset=10_000), "expected a choice of at least one row"),
     ],
 )
