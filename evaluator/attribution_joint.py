@@ -20,6 +20,7 @@ from torch import Tensor
 from winnow.evaluator.attribution import Attribution, Edit, Leaves, Wrote
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError, SaeMismatch
+from winnow.schemas.fit import require_own_rows
 from winnow.schemas.joined import hooks_by_root, split_hook
 from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement
@@ -38,7 +39,7 @@ class JointCode:
         positions: Of each subject's passes; without an entry, a token sees its whole window.
 
     Raises:
-        SaeMismatch: The SAE has no card.
+        SaeMismatch: The SAE has no card, or was trained on means or differences of rows (`winnow derive`).
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class JointCode:
     ) -> None:
         if sae.card is None:
             raise SaeMismatch("the SAE", expected="a published SAE (`Sae.load`)", got="one without a card")
+        # Also of one of several datasets: a subject would give rows of another kind in the place of those.
+        require_own_rows("the SAE", sae.card.identity)
         self.sae, self._writes = sae, sae.card.output_hooks
         hooks = tuple(dict.fromkeys((*sae.card.input_hooks, *self._writes)))
         rows: dict[str, Tensor] = {}
@@ -117,7 +120,7 @@ def attribute_joint(
         The effects; `error` is that of all hooks that are written in the subject.
 
     Raises:
-        SaeMismatch: The SAE has no card.
+        SaeMismatch: As for `JointCode`.
         ConfigError: It writes nothing in that subject, or the metric is not a scalar.
     """
     code, leaves = JointCode(subjects, sae, token_ids, positions), Leaves()

@@ -16,7 +16,10 @@ from winnow.evaluator.attribution import attribute, logit_difference
 from winnow.evaluator.attribution_joint import JointCode, attribute_joint, without_joint
 from winnow.evaluator.setting import Setting
 from winnow.sae import Sae
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.base import sha256_hex
+from winnow.schemas.derived import DeriveRule
+from winnow.schemas.errors import ConfigError, SaeMismatch
+from winnow.schemas.training import SaeIdentity
 
 METRIC = logit_difference(5, 9)
 NAMES = ("base", "chat")
@@ -107,6 +110,31 @@ def test_a_subject_that_it_does_not_write_to_is_refused(setting, tokens):
     code = JointCode(setting.subjects, setting.sae, tokens[None])
     with pytest.raises(ConfigError, match="one that the SAE writes to"):
         code.replacements("other", lambda values, _: values)
+
+
+def test_an_sae_of_differences_in_one_subject_is_run_on_neither(setting, tokens):
+    sae = Sae.load(setting.uri)
+    plans = {name: part.plan for name, part in setting.dataset.parts.items()}
+    minus = DeriveRule(minus=sha256_hex(b"another dataset"))
+
+    def identity(name: str, *rules: DeriveRule) -> dict[str, object]:
+        subject = plans[name].subject
+        return {
+            "plan_fingerprint": plans[name].fingerprint,
+            "dataset_sha256": None,
+            "subject_model": subject.model,
+            "subject_weights_sha256": subject.weights_sha256,
+            "derived": rules,
+        }
+
+    roots = {"base": identity("base"), "chat": identity("chat", minus)}
+    of_both = SaeIdentity.model_validate(identity("base") | {"roots": roots})
+    sae.card = sae.card.model_copy(update={"identity": of_both})
+    for name in NAMES:
+        with pytest.raises(SaeMismatch, match="expected the subject's own rows"):
+            attribute_joint(setting.subjects, sae, tokens[None], METRIC, name=name)
+        with pytest.raises(SaeMismatch, match="expected the subject's own rows"):
+            without_joint(setting.subjects, sae, tokens, [(3, 0)], METRIC, name=name)
 
 
 # ---- the command ---------------------------------------------------------------------------------
