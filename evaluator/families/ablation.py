@@ -93,7 +93,7 @@ def sample_rows(setting: Setting, draw: np.random.Generator) -> list[tuple[int, 
     """Draw (window, position) pairs, windows in turn: stored positions of weight above 0 with T tokens left.
 
     Raises:
-        ConfigError: No position has T tokens left in its window.
+        ConfigError: No position has T tokens left in its window, or none of those that a reading chooses.
     """
     length = setting.spec.ablation_tokens
     windows = draw.permutation(len(setting.windows))
@@ -102,8 +102,14 @@ def sample_rows(setting: Setting, draw: np.random.Generator) -> list[tuple[int, 
     fit[:, max(fit.shape[1] - length + 1, 0) :] = False
     usable = [(int(w), np.flatnonzero(row)) for w, row in zip(windows, fit, strict=True) if row.any()]
     if not usable:
+        # Of a reading it may be the choice of rows that leaves none, however few the tokens.
+        reading = setting.dataset.reading
+        rows = "a held-out row" if reading is None else f"a held-out row with {reading.rows.words}"
         raise ConfigError(
-            "evaluate.ablation_tokens", expected=f"less than the context ({fit.shape[1]})", got=length
+            "evaluate.ablation_tokens",
+            expected=f"{rows} and that many tokens left in its window of {fit.shape[1]}",
+            got=f"no such row for {length}",
+            fix="Lower it, or choose more rows" if reading is not None else "Lower it",
         )
     # Rows of one window are alike: each window is used once before any is used again.
     chosen = [usable[i % len(usable)] for i in range(setting.spec.ablation_rows)]

@@ -11,6 +11,7 @@ from winnow.evaluator.families import ablation
 from winnow.evaluator.setting import Setting
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import EvaluateSpec
+from winnow.schemas.readings import RowsSpec
 
 SPEC = {"ablation_tokens": 4, "ablation_rows": 6, "ablation_latents": 6}
 
@@ -44,6 +45,14 @@ def test_taking_a_latent_away_keeps_the_error(setting_of):
     expected = row - values[0, :, None] * sae.W_dec[indices[0]] * norm
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert ablation.without_channels(row, torch.tensor([3]))[0, 3] == 0
+
+
+def test_a_reading_without_a_row_that_reaches_far_enough_is_named(setting_of):
+    last = int(setting_of().dataset.unit_labels(0)["offset"].max())
+    setting = setting_of(rows=RowsSpec(min_offset=last), ablation_tokens=16)
+    assert setting.dataset.window_weights([HOOK], list(setting.windows)).sum() == 1
+    with pytest.raises(ConfigError, match=f"a held-out row with min_offset={last} and that many tokens left"):
+        ablation.sample_rows(setting, np.random.default_rng(0))
 
 
 def test_it_equals_whole_forward_passes(setting_of):
@@ -81,5 +90,5 @@ def test_positions_have_room_and_too_long_a_reach_is_refused(setting_of):
     rows = ablation.sample_rows(setting, np.random.default_rng(0))
     assert {position for _, position in rows} == {1}  # T = 17, position 0 is not stored
     assert len({window for window, _ in rows}) == 6
-    with pytest.raises(ConfigError, match="ablation_tokens"):
+    with pytest.raises(ConfigError, match="left in its window of 17, got no such row for 17"):
         ablation.sample_rows(setting_of(ablation_tokens=17), np.random.default_rng(0))
