@@ -95,8 +95,9 @@ class SubjectSpec(Contract):
     also read with transformers and compared before they are committed. 1 compares all."""
     engine_tolerance: float | None = Field(default=None, gt=0)
     """Largest difference that a compared row may have, as a fraction of its norm: |engine's row -
-    transformers' row| / |transformers' row|. A larger one ends the harvest. Null, the default, is 1e-4 if the
-    subject runs in float32, and 0.25 in 16 bits, where other kernels alone move rows much farther."""
+    transformers' row| / |transformers' row|; half of the rows of a pass must be within a fifth of it. A
+    larger one ends the harvest. Null, the default, is 1e-4 if the subject runs in float32, and 0.25 in 16
+    bits, where other kernels alone move single rows much farther."""
 
 
 class HookSite(Contract):

@@ -40,7 +40,7 @@ _ROOM = 0.85
 
 
 class Deviation(NamedTuple):
-    """How far the row [D] that differs most is from its reference."""
+    """How far rows [D] are from their references: the one that differs most, and half of them."""
 
     relative: float
     """|row - reference| / |reference|; infinite if the reference is zero and the row is not, or for NaN."""
@@ -48,10 +48,12 @@ class Deviation(NamedTuple):
     """Largest difference of one number of that row."""
     window: int
     position: int
+    median: float
+    """Of all rows, as `relative`."""
 
 
 def deviation(rows: Tensor, reference: Tensor) -> Deviation:
-    """The row of `rows` [W, T, D] that is farthest from its place in `reference` [W, T, D]."""
+    """How far `rows` [W, T, D] are from their places in `reference` [W, T, D]."""
     # In float32, since the square of a 16-bit number may overflow, and on the reference's device.
     right = reference.float()
     mine = rows.to(right.device, torch.float32)
@@ -62,7 +64,8 @@ def deviation(rows: Tensor, reference: Tensor) -> Deviation:
     relative = torch.where(equal, 0.0, relative.nan_to_num(math.inf, math.inf))
     window, position = divmod(int(relative.argmax()), relative.shape[1])
     absolute = apart[window, position].abs().amax()
-    return Deviation(float(relative[window, position]), float(absolute), window, position)
+    median = float(relative.median())
+    return Deviation(float(relative[window, position]), float(absolute), window, position, median)
 
 
 def check_engine(engine: Engine, spec: PlanSpec) -> None:

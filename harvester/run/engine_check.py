@@ -15,6 +15,11 @@ from winnow.subject.load import Subject
 # 0.09 in bfloat16 and by 5e-6 in float32; a unit has more rows, and an engine more kernels of its own.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.25}
 """dtype that the subject runs in -> what `subject.engine_tolerance: null` means."""
+# In bfloat16 single rows are rounded as far as a wrong read moves all of them. Of 2,048 rows of SmolLM2-135M,
+# eager and sdpa attention differ by 0.11 at most and by 0.015 in the median; the stream without its layer's
+# MLP, as of an engine that keeps the two apart, by 0.35 at least and 0.16, and in deeper models by less.
+_MEDIAN = 0.2
+"""Share of the tolerance within which half of a pass's rows must be."""
 
 
 class EngineCheck:
@@ -57,7 +62,8 @@ class EngineCheck:
             found: hook -> the engine's activations [W, T, D].
 
         Raises:
-            ConfigError: A row differs by more than the tolerance; names unit, hook and place.
+            ConfigError: A row differs by more than the tolerance, or half of them by more than a fifth of it;
+                names unit, hook and place.
         """
         if self.farthest is None:
             return
@@ -65,13 +71,16 @@ class EngineCheck:
         for hook, rows in found.items():
             worst = deviation(rows[:, self._first :], reference[hook][:, self._first :])
             self.farthest = max(self.farthest, worst.relative)
-            if worst.relative > self.tolerance:
-                window, position = first_window + worst.window, self._first + worst.position
-                raise ConfigError(
-                    f"unit {unit}, hook {hook}: {self._spec.engine} gives other rows than transformers, at "
-                    f"window {window} of the unit, position {position}",
-                    expected=f"at most {self.tolerance:g} of the row's norm apart",
-                    got=f"{worst.relative:.3g}, the largest difference of one number {worst.absolute:.3g}",
-                    fix="Set subject.engine to transformers and name another root; raise "
-                    "subject.engine_tolerance only if the difference is rounding",
-                )
+            half = self.tolerance * _MEDIAN
+            if worst.relative <= self.tolerance and worst.median <= half:
+                continue
+            window, position = first_window + worst.window, self._first + worst.position
+            raise ConfigError(
+                f"unit {unit}, hook {hook}: {self._spec.engine} gives other rows than transformers, the "
+                f"farthest at window {window} of the unit, position {position}",
+                expected=f"at most {self.tolerance:g} of the row's norm apart, and {half:g} half of the rows",
+                got=f"{worst.relative:.3g}, the largest difference of one number {worst.absolute:.3g}, and "
+                f"{worst.median:.3g}",
+                fix="Set subject.engine to transformers and name another root; raise "
+                "subject.engine_tolerance only if the difference is rounding",
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from tests.support.tiny import make_subject
 from winnow.common.config_file import load_config
 from winnow.harvester.plan.planner import find_plan
 from winnow.harvester.run.driver import ensure_plan
+from winnow.harvester.run.engine_check import EngineCheck
 from winnow.harvester.run.worker import UnitWorker
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, DependencyMissing, PlanMismatch
@@ -158,9 +160,30 @@ def test_the_farthest_row_is_named_with_its_place_if_the_engine_is_absent() -> N
     rows = reference.clone()
     assert deviation(rows, reference).relative == 0.0
     rows[1, 2, 3] += 1.0
-    assert deviation(rows, reference) == (0.5, 1.0, 1, 2)
+    assert deviation(rows, reference) == (0.5, 1.0, 1, 2, 0.0)
     rows[0, 1, 0] = torch.nan
-    assert deviation(rows, reference)[::2] == (float("inf"), 0)
+    assert deviation(rows, reference)[:3:2] == (float("inf"), 0)
     # NaN of the subject itself is no difference: the harvest has an error of its own for it
     assert deviation(rows, rows).relative == 0.0
     assert deviation(rows, rows.bfloat16()).relative == 0.0
+
+
+def test_in_16_bits_single_rows_may_be_rounded_far_and_half_of_them_may_not_if_the_engine_is_absent(
+    tmp_path: Path,
+) -> None:
+    make_subject(tmp_path)
+    subject = Subject.load({"model": str(tmp_path), "device": "cpu", "dtype": "bfloat16"})
+    spec = subject.spec.model_copy(update={"engine": "interp-engine-vllm"})
+    tokens, hook = TOKENS.numpy().astype(np.uint32), "resid_post.1"
+    right = subject.activations(TOKENS, [hook])[hook].float()
+    check = EngineCheck(subject, spec, 1)
+    check.begin()
+    rounded = right.clone()
+    rounded[:, ::4] *= 1.2
+    check.compare(0, 0, tokens, {hook: rounded})
+    assert check.farthest == pytest.approx(0.2, rel=0.01)
+    # As of a stream without what one of many layers adds: no row is far from its own, and none is right.
+    with pytest.raises(
+        ConfigError, match=r"at most 0.25 .*, and 0.05 half of the rows, got 0.1, .*, and 0.1"
+    ):
+        check.compare(0, 0, tokens, {hook: right * 1.1})
