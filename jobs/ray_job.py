@@ -20,6 +20,8 @@ from winnow.common.reporter import say
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, StoreError, WorkerError
 
+log = logging.getLogger("winnow.jobs")
+
 COMMANDS = ("plan", "harvest", "train", "sweep", "verify", "info")
 _EXCLUDES = (
     ".git", ".venv", "/data", "/runs", "/build", "/dist", "__pycache__", "*.egg-info",
@@ -31,8 +33,14 @@ STOP_SECONDS = 30
 # A head that answers may not have an agent yet that starts jobs.
 _AGENT_SECONDS = 60
 """Time limit for a starting cluster to accept the job."""
-_RECONNECTS = 5
-"""How many times in a row a broken log stream is resumed."""
+# Seen with two Rays on one machine: the second head's agent cannot listen, and the head answers all the same.
+_NO_AGENT = (
+    "Look on the head into dashboard_agent.log: its port, 52365 unless `ray start "
+    "--dashboard-agent-listen-port` names another, may be in use"
+)
+# A head that is restarted, or a tunnel that is opened again, takes longer than a few quick tries.
+_RECONNECT_SECONDS = 60.0
+"""How long a broken log stream is tried again until something arrives."""
 # By the names that such variables usually have; a warning against a mistake, no proof of anything.
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
 
@@ -157,8 +165,14 @@ def connect(address: str, token: str | None) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # a line for every .gitignore that it finds
+    # A line for every .gitignore that it finds, and one when a log ends.
+    sources = (
+        "dashboard.modules.dashboard_sdk",
+        "dashboard.modules.job.sdk",
+        "_private.runtime_env.packaging",
+    )
+    for name in sources:
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     # Ray prefers them to the argument.
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
@@ -196,6 +210,7 @@ def run_job(
 
     Raises:
         ConfigError: The folder is too large for Ray, or the cluster refused the job.
+        WorkerError: The job never ran, or the cluster is out of reach; the job may still run.
         KeyboardInterrupt: Ctrl-C; the job was stopped, or was left as the message says.
     """
     try:
@@ -209,7 +224,10 @@ def run_job(
     except KeyboardInterrupt:
         _stop(client, job.id)
         raise
-    details = client.get_job_info(job.id)
+    try:
+        details = client.get_job_info(job.id)
+    except (RuntimeError, OSError) as error:  # the head ended with the job
+        raise _out_of_reach(job.id, error) from error
     code = details.driver_exit_code
     if details.status == "STOPPED":
         say(f"job {job.id} was stopped; the same command resumes it")
@@ -244,7 +262,7 @@ def _submit(client: Any, job: RayJob) -> None:
                 raise ConfigError(
                     "the cluster did not accept the job",
                     got=_brief(str(error)),
-                    fix="If the folder is too large, name a smaller --working-dir",
+                    fix=_NO_AGENT if starting else "If the folder is too large, name a smaller --working-dir",
                 ) from error
         time.sleep(1)
 
@@ -253,7 +271,7 @@ async def _follow(client: Any, job_id: str, write: Callable[[str], object]) -> N
     """Pass the log to `write` until the job has ended; a broken stream resumes where it broke."""
     import aiohttp
 
-    seen = broken = 0
+    seen, broken_since = 0, None
     while True:
         # Ray's log server knows no offset and begins from the start each time: skip what was written already.
         at = 0
@@ -261,15 +279,17 @@ async def _follow(client: Any, job_id: str, write: Callable[[str], object]) -> N
             async for text in client.tail_job_logs(job_id):
                 new = text[max(0, seen - at) :]
                 at += len(text)
+                broken_since = None
                 if new:
                     write(new)
-                    seen, broken = at, 0
+                    seen = at
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
-            if (broken := broken + 1) > _RECONNECTS:
-                raise StoreError(
-                    f"the log of job {job_id} broke off {broken} times", got=_brief(str(error)),
-                    fix="The job may still run: see the dashboard",
-                ) from error  # fmt: skip
+            now = time.monotonic()
+            if broken_since is None:
+                broken_since = now
+                log.warning("the log of job %s broke off; it is tried again", job_id)
+            if now - broken_since > _RECONNECT_SECONDS:
+                raise _out_of_reach(job_id, error) from error
         try:
             # A stream may also end without an error while the job runs: only the status tells.
             if client.get_job_status(job_id).is_terminal():
@@ -277,6 +297,15 @@ async def _follow(client: Any, job_id: str, write: Callable[[str], object]) -> N
         except (RuntimeError, OSError):
             pass  # the next round counts it
         await asyncio.sleep(1)
+
+
+def _out_of_reach(job_id: str, error: Exception) -> WorkerError:
+    return WorkerError(
+        f"the cluster cannot be reached, and job {job_id} may still be running",
+        got=_brief(str(error)),
+        fix=f"See `ray job status {job_id}` once the cluster answers; if it has lost the job, the same "
+        "command resumes",
+    )
 
 
 def _stop(client: Any, job_id: str) -> None:

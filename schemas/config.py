@@ -24,7 +24,8 @@ class StorageSpec(Contract):
     """Permit `http://` endpoints beyond this machine's loopback. False, because plain HTTP exposes data and
     signatures to the network in between."""
     timeout_seconds: float = Field(default=60.0, gt=0)
-    """Longest wait for one request, in seconds."""
+    """Longest wait for one request, in seconds. A server that has answered before and then goes away, such as
+    one that is restarted, is waited for three times as long, at most 240 s."""
     single_writer: bool = False
     """Accept a store that ignores if-none-match: you guarantee that nothing else writes to this root. Each
     put then checks first whether the object exists, and the harvest computes all units in its own process.

@@ -57,7 +57,8 @@ class WinnowError(Exception):
         if expected is not None:
             parts.append(f"expected {expected}")
         if got is not None:
-            parts.append(f"got {got}")
+            # Often a message that ends its own sentence.
+            parts.append(f"got {str(got).removesuffix('.')}")
         message = ": ".join(parts[:1]) + (": " + ", ".join(parts[1:]) if parts[1:] else "") + "."
         if fix:
             message += f" {fix.rstrip('.')}."

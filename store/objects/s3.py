@@ -39,6 +39,9 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
     endpoint, plain = s3_endpoint(storage.allow_http)
     keys = find_keys()
     wait = timedelta(seconds=storage.timeout_seconds)
+    # obstore retries with the credentials of the first try: its documentation asks for less than five
+    # minutes, so that they do not expire meanwhile.
+    limit = min(3 * wait, timedelta(minutes=4))
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or aws_setting("region")
     # A request is signed for some region; servers other than AWS take any.
     config: dict[str, Any] = {"region": region or "us-east-1"}
@@ -57,9 +60,7 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
         },
         retry_config={
             "max_retries": 6,
-            # obstore retries with the credentials of the first try: its documentation asks for less than five
-            # minutes, so that they do not expire meanwhile.
-            "retry_timeout": min(3 * wait, timedelta(minutes=4)),
+            "retry_timeout": limit,
             "backoff": {
                 "init_backoff": timedelta(milliseconds=100),
                 "max_backoff": timedelta(seconds=5),
@@ -68,7 +69,7 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
         },
     )
     direct = Direct(client, keys, storage.timeout_seconds)
-    return S3Store(client, bucket, prefix, direct, storage.single_writer)
+    return S3Store(client, bucket, prefix, direct, limit.total_seconds(), storage.single_writer)
 
 
 def _check_prefix(prefix: str) -> None:

@@ -1,7 +1,9 @@
 """Objects of S3.
 
-obstore is the single owner of HTTP retries; nothing above this module repeats a request except the commit
-(`winnow.store.records.commit`), which first reads back what is stored.
+obstore is the single owner of HTTP retries, which are over within seconds if a server refuses connections. A
+server that has answered before is waited for here, until it is back or a time limit has passed. Nothing above
+this module repeats a request except the commit (`winnow.store.records.commit`), which first reads back what
+is stored.
 """
 
 from __future__ import annotations
@@ -12,17 +14,20 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import obstore
 from numpy.typing import NDArray
 from obstore.exceptions import (
     AlreadyExistsError,
+    GenericError,
     NotSupportedError,
     PermissionDeniedError,
     PreconditionError,
@@ -50,7 +55,10 @@ SINGLE_PUT_BYTES = 4 << 30
 # S3 takes 10,000 parts: 1.2 TiB.
 MULTIPART_BYTES = 128 << 20
 """Length of a part of a longer object."""
+_PAUSE_SECONDS = 1.0
+"""Between two rounds of obstore's tries while a server is away."""
 log = logging.getLogger("winnow.store")
+T = TypeVar("T")
 
 
 @dataclass
@@ -64,10 +72,24 @@ class _ServerFacts:
     """Whether the server accepts bytes that do not match the SHA-256 their put is signed with."""
     etag_is_md5: bool = False
     """Whether the ETag of an object put in one part is its MD5."""
+    answered: bool = False
+    """Whether it has answered any request. One that never has may not exist: it is not waited for."""
+    away: bool = False
+    """Whether it was said that the server does not answer, and it has not answered since."""
 
 
 class S3Store(ObjectStore):
-    """Objects of one S3 bucket under a prefix, through obstore."""
+    """Objects of one S3 bucket under a prefix, through obstore.
+
+    Args:
+        client: obstore's store of the bucket.
+        bucket: Its name.
+        prefix: What the keys begin with.
+        direct: The first tries of shards, straight to the socket.
+        patience: Seconds for which a server that has answered before is waited for.
+        single_writer: Whether puts look first, instead of if-none-match.
+        server: What is known of the server; shared by the stores of one client.
+    """
 
     def __init__(
         self,
@@ -75,10 +97,11 @@ class S3Store(ObjectStore):
         bucket: str,
         prefix: str,
         direct: Direct,
+        patience: float = 0.0,
         single_writer: bool = False,
         server: _ServerFacts | None = None,
     ) -> None:
-        self._client, self._bucket, self._prefix = client, bucket, prefix
+        self._client, self._bucket, self._prefix, self._patience = client, bucket, prefix, patience
         self._direct, self._single_writer, self._server = direct, single_writer, server or _ServerFacts()
         self._process = os.getpid()
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
@@ -90,6 +113,35 @@ class S3Store(ObjectStore):
                 f"{self.uri} was opened before this process was forked", fix="Open it again in the child"
             )
         return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
+
+    def _ask(self, request: Callable[[], T]) -> T:
+        """Return what `request` returns; while a server that has answered before is away, ask it again.
+
+        A restart of a server, or of the proxy before it, takes seconds to minutes, and obstore's tries are
+        over after one to six seconds if connections are refused.
+        """
+        server, began = self._server, time.monotonic()
+        while True:
+            try:
+                answer = request()
+            except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+                server.answered, server.away = True, False
+                raise
+            except GenericError as error:
+                # A put may have taken effect: asked again, it is answered "exists", as after obstore's own.
+                late = time.monotonic() - began > self._patience
+                if late or not server.answered or not _OUTAGE.search(str(error)):
+                    raise
+                if not server.away:
+                    server.away = True
+                    reason = self._direct.conceal(describe_failure(error))
+                    log.warning(
+                        "%s does not answer, waiting up to %.0f s: %s", self.uri, self._patience, reason
+                    )
+                time.sleep(_PAUSE_SECONDS)
+            else:
+                server.answered, server.away = True, False
+                return answer
 
     def put_new(
         self, key: str, data: Data | Pieces, ready: Ready | None = None, digest: Digest | None = None
@@ -124,7 +176,10 @@ class S3Store(ObjectStore):
             if first.created is not None:
                 return first.created
         try:  # obstore sends the pieces from where they are, without a copy
-            made = obstore.put(self._client, self._path(key), pieces, mode="create", use_multipart=False)
+            path = self._path(key)
+            made = self._ask(
+                lambda: obstore.put(self._client, path, pieces, mode="create", use_multipart=False)
+            )
         except AlreadyExistsError:
             return False
         except _FAILURES as error:
@@ -139,7 +194,9 @@ class S3Store(ObjectStore):
         try:
             large = memoryview(data).nbytes > SINGLE_PUT_BYTES
             path = self._path(key)
-            made = obstore.put(self._client, path, data, use_multipart=large, chunk_size=MULTIPART_BYTES)
+            made = self._ask(
+                lambda: obstore.put(self._client, path, data, use_multipart=large, chunk_size=MULTIPART_BYTES)
+            )
         except _FAILURES as error:
             self._fail(error, key, "writing")
         # The ETag of a multipart upload is no MD5 of the object.
@@ -204,7 +261,8 @@ class S3Store(ObjectStore):
     def version(self, key: str) -> str | None:
         """See `ObjectStore.version`: the ETag."""
         try:
-            return obstore.head(self._client, self._path(key))["e_tag"]
+            path = self._path(key)
+            return self._ask(lambda: obstore.head(self._client, path)["e_tag"])
         except FileNotFoundError:
             return None
         except _FAILURES as error:
@@ -218,8 +276,9 @@ class S3Store(ObjectStore):
         # a repair there never ended (`findings/ceph_if_match.sh`).
         for etag in dict.fromkeys((version, version.strip('"'))):
             mode: Any = {"e_tag": etag}
+            put = partial(obstore.put, self._client, self._path(key), data, mode=mode, use_multipart=False)
             try:
-                made = obstore.put(self._client, self._path(key), data, mode=mode, use_multipart=False)
+                made = self._ask(put)
             except PreconditionError:
                 # The same ETag as before: the server refused its form, not the object's state.
                 if self.version(key) != version:
@@ -248,14 +307,20 @@ class S3Store(ObjectStore):
 
     def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:
         """See `ObjectStore.get`."""
-        try:
-            reply = obstore.get(self._client, self._path(key))
+        path = self._path(key)
+
+        def read() -> tuple[int, bytes]:
+            reply = obstore.get(self._client, path)
             size = reply.meta["size"]
             # The headers have the length: an object that is too large is refused before its body is read.
-            if size <= limit:
-                return bytes(reply.bytes())
+            return size, bytes(reply.bytes()) if size <= limit else b""
+
+        try:
+            size, body = self._ask(read)
         except _FAILURES as error:
             self._fail(error, key, "reading")
+        if size <= limit:
+            return body
         raise IntegrityError(
             f"{self.uri}/{key} is too large", expected=f"at most {limit} bytes", got=f"{size} bytes"
         )
@@ -267,7 +332,8 @@ class S3Store(ObjectStore):
     def get_ranges(self, key: str, starts: Sequence[int], ends: Sequence[int]) -> list[bytes | memoryview]:
         """See `ObjectStore.get_ranges`."""
         try:
-            found = obstore.get_ranges(self._client, self._path(key), starts=starts, ends=ends)
+            path = self._path(key)
+            found = self._ask(lambda: obstore.get_ranges(self._client, path, starts=starts, ends=ends))
         except _FAILURES as error:
             self._short(key, max(ends), error)
         # Servers answer a range past the end with fewer bytes, and rclone some ranges with the whole object.
@@ -291,7 +357,8 @@ class S3Store(ObjectStore):
     def get_suffix(self, key: str, length: int) -> bytes | memoryview:
         """See `ObjectStore.get_suffix`."""
         try:
-            found = obstore.get(self._client, self._path(key), options={"range": {"suffix": length}}).bytes()
+            path, options = self._path(key), cast(Any, {"range": {"suffix": length}})
+            found = self._ask(lambda: obstore.get(self._client, path, options=options).bytes())
         except _FAILURES as error:
             self._short(key, length, error)
         if len(found) != length:  # of a shorter object, S3 answers a suffix with all of it
@@ -312,7 +379,8 @@ class S3Store(ObjectStore):
     def size(self, key: str) -> int | None:
         """See `ObjectStore.size`."""
         try:
-            return obstore.head(self._client, self._path(key))["size"]
+            path = self._path(key)
+            return self._ask(lambda: obstore.head(self._client, path)["size"])
         except FileNotFoundError:
             return None
         except _FAILURES as error:
@@ -322,21 +390,24 @@ class S3Store(ObjectStore):
         """See `ObjectStore.list`."""
         folder = self._path(prefix) if prefix else self._prefix
         cut = len(self._prefix) + 1 if self._prefix else 0
-        found: list[tuple[str, int]] = []
-        try:
-            for chunk in obstore.list(  # pyright: ignore[reportUnknownMemberType]
+
+        def listed() -> list[tuple[str, int]]:
+            chunks = obstore.list(  # pyright: ignore[reportUnknownMemberType]
                 self._client, folder or None, chunk_size=1000
-            ):
-                found.extend((item["path"][cut:], item["size"]) for item in chunk)
+            )
+            return [(item["path"][cut:], item["size"]) for chunk in chunks for item in chunk]
+
+        try:
+            # Sorted: promised by the interface, whatever order the server has.
+            return iter(sorted(self._ask(listed)))
         except _FAILURES as error:
             self._fail(error, prefix, "listing")
-        found.sort()  # promised by the interface, whatever order the server has
-        return iter(found)
 
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`."""
         try:
-            obstore.delete(self._client, self._path(key))
+            path = self._path(key)
+            self._ask(lambda: obstore.delete(self._client, path))
         except FileNotFoundError:
             return
         except _FAILURES as error:
@@ -344,8 +415,8 @@ class S3Store(ObjectStore):
 
     def child(self, prefix: str) -> S3Store:
         """See `ObjectStore.child`."""
-        place = self._path(prefix)
-        return S3Store(self._client, self._bucket, place, self._direct, self._single_writer, self._server)
+        facts = (self._direct, self._patience, self._single_writer, self._server)
+        return S3Store(self._client, self._bucket, self._path(prefix), *facts)
 
     def _fail(self, error: Exception, key: str, doing: str) -> NoReturn:
         """Raise what `error` means, as a StoreError."""
@@ -373,6 +444,8 @@ class S3Store(ObjectStore):
 
 # A refused listing comes as obstore's generic error, which only its text tells from others.
 _REFUSED = re.compile(r"AccessDenied|SignatureDoesNotMatch|InvalidAccessKeyId|ExpiredToken|\b40[13]\b")
+# What obstore has tried again itself: connections refused or broken, time-outs, 429 and 5xx.
+_OUTAGE = re.compile(r"after [1-9]\d* retries")
 _FAILURES = (obstore.exceptions.BaseError, OSError, ValueError)
 
 

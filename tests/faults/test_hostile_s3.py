@@ -17,7 +17,7 @@ from winnow.schemas.errors import StoreError
 from winnow.store import ActivationStore
 from winnow.store.check.verify import verify
 from winnow.store.format.layout import receipt_key, shard_key
-from winnow.store.objects import ObjectStore, open_store
+from winnow.store.objects import ObjectStore, open_store, s3_store
 from winnow.store.objects.s3_store import S3Store
 from winnow.store.testing import make_plan, synthetic_rows, write_dataset
 
@@ -149,6 +149,54 @@ def test_an_outage_is_one_sentence_and_loses_nothing(hostile, reference: str, ou
         proxy.rule = calm
         direct.delete("x")
         assert whole(direct) == reference
+
+
+TRIES = 7
+"""obstore's, of one request, before it gives up."""
+
+
+class Away:
+    """A rule: the server is away for so many requests."""
+
+    def __init__(self, requests: int, fault: str = "reset") -> None:
+        self.left, self.fault = requests, fault
+
+    def __call__(self, _: Call) -> str | None:
+        self.left -= 1
+        return self.fault if self.left >= 0 else None
+
+
+def test_a_server_that_is_restarted_is_waited_for(
+    hostile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(s3_store, "_PAUSE_SECONDS", 0.01)
+    with hostile(calm) as (store, _, proxy):
+        assert store.put_new("a", b"1")
+        # A reset after a create-only put was sent is for the commit to settle: it is not tried again here.
+        for fault, act, answer in (
+            ("503", lambda: store.put_new("b", b"2"), True),
+            ("reset", lambda: store.get("b"), b"2"),
+            ("reset", lambda: list(store.list()), [("a", 1), ("b", 1)]),
+        ):
+            proxy.rule = Away(TRIES + 2, fault)
+            caplog.clear()
+            assert act() == answer
+            assert caplog.text.count("does not answer, waiting up to 90 s") == 1
+            assert proxy.rule.left < 0
+
+
+def test_a_server_that_stays_away_ends_in_a_sentence_and_one_that_never_answered_at_once(hostile) -> None:
+    with hostile(calm, HASTY) as (store, direct, proxy):
+        assert store.put_new("a", b"1")
+        proxy.rule = Away(10**6)
+        with pytest.raises(StoreError, match="Check AWS_ENDPOINT_URL and the network"):
+            store.get("a")
+        assert proxy.spoilt["reset"] > TRIES
+        proxy.spoilt.clear()
+        with pytest.raises(StoreError, match="Check AWS_ENDPOINT_URL and the network"):
+            open_store(store.uri, PATIENT).get("a")
+        assert proxy.spoilt["reset"] == TRIES
+        assert direct.get("a") == b"1"
 
 
 def test_a_clock_that_the_server_does_not_believe_is_named(hostile) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shlex
@@ -18,7 +19,7 @@ import yaml
 from tests.support.pipeline import pipeline_config
 from tests.support.ray_head import Head, ray_head
 from winnow.jobs import ray_job
-from winnow.schemas.errors import ConfigError, WinnowError
+from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
 
 REPO = Path(__file__).parents[2]
 CANARY = "canary-7f3a91c2"
@@ -214,14 +215,74 @@ class Flaky:
         return Status("SUCCEEDED" if self.tails == 3 else "RUNNING")
 
 
-def test_a_broken_log_stream_is_taken_up_where_it_broke(monkeypatch):
-    import asyncio
+@pytest.fixture
+def clock(monkeypatch):
+    """The follower's clock, which moves only while it sleeps."""
+    now = [0.0]
 
-    async def at_once(seconds):
-        return None
+    async def sleep(seconds):
+        now[0] += seconds
 
-    monkeypatch.setattr(ray_job.asyncio, "sleep", at_once)
+    monkeypatch.setattr(ray_job.asyncio, "sleep", sleep)
+    monkeypatch.setattr(ray_job.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_broken_log_stream_is_taken_up_where_it_broke():
     written: list[str] = []
     asyncio.run(ray_job._follow(Flaky(), "job", written.append))
     assert "".join(written) == "one\ntwo\nthree\n"
     assert json.dumps(written).count("one") == 1
+
+
+class Gone(Flaky):
+    """A client whose cluster is away from the first try until the clock is at `back`."""
+
+    def __init__(self, clock: list[float], back: float) -> None:
+        super().__init__()
+        self.clock, self.back, self.asked = clock, back, False
+
+    def submit_job(self, **facts):
+        self.asked = True
+
+    async def tail_job_logs(self, job_id):
+        if self.clock[0] < self.back:
+            raise ConnectionError("refused")
+        self.tails = 3
+        yield "one\n"
+
+    def get_job_status(self, job_id):
+        if self.clock[0] < self.back:
+            raise RuntimeError("refused")
+        return super().get_job_status(job_id)
+
+    def get_job_info(self, job_id):
+        raise ConnectionError("the head ended with the job")
+
+
+def test_a_head_that_is_away_for_a_while_is_waited_for_and_one_that_stays_away_is_not(clock):
+    written: list[str] = []
+    asyncio.run(ray_job._follow(Gone(clock, 50), "job", written.append))
+    assert written == ["one\n"]
+    began = clock[0]
+    with pytest.raises(WorkerError, match="may still be running"):
+        asyncio.run(ray_job._follow(Gone(clock, float("inf")), "job", written.append))
+    assert clock[0] - began < 100
+
+
+def test_a_head_that_ends_with_the_job_is_said_in_words(clock, tmp_path):
+    client = Gone(clock, 0)
+    with pytest.raises(WorkerError, match="ray job status winnow-x"):
+        ray_job.run_job(client, ray_job.RayJob("true", tmp_path, id="winnow-x"), write=len)
+    assert client.asked
+
+
+def test_a_head_without_an_agent_is_not_blamed_on_the_folder(monkeypatch, tmp_path):
+    class Client:
+        def submit_job(self, **facts):
+            raise RuntimeError("No available agent to submit job, please try again later.")
+
+    monkeypatch.setattr(ray_job, "_AGENT_SECONDS", -1)
+    with pytest.raises(ConfigError, match="agent-listen-port"):
+        ray_job.run_job(Client(), ray_job.RayJob("true", tmp_path, id="winnow-x"))
