@@ -42,10 +42,13 @@ def serve_command(
         import torch
 
         from winnow.jobs.prometheus import serving
-        from winnow.jobs.service import Service, slots
+        from winnow.jobs.service import LEASE_SECONDS, Service, slots
+        from winnow.schemas.config import StorageSpec
         from winnow.store.objects import open_store
 
-        store = open_store(root)
+        # Waits well below half a lease: a service that cannot reach its queue must end its runs before
+        # another takes them over.
+        store = open_store(root, StorageSpec(timeout_seconds=LEASE_SECONDS / 12))
         # Before the first claim: on a store without if-none-match two services would train the same job.
         store.probe()
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0

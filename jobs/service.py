@@ -314,6 +314,8 @@ class Service:
             codes = [process.poll() for process in attempt.processes]
             # One of a group has failed: the others wait in a collective for it, in vain.
             if attempt.asked_to_end is None and any(codes):
+                # Once more: the rank that this one missed ended before it, perhaps after it was asked above.
+                codes = [process.poll() for process in attempt.processes]
                 attempt.first_codes = [code for code in codes if code is not None]
                 if None in codes:
                     self._ask_to_end([attempt])

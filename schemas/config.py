@@ -21,8 +21,8 @@ class StorageSpec(Contract):
     """How object storage is reached. Credentials come from the environment only, so none is ever stored."""
 
     allow_http: bool = False
-    """Permit `http://` endpoints beyond this machine's loopback. False, because plain HTTP exposes data and
-    signatures to the network in between."""
+    """Permit `http://` endpoints beyond this machine's loopback, as `AWS_ALLOW_HTTP=true` does for commands
+    without a config. False, because plain HTTP exposes data and signatures to the network in between."""
     timeout_seconds: float = Field(default=60.0, gt=0)
     """Longest wait for one request, in seconds. A server that has answered before and then goes away, such as
     one that is restarted, is waited for three times as long, at most 240 s."""

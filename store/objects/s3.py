@@ -96,6 +96,8 @@ def s3_endpoint(allow_http: bool) -> tuple[str | None, bool]:
     env = os.environ
     named = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
     endpoint = named or aws_setting("endpoint_url")
+    # Of obstore's own variables, with its spellings of true: most commands on runs and SAEs have no config.
+    allow_http = allow_http or env.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "on", "yes", "y")
     return endpoint, check_endpoint(endpoint, allow_http) if endpoint else False
 
 
@@ -118,6 +120,7 @@ def check_endpoint(endpoint: str, allow_http: bool) -> bool:
         raise ConfigError(
             f"AWS_ENDPOINT_URL is plain http:// to {host}",
             expected="https://, or http:// to this machine's loopback",
-            fix="Use https, or set storage.allow_http: true where the network is trusted",
+            fix="Use https; where the network is trusted, set storage.allow_http: true in the config, or "
+            "AWS_ALLOW_HTTP=true in the environment",
         )
     return True

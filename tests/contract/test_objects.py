@@ -21,7 +21,7 @@ from winnow.store.check.verify import verify
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.objects.local import LocalStore
 from winnow.store.objects.probe import RACERS
-from winnow.store.objects.s3 import check_endpoint
+from winnow.store.objects.s3 import check_endpoint, s3_endpoint
 from winnow.store.objects.s3_store import S3Store, describe_failure
 from winnow.store.testing import FaultyStore, StoreConformance, make_plan, synthetic_rows, write_dataset
 
@@ -244,6 +244,19 @@ def test_endpoint_with_a_password_is_refused_without_quoting_it() -> None:
     with pytest.raises(ConfigError) as caught:
         check_endpoint("https://user:canary@host", False)
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("word", "permitted"), [("true", True), ("1", True), ("false", False), ("", False)])
+def test_plain_http_is_permitted_by_the_environment_of_commands_without_a_config(
+    monkeypatch, word, permitted
+):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
+    monkeypatch.setenv("AWS_ALLOW_HTTP", word)
+    if permitted:
+        assert s3_endpoint(False) == ("http://minio:9000", True)
+    else:
+        with pytest.raises(ConfigError, match="AWS_ALLOW_HTTP"):
+            s3_endpoint(False)
 
 
 # Profiles

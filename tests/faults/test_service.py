@@ -301,6 +301,25 @@ def test_the_cause_is_the_rank_that_was_killed_not_the_one_that_missed_it(
     assert (fact["job"], fact["state"], fact["cause"]) == (name, "waiting", "the cause (signal 9)")
 
 
+def test_a_rank_killed_while_the_service_looks_at_the_others_is_the_cause(queue, tmp_path):
+    add(queue, tmp_path, "a", mesh={"latent": 2})
+    service = make(queue, ("cpu0", "cpu1"))
+    service.turn()
+    one, other = service.attempts[0].processes
+
+    class DiesAfterItWasAsked(FakeWorker):
+        """It runs when it is asked; before the next one is asked, it is killed, and the other misses it."""
+
+        def poll(self):
+            before, self.code, other.code = self.code, -9, 1
+            return before
+
+    one.__class__ = DiesAfterItWasAsked
+    service._reap()
+    (fact,) = job_facts(queue.store)
+    assert fact["cause"] == "the cause (signal 9)"
+
+
 @pytest.mark.parametrize("code", [1, -6])
 def test_a_rank_that_falls_with_another_does_not_hide_why(queue, tmp_path, code):
     add(queue, tmp_path, "a", mesh={"latent": 2})
