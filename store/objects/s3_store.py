@@ -129,8 +129,12 @@ class S3Store(ObjectStore):
                 raise
             except GenericError as error:
                 # A put may have taken effect: asked again, it is answered "exists", as after obstore's own.
-                late = time.monotonic() - began > self._patience
-                if late or not server.answered or not _OUTAGE.search(str(error)):
+                if not server.answered or not _OUTAGE.search(str(error)):
+                    raise
+                # After a wait in vain, or an interrupted one, nothing waits again until it has answered: a
+                # command that ends has its status to write, and more.
+                if time.monotonic() - began > self._patience:
+                    server.answered = False
                     raise
                 if not server.away:
                     server.away = True
@@ -138,7 +142,11 @@ class S3Store(ObjectStore):
                     log.warning(
                         "%s does not answer, waiting up to %.0f s: %s", self.uri, self._patience, reason
                     )
-                time.sleep(_PAUSE_SECONDS)
+                try:
+                    time.sleep(_PAUSE_SECONDS)
+                except KeyboardInterrupt:
+                    server.answered = False
+                    raise
             else:
                 server.answered, server.away = True, False
                 return answer

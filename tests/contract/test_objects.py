@@ -85,6 +85,20 @@ class TestLocal(StoreConformance):
         assert store.size("a/x") is None
         assert list((tmp_path / "root/.tmp").iterdir()) == []
 
+    def test_a_disk_that_fills_up_under_the_probe(self, store: ObjectStore, monkeypatch) -> None:
+        real, written = os.writev, list[int]()
+
+        def first_only(handle: int, views: list[memoryview]) -> int:
+            if written:
+                raise OSError(28, "No space left on device")
+            written.append(real(handle, views))
+            return written[0]
+
+        monkeypatch.setattr(os, "writev", first_only)
+        with pytest.raises(StoreError, match=r"No space left.*Free some space"):
+            store.probe()
+        assert list(store.list()) == []
+
     def test_a_file_in_the_way(self, store: ObjectStore) -> None:
         store.put_new("a", b"1")
         with pytest.raises(StoreError):
