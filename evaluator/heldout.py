@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
-from winnow.common.figures import count_of
 from winnow.common.reporter import say
 from winnow.evaluator.families.downstream import (
     Reached,
@@ -18,6 +17,7 @@ from winnow.evaluator.kept_losses import KeptLosses
 from winnow.evaluator.setting import subject_spec_of, subjects_of
 from winnow.harvester.run.ledger import read_ledger
 from winnow.sae.model import Sae
+from winnow.schemas.base import canonical_json, sha256_hex
 from winnow.schemas.config import Config
 from winnow.schemas.fit import check_subject
 from winnow.schemas.subject import read_only
@@ -40,7 +40,7 @@ def measure_in_subject(
         store: The dataset.
         hook: The hook that it reads.
         out: Its folder, where the losses of the windows so far are kept, so that the same call resumes, until
-            the caller removes them; None keeps nothing. An SAE of several subjects is always measured anew.
+            the caller removes them; None keeps nothing.
 
     Returns:
         `delta_ce` with its 95 % bootstrap interval over windows, `loss_recovered_zero`,
@@ -61,7 +61,7 @@ def measure_in_subject(
         say(f"delta CE is not measured: the rows at {fixed} cannot be replaced")
         return {}
     if isinstance(store, JoinedStore):
-        return _joint(config, sae, store)
+        return _joint(config, sae, store, hook, out)
     say("delta CE: loading the subject")
     subject = Subject.load(subject_spec_of(store.plan, config.subject))
     check_subject(subject.identity, store.plan.subject)
@@ -69,10 +69,6 @@ def measure_in_subject(
     held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
     windows, sae = range(min(held_out, config.evaluate.windows)), sae.to(subject.device)
     runs = runs_of(subject, sae, store, hook)
-    kept = None if out is None else KeptLosses(out, _facts(subject, sae, store, hook, windows))
-    begun = kept.read() if kept is not None else {}
-    if begun:
-        say(f"delta CE: resuming after {count_of(len(begun['clean']), 'window')} of {len(windows)}")
     losses = splice_losses(
         runs,
         store,
@@ -80,8 +76,7 @@ def measure_in_subject(
         sae_variants(sae, store, written, subject.device),
         batch_windows=config.evaluate.batch_windows,
         label="delta CE",
-        begun=begun,
-        keep=kept.write if kept is not None else None,
+        kept=_kept(out, sae, store, hook, windows, [subject]),
     )
     reached = Reached.of(store, runs.hooks, windows)
     if reached.note:
@@ -94,24 +89,37 @@ def measure_in_subject(
     return {name: float(value) for name, value in figures.items() if value is not None}
 
 
-def _facts(subject: Subject, sae: Sae, store: ActivationStore, hook: str, windows: range) -> dict[str, Any]:
-    """What the losses of the windows depend on; not `batch_windows`, which affects float noise only."""
-    return {
+def _kept(
+    out: ObjectStore | None,
+    sae: Sae,
+    store: ActivationStore,
+    hook: str,
+    windows: range,
+    subjects: Iterable[Subject],
+) -> KeptLosses | None:
+    """What an earlier call kept in `out`. Not part of its digest: `batch_windows`, which is float noise."""
+    if out is None:
+        return None
+    facts = {
         "sae": sae.card.weights_sha256 if sae.card is not None else None,
-        "plan": store.plan.fingerprint,
-        "dataset": store.dataset_sha256,
+        "plans": [part.plan.fingerprint for part in store.datasets],
+        "datasets": [part.dataset_sha256 for part in store.datasets],
         "hook": hook,
         "windows": len(windows),
-        "subject": subject.identity.model_dump(mode="json"),
+        "subjects": [subject.identity.model_dump(mode="json") for subject in subjects],
     }
+    return KeptLosses(out, sha256_hex(canonical_json(facts)))
 
 
-def _joint(config: Config, sae: Sae, store: JoinedStore) -> dict[str, float]:
+def _joint(
+    config: Config, sae: Sae, store: JoinedStore, hook: str, out: ObjectStore | None
+) -> dict[str, float]:
     """The figures of an SAE of several subjects, in each of them: `delta_ce.NAME` and so on."""
     subjects = subjects_of(store, subject_spec_of(store.plan, config.subject), config.evaluate.subjects)
     held_out = len(store.plan.split_units("validation")) * store.plan.spec.windows_per_unit
     windows = range(min(held_out, config.evaluate.windows))
     sae = sae.to(next(iter(subjects.values())).device)
-    figures, _ = joint_figures(subjects, sae, store, windows, config.evaluate)
+    kept = _kept(out, sae, store, hook, windows, subjects.values())
+    figures, _ = joint_figures(subjects, sae, store, windows, config.evaluate, kept)
     shown = [figure for figure in figures if figure.id.rpartition(".")[0] in SHOWN]
     return {figure.id: figure.value for figure in shown if figure.value is not None}

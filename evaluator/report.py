@@ -11,6 +11,7 @@ from typing import Any
 from winnow.common.reporter import say
 from winnow.evaluator.families import ablation, compute, diffing, downstream, reconstruction, sets, stability
 from winnow.evaluator.judge import family as judge
+from winnow.evaluator.kept_losses import KeptLosses
 from winnow.evaluator.n2g import family as n2g
 from winnow.evaluator.probes import family as probes
 from winnow.evaluator.probes.tasks import tasks_identity
@@ -30,7 +31,7 @@ _DEFINITIONS = "v2"
 """Changed whenever a definition changes: it is part of every digest, so that all results are measured
 again."""
 
-MEASURES: dict[str, Callable[[Setting], Measured]] = {
+MEASURES: dict[str, Callable[..., Measured]] = {
     "reconstruction": reconstruction.measure,
     "downstream": downstream.measure,
     "stability": stability.measure,
@@ -42,7 +43,7 @@ MEASURES: dict[str, Callable[[Setting], Measured]] = {
 }
 """Family -> what measures it. `compute` is not among them: it takes the figures of `downstream` and runs
 nothing."""
-SET_MEASURES: dict[str, Callable[[SetSetting], Measured]] = {
+SET_MEASURES: dict[str, Callable[..., Measured]] = {
     "reconstruction": sets.reconstruction,
     "downstream": sets.downstream,
 }
@@ -170,7 +171,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a trained SAE or transcoder set on the windows its dataset held out.
 
-    `evaluation.json` is written beside it after every family, so an evaluation that was stopped resumes; what
+    `evaluation.json` is written beside it after every family, so an evaluation that was stopped resumes, in
+    `downstream` with the next windows; what
     was measured of other datasets and with other settings stays in it. `figure(name)` of what comes back
     looks up a figure.
 
@@ -228,18 +230,24 @@ def evaluate_setting(
     }
     found = resumed(blank, load_evaluation(store))
     for family, digest in digests.items():
+        kept: KeptLosses | None = None
         known = [result for result in found.results(family) if result.settings_sha256 == digest]
         if known and not again:
             say(f"{family}: kept from {known[0].finished}")
             result = known[0]
         else:
-            result = _result(setting, family, digest, found)
+            # The one family that also resumes within: by far the most of a transcoder set's hours.
+            kept = KeptLosses(store, digest) if family == "downstream" else None
+            result = _result(setting, family, digest, found, kept)
         # Read again: another process may have added a family meanwhile, which must not be overwritten.
         stored = resumed(blank, load_evaluation(store))
         found = stored.having(family, result)
         # After every family, so that an interruption loses one at most.
         if found != stored:
             store.put(EVALUATION_KEY, found.to_json())
+        # Only now: a kill before the figures are stored must find them.
+        if kept is not None:
+            kept.delete()
     return found
 
 
@@ -258,9 +266,11 @@ def _same(earlier: Evaluation, now: Evaluation) -> bool:
     return all(getattr(earlier, name) == getattr(now, name) for name in names)
 
 
-def _result(setting: Setting | SetSetting, family: Family, digest: str, found: Evaluation) -> FamilyResult:
+def _result(
+    setting: Setting | SetSetting, family: Family, digest: str, found: Evaluation, kept: KeptLosses | None
+) -> FamilyResult:
     began = time.monotonic()
-    measured = _measure(setting, family, found.families)
+    measured = _measure(setting, family, found.families, kept)
     return FamilyResult(
         settings_sha256=digest,
         settings=_settings_of(setting, family),
@@ -272,12 +282,16 @@ def _result(setting: Setting | SetSetting, family: Family, digest: str, found: E
     )
 
 
-def _measure(setting: Setting | SetSetting, family: Family, kept: dict[Family, FamilyResult]) -> Measured:
+def _measure(
+    setting: Setting | SetSetting,
+    family: Family,
+    found: dict[Family, FamilyResult],
+    kept: KeptLosses | None,
+) -> Measured:
     if family == "compute":
-        return compute.measure(setting.spec.law, kept["downstream"].figures)
-    if isinstance(setting, SetSetting):
-        return SET_MEASURES[family](setting)
-    return MEASURES[family](setting)
+        return compute.measure(setting.spec.law, found["downstream"].figures)
+    measures = SET_MEASURES if isinstance(setting, SetSetting) else MEASURES
+    return measures[family](setting) if kept is None else measures[family](setting, kept)
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -181,9 +181,10 @@ LOSSES_KEY = "losses.json"
 
 
 class PartialLosses(Artefact):
-    """`losses.json`: losses of the windows that the end of a training run has measured in the subject so far.
+    """`losses.json`: losses of the windows that have been measured in the subject so far.
 
-    It is removed once `summary.json` has the figures; deleting it earlier only costs time.
+    It is removed once `summary.json` or `evaluation.json` has the figures; deleting it earlier only costs
+    time.
     """
 
     kind: Literal["winnow.losses"] = "winnow.losses"
@@ -191,10 +192,14 @@ class PartialLosses(Artefact):
     """Digest of everything that the losses depend on."""
     losses: dict[str, tuple[float, ...]]
     """Variant (`clean`, `sae`, `kl.sae`, ...) -> nats per token of each window, from the first."""
+    finished: dict[str, dict[str, tuple[float, ...]]] = {}
+    """Of an SAE of several subjects: name of the dataset -> the losses in its subject, of all windows."""
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
-        if len({len(values) for values in self.losses.values()}) != 1:
+        if any(
+            len({len(each) for each in one.values()}) > 1 for one in (self.losses, *self.finished.values())
+        ):
             raise ValueError("losses must be of the same windows")
         return self
 

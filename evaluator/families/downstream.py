@@ -21,6 +21,7 @@ from torch import Tensor
 
 from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import figure, mean_figure
+from winnow.evaluator.kept_losses import KeptLosses, Losses
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.model import Sae
 from winnow.schemas.evaluation import EvaluateSpec, Figure
@@ -31,7 +32,6 @@ from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement
 from winnow.subject.tail import Tail
 
-Losses = dict[str, NDArray[np.float64]]
 Variant = Callable[[Tensor, Sequence[int]], Tensor]
 """(raw clean rows [B, D] of some windows, their numbers) -> the rows [B, O] that take their hooks' place."""
 
@@ -189,8 +189,7 @@ def splice_losses(
     clean: bool = True,
     batch_windows: int = 4,
     label: str = "downstream",
-    begun: Losses | None = None,
-    keep: Callable[[Callable[[], Losses]], None] | None = None,
+    kept: KeptLosses | None = None,
 ) -> Losses:
     """Compute the mean cross-entropy of each window, clean and with hooks replaced, and the KL from clean.
 
@@ -202,15 +201,14 @@ def splice_losses(
         clean: Also compute the clean loss and the KLs, which takes the upper blocks once more.
         batch_windows: Windows per pass.
         label: Label of the progress bar.
-        begun: What `keep` had of an earlier call: losses of the first windows, which are not measured again.
-        keep: Called after each batch with a function that returns the losses of all windows so far; on a GPU
-            it waits for the device.
+        kept: Has the losses of the first windows, if an earlier call was stopped, and gets those of this one
+            batch by batch.
 
     Returns:
         Each variant's name and, unless `clean` is false, `clean` and `kl.` + its name -> [len(windows)] nats.
     """
     names = [*variants, *(("clean", *(f"kl.{name}" for name in variants)) if clean else ())]
-    begun = begun or {}
+    begun = kept.begun(len(windows), label) if kept is not None else {}
     out = {name: [torch.from_numpy(begun[name])] if begun else [] for name in names}
     done = len(begun[names[0]]) if begun else 0
     with torch.no_grad(), Progress(label, len(windows), "windows", done) as bar:
@@ -232,12 +230,13 @@ def splice_losses(
                 # Before the next variant's logits, W x T x V numbers, are made.
                 del patched
             bar.advance(len(batch))
-            if keep is not None:
-                keep(lambda: _joined(out))
-    return _joined(out)
+            if kept is not None:
+                kept.write(lambda: joined(out))
+    return joined(out)
 
 
-def _joined(parts: Mapping[str, Sequence[Tensor]]) -> Losses:
+def joined(parts: Mapping[str, Sequence[Tensor]]) -> Losses:
+    """Join the batches' losses, each variant's [windows] nats in float64; on a GPU it waits for that."""
     return {name: torch.cat([part.double().cpu() for part in found]).numpy() for name, found in parts.items()}
 
 
@@ -325,17 +324,25 @@ def joint_figures(
     store: ActivationStore,
     windows: Sequence[int],
     spec: EvaluateSpec,
+    kept: KeptLosses | None = None,
 ) -> tuple[list[Figure], dict[str, float]]:
-    """Measure an SAE of several subjects in each that it writes to; ids and losses end with its name."""
+    """Measure an SAE of several subjects in each that it writes to; ids and losses end with its name.
+
+    `kept` has what an earlier call measured, and gets what this one does.
+    """
     assert sae.card is not None
     reads, writes = sae.card.input_hooks, sae.card.output_hooks
     figures: list[Figure] = []
     means: dict[str, float] = {}
     for name in hooks_by_root(writes):
         runs = AcrossSubjects(subjects, name, reads, writes, store)
-        variants = sae_variants(sae, store, writes, subjects[name].device)
-        options: dict[str, Any] = {"batch_windows": spec.batch_windows, "label": f"delta CE of {name}"}
-        losses = splice_losses(runs, store, windows, variants, **options)
+        losses = kept.finished.get(name) if kept is not None else None
+        if losses is None:
+            variants = sae_variants(sae, store, writes, subjects[name].device)
+            options: dict[str, Any] = {"batch_windows": spec.batch_windows, "label": f"delta CE of {name}"}
+            losses = splice_losses(runs, store, windows, variants, **options, kept=kept)
+            if kept is not None:
+                kept.finish(name, losses)
         found = figures_of(losses, Reached.of(store, runs.hooks, windows), spec.seed)
         figures += [figure.model_copy(update={"id": f"{figure.id}.{name}"}) for figure in found]
         means |= {f"{key}.{name}": float(values.mean()) for key, values in losses.items()}
@@ -350,11 +357,14 @@ def runs_for(setting: Setting) -> Runs:
     return AtHook(setting.tail)
 
 
-def measure(setting: Setting) -> Measured:
-    """Run the subject over the held-out windows, clean and with hook or target replaced three ways."""
+def measure(setting: Setting, kept: KeptLosses | None = None) -> Measured:
+    """Run the subject over the held-out windows, clean and with hook or target replaced three ways.
+
+    `kept` has the losses of the windows that an earlier call measured, and gets those of this one.
+    """
     if setting.joined:
         dataset, windows, spec = setting.dataset, setting.windows, setting.spec
-        figures, found = joint_figures(setting.subjects, setting.sae, dataset, windows, spec)
+        figures, found = joint_figures(setting.subjects, setting.sae, dataset, windows, spec, kept)
         return Measured(figures, {"mean_nats": found})
     losses = splice_losses(
         runs_for(setting),
@@ -362,6 +372,7 @@ def measure(setting: Setting) -> Measured:
         setting.windows,
         sae_variants(setting.sae, setting.dataset, setting.card.output_hooks, setting.device),
         batch_windows=setting.spec.batch_windows,
+        kept=kept,
     )
     # `n2g` compares with the same reconstruction, and need not run it again.
     setting.losses.update(losses)

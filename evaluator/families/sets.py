@@ -16,8 +16,9 @@ from torch import Tensor
 
 from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import figure, mean_figure
-from winnow.evaluator.families.downstream import Losses, Reached, costs, figures_of
+from winnow.evaluator.families.downstream import Reached, costs, figures_of, joined
 from winnow.evaluator.families.reconstruction import WindowSums
+from winnow.evaluator.kept_losses import KeptLosses, Losses
 from winnow.evaluator.set_setting import SetRows, SetSetting
 from winnow.evaluator.setting import Measured
 from winnow.sae.metrics import L0, Fvu
@@ -116,14 +117,18 @@ def _dead(id: str, firings: np.ndarray, rows: int) -> Figure:
 # ---- in the subject ------------------------------------------------------------------------------
 
 
-def downstream(setting: SetSetting) -> Measured:
-    """Run the subject with each MLP replaced alone, and with all of them replaced at once."""
+def downstream(setting: SetSetting, kept: KeptLosses | None = None) -> Measured:
+    """Run the subject with each MLP replaced alone, and with all of them replaced at once.
+
+    `kept` has the losses of the windows that an earlier call measured, and gets those of this one.
+    """
     losses = set_losses(
         setting.subject,
         setting.whole,
         setting.dataset,
         setting.windows,
         batch_windows=setting.spec.batch_windows,
+        kept=kept,
     )
     reached = Reached.of(setting.dataset, setting.hooks, setting.windows)
     figures = figures_of(losses, reached, setting.spec.seed)
@@ -145,6 +150,7 @@ def set_losses(
     *,
     batch_windows: int = 4,
     alone: bool = True,
+    kept: KeptLosses | None = None,
 ) -> Losses:
     """Compute the mean cross-entropy of each window, clean and with MLPs replaced, and the KL from clean.
 
@@ -158,16 +164,19 @@ def set_losses(
         windows: Numbers of windows of the dataset.
         batch_windows: Windows per pass.
         alone: Also replace each MLP by itself, one pass per layer.
+        kept: Has the losses of the first windows, if an earlier call was stopped, and gets those of this one.
 
     Returns:
         `clean`, `sae` (all replaced), `zero` and `mean` (all replaced by zeros, by the training rows' means)
         and, if `alone`, each layer's number; and `kl.` + each name but `clean` -> [len(windows)] nats.
     """
-    out: dict[str, list[Tensor]] = {}
+    begun = kept.begun(len(windows), "downstream") if kept is not None else {}
+    out = {name: [torch.from_numpy(values)] for name, values in begun.items()}
+    done = len(begun["clean"]) if begun else 0
     outputs = {layer: f"{WRITES}.{layer}" for layer in whole.layers}
     means = {m: torch.from_numpy(store.mean(hook)).to(subject.device) for m, hook in outputs.items()}
-    with torch.no_grad(), Progress("downstream", len(windows), "windows") as bar:
-        for first in range(0, len(windows), batch_windows):
+    with torch.no_grad(), Progress("downstream", len(windows), "windows", done) as bar:
+        for first in range(done, len(windows), batch_windows):
             batch = windows[first : first + batch_windows]
             tokens = np.stack([store.tokens(window) for window in batch])
             ids = torch.from_numpy(tokens.astype(np.int64)).to(subject.device)
@@ -191,7 +200,9 @@ def set_losses(
                 out.setdefault(name, []).append(loss)
                 out.setdefault(f"kl.{name}", []).append(kl)
             bar.advance(len(batch))
-    return {name: torch.cat(values).double().cpu().numpy() for name, values in out.items()}
+            if kept is not None:
+                kept.write(lambda: joined(out))
+    return joined(out)
 
 
 def _predicted(

@@ -10,12 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.support.evaluated import save_sae, toy_config
+from tests.support.evaluated import save_sae, stop_after, toy_config
 from tests.support.planted import HOOK
 from tests.support.roots import HOOKS, roots_config, write_base
 from tests.support.tiny import make_subject
 from winnow.cli.main import app
 from winnow.common.config_file import load_config
+from winnow.evaluator.families import downstream
 from winnow.evaluator.families.diffing import Scaling, relative_norms
 from winnow.evaluator.heldout import measure_in_subject
 from winnow.evaluator.report import evaluate
@@ -24,6 +25,7 @@ from winnow.harvester.run.driver import ensure_plan, harvest
 from winnow.sae import Sae
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, SaeMismatch
+from winnow.schemas.evaluation import LOSSES_KEY
 from winnow.schemas.training import SaeParts, TrainSpec
 from winnow.store.objects import open_store
 from winnow.store.read.joined import open_roots
@@ -239,6 +241,29 @@ def test_each_subject_is_spliced_alone(pair, tmp_path):
         clean.append(subject.loss(tokens).mean().item())
     assert figures["delta_ce.chat"] == pytest.approx(np.mean(zeroed) - np.mean(clean), abs=1e-5)
     assert figures["delta_ce.chat"] != pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("batches", [1, 3])  # of four windows: in the first subject, in the second
+def test_a_killed_delta_ce_of_two_subjects_resumes_in_either(pair, tmp_path, monkeypatch, told, batches):
+    base, _ = pair
+    config, uri = real(pair, tmp_path / "sae", identity((16, 24)))
+    out, joined = open_store(uri), open_roots("", config.train.roots)
+    whole = measure_in_subject(config, Sae.load(uri), joined, HOOKS[0])
+    stop_after(monkeypatch, downstream.AcrossSubjects, "clean", batches)
+    with pytest.raises(KeyboardInterrupt):
+        measure_in_subject(config, Sae.load(uri), joined, HOOKS[0], out)
+    told.clear()
+    assert measure_in_subject(config, Sae.load(uri), joined, HOOKS[0], out) == whole
+    name = "base" if batches == 1 else "chat"
+    assert [line for line in told if "resuming" in line] == [
+        f"delta CE of {name}: resuming after 4 windows of 8"
+    ]
+    # what `winnow evaluate` asks for is the same by another name: it does not take these
+    found = evaluate(
+        uri, Config.model_validate({"root": base.root, "evaluate": {"windows": 8, "metrics": ["downstream"]}})
+    )
+    assert found.figure("delta_ce.chat").value == whole["delta_ce.chat"]
+    assert out.size(LOSSES_KEY) is None
 
 
 def test_subjects_that_have_moved_are_found_and_others_refused(pair, tmp_path):

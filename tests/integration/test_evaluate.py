@@ -11,7 +11,16 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from tests.support.evaluated import HOOK, identity_sae, permuted, random_sae, save_sae, toy_config, zero_sae
+from tests.support.evaluated import (
+    HOOK,
+    identity_sae,
+    permuted,
+    random_sae,
+    save_sae,
+    stop_after,
+    toy_config,
+    zero_sae,
+)
 from winnow.cli.main import app
 from winnow.evaluator.bootstrap import figure, mean_figure
 from winnow.evaluator.families import compute, downstream, reconstruction, stability
@@ -209,7 +218,7 @@ def test_a_killed_evaluation_keeps_what_was_finished(toy, tmp_path, monkeypatch)
     uri = save_sae(toy, tmp_path / "sae", random_sae())
     setting = Setting.open(uri, toy.root, EvaluateSpec(metrics=("reconstruction", "downstream"), windows=4))
 
-    def die(_):
+    def die(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -221,6 +230,20 @@ def test_a_killed_evaluation_keeps_what_was_finished(toy, tmp_path, monkeypatch)
     found = evaluate_setting(setting)
     assert found.families["reconstruction"] == kept.families["reconstruction"]
     assert "downstream" in found.families
+
+
+def test_a_killed_delta_ce_resumes_with_the_window_after_the_last(toy, tmp_path, monkeypatch, told):
+    uri = save_sae(toy, tmp_path / "sae", random_sae())
+    setting = Setting.open(uri, toy.root, EvaluateSpec(metrics=("downstream",), windows=6, batch_windows=2))
+    whole = downstream.measure(setting).figures
+    stop_after(monkeypatch, downstream.AtHook, "clean", 2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_setting(setting)
+    assert not (tmp_path / "sae" / "evaluation.json").exists()
+    told.clear()
+    assert list(evaluate_setting(setting).families["downstream"].figures) == whole
+    assert "downstream: resuming after 4 windows of 6" in told
+    assert not (tmp_path / "sae" / "losses.json").exists()
 
 
 def stored(folder) -> Evaluation:

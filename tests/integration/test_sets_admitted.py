@@ -8,11 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.support.evaluated import toy_config
+from tests.support.evaluated import stop_after, toy_config
 from tests.support.sets import publish_set, random_set
 from winnow.cli.main import app
 from winnow.evaluator.families import sets
-from winnow.evaluator.report import find_common_dataset, tabulate_several
+from winnow.evaluator.report import evaluate_setting, find_common_dataset, tabulate_several
 from winnow.evaluator.set_setting import SetSetting
 from winnow.sae import Sae, TranscoderSet
 from winnow.schemas.base import sha256_hex
@@ -105,6 +105,20 @@ def test_all_mlps_replaced_at_once_are_predicted_from_the_changed_stream(toy, pu
     loss = subject.loss(tokens, {last: lambda y: torch.where(keep, alone, y)}).mean().item()
     assert found[f"delta_ce.{LAYERS - 1}"] == pytest.approx(loss - clean, abs=1e-5)
     assert set(measured.details["mean_nats"]) >= {"clean", "sae", "zero", "mean", "0", "kl.0"}
+
+
+def test_a_killed_delta_ce_of_a_set_resumes(toy, published, tmp_path, monkeypatch, told):
+    setting = SetSetting.open(
+        published, toy.root, EvaluateSpec(windows=6, batch_windows=2, metrics=("downstream",))
+    )
+    whole = sets.downstream(setting).figures
+    stop_after(monkeypatch, sets, "_predicted", 2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_setting(setting, out=tmp_path)
+    told.clear()
+    assert list(evaluate_setting(setting, out=tmp_path).families["downstream"].figures) == whole
+    assert "downstream: resuming after 4 windows of 6" in told
+    assert not (tmp_path / "losses.json").exists()
 
 
 def test_the_command_evaluates_a_set_and_keeps_it(toy, published):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.support.pipeline import pipeline_config
 from winnow.common.config_file import load_config
+from winnow.evaluator import kept_losses
 from winnow.harvester.run.driver import ensure_plan, harvest
 from winnow.sae import Sae
 from winnow.schemas.config import Config
@@ -89,3 +91,20 @@ def permuted(sae: Sae, seed: int = 1) -> Sae:
         getattr(other, name).copy_(getattr(sae, name)[order])
     other.b_pre.copy_(sae.b_pre)
     return other
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: int) -> None:
+    """Interrupt, as Ctrl-C does, at the call of `owner.name` after so many; from then on it runs as ever.
+
+    Losses are kept after each batch, not once in 10 s.
+    """
+    monkeypatch.setattr(kept_losses, "WRITE_SECONDS", 0)
+    run, seen = getattr(owner, name), []
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        seen.append(name)
+        if len(seen) == calls + 1:
+            raise KeyboardInterrupt
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, stopping)
