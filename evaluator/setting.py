@@ -358,20 +358,6 @@ class Setting(OnDataset):
         return torch.from_numpy(read[0] if len(read) == 1 else np.concatenate(read, 1)).to(self.device)
 
 
-def part_names(card: SaeCard) -> list[str]:
-    """Name the parts of a crosscoder for ids: by dataset if each has one hook, otherwise by hook.
-
-    Other SAEs have none.
-    """
-    if not card.with_hooks:
-        return []
-    hooks = card.input_hooks
-    roots = [hook.rpartition("/")[0] for hook in hooks]
-    if len(set(roots)) == len(hooks):
-        return roots
-    return [hook.replace("/", "_").replace(".", "_").lower() for hook in hooks]
-
-
 def subjects_of(dataset: JoinedStore, stated: SubjectSpec, places: Mapping[str, str]) -> dict[str, Subject]:
     """Load the subject of each of several datasets, on the device of `stated`, and check its weights.
 

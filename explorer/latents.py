@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -290,17 +290,23 @@ class Latents:
         """
         return Read(self.exhibit, self._reading(text), top)
 
-    def ablate(self, text: str, latent: int) -> Ablated:
+    def ablate(self, text: str, latent: int, *, part: str = "") -> Ablated:
         """How the predictions on a text change if a latent is set to 0; the SAE's error is kept.
 
+        Args:
+            text: As for `read`.
+            latent: Which latent.
+            part: Of a crosscoder: the part whose direction is removed, from the activations of that part's
+                subject. All subjects are loaded, since codes need the rows of all parts.
+
         Raises:
-            ConfigError: No such latent, the text is empty or too long, or the SAE is a crosscoder.
+            ConfigError: No such latent, the text is empty or too long, or a crosscoder's part is not named.
         """
-        self.exhibit.require_one_hook("an ablation")
+        place = self.exhibit.place("an ablation", part)
         self._checked(latent)
         reading = self._reading(text)
-        drop = self.exhibit.table.meta.drop_leading
-        effect = ablate(self.subject, self.sae, reading, latent, drop_leading=drop)
+        subject, drop = self._desk.model(place.subject), self.exhibit.table.meta.drop_leading
+        effect = ablate(subject, self.sae, reading, latent, drop_leading=drop, part=place.part)
         return Ablated(self.exhibit, reading.ids, effect)
 
     def steer(
@@ -311,36 +317,40 @@ class Latents:
         tokens: int = 40,
         temperature: float = 1.0,
         seed: int = 0,
+        op: Literal["clamp", "add"] = "clamp",
+        part: str = "",
     ) -> Steered:
-        """Continue a prompt without and with latents held at a strength.
+        """Continue a prompt without and with latents held at a strength, or with a strength added.
 
         Args:
             prompt: Begins as a window of the dataset does.
             strengths: Latent -> its activation at every token, in multiples of its largest in the dataset;
-                0 ablates it.
+                0 ablates it. With `op="add"` it is added to the activation.
             tokens: Most tokens that are generated.
             temperature: Divides the logits; 0 takes the likeliest token.
             seed: Of the draws, the same for both texts.
+            op: `clamp` or `add`; a crosscoder takes `add` only, since its codes need the rows of all parts.
+            part: Of a crosscoder: the part whose direction is added, in that part's subject, which alone is
+                loaded.
 
         Raises:
-            ConfigError: No such latent, a prompt of unsuitable length, a number out of range, or the SAE is a
-                crosscoder.
+            ConfigError: No such latent, a prompt of unsuitable length, a number out of range, or a crosscoder
+                without its part or with another `op` than `add`.
         """
-        self.exhibit.require_one_hook("steering")
-        meta = self.exhibit.table.meta
+        place = self.exhibit.place("steering", part)
+        drop = self.exhibit.table.meta.drop_leading
         steers = [
-            Steer(self.sae, latent, "clamp", strength * self.brief(latent).largest, skip=meta.drop_leading)
-            for latent, strength in strengths.items()
+            Steer(self.sae, each, op, strength * self.brief(each).largest, skip=drop, part=place.part)
+            for each, strength in strengths.items()
         ]
-        ids = tokenise(self.subject, prompt, MAX_TOKENS, self.exhibit.window)
+        subject = self._desk.model(place.subject)
+        ids = tokenise(subject, prompt, MAX_TOKENS, self.exhibit.window)
 
         def text(of: dict[str, list[Steer]]) -> str:
-            run = self.subject.generate(
-                ids, steer=of, max_new_tokens=tokens, temperature=temperature, seed=seed
-            )
+            run = subject.generate(ids, steer=of, max_new_tokens=tokens, temperature=temperature, seed=seed)
             return "".join(token.text for token in run)
 
-        return Steered(text({}), text({meta.hook: steers}))
+        return Steered(text({}), text({place.hook: steers}))
 
     def _reading(self, text: str) -> Reading:
         meta = self.exhibit.table.meta

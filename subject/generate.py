@@ -6,14 +6,15 @@ N latents, V vocabulary.
 A steered activation is `x + delta`: the SAE's own error is unchanged, and
 `delta = (new code - code) * W_dec[latent]` in the raw scale of the row. Rows whose code does not change
 pass bit for bit, so that a steer that changes nothing changes no logit. A transcoder's code is read at its
-hook, and delta is added at each of its targets in the same pass.
+hook, and delta is added at each of its targets in the same pass. Of a crosscoder, delta is the row of one
+part; its codes need the rows of all parts, which one pass of one subject does not have.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.fit import require_own_rows
+from winnow.schemas.parts import part_at, part_number
+from winnow.schemas.training import SaeCard
 from winnow.subject.hooks import Tap
 from winnow.subject.splice import Replacement, replaced
 from winnow.subject.steps import Kept, Steps
@@ -64,6 +67,10 @@ class Steer:
         positions: `all`, or only tokens that were `generated` (the prompt is not steered).
         skip: Leading positions of a window that are not steered: an SAE is not trained on those its dataset
             dropped (`plan.drop_leading`), and position 0 is an attention sink.
+        part: Of a crosscoder: the part whose direction is added, by its name (`chat`) or its hook
+            (`chat/resid_post.9`); empty if the hook and the loaded subject say which one.
+        codes: Of a crosscoder, and for whole passes only: the latent's codes [T] on the window, which
+            `clamp`, `scale` and `ablate` need; `winnow.explorer.site.reading.read_tokens` gives them.
     """
 
     sae: Dictionary
@@ -72,6 +79,8 @@ class Steer:
     strength: float = 0.0
     positions: Positions = "all"
     skip: int = 1
+    part: str = ""
+    codes: Tensor | None = None
 
     def __post_init__(self) -> None:
         latents = self.sae.W_dec.shape[0]
@@ -90,28 +99,79 @@ class Steer:
             raise ConfigError(
                 "steer.sae", expected="a published transcoder (`Sae.load`)", got="one without a card"
             )
+        self._check_part()
 
         # `add` reads no code: the decoder's direction of a difference is one in the stream too.
-        if self.op != "add" and (card := getattr(self.sae, "card", None)) is not None:
-            require_own_rows("the SAE to steer by", card.identity)
+        if self.op != "add" and self.card is not None:
+            require_own_rows("the SAE to steer by", self.card.identity)
+
+    def _check_part(self) -> None:
+        """Refuse a part of what has none, and what needs codes that nothing gives."""
+        if not self.widths:
+            if self.part or self.codes is not None:
+                raise ConfigError(
+                    "steer.part, steer.codes", expected="a crosscoder", got="an SAE of one hook"
+                )
+            return
+        if self.card is None:
+            raise ConfigError(
+                "steer.sae", expected="a published crosscoder (`Sae.load`)", got="one without a card"
+            )
+        if self.part:
+            part_number(self.card, self.part)
+        if self.op != "add" and self.codes is None:
+            raise ConfigError(
+                "steer.op of a crosscoder",
+                expected="add",
+                got=self.op,
+                fix="Its codes need the rows of all its parts; `winnow.Latents.ablate` reads them on a text",
+            )
+
+    @property
+    def card(self) -> SaeCard | None:
+        """The card of its SAE, if that is published."""
+        return getattr(self.sae, "card", None)
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The hooks that a transcoder writes to; none if the SAE reconstructs what it reads."""
-        card = getattr(self.sae, "card", None)
-        return () if card is None else card.target_hooks
+        return () if self.card is None else self.card.target_hooks
 
     @property
     def target_widths(self) -> tuple[int, ...]:
         """The width of each of `targets`."""
-        card = getattr(self.sae, "card", None)
-        return (card.parts.target_widths or (card.parts.d_out,)) if self.targets and card else ()
+        if self.card is None or self.card.parts.d_out is None:
+            return ()
+        return self.card.parts.target_widths or (self.card.parts.d_out,)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of a crosscoder: the widths of its parts."""
+        parts = getattr(self.sae, "parts", None)
+        return parts.widths if parts is not None else ()
 
     @property
     def read_width(self) -> int:
-        """The width of the rows that its SAE reads."""
-        card = getattr(self.sae, "card", None)
-        return card.d_model if self.targets and card else self.sae.W_dec.shape[1]
+        """The width of the rows that it is given."""
+        if self.widths and self.card is not None:
+            return self.widths[part_number(self.card, self.part)]
+        return self.card.d_model if self.targets and self.card else self.sae.W_dec.shape[1]
+
+    def at(self, hook: str, weights_sha256: str | None = None) -> Steer:
+        """This change with its crosscoder's part settled: the one at a hook of a subject.
+
+        Args:
+            hook: The hook that is steered.
+            weights_sha256: Digest of the subject's weights; None if the subject is not known.
+
+        Raises:
+            ConfigError: The crosscoder has no part there, or several.
+            SaeMismatch: The part is of another subject.
+        """
+        if not self.widths or self.card is None:
+            return self
+        number = part_at(self.card, self.part, hook, weights_sha256)
+        return replace(self, part=self.card.input_hooks[number])
 
     def change(self, code: Tensor) -> Tensor:
         """The new code minus `code` [P], by `op`."""
@@ -157,7 +217,7 @@ def steered(
         generated_from: The first generated position; None if the windows have none.
 
     Raises:
-        ConfigError: One of the SAEs is a transcoder.
+        ConfigError: One of the SAEs is a transcoder, or a crosscoder whose part is not named.
     """
     if any(steer.targets for steer in steers):
         raise ConfigError(
@@ -166,14 +226,17 @@ def steered(
             got="a transcoder, which writes to other hooks",
             fix="Use `steered_hooks`",
         )
+    for steer in steers:
+        if steer.widths and steer.card is not None:
+            part_number(steer.card, steer.part)
 
-    def replace(rows: Tensor) -> Tensor:
+    def changed(rows: Tensor) -> Tensor:
         new = rows
         for delta in _deltas(steers, rows, length, start, generated_from):
             new = _moved(new, delta.moves, delta.rows)
         return new
 
-    return replace
+    return changed
 
 
 def steered_hooks(
@@ -194,10 +257,10 @@ def steered_hooks(
     waiting: dict[str, list[tuple[Tensor, Tensor]]] = {hook: [] for hook in written_hooks(steer)}
 
     def at(hook: str) -> Replacement:
-        own = [one for one in steer.get(hook, ()) if not one.targets]
+        own = [one.at(hook) for one in steer.get(hook, ()) if not one.targets]
         sent = [one for one in steer.get(hook, ()) if one.targets]
 
-        def replace(rows: Tensor) -> Tensor:
+        def changed(rows: Tensor) -> Tensor:
             given = list(waiting.get(hook, ()))
             for one, delta in zip(sent, _deltas(sent, rows, length, start, generated_from), strict=True):
                 parts = delta.rows.split(one.target_widths, dim=1)
@@ -208,9 +271,34 @@ def steered_hooks(
                 new = _moved(new, moves, part)
             return new
 
-        return replace
+        return changed
 
     return {hook: at(hook) for hook in (*steer, *(hook for hook in waiting if hook not in steer))}
+
+
+def settled(
+    steer: Mapping[str, Sequence[Steer]], weights_sha256: Callable[[], str]
+) -> dict[str, tuple[Steer, ...]]:
+    """The changes of a generation, without hooks that have none, and with each crosscoder's part settled.
+
+    Args:
+        steer: Hook that is read -> changes.
+        weights_sha256: Digest of the subject's weights; asked for only if there is a crosscoder.
+
+    Raises:
+        ConfigError: A crosscoder has no part at a hook, or several, or the codes of a window are given.
+        SaeMismatch: A part is of another subject.
+    """
+    found: dict[str, tuple[Steer, ...]] = {}
+    for hook, steers in steer.items():
+        if any(one.codes is not None for one in steers):
+            raise ConfigError(
+                "steer.codes", expected="none: new tokens have no codes", got="those of a window"
+            )
+        if steers:
+            # The digest reads all files of weights the first time.
+            found[hook] = tuple(one.at(hook, weights_sha256()) if one.widths else one for one in steers)
+    return found
 
 
 def written_hooks(steer: Mapping[str, Sequence[Steer]]) -> dict[str, int]:
@@ -233,17 +321,19 @@ def _deltas(
     codes = _Codes(rows)
     position = start + torch.arange(len(rows), device=rows.device) % length
     for steer in steers:
-        change = steer.change(codes.of(steer))
+        change = steer.change(codes.of(steer, position))
         end = generated_from if steer.positions == "generated" else 0
         first = max(steer.skip, math.inf if end is None else end)
         change = torch.where((position < first).to(change.device), 0.0, change)[:, None]
         latent = torch.full_like(change, steer.latent, dtype=torch.int64)
-        like = codes.rows(steer.sae)
+        like = codes.rows(steer)
         # The difference of two decodings, not change * W_dec: `decode` knows the SAE's normalisation, and
         # its biases cancel.
         delta = steer.sae.decode(change, latent, like) - steer.sae.decode(
             torch.zeros_like(change), latent, like
         )
+        if steer.widths and steer.card is not None:
+            delta = delta.split(steer.widths, dim=1)[part_number(steer.card, steer.part)]
         yield Delta(change != 0, delta)
 
 
@@ -254,17 +344,24 @@ class _Codes:
         self._rows = rows
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def rows(self, sae: Dictionary) -> Tensor:
-        return self._rows.to(sae.W_dec.device, sae.W_dec.dtype)
+    def rows(self, steer: Steer) -> Tensor:
+        """The rows whose scale decoding takes."""
+        W_dec = steer.sae.W_dec
+        # A crosscoder's scales are constants, the same for every row, and the other parts' rows are not here.
+        if steer.widths:
+            return W_dec.new_zeros(len(self._rows), W_dec.shape[1])
+        return self._rows.to(W_dec.device, W_dec.dtype)
 
-    def of(self, steer: Steer) -> Tensor:
-        """Code [P] of the steer's latent, 0 where it is not active."""
+    def of(self, steer: Steer, position: Tensor) -> Tensor:
+        """Code [P] of the steer's latent at the rows' positions, 0 where it is not active."""
         sae = steer.sae
+        if steer.codes is not None:
+            return steer.codes.to(sae.W_dec.device, sae.W_dec.dtype)[position.to(sae.W_dec.device)]
         # Zeros of the right shape: the change by `add` does not depend on the code, and encoding costs time.
         if steer.op == "add":
             return sae.W_dec.new_zeros(len(self._rows))
         if id(sae) not in self._known:
-            self._known[id(sae)] = sae.encode(self.rows(sae))
+            self._known[id(sae)] = sae.encode(self.rows(steer))
         values, indices = self._known[id(sae)]
         return torch.where(indices == steer.latent, values, 0.0).sum(dim=1)
 

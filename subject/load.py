@@ -24,7 +24,7 @@ from winnow.schemas.window import WindowRule
 from winnow.subject.causal import check_causal
 from winnow.subject.devices import device_of, dtype_of
 from winnow.subject.documents import check_apart, checked_positions
-from winnow.subject.generate import GeneratedToken, Steer, generate, written_hooks
+from winnow.subject.generate import GeneratedToken, Steer, generate, settled, written_hooks
 from winnow.subject.hooks import Tap, require_writable, resolve_hook
 from winnow.subject.layout import Layout, find_layout
 from winnow.subject.pretrained import (
@@ -357,6 +357,7 @@ class Subject:
         Raises:
             ConfigError: The subject is truncated, the prompt is empty or with `max_new_tokens` too long
                 for it, a hook is unknown, an SAE's width is not the hook's, or a number is out of range.
+            SaeMismatch: The part of a crosscoder is of another subject.
         """
         self._require_whole()
         if isinstance(prompt, str):
@@ -377,8 +378,7 @@ class Subject:
                 got=f"{len(prompt)} + {max_new_tokens}",
             )
         # Before `_steps`, whose trial takes several passes: a wrong hook is an error at once.
-        # Without hooks at which nothing changes.
-        chosen = {hook: tuple(steers) for hook, steers in (steer or {}).items() if steers}
+        chosen = settled(steer or {}, lambda: self.identity.weights_sha256)
         taps = self._steered_taps(chosen)
         return generate(
             self.model,

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.common.reporter import Progress
-from winnow.evaluator.setting import Codes, Measured, Setting, part_names
+from winnow.evaluator.setting import Codes, Measured, Setting
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.evaluation import Figure
+from winnow.schemas.parts import part_names
 
 # Of two parts, those of Minder et al. 2025: 0.4 to 0.6 is shared, above 0.9 is only one's.
 ONLY = 0.9

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import figure
-from winnow.evaluator.setting import Measured, Setting, part_names
+from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.metrics import L0, Fvu
 from winnow.sae.model import Sae
 from winnow.schemas.errors import IntegrityError
 from winnow.schemas.evaluation import Figure
+from winnow.schemas.parts import part_names
 
 _EDGES = np.arange(-7.0, 0.51, 0.5)
 """Edges of the density histogram in half decades: log10 of the share of rows."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from winnow.evaluator.setting import part_names
 from winnow.sae.model import Sae
 from winnow.schemas.features import IndexPart
+from winnow.schemas.parts import part_names
 from winnow.schemas.training import SaeCard
 
 AXIS = "relative_norm."

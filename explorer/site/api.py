@@ -26,7 +26,7 @@ from winnow.explorer.site.bodies import (
 from winnow.explorer.site.circuit_api import add_graphs
 from winnow.explorer.site.desk import Desk
 from winnow.explorer.site.effects import ablation, measured_promotion, related
-from winnow.explorer.site.exhibit import AXES, Exhibit, last_name, matches, overview
+from winnow.explorer.site.exhibit import AXES, Exhibit, SteeredPlace, last_name, matches, overview
 from winnow.explorer.site.lane import Lane
 from winnow.explorer.site.monitor import MAX_LATENTS, MAX_TOKENS, MonitorReport, monitor
 from winnow.explorer.site.reading import read_tokens, tokenise
@@ -275,25 +275,27 @@ def steering(desk: Desk, body: SteerBody) -> StreamingResponse:
     # failure would look like the end of a text.
     edits = [(desk.exhibit(edit.sae), edit) for edit in body.edits]
     for exhibit, edit in edits:
-        exhibit.require_one_hook("steering")
         desk.latent(exhibit, edit.latent)
+    places = [exhibit.place("steering", edit.part) for exhibit, edit in edits]
+    name = _one_subject(places)
     rule = _common_rule([exhibit for exhibit, _ in edits] or [desk.exhibit(0)])
     # `sit` and `turn` instead of `visit`: the seat is kept for the stream, the model only for each token.
     desk.lane.sit()
     try:
         with desk.lane.turn():
-            subject = desk.model()
+            subject = desk.model(name)
             prompt = tokenise(subject, body.prompt, MAX_TOKENS, rule)
             steers: dict[str, list[Steer]] = {}
-            for exhibit, edit in edits:
+            for (exhibit, edit), place in zip(edits, places, strict=True):
                 steer = Steer(
                     exhibit.sae(subject.device),
                     edit.latent,
                     edit.op,
                     edit.strength,
                     skip=exhibit.table.meta.drop_leading,
+                    part=place.part,
                 )
-                steers.setdefault(exhibit.table.meta.hook, []).append(steer)
+                steers.setdefault(place.hook, []).append(steer)
             # One seed for both runs: they differ by the steer alone, not by the draws.
             kind: dict[str, Any] = {
                 "max_new_tokens": body.tokens,
@@ -309,6 +311,18 @@ def steering(desk: Desk, body: SteerBody) -> StreamingResponse:
     except BaseException:
         desk.lane.leave()
         raise
+
+
+def _one_subject(places: list[SteeredPlace]) -> str:
+    """The subject that all changes are made in, by the name of its dataset.
+
+    Raises:
+        ConfigError: They are parts of several.
+    """
+    names = {place.subject for place in places}
+    if len(names) > 1:
+        raise ConfigError("edits", expected="parts of one subject", got=" and ".join(sorted(names)))
+    return names.pop() if names else ""
 
 
 def _common_rule(exhibits: list[Exhibit]) -> WindowRule:

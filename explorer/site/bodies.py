@@ -24,6 +24,10 @@ Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 LatentNumber = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
+Part = Annotated[str, Field(max_length=241)]
+"""Of a crosscoder: the name of the part that is steered or ablated; empty for other SAEs."""
+
+
 class Body(BaseModel):
     """What all bodies share."""
 
@@ -49,6 +53,7 @@ class AblateBody(Body):
     latent: LatentNumber
     text: Text | None = None
     window: Annotated[int | None, Field(ge=0, lt=1 << 32)] = None
+    part: Part = ""
 
 
 class PromotionBody(Body):
@@ -56,6 +61,7 @@ class PromotionBody(Body):
 
     latent: LatentNumber
     strength: Annotated[float | None, Field(ge=-1e4, le=1e4, allow_inf_nan=False)] = None
+    part: Part = ""
 
 
 class Edit(Body):
@@ -66,6 +72,7 @@ class Edit(Body):
     op: Literal["clamp", "scale", "add", "ablate"] = "clamp"
     # JSON parsers accept Infinity, which would make every logit NaN.
     strength: Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)] = 0.0
+    part: Part = ""
 
 
 class SteerBody(Body):

@@ -91,17 +91,21 @@ class Desk:
             self.effects.popitem(last=False)
         return reply
 
-    def model(self) -> Subject:
-        """The subject with all its layers, loaded when it is first needed.
+    def model(self, name: str = "") -> Subject:
+        """A subject with all its layers, loaded when it is first needed.
+
+        Args:
+            name: Of several subjects, the name of the dataset.
 
         Raises:
-            ConfigError: The server has none, or several.
+            ConfigError: The server has none, or no such one.
             SaeMismatch: Other weights than the dataset was harvested from.
         """
-        if "" not in self.subjects:
+        if name not in self.subjects:
             got = ", ".join(self.subjects) or "none"
-            raise ConfigError("subject", expected="a subject", got=got, fix="Name it in --config FILE")
-        return self.subjects[""].whole()
+            expected = f"the subject {name}" if name else "a subject"
+            raise ConfigError("subject", expected=expected, got=got, fix="Name it in --config FILE")
+        return self.subjects[name].whole()
 
     def readers(self, exhibit: Exhibit) -> dict[str, Subject]:
         """The subjects whose rows an SAE reads, by the name of the dataset, which is empty if there is one.
@@ -112,7 +116,7 @@ class Desk:
         """
         hooks = tuple(part.hook for part in exhibit.table.meta.parts) or (exhibit.table.meta.hook,)
         names = hooks_by_root(hooks)
-        return {name: self.subjects[name].whole() if name else self.model() for name in names}
+        return {name: self.model(name) for name in names}
 
     def exhibit(self, number: int) -> Exhibit:
         """The SAE of a number.

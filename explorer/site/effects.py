@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from winnow.explorer.site.bodies import AblateBody, PromotionBody
 from winnow.explorer.site.desk import Desk
@@ -13,6 +14,7 @@ from winnow.explorer.site.monitor import MAX_TOKENS
 from winnow.explorer.site.reading import Ablation, ablate, read_tokens, tokenise
 from winnow.explorer.site.steered import promotion
 from winnow.schemas.errors import ConfigError
+from winnow.store.read.joined import JoinedStore
 
 # Together no more tokens than one text may have. The same windows for all latents of an SAE.
 _STEERED_WINDOWS, _STEERED_TOKENS = 8, 64
@@ -27,38 +29,53 @@ def ablation(desk: Desk, sae: int, body: AblateBody) -> dict[str, Any]:
     """The effects of one latent on one text, computed or from the cache.
 
     Raises:
-        ConfigError: No such latent, neither text nor window, both, or a text of unsuitable length.
+        ConfigError: No such latent, neither text nor window, both, a text of unsuitable length, or a
+            crosscoder without the part.
     """
     exhibit = desk.exhibit(sae)
-    exhibit.require_one_hook("an ablation")
+    place = exhibit.place("an ablation", body.part)
     desk.latent(exhibit, body.latent)
     if (body.text is None) == (body.window is None):
         raise ConfigError("text, window", expected="one of the two", got="both or neither")
 
     def compute() -> dict[str, Any]:
         with desk.lane.visit():
-            subject = desk.model()
+            subject = desk.model(place.subject)
             if body.text is not None:
-                ids, positions = tokenise(subject, body.text, MAX_TOKENS, exhibit.window), None
+                ids, told = tokenise(subject, body.text, MAX_TOKENS, exhibit.window), {}
             else:
-                ids, positions = _window(desk, body.window or 0)
+                ids, told = _window(desk, body.window or 0)
             meta, own = exhibit.table.meta, exhibit.sae(subject.device)
-            common: dict[str, Any] = {"drop_leading": meta.drop_leading, "positions": positions}
-            reading = read_tokens(subject, own, ids, sink_multiple=meta.sink_multiple, **common)
-            found = ablate(subject, own, reading, body.latent, **common)
+            reading = read_tokens(
+                desk.readers(exhibit),
+                own,
+                ids,
+                drop_leading=meta.drop_leading,
+                sink_multiple=meta.sink_multiple,
+                positions=told,
+            )
+            found = ablate(
+                subject,
+                own,
+                reading,
+                body.latent,
+                drop_leading=meta.drop_leading,
+                positions=told.get(place.subject),
+                part=place.part,
+            )
         return _described(exhibit, ids, found)
 
-    return desk.once(("ablation", sae, body.latent, body.text, body.window), compute)
+    return desk.once(("ablation", sae, body.latent, body.text, body.window, place.part), compute)
 
 
 def measured_promotion(desk: Desk, sae: int, body: PromotionBody) -> dict[str, Any]:
     """What a latent promotes when it is clamped on windows of the dataset, beside the direct path's tokens.
 
     Raises:
-        ConfigError: No such latent, or the dataset is not available.
+        ConfigError: No such latent, the dataset is not available, or a crosscoder without the part.
     """
     exhibit = desk.exhibit(sae)
-    exhibit.require_one_hook("a measurement of what steering promotes,")
+    place = exhibit.place("a measurement of what steering promotes,", body.part)
     row = exhibit.table.latent(desk.latent(exhibit, body.latent))
     meta = exhibit.table.meta
     strength = row["largest"] if body.strength is None else body.strength
@@ -69,21 +86,26 @@ def measured_promotion(desk: Desk, sae: int, body: PromotionBody) -> dict[str, A
         count = min(_STEERED_WINDOWS, there)
         drawn = np.sort(np.random.default_rng(0).choice(there, count, replace=False))
         with desk.lane.visit():
-            subject = desk.model()
-            read = [_window(desk, int(number)) for number in drawn]
+            subject = desk.model(place.subject)
+            read = [_window(desk, int(number), _STEERED_TOKENS) for number in drawn]
             found = promotion(
                 subject,
                 exhibit.sae(subject.device),
-                [ids[:_STEERED_TOKENS] for ids, _ in read],
+                [ids for ids, _ in read],
                 body.latent,
                 strength,
                 drop_leading=meta.drop_leading,
-                positions=[None if at is None else at[:, :_STEERED_TOKENS] for _, at in read],
+                positions=[told[place.subject] for _, told in read],
+                part=place.part,
+                codes=_codes(desk, exhibit, body.latent, read) if place.part else None,
             )
         # The LM's head may have more rows than the tokenizer has tokens; those have no text.
         found = found._replace(change=found.change[: len(exhibit.table.texts)])
         up, down = found.extremes(meta.spec.logits or _PROMOTED)
-        direct = zip(row.get("promoted_ids", []), row.get("promoted_logits", []), strict=True)
+        # Of a crosscoder each part has its own: `promoted_ids` are those of the longest decoder row.
+        end = f"_{[one.hook for one in meta.parts].index(place.part)}" if place.part else ""
+        ids, scores = (row.get(f"promoted_{name}{end}", []) for name in ("ids", "logits"))
+        direct = zip(ids, scores, strict=True)
         best = {token for token, _ in up}
         return {
             "strength": strength,
@@ -105,7 +127,17 @@ def measured_promotion(desk: Desk, sae: int, body: PromotionBody) -> dict[str, A
             ],
         }
 
-    return desk.once(("promotion", sae, body.latent, strength), compute)
+    return desk.once(("promotion", sae, body.latent, strength, place.part), compute)
+
+
+def _codes(
+    desk: Desk, exhibit: Exhibit, latent: int, windows: list[tuple[list[int], dict[str, Any]]]
+) -> list[Tensor]:
+    """Codes [T] of a crosscoder's latent on windows, at sinks too: the latent is clamped there as well."""
+    subjects, drop = desk.readers(exhibit), exhibit.table.meta.drop_leading
+    own = exhibit.sae(next(iter(subjects.values())).device)
+    fields: dict[str, Any] = {"drop_leading": drop, "sink_multiple": float("inf")}
+    return [read_tokens(subjects, own, ids, positions=told, **fields).of(latent) for ids, told in windows]
 
 
 def related(desk: Desk, sae: int, latent: int) -> dict[str, Any]:
@@ -134,12 +166,18 @@ def related(desk: Desk, sae: int, latent: int) -> dict[str, Any]:
     return desk.once(("relations", sae, latent), compute) | {"missing": list(desk.circuits.unindexed)}
 
 
-def _window(desk: Desk, window: int) -> tuple[list[int], Any]:
-    """Tokens of a window of the dataset, and their positions if attention stays inside documents."""
+def _window(desk: Desk, window: int, most: int | None = None) -> tuple[list[int], dict[str, Any]]:
+    """The first tokens of a window of the dataset, and their positions [1, T] in each subject, by name.
+
+    Positions are None unless attention stays inside documents.
+    """
     if desk.dataset is None:
         raise ConfigError("window", expected="the dataset", got="nothing: the dataset is not available")
     dataset = desk.dataset()
-    return [int(token) for token in dataset.tokens(window)], dataset.positions([window])
+    parts = dataset.parts if isinstance(dataset, JoinedStore) else {"": dataset}
+    found = {name: part.positions([window]) for name, part in parts.items()}
+    told = {name: None if at is None else at[:, :most] for name, at in found.items()}
+    return [int(token) for token in dataset.tokens(window)[:most]], told
 
 
 def _described(exhibit: Exhibit, ids: list[int], found: Ablation) -> dict[str, Any]:

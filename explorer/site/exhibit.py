@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +48,17 @@ _LABEL_TOKENS = 3
 # 512 x N cosines are 2 GB of float32 at a million latents; all pairs would be N^2.
 _SAMPLED = 512
 """Latents whose best match in another SAE the overview of two SAEs looks up."""
+
+
+class SteeredPlace(NamedTuple):
+    """Where a latent is steered."""
+
+    subject: str
+    """The name of the subject's dataset; empty if there is one subject."""
+    hook: str
+    """The hook, as the subject names it."""
+    part: str
+    """Of a crosscoder: the hook of the part as its card has it; empty otherwise."""
 
 
 @dataclass
@@ -102,21 +113,38 @@ class Exhibit:
             raise mismatch("weights", self.name, expected=indexed, of="the index", got=found, fix=fix)
         return sae
 
-    def require_one_hook(self, what: str) -> None:
-        """Refuse a crosscoder, and an SAE of several subjects.
+    def place(self, what: str, part: str = "") -> SteeredPlace:
+        """Where a latent is steered or ablated.
+
+        Args:
+            what: What is asked for, for the message.
+            part: Of a crosscoder: the part's name or hook.
 
         Raises:
-            ConfigError: It is one; the message says `what` is refused.
+            ConfigError: A crosscoder's part is not named, or it is a transcoder between subjects.
         """
         meta = self.table.meta
-        if meta.parts or meta.subjects:
-            hooks = [part.hook for part in meta.parts] or [meta.hook, *meta.target_hooks]
+        found = next((one for one in meta.parts if part in (one.name, one.hook)), None)
+        if found is not None:
+            name, hook = split_hook(found.hook)
+            return SteeredPlace(name, hook, found.hook)
+        if meta.parts:
             raise ConfigError(
                 f"{what} with {self.name}",
-                expected="an SAE of one hook of one subject",
-                got=f"one of {', '.join(hooks)}",
+                expected=f"a part of it: {' or '.join(one.name for one in meta.parts)}",
+                got=part or "none",
+                fix="Name the part whose direction is meant, as `part`",
+            )
+        if part:
+            raise ConfigError(f"{what} with {self.name}", expected="no part: it is no crosscoder", got=part)
+        if meta.subjects:
+            raise ConfigError(
+                f"{what} with {self.name}",
+                expected="an SAE of one subject, or a crosscoder",
+                got=f"one of {', '.join((meta.hook, *meta.target_hooks))}",
                 fix="`winnow attribute` tells what its latents do to a prediction",
             )
+        return SteeredPlace("", meta.hook, "")
 
     # ---- all latents -----------------------------------------------------------------------------
 
@@ -316,7 +344,7 @@ class Exhibit:
                 }
                 for part in meta.parts
             ],
-            "steers": not (meta.parts or meta.subjects),
+            "steers": bool(meta.parts) or not meta.subjects,
             "classes": self.classes,
             "reading": meta.spec.rows.words if meta.spec.rows is not None else "",
             "d_model": meta.d_model,

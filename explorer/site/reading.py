@@ -14,7 +14,7 @@ from torch import Tensor
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.fit import require_own_rows
-from winnow.schemas.joined import hooks_by_root
+from winnow.schemas.joined import hooks_by_root, split_hook
 from winnow.schemas.window import WindowRule
 from winnow.subject.generate import Steer, steered_hooks
 from winnow.subject.load import Subject
@@ -83,7 +83,8 @@ def read_tokens(
         ids: The text's tokens [T].
         drop_leading: Positions at the start that are not read (the dataset's `plan.drop_leading`).
         sink_multiple: A position whose norm exceeds this multiple of the text's median is a sink.
-        positions: [1, T], if the text is a window of several documents: as for `Subject.activations`.
+        positions: [1, T], if the text is a window of several documents: as for `Subject.activations`; of
+            several subjects, those of each by name.
 
     Raises:
         ConfigError: The text has no position that is read.
@@ -99,9 +100,11 @@ def read_tokens(
         )
     require_own_rows("the SAE", sae.card.identity)
     named = {"": subjects} if isinstance(subjects, Subject) else subjects
+    # Of two datasets on the same windows, one may attend inside documents and the other across them.
+    told = positions if isinstance(positions, Mapping) else dict.fromkeys(named, positions)
     found: dict[str, Tensor] = {}
     for name, own in hooks_by_root(sae.card.input_hooks).items():
-        run = named[name].activations([list(ids)], own, positions=positions)
+        run = named[name].activations([list(ids)], own, positions=told.get(name))
         found |= {f"{name}/{hook}" if name else hook: rows[0] for hook, rows in run.items()}
     parts = [found[hook].to(sae.W_dec.device, torch.float32) for hook in sae.card.input_hooks]
     with torch.no_grad():
@@ -142,18 +145,22 @@ def ablate(
     *,
     drop_leading: int = 1,
     positions: Any = None,
+    part: str = "",
 ) -> Ablation:
     """Run a text with and without one latent, keeping the SAE's error.
 
-    Leading positions (`drop_leading`) stay clean, as in training; `positions` as for `read_tokens`.
+    Leading positions (`drop_leading`) stay clean, as in training; `positions` as for `read_tokens`. Of a
+    crosscoder the direction of one `part` (its hook) is removed from that part's subject, times the codes of
+    `reading`, which all parts together gave: sinks, which have none, stay clean too.
     """
     if sae.card is None:
         raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
     ids = torch.tensor([reading.ids], device=subject.device)
     # x - z_n d_n, not the reconstruction without n: otherwise the SAE's error would be measured too.
-    steers = [Steer(sae, latent, "ablate", skip=drop_leading)]
+    codes = reading.of(latent) if part else None
+    steers = [Steer(sae, latent, "ablate", skip=drop_leading, part=part, codes=codes)]
     clean = subject.logits(ids, positions=positions)
-    without = steered_hooks({sae.card.hook: steers}, len(reading.ids))
+    without = steered_hooks({split_hook(part or sae.card.hook)[1]: steers}, len(reading.ids))
     cut = subject.logits(ids, without, positions=positions)
     change = (next_token_loss(cut, ids) - next_token_loss(clean, ids))[0]
     before, after = clean[0].float().log_softmax(1), cut[0].float().log_softmax(1)

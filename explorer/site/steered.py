@@ -13,6 +13,7 @@ from torch import Tensor
 
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.joined import split_hook
 from winnow.subject.generate import Steer, steered_hooks
 from winnow.subject.load import Subject
 
@@ -51,6 +52,8 @@ def promotion(
     *,
     drop_leading: int = 1,
     positions: Sequence[Any] | None = None,
+    part: str = "",
+    codes: Sequence[Tensor] | None = None,
 ) -> Promotion:
     """Run windows clean, and with a latent clamped at every position that is read.
 
@@ -65,20 +68,24 @@ def promotion(
         strength: Its code, in the SAE's own units.
         drop_leading: Positions at the start of a window that are neither steered nor counted.
         positions: [1, T] of each window of several documents: as for `Subject.logits`.
+        part: Of a crosscoder: the hook of the part that is steered, in the subject of that part.
+        codes: Of a crosscoder: the latent's codes [T] on each window, which all parts together give.
 
     Raises:
         ConfigError: No window has a position that is read.
     """
     if sae.card is None:
         raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
-    steers = {sae.card.hook: [Steer(sae, latent, "clamp", strength, skip=drop_leading)]}
+    hook = split_hook(part or sae.card.hook)[1]
     change, kl, counted = None, 0.0, 0
     # A window at a time: the logits of all of them would be gigabytes.
     for number, window in enumerate(windows):
         places = None if positions is None else positions[number]
         ids = torch.tensor([list(window)], device=subject.device)
         before = subject.logits(ids, positions=places)[0, drop_leading:].float().log_softmax(1)
-        pushed = subject.logits(ids, steered_hooks(steers, len(window)), positions=places)
+        known = None if codes is None else codes[number]
+        steer = Steer(sae, latent, "clamp", strength, skip=drop_leading, part=part, codes=known)
+        pushed = subject.logits(ids, steered_hooks({hook: [steer]}, len(window)), positions=places)
         moved = pushed[0, drop_leading:].float().log_softmax(1) - before
         total = moved.double().sum(0).cpu()
         change = total if change is None else change + total

@@ -5,6 +5,7 @@ import { histogram } from "./charts.js";
 import { wider } from "./context.js";
 import { el, field, level, number, percent, select, waiting } from "./dom.js";
 import { keeper } from "./lists.js";
+import { steerWith } from "./parts.js";
 import { about, strip, table, token, whose } from "./tokens.js";
 
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
@@ -19,7 +20,7 @@ export async function featurePage(site, fields) {
       el("div", {}, el("h1", {}, `Latent ${latent}`), el("p", { class: "soft" }, `${page.sae} · `, about(page.brief))),
       el("div", { class: "row" }, turn(latent - 1, "prev", "← Previous"), turn(latent + 1, "next", "Next →"),
         el("a", { class: "button quiet", href: address({ page: "monitor", sae, latents: latent }) }, "Watch"),
-        site.saes[Number(sae)].steers && el("a", { class: "button", href: address({ page: "steer", edits: `${sae}:${latent}:clamp:${number(2 * page.figures.largest).replace(",", "")}` }) }, "Steer with it")),
+        site.saes[Number(sae)].steers && el("a", { class: "button", href: address({ page: "steer", edits: steerWith(site, sae, page.brief) }) }, "Steer with it")),
       keeper(site, sae, latent)),
     page.explanations.length ? el("div", { class: "card" }, el("h2", {}, "Explanations"), el("ul", { class: "plain" }, page.explanations.map((/** @type {any} */ one) =>
       el("li", {}, one.text, " ", el("span", { class: "soft small" }, `${one.source}${one.score === null ? "" : ` · ${number(one.score)}`}`))))) : "",
@@ -101,15 +102,20 @@ function example(site, sae, page, one) {
   one.badge = el("span", { class: "soft small of" }, one.kind);
   const effect = el("div", { class: "effect", hidden: true }), at = one.position - one.first, parts = page.parts;
   const says = (/** @type {number} */ i) => `${number(one.values[i])}${one.values[i] && parts.length ? ` = ${sum(parts, one, i)}` : ""}${one.position - at + i === 0 ? "\nthe window's first token, which is not read" : ""}`;
-  const button = el("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => {
-    effect.hidden = !effect.hidden;
-    button.setAttribute("aria-expanded", String(!effect.hidden));
-    if (!effect.hidden) waiting(effect, site.subject.ready ? "Running the window with and without the latent…" : "Loading the subject model, then running the window twice…", () => ablation(site, sae, page.latent, one.window));
-  } }, "Ablate");
+  // Of a crosscoder a button for each part: its direction is removed in its own subject.
+  const buttons = partsOrNone(parts).map((part) => {
+    const button = el("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => {
+      const open = button.getAttribute("aria-expanded") !== "true";
+      for (const each of buttons) each.setAttribute("aria-expanded", String(open && each === button));
+      effect.hidden = !open;
+      if (open) waiting(effect, site.subject.ready ? "Running the window with and without the latent…" : "Loading the subject model, then running the window twice…", () => ablation(site, sae, page.latent, one.window, part));
+    } }, part ? `Ablate in ${part}` : "Ablate");
+    return button;
+  });
   const [more, text] = wider(site, sae, page, one);
   return el("div", { class: "example" }, el("span", { class: "num", title: "its activation at the marked token" }, level(one.values[at])),
     parts.length ? beside(page, one, at, says) : strip(one.tokens, one.values, { most: page.figures.largest, peak: at, says, flat: true, label: `Example with activation ${number(one.values[at])}` }),
-    one.badge, site.windows && el("span", { class: "row acts" }, more, !parts.length && button), text, effect);
+    one.badge, site.windows && el("span", { class: "row acts" }, more, site.saes[Number(sae)].steers && buttons), text, effect);
 }
 
 /** What an activation of a crosscoder's latent is the sum of. @param {any[]} parts @param {any} one @param {number} i */
@@ -127,9 +133,12 @@ function beside(page, one, at, says) {
     page.parts.map((/** @type {any} */ part, /** @type {number} */ m) => line(part.name, one.parts[m], `What ${part.name} contributes to it`)));
 }
 
-/** How the model's predictions change without the latent. @param {any} site @param {string} sae @param {number} latent @param {number} window */
-async function ablation(site, sae, latent, window) {
-  const found = await get(`saes/${sae}/ablate`, { latent, window });
+/** The names of a crosscoder's parts; an empty one for another SAE. @param {any[]} parts @returns {string[]} */
+const partsOrNone = (parts) => (parts.length ? parts.map((part) => part.name) : [""]);
+
+/** How the model's predictions change without the latent. @param {any} site @param {string} sae @param {number} latent @param {number} window @param {string} part */
+async function ablation(site, sae, latent, window, part) {
+  const found = await get(`saes/${sae}/ablate`, { latent, window, part });
   site.subject.ready = true;
   const votes = (/** @type {any[]} */ all) => all.map((one) => `${JSON.stringify(one.token)} ${one.change > 0 ? "+" : "−"}${Math.abs(100 * one.change).toFixed(1)} %`).join("   ");
   const next = (/** @type {number} */ i) => `after ${JSON.stringify(found.tokens[i])}: loss ${found.loss_change[i] === null ? "–" : number(found.loss_change[i])} nats, KL ${number(found.kl[i])}` +
@@ -145,29 +154,29 @@ async function ablation(site, sae, latent, window) {
 
 /** What steering with the latent promotes. @param {any} site @param {string} sae @param {any} page */
 function steered(site, sae, page) {
-  if (!site.windows || !page.figures.fires || page.parts.length) return "";
+  if (!site.windows || !page.figures.fires || !site.saes[Number(sae)].steers) return "";
   const place = el("div", {});
-  const button = el("button", { type: "button", class: "quiet", onclick: async () => {
-    button.disabled = true;
-    await waiting(place, site.subject.ready ? "Running windows with and without it…" : "Loading the subject model, then running windows with and without it…", () => measured(site, sae, page));
-    button.disabled = false;
-  } }, "Measure");
+  const buttons = partsOrNone(page.parts).map((part) => el("button", { type: "button", class: "quiet", onclick: async () => {
+    for (const button of buttons) button.disabled = true;
+    await waiting(place, site.subject.ready ? "Running windows with and without it…" : "Loading the subject model, then running windows with and without it…", () => measured(site, sae, page, part));
+    for (const button of buttons) button.disabled = false;
+  } }, part ? `Measure in ${part}` : "Measure"));
   return el("section", { class: "card", id: "steered" }, el("h2", {}, "Promotes, when steered"),
-    el("p", { class: "soft small" }, "The whole model runs: what becomes likelier when the latent is clamped to its largest activation."), button, place);
+    el("p", { class: "soft small" }, "The whole model runs: what becomes likelier when the latent is clamped to its largest activation."), el("div", { class: "row" }, buttons), place);
 }
 
-/** @param {any} site @param {string} sae @param {any} page */
-async function measured(site, sae, page) {
-  const found = await get(`saes/${sae}/promotion`, { latent: page.latent });
+/** @param {any} site @param {string} sae @param {any} page @param {string} part */
+async function measured(site, sae, page, part) {
+  const found = await get(`saes/${sae}/promotion`, { latent: page.latent, part });
   site.subject.ready = true;
-  const rows = (/** @type {string} */ name, /** @type {any[]} */ all) => el("table", {}, el("caption", { class: "small" }, name),
+  const where = part && ` in ${part}`, rows = (/** @type {string} */ name, /** @type {any[]} */ all) => el("table", {}, el("caption", { class: "small" }, name),
     el("thead", { class: "hidden" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "change of log-probability, nats"))),
     el("tbody", {}, all.map((row) => el("tr", {}, el("td", {}, token(row.token)), el("td", { class: "num" }, `${row.score > 0 ? "+" : "−"}${level(Math.abs(row.score))}`)))));
   const shared = found.direct.filter((/** @type {any} */ one) => one.shared).length;
   const ranks = found.direct.map((/** @type {any} */ one) => one.rank).sort((/** @type {number} */ a, /** @type {number} */ b) => a - b);
   return [
     found.direct.length ? el("p", { class: "small verdict" }, `${shared} of the ${found.direct.length} tokens that its direction alone promotes are among these ${found.up.length}; their median rank is ${ranks[Math.floor((ranks.length - 1) / 2)].toLocaleString("en")} of ${site.saes[Number(sae)].vocabulary.toLocaleString("en")}.`) : "",
-    rows("More likely", found.up), rows("Less likely", found.down),
+    rows(`More likely${where}`, found.up), rows(`Less likely${where}`, found.down),
     el("p", { class: "soft small" }, `Mean change of log-probability in nats, over ${found.positions.toLocaleString("en")} positions of ${found.windows} windows; clamped to ${level(found.strength)}; KL ${number(found.kl)} nats.`),
   ];
 }

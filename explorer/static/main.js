@@ -15,7 +15,7 @@ import { textPage } from "./text.js";
 
 /** @type {Record<string, [string, (site: any, fields: Record<string, string>) => Promise<any>|any]>} */
 const PAGES = { map: ["Map", mapPage], feature: ["Feature", featurePage], text: ["Text", textPage], compare: ["Compare", comparePage], steer: ["Steer", steerPage], monitor: ["Monitor", monitorPage], lists: ["Lists", listsPage], graph: ["Circuit", graphPage] };
-/** The pages that there is something for: graphs may be shown without an SAE, an SAE without graphs, and nothing steers with a crosscoder. @param {Site|undefined} site */
+/** The pages that there is something for: graphs may be shown without an SAE, an SAE without graphs, and nothing steers with a transcoder between subjects. @param {Site|undefined} site */
 const pagesOf = (site) => Object.keys(PAGES).filter((page) => (page === "graph" ? !site || site.graphs : page === "steer" ? !site || site.saes.some((sae) => sae.steers) : !site || site.saes.length > 0));
 
 const main = /** @type {HTMLElement} */ (document.getElementById("main"));

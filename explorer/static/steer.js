@@ -2,22 +2,21 @@
 import { ask, get, remember } from "./api.js";
 import { el, field, number, select } from "./dom.js";
 import { begins, slow } from "./text.js";
+import { fit, partsOf, written } from "./parts.js";
 import { about, link } from "./tokens.js";
 
-/** @typedef {{sae: number, latent: number, op: string, strength: number}} Edit */
+/** @typedef {import("./parts.js").Edit} Edit */
 const OPS = /** @type {[string, string][]} */ ([["clamp", "clamp to"], ["scale", "scale by"], ["add", "add"], ["ablate", "ablate"]]);
 
 /** @param {string} [text] @returns {Edit[]} */
 const parse = (text) => (text ?? "").split(",").filter(Boolean).map((one) => {
-  const [sae, latent, op, strength] = one.split(":");
-  return { sae: Number(sae) || 0, latent: Number(latent) || 0, op: OPS.some(([name]) => name === op) ? op : "clamp", strength: Number(strength) || 0 };
+  const [sae, latent, op, strength, part] = one.split(":");
+  return { sae: Number(sae) || 0, latent: Number(latent) || 0, op: OPS.some(([name]) => name === op) ? op : "clamp", strength: Number(strength) || 0, part: part ?? "" };
 });
-/** @param {Edit[]} edits */
-const written = (edits) => edits.map((one) => `${one.sae}:${one.latent}:${one.op}:${one.strength}`).join(",");
 
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
 export function steerPage(site, fields) {
-  const edits = parse(fields.edits ?? "0:0:clamp:1");
+  const edits = parse(fields.edits ?? "0:0:clamp:1").map((edit) => fit(site, edit));
   const now = { prompt: "The king said to his", tokens: "40", temperature: "0.8", seed: "0", ...fields };
   const list = el("div"), status = el("p", { class: "soft small", role: "status" });
   const clean = el("p", { class: "out", role: "log", "aria-label": "Clean" }), steered = el("p", { class: "out", role: "log", "aria-label": "Steered" });
@@ -38,9 +37,10 @@ export function steerPage(site, fields) {
     name();
     const strength = el("input", { type: "number", step: "any", min: -10000, max: 10000, value: edit.strength, disabled: edit.op === "ablate", onchange: (/** @type {any} */ event) => { edit.strength = Number(event.target.value) || 0; save(); } });
     return el("div", { class: "edit" },
-      site.saes.length > 1 && field("SAE", select("sae", site.saes.map((sae, k) => [String(k), sae.name]), String(edit.sae), (value) => { edit.sae = Number(value); save(); name(); })),
+      site.saes.length > 1 && field("SAE", select("sae", site.saes.map((sae, k) => [String(k), sae.name]), String(edit.sae), (value) => { edit.sae = Number(value); fit(site, edit); save(); draw(); })),
       field("Latent", el("input", { type: "number", min: 0, max: site.saes[edit.sae]?.latents - 1, value: edit.latent, onchange: (/** @type {any} */ event) => { edit.latent = Number(event.target.value) || 0; save(); name(); } })),
-      field("Do", select("op", OPS, edit.op, (value) => { edit.op = value; save(); draw(); })), field("Strength", strength),
+      edit.part && field("Part", select("part", partsOf(site, edit.sae).map((part) => [part, part]), edit.part, (value) => { edit.part = value; save(); })),
+      field("Do", select("op", edit.part ? OPS.filter(([op]) => op === "add") : OPS, edit.op, (value) => { edit.op = value; save(); draw(); })), field("Strength", strength),
       el("button", { type: "button", class: "quiet", "aria-label": `Remove the change of latent ${edit.latent}`, onclick: () => { edits.splice(i, 1); save(); draw(); } }, "Remove"), says);
   }));
 
@@ -84,7 +84,7 @@ export function steerPage(site, fields) {
     el("div", { class: "head" }, el("h1", {}, "Steering bench"), el("span", { class: "soft" }, `The same prompt and the same random numbers through ${site.subject.model}, twice. ${begins(site)}`)),
     el("form", { class: "card", onsubmit: (/** @type {Event} */ event) => { event.preventDefault(); run(); } },
       field("Prompt", prompt), list,
-      el("div", { class: "row" }, el("button", { type: "button", class: "quiet", onclick: () => { if (edits.length < 8) { edits.push({ sae: 0, latent: 0, op: "clamp", strength: 1 }); save(); draw(); } } }, "Add a change")),
+      el("div", { class: "row" }, el("button", { type: "button", class: "quiet", onclick: () => { if (edits.length < 8) { edits.push(fit(site, { sae: 0, latent: 0, op: "clamp", strength: 1, part: "" })); save(); draw(); } } }, "Add a change")),
       el("div", { class: "bar" }, field("Tokens", tokens), field("Temperature", temperature), field("Seed", seed), el("button", {}, "Generate"), stop)),
     status,
     el("div", { class: "pair" }, el("section", { class: "card" }, el("h2", {}, "Clean"), clean), el("section", { class: "card" }, el("h2", {}, "Steered"), steered)),

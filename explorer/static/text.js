@@ -1,6 +1,7 @@
 // Which latents fire on a text, token by token.
 import { address, get, remember } from "./api.js";
 import { el, field, number, select, waiting } from "./dom.js";
+import { steerWith } from "./parts.js";
 import { about, link, strip } from "./tokens.js";
 
 export const SAMPLE = "In the beginning God created the heaven and the earth. To be, or not to be, that is the question.";
@@ -56,6 +57,6 @@ function show(site, sae, found, at) {
     el("section", { class: "card" }, el("h2", {}, "Strongest over the whole text"),
       found.latents.map((/** @type {any} */ one) => el("div", { class: "example" }, el("span", {}, link(sae, one.latent)),
         el("div", {}, el("div", { class: "small" }, about(one)), strip(tokens, one.values, { most: strongest, read, label: `Latent ${one.latent}` })),
-        site.saes[Number(sae)].steers && el("a", { class: "small", href: address({ page: "steer", edits: `${sae}:${one.latent}:clamp:${number(2 * one.largest)}` }) }, "steer")))),
+        site.saes[Number(sae)].steers && el("a", { class: "small", href: address({ page: "steer", edits: steerWith(site, sae, one) }) }, "steer")))),
   ];
 }

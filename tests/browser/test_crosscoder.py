@@ -41,9 +41,13 @@ def test_the_page_of_a_latent_has_both_subjects_side_by_side(page, served):
     owner = page.locator("#owner")
     assert "Whose: shared" in owner.text_content()
     assert owner.locator("tbody tr").count() == 2
-    # What would steer or ablate one hook is not offered.
-    assert page.get_by_role("button", name="Ablate").count() == 0
-    assert page.get_by_role("link", name="Steer").count() == 0
+    first.get_by_role("button", name="Ablate in chat").click()
+    first.locator(".effect h2").wait_for()
+    assert first.get_by_role("button", name="Ablate in chat").get_attribute("aria-expanded") == "true"
+    assert first.get_by_role("button", name="Ablate in base").get_attribute("aria-expanded") == "false"
+    steered = page.locator("#steered")
+    steered.get_by_role("button", name="Measure in base").click()
+    steered.get_by_text("More likely in base").wait_for()
     picture(page, served, "crosscoder")
     no_serious_violation(page)
     page.set_viewport_size({"width": 380, "height": 800})
@@ -75,5 +79,22 @@ def test_a_text_is_read_by_both(page, served):
     page.locator("main textarea").fill("the brown fox leaps over a sparse harvest of grain")
     page.get_by_role("button", name="Read").click()
     page.wait_for_selector(".strip.pick")
-    assert page.get_by_text("steer", exact=True).count() == 0
+    page.get_by_text("steer", exact=True).first.click()
+    page.wait_for_url(re.compile("page=steer"))
+    no_serious_violation(page)
+
+
+def test_a_part_is_steered_in_its_own_subject(page, served):
+    open_page(page, served, f"?page=feature&latent={CHAT_ONLY}", ".strip span")
+    page.get_by_role("link", name="Steer with it").click()
+    page.wait_for_url(
+        re.compile(f"edits=0.{CHAT_ONLY}.add.[-0-9.e]+.chat|edits=0%3A{CHAT_ONLY}%3Aadd%3A[-0-9.e]+%3Achat")
+    )
+    assert page.get_by_label("Part").input_value() == "chat"
+    assert page.get_by_label("Do").locator("option").all_text_contents() == ["add"]
+    page.get_by_label("Tokens").fill("3")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("3 clean and 3 steered tokens").wait_for()
+    page.get_by_label("Part").select_option("base")
+    page.wait_for_url(re.compile("base"))
     no_serious_violation(page)

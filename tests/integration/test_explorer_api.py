@@ -194,7 +194,7 @@ def test_a_window_can_be_ablated_and_is_remembered(client, site, desk):
     assert max(reply["values"]) == pytest.approx(
         max(desk.exhibits[0].table.latent(7)["examples"][0]["values"]), rel=0.02
     )  # stored rows are bfloat16
-    key = ("ablation", 0, 7, None, window)
+    key = ("ablation", 0, 7, None, window, "")
     assert desk.effects[key]["kl"] == reply["kl"]
     desk.effects[key]["kl"] = ["remembered"]
     again = client.post("/api/saes/0/ablate", json={"latent": 7, "window": window}).json()
@@ -238,7 +238,7 @@ def test_promotion_is_the_mean_change_over_windows_in_which_the_latent_is_clampe
         assert each["rank"] == order.index(each["id"]) + 1
         assert each["shared"] == (each["rank"] <= 5)
     # Remembered, and another strength is another question.
-    desk.effects["promotion", 0, 7, row["largest"]]["kl"] = "remembered"
+    desk.effects["promotion", 0, 7, row["largest"], ""]["kl"] = "remembered"
     assert client.post("/api/saes/0/promotion", json={"latent": 7}).json()["kl"] == "remembered"
     weaker = client.post("/api/saes/0/promotion", json={"latent": 7, "strength": 0.1}).json()
     assert weaker["kl"] < torch.cat(kl).mean()

@@ -15,6 +15,8 @@ from winnow.sae import Sae
 from winnow.schemas.config import Config
 from winnow.schemas.training import SaeParts, TrainSpec
 from winnow.store.objects import open_store
+from winnow.store.read.joined import open_roots
+from winnow.trainer.run.start import identity_of
 
 WIDTHS = (16, 24)
 """D of the base and of the other subject."""
@@ -63,7 +65,8 @@ def save_crosscoder(pair: tuple[Config, Config], folder: Path, sae: Sae, **train
     fields |= {"hook": HOOKS[0], "with_hooks": list(HOOKS[1:]), "out": str(folder)}
     spec = TrainSpec.model_validate(fields | train)
     config = Config(root=base.root, train=spec, storage=base.storage)
-    sae.save(open_store(str(folder)), hook=HOOKS[0], with_hooks=HOOKS[1:], spec=spec)
+    identity = identity_of(open_roots("", roots))
+    sae.save(open_store(str(folder)), hook=HOOKS[0], with_hooks=HOOKS[1:], identity=identity, spec=spec)
     return config, str(folder)
 
 
