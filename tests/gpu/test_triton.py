@@ -133,6 +133,14 @@ def test_rows_with_nan_infinity_or_nothing_but_ties_are_exact(device):
     assert found[0].isnan().any(1).all()
 
 
+def test_the_search_for_a_threshold_ends(device):
+    """Groups past the end, more of them kept than are compared at first, searches of different lengths."""
+    W = normal(0, 300, 3).abs().to(device)
+    x, b = torch.ones(3, 3, device=device), torch.zeros(300, device=device)
+    x[1] = -1
+    equal(encode_topk(x, W, b, 70, "triton"), reference.encode_topk(x, W, b, 70))
+
+
 def test_fewer_numbers_above_minus_infinity_than_kept(device):
     x, W, b = data((3, 4, 200, 30), torch.float32, device, whole=True)
     b[20:] = -torch.inf

@@ -139,9 +139,11 @@ def _threshold(key, kept, low, high):
     while tl.max((low < high).to(tl.int32), 0) > 0:
         middle = (low | high) - ((low ^ high) >> 1)
         count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        # the number before the least is the largest: a row that is done would begin again, and two rows by
+        # turns for ever
+        below = tl.where(low < high, middle - 1, high)
         low = tl.where(count >= kept, middle, low)
-        # where `low` is `high` already, `middle` is the same number
-        high = tl.where(count > kept, high, tl.where(count == kept, middle, tl.maximum(middle - 1, low)))
+        high = tl.where(count > kept, high, tl.where(count == kept, middle, tl.maximum(below, low)))
     return low
 
 
