@@ -181,7 +181,7 @@ def run_cell(bench: Bench, cell: Cell) -> None:
         train_peer(bench, cell)
     seconds = time.monotonic() - start
     bench.keep(
-        cell, seconds=seconds, **heldout_figures(Shard.alone(bench.sae(cell)), bench.dataset, bench.hook)
+        cell, seconds=seconds, **heldout_figures([Shard.alone(bench.sae(cell))], bench.dataset, bench.hook)[0]
     )
 
 

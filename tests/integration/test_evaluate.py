@@ -92,7 +92,7 @@ def test_figures_agree_with_the_trainers_and_with_plain_code(setting_of):
     setting = setting_of(random_sae())
     measured = reconstruction.measure(setting)
     found = values(measured)
-    trainers = heldout_figures(Shard.alone(setting.sae), setting.dataset, HOOK)
+    trainers = heldout_figures([Shard.alone(setting.sae)], setting.dataset, HOOK)[0]
     for name in ("fvu_normalised", "fvu_raw", "l0"):
         assert found[name] == pytest.approx(trainers[name], rel=1e-6)
     rows = torch.from_numpy(setting.dataset.read_rows(HOOK, 0, setting.dataset.plan.rows_per_unit))

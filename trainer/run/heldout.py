@@ -6,11 +6,13 @@ Legend: B rows at a time, D width of the input, O width of the output.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from winnow.common.reporter import Progress
 from winnow.sae.metrics import L0, Fvu
 from winnow.schemas.errors import IntegrityError
 from winnow.schemas.training import TrainSpec
@@ -19,6 +21,7 @@ from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.step import Run
 
 log = logging.getLogger("winnow.trainer")
+T = TypeVar("T")
 
 CHUNK_ROWS = 8192
 """Rows read and reconstructed at a time."""
@@ -43,8 +46,7 @@ def _heldout_rows(
     units = dataset.plan.split_units("validation") if units is None else units
     size = dataset.plan.rows_per_unit
     together = [*hooks, *([target] if target else [])]
-    for first in range(units.start * size, units.stop * size, CHUNK_ROWS):
-        stop = min(first + CHUNK_ROWS, units.stop * size)
+    for first, stop in chunks(units, size, CHUNK_ROWS):
         read = {hook: torch.from_numpy(dataset.read_rows(hook, first, stop)) for hook in together}
         parts = [read[hook] for hook in hooks]
         rows = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -53,34 +55,69 @@ def _heldout_rows(
         yield rows, read[target] if target else None, weights
 
 
+def chunks(units: range, size: int, step: int) -> Iterator[tuple[int, int]]:
+    """Cut the rows of units of `size` rows into pieces of at most `step`: first row, and the next one's."""
+    for first in range(units.start * size, units.stop * size, step):
+        yield first, min(first + step, units.stop * size)
+
+
+def shown(batches: Iterator[T], dataset: ActivationStore, rows: Callable[[T], int]) -> Iterator[T]:
+    """Pass on batches of the held-out rows, and show how far they are; `rows` counts those of a batch."""
+    whole = len(dataset.plan.split_units("validation")) * dataset.plan.rows_per_unit
+    with Progress("held out", whole, "rows") as progress:
+        for batch in batches:
+            yield batch
+            progress.advance(rows(batch))
+
+
+class _Totals:
+    """Both FVUs and the L0 of one SAE, or of this rank's part of it."""
+
+    def __init__(self, shard: Shard) -> None:
+        sae, device = shard.sae, shard.sae.W_enc.device
+        self.shard, self.l0 = shard, L0()
+        self.normalised, self.raw = Fvu(sae.d_out, device), Fvu(sae.d_out, device)
+
+    def add(self, rows: Tensor, wanted: Tensor | None, weights: Tensor) -> None:
+        """Count raw rows [B, D], a transcoder's raw target [B, O] and weights [B]."""
+        sae = self.shard.sae
+        x, scale = sae.normalise(rows)
+        y = x if wanted is None else sae.normalise_target(wanted)
+        values, indices = self.shard.select(x)
+        y_hat = self.shard.reconstruct(values, indices, x)
+        self.normalised.add(y, y_hat, weights)
+        self.raw.add(rows if wanted is None else wanted, sae.restore(y_hat, scale), weights)
+        self.l0.add(values, weights)
+
+    def figures(self) -> dict[str, float]:
+        """See `heldout_figures`."""
+        if not self.normalised.rows:
+            raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
+        latent = self.shard.world.latent
+        # every shard counted the rows, so the sum over shards has counted them `size` times
+        active = self.l0.over(latent.sum).value * latent.size
+        return {"fvu_normalised": self.normalised.value, "fvu_raw": self.raw.value, "l0": active}
+
+
 @torch.no_grad()
 def heldout_figures(
-    shard: Shard, dataset: ActivationStore, *hooks: str, target: str | None = None
-) -> dict[str, float]:
-    """Measure `fvu_normalised`, `fvu_raw` and `l0` on the held-out rows of weight above 0.
+    shards: Sequence[Shard], dataset: ActivationStore, *hooks: str, target: str | None = None
+) -> list[dict[str, float]]:
+    """Measure `fvu_normalised`, `fvu_raw` and `l0` of each SAE on the held-out rows of weight above 0.
 
     Arguments as for `_heldout_rows`. For a transcoder, both FVUs are those of its target.
 
     Raises:
         IntegrityError: There is no such row, or a stored one is damaged.
     """
-    sae, world = shard.sae, shard.world
-    device = sae.W_enc.device
-    normalised, raw, l0 = Fvu(sae.d_out, device), Fvu(sae.d_out, device), L0()
-    for rows, wanted, weights in world.each(_heldout_rows(dataset, *hooks, target=target)):
-        rows, weights = rows.to(device), weights.to(device)
-        x, scale = sae.normalise(rows)
-        y = x if wanted is None else sae.normalise_target(wanted.to(device))
-        values, indices = shard.select(x)
-        y_hat = shard.reconstruct(values, indices, x)
-        normalised.add(y, y_hat, weights)
-        raw.add(rows if wanted is None else wanted.to(device), sae.restore(y_hat, scale), weights)
-        l0.add(values, weights)
-    if not normalised.rows:
-        raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
-    # every shard counted the rows, so the sum over shards has counted them `size` times
-    active = l0.over(world.latent.sum).value * world.latent.size
-    return {"fvu_normalised": normalised.value, "fvu_raw": raw.value, "l0": active}
+    world, device = shards[0].world, shards[0].sae.W_enc.device
+    totals = [_Totals(shard) for shard in shards]
+    batches = shown(_heldout_rows(dataset, *hooks, target=target), dataset, lambda batch: len(batch[0]))
+    for rows, wanted, weights in world.each(batches):
+        moved = rows.to(device), None if wanted is None else wanted.to(device), weights.to(device)
+        for total in totals:
+            total.add(*moved)
+    return [total.figures() for total in totals]
 
 
 def calibration_rows(

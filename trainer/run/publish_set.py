@@ -7,7 +7,7 @@ Legend: B rows at a time, D width of the residual stream, L layers, l source lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import ObjectStore
 from winnow.trainer.mesh.shard import Shard
-from winnow.trainer.run.heldout import CHUNK_ROWS, calibration_rows, candidate_saes
+from winnow.trainer.run.heldout import CHUNK_ROWS, calibration_rows, candidate_saes, chunks, shown
 from winnow.trainer.run.publish import Summary, counted, put_summary
 from winnow.trainer.run.telemetry import PLOT_KEY, Telemetry, draw_curves
 from winnow.trainer.run.threshold import calibrate
@@ -39,14 +39,15 @@ def publish_set(
     candidates = _candidates(run)
     if run.batches:
         _calibrate(run, candidates, dataset)
-    figures = {name: heldout_of_set(shards, of, dataset) for name, shards in candidates.items()}
+    found = heldout_of_set(list(candidates.values()), of, dataset)
+    figures = dict(zip(candidates, found, strict=True))
     # one choice for all layers: of a cross-layer set they were trained to add up
     best = min(candidates, key=lambda name: _mean(figures[name], "fvu_normalised"))
     dead = {layer: part.dead_share_of_last_epoch for layer, part in run.layers.items()}
     facts = {"weights": best, "identity": identity, "window": WindowRule.of(dataset.plan)}
     cards: dict[int, SaeCard] = {}
     for layer, shard in candidates[best].items():
-        own = {f"{key}.{n}": value for n, found in figures.items() for key, value in found[layer].items()}
+        own = {f"{key}.{n}": value for n, of_set in figures.items() for key, value in of_set[layer].items()}
         own |= {"dead_share_last_epoch": dead[layer], "tokens": float(run.counts.tokens)}
         cards[layer] = shard.save(
             out.child(layer_folder(layer)),
@@ -55,7 +56,8 @@ def publish_set(
             spec=spec.layer_spec(layer),
             metrics=own,
         )
-    metrics = {f"{key}.{n}": _mean(found, key) for n, found in figures.items() for key in found[of.range[0]]}
+    keys = figures[best][of.range[0]]
+    metrics = {f"{key}.{n}": _mean(of_set, key) for n, of_set in figures.items() for key in keys}
     metrics |= {"dead_share_last_epoch": sum(dead.values()) / len(dead), "tokens": float(run.counts.tokens)}
     card = put_set_card(out, of, cards, **facts, spec=spec, metrics=metrics)
     summary: Summary = {
@@ -120,41 +122,65 @@ def _calibration_rows(dataset: ActivationStore, run: SetRun) -> Iterator[tuple[l
         yield [rows for rows, _ in parts], weights
 
 
+class _Totals:
+    """FVU and L0 of every layer of one set, or of this rank's part of it."""
+
+    def __init__(self, shards: Mapping[int, Shard], of: SetSpec) -> None:
+        some = next(iter(shards.values()))
+        self.shards, self.of, self.latent, self.width = shards, of, some.world.latent, some.sae.d_model
+        self.fvus = {layer: Fvu(self.width, some.sae.W_enc.device) for layer in of.range}
+        self.l0s = {layer: L0() for layer in of.range}
+
+    def add(self, rows: Mapping[str, Tensor], weights: Tensor) -> None:
+        """Count the raw rows [B, D] of every hook, and their weights [B]."""
+        predicted: dict[int, Tensor] = {}
+        for layer, shard in self.shards.items():
+            x = shard.sae.normalise(rows[self.of.read_hook(layer)])[0]
+            values, indices = shard.select(x)
+            self.l0s[layer].add(values, weights)
+            given = shard.reconstruct(values, indices, x).split(self.width, dim=1)
+            for target, part in zip(self.of.targets(layer), given, strict=True):
+                predicted[target] = predicted[target] + part if target in predicted else part
+        for layer, y_hat in predicted.items():
+            target = _target(self.shards[layer], rows[self.of.target_hooks(layer)[0]], self.width)
+            self.fvus[layer].add(target, y_hat, weights)
+
+    def figures(self) -> dict[int, Figures]:
+        """See `heldout_of_set`."""
+        if not self.fvus[self.of.range[0]].rows:
+            raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
+        found: dict[int, Figures] = {}
+        for layer in self.of.range:
+            # every shard counted the rows, so the sum over shards has counted them `size` times
+            active = self.l0s[layer].over(self.latent.sum).value * self.latent.size
+            fvu = self.fvus[layer].value
+            found[layer] = {"fvu_normalised": fvu, "fvu_raw": fvu, "l0": active}
+        return found
+
+
 @torch.no_grad()
-def heldout_of_set(shards: Mapping[int, Shard], of: SetSpec, dataset: ActivationStore) -> dict[int, Figures]:
+def heldout_of_set(
+    candidates: Sequence[Mapping[int, Shard]], of: SetSpec, dataset: ActivationStore
+) -> list[dict[int, Figures]]:
     """Measure `fvu_normalised`, `fvu_raw` and `l0` of every layer on the held-out rows of weight above 0.
 
     Both FVUs of layer m are of the prediction of `mlp_out.m` by all layers that write to it. They are equal:
     a target has one scale, by which error and variance are divided alike.
 
+    Returns:
+        For each set of weights, layer -> figures.
+
     Raises:
         IntegrityError: There is no such row, or a stored one is damaged.
     """
-    some = next(iter(shards.values()))
-    world, device, width = some.world, some.sae.W_enc.device, some.sae.d_model
-    fvus = {layer: Fvu(width, device) for layer in of.range}
-    l0s = {layer: L0() for layer in of.range}
-    for rows, weights in world.each(_rows(dataset, of)):
-        rows, weights = {hook: t.to(device) for hook, t in rows.items()}, weights.to(device)
-        predicted: dict[int, Tensor] = {}
-        for layer, shard in shards.items():
-            x = shard.sae.normalise(rows[of.read_hook(layer)])[0]
-            values, indices = shard.select(x)
-            l0s[layer].add(values, weights)
-            given = shard.reconstruct(values, indices, x).split(width, dim=1)
-            for target, part in zip(of.targets(layer), given, strict=True):
-                predicted[target] = predicted[target] + part if target in predicted else part
-        for layer, y_hat in predicted.items():
-            fvus[layer].add(_target(shards[layer], rows[of.target_hooks(layer)[0]], width), y_hat, weights)
-    if not fvus[of.range[0]].rows:
-        raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
-    found: dict[int, Figures] = {}
-    for layer in of.range:
-        # every shard counted the rows, so the sum over shards has counted them `size` times
-        active = l0s[layer].over(world.latent.sum).value * world.latent.size
-        fvu = fvus[layer].value
-        found[layer] = {"fvu_normalised": fvu, "fvu_raw": fvu, "l0": active}
-    return found
+    some = next(iter(candidates[0].values()))
+    device, totals = some.sae.W_enc.device, [_Totals(shards, of) for shards in candidates]
+    batches = shown(_rows(dataset, of), dataset, lambda batch: len(batch[1]))
+    for rows, weights in some.world.each(batches):
+        moved = {hook: t.to(device) for hook, t in rows.items()}, weights.to(device)
+        for total in totals:
+            total.add(*moved)
+    return [total.figures() for total in totals]
 
 
 def _target(shard: Shard, y: Tensor, width: int) -> Tensor:
@@ -171,7 +197,6 @@ def _rows(dataset: ActivationStore, of: SetSpec) -> Iterator[tuple[dict[str, Ten
     units, size = dataset.plan.split_units("validation"), dataset.plan.rows_per_unit
     # rows of all 2 L hooks are in memory together
     step = max(1, CHUNK_ROWS // len(of.range))
-    for first in range(units.start * size, units.stop * size, step):
-        stop = min(first + step, units.stop * size)
+    for first, stop in chunks(units, size, step):
         rows = {hook: torch.from_numpy(dataset.read_rows(hook, first, stop)) for hook in of.hooks}
         yield rows, torch.from_numpy(dataset.weights(list(of.hooks), first, stop))
