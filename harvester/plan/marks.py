@@ -74,21 +74,30 @@ def labels_of(
         documents: The number of each document of the stream.
         source_starts: The first document of each source, or of the next one if a source has none.
     """
-    marks, length = windows["mark"], windows["mark"].shape[1]
-    place = np.arange(length)
-    begins = (marks & FIRST_MARK).astype(bool)
+    marks = np.ascontiguousarray(windows["mark"])
+    count, length = marks.shape
     # What begins where the window's own text does is counted in `run` already.
-    later = begins.copy()
-    later[:, : lead + 1] = False
-    document = documents[windows["run"][:, None] + np.cumsum(later, axis=1, dtype=np.uint64)]
-    latest = np.maximum.accumulate(np.where(later, place, -1), axis=1)
-    offset = np.where(latest >= 0, place - latest, windows["offset"][:, None] + np.maximum(place - lead, 0))
+    begins = (marks & FIRST_MARK).astype(bool)
+    begins[:, : lead + 1] = False
+    # Pieces of one document in one window, from the first token of either: what is the same for all tokens of
+    # a piece is computed once for each.
+    begins[:, 0] = True
+    at = np.flatnonzero(begins)
+    sizes = np.diff(at, append=marks.size)
+    row, place = np.divmod(at, length)
+    before = np.arange(len(at)) - np.flatnonzero(place == 0)[row]
+    document = documents[windows["run"][row] + before.astype(np.uint64)]
+    source = np.searchsorted(source_starts, document, side="right") - 1
+    # Where each piece's document would begin, were it all in a row.
+    origin = np.where(place == 0, at - windows["offset"][row].astype(np.int64) + lead, at)
+    offset = (np.arange(marks.size) - np.repeat(origin, sizes)).reshape(count, length)
+    offset[:, :lead] = windows["offset"][:, None]
     found = {
         "role": marks >> _FLAG_BITS,
         "turn": windows["turn"] if "turn" in (windows.dtype.names or ()) else np.zeros_like(marks),
         "flags": marks & ((1 << _FLAG_BITS) - 1),
-        "source": np.searchsorted(source_starts, document, side="right") - 1,
-        "document": document,
+        "source": np.repeat(source.astype(LABELS["source"]), sizes).reshape(count, length),
+        "document": np.repeat(document, sizes).reshape(count, length),
         "offset": offset,
     }
     return {name: np.ascontiguousarray(found[name], dtype) for name, dtype in LABELS.items()}

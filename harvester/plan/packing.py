@@ -68,11 +68,14 @@ class Packer:
 
     def push(self, documents: Iterable[Numbered]) -> Windows:
         """Continue the stream with `documents`, and return the windows [n] that are now full."""
-        parts = [self.tail]
+        # As plain bytes: NumPy compares the fields of every two arrays that it joins, which takes longer than
+        # to copy a short document.
+        raw = np.dtype((np.void, self.tail.itemsize))
+        parts = [self.tail.view(raw)]
         for number, tokens in documents:
             self.documents.append(number)
-            parts.append(tokens)
-        stream = np.concatenate(parts)
+            parts.append(tokens.view(raw))
+        stream = np.concatenate(parts).view(self.tail.dtype)
         count = len(stream) // self.payload
         whole = count * self.payload
         windows = np.zeros(count, self.dtype)

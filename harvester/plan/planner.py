@@ -1,7 +1,7 @@
 """`winnow plan`: corpus to token windows to `plan.json` and the chunks of tokens and labels.
 
 One pass over the text; memory does not grow with it. Three stages overlap: reading (a thread), tokenising
-(a thread that waits for the tokenizer's own), packing and spilling (the caller). The store is probed first;
+(threads that wait for the tokenizer's own), packing and spilling (the caller). The store is probed first;
 nothing is written to it before the whole corpus has been read and found valid.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -38,15 +38,17 @@ from winnow.store.format.labels import LABEL_BYTES, label_keys
 from winnow.store.format.layout import LABELS_GROUP, PLAN_KEY, TOKENS_ARRAY, tokens_key
 from winnow.store.objects import ObjectStore
 from winnow.store.read.reader import load_plan
-from winnow.store.write.writer import create_dataset, differing_fields, put_labels, put_tokens
+from winnow.store.write.writer import create_dataset, differing_fields, put_label, put_tokens
 
 if TYPE_CHECKING:
     from winnow.subject.load import Subject
 
 log = logging.getLogger("winnow.harvester")
 
-PUT_THREADS = 8
-"""Token chunks that are uploaded at the same time."""
+PUT_UNITS = 8
+"""Units that are made and stored at the same time."""
+PUT_THREADS = 56
+"""Chunks of theirs that are stored at the same time: each waits for the disk or for a reply."""
 OTHER_TOKENIZER = (
     "Its tokens were made by another tokenizer (the one that an earlier version rebuilt from a GGUF file "
     "split text differently): stored rows can be streamed and trained on, but no tokens can be added; plan "
@@ -127,7 +129,7 @@ def make_plan(
         # Windows come in keyed order from the spill, so units before a missing one are read and passed over;
         # those after the last one are not read.
         units = enumerate(islice(run.makers(), max(missing, default=-1) + 1))
-        puts = (partial(_put_unit, store, plan, unit, make) for unit, make in units if unit in wanted)
+        puts = (partial(_put_unit, make, store, plan, unit) for unit, make in units if unit in wanted)
         _put(puts, lambda done: shown.put(run.tokens, done, len(missing)))
     return plan
 
@@ -170,7 +172,7 @@ def _plan_on(
     plan = create_dataset(store, plan, *parent.digests())
     tokens, shown = plan.windows * plan.spec.context_length, PlanProgress(progress, [])
     _put(
-        (partial(_copy_unit, parent, store, plan, unit) for unit in missing),
+        (partial(_put_unit, partial(parent.unit, unit), store, plan, unit) for unit in missing),
         lambda done: shown.put(tokens, done, len(missing)),
     )
     return plan
@@ -475,36 +477,41 @@ def _version() -> str:
         return "unknown"
 
 
-def _put(puts: Iterable[Callable[[], None]], report: Callable[[int], None]) -> None:
-    """Store units' chunks, several in parallel; `report` is told how many are done."""
-    # Twice as many as threads are in memory at once: reading the spill stays ahead, and memory bounded.
+def _put(puts: Iterable[Callable[[Executor], None]], report: Callable[[int], None]) -> None:
+    """Store units, several in parallel; each gets the threads for chunks, and `report` how many are done."""
+    # Twice as many as are stored are in memory at once: reading the spill stays ahead, and memory bounded.
     done = 0
     running: set[Future[None]] = set()
-    pool = ThreadPoolExecutor(PUT_THREADS, "winnow-put-tokens")
+    units = ThreadPoolExecutor(PUT_UNITS, "winnow-put-units")
+    chunks = ThreadPoolExecutor(PUT_THREADS, "winnow-put-chunks")
     try:
         for put in puts:
-            running.add(pool.submit(put))
-            while len(running) >= 2 * PUT_THREADS:
+            running.add(units.submit(put, chunks))
+            while len(running) >= 2 * PUT_UNITS:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 done += _settle(finished)
                 report(done)
         done += _settle(wait(running).done)
         report(done)
     finally:
-        pool.shutdown(cancel_futures=True)
+        # In this order: a unit that is being stored waits for its chunks.
+        units.shutdown(cancel_futures=True)
+        chunks.shutdown()
 
 
-def _copy_unit(parent: Parent, store: ObjectStore, plan: HarvestPlan, unit: int) -> None:
-    _put_unit(store, plan, unit, partial(parent.unit, unit))
-
-
-def _put_unit(store: ObjectStore, plan: HarvestPlan, unit: int, make: MakeUnit) -> None:
+def _put_unit(make: MakeUnit, store: ObjectStore, plan: HarvestPlan, unit: int, chunks: Executor) -> None:
     planned = make()
-    put_labels(store, plan, unit, planned.labels)
-    put_tokens(store, plan, unit, planned.tokens)
+    # At the same time: a local store syncs file and folder of each chunk, and a file system commits what
+    # waits for it together.
+    puts = [
+        chunks.submit(put_label, store, plan, unit, name, planned.labels[name])
+        for name in label_keys(plan, unit)
+    ]
+    puts.append(chunks.submit(put_tokens, store, plan, unit, planned.tokens))
+    _settle(wait(puts).done)
 
 
-def _settle(finished: set[Future[None]]) -> int:
+def _settle(finished: Collection[Future[None]]) -> int:
     for future in finished:
         future.result()
     return len(finished)

@@ -6,7 +6,7 @@ Letters: T context length, W windows per unit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from winnow.common.hashing import keyed_hash
 from winnow.harvester.plan.chat import template_digests
-from winnow.harvester.plan.corpus import Document, documents
+from winnow.harvester.plan.corpus import documents
 from winnow.harvester.plan.digests import MakeUnit, PlanDigests, PlannedUnit, digests_of
 from winnow.harvester.plan.marks import labels_of
 from winnow.harvester.plan.packing import (
@@ -35,7 +35,7 @@ from winnow.harvester.plan.packing import (
 from winnow.harvester.plan.sources import SourceFile
 from winnow.harvester.plan.spill import WindowSpill, bucket_count, check_space, record_bytes
 from winnow.harvester.plan.tally import Tally
-from winnow.harvester.plan.tokenise import DocumentTokenizer, batches, read_ahead
+from winnow.harvester.plan.tokenise import DocumentTokenizer, tokenised
 from winnow.schemas.corpus import CorpusSpec
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.harvest import CorpusFacts, PlanSpec
@@ -156,9 +156,9 @@ class CorpusWindows:
         tokenizer = self._tokenizer
         texts = documents(self._corpus, self._tally, self._files, tokenizer.templates, tokenizer.rules)
         checked = MEASURE_BYTES
-        with closing(_tokenised(texts, self._tokenizer)) as stream:
-            for tokenised in stream:
-                self._spill.add(self._packer.push(self._for_training(tokenised, holdout)))
+        with closing(tokenised(texts, tokenizer)) as stream:
+            for batch in stream:
+                self._spill.add(self._packer.push(self._for_training(batch, holdout)))
                 self._progress.read(self.tokens, self._tally)
                 # At doubling sizes: the disk is found too small early, not after hours of reading.
                 if self._tally.bytes_done >= checked:
@@ -281,13 +281,3 @@ def _planned(
     windows: Windows, lead: int, documents: NDArray[np.uint64], source_starts: NDArray[np.uint64]
 ) -> PlannedUnit:
     return PlannedUnit(windows["token"].astype("<u4"), labels_of(windows, lead, documents, source_starts))
-
-
-def _tokenised(
-    texts: Iterator[Document], tokenizer: DocumentTokenizer
-) -> Generator[list[Tokens], None, None]:
-    # Three threads, one per stage; the caller packs and spills meanwhile. Ids become arrays in a stage of
-    # their own: under Python's lock that takes one core a tenth of the time of the split on two cores, for
-    # which the tokenizer would wait. One batch ahead, as its tokens take tens of MB until then.
-    split = read_ahead((tokenizer.split(batch) for batch in read_ahead(batches(texts))), 1)
-    return read_ahead(tokenizer.mark(batch) for batch in split)

@@ -498,8 +498,8 @@ _REPAIR = "Run `winnow verify ROOT --level full` to see everything that is damag
 
 def encode_chunk(values: NDArray[Any]) -> bytes:
     """Encode values as a zarr chunk with the codecs bytes (little-endian) and crc32c."""
-    body = np.ascontiguousarray(values).tobytes()
-    return body + crc32c(body).to_bytes(4, "little")
+    body = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    return b"".join((body, crc32c(body).to_bytes(4, "little")))
 
 
 def decode_chunk(data: Data, dtype: str, shape: tuple[int, ...], *, what: str) -> NDArray[Any]:

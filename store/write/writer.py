@@ -36,7 +36,7 @@ from winnow.schemas.harvest import (
     ShardRecord,
     UnitReceipt,
 )
-from winnow.store.format.labels import LABELS, Labels, label_keys
+from winnow.store.format.labels import LABELS, Labels, label_key, label_keys
 from winnow.store.format.layout import (
     PLAN_KEY,
     STORED_DTYPES,
@@ -195,14 +195,23 @@ def put_labels(store: ObjectStore, plan: HarvestPlan, unit: int, labels: Labels)
     Raises:
         IntegrityError: Other labels are stored already.
     """
+    for name in label_keys(plan, unit):
+        put_label(store, plan, unit, name, labels[name])
+
+
+def put_label(
+    store: ObjectStore, plan: HarvestPlan, unit: int, name: str, values: NDArray[np.generic]
+) -> None:
+    """Put one label [W, T] of a unit, of a plan that has labels.
+
+    Raises:
+        IntegrityError: Other values are stored already.
+    """
     _check_unit(plan, unit)
     shape = (plan.spec.windows_per_unit, plan.spec.context_length)
-    for name, key in label_keys(plan, unit).items():
-        if labels[name].shape != shape:
-            raise ValueError(
-                f"label {name!r} of a unit must be {list(shape)}, got {list(labels[name].shape)}"
-            )
-        _put_chunk(store, key, np.ascontiguousarray(labels[name], dtype=LABELS[name]))
+    if values.shape != shape:
+        raise ValueError(f"label {name!r} of a unit must be {list(shape)}, got {list(values.shape)}")
+    _put_chunk(store, label_key(name, unit), np.ascontiguousarray(values, dtype=LABELS[name]))
 
 
 def _put_chunk(store: ObjectStore, key: str, values: NDArray[Any]) -> None:

@@ -1,12 +1,21 @@
-"""Text to tokens: text is text, and nothing is added to it."""
+"""Text to tokens: text is text, nothing is added to it, and batches stay in order."""
 
+import threading
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from tests.support.tiny import make_tokenizer
-from winnow.schemas.errors import ConfigError
-from winnow.subject.testing import BOS, EOS, byte_tokenizer
+from winnow.harvester.plan import tokenise
+from winnow.harvester.plan.corpus import Document
+from winnow.harvester.plan.ids import GivenIds
+from winnow.harvester.plan.tokenise import DocumentTokenizer, tokenised
+from winnow.schemas.errors import ConfigError, IntegrityError
+from winnow.schemas.harvest import PlanSpec
+from winnow.subject.testing import BOS, EOS, byte_tokenizer, tokenizer_subject
 from winnow.subject.tokenizer import TextTokenizer
 
 SPELT = "a <eos> b"
@@ -53,3 +62,69 @@ def test_the_bos_is_the_one_that_the_post_processor_adds():
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(ConfigError, match=r"'m' has no fast tokenizer"):
         TextTokenizer(object(), model="m")
+
+
+def of_documents(
+    tokenizer: Tokenizer | None = None, *, turns: bool = False, **facts: int
+) -> DocumentTokenizer:
+    subject = tokenizer_subject(tokenizer or byte_tokenizer(), EOS, BOS, **facts)
+    spec = PlanSpec(hooks=("resid_post.0",), context_length=16, windows_per_unit=64)
+    return DocumentTokenizer(subject.tokenizer, subject.identity, spec, turns=turns)
+
+
+def mixed(count: int) -> list[Document]:
+    """Texts of all lengths, and ids whose roles are new ones every now and then."""
+    ids = np.arange(3, 9, dtype=np.uint32)
+    return [
+        GivenIds(ids, (f"role{at // 6}",) * 6) if at % 3 == 0 else f"<eos> {at} " * (at % 7)
+        for at in range(count)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 20, 300])
+def test_batches_come_in_the_order_of_their_documents(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    documents = mixed(90)
+    whole = of_documents(turns=True)
+    expected = whole(documents)
+    monkeypatch.setattr(tokenise, "BATCH_CHARS", size)
+    each = of_documents(turns=True)
+    made = [tokens for batch in tokenised(documents, each) for tokens in batch]
+    assert each.roles == whole.roles
+    assert len(each.roles) > 15
+    assert [tokens.tobytes() for tokens in made] == [tokens.tobytes() for tokens in expected]
+
+
+def test_texts_split_together_are_as_each_alone():
+    tokenizer, texts = of_documents(), ["", "a <eos> b", "é", "", "x" * 50]
+    made = tokenizer(list(texts))
+    assert [tokens.tobytes() for tokens in made] == [tokenizer([text])[0].tobytes() for text in texts]
+    assert made[1]["token"].tolist() == [*TextTokenizer(byte_tokenizer()).encode("a <eos> b"), EOS]
+
+
+def test_of_two_errors_the_first_document_s_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def documents() -> Iterator[Document]:
+        yield "ab"
+        yield "<beyond>"
+        raise ConfigError("the next document")
+
+    monkeypatch.setattr(tokenise, "BATCH_CHARS", 1)
+    tokenizer = byte_tokenizer()
+    rows = tokenizer.get_vocab_size()
+    tokenizer.add_tokens([AddedToken("<beyond>", special=False)])
+    small = of_documents(tokenizer, vocabulary=rows)
+    for _ in range(20):
+        stream = tokenised(documents(), small)
+        assert next(stream)[0]["token"].tolist()[-1] == EOS
+        with pytest.raises(IntegrityError, match="does not fit"):
+            next(stream)
+    assert not [thread for thread in threading.enumerate() if "winnow" in thread.name]
+
+
+def test_reading_is_a_few_batches_ahead_and_ends_when_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(tokenise, "BATCH_CHARS", 1)
+    stream = tokenised((read.append(at) or "text" for at in range(1000)), of_documents())
+    next(stream)
+    stream.close()
+    assert len(read) < 10
+    assert not [thread for thread in threading.enumerate() if "winnow" in thread.name]
