@@ -117,6 +117,8 @@ def _child(folder: Path, cores: int) -> None:
         small = list(batches(documents(config.corpus, files=find_files(config.corpus))))
         each = max(BARE_CHARS // BATCH_CHARS, 1)
         held = [list(chain.from_iterable(small[at : at + each])) for at in range(0, len(small), each)]
+        # Read anew: the planner's has met the corpus's words.
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         start = time.perf_counter()
         for batch in held:
             tokenizer.encode_batch_fast(list(map(str, batch)), add_special_tokens=False)

@@ -1,11 +1,16 @@
 """Text to tokens: text is text, nothing is added to it, and batches stay in order."""
 
+import json
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import Unigram, WordLevel, WordPiece
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 
 from tests.support.tiny import make_tokenizer
@@ -16,7 +21,7 @@ from winnow.harvester.plan.tokenise import DocumentTokenizer, tokenised
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.harvest import PlanSpec
 from winnow.subject.testing import BOS, EOS, byte_tokenizer, tokenizer_subject
-from winnow.subject.tokenizer import TextTokenizer
+from winnow.subject.tokenizer import TextTokenizer, copy_of
 
 SPELT = "a <eos> b"
 
@@ -57,6 +62,48 @@ def test_the_bos_is_the_one_that_the_post_processor_adds():
     after = byte_tokenizer()
     after.post_processor = TemplateProcessing("$A <eos>", None, [("<eos>", EOS)])
     assert TextTokenizer(after).bos is None
+
+
+def made_otherwise() -> Iterator[Tokenizer]:
+    """Tokenizers of every kind of model, with tokens added to each."""
+    models = [
+        WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"),
+        Unigram([("<unk>", 0.0), ("▁a", -1.0), ("b", -2.0)], unk_id=0),
+        WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"),
+    ]
+    for model in models:
+        made = Tokenizer(model)
+        made.normalizer, made.decoder = Lowercase(), Fuse()
+        made.pre_tokenizer = Metaspace()
+        made.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 3)])
+        made.add_tokens([AddedToken("a", special=True), AddedToken("<think>", special=False, lstrip=True)])
+        made.add_special_tokens([AddedToken("<s>", special=True, normalized=True)])
+        yield made
+    yield byte_tokenizer()
+    yield make_tokenizer().backend_tokenizer
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_copy_is_the_same_tokenizer_and_changes_nothing(at: int) -> None:
+    tokenizer = list(made_otherwise())[at]
+    before = tokenizer.to_str()
+    made = copy_of(tokenizer)
+    assert made.to_str() == before
+    text = "ab <think> a <s> <eos>"
+    assert made.encode(text).ids == tokenizer.encode(text).ids
+    made.encode_special_tokens = True
+    made.enable_truncation(1)
+    made.add_tokens(["of its own"])
+    assert tokenizer.to_str() == before
+    assert not tokenizer.encode_special_tokens
+
+
+def test_a_copy_keeps_numbers_that_follow_from_nothing():
+    raw = json.loads(byte_tokenizer().to_str())
+    raw["model"]["vocab"]["beyond"] = 300
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 300, "content": "beyond"})
+    tokenizer = Tokenizer.from_str(json.dumps(raw))
+    assert copy_of(tokenizer).encode("beyond").ids == tokenizer.encode("beyond").ids == [300]
 
 
 def test_a_slow_tokenizer_is_refused():
