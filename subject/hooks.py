@@ -21,6 +21,9 @@ is what reaches the stream. OLMo 2 and 3 have no norm before the MLP: there `mlp
 What replaces `resid_mid` replaces the stream, so that the block adds its MLP's output to it; what replaces
 `mlp_in` is seen by the MLP only.
 
+Where the layers of the MLP have no module of their own (OPT), `mlp_in` is what the first is given, and
+`mlp_out` what the last gives.
+
 `router` is read-only: a router gives its logits beside the experts that it has chosen from them, and only the
 choice is used.
 
@@ -130,7 +133,7 @@ def resolve_hook(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
     if site == "attn_out":
         return Tap(hook, f"{block}.{parts.attention_post_norm or parts.attention}", False, layer)
     if site == "mlp_out":
-        return Tap(hook, f"{block}.{parts.mlp_post_norm or parts.mlp}", False, layer)
+        return Tap(hook, f"{block}.{parts.mlp_post_norm or parts.mlp_last or parts.mlp}", False, layer)
     if site == "mlp_in":
         return Tap(hook, f"{block}.{parts.mlp}", True, layer)
     if parts.parallel:

@@ -19,7 +19,14 @@ from winnow.subject.shapes import Block, Router, guess_block, guess_router
 log = logging.getLogger("winnow.subject")
 
 Part = Literal[
-    "attention", "mlp", "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "projection"
+    "attention",
+    "mlp",
+    "mlp_last",
+    "attention_norm",
+    "mlp_norm",
+    "attention_post_norm",
+    "mlp_post_norm",
+    "projection",
 ]
 """A module of a block, by what it does."""
 
@@ -100,6 +107,9 @@ LAYOUTS: dict[str, _Family] = {
 """transformers' `model_type` of the text model -> its parts. Add one only with a line in the test of the
 identities between them."""
 
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm", "norm_f")
+"""Names, beside the list of blocks, of the norm before the unembedding, outside the table."""
+
 # With several streams a block's output was flattened and truncated to the first D numbers, without an error:
 # a tiny DeepSeek V4 was harvested, sealed and verified clean with 32 of its rows' 128 numbers.
 _STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
@@ -119,7 +129,7 @@ class Layout:
         streams: How many residual streams a block passes on, as far as the config tells.
         embedding: Path of the token embedding; None if there is none. Its output need not be
             `resid_pre.0`: GPT-2 adds positions, Gemma scales it.
-        final_norm: Path of the norm before the unembedding; None if the architecture is not in the table.
+        final_norm: Path of the norm before the unembedding; outside the table a guess by its name, or None.
         unembedding: Path of the LM head; None if there is none.
         routers: Of each block, its router, a guess until it is proved; None if it has none that is known.
             Empty if no block has one.
@@ -189,13 +199,20 @@ def find_layout(model: nn.Module, config: Any) -> Layout:
         for layer in range(layers)
     ]
     parts = tuple(guess_block(names) if streams == 1 else None for names in inside)
+    norm = next((path for path in _final_norms(blocks) if path in dict(model.named_modules())), None)
     # No family of the table has experts.
     routers = tuple(guess_router(names) for names in inside)
     log.info("architecture %r is not in the table of hooks: using %s as its blocks", architecture, blocks)
     return Layout(
-        architecture, blocks, layers, parts, False, streams, embedding, None, unembedding,
+        architecture, blocks, layers, parts, False, streams, embedding, norm, unembedding,
         routers if any(routers) else (),
     )  # fmt: skip
+
+
+def _final_norms(blocks: str) -> list[str]:
+    """Where the norm after a list of blocks may be, in the order in which it is looked for."""
+    beside = blocks.rpartition(".")[0]
+    return [f"{beside}.{name}" for name in _FINAL_NORMS]
 
 
 def _block(family: _Family, config: Any) -> Block:

@@ -43,10 +43,11 @@ def proved(
         model: The model, with its weights.
         layout: Its layout, with guessed parts.
         kept: Number of blocks that are there.
-        run: Runs the model on ids int64 [1, T].
+        run: Runs the model on ids int64 [2, T].
         vocabulary: V.
     """
-    ids = probe_ids(vocabulary)[None]
+    # Two windows: a block that flattens them (OPT) must do so in the order in which its output has them.
+    ids = torch.stack([probe_ids(vocabulary), probe_ids(vocabulary).flip(0)])
     guessed = [layer for layer in range(kept) if layout.parts[layer] is not None]
     wrong: dict[int, str] = {}
     parts = list(layout.parts)
@@ -80,20 +81,23 @@ def proved(
 def _read(
     model: nn.Module, taps: Mapping[int, Mapping[str, Tap]], run: Callable[[Tensor], object], ids: Tensor
 ) -> dict[int, dict[str, Tensor]]:
-    """Layer -> name of a tap -> rows [T, D]; layers with a tap that cannot be read are left out."""
+    """Layer -> name of a tap -> rows [2T, D]; layers with a tap that cannot be read are left out."""
     every = [tap for own in taps.values() for tap in own.values()]
     if not every:
         return {}
     try:
         with torch.no_grad():
-            read = read_taps(model, every, lambda: run(ids), (1, ids.shape[1]))
+            read = read_taps(model, every, lambda: run(ids), (ids.shape[0], ids.shape[1]))
     except ConfigError:
         # One pass for all layers is refused as a whole if one of them is odd: then each has its own.
         if len(taps) == 1:
             return {}
         alone = (_read(model, {layer: own}, run, ids) for layer, own in taps.items())
         return {layer: rows for found in alone for layer, rows in found.items()}
-    return {layer: {name: read[tap.hook][0] for name, tap in own.items()} for layer, own in taps.items()}
+    return {
+        layer: {name: read[tap.hook].flatten(0, 1) for name, tap in own.items()}
+        for layer, own in taps.items()
+    }
 
 
 def _headless(

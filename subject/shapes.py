@@ -21,7 +21,8 @@ class Block:
     Attributes:
         attention: The attention module; in hybrids the linear attention, state-space layer or convolution
             that has its place.
-        mlp: The MLP module, or mixture of experts.
+        mlp: The MLP module, or mixture of experts; the first of its layers if they have no module of their
+            own (OPT's `fc1`).
         attention_norm: Norm of what attention reads; None if it reads the stream itself (OLMo 2 and 3).
         mlp_norm: Norm of what the MLP reads, which may be attention's too (Phi); None as above.
         attention_post_norm: Norm of what attention gives, before it is added; None if it is added as it is.
@@ -29,6 +30,8 @@ class Block:
         parallel: Whether attention and MLP run in parallel.
         projection: The linear layer that makes attention's output of all heads, joined; None if attention has
             no heads or another name for it.
+        mlp_last: The last layer of an MLP whose layers have no module of their own (OPT's `fc2`); None if
+            `mlp` is the whole.
     """
 
     attention: str
@@ -39,13 +42,14 @@ class Block:
     mlp_post_norm: str | None = None
     parallel: bool = False
     projection: str | None = None
+    mlp_last: str | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
         """All of them that the block has."""
         found = (
             self.attention, self.mlp, self.attention_norm, self.mlp_norm,
-            self.attention_post_norm, self.mlp_post_norm, self.projection,
+            self.attention_post_norm, self.mlp_post_norm, self.projection, self.mlp_last,
         )  # fmt: skip
         return tuple(path for path in found if path is not None)
 
@@ -94,6 +98,12 @@ _SANDWICHES = (
 """Norm before the MLP, norm after attention, norm after the MLP, of blocks that have the last two."""
 
 
+_LOOSE = Block(
+    "self_attn", "fc1", "self_attn_layer_norm", "final_layer_norm",
+    projection="self_attn.out_proj", mlp_last="fc2",
+)  # fmt: skip
+"""OPT, XGLM, BioGPT, and the decoders in the manner of BART whose norms come before."""
+
 _ROUTERS = ("gate", "router")
 """Names, beside `experts`, of the module that chooses among them."""
 
@@ -112,6 +122,8 @@ def guess_router(names: Collection[str]) -> Router | None:
 def guess_block(names: Collection[str]) -> Block | None:
     """The parts of a block, from the paths of all modules inside it; None if its names are others."""
     attention, mlp = _first(names, (*_WITH_HEADS, *_HEADLESS)), _first(names, _MLP)
+    if set(_LOOSE.paths) <= set(names):
+        return _LOOSE
     if attention is None or mlp is None:
         return None
     norm = _first(names, _BEFORE_ATTENTION)

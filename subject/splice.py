@@ -175,8 +175,9 @@ def _attached(model: nn.Module, tap: Tap, use: Callable[[Tap, Tensor], Tensor | 
 
 def _rows(tap: Tap, value: Tensor, shape: tuple[int, int]) -> Tensor:
     """[W, T, ...] -> [W*T, D]; at a module path, axes after the second (attention heads) merge into D."""
-    # Routers flatten the windows before they choose.
-    if tap.read_only and value.ndim == 2 and len(value) == shape[0] * shape[1]:
+    # Routers flatten the windows before they choose, OPT's blocks before the MLP. Proved at load, with two
+    # windows, since their order cannot be seen.
+    if tap.named and value.ndim == 2 and len(value) == shape[0] * shape[1]:
         value = value.view(*shape, -1)
     if value.ndim < 3 or tuple(value.shape[:2]) != shape or not value.is_floating_point():
         raise ConfigError(

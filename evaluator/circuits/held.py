@@ -78,7 +78,8 @@ class Held:
                 longer than its context, or a module cannot be held, which is named.
         """
         layout = subject.layout
-        if not layout.tabled or layout.final_norm is None or layout.unembedding is None:
+        # Parts outside the table are proved at load; the final norm there is a guess that `_record` checks.
+        if None in layout.parts or layout.final_norm is None or layout.unembedding is None:
             raise _refused(subject, "blocks whose parts are not known", layout.blocks)
         if subject.dtype not in (torch.float32, torch.float64):
             raise ConfigError(
@@ -305,14 +306,15 @@ def read_paths(subject: Subject, reads: Reads) -> list[str]:
 
 @contextmanager
 def reading(subject: Subject, paths: list[str], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, a pass hands what each layer reads, as [W, P, D], to `keep`."""
+    """While open, a pass of one window hands what each layer reads, as [1, P, D], to `keep`."""
 
     # Not through `Subject.logits`: what it replaces at `resid_mid` is written in place, which would make the
     # rows of a graph unusable.
     def make(layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             value = args[0] if args else kwargs["hidden_states"]
-            keep(layer, value)
+            # OPT flattens the windows before its MLP.
+            keep(layer, value if value.ndim == 3 else value[None])
 
         return hook
 

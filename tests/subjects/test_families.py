@@ -21,8 +21,9 @@ FAMILIES = {
     "gemma4_text, shared keys": (RESIDUAL, "right", "cached", "right", "apart"),
     "mamba": (RESIDUAL, "right", "cached", "right", "refused"),
     "llava": (ALL, "right", "cached", "right", "apart"),
-    "llama4_text": (f"{RESIDUAL}, router", "right", "cached", "right", "apart"),
+    "llama4_text": (f"{ALL}, router", "right", "cached", "right", "apart"),
     "mixtral": (f"{ALL}, router", "right", "cached", "right", "apart"),
+    "opt": (ALL, "right", "cached", "right", "refused"),
     "openai-gpt": (RESIDUAL, "right", "whole passes", "right", "refused"),
     "phi3, longrope": (ALL, "right", "cached in parts", "right", "apart"),
     "qwen3_5_text": (f"{ALL} (layers 3)", "right", "cached", "right", "refused"),
@@ -30,9 +31,9 @@ FAMILIES = {
 }
 """Sites, truncation, generation, tail and documents of: state space beside attention (which alone has heads),
 an encoder made causal, experts in whose choice a bias has a say, soft caps, text and images, experts chosen
-by probabilities, keys of other layers, experts that all run, a state space alone, a text tower, experts, no
-cache, rows that depend on the window's length, linear attention, and blocks that hand on more than the
-stream."""
+by probabilities, keys of other layers, experts that all run, a state space alone, a text tower, experts, an
+MLP without a module, no cache, rows that depend on the window's length, linear attention, and blocks that
+hand on more than the stream."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)

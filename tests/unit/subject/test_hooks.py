@@ -303,7 +303,7 @@ def test_the_parts_of_an_unknown_architecture_are_guessed_by_name() -> None:
     assert resolve_hook("resid_post.1", layout, modules).path == "model.layers.1"
     assert (layout.parts, layout.tabled) == ((LAYOUTS["llama"].block,) * LAYERS, False)
     assert resolve_hook("attn_out.1", layout, modules).path == "model.layers.1.self_attn"
-    assert layout.final_norm is None
+    assert layout.final_norm == "model.norm"
     assert (layout.embedding, layout.unembedding) == ("model.embed_tokens", "lm_head")
     model.config.num_hidden_layers = 7
     with pytest.raises(ConfigError, match="blocks cannot be told"):

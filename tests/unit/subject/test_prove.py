@@ -77,6 +77,49 @@ def test_blocks_that_were_dropped_are_not_run() -> None:
     assert prove(model, layout, kept=2) == layout
 
 
+def test_an_mlp_without_a_module_and_with_flattened_windows_is_found() -> None:
+    """OPT; with its norms after the sums (350m) the parts do not add up to what the block adds."""
+    model = tiny_model("opt", layers=LAYERS, ffn_dim=64)
+    layout = find_layout(model, model.config)
+    block = Block(
+        "self_attn", "fc1", "self_attn_layer_norm", "final_layer_norm",
+        projection="self_attn.out_proj", mlp_last="fc2",
+    )  # fmt: skip
+    assert prove(model, layout).parts == layout.parts == (block,) * LAYERS
+    assert layout.final_norm == "model.decoder.final_layer_norm"
+    model = tiny_model("opt", layers=LAYERS, ffn_dim=64, do_layer_norm_before=False)
+    assert prove(model, find_layout(model, model.config)).parts == (None,) * LAYERS
+
+
+class Flat(nn.Module):
+    """A block whose MLP reads windows flattened, position by position if `turned`."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.turned = turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x))
+        given = self.post_attention_layernorm(x)
+        given = given.transpose(0, 1) if self.turned else given
+        made = self.mlp(given.flatten(0, 1)).view(given.shape)
+        return x + (made.transpose(0, 1) if self.turned else made)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_windows_that_are_flattened_in_another_order_are_refuted(turned: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([Flat(turned)])})
+    embed, block = nn.Embedding(VOCABULARY, 8), model.get_submodule("layers.0")
+    guess = guess_block({name for name, _ in block.named_modules()})
+    run: Callable[[Tensor], object] = lambda ids: block(embed(ids))  # noqa: E731
+    found = proved(model, Layout("flat", "layers", 1, (guess,)), 1, run, VOCABULARY)
+    assert guess is not None
+    assert found.parts == ((None,) if turned else (guess,))
+
+
 def test_shapes_by_name() -> None:
     plain = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
     assert guess_block({*plain, "self_attn.o_proj"}) == LAYOUTS["llama"].block
