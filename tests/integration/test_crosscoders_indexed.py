@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +29,8 @@ from tests.support.evaluated import save_sae, toy_config
 from winnow import Latents
 from winnow.cli.main import app
 from winnow.evaluator.families.diffing import relative_norms
+from winnow.explorer.index.build import Recipe
+from winnow.explorer.index.crew import IndexWorker
 from winnow.explorer.index.directions import DirectLogits
 from winnow.explorer.index.make import make_index
 from winnow.explorer.index.table import FeatureTable
@@ -203,6 +208,32 @@ def test_datasets_and_subjects_that_have_moved_are_named_by_the_config(pair, mad
     assert done.exit_code == 2
     assert "subject" in done.stderr
     assert not list(tmp_path.glob("index/*.json"))
+
+
+def test_two_workers_make_the_same_bytes(made, tmp_path):
+    """`--workers 2` without Ray: each worker opens both datasets and subjects from what the driver sends."""
+    config, uri = made
+    place, spec = Place.in_config(config), FeatureTable.open(f"{uri}/features").meta.spec
+    recipe = Recipe(
+        uri, config.root, str(tmp_path / "shared"), None, spec, None, config.storage, part_latents=16,
+        roots=place.roots, subjects=place.subjects,
+    )  # fmt: skip
+    workers = [IndexWorker(pickle.loads(pickle.dumps(recipe)), torch.get_num_threads()) for _ in range(2)]
+
+    def make_all(step: str, todo: list[int], done: Callable[[], object]) -> None:
+        for worker in workers:
+            worker.ready()
+        for number in todo:
+            workers[number % 2].run(step, number)
+            done()
+
+    recipe.open().run(make_all=make_all)
+    alone = replace(recipe, out=str(tmp_path / "alone"))
+    alone.open().run()
+    names = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*.parquet")]
+    assert len([name for name in names if name.parts[0] == "latents"]) == 3
+    for name in names:
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
 
 
 def test_a_crosscoder_of_one_subject_is_indexed_and_read(tmp_path):
