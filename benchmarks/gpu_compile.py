@@ -71,6 +71,8 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+    use: str = ""
+    """What the example says it is of, if it says so."""
 
 
 class Absent:
@@ -178,6 +180,7 @@ def compiled(launch: Launch, target: str) -> dict[str, Any]:
     }
     return {
         "kernel": launch.kernel.fn.__name__,
+        "use": launch.use,
         "target": target,
         "registers": registers,
         "spilled": spilled,
@@ -231,22 +234,33 @@ def tables(targets: list[str], dtypes: list[str], only: str) -> list[dict[str, A
 
 def examples_of(module: ModuleType, shape: Shape) -> list[Launch]:
     """The launches of a module's examples at a shape."""
-    examples = EXAMPLES.get(module.__name__, [])
-    return [launch for example in examples for launch in caught(partial(example, shape))]
+    found: list[Launch] = []
+    for example in EXAMPLES.get(module.__name__, []):
+        use = (example.__doc__ or "").rstrip(".").lower()
+        found += [launch._replace(use=use) for launch in caught(partial(example, shape))]
+    return found
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of docs/kernels.md."""
+    """The table of docs/kernels.md: of a kernel's forms for the same use, the one that takes most."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
     lines = ["| kernel | operands | " + " | ".join(targets) + " |", "|---" * (len(targets) + 2) + "|"]
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    most: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        shared = f"{row['shared'] / 1024:.3g} K"
-        cell = f"{row['registers']} / {row['spilled']} / {shared} / {row['blocks']}"
-        cells.setdefault((row["kernel"], row["dtype"]), {})[row["target"]] = cell
-    for (kernel, dtype), found in cells.items():
-        lines.append(f"| `{kernel}` | {dtype} | " + " | ".join(found.get(t, "") for t in targets) + " |")
+        name = f"`{row['kernel']}`" + (f" {row['use']}" if row["use"] else "")
+        found = most.setdefault((name, row["dtype"]), {})
+        found[row["target"]] = max(found.get(row["target"], row), row, key=_takes)
+    for (name, dtype), found in most.items():
+        cells = [
+            f"{row['registers']} / {row['spilled']} / {row['shared'] / 1024:.3g} K / {row['blocks']}"
+            for row in (found[target] for target in targets)
+        ]
+        lines.append(f"| {name} | {dtype} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _takes(row: dict[str, Any]) -> tuple[int, int, int]:
+    return row["spilled"], -row["blocks"], row["registers"]
 
 
 def main() -> None:

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from winnow.sae.init import initialise
+from winnow.sae.model import PARAMETERS, Sae
+from winnow.schemas.training import TrainSpec
 from winnow.trainer.kernels.dispatch import triton_module
 from winnow.trainer.kernels.step_ops import aligned
-from winnow.trainer.step import auxk
+from winnow.trainer.step import Recipe, Run, auxk, train_step
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16]
@@ -56,3 +59,60 @@ def test_gradients_are_masked_and_summed(device, shape, dtype):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype] * expected.abs().max().item()
     torch.testing.assert_close(z.float(), expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(sums, z.sum(0, dtype=torch.float32), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 5), (5, 7), (70, 33), (40, 300)])
+def test_error_spread_and_gradient_come_from_one_pass(device, shape, dtype):
+    B, D = shape
+    # far from 0, where the difference of two sums of squares would have no digit left
+    e, weights = normal(0, B, D) + 1e4, normal(1, B).abs() + 0.1
+    given = aligned(B, D, torch.empty(0, dtype=dtype)).copy_(e + normal(2, B, D))
+    found = triton_module("auxk").errors(given.to(device), e.to(device), weights.to(device), dtype)
+    error, wide = given.double() - e.double(), weights.double()
+    mean = wide @ e.double() / max(wide.sum().item(), 1e-30)
+    expected = {
+        "grad": 2 * wide[:, None] * error,
+        "error": wide @ error.square().sum(1),
+        "weight": wide.sum(),
+        "mean": mean,
+        "spread": wide @ (e.double() - mean).square().sum(1),
+    }
+    assert found.grad.dtype == dtype
+    for name, one in expected.items():
+        loose = 1e-2 if name == "grad" and dtype == torch.bfloat16 else 1e-3 if name == "spread" else 1e-5
+        atol = loose * (one.abs().max().item() if one.numel() else 1.0)
+        torch.testing.assert_close(getattr(found, name).cpu().double(), one, rtol=0, atol=atol, msg=name)
+
+
+def test_what_is_not_finite_is_told_and_has_no_gradient(device):
+    given, e = torch.zeros(3, 5), normal(0, 3, 5)
+    given[1, 2], e[2, 0] = math.inf, math.nan
+    found = triton_module("auxk").errors(
+        *(tensor.to(device) for tensor in (given, e, torch.ones(3))), torch.float32
+    )
+    assert not found.error.isfinite()
+    assert found.spread.isnan()
+    where = (found.grad == 0).nonzero().tolist()
+    assert where == [[1, 2], [2, 0]]
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_a_term_that_is_not_finite_adds_nothing(device, compute_dtype):
+    """Of one row there is no spread to divide by."""
+    runs = []
+    for coefficient in (0.0, 1.0):
+        fields = {"out": "x", "hook": "h.1", "latents": 40, "k": 2, "batch_rows": 64, "epochs": 8}
+        fields |= {"auxk_coefficient": coefficient, "auxk_k": 16, "dead_after_tokens": 50}
+        spec = TrainSpec.model_validate(fields | {"kernels": "triton", "compute_dtype": compute_dtype})
+        sae = Sae(6, 40, 2, device=device)
+        constant = initialise(sae, normal(9, 300, 6), torch.ones(300), seed=0)
+        runs.append(Run(sae, Recipe.resolve(spec, 6, steps_per_epoch=5), constant))
+        runs[-1].dead.since[:20] = 1000
+    outcomes = [train_step(run, normal(1, 1, 6).to(device), torch.ones(1, device=device)) for run in runs]
+    assert outcomes[1] is not None
+    assert outcomes[1].dead == 20
+    assert outcomes[1].auxk == 0
+    for name in PARAMETERS:
+        one, other = (getattr(run.sae, name).grad for run in runs)
+        assert torch.equal(one, other), name

@@ -12,12 +12,13 @@ from winnow.sae.init import initialise
 from winnow.sae.model import Sae
 from winnow.schemas.training import MomentsDtype, TrainSpec
 from winnow.trainer.kernels import reconstruct, reference
+from winnow.trainer.kernels.encode_topk import places_of
 from winnow.trainer.kernels.fused_ops import AdamStep, Finish, fused_ops
 from winnow.trainer.kernels.segment_grad import segments_of, segments_unasked
 from winnow.trainer.run.checkpoint import pack, unpack
 from winnow.trainer.step import Recipe, Run, sparse, train_step
 from winnow.trainer.step.context import StepContext
-from winnow.trainer.step.gradients import Gradients, places_of
+from winnow.trainer.step.gradients import Gradients
 from winnow.trainer.step.moments import new_state, unpack_moments
 from winnow.trainer.step.optim import renormalise_decoder
 from winnow.trainer.step.train import prepare

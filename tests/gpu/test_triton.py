@@ -18,6 +18,9 @@ from winnow.trainer.kernels import (
     encode_topk,
     reference,
 )
+from winnow.trainer.kernels.dispatch import triton_module
+from winnow.trainer.kernels.encode_topk import Wanted
+from winnow.trainer.kernels.step_ops import aligned
 from winnow.trainer.step import Recipe, Run, train_step
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +55,12 @@ def data(shape, dtype, device, *, whole=False) -> list[torch.Tensor]:
     B, D, N, _ = shape
     made = [normal(seed, *size) for seed, size in enumerate(((B, D), (N, D), (N,)))]
     return [(t.round() if whole else t).to(device, dtype) for t in made]
+
+
+def beside(ids: list[int], x: torch.Tensor) -> Wanted:
+    """Columns whose numbers are wanted, in rows that do not touch; each is NaN until it is filled."""
+    z = aligned(len(x), len(ids), x).fill_(torch.nan)
+    return Wanted(torch.tensor(ids, device=x.device), z)
 
 
 def equal(found, expected):
@@ -108,7 +117,23 @@ def test_chunks_blocks_and_pieces_are_joined(device, monkeypatch, group):
     monkeypatch.setattr(module, "PIECE", piece)
     monkeypatch.setattr(module, "SMALL_PIECE", piece)
     x, W, b = data((B, D, N, K), torch.float32, device, whole=True)
-    equal(encode_topk(x, W, b, K, "triton"), reference.encode_topk(x, W, b, K))
+    # beside them, columns of every block but one, the last among them
+    wanted = beside([*range(3), *range(120, 140), *range(300, 900, 7), N - 1], x)
+    equal(module.encode_topk(x, W, b, K, wanted), reference.encode_topk(x, W, b, K))
+    assert torch.equal(wanted.z, x @ W[wanted.ids].T + b[wanted.ids])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [0, 3])
+def test_wanted_columns_come_without_a_sweep_too(device, monkeypatch, k, dtype):
+    from winnow.trainer.kernels import encode_bounded_triton, encode_topk_triton
+
+    monkeypatch.setattr(encode_topk_triton, "LARGEST_K", 2)
+    for module in (encode_topk_triton.encode_topk, encode_bounded_triton.encode_topk_bounded):
+        x, W, b = data((5, 7, 40, k), dtype, device, whole=True)
+        wanted = beside([0, 3, 39], x)
+        equal(module(x, W, b, k, wanted), reference.encode_topk(x, W, b, k))
+        assert torch.equal(wanted.z, (x.float() @ W[wanted.ids].float().T + b[wanted.ids].float()).to(dtype))
 
 
 @pytest.mark.parametrize("first", [0, 300])
@@ -128,9 +153,11 @@ def test_rows_with_nan_infinity_or_nothing_but_ties_are_exact(device):
     W[77, 3] = W[299, 0] = torch.nan
     b[200:] = -torch.inf
     b[7] = torch.inf
-    found = encode_topk(x, W, b, 3, "triton")
+    wanted = beside([7, 77, 250, 299], x)
+    found = triton_module("encode_topk").encode_topk(x, W, b, 3, wanted)
     equal(found, reference.encode_topk(x, W, b, 3))
     assert found[0].isnan().any(1).all()
+    torch.testing.assert_close(wanted.z, (x @ W.T + b)[:, wanted.ids], rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_search_for_a_threshold_ends(device):

@@ -1,10 +1,12 @@
-"""AuxK's dense codes on a GPU: rows of [B, M] cut to their best k, and their gradients, each in one pass.
+"""AuxK's dense codes on a GPU: rows of [B, M] cut to their best k, their error, and their gradients.
 
 A program holds a whole row in its registers and looks for the k-th best by bisection over the numbers' bits,
 so the row is read once and written once; the library's top-k alone reads it five times.
-The gradients' product is masked, and summed for the biases, by the program that has a block of it.
+One pass over [B, O] gives error, spread and the gradient of what the codes reconstruct, which waits for no
+sum over the batch: that scales what is made of it. The gradients' product is masked, and summed for the
+biases, by the program that has a block of it.
 
-Legend: B rows, M dead latents, D width, k kept per row.
+Legend: B rows, M dead latents, D width, O width of the output, k kept per row.
 """
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
@@ -18,12 +20,16 @@ from torch import Tensor
 from winnow.trainer.kernels.cost import Cost, Given, cost_of
 from winnow.trainer.kernels.encode_topk_triton import DEPTH, _key, _threshold
 from winnow.trainer.kernels.examples import Shape, example
+from winnow.trainer.kernels.fused_ops import Errors
 from winnow.trainer.kernels.groups import COLUMNS, ROWS
+from winnow.trainer.kernels.rounding_triton import narrow
 from winnow.trainer.kernels.step_ops import aligned
-from winnow.trainer.kernels.support_triton import cdiv, interpreted, launch, power_of_two
+from winnow.trainer.kernels.support_triton import block_of, cdiv, interpreted, launch, power_of_two
 
 SMALLEST = 1024
 """Least numbers of a program: several rows, if these are short."""
+ERROR_ROWS, ERROR_BLOCK = 32, 128
+"""Rows and columns of [B, O] that a program takes."""
 
 
 @triton.jit(do_not_specialize=["R", "M", "kept"])
@@ -123,6 +129,78 @@ def grads_of_codes(grad: Tensor, W: Tensor, z: Tensor) -> Tensor:
     return sums.sum(0)
 
 
+@triton.jit(do_not_specialize=["R"])
+def _errors(
+    given,
+    e,
+    weights,
+    grad,
+    shares,
+    means,
+    sums,
+    R,
+    D,
+    stride,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    part = tl.program_id(0)
+    row = part * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (row < R)[:, None] & (d < D)[None, :]
+    at = row.to(tl.int64)[:, None] * D + d[None, :]
+    target = tl.load(e + at, mask=inside, other=0.0)
+    there = given + row.to(tl.int64)[:, None] * stride + d[None, :]
+    error = tl.load(there, mask=inside, other=0.0).to(tl.float32) - target
+    weight = tl.load(weights + row, mask=row < R, other=0.0)
+    twice = 2 * weight[:, None] * error
+    # 0 times what is not finite would be NaN, whatever the term's scale is set to
+    finite = tl.where(tl.abs(twice) < float("inf"), twice, 0.0)
+    tl.store(grad + at, narrow(finite, grad.dtype.element_ty), mask=inside)
+    share = tl.sum(weight, axis=0)
+    # about the mean of these rows: the difference of two sums of squares would cancel
+    mean = tl.sum(weight[:, None] * target, axis=0) / tl.where(share > 0, share, 1.0)
+    apart = target - mean[None, :]
+    tl.store(means + part.to(tl.int64) * D + d, mean, mask=d < D)
+    # all programs of these rows find the same share
+    tl.store(shares + part, share, mask=tl.program_id(1) == 0)
+    place = 2 * (part * tl.num_programs(1) + tl.program_id(1))
+    tl.store(sums + place, tl.sum(tl.sum(weight[:, None] * error * error, axis=1), axis=0))
+    # columns past the end have a mean of 0, and 0 is their number
+    tl.store(sums + place + 1, tl.sum(tl.sum(weight[:, None] * apart * apart, axis=1), axis=0))
+
+
+@cost_of("_errors")
+def _(given: Given) -> Cost:
+    return Cost(streamed=sum(given[name].nbytes for name in ("given", "e", "grad", "means", "sums")))
+
+
+def errors(given: Tensor, e: Tensor, weights: Tensor, dtype: torch.dtype) -> Errors:
+    """See `Errors`.
+
+    Args:
+        given: [B, O]; rows have consecutive numbers.
+        e: float32 [B, O].
+        weights: float32 [B].
+        dtype: Of the gradient.
+    """
+    rows, width = e.shape
+    parts, block = cdiv(rows, ERROR_ROWS), block_of(width, ERROR_BLOCK)
+    across = cdiv(width, block)
+    grad = torch.empty(rows, width, dtype=dtype, device=e.device)
+    shares, means, sums = (e.new_empty(size) for size in ((parts,), (parts, width), (parts, across, 2)))
+    if grad.numel():
+        shape = {"ROWS": ERROR_ROWS, "BLOCK_D": block, "num_warps": 4}
+        operands = (given, e.contiguous(), weights.contiguous(), grad, shares, means, sums)
+        launch(_errors, (parts, across), *operands, rows, width, given.stride(0), **shape)
+    weight = shares.sum()
+    # a rank may have no rows
+    mean = (shares @ means) / torch.where(weight > 0, weight, 1.0)
+    error, within = sums.sum((0, 1)).unbind()
+    apart = means - mean
+    return Errors(grad, error, weight, mean, within + shares @ (apart * apart).sum(1))
+
+
 @cost_of("_keep_best")
 def _(given: Given) -> Cost:
     return Cost(streamed=2 * given["R"] * given["M"] * given["z"].element_size())
@@ -156,3 +234,5 @@ def _example(shape: Shape) -> None:
     z = aligned(shape.rows, dead, shape.empty(0))
     keep_best(z, 256)
     grads_of_codes(shape.empty(shape.rows, shape.width), shape.empty(dead, shape.width), z)
+    e = shape.empty(shape.rows, shape.width, dtype=torch.float32)
+    errors(shape.empty(*e.shape), e, e[:, 0], shape.dtype)

@@ -29,19 +29,12 @@ from torch import Tensor
 
 from winnow.trainer.kernels import encode_topk_triton as plain
 from winnow.trainer.kernels.cost import Cost, cost_of
-from winnow.trainer.kernels.encode_topk_triton import (
-    DEPTH,
-    _column,
-    _entry,
-    _key,
-    _threshold,
-    sweep,
-)
+from winnow.trainer.kernels.encode_topk import Wanted
+from winnow.trainer.kernels.encode_topk_triton import _column, _entry, _key, _threshold
 from winnow.trainer.kernels.examples import Shape, example
 from winnow.trainer.kernels.groups import (
     COLUMNS,
     LARGEST_K,
-    ROWS,
     SLACK,
     chunk_rows,
     group_size,
@@ -56,7 +49,9 @@ LEAST = 1e-30
 SCAN = 1024
 """Groups looked at at a time, if more may hold one of the best than were selected."""
 MEMBERS = 1024
-"""Numbers of W_enc that are read at a time of a group; of what was selected twice as many."""
+"""Numbers of W_enc that are read at a time of a group."""
+WIDEST_PART, NUMBERS = 32, 8192
+"""Numbers of a row of W_enc that are read at a time of what was selected, and of all these rows."""
 _LEAST = tl.constexpr(-(2**31))
 _PADDING = tl.constexpr(2**63 - 1)
 
@@ -90,47 +85,6 @@ def _round_rows(rows, low, norms, lost, R, D, LINES: tl.constexpr, BLOCK_D: tl.c
         error += apart * apart
     tl.store(norms + row, tl.sqrt(tl.sum(square, axis=1)), mask=row < R)
     tl.store(lost + row, tl.sqrt(tl.sum(error, axis=1)), mask=row < R)
-
-
-@triton.jit(do_not_specialize=["R", "N"])
-def _sweep_bounds(
-    x,
-    W_enc,
-    b,
-    row_slack,
-    row_norms,
-    column_norms,
-    column_lost,
-    maxima,
-    words,
-    R,
-    N,
-    D,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    sweep(
-        x,
-        W_enc,
-        b,
-        row_slack,
-        row_norms,
-        column_norms,
-        column_lost,
-        maxima,
-        words,
-        R,
-        N,
-        D,
-        ROWS,
-        COLUMNS,
-        DEPTH,
-        GROUP,
-        WIDEN,
-    )
 
 
 @triton.jit
@@ -258,13 +212,17 @@ def _refine(
 
 
 @torch.no_grad()
-def encode_topk_bounded(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def encode_topk_bounded(
+    x: Tensor, W_enc: Tensor, b: Tensor, k: int, wanted: Wanted | None = None
+) -> tuple[Tensor, Tensor]:
     """See `winnow.trainer.kernels.encode_topk`: that of float32's own sums, ties included.
 
-    Other types than float32 and k > LARGEST_K are left to `encode_topk_triton`.
+    Other types than float32 and k > LARGEST_K are left to `encode_topk_triton`. What is `wanted` beside the
+    best has a product of its own in float32: the sweep has bounds of it only.
     """
     if x.dtype != torch.float32 or k > LARGEST_K or not k or not x.numel():
-        return plain.encode_topk(x, W_enc, b, k)
+        return plain.encode_topk(x, W_enc, b, k, wanted)
+    plain.multiply(x, W_enc, b, wanted)
     x, W_enc = x.contiguous(), W_enc.contiguous()
     values = torch.empty(len(x), k, dtype=torch.float32, device=x.device)
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
@@ -301,18 +259,9 @@ def round_rows(rows: Tensor) -> Rounded:
 
 def _sweep(x: Rounded, W: Rounded, bias: Tensor, k: int) -> tuple[Tensor, Tensor, int]:
     """Bounds and words of all groups int32 [R, groups], and the columns of a group."""
-    (rows, width), latents = x.low.shape, len(W.low)
-    group = group_size(latents, k)
-    size = rows, groups_of(latents, group)
-    maxima, words = (torch.empty(size, dtype=torch.int32, device=x.low.device) for _ in range(2))
-    row_slack = SLACK * x.lost + slack_of(width) * x.norms
+    row_slack = SLACK * x.lost + slack_of(x.low.shape[1]) * x.norms
     row_norms = SLACK * (x.norms + x.lost)
-    grid = (cdiv(rows, ROWS) * cdiv(latents, COLUMNS),)
-    bounds = (row_slack, row_norms, W.norms, W.lost)
-    cut = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "GROUP": group, "WIDEN": interpreted()}
-    operands = (x.low, W.low, bias, *bounds, maxima, words, rows, latents, width)
-    launch(_sweep_bounds, grid, *operands, num_warps=8, **cut)
-    return maxima, words, group
+    return plain.sweep(x.low, W.low, bias, k, bounds=(row_slack, row_norms, W.norms, W.lost))
 
 
 def _launch_refine(
@@ -338,14 +287,16 @@ def _launch_refine(
         GROUP=group,
         SLOTS=slots,
         SCAN=SCAN,
-        BLOCK_D=max(8, 2 * MEMBERS // slots),
-        MEMBER_D=max(16, min(256, MEMBERS // group)),
+        # with a quarter of them 128 and 512 slots spill 40 to 70 bytes on sm_90 or sm_100
+        BLOCK_D=max(8, min(WIDEST_PART, NUMBERS // slots)),
+        MEMBER_D=min(256, MEMBERS // group),
         num_warps=warps,
     )
 
 
 @example
 def _bounded_example(shape: Shape) -> None:
+    """Of bounds."""
     x, W = (shape.empty(size, shape.width, dtype=torch.float32) for size in (shape.rows, shape.latents))
     b = shape.empty(shape.latents, dtype=torch.float32)
     maxima, words, group = _sweep(round_rows(x), round_rows(W), b, shape.k)
@@ -353,16 +304,21 @@ def _bounded_example(shape: Shape) -> None:
     _launch_refine(x, W, b, maxima, words, keys, keys, shape.codes()[1], group)
 
 
+@example
+def _many_example(shape: Shape) -> None:
+    """Of 256 per row."""
+    x, W = (shape.empty(size, shape.width, dtype=torch.float32) for size in (shape.rows, shape.latents))
+    many = shape._replace(k=256)
+    group = group_size(shape.latents, many.k)
+    maxima = shape.empty(shape.rows, groups_of(shape.latents, group), dtype=torch.int32)
+    keys = shape.empty(shape.rows, slots_of(many.k), dtype=torch.int32)
+    b = shape.empty(shape.latents, dtype=torch.float32)
+    _launch_refine(x, W, b, maxima, maxima, keys, keys, many.codes()[1], group)
+
+
 @cost_of("_round_rows")
 def _(given: Mapping[str, Any]) -> Cost:
     return Cost(streamed=sum(given[name].nbytes for name in ("rows", "low", "norms", "lost")))
-
-
-@cost_of("_sweep_bounds")
-def _(given: Mapping[str, Any]) -> Cost:
-    vectors = ("b", "row_slack", "row_norms", "column_norms", "column_lost")
-    moved = sum(given[name].nbytes for name in ("x", "W_enc", *vectors, "maxima", "words"))
-    return Cost(flops=2.0 * given["R"] * given["N"] * given["D"], streamed=moved)
 
 
 @cost_of("_refine")

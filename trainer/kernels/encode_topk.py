@@ -34,6 +34,15 @@ class Watch(NamedTuple):
     """Called with a slice of the B rows, a slice of the M columns, and z [rows, columns] of these."""
 
 
+class Wanted(NamedTuple):
+    """Columns of which a GPU writes every number, beside the best of all."""
+
+    ids: Tensor
+    """int64 [M], ascending."""
+    z: Tensor
+    """[B, M], which is filled; consecutive numbers in a row."""
+
+
 @torch.library.custom_op("winnow::encode_topk", mutates_args=())
 def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     """Compute the best k of `x @ W_enc.T + b` per row.
@@ -94,6 +103,12 @@ def cuts_of(ids: Tensor, edges: list[int]) -> list[int]:
     """For each edge, the number of ascending ids int64 [M] below it."""
     # all edges in one `tolist`, because on a GPU each is a wait for the device
     return torch.searchsorted(ids, torch.tensor(edges, device=ids.device)).tolist()
+
+
+def places_of(ids: Tensor, latents: int) -> Tensor:
+    """int32 [N]: each latent's place in ids [M]; -1 if it is not in them."""
+    places = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
+    return torch.full((latents,), -1, dtype=torch.int32, device=ids.device).scatter_(0, ids, places)
 
 
 @torch.no_grad()

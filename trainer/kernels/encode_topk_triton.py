@@ -1,7 +1,8 @@
 """`encode_topk` on a GPU: sweep, select, finish, order.
 
 Sweep: one pass of products, of which each group of G columns keeps its largest number, that one's column,
-and a bound on its runner-up; never [B, N]. Select: per row, the k groups with the best maxima. These maxima
+and a bound on its runner-up; never [B, N]. Columns that are wanted beside, all of their numbers, are written
+by the way. Select: per row, the k groups with the best maxima. These maxima
 are the k best numbers unless a group's runner-up reaches the k-th of them. Finish: such groups are multiplied
 again, G columns each, and their numbers merged. Order: value descending, then column ascending. Exact, with
 ties and NaN, in whatever order the latents are; no atomics, and nothing that the host waits for.
@@ -24,9 +25,12 @@ from torch import Tensor
 
 from winnow.trainer.kernels.best import best, sort_pairs
 from winnow.trainer.kernels.cost import Cost, cost_of
+from winnow.trainer.kernels.encode_topk import Wanted, places_of
 from winnow.trainer.kernels.examples import Shape, example
 from winnow.trainer.kernels.groups import COLUMNS, LARGEST_K, ROWS, chunk_rows, group_size, groups_of
 from winnow.trainer.kernels.reference import accumulator
+from winnow.trainer.kernels.rounding_triton import narrow
+from winnow.trainer.kernels.step_ops import aligned
 from winnow.trainer.kernels.support_triton import cdiv, interpreted, launch, power_of_two
 
 DEPTH = 32
@@ -50,8 +54,8 @@ def _key(z):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
-def sweep(
+@triton.jit(do_not_specialize=["R", "N"])
+def _sweep(
     x,
     W_enc,
     b,
@@ -59,22 +63,25 @@ def sweep(
     row_norms,
     column_norms,
     column_lost,
+    places,
+    beside,
     maxima,
     words,
     R,
     N,
     D,
+    stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One block of products; with slacks and norms, of upper bounds of products (`encode_bounded_triton`)."""
     STEP: tl.constexpr = COLUMNS // GROUP
     # rows run fastest: the programs of one block of W_enc run together, so that it is read once
     row_blocks = tl.cdiv(R, ROWS)
-    row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
+    row_block = tl.program_id(0) % row_blocks
+    row = row_block * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(0) // row_blocks
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     # past the end the last row and column are read again, which needs no mask; 64 bits: row * D passes 2**31
@@ -98,11 +105,11 @@ def sweep(
     key = tl.where((column < N)[None, :], _key(z), _LEAST)
     # a group's columns are STEP apart, because then a thread holds them all: tensor cores leave a thread with
     # pairs of columns 8 apart, and nothing goes through shared memory
-    key = tl.reshape(key, [ROWS, GROUP, STEP])
+    grouped = tl.reshape(key, [ROWS, GROUP, STEP])
     member = tl.arange(0, GROUP)[None, :, None]
-    largest = tl.max(key, 1)
-    first = tl.min(tl.where(key == largest[:, None, :], member, GROUP), 1)
-    runner_up = tl.max(tl.where(member == first[:, None, :], _LEAST, key), 1)
+    largest = tl.max(grouped, 1)
+    first = tl.min(tl.where(grouped == largest[:, None, :], member, GROUP), 1)
+    runner_up = tl.max(tl.where(member == first[:, None, :], _LEAST, grouped), 1)
     at = (
         (row.to(tl.int64) * (tl.cdiv(N, COLUMNS) * STEP))[:, None]
         + block * STEP
@@ -112,25 +119,14 @@ def sweep(
     tl.store(maxima + at, largest, mask=inside)
     # the member's number replaces the runner-up's last bits; with these set it is the finish's bound
     tl.store(words + at, (runner_up & -GROUP) | first, mask=inside)
-
-
-@triton.jit(do_not_specialize=["R", "N"])
-def _sweep(
-    x,
-    W_enc,
-    b,
-    maxima,
-    words,
-    R,
-    N,
-    D,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    sweep(x, W_enc, b, None, None, None, None, maxima, words, R, N, D, ROWS, COLUMNS, DEPTH, GROUP, WIDEN)
+    if places is not None:
+        # At the end, from the keys, with 32 bits for what is inside a block of rows: 128 registers on sm_90.
+        # Of z before it has keys it took 199, with 64 bits 400 bytes were spilled. 0 loses its sign.
+        z = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        place = tl.load(places + column, mask=column < N, other=-1)
+        of_block = beside + (row_block * ROWS).to(tl.int64) * stride
+        there = tl.arange(0, ROWS)[:, None] * stride + place[None, :]
+        tl.store(of_block + there, narrow(z, beside.dtype.element_ty), mask=inside & (place >= 0)[None, :])
 
 
 @triton.jit
@@ -290,41 +286,98 @@ def _order(found, values, indices, K, SLOTS: tl.constexpr):
 
 
 @torch.no_grad()
-def encode_topk(x: Tensor, W_enc: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See `winnow.trainer.kernels.encode_topk`; float64 and k > LARGEST_K are left to `exact`."""
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b: Tensor, k: int, wanted: Wanted | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `winnow.trainer.kernels.encode_topk`; float64 and k > LARGEST_K are left to `exact`.
+
+    What is `wanted` beside the best is written by the sweep.
+    """
     if x.dtype == torch.float64 or k > LARGEST_K or not k or not x.numel():
+        multiply(x, W_enc, b, wanted)
         return exact(x, W_enc, b, k)
     x, W_enc, b = x.contiguous(), W_enc.contiguous(), b.contiguous()
     values = torch.empty(len(x), k, dtype=torch.float32, device=x.device)
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    places = None if wanted is None else places_of(wanted.ids, len(W_enc))
     chunk = chunk_rows(len(W_enc), group_size(len(W_enc), k))
     for first in range(0, len(x), chunk):
         rows = slice(first, first + chunk)
-        _encode(x[rows], W_enc, b, values[rows], indices[rows])
+        beside = None if wanted is None or places is None else (places, wanted.z[rows])
+        _encode(x[rows], W_enc, b, values[rows], indices[rows], beside)
     return values, indices
 
 
-def _encode(x: Tensor, W_enc: Tensor, b: Tensor, values: Tensor, indices: Tensor) -> None:
+def multiply(x: Tensor, W_enc: Tensor, b: Tensor, wanted: Wanted | None) -> None:
+    """Fill `wanted` by a product of its own, where no sweep has its numbers."""
+    if wanted is not None:
+        ids = wanted.ids
+        torch.addmm(b[ids].to(x.dtype), x, W_enc[ids].T, out=wanted.z)
+
+
+def _encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    beside: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Encode the rows of a chunk into `values` and `indices` [R, K]."""
-    (rows, width), latents, k = x.shape, len(W_enc), values.shape[1]
-    group = group_size(latents, k)
-    groups = groups_of(latents, group)
-    cut = {"COLUMNS": COLUMNS, "GROUP": group}
-    maxima, words = (torch.empty(rows, groups, dtype=torch.int32, device=x.device) for _ in range(2))
-    constants = {"ROWS": ROWS, "DEPTH": DEPTH, "WIDEN": interpreted(), "num_warps": 8}
-    grid = (cdiv(rows, ROWS) * cdiv(latents, COLUMNS),)
-    launch(_sweep, grid, x, W_enc, b, maxima, words, rows, latents, width, **constants, **cut)
+    k, latents = values.shape[1], len(W_enc)
+    maxima, words, group = sweep(x, W_enc, b, k, beside=beside)
+    groups = maxima.shape[1]
     kept = min(k, groups)
     keys, places = select(maxima, words, kept, group)
     found, slots = torch.empty_like(indices), max(64, power_of_two(k))
-    operands = (x, W_enc, b, keys, places, words, found)
-    constants = {
-        "SLOTS": slots,
-        "BLOCK_D": min(256, MEMBER_BYTES // (group * x.element_size())),
-        "num_warps": 4,
-    }
-    launch(_finish, (rows,), *operands, latents, width, groups, kept, k, **constants, **cut)
+    launch(
+        _finish,
+        (len(x),),
+        *(x, W_enc, b, keys, places, words, found, latents, x.shape[1], groups, kept, k),
+        COLUMNS=COLUMNS,
+        GROUP=group,
+        SLOTS=slots,
+        # with 256 columns, 256 slots spill 16 bytes on sm_80
+        BLOCK_D=min(128, MEMBER_BYTES // (group * x.element_size())),
+        num_warps=4,
+    )
     order(found, values, indices)
+
+
+Bounds = tuple[Tensor, Tensor, Tensor, Tensor]
+"""float32: two factors [R] of a row, and those [N] of a column that they are multiplied by."""
+
+
+def sweep(
+    x: Tensor,
+    W_enc: Tensor,
+    b: Tensor,
+    k: int,
+    *,
+    bounds: Bounds | None = None,
+    beside: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """Keys of the groups' maxima and their words, int32 [R, groups], and the columns of a group.
+
+    Args:
+        x: [R, D].
+        W_enc: [N, D].
+        b: [N].
+        k: Groups that will be selected.
+        bounds: What to add to each number, so that it bounds another one from above.
+        beside: int32 [N], and [R, M]: receives the numbers of the columns whose place, the first, is not
+            below 0. Its rows have consecutive numbers.
+    """
+    (rows, width), latents = x.shape, len(W_enc)
+    group = group_size(latents, k)
+    size = rows, groups_of(latents, group)
+    maxima, words = (torch.empty(size, dtype=torch.int32, device=x.device) for _ in range(2))
+    places, z = beside or (None, None)
+    stride = 0 if z is None else z.stride(0)
+    cut = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "GROUP": group, "WIDEN": interpreted()}
+    operands = (x, W_enc, b, *(bounds or (None,) * 4), places, z, maxima, words, rows, latents, width, stride)
+    launch(_sweep, (cdiv(rows, ROWS) * cdiv(latents, COLUMNS),), *operands, num_warps=8, **cut)
+    return maxima, words, group
 
 
 def order(found: Tensor, values: Tensor, indices: Tensor) -> None:
@@ -344,7 +397,8 @@ def select(maxima: Tensor, words: Tensor, kept: int, group: int) -> tuple[Tensor
         out = [torch.empty(rows, pieces * kept, dtype=torch.int32, device=maxima.device) for _ in range(2)]
         sizes = (rows, entries, cdiv(entries, pieces), pieces, groups, kept, group)
         # with 8 warps a large piece takes 208 registers of a thread on sm_90, with 16 it takes 97
-        block, lines, warps = (SMALL_PIECE, 4, 8) if sizes[2] <= SMALL_PIECE else (PIECE, 1, 16)
+        # four lines of a small one spill 24 bytes on sm_120, and take 159 registers on sm_90; two take 79
+        block, lines, warps = (SMALL_PIECE, 2, 8) if sizes[2] <= SMALL_PIECE else (PIECE, 1, 16)
         # the interpreter's time is by programs, not by numbers
         lines = 64 if interpreted() else lines
         constants = {"FIRST": keys is maxima, "BLOCK": block, "LINES": lines, "num_warps": warps}
@@ -360,11 +414,27 @@ def _encode_example(shape: Shape) -> None:
     encode_topk(x, W_enc, shape.empty(shape.latents, dtype=torch.float32), shape.k)
 
 
+@example
+def _beside_example(shape: Shape) -> None:
+    """With dead latents."""
+    x, W_enc = shape.empty(shape.rows, shape.width), shape.empty(shape.latents, shape.width)
+    b = shape.empty(shape.latents, dtype=torch.float32)
+    places = shape.empty(shape.latents, dtype=torch.int32)
+    sweep(x, W_enc, b, shape.k, beside=(places, aligned(shape.rows, cdiv(shape.latents, 10), x)))
+
+
+@example
+def _many_example(shape: Shape) -> None:
+    """Of 256 per row."""
+    _encode_example(shape._replace(k=256))
+
+
 @cost_of("_sweep")
 def _sweep_cost(given: Mapping[str, Any]) -> Cost:
-    outputs = given["maxima"].nbytes + given["words"].nbytes
-    operands = sum(given[name].nbytes for name in ("x", "W_enc", "b"))
-    return Cost(flops=2.0 * given["R"] * given["N"] * given["D"], streamed=operands + outputs)
+    vectors = ("b", "row_slack", "row_norms", "column_norms", "column_lost", "places", "beside")
+    tensors = [given[name] for name in ("x", "W_enc", *vectors, "maxima", "words")]
+    moved = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return Cost(flops=2.0 * given["R"] * given["N"] * given["D"], streamed=moved)
 
 
 @cost_of("_select")

@@ -39,6 +39,6 @@ EXAMPLES: dict[str, list[Example]] = {}
 
 
 def example(function: Example) -> Example:
-    """Register a call of the module's launchers."""
+    """Register a call of the module's launchers; its docstring, if any, says what it is of in tables."""
     EXAMPLES.setdefault(function.__module__, []).append(function)
     return function

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from winnow.trainer.kernels.dispatch import triton_module
@@ -50,6 +51,21 @@ class AdamStep(NamedTuple):
     """From 1."""
 
 
+class Errors(NamedTuple):
+    """Of rows e and what is given for them, with a weight per row."""
+
+    grad: Tensor
+    """[B, O]: twice the weight times given - e; 0 where that is not finite."""
+    error: Tensor
+    """[]: sum of weight |given - e|^2."""
+    weight: Tensor
+    """[]: sum of the weights."""
+    mean: Tensor
+    """[O]: weighted mean of e."""
+    spread: Tensor
+    """[]: sum of weight |e - mean|^2."""
+
+
 class FusedOps(NamedTuple):
     """See the functions of these names in `reconstruct` and in the modules of Triton kernels."""
 
@@ -60,6 +76,7 @@ class FusedOps(NamedTuple):
     update_rows: Callable[..., None]
     keep_best: Callable[[Tensor, int], None]
     grads_of_codes: Callable[[Tensor, Tensor, Tensor], Tensor]
+    errors: Callable[[Tensor, Tensor, Tensor, torch.dtype], Errors]
 
 
 def fused_ops() -> FusedOps:
@@ -73,4 +90,5 @@ def fused_ops() -> FusedOps:
         triton_module("update").update_rows,
         dead.keep_best,
         dead.grads_of_codes,
+        dead.errors,
     )

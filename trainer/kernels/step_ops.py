@@ -19,7 +19,7 @@ from winnow.trainer.kernels.best import Best
 from winnow.trainer.kernels.decode import decode_cpu
 from winnow.trainer.kernels.decode_grad_values import decode_grad_values_cpu
 from winnow.trainer.kernels.dispatch import Backend, triton_module
-from winnow.trainer.kernels.encode_topk import Watch, encode_topk_cpu
+from winnow.trainer.kernels.encode_topk import Wanted, Watch, encode_topk_cpu
 from winnow.trainer.kernels.fused_ops import FusedOps, fused_ops
 from winnow.trainer.kernels.segment_grad import (
     GPU_BLOCK_BYTES,
@@ -104,17 +104,16 @@ def step_ops(
     sums = triton_module("segment_grad").segment_sums
 
     def encode_with_dead(x: Tensor, W_enc: Tensor, b: Tensor, k: int, dead: Dead | None) -> Codes:
-        values, indices = encode(x, W_enc, b, k)
-        if dead is None:
-            return Codes(values, indices, None)
-        # the sweep keeps nothing below tau, so the dead latents need a product of their own; over compacted
-        # rows its cost falls with their number
-        W_dead, b_dead = W_enc[dead.ids], b[dead.ids]
-        if not dead.dense:
-            return Codes(values, indices, encode(x, W_dead, b_dead, dead.k))
-        # in the operands' type: of [B, M] no other copy is made
-        z = aligned(len(x), len(dead.ids), x)
-        return Codes(values, indices, torch.addmm(b_dead.to(x.dtype), x, W_dead.T, out=z))
+        wanted = None
+        if dead is not None and dead.dense:
+            # in the operands' type: of [B, M] no other copy is made
+            wanted = Wanted(dead.ids, aligned(len(x), len(dead.ids), x))
+        values, indices = encode(x, W_enc, b, k, wanted)
+        if dead is None or wanted is not None:
+            return Codes(values, indices, None if wanted is None else wanted.z)
+        # the sweep keeps too little of each group, so the best of the dead need a product of their own, of
+        # compacted rows
+        return Codes(values, indices, encode(x, W_enc[dead.ids], b[dead.ids], dead.k))
 
     return StepOps(
         encode_with_dead,

@@ -20,7 +20,7 @@ from torch import Tensor
 from winnow.sae.metrics import mean_row
 from winnow.trainer.kernels.best import best, sort_pairs
 from winnow.trainer.kernels.encode_topk import ROW_TILE
-from winnow.trainer.kernels.fused_ops import WIDEST_DEAD
+from winnow.trainer.kernels.fused_ops import WIDEST_DEAD, FusedOps
 from winnow.trainer.kernels.reference import accumulator
 from winnow.trainer.kernels.step_ops import Dead
 from winnow.trainer.mesh.topk import Codes, count_kept, keep
@@ -86,6 +86,11 @@ class AuxK:
         return accumulator(self._model.W_dec.dtype)
 
     @property
+    def _kernels(self) -> FusedOps | None:
+        """Those of a GPU, if codes are dense: decided alike on ranks without a row or a dead latent."""
+        return self._model.ops.fused if self._dead.dense and self._kind == torch.float32 else None
+
+    @property
     def wanted(self) -> Dead | None:
         """The dead latents that the encoder computes codes of."""
         return self._dead if len(self._dead.ids) else None
@@ -122,7 +127,10 @@ class AuxK:
     def _given(self, z: Tensor | Codes) -> Tensor:
         """What the kept codes of all shards reconstruct [b, O]; by place in the dead in micro-batches."""
         if isinstance(z, Tensor):
-            given, latent = self._model.ops.mm(z, self._W, self._kind), self._world.latent
+            latent = self._world.latent
+            # shards add up in float32; one process has no other use for that than its kernels, which widen it
+            kind = None if self._kernels is not None and latent.size == 1 else self._kind
+            given = self._model.ops.mm(z, self._W, kind)
             # `mm` pads rows to 64 bytes, and collectives take contiguous tensors
             return given if latent.size == 1 else latent.sum(given.contiguous())
         return self._model.decode(*z, self._W if self._apart else None)
@@ -153,6 +161,8 @@ class AuxK:
         if not isinstance(z, Tensor):
             # this part joins the step's entries, whose indices count all latents of the shard
             z = Codes(z.values, self._dead.ids[z.indices])
+        if self._kernels is not None:
+            return None, self._at_once(self._kernels, z, centred, e, weights)
         data, total = self._world.data, self._model.ctx.total
         # summed over all ranks before anything is divided: a mean of ranks' ratios would be another term
         mean = data.sum(weights @ e) / total
@@ -170,6 +180,16 @@ class AuxK:
         if isinstance(z, Tensor):
             return None, self._of_dense(z, grad, centred)
         return EntryPart(*z, self._model.by_target(grad), self._there(z)), None
+
+    def _at_once(
+        self, kernels: FusedOps, z: Tensor | Codes, centred: Tensor, e: Tensor, weights: Tensor
+    ) -> DeadRows | None:
+        """The same of dense codes in one pass; what the term divides by scales the gradients at their end."""
+        made = kernels.errors(self._given(z), e, weights, self._model.W_dec.dtype)
+        error, spread = self._joined(made.weight, made.error, made.mean, made.spread)
+        self.value = error / spread
+        scale = torch.where(self.value.isfinite(), self._coefficient / spread, 0.0)
+        return self._of_dense(z, made.grad, centred, scale) if isinstance(z, Tensor) else None
 
     def _there(self, z: Codes) -> Tensor | None:
         """Which slots hold a code; None if empty slots are rare, as on one process."""
@@ -196,10 +216,16 @@ class AuxK:
         # not before the collectives in `_kept` and `_given`: other ranks have rows and wait there
         if not len(weights):
             return
-        self._add_moments(e, weights)
-        error = e_hat.sub_(e)
-        self._error = self._error + weights @ squares(error)
-        grad = error.mul_((2 * weights)[:, None])
+        if self._kernels is not None:
+            grad, found_error, *moments = self._kernels.errors(e_hat, e, weights, self._model.W_dec.dtype)
+            self._add_moments(*moments)
+        else:
+            mean = mean_row(e, weights)
+            self._add_moments(weights.sum(), mean, weights @ squares(e - mean))
+            error = e_hat.sub_(e)
+            found_error = weights @ squares(error)
+            grad = error.mul_((2 * weights)[:, None])
+        self._error = self._error + found_error
         assert self._rows is not None
         made = self._of_dense(z, grad, centred) if isinstance(z, Tensor) else self._of_codes(z, grad, centred)
         for total, more in zip(self._rows[1:], made[1:] if made else (), strict=bool(made)):
@@ -207,15 +233,7 @@ class AuxK:
 
     def result(self) -> DeadRows | None:
         """The coefficient times the gradients of this rank's rows; the term is that of all of them."""
-        data = self._world.data
-        if data.size > 1:
-            moments = data.sum(
-                torch.cat([torch.stack([self._weight, self._error]), self._weight * self._mean])
-            )
-            # the spread about the joint mean: each rank's own, and that of its mean
-            apart = self._mean - moments[2:] / moments[0]
-            self._error = moments[1]
-            self._spread = data.sum(self._spread + self._weight * (apart @ apart))
+        self._error, self._spread = self._joined(self._weight, self._error, self._mean, self._spread)
         self.value = self._error / self._spread
         if self._fails() or self._rows is None:
             return None
@@ -225,29 +243,43 @@ class AuxK:
                 total.masked_fill_(~self.value.isfinite(), 0.0)
         return self._rows
 
-    def _add_moments(self, e: Tensor, weights: Tensor) -> None:
-        """Weighted mean and spread of all rows so far, from those of the micro-batches."""
+    def _joined(self, weight: Tensor, error: Tensor, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        """Error and spread of all ranks' rows, from those of this rank's."""
+        data = self._world.data
+        if data.size > 1:
+            moments = data.sum(torch.cat([torch.stack([weight, error]), weight * mean]))
+            # the spread about the joint mean: each rank's own, and that of its mean
+            apart = mean - moments[2:] / moments[0]
+            error = moments[1]
+            spread = data.sum(spread + weight * (apart @ apart))
+        return error, spread
+
+    def _add_moments(self, weight: Tensor, mean: Tensor, spread: Tensor) -> None:
+        """Weighted mean and spread of all rows so far, with those of a micro-batch."""
         # not sum(e^2) - sum(e)^2 / n, whose difference cancels in float32
-        weight, mean = weights.sum(), mean_row(e, weights)
         total = self._weight + weight
         apart = mean - self._mean
         between = self._weight * weight / total * (apart @ apart)
-        self._spread = self._spread + weights @ squares(e - mean) + between
+        self._spread = self._spread + spread + between
         self._mean = self._mean + apart * (weight / total)
         self._weight = total
 
     # ---- gradients of the dead latents alone -------------------------------------------------------
 
-    def _of_dense(self, z: Tensor, grad: Tensor, centred: Tensor) -> DeadRows:
-        """From dense codes [b, M]."""
-        ops, kind = self._model.ops, self._kind
+    def _of_dense(self, z: Tensor, grad: Tensor, centred: Tensor, scale: Tensor | None = None) -> DeadRows:
+        """From dense codes [b, M]; by kernels times `scale` [], if there is one."""
+        ops, kind, kernels = self._model.ops, self._kind, self._kernels
         mm = ops.mm
-        if ops.fused is not None and kind == torch.float32:
-            # rounded once for both products; the gradient of z takes its place
-            grad = ops.low(grad)
-            W_dec = mm(z.T, grad, kind)
-            b_enc = ops.fused.grads_of_codes(grad, self._W, z)
-            return DeadRows(self._dead.ids, W_dec, mm(z.T, centred, kind), b_enc)
+        if kernels is not None:
+            # the gradient of z takes its place
+            W_dec = mm(z.T, grad)
+            b_enc = kernels.grads_of_codes(grad, self._W, z)
+            W_enc = mm(z.T, centred)
+            if scale is None:
+                return DeadRows(self._dead.ids, W_dec.to(kind), W_enc.to(kind), b_enc)
+            # of one dimension, so that products with it are float32
+            scale = scale.view(1)
+            return DeadRows(self._dead.ids, W_dec * scale, W_enc * scale, b_enc * scale)
         # as wide as z: no other copy of [b, M] is made
         dz = zero_where_cut(mm(grad, self._W.T, z.dtype), z)
         return DeadRows(self._dead.ids, mm(z.T, grad, kind), mm(dz.T, centred, kind), dz.sum(0, dtype=kind))

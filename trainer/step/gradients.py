@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from winnow.trainer.kernels.encode_topk import cuts_of, grad_bias
+from winnow.trainer.kernels.encode_topk import cuts_of, grad_bias, places_of
 from winnow.trainer.kernels.fused_ops import Finish, FusedOps
 from winnow.trainer.kernels.segment_grad import Segments
 from winnow.trainer.mesh.exchange import Gather
@@ -383,12 +383,6 @@ def per_latent(values: Tensor, segments: Segments, latents: int) -> Tensor:
     """Sums [N] of values [E] in the segments' order."""
     # one more: entries that belong to no latent
     return grad_bias(values, segments.latent, latents + 1)[:latents]
-
-
-def places_of(ids: Tensor, latents: int) -> Tensor:
-    """int32 [N]: each latent's place in ids [M]; -1 if it is not in them."""
-    places = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
-    return torch.full((latents,), -1, dtype=torch.int32, device=ids.device).scatter_(0, ids, places)
 
 
 def norm_of(squares: Tensor) -> Tensor:
