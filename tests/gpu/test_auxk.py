@@ -61,6 +61,18 @@ def test_gradients_are_masked_and_summed(device, shape, dtype):
     torch.testing.assert_close(sums, z.sum(0, dtype=torch.float32), rtol=1e-5, atol=1e-5)
 
 
+def test_rows_may_lie_further_than_32_bits_reach(device):
+    """The last two begin 2**31 numbers and more after the first; nearly nothing between is touched."""
+    z = torch.empty(130 << 24, dtype=torch.bfloat16, device=device).as_strided((130, 5), (1 << 24, 1))
+    expected = z.copy_(normal(0, 130, 5)).clone()
+    auxk.keep_best(expected, 2, 130)
+    triton_module("auxk").keep_best(z, 2)
+    assert torch.equal(z, expected)
+    grad, W = (normal(seed, size, 3).round().to(device, torch.bfloat16) for seed, size in ((1, 130), (2, 5)))
+    triton_module("auxk").grads_of_codes(grad, W, z)
+    assert torch.equal(z.float(), torch.where(expected <= 0, 0.0, grad.float() @ W.float().T))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 7), (70, 33), (40, 300)])
 def test_error_spread_and_gradient_come_from_one_pass(device, shape, dtype):

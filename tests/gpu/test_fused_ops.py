@@ -11,7 +11,7 @@ from torch import Tensor
 from winnow.sae.init import initialise
 from winnow.sae.model import Sae
 from winnow.schemas.training import MomentsDtype, TrainSpec
-from winnow.trainer.kernels import reconstruct, reference
+from winnow.trainer.kernels import decode, decode_grad_values, reconstruct, reference
 from winnow.trainer.kernels.encode_topk import places_of
 from winnow.trainer.kernels.fused_ops import AdamStep, Finish, fused_ops
 from winnow.trainer.kernels.segment_grad import segments_of, segments_unasked
@@ -67,6 +67,24 @@ def test_a_reconstruction_at_once_is_its_parts(device, monkeypatch, shape, dtype
         largest = other.abs().max().item() if other.numel() else 1.0
         tolerance = (8e-3 if loose else 1e-5) * max(1.0, largest)
         torch.testing.assert_close(one.cpu(), other, rtol=0, atol=tolerance, msg=name)
+
+
+def test_latents_may_lie_further_than_32_bits_reach(device):
+    """The last direction ends 2**31 numbers and more after the first; those between are not touched."""
+    D, N = 1024, (1 << 21) + 1
+    W = torch.empty(N * D, dtype=torch.bfloat16, device=device).view(N, D)
+    near, indices = normal(5, 2, D).to(torch.bfloat16), torch.tensor([[0, 1], [1, 0]])
+    W[0], W[N - 1] = near[0], near[1]
+    far, values = (indices * (N - 1)).to(device), normal(4, 2, 2).abs()
+    found = decode(values.to(device), far, W, "triton").cpu()
+    torch.testing.assert_close(found.float(), values.gather(1, indices) @ near.float(), rtol=0.01, atol=0.02)
+    given = (normal(6, 2, D), normal(7, D), torch.ones(2))
+    expected = reconstruct.reconstruct(values, indices, near, *given)
+    found = fused_ops().reconstruct(values.to(device), far, W, *(tensor.to(device) for tensor in given))
+    torch.testing.assert_close(found.y_hat.cpu(), expected.y_hat, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.dz.cpu(), expected.dz, rtol=0.02, atol=0.5)
+    dots = decode_grad_values(found.grad, far, W, "triton").cpu()
+    torch.testing.assert_close(dots.float(), found.dz.cpu(), rtol=0.02, atol=0.5)
 
 
 def test_a_nan_reaches_the_loss_and_every_gradient_of_its_row(device):

@@ -19,7 +19,7 @@ from winnow.trainer.kernels import (
     reference,
 )
 from winnow.trainer.kernels.dispatch import triton_module
-from winnow.trainer.kernels.encode_topk import Wanted
+from winnow.trainer.kernels.encode_topk import Wanted, places_of
 from winnow.trainer.kernels.step_ops import aligned
 from winnow.trainer.step import Recipe, Run, train_step
 
@@ -121,6 +121,16 @@ def test_chunks_blocks_and_pieces_are_joined(device, monkeypatch, group):
     wanted = beside([*range(3), *range(120, 140), *range(300, 900, 7), N - 1], x)
     equal(module.encode_topk(x, W, b, K, wanted), reference.encode_topk(x, W, b, K))
     assert torch.equal(wanted.z, x @ W[wanted.ids].T + b[wanted.ids])
+
+
+def test_what_is_wanted_may_lie_further_than_32_bits_reach(device):
+    """In the second block of rows, numbers are 2**31 and more from the first; nothing between is touched."""
+    module = triton_module("encode_topk")
+    x, W, b = data((130, 3, 5, 2), torch.bfloat16, device, whole=True)
+    z = torch.empty(130 << 24, dtype=torch.bfloat16, device=device).as_strided((130, 2), (1 << 24, 1))
+    ids = torch.tensor([1, 4], device=device)
+    module.sweep(x, W, b.float(), 2, beside=(places_of(ids, 5), z))
+    assert torch.equal(z.float(), x.float() @ W[ids].float().T + b[ids].float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
