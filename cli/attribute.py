@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table
+from winnow.cli.console import emit, guard, print_table, say_what_takes_long
 from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError
 
@@ -70,6 +70,7 @@ def command(
     """Attribute; the help text is `HELP`."""
     # In every command the imports stand here: a help needs none of them.
     with guard():
+        say_what_takes_long()
         from winnow.evaluator.prompt import attribute_prompt, attribute_window
 
         _check_text(prompt, answer, window, at, rows)
@@ -112,7 +113,7 @@ def _open(sae: str, config: Path | None, root: str | None, rows: str | None, *, 
     # Null takes the rows that the SAE was trained on; a prompt has none to choose from.
     chosen = (parse_value(rows, "--rows") if rows is not None else None) if labelled else {}
     given = settings.evaluate.model_dump() | {"rows": chosen}
-    spec = validate(EvaluateSpec, given, origin="the options of `winnow attribute`")
+    spec = validate(EvaluateSpec, given, origin="the command line")
     roots = settings.train.roots if settings.train is not None else None
     return open_setting(
         sae, settings.root, spec, subject=settings.subject, storage=settings.storage, roots=roots

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -177,6 +178,13 @@ def guard() -> Generator[None]:
         stderr.print("interrupted: run the same command again to resume", style="yellow")
         # 128 + SIGINT, as a shell says it.
         raise typer.Exit(130) from error
+
+
+def say_what_takes_long() -> None:
+    """Say that PyTorch is being loaded, in a command that is about to import it."""
+    # Ten seconds on a cold disk. Of a launch each rank would say it before it knows its rank.
+    if "torch" not in sys.modules and "RANK" not in os.environ:
+        say("loading PyTorch")
 
 
 def emit(value: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:

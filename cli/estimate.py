@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table
-from winnow.schemas.errors import ConfigError, MissingObject
+from winnow.cli.console import emit, guard, print_table, say_what_takes_long
+from winnow.schemas.errors import ConfigError
 from winnow.schemas.layers import WRITES
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def estimate_command(
     Example: `winnow estimate configs/paper-16m.yaml --gpu h100 --count 16 --tokens 40e9 --d-model 768`
     """
     with guard():
+        say_what_takes_long()
         from winnow.common.config_file import load_config
         from winnow.schemas.config import section
         from winnow.trainer.plan.estimate import as_json, data_volume, estimate, table_rows
@@ -103,6 +104,8 @@ class _Size(NamedTuple):
 
 
 def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> _Size:
+    from winnow.store.format.layout import PLAN_KEY
+    from winnow.store.objects import open_store
     from winnow.store.read.joined import JoinedStore, open_roots
     from winnow.store.read.stream import memory_bytes
     from winnow.trainer.run.start import plan_order, resolve_recipe
@@ -121,15 +124,15 @@ def _size(settings: Config, spec: TrainSpec, tokens: float, d_model: int) -> _Si
             )
         planned = settings.plan.dtype if settings.plan is not None else "bfloat16"
         return _Size(spec, tokens, d_model, planned)
-    try:
-        dataset = open_roots(settings.root, spec.roots, settings.storage)
-    except MissingObject as error:
-        raise ConfigError(
-            "the estimate without a dataset",
-            expected="the rows of the run and their width: --tokens N --d-model D",
-            got=f"no plan.json at {settings.root}",
-            fix="Give both, or run `winnow plan` first",
-        ) from error
+    for root in (spec.roots or {"": settings.root}).values():
+        if open_store(root, settings.storage).size(PLAN_KEY) is None:
+            raise ConfigError(
+                "the estimate without a dataset",
+                expected="the rows of the run and their width: --tokens N --d-model D",
+                got=f"no {PLAN_KEY} at {root}",
+                fix="Give both, or run `winnow plan` first",
+            )
+    dataset = open_roots(settings.root, spec.roots, settings.storage)
     if spec.set is not None and spec.set.layers == "all":
         layers = [int(hook.partition(".")[2]) for hook in dataset.hooks if hook.startswith(f"{WRITES}.")]
         spec = spec.model_copy(update={"set": spec.set.of(1 + max(layers, default=0))})

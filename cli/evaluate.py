@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table
+from winnow.cli.console import emit, guard, print_table, say_what_takes_long
 from winnow.common.reporter import say
 from winnow.common.signals import interrupted_by_signals
 from winnow.schemas.errors import ConfigError
@@ -88,6 +88,7 @@ def evaluate_command(
 ) -> None:
     """Measure a trained SAE; the help text is `EVALUATE_HELP`."""
     with guard(), interrupted_by_signals():
+        say_what_takes_long()
         from winnow.common.yaml_text import parse_value
         from winnow.evaluator.report import evaluate
         from winnow.schemas.base import validate
@@ -105,7 +106,7 @@ def evaluate_command(
         given = {name: value for name, value in options.items() if value is not None}
         raw = settings.evaluate.model_dump() | given
         # Validated on its own: `model_copy` checks nothing.
-        spec = validate(EvaluateSpec, raw, origin="the options of `winnow evaluate`")
+        spec = validate(EvaluateSpec, raw, origin="the command line")
         settings = settings.model_copy(update={"evaluate": spec})
         # From the environment only: other users see a process's options, and a shell keeps them.
         key = os.environ.get(JUDGE_KEY_VARIABLE)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table
+from winnow.cli.console import emit, guard, print_table, say_what_takes_long
 from winnow.cli.harvest import AsJson
 from winnow.common.reporter import say
 
@@ -83,9 +83,6 @@ def init_command(
     Example: `winnow init --model HuggingFaceTB/SmolLM2-135M --corpus 'texts/*.txt' --out mine.yaml`
     """
     with guard():
-        from winnow.cli.draft import config_text, draft
-        from winnow.common.config_file import parse_config
-        from winnow.harvester.plan.survey import describe_sources
         from winnow.schemas.errors import ConfigError
 
         if out.exists():
@@ -94,11 +91,17 @@ def init_command(
             )
         if not out.parent.is_dir():
             raise ConfigError("--out", expected="a file in a folder that exists", got=out)
+        say_what_takes_long()
+        from winnow.cli.draft import config_text, draft
+        from winnow.common.config_file import parse_config
+        from winnow.harvester.plan.survey import describe_sources
+
+        # First: a wrong path is found before a model is fetched.
+        sources = describe_sources([*corpus, *(more or ())], column, template)
         subject = _outline(model)
         facts = _model(subject, model)
         if hook is not None:
             subject.sites([hook])
-        sources = describe_sources([*corpus, *(more or ())], column, template)
         found = draft(facts, _survey(sources, subject), hook, tokens)
         text = config_text(found, f"data/{out.stem}", f"runs/{out.stem}")
         config = parse_config(text, f"the config for {out}")

@@ -1,4 +1,4 @@
-"""What `winnow info` shows of a transcoder set."""
+"""What `winnow info` shows of an SAE and of a transcoder set."""
 
 from __future__ import annotations
 
@@ -11,6 +11,47 @@ if TYPE_CHECKING:
     from winnow.schemas.sets import SetCard
     from winnow.schemas.training import SaeCard
     from winnow.store.objects import ObjectStore
+
+
+def describe_sae(store: ObjectStore) -> dict[str, Any]:
+    """Read an SAE's card, without its weights.
+
+    Returns:
+        JSON: `sae` (its card), `bytes` of the weights.
+
+    Raises:
+        IntegrityError, UnsupportedVersion: The card cannot be read.
+    """
+    from winnow.schemas.sets import CARD_KEY
+    from winnow.schemas.training import SaeCard
+
+    card = SaeCard.from_json(store.get(CARD_KEY), origin=f"{store.uri}/{CARD_KEY}")
+    return {"sae": card.model_dump(mode="json"), "bytes": store.size("sae.safetensors") or 0}
+
+
+def show_sae(uri: str, value: dict[str, Any]) -> None:
+    """Print what `describe_sae` returned."""
+    from winnow.schemas.training import SaeCard
+
+    card = SaeCard.model_validate(value["sae"])
+    facts: list[tuple[str, object]] = [("reads", ", ".join(card.input_hooks))]
+    if card.target_hooks:
+        facts.append(("predicts", ", ".join(card.target_hooks)))
+    facts += [
+        ("latents", f"{card.latents:,}"),
+        ("activation", f"{card.parts.activation}, K = {card.k}"),
+        ("width", f"D = {card.d_model:,}"),
+        ("normalisation", card.normalize),
+        ("weights", f"{card.weights}, {human_bytes(value['bytes'])}"),
+    ]
+    if card.identity:
+        facts.append(("subject", card.identity.subject_model))
+        facts.append(("trained on", f"plan {card.identity.plan_fingerprint[:16]}..."))
+    if not card.rows.everything:
+        facts.append(("rows", card.rows.model_dump_json(exclude_defaults=True)))
+    facts += [(name, f"{figure:.4g}") for name, figure in card.metrics.items()]
+    facts += [("note", note) for note in card.notes]
+    print_table(uri, facts)
 
 
 def describe_set(store: ObjectStore) -> dict[str, Any]:

@@ -39,6 +39,9 @@ Uri = Annotated[
     str,
     typer.Argument(metavar="ROOT", help="The dataset's root: a local path, file:// or s3://bucket/prefix."),
 ]
+Place = Annotated[
+    str, typer.Argument(metavar="ROOT", help="A dataset's root, or the folder or URI of an SAE or set.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 AllowHttp = Annotated[
     bool, typer.Option("--allow-http", help="Permit an http:// endpoint beyond this machine's loopback.")
@@ -47,14 +50,14 @@ Timeout = Annotated[float, typer.Option(help="Time limit of one request, in seco
 
 
 def info_command(
-    uri: Uri, json: Json = False, allow_http: AllowHttp = False, timeout_seconds: Timeout = 60.0
+    uri: Place, json: Json = False, allow_http: AllowHttp = False, timeout_seconds: Timeout = 60.0
 ) -> None:
-    """Describe a dataset and its progress, or a set. Digests in full: --json.
+    """Describe a dataset and its progress, an SAE or a set. Digests in full: --json.
 
     Example: winnow info data/quickstart
     """
     with guard():
-        from winnow.schemas.sets import SET_KEY
+        from winnow.schemas.sets import CARD_KEY, SET_KEY
         from winnow.store.check.info import dataset_info
 
         store = _open(uri, allow_http, timeout_seconds)
@@ -63,6 +66,12 @@ def info_command(
 
             value = describe_set(store)
             emit(value, json, lambda: show_set(store.uri, value))
+            return
+        if store.size(CARD_KEY) is not None:
+            from winnow.cli.sets import describe_sae, show_sae
+
+            value = describe_sae(store)
+            emit(value, json, lambda: show_sae(store.uri, value))
             return
         found = dataset_info(store)
         emit(found.model_dump(mode="json"), json, lambda: _show_info(found))

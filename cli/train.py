@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from winnow.cli.console import (
     emit,
     guard,
     print_table,
+    say_what_takes_long,
     serving_metrics_if,
 )
 from winnow.common.figures import count_of, human_bytes
@@ -105,7 +105,7 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
         # every run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard(), interrupted_by_signals():
-            _say_what_takes_long()
+            say_what_takes_long()
             from winnow.common.config_file import load_config
             from winnow.trainer.mesh.world import launch_of, only_the_first_tells
             from winnow.trainer.run.loop import train
@@ -150,7 +150,7 @@ def register_sweep(app: typer.Typer) -> None:
         # As in `train`: each SAE must get the bits that `train` alone would give it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard(), interrupted_by_signals():
-            _say_what_takes_long()
+            say_what_takes_long()
             from winnow.common.config_file import load_config
             from winnow.store.read.joined import open_roots
             from winnow.trainer.plan.sweep import grid_specs, require_room
@@ -197,12 +197,6 @@ def make_app() -> typer.Typer:
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
     register_train(app, subject_figures=False)
     return app
-
-
-def _say_what_takes_long() -> None:
-    # Ten seconds on a cold disk. Of a launch each rank would say it before it knows its rank.
-    if "torch" not in sys.modules and "RANK" not in os.environ:
-        say("loading PyTorch")
 
 
 def _measure_in_subject() -> AfterTrain:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.common.device import resolve_device
+from winnow.common.reporter import say
 from winnow.sae.model import Sae, read_card, read_set_card
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError
@@ -100,6 +101,7 @@ class OnDataset:
         Raises:
             SaeMismatch: Its weights are not those that the dataset was harvested from.
         """
+        say("loading the subject")
         subject = Subject.load(self.subject_spec)
         check_subject(subject.identity, self.dataset.plan.subject)
         return subject
@@ -373,6 +375,7 @@ def subjects_of(dataset: JoinedStore, stated: SubjectSpec, places: Mapping[str, 
     planned = {name: part.plan.subject for name, part in dataset.parts.items()}
     found: dict[str, Subject] = {}
     for name, spec in subject_specs_of(planned, stated, places).items():
+        say(f"loading the subject of {name}")
         found[name] = Subject.load(spec)
         check_subject(found[name].identity, planned[name])
     return found

@@ -42,8 +42,8 @@ from winnow.sae.activations import activation_of
 from winnow.sae.codes import encode_topk, sum_by_latent
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.config import StorageSpec
-from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
-from winnow.schemas.sets import SET_KEY, SetCard
+from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, NoSae
+from winnow.schemas.sets import CARD_KEY, SET_KEY, SetCard
 from winnow.schemas.training import Normalize, SaeCard, SaeIdentity, SaeParts, TrainSpec
 from winnow.schemas.window import WindowRule
 
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 __all__ = ["PARAMETERS", "Sae", "Scale", "encode_topk", "sum_by_latent"]
 
 _WEIGHTS_KEY = "sae.safetensors"
-CARD_KEY = "sae.json"
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_pre")
 """The trained tensors that every SAE has, in the optimiser's order; see `Sae.parameter_names` for all of
 them."""
@@ -391,7 +390,7 @@ class Sae(nn.Module):
         Its attribute `card` is the `SaeCard`. The digest is checked before anything is parsed.
 
         Raises:
-            MissingObject: No SAE there.
+            NoSae: No SAE there.
             ConfigError: There is a transcoder set, of which one layer must be named.
             IntegrityError: Bytes, shapes or types differ from the card's.
             UnsupportedVersion: Written by a Winnow of another major version.
@@ -425,22 +424,35 @@ def read_card(store: ObjectStore, uri: str) -> SaeCard:
     """Read the card of the SAE at `uri`, which `store` has open.
 
     Raises:
-        MissingObject: No SAE there.
+        NoSae: No SAE there.
         ConfigError: There is a transcoder set, of which one layer must be named.
         UnsupportedVersion: Written by a Winnow of another major version.
     """
     try:
         return SaeCard.from_json(store.get(CARD_KEY), origin=f"{uri}/{CARD_KEY}")
-    except MissingObject:
+    except MissingObject as error:
         # A set is named where one SAE is meant: the missing file would say nothing about that.
         if (found := read_set_card(store)) is None:
-            raise
+            raise no_sae(store, uri) from error
     raise ConfigError(
         f"{uri} is a set of layers {found.layers[0].layer} to {found.layers[-1].layer}",
         expected="one SAE",
         got="a transcoder set",
         fix=f"Name one of its layers, such as {uri.rstrip('/')}/{found.layers[0].folder}",
     )
+
+
+def no_sae(store: ObjectStore, uri: str, *, a_set: bool = False) -> NoSae:
+    """Make the error that there is no SAE (or no set) at `uri`: it says what is there in its place."""
+    from winnow.store.format.layout import PLAN_KEY
+
+    got, fix = "nothing there", "Check the path; one that is still training is published when it is finished"
+    if store.size(PLAN_KEY) is not None:
+        got, fix = "a dataset", "Name what was trained on it: the config's `train.out`"
+    elif store.size(CARD_KEY) is not None:
+        got, fix = "one SAE", "`train.set` trains a set (docs/circuits.md)"
+    what, key = ("transcoder set", SET_KEY) if a_set else ("SAE", CARD_KEY)
+    return NoSae(f"{uri} holds no {what}", expected=key, got=got, fix=fix)
 
 
 def read_set_card(store: ObjectStore) -> SetCard | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from winnow.sae.model import CARD_KEY, Sae, Scale
+from winnow.sae.model import CARD_KEY, Sae, Scale, no_sae, read_set_card
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError
@@ -199,7 +199,7 @@ class TranscoderSet(nn.Module):
         Its attribute `card` is the `SetCard`. Digests are checked before anything is parsed.
 
         Raises:
-            MissingObject: No set there.
+            NoSae: No set there.
             IntegrityError: Bytes, shapes or hooks differ from the cards'.
             UnsupportedVersion: Written by a Winnow of another major version.
         """
@@ -208,7 +208,8 @@ class TranscoderSet(nn.Module):
         uri = os.fspath(path_or_uri).rstrip("/")
         storage = storage or StorageSpec()
         store = open_store(uri, storage)
-        card = SetCard.from_json(store.get(SET_KEY), origin=f"{uri}/{SET_KEY}")
+        if (card := read_set_card(store)) is None:
+            raise no_sae(store, uri, a_set=True)
         saes: dict[int, Sae] = {}
         for entry in card.layers:
             layer_card(store, entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args
@@ -196,6 +197,10 @@ def explain(
         said = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             said, given = "no such field" + (_near(model, item["loc"]) if model else ""), ""
+        if item["type"] == "literal_error":
+            given += nearest(
+                str(item["input"]), re.findall(r"'([^']+)'", item.get("ctx", {}).get("expected", ""))
+            )
         lines.append(f"{path}: {said}{given}")
     return "; ".join(lines)
 

@@ -119,6 +119,12 @@ class MissingObject(StoreError, FileNotFoundError):
     exit_code = 1
 
 
+class NoSae(MissingObject):
+    """The folder or URI that was named holds no SAE, or no transcoder set: another name is the remedy."""
+
+    exit_code = 2
+
+
 class CommitUnknown(StoreError):
     """A commit could be neither confirmed nor ruled out. Nothing was deleted; the next run settles it."""
 

@@ -22,7 +22,7 @@ from winnow.schemas.derived import Derivation
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.follow import FollowLimits
 from winnow.schemas.labels import PlannedLabels
-from winnow.schemas.subject import HookSite, SubjectIdentity, expand_hooks
+from winnow.schemas.subject import HookSite, SubjectIdentity, expand_hooks, parse_lens
 
 SLICES = 64
 """Inner chunks, called slices, of every shard. Lanes own whole slices, so the number of lanes divides it."""
@@ -390,7 +390,13 @@ class HarvestPlan(Artefact):
         for site in self.sites:
             if site.name == hook:
                 return site.d_model
-        raise ConfigError(f"hook {hook!r}", expected=f"one of {', '.join(self.spec.hooks)}", got=hook)
+        ours = parse_lens(hook)
+        raise ConfigError(
+            f"hook {hook!r} is not in the dataset",
+            expected=f"one of {', '.join(self.spec.hooks)}",
+            got=f"TransformerLens' name of {ours}" if ours else hook,
+            fix="Name one of them; any other hook takes a harvest of its own, into another `root`",
+        )
 
     def stored_width(self, hook: str) -> int:
         """Return the numbers on disk per row of `hook`: D, and for int8 the scale's bytes after them."""

@@ -12,6 +12,8 @@ from winnow.schemas.readings import RowsSpec
 from winnow.schemas.training import SaeIdentity, TrainSpec
 from winnow.schemas.window import WindowRule
 
+CARD_KEY = "sae.json"
+"""Where an SAE's card is, in its folder."""
 SET_KEY = "set.json"
 """The file that makes a folder a set. Sets hold no `sae.json` themselves: their layers do."""
 

@@ -23,6 +23,22 @@ _NAMED = re.compile(rf"^({'|'.join(HOOK_SITES)})\.(\d+)$")
 _RANGE = re.compile(rf"^({'|'.join(HOOK_SITES)})\.(\d{{1,3}})-(\d{{1,3}})$")
 
 
+LENS_MODULE_SITES = {"mlp_in": "mlp.hook_in", "attn_z": "attn.hook_z"}
+"""Sites that TransformerLens names after a module of the block."""
+_LENS = re.compile(
+    r"blocks\.(\d+)\.(hook_(?:resid_pre|attn_out|resid_mid|mlp_out|resid_post)|mlp\.hook_in|attn\.hook_z)"
+)
+
+
+def parse_lens(name: str | None) -> str | None:
+    """`resid_post.9` for TransformerLens' name `blocks.9.hook_resid_post`; None for other names."""
+    match = _LENS.fullmatch(name or "")
+    if not match:
+        return None
+    sites = {name: site for site, name in LENS_MODULE_SITES.items()}
+    return f"{sites.get(match[2], match[2].removeprefix('hook_'))}.{match[1]}"
+
+
 def parse_hook(name: str) -> tuple[str, int] | None:
     """Split `"resid_post.9"` into `("resid_post", 9)`; return None if `name` is a module path."""
     match = _NAMED.match(name)

@@ -324,9 +324,9 @@ class TrainSpec(Contract):
             return
         if self.set is not None:
             raise ValueError("set does not go with roots")
-        if unknown := named - set(self.roots):
+        if unknown := [hook for hook in self.read_hooks if hook.rpartition("/")[0] not in self.roots]:
             raise ValueError(
-                f"with roots, a hook is NAME/HOOK with a name of {sorted(self.roots)}: got {sorted(unknown)}"
+                f"with roots, a hook is NAME/HOOK, NAME one of {', '.join(self.roots)}: got {unknown}"
             )
         if unread := set(self.roots) - named:
             raise ValueError(f"roots that no hook reads: {sorted(unread)}")

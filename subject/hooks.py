@@ -38,7 +38,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from winnow.schemas.errors import ConfigError
-from winnow.schemas.subject import HOOK_SITES, parse_hook, read_only, reads_stream
+from winnow.schemas.subject import HOOK_SITES, parse_hook, parse_lens, read_only, reads_stream
 from winnow.subject.layout import Layout
 
 _PARTS = ("self_attn", "linear_attn", "attention", "attn", "mixer", "mlp", "feed_forward")
@@ -182,12 +182,14 @@ def _resolve_path(hook: str, layout: Layout, modules: Collection[str]) -> Tap:
     if layer is not None:
         _check_layer(hook, layer, layout)
     sites = [f"{site}.{number}" for site in HOOK_SITES for number in range(layout.layers)]
+    ours = parse_lens(hook)
     near = difflib.get_close_matches(hook, [*sites, *sorted(modules)], n=5, cutoff=0.5)
+    fix = f"Near ones: {', '.join(near)}" if near else None
     raise ConfigError(
         f"hook {hook!r} is not a place in this {layout.architecture} subject",
         expected=f"{'|'.join(HOOK_SITES)} with a layer from 0 to {layout.layers - 1} (such as "
         f"{HOOK_SITES[1]}.0), or a module path",
-        fix=f"Near ones: {', '.join(near)}" if near else None,
+        fix=f"This is TransformerLens' name of {ours}" if ours in sites else fix,
     )
 
 

@@ -253,7 +253,8 @@ def _dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 300 characters."""
-    text = str(error).strip() or type(error).__name__
+    # The hub's client begins with "Got:", and so does what stands before this line.
+    text = str(error).strip().removeprefix("Got: ") or type(error).__name__
     return text.splitlines()[0][:300]
 
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import re
 
-from winnow.schemas.subject import HOOK_SITES, READ_ONLY_SITES
+from winnow.schemas.subject import HOOK_SITES, LENS_MODULE_SITES, READ_ONLY_SITES, parse_lens
 
-LENS = re.compile(
-    r"blocks\.(\d+)\.(hook_(?:resid_pre|attn_out|resid_mid|mlp_out|resid_post)|mlp\.hook_in|attn\.hook_z)"
-)
 # Not `hook_mlp_in`, which stands for two places: TransformerLens' stream before the MLP's norm and, in
 # SAELens' files, the row after it that Gemma Scope 2's transcoders read.
 LENS_ANY = re.compile(r"(?:.*\.)?hook_\w+")
-MLP_INPUT = "mlp.hook_in"
+MLP_INPUT = LENS_MODULE_SITES["mlp_in"]
 """`mlp_in`, the row after the MLP's norm, in TransformerLens 3's bridge to transformers; HookedTransformer
 has no hook there."""
-HEADS_JOINED = "attn.hook_z"
+HEADS_JOINED = LENS_MODULE_SITES["attn_z"]
 """`attn_z`, by head: [B, T, heads, D / heads]."""
-_MODULE_SITES = {"mlp_in": MLP_INPUT, "attn_z": HEADS_JOINED}
-"""Sites that TransformerLens names after a module of the block."""
 OURS = re.compile(rf"({'|'.join(HOOK_SITES)})\.(\d+)")
 HOOK = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MODULE = re.compile(r"(?P<head>(?:\w+\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<rest>[\w.]+))?")
@@ -36,16 +31,7 @@ def to_lens(hook: str | None) -> str | None:
     match = OURS.fullmatch(hook or "")
     if not match or match[1] in READ_ONLY_SITES:
         return hook
-    return f"blocks.{match[2]}." + _MODULE_SITES.get(match[1], f"hook_{match[1]}")
-
-
-def parse_lens(name: str | None) -> str | None:
-    """The inverse of `to_lens` for Winnow's sites; None for any other name."""
-    match = LENS.fullmatch(name or "")
-    if not match:
-        return None
-    sites = {name: site for site, name in _MODULE_SITES.items()}
-    return f"{sites.get(match[2], match[2].removeprefix('hook_'))}.{match[1]}"
+    return f"blocks.{match[2]}." + LENS_MODULE_SITES.get(match[1], f"hook_{match[1]}")
 
 
 def is_at(hook: str | None, *sites: str) -> bool:

@@ -17,6 +17,7 @@ from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
 from winnow.schemas.harvest import MOMENT_UNITS, SLICES, HarvestManifest, HarvestPlan, UnitReceipt
 from winnow.schemas.readings import RowsSpec
+from winnow.schemas.sets import CARD_KEY, SET_KEY
 from winnow.store.format import layout
 from winnow.store.format.labels import LABELS
 from winnow.store.format.order import LaneOrder
@@ -53,12 +54,12 @@ def load_plan(store: ObjectStore) -> HarvestPlan:
     try:
         data = store.get(layout.PLAN_KEY, limit=MAX_JSON_BYTES)
     except MissingObject as error:
-        raise ConfigError(
-            f"{store.uri} holds no dataset",
-            expected=layout.PLAN_KEY,
-            got="nothing there",
-            fix="Check the root, or run `winnow plan` and `winnow harvest` first",
-        ) from error
+        sae = any(store.size(key) is not None for key in (CARD_KEY, SET_KEY))
+        got, fix = "nothing there", "Check the root, or run `winnow plan` and `winnow harvest` first"
+        if sae:
+            got, fix = "an SAE", "Name the dataset that it was trained on, the config's `root`"
+        what = f"{store.uri} holds no dataset"
+        raise ConfigError(what, expected=layout.PLAN_KEY, got=got, fix=fix) from error
     return HarvestPlan.from_json(data, origin=f"{store.uri}/{layout.PLAN_KEY}")
 
 

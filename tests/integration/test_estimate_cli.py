@@ -64,6 +64,9 @@ def test_what_training_refuses_on_this_dataset_is_refused(tmp_path, app, change,
 def test_a_set_needs_its_layers_where_no_dataset_says_how_many(tmp_path, app):
     path = tmp_path / "set.yaml"
     path.write_text("root: nowhere\ntrain: {out: nowhere, latents: 2048, k: 16}\n")
+    lacking = CliRunner().invoke(app, [str(path), "--set", "train.hook=resid_post.1"])
+    assert lacking.exit_code == 2, lacking.output
+    assert "--tokens N --d-model D, got no plan.json at nowhere" in lacking.stderr
     options = ["--tokens", "1e6", "--d-model", "64", "--json", "--set"]
     result = CliRunner().invoke(app, [str(path), *options, "train.set={layers: all, cross: true}"])
     assert result.exit_code == 2, result.output

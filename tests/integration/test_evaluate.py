@@ -376,3 +376,33 @@ def test_stability_refuses_an_sae_of_another_place(setting_of, toy, tmp_path):
         spec = setting.spec.model_copy(update={"against": (uri,)})
         with pytest.raises(SaeMismatch, match=rf"the {word} of {uri}: .* \({setting.uri}'s\), got"):
             stability.measure(replace(setting, spec=spec))
+
+
+def test_a_folder_that_is_something_else_is_named_as_what_it_is(toy, tmp_path):
+    uri = save_sae(toy, tmp_path / "sae", random_sae())
+    train = {"out": str(tmp_path / "run"), "hook": HOOK, "latents": 32, "k": 4, "batch_rows": 64}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"root": toy.root, "train": train}))
+
+    def refused(*arguments: str) -> str:
+        done = CliRunner().invoke(app, [*arguments])
+        assert done.exit_code == 2, done.output
+        return done.stderr
+
+    nothing = refused("evaluate", str(tmp_path / "none"), "--root", toy.root)
+    assert "none holds no SAE: expected sae.json, got nothing there. Check the path" in nothing
+    assert "expected sae.json, got a dataset" in refused("evaluate", toy.root, "--root", toy.root)
+    assert "holds no dataset: expected plan.json, got an SAE" in refused("evaluate", uri, "--root", uri)
+    assert "expected set.json, got one SAE" in refused("circuit", uri, "--prompt", "a")
+    assert "hook 'blocks.1.hook_resid_post' is not in the dataset" in refused(
+        *("train", str(tmp_path / "run.yaml"), "--set", "train.hook=blocks.1.hook_resid_post")
+    )
+
+
+def test_info_describes_an_sae(toy, tmp_path):
+    uri = save_sae(toy, tmp_path / "sae", random_sae(), hook=HOOK)
+    done = CliRunner().invoke(app, ["info", uri])
+    assert done.exit_code == 0, done.output
+    for words in (HOOK, "topk, K = 6", "D = 16", str(toy.subject.model), "dead_share_last_epoch"):
+        assert words in done.stdout
+    done = CliRunner().invoke(app, ["info", uri, "--json"])
+    assert json.loads(done.stdout)["sae"]["latents"] == 48

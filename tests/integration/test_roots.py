@@ -239,7 +239,7 @@ def test_a_crosscoder_of_two_subjects_trains_and_says_where_it_came_from(tmp_pat
         ({"roots": None}, "there is no roots"),
         ({"hook": HOOK, "with_hooks": []}, "a hook is NAME/HOOK"),
         ({"with_hooks": []}, r"roots that no hook reads: \['chat'\]"),
-        ({"with_hooks": ["other/resid_post.1"]}, r"got \['other'\]"),
+        ({"with_hooks": ["other/resid_post.1"]}, r"got \['other/resid_post.1'\]"),
     ],
 )
 def test_hooks_must_name_the_roots(fields, said):

@@ -56,6 +56,7 @@ def test_sets_reach_into_lists_and_open_absent_sections(tmp_path):
         ("root: a\ncorpus: {sources: [{urri: x}]}\n", [], "urri (line 2): no such field; did you mean uri"),
         ("root: a\n", ["harvst.actors=2"], "harvst: no such field; did you mean harvest"),
         ("root: a\n", ["latents=8"], "latents: no such field; did you mean train.latents"),
+        ("root: a\n", ["evaluate.metrics=[reconstructin]"], "'reconstructin'); did you mean reconstruction"),
         ("root: a\n", ["nonsense"], "dotted.key=value"),
         ("- a\n", [], "mapping"),
         ("root: [", [], "YAML"),

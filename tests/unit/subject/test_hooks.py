@@ -281,6 +281,8 @@ def test_names_resolve_to_modules() -> None:
             "resid_post",
             "resid_pre|resid_post|attn_out|mlp_out|resid_mid|mlp_in|attn_z|router with a layer from 0 to 29",
         ),
+        ("blocks.3.hook_resid_post", "This is TransformerLens' name of resid_post.3"),
+        ("blocks.3.mlp.hook_in", "This is TransformerLens' name of mlp_in.3"),
         ("resid_post.-1", "is not a place in this llama subject"),
         ("model.layers.3.mpl", "Near ones: model.layers.3.mlp"),
         ("", "is not a place"),
