@@ -116,5 +116,6 @@ class Config(Contract):
 def section(value: T | None, name: str) -> T:
     """Return a section that the caller needs; raise ConfigError if the config leaves it out."""
     if value is None:
-        raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix="Add it")
+        fix = f"Add `{name}:`, as docs/reference.md says; `winnow init` writes a config to start from"
+        raise ConfigError(f"section {name!r}", expected="it in the config", got="nothing", fix=fix)
     return value

@@ -278,11 +278,16 @@ class LocalStore(ObjectStore):
         # A StoreError is an OSError too, and says more than this could.
         if isinstance(error, StoreError):
             raise error
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        if absent and doing != "writing":
             raise MissingObject(f"{where} does not exist") from error
         fixes = {
             errno.ENOSPC: "Free some space or choose another root, then run the same command again",
             errno.EDQUOT: "Free some quota or choose another root, then run the same command again",
+            # Of a write: its folder cannot be made.
+            errno.ENOENT: "Choose a root that is a folder, or can become one",
+            errno.ENOTDIR: "Choose a root that is a folder: a part of this path is a file",
+            errno.EEXIST: "Choose a root that is a folder: a part of this path is a file",
             errno.EACCES: "Choose a root this user may write to",
             errno.EROFS: "Choose a root this user may write to",
             # What `link` answers on file systems without hard links, such as FAT.

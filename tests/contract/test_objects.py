@@ -101,9 +101,13 @@ class TestLocal(StoreConformance):
 
     def test_a_file_in_the_way(self, store: ObjectStore) -> None:
         store.put_new("a", b"1")
-        with pytest.raises(StoreError):
+        with pytest.raises(StoreError, match="a part of this path is a file"):
             store.put_new("a/b", b"2")
         assert store.size("a/b") is None
+        # `/proc` answers every `mkdir` so, root included, which no permissions stop
+        with pytest.raises(StoreError, match=r"writing .* failed: No such file.*that is a folder") as caught:
+            open_store("/proc/winnow-absent").put_new("x", b"1")
+        assert caught.value.exit_code == 2
 
     def test_free_bytes(self, store: ObjectStore) -> None:
         assert (store.free_bytes() or 0) > 0
