@@ -101,10 +101,14 @@ def command(
         _require_one_question(prompt, graph, text, root, edit, faithfulness)
         from winnow.common.config_file import load_config
         from winnow.evaluator.circuits import report
+        from winnow.evaluator.circuits.editing import Edit
         from winnow.sae.sets import TranscoderSet
         from winnow.schemas.config import StorageSpec
         from winnow.schemas.subject import SubjectSpec
 
+        # Before the subject is loaded and a prompt traced: a misspelt one is found at once.
+        for each in edit or ():
+            Edit.parse(each)
         settings = load_config(config, []) if config else None
         stated = settings.subject if settings else SubjectSpec(model=subject) if subject else None
         known = report.read_graph(graph) if graph is not None else None

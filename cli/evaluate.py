@@ -166,6 +166,7 @@ def compare_command(
     Example: `winnow compare runs/k16 runs/k32 runs/k64 --out runs/frontier`
     """
     with guard():
+        say_what_takes_long()
         from winnow.evaluator.frontier import draw_frontiers
         from winnow.evaluator.report import (
             find_common_dataset,

@@ -162,7 +162,10 @@ def _forecast(config: Config, found: Draft, measure: bool) -> Forecast:
     width = (HookSite(name=found.hook, d_model=found.model.width),)
 
     def rate() -> tuple[tuple[HookSite, ...], float | None]:
-        return forecasts.measure_rate(config) if measure else (width, None)
+        if not measure:
+            return width, None
+        say("running the model for some seconds, to measure the harvest; --no-measure leaves it out")
+        return forecasts.measure_rate(config)
 
     return forecasts.forecast(config, open_store(config.root, config.storage), None, measure=rate)
 

@@ -148,12 +148,15 @@ class Prompt:
         """The number among the prompt's active latents of an edited one; ConfigError if it is not active."""
         number = self._known.get((edit.layer, edit.latent, edit.position))
         if number is None:
+            places = sorted({at for layer, _, at in self._known if layer == edit.layer})
             here = [latent for layer, latent, at in self._known if (layer, at) == (edit.layer, edit.position)]
             raise ConfigError(
                 f"the edit {edit}",
                 expected=f"a latent of layer {edit.layer} that is active at position {edit.position}",
                 got=f"latent {edit.latent}, which is not",
-                fix=f"Active there: {', '.join(map(str, here[:20])) or 'none'}",
+                fix=f"Active there: {', '.join(map(str, here[:20]))}"
+                if here
+                else f"Positions with active latents: {', '.join(map(str, places)) or 'none in this layer'}",
             )
         return number
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from winnow.common.reporter import say
 from winnow.evaluator.circuits.editing import Edited, edit
 from winnow.evaluator.circuits.graph import Graph, Node
 from winnow.evaluator.circuits.paths import strongest_paths
 from winnow.evaluator.circuits.tracing import trace
 from winnow.sae.sets import TranscoderSet
 from winnow.schemas.config import StorageSpec
-from winnow.schemas.errors import ConfigError, MissingObject
+from winnow.schemas.errors import ConfigError
 from winnow.schemas.fit import check_subject
 from winnow.schemas.subject import SubjectSpec
 from winnow.schemas.window import WindowRule
@@ -36,6 +37,7 @@ def subject_of(set_: TranscoderSet, stated: SubjectSpec | None) -> Subject:
             fix="Name the language model that the set was trained on",
         )  # fmt: skip
     spec = stated or SubjectSpec(model=identity.subject_model if identity else "")
+    say("loading the subject")
     # Edges are differences of small numbers: bfloat16 would be most of them.
     return Subject.load(spec.model_copy(update={"dtype": "float32"}))
 
@@ -44,13 +46,14 @@ def read_graph(path: Path) -> Graph:
     """Read a graph's file.
 
     Raises:
-        MissingObject: It is not there.
+        ConfigError: It is not there.
         IntegrityError: It is no graph.
     """
     try:
         return Graph.from_json(path.read_bytes(), origin=str(path))
     except OSError as error:
-        raise MissingObject(f"the graph {path} cannot be read", got=error.strerror) from error
+        fix = "Trace it with --prompt TEXT --out FILE first"
+        raise ConfigError(f"the graph {path} cannot be read", got=error.strerror, fix=fix) from error
 
 
 def write_graph(graph: Graph, path: Path) -> None:

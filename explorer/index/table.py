@@ -195,9 +195,10 @@ class FeatureTable:
         try:
             meta = FeatureIndex.from_json(store.get(INDEX_KEY), origin=f"{uri}/{INDEX_KEY}")
         except MissingObject as error:
-            raise ConfigError(
-                f"{uri} holds no finished index", expected=INDEX_KEY, fix="Run `winnow index SAE` first"
-            ) from error
+            # The folder of an index is `features` in that of its SAE, unless another was named.
+            sae = uri.rstrip("/").removesuffix("/features")
+            fix = f"Run `winnow index {sae if sae != uri.rstrip('/') else 'SAE'}` first"
+            raise ConfigError(f"{uri} holds no finished index", expected=INDEX_KEY, fix=fix) from error
         if sae_sha256 not in (None, meta.sae_sha256):
             raise ConfigError(
                 f"{uri} is the index of another SAE",

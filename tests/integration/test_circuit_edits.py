@@ -117,6 +117,8 @@ def test_edits_that_make_no_sense_are_refused(subject, set_, graph):
     with pytest.raises(ConfigError, match=r"Active there: \d+") as error:
         edit(subject, set_, graph, [f"1.{off}@3=0"])
     assert "which is not" in str(error.value)
+    with pytest.raises(ConfigError, match=r"Positions with active latents: 0, 1, 2"):
+        edit(subject, set_, graph, ["1.1@99=0"])
     with pytest.raises(ConfigError, match="edits"):
         edit(subject, set_, graph, [])
     with pytest.raises(SaeMismatch, match="set of the graph"):
@@ -233,7 +235,10 @@ def test_the_command_refuses_in_a_sentence(folder: Path, saved: Path, tmp_path: 
     common = (saved, "--subject", folder)
     assert "one of them" in run(*common, "--prompt", "a", "--graph", "g.json", code=2)
     assert "--prompt TEXT, --graph FILE, --text FILE or --root URI" in run(*common, code=2)
-    assert "cannot be read" in run(*common, "--graph", tmp_path / "none.json", code=1)
+    assert "cannot be read" in run(*common, "--graph", tmp_path / "none.json", code=2)
+    # before anything is loaded: there is no set either
+    misspelt = run(tmp_path / "none", "--graph", "g.json", "--edit", "L0.1=0", code=2)
+    assert "layer.latent@position=ACTIVATION" in misspelt
     out = tmp_path / "g.json"
     assert "too long" in run(*common, "--prompt", "x " * 400, "--out", out, code=2)
     assert "one token" in run(
