@@ -31,7 +31,7 @@ class IndexSpec(Contract):
     """Tokens shown after that token."""
     logits: int = Field(default=12, ge=0, le=64)
     """Tokens listed that a latent promotes most, and as many that it suppresses most. With 0 the subject's
-    weights are not needed."""
+    weights are not needed; SAEs of `mlp_in` and `router`, which add nothing to the stream, need 0."""
     neighbours: int = Field(default=12, ge=0, le=64)
     """Nearest latents listed, by decoder cosine and again by co-activation; 0 leaves both lists out."""
     coactivation_rows: int = Field(default=512, ge=1, le=1 << 16)

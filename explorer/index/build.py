@@ -29,7 +29,13 @@ from numpy.typing import NDArray
 from winnow.evaluator.families.diffing import relative_norms
 from winnow.explorer.index import latents as per_latent
 from winnow.explorer.index.blocks import Block, block_folder, firing_counts, make_block, merge
-from winnow.explorer.index.directions import nearest, principal, token_texts, unit_rows
+from winnow.explorer.index.directions import (
+    nearest,
+    principal,
+    require_written,
+    token_texts,
+    unit_rows,
+)
 from winnow.explorer.index.parts import AXIS, index_parts
 from winnow.explorer.index.promoted import promoted_columns
 from winnow.explorer.index.subjects import LazySubject, lazy_subjects
@@ -153,6 +159,9 @@ class Indexer:
             raise ConfigError("sae", expected="a published SAE (`Sae.load`)", got="one without a card")
         self.card = card
         check_dataset("the SAE", card, plan)
+        # Now, and not when all rows are encoded.
+        if self.spec.logits:
+            require_written(card.output_hooks)
         self.own = index_parts(card)
         rows = card.rows if self.spec.rows is None else self.spec.rows
         # Of all rows null stays null: an index that was made before rows could be chosen is the same.

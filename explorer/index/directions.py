@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from winnow.explorer.index.latents import Near
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.joined import split_hook
+from winnow.schemas.subject import parse_hook
 from winnow.subject.load import Subject
 
 _LOGIT_NUMBERS = 1 << 24
@@ -23,6 +25,8 @@ _LOGIT_NUMBERS = 1 << 24
 # A set's cross-layer decoder of 24 layers of 768 is wider: its covariance would be 2.7 GB, and take minutes.
 _PRINCIPAL_WIDTH = 8192
 """Largest D of which principal components are computed."""
+_INSIDE = {"mlp_in": "the MLP alone reads", "router": "only chooses experts"}
+"""Sites whose rows reach the stream by no linear path -> what becomes of them."""
 COSINE_COLUMNS = 1 << 14
 """Latents that a part is compared with at a time: with 1,024 per part, also 67 MB."""
 
@@ -96,6 +100,45 @@ class DirectLogits:
                 column.append(part.cpu())
         up_ids, up, down_ids, down = (torch.cat(column).numpy() for column in kept)
         return Promoted(up_ids.astype(np.uint32), up, down_ids.astype(np.uint32), down)
+
+
+def require_written(hooks: Sequence[str]) -> None:
+    """Check that what SAEs write at some hooks is added to the residual stream, which the unembedding reads.
+
+    Raises:
+        ConfigError: It is not at one of them.
+    """
+    for hook in hooks:
+        named = parse_hook(split_hook(hook)[1])
+        if named is not None and named[0] in _INSIDE:
+            raise ConfigError(
+                "promoted tokens",
+                expected="a hook whose rows are added to the residual stream",
+                got=f"{hook}, which {_INSIDE[named[0]]}",
+                fix="Index with `--logits 0`",
+            )
+
+
+@torch.no_grad()
+def added_rows(subject: Subject, hook: str, rows: Tensor) -> Tensor:
+    """What rows [P, D] at a hook of a subject add to the residual stream, [P, D of the stream].
+
+    Those of the heads go through the projection behind them, and the norm of what it gives if there is one:
+    they have the stream's width in most subjects, and are no directions in it. At a module path they are
+    taken for rows of the stream.
+    """
+    named = parse_hook(hook)
+    if named is None or named[0] != "attn_z":
+        return rows
+    layout, layer = subject.layout, named[1]
+    project = subject.model.get_submodule(str(layout.path(layer, "projection")))
+    # Less what the zero vector gives, the bias: GPT-2's projection is no `nn.Linear`, so its matrix has no
+    # name to be read by.
+    both = torch.cat([rows, torch.zeros_like(rows[:1])]).to(subject.device, subject.dtype)
+    made: Tensor = project(both)
+    made = made[:-1] - made[-1:]
+    norm = layout.path(layer, "attention_post_norm")
+    return made if norm is None else subject.model.get_submodule(norm)(made)
 
 
 def stream_rows(sae: Sae) -> Tensor:

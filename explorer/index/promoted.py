@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from winnow.explorer.index.directions import DirectLogits, stream_rows
+from winnow.explorer.index.directions import DirectLogits, added_rows, stream_rows
 from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import lists
 from winnow.sae.model import Sae
@@ -38,21 +38,22 @@ def promoted_columns(
         return lambda *_: {}
     loaded: dict[str, DirectLogits] = {}
 
-    def logits(hook: str) -> DirectLogits:
-        name = split_hook(hook)[0]
+    def of(hook: str, rows: Tensor) -> dict[str, Any]:
+        name, own = split_hook(hook)
+        subject = subjects[name].whole()
         if name not in loaded:
-            loaded[name] = DirectLogits(subjects[name].whole())
-        return loaded[name]
+            loaded[name] = DirectLogits(subject)
+        return _columns(loaded[name], rows, added_rows(subject, own, rows), count)
 
     if not sae.parts.widths:
-        whole, written = logits(card.output_hooks[0]), stream_rows(sae)
-        return lambda first, stop: _columns(whole, written[first:stop], count)
+        written = stream_rows(sae)
+        return lambda first, stop: of(card.output_hooks[0], written[first:stop])
     rows = sae.W_dec.detach().split(list(sae.parts.widths), dim=1)
-    heads = [logits(hook) for hook in card.input_hooks]
     home = torch.stack([part.norm(dim=1) for part in rows]).argmax(dim=0).tolist()
 
     def columns(first: int, stop: int) -> dict[str, Any]:
-        found = [_columns(head, part[first:stop], count) for head, part in zip(heads, rows, strict=True)]
+        parts = zip(card.input_hooks, rows, strict=True)
+        found = [of(hook, part[first:stop]) for hook, part in parts]
         made = {f"{name}_{m}": column for m, part in enumerate(found) for name, column in part.items()}
         for name in found[0]:
             chosen = [found[home[first + i]][name][i].as_py() for i in range(stop - first)]
@@ -62,9 +63,9 @@ def promoted_columns(
     return columns
 
 
-def _columns(logits: DirectLogits, rows: Tensor, count: int) -> dict[str, Any]:
-    """The four columns of some rows [P, D]."""
-    kept = logits.extremes(rows, count)
+def _columns(logits: DirectLogits, rows: Tensor, added: Tensor, count: int) -> dict[str, Any]:
+    """The four columns of some rows [P, D] of the decoder, given what they add to the stream."""
+    kept = logits.extremes(added, count)
     # A row of zeros promotes nothing, and its extremes would be any tokens.
     there = (rows.norm(dim=1) > 0).tolist()
     columns: dict[str, Any] = {}
