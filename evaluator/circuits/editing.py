@@ -8,7 +8,9 @@ every layer that it writes to, at its position. The rest of the subject reacts a
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +29,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement
 
-_FORM = re.compile(r"^(\d+)\.(\d+)@(\d+)([=*])(-?\d+(?:\.\d*)?(?:e-?\d+)?)$")
+_FORM = re.compile(r"^(\d+)\.(\d+)@(\d+)([=*])(-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)$", re.ASCII)
 
 
 class Edit(NamedTuple):
@@ -52,14 +54,16 @@ class Edit(NamedTuple):
             ConfigError: Another form.
         """
         match = _FORM.match(text.strip())
-        if match is None:
+        if match is None or not math.isfinite(float(match[5])):
             expected = "layer.latent@position=ACTIVATION or layer.latent@position*FACTOR"
             raise ConfigError(f"the edit {text!r}", expected=expected, fix="For example 3.1207@5=0")
         layer, latent, position, sign, value = match.groups()
         return cls(int(layer), int(latent), int(position), float(value), sign == "*")
 
     def __str__(self) -> str:
-        return f"{self.layer}.{self.latent}@{self.position}{'*' if self.scales else '='}{self.value:g}"
+        # All digits, so that it is read back as the same edit.
+        value = repr(self.value).removesuffix(".0")
+        return f"{self.layer}.{self.latent}@{self.position}{'*' if self.scales else '='}{value}"
 
     def change(self, before: float) -> float:
         """By how much the activation changes."""
@@ -101,12 +105,17 @@ def edit(
         edits: Edits, or their text; see `Edit.parse`.
 
     Raises:
-        ConfigError: There are no edits, one is malformed, or one of a latent that is not active.
+        ConfigError: There are no edits, one is malformed, one is of a latent that is not active, or two are
+            of the same latent.
         SaeMismatch: The graph is of another set or subject.
     """
     changes = tuple(Edit.parse(each) if isinstance(each, str) else each for each in edits)
     if not changes:
         raise ConfigError("edits", expected="at least one", got="none")
+    # Each says by how much the activation changes from what it was: of two, both changes would be made.
+    if twice := [place for place, count in Counter(each[:3] for each in changes).items() if count > 1]:
+        layer, latent, position = twice[0]
+        raise ConfigError("edits", expected="each latent once", got=f"{layer}.{latent}@{position} twice")
     if not isinstance(graph, Graph):
         graph = trace(subject, set_, graph)
     prompt = Prompt(subject, set_, graph)

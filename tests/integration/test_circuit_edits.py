@@ -104,8 +104,17 @@ def test_effects_of_latents_outside_the_graph_are_those_that_they_would_have(sub
     assert whole.foretold(0).shape == (len(whole.logits),)
 
 
+@pytest.mark.parametrize("value", ["0", "2", "-1.5", ".5", "1e+6", "3E-7", "0.1234567891", "123456789", "5."])
+def test_an_edit_is_written_as_it_is_read(value):
+    for sign in "=*":
+        found = Edit.parse(f"3.1207@5{sign}{value}")
+        assert (found.value, found.scales) == (float(value), sign == "*")
+        assert Edit.parse(str(found)) == found
+    assert str(Edit(3, 1207, 5, 0.0)) == "3.1207@5=0"
+
+
 def test_edits_that_make_no_sense_are_refused(subject, set_, graph):
-    for text in ("3.7", "a.b@c=1", "0.1@2", "0.1@2=nan", "0.1@-1=0"):
+    for text in ("3.7", "a.b@c=1", "0.1@2", "0.1@2=nan", "0.1@-1=0", "0.1@2=1e999", "0.1@2=", "0.1@2=."):
         with pytest.raises(ConfigError, match=r"layer\.latent@position"):
             edit(subject, set_, graph, [text])
     on = {
@@ -121,6 +130,10 @@ def test_edits_that_make_no_sense_are_refused(subject, set_, graph):
         edit(subject, set_, graph, ["1.1@99=0"])
     with pytest.raises(ConfigError, match="edits"):
         edit(subject, set_, graph, [])
+    name = next(node.name for node in graph.nodes if node.kind == "feature")
+    # Taken away twice it would be as active as before, with the other sign.
+    with pytest.raises(ConfigError, match=f"each latent once, got {name} twice"):
+        edit(subject, set_, graph, [f"{name}=0", f"{name}*0"])
     with pytest.raises(SaeMismatch, match="set of the graph"):
         edit(subject, random_set(L, cross=set_.cross, seed=1), graph, ["1.1@1=0"])
 
