@@ -275,12 +275,15 @@ class Setting(OnDataset):
         return f"{self.card.target_hook} is predicted by several layers together: evaluate their set"
 
     @property
+    def why_fixed(self) -> str | None:
+        """Why what the SAE gives cannot take the place of its rows in the subject; None if it can."""
+        fixed = next((hook for hook in self.card.output_hooks if read_only(hook)), None)
+        return None if fixed is None else f"the rows at {fixed} cannot be replaced"
+
+    @property
     def left_out(self) -> dict[Family, str]:
         """Families that make no sense for this SAE, and why."""
-        fixed = next((hook for hook in self.card.output_hooks if read_only(hook)), None)
-        found: dict[Family, str] = (
-            {} if fixed is None else dict.fromkeys(REPLACING, f"the rows at {fixed} cannot be replaced")
-        )
+        found: dict[Family, str] = {} if self.why_fixed is None else dict.fromkeys(REPLACING, self.why_fixed)
         if self.card.with_hooks or self.joined:
             why = "they are about an SAE that reads one hook of one subject"
             found |= dict.fromkeys(("compute", "stability", "ablation", "probes", "n2g", "judge"), why)

@@ -360,8 +360,9 @@ def measure(setting: Setting) -> Measured:
         mean_figure("n2g_precision", precision[~np.isnan(precision)], **options),
     ]
     simulated, losses, notes = [], {}, ()
-    if setting.partial:
-        notes = (f"not simulated: {setting.why_partial}",)
+    why = setting.why_partial if setting.partial else setting.why_fixed
+    if why is not None:
+        notes = (f"not simulated: {why}",)
     else:
         silent = not len(fired.slots) and not held_out.firings[latents].any()
         simulated, losses = simulate(setting, explained, fired, silent=silent)

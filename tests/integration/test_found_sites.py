@@ -105,8 +105,14 @@ def test_a_router_is_planned_harvested_derived_from_and_trained_on(tmp_path: Pat
     assert ActivationStore.open(str(tmp_path / "half")).d_model("router.1") == 8
     code, error = winnow("train", path, "--json")
     assert code == 0, error
-    code, error = winnow("evaluate", tmp_path / "run", "--config", path, "--metrics", "reconstruction")
+    few = ("--set", "evaluate.n2g_latents=1", "--set", "evaluate.n2g_examples=2")
+    code, error = winnow(
+        "evaluate", tmp_path / "run", "--config", path, "--metrics", "reconstruction,n2g", *few
+    )
     assert code == 0, error
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["families"]["n2g"]
+    assert {figure["id"] for figure in found["figures"]} == {"n2g_recall", "n2g_precision"}
+    assert "not simulated: the rows at router.1 cannot be replaced" in found["notes"]
     code, error = winnow("evaluate", tmp_path / "run", "--config", path, "--metrics", "downstream")
     assert code == 2
     assert "the rows at router.1 cannot be replaced" in error
