@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.struck import killed
 from winnow.harvester.derive.derive import derive
 from winnow.schemas.derived import DeriveRule
 from winnow.schemas.errors import IntegrityError, MissingObject
@@ -36,40 +34,40 @@ def parent(tmp_path_factory) -> str:
     return root
 
 
-def run(parent: str, out: Path, rule: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "winnow", "derive", parent, str(out), *RULES[rule], "--json"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def words(parent: str, out: Path, rule: str) -> list[str]:
+    return ["winnow", "derive", parent, str(out), *RULES[rule], "--json"]
+
+
+def finish(parent: str, out: Path, rule: str) -> dict:
+    command = [sys.executable, "-m", *words(parent, out, rule)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def attempts(root: Path) -> dict[str, str]:
     return {path.name: json.loads(path.read_text())["attempt"]["id"] for path in root.glob("receipts/*.json")}
 
 
-def killed_once(parent: str, out: Path, rule: str, reached) -> None:
-    process, end = run(parent, out, rule), time.monotonic() + 120
-    while not reached():
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < end, "the awaited moment never came"
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()  # waits, and closes the pipe
+# Of the object whose bytes were written just before, and which is not there.
+MOMENTS = {
+    "while the tokens are written": "tokens/c/1/0",
+    "while a shard is written": "activations/.*/c/4/0",
+    "in the middle": "receipts/0*9[.]json",
+}
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_killed_at_one_moment_after_another_it_gives_the_same_dataset(parent, tmp_path, rule):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    expected = json.loads(run(parent, whole, rule).communicate(timeout=300)[0])
+    expected = finish(parent, whole, rule)
     units, kept = expected["units"], dict[str, str]()
-    for reached in (
-        lambda: any(out.glob("tokens/c/*/0")),
-        lambda: any(out.glob("activations/*/c/*/0")),
-        lambda: len(list(out.glob("receipts/*.json"))) >= units // 3,
-    ):
-        killed_once(parent, out, rule, reached)
+    for moment in MOMENTS.values():
+        killed(f"{out}/{moment}", words(parent, out, rule))
         before, kept = kept, attempts(out)
         assert before.items() <= kept.items(), "a unit that had a receipt was made again"
         assert len(kept) < units, "killed too late to show anything"
-    found = json.loads(run(parent, out, rule).communicate(timeout=300)[0])
+    found = finish(parent, out, rule)
     assert found["dataset_sha256"] == expected["dataset_sha256"]
     assert kept.items() <= attempts(out).items(), "a unit that had a receipt was made again"
     assert not verify(open_store(str(out)), level="full")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.faults.test_harvest_kill import kill_tree, wait_for
 from tests.integration.test_plan_chat import conversation
 from tests.support.chat_templates import CHATML
 from tests.support.pipeline import pipeline_config
+from tests.support.struck import killed
 from winnow.common.config_file import load_config
 from winnow.harvester.run.driver import ensure_plan
 from winnow.schemas.harvest import HarvestPlan
@@ -36,11 +34,6 @@ def chat_config(folder: Path, root: Path) -> Path:
     return pipeline_config(folder, root=str(root), units=UNITS, corpus={"sources": [source]})
 
 
-def begun(config: Path, root: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "winnow", "plan", str(config), "--json", "--set", f"root={root}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 def stored(root: Path) -> dict[str, bytes]:
     """Every object but the plan, which also says when it was made, and what a killed process left in .tmp."""
     keys = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
@@ -60,19 +53,18 @@ def whole(tmp_path_factory) -> tuple[Path, Path]:
     return config, root
 
 
+# Of the object whose bytes were written just before, and which is not there.
 MOMENTS = {
-    "while tokens are written": lambda root: any(root.glob("tokens/c/*/0")),
-    "while labels are written": lambda root: len(list(root.glob("labels/role/c/*/0"))) > UNITS // 2,
+    "while tokens are written": "tokens/c/5/0",
+    "while labels are written": f"labels/role/c/{UNITS // 2}/0",
 }
 
 
 def test_killed_at_one_moment_after_another_it_gives_the_same_plan(whole, tmp_path):
     config, expected = whole
     root = tmp_path / "data"
-    for reached in MOMENTS.values():
-        process = begun(config, root)
-        wait_for(lambda reached=reached: reached(root), process)
-        kill_tree(process)
+    for moment in MOMENTS.values():
+        killed(moment, ["winnow", "plan", str(config), "--json", "--set", f"root={root}"])
         assert len(list(root.glob("labels/*/c/*/0"))) < 6 * (UNITS + 1), "killed too late to show anything"
     ensure_plan(load_config(config), open_store(str(root)))
     assert fingerprint(root) == fingerprint(expected)

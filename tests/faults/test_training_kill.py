@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.support.planted import planted_config
 from tests.support.roots import roots_config
 from tests.support.set_data import LAYERS, set_config
+from tests.support.struck import begun, killed
 from winnow.common.config_file import load_config
 from winnow.trainer.run.loop import train
 
 EPOCHS = 8
 
 
-def command(config, out) -> list[str]:
-    return [sys.executable, "-m", "winnow.trainer", str(config), "--json", "--set", f"train.out={out}"]
+def words(config, out) -> list[str]:
+    return ["winnow.trainer", str(config), "--json", "--set", f"train.out={out}"]
 
 
 def finish(config, out) -> dict:
-    result = subprocess.run(command(config, out), capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", *words(config, out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
-
-
-def kill_when(reached, config, out) -> None:
-    """Begin or resume a training, and kill it when `reached(out)`."""
-    process = subprocess.Popen(command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not reached(out):
-        assert process.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < end, "the awaited moment never came"
-        time.sleep(0.004)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +38,19 @@ def whole(tmp_path_factory):
     return config, (folder / "run" / "sae.safetensors").read_bytes()
 
 
+# Of the object whose bytes were written just before, and which is not there.
 MOMENTS = {
-    "while a checkpoint is written": lambda out: any(out.glob(".tmp/*")) and any(out.glob("checkpoints/*/*")),
-    "in the middle": lambda out: any(int(p.name) > 8 * EPOCHS for p in out.glob("checkpoints/*")),
-    "before it is published": lambda out: any(
-        int(p.name) >= 16 * EPOCHS - 3 for p in out.glob("checkpoints/*")
-    ),
+    "while a checkpoint is written": r"checkpoints/0+4/state\.safetensors",
+    "in the middle": rf"checkpoints/0+{8 * EPOCHS}/index\.json",
+    "before it is published": r"run/sae\.safetensors",
 }
 
 
 def test_killed_at_one_moment_after_another_it_gives_the_same_bits(whole, tmp_path):
     config, weights = whole
     out = tmp_path / "run"
-    for reached in MOMENTS.values():
-        kill_when(reached, config, out)
+    for moment in MOMENTS.values():
+        killed(moment, words(config, out))
         assert not (out / "summary.json").exists()
 
     summary = finish(config, out)
@@ -77,17 +63,16 @@ def test_killed_at_one_moment_after_another_it_gives_the_same_bits(whole, tmp_pa
 def test_stopped_by_a_scheduler_it_saves_the_step_and_ends_with_130(whole, tmp_path):
     config, weights = whole
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    end = time.monotonic() + 120
-    while not any(out.glob("checkpoints/*/index.json")):
-        assert process.poll() is None, "training ended before it could be stopped"
-        assert time.monotonic() < end, "the awaited moment never came"
-        time.sleep(0.004)
     # The later ones must not end the process while it writes the checkpoint.
-    for sent in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
-        process.send_signal(sent)
+    signals = "SIGUSR1,SIGTERM,SIGTERM"
+    process = begun(
+        r"checkpoints/0+5/index\.json",
+        signals,
+        words(config, out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     told = " ".join(process.communicate(timeout=120)[1].split())
     assert process.returncode == 130
     step = max(int(path.parent.name) for path in out.glob("checkpoints/*/index.json"))
@@ -101,7 +86,7 @@ def test_a_killed_crosscoder_of_two_subjects_gives_the_same_bits(tmp_path):
     config = roots_config(tmp_path, out=str(tmp_path / "whole"), checkpoint_seconds=0)
     train(load_config(config))
     out = tmp_path / "run"
-    kill_when(lambda out: any(int(path.name) > 20 for path in out.glob("checkpoints/*")), config, out)
+    killed(r"checkpoints/0+21/index\.json", words(config, out))
     assert not (out / "sae.json").exists()
     assert finish(config, out)["steps"] == 48
     weights = "sae.safetensors"
@@ -112,7 +97,7 @@ def test_a_killed_set_gives_the_same_bits_for_every_layer(tmp_path):
     config = set_config(tmp_path, out=str(tmp_path / "whole"), cross=True, checkpoint_seconds=0)
     train(load_config(config))
     out = tmp_path / "run"
-    kill_when(lambda out: any(int(path.name) > 20 for path in out.glob("checkpoints/*")), config, out)
+    killed(r"checkpoints/0+21/index\.json", words(config, out))
     assert not (out / "set.json").exists()
     assert finish(config, out)["steps"] == 48
     for layer in range(LAYERS):
