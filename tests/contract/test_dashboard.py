@@ -134,6 +134,17 @@ def test_the_page_lists_every_metric_and_no_other(exported):
     assert listed == set(exported)
 
 
+def test_the_page_s_alerts_parse_and_survive_the_end_of_a_process(exported):
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    lines = page.split("## Questions worth an alert")[1].split("```")[1].strip().splitlines()
+    for line in lines:
+        for selector in selectors(promql_parser.parse(line.split("#")[0])):
+            assert selector.name in exported, line
+            assert {matcher.name for matcher in selector.matchers.matchers} <= exported[selector.name], line
+    # A killed process ends its series: what asks for its silence must look back.
+    assert "last_over_time(winnow_run_beat_timestamp_seconds[" in lines[0]
+
+
 def test_prometheus_config_is_what_the_page_says():
     jobs = yaml.safe_load((MONITORING / "prometheus.yml").read_text())["scrape_configs"]
     assert [job["job_name"] for job in jobs] == ["winnow", "winnow-jobs"]
