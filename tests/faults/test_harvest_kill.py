@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.gated_worker import FREE, GATE
 from tests.support.pipeline import make_alone, pipeline_config
 from winnow.common.config_file import load_config
 from winnow.store.check.verify import verify
@@ -21,8 +24,30 @@ from winnow.store.objects import open_store
 UNITS = 12
 
 
-def command(config: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "winnow", "harvest", str(config), "--json", *arguments]
+def command(config: Path, root: Path, module: str = "winnow") -> list[str]:
+    return [sys.executable, "-m", module, "harvest", str(config), "--json", "--set", f"root={root}"]
+
+
+@contextmanager
+def gated(config: Path, root: Path, free: int) -> Iterator[subprocess.Popen[str]]:
+    """A harvest that makes so many units and stops at the next ones until `<root>-gate/open` is there."""
+    gate = Path(f"{root}-gate")
+    gate.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        command(config, root, "tests.support.gated_worker"),
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, GATE: str(gate), FREE: str(free)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+        for pipe in (process.stdout, process.stderr):
+            pipe.close()
 
 
 def wait_for(done, process: subprocess.Popen, seconds: float = 300) -> None:
@@ -56,10 +81,11 @@ def whole(tmp_path_factory):
     return config, make_alone(load_config(config))[1]
 
 
+# What has been reached, and how many units the workers make without being told to go on.
 MOMENTS = {
-    "while the tokens are written": lambda root: any(root.glob("tokens/c/*/0")),
-    "before the first receipt": lambda root: any(root.glob("activations/*/c/*/0")),
-    "in the middle": lambda root: len(list(root.glob("receipts/*.json"))) >= UNITS // 2,
+    "while the tokens are written": (lambda root: any(root.glob("tokens/c/*/0")), 0),
+    "before the first receipt": (lambda root: any(root.glob("activations/*/c/*/0")), 1),
+    "in the middle": (lambda root: len(list(root.glob("receipts/*.json"))) >= UNITS // 2, UNITS // 2),
 }
 
 
@@ -67,18 +93,14 @@ def test_killed_at_one_moment_after_another_it_gives_the_same_dataset(whole, tmp
     config, digest = whole
     root = tmp_path / "data"
     kept = dict[str, str]()
-    for reached in MOMENTS.values():
-        process = subprocess.Popen(
-            command(config, "--set", f"root={root}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        wait_for(lambda reached=reached: reached(root), process)
-        kill_tree(process)
+    for reached, free in MOMENTS.values():
+        with gated(config, root, free) as process:
+            wait_for(lambda reached=reached: reached(root), process)
+            kill_tree(process)
         before, kept = kept, attempts(root)
         assert before.items() <= kept.items(), "a unit that had a receipt was made again"
         assert len(kept) < UNITS, "killed too late to show anything"
-    result = subprocess.run(
-        command(config, "--set", f"root={root}"), capture_output=True, text=True, timeout=300, check=False
-    )
+    result = subprocess.run(command(config, root), capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["dataset_sha256"] == digest
     after = attempts(root)
@@ -90,18 +112,14 @@ def test_killed_at_one_moment_after_another_it_gives_the_same_dataset(whole, tmp
 def test_a_killed_worker_is_replaced_and_its_units_are_made(whole, tmp_path):
     config, digest = whole
     root = tmp_path / "data"
-    process = subprocess.Popen(
-        command(config, "--set", f"root={root}"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: any(root.glob("receipts/*.json")), process)
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if child.name().startswith("ray::") and "UnitWorker" in " ".join(child.cmdline())
-    ]
-    assert workers
-    os.kill(workers[0].pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=300)
+    gate = Path(f"{root}-gate")
+    with gated(config, root, 1) as process:
+        wait_for(lambda: any(root.glob("receipts/*.json")) and len(list(gate.iterdir())) > 1, process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        [worker] = [child for child in family if "ray::GatedWorker" in " ".join(child.cmdline())]
+        os.kill(worker.pid, signal.SIGKILL)  # it waits in the middle of a unit
+        (gate / "open").touch()
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert json.loads(out)["dataset_sha256"] == digest
     assert "failed" in err

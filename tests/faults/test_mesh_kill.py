@@ -55,12 +55,13 @@ def test_a_rank_killed_in_mid_step_stops_the_other_and_another_mesh_goes_on(conf
     ranks = start(config, out, {"latent": 2}, tmp_path)
     try:
         end = time.monotonic() + 120
-        while not any(int(path.parent.name) >= 20 for path in out.glob("checkpoints/*/index.json")):
+        # Early: a busy machine must not end the run before this process looks again.
+        while not any(int(path.parent.name) >= 4 for path in out.glob("checkpoints/*/index.json")):
             assert all(rank.poll() is None for rank in ranks), (tmp_path / "log-0").read_text()
             assert time.monotonic() < end, "no checkpoint came"
             time.sleep(0.01)
         os.kill(ranks[1].pid, signal.SIGKILL)
-        assert ranks[0].wait(timeout=60) == 1
+        assert ranks[0].wait(timeout=240) == 1
     finally:
         for rank in ranks:
             rank.kill()
@@ -98,7 +99,7 @@ def test_damaged_data_on_one_rank_stops_both_with_its_cause(config, folder, tmp_
     damaged.write_bytes(data)
     ranks = start(config, tmp_path / "run", {"data": 2}, tmp_path)
     try:
-        codes = [rank.wait(timeout=120) for rank in ranks]
+        codes = [rank.wait(timeout=240) for rank in ranks]
     finally:
         damaged.write_bytes(before)
         for rank in ranks:
