@@ -164,7 +164,7 @@ def test_a_mesh_that_follows_a_harvest_loses_a_rank_and_goes_on_from_its_checkpo
     settings = load_config(config)
     plan, late = ActivationStore.open(settings.root).plan, open_store(str(tmp_path / "late"))
     root, out = tmp_path / "root", tmp_path / "run"
-    mesh = ("train.mesh.latent=2", "train.follow=true", "train.follow_seconds=60", "train.group_units=4")
+    mesh = ("train.mesh.latent=2", "train.follow=true", "train.follow_seconds=600", "train.group_units=4")
     rest = ("train.epochs=2", "train.log_every_steps=1", "train.activation=batchtopk")
     rest += (f"train.with_hooks=[{OTHER_HOOK}]", "train.normalize=dataset")
     name = submit(config, root, out, f"root={late.uri}", *mesh, *rest)
