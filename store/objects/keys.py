@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # that expire before it is asked again.
 RENEW = timedelta(minutes=5)
 """Time after which keys are asked for again."""
-_TRUE = ("1", "true", "yes", "on", "y", "t")
+TRUE = ("1", "true", "yes", "on", "y", "t")
+"""How obstore's switches in the environment are spelt when they are on."""
 
 
 class Keys:
@@ -72,7 +73,7 @@ def find_keys() -> Keys | None:
         StoreError: There are no keys, or they cannot be read; raised within seconds.
     """
     env = os.environ
-    if env.get("AWS_SKIP_SIGNATURE", "").lower() in _TRUE:
+    if env.get("AWS_SKIP_SIGNATURE", "").lower() in TRUE:
         return None
     key, secret = env.get("AWS_ACCESS_KEY_ID"), env.get("AWS_SECRET_ACCESS_KEY")
     if key and secret:

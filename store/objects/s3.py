@@ -16,7 +16,7 @@ from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError
 from winnow.store.objects.base import MAX_KEY
 from winnow.store.objects.direct import Direct
-from winnow.store.objects.keys import aws_setting, find_keys
+from winnow.store.objects.keys import TRUE, aws_setting, find_keys
 from winnow.store.objects.s3_store import S3Store
 
 _MAX_PREFIX_BYTES = 1024 - MAX_KEY - 1
@@ -97,7 +97,7 @@ def s3_endpoint(allow_http: bool) -> tuple[str | None, bool]:
     named = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
     endpoint = named or aws_setting("endpoint_url")
     # Of obstore's own variables, with its spellings of true: most commands on runs and SAEs have no config.
-    allow_http = allow_http or env.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "on", "yes", "y")
+    allow_http = allow_http or env.get("AWS_ALLOW_HTTP", "").lower() in TRUE
     return endpoint, check_endpoint(endpoint, allow_http) if endpoint else False
 
 
