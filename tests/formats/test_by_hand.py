@@ -217,6 +217,16 @@ def test_dictionary_learning_matryoshka_keeps_its_prefixes(tmp_path):
     assert error(Sae.load(tmp_path / "back")(x), sae(x)) < LARGEST_ERROR
 
 
+def test_a_threshold_that_was_never_estimated_is_refused(tmp_path):
+    ours = save(make_sae("batchtopk", "none"), tmp_path / "ours")
+    export_sae(ours, "dictionary_learning", tmp_path / "theirs")
+    state = torch.load(tmp_path / "theirs/ae.pt", weights_only=True)
+    torch.save(state | {"threshold": torch.tensor(-1.0)}, tmp_path / "theirs/ae.pt")
+    with pytest.raises(ConfigError, match=r"no threshold was estimated .*every positive latent is active"):
+        import_sae(tmp_path / "theirs", "dictionary_learning", str(tmp_path / "back"))
+    assert not (tmp_path / "back").exists()
+
+
 def test_openai_tied_weights_are_read(tmp_path):
     draw = torch.Generator().manual_seed(4)
     state = {
