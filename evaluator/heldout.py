@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import metadata
 
 from winnow.common.reporter import say
 from winnow.evaluator.families.downstream import (
@@ -19,6 +20,7 @@ from winnow.harvester.run.ledger import read_ledger
 from winnow.sae.model import Sae
 from winnow.schemas.base import canonical_json, sha256_hex
 from winnow.schemas.config import Config
+from winnow.schemas.errors import DISTRIBUTION
 from winnow.schemas.fit import check_subject
 from winnow.schemas.subject import read_only
 from winnow.store import ActivationStore
@@ -101,6 +103,8 @@ def _kept(
     if out is None:
         return None
     facts = {
+        # Another version may measure otherwise, or other variants.
+        "version": metadata.version(DISTRIBUTION),
         "sae": sae.card.weights_sha256 if sae.card is not None else None,
         "plans": [part.plan.fingerprint for part in store.datasets],
         "datasets": [part.dataset_sha256 for part in store.datasets],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.evaluated import HOOK, random_sae, save_sae, toy_config, zero_sae
-from winnow.evaluator import kept_losses
+from winnow.evaluator import heldout, kept_losses
 from winnow.evaluator.families import ablation, compute, downstream
 from winnow.evaluator.heldout import measure_in_subject
 from winnow.evaluator.n2g import family as n2g
@@ -125,7 +125,12 @@ def test_a_measurement_that_was_stopped_resumes_with_the_same_bits(toy, tmp_path
     told.clear()
     assert measure_in_subject(toy, sae, store, HOOK, out) == whole
     assert f"delta CE: resuming after {sum(seen)} windows of 64" in told
-    # those of another SAE, and what is no document, are measured again
+    # those of another version, of another SAE, and what is no document, are measured again
+    with monkeypatch.context() as later:
+        later.setattr(heldout.metadata, "version", lambda _: "99.0")
+        told.clear()
+        measure_in_subject(toy, sae, store, HOOK, out)
+        assert not any("resuming" in line for line in told)
     other = random_sae(seed=1)
     save_sae(toy, tmp_path / "other", other)
     for found in (out.get(LOSSES_KEY), b"{"):
