@@ -50,7 +50,9 @@ def prompt_text(setting: Setting | SetSetting, prompt: str, skip: int | None = N
     if len(ids) <= skip:
         raise ConfigError("--prompt", expected=f"more than {skip - rule.bos} tokens", got=len(ids) - rule.bos)
     # A prompt has no labels by which rows could be chosen.
-    return Text(ids, np.arange(len(ids)) >= skip, {}, "every position of the prompt", rule.bos)
+    return Text(
+        ids, np.arange(len(ids)) >= skip, {}, f"every position of the prompt{_but_for(skip)}", rule.bos
+    )
 
 
 def window_text(setting: Setting | SetSetting, window: int, at: int | None, skip: int | None = None) -> Text:
@@ -71,9 +73,11 @@ def window_text(setting: Setting | SetSetting, window: int, at: int | None, skip
     ids = [int(token) for token in setting.tokens([window])[0]]
     weights = setting.dataset.window_weights(setting.hooks, [window])[0, :at] > 0
     counted = weights & (np.arange(at) >= (skip or 0))
-    rows = setting.dataset.reading.rows.words if setting.dataset.reading else "all rows"
+    reading = setting.dataset.reading
+    rows = (reading.rows.words if reading else "all rows") + _but_for(skip or 0)
     if not counted.any():
-        raise ConfigError(f"window {window}", expected=f"a row with {rows} before position {at}", got="none")
+        chosen = f" of those with {rows}" if reading else f"{_but_for(skip or 0)}"
+        raise ConfigError(f"window {window}", expected=f"a row before position {at}{chosen}", got="none")
     dataset = setting.dataset
     parts = dataset.parts if isinstance(dataset, JoinedStore) else {"": dataset}
     found = {name: part.positions([window]) for name, part in parts.items()}
@@ -168,6 +172,11 @@ def _attributed(
         found, drop = _jointly(setting, text, metric, name)
         told[name] = _found(subjects[name], text, metric, found, drop, top=top, name=name)
     return common | told.get("", {"subjects": told})
+
+
+def _but_for(skip: int) -> str:
+    """What is left out at the beginning, in words."""
+    return f" but for the first {skip}" if skip else ""
 
 
 Without = Callable[[str, list[tuple[int, int]]], Tensor]

@@ -151,7 +151,8 @@ def test_the_command_has_a_table_for_each_subject(setting):
     assert code == 0, err
     found = json.loads(out)
     assert found["hooks"] == list(HOOKS)
-    assert found["rows"] == "every position of the prompt"
+    # the plan drops the first position of every window
+    assert found["rows"] == "every position of the prompt but for the first 1"
     assert set(found["subjects"]) == set(NAMES)
     base, chat = (found["subjects"][name] for name in NAMES)
     assert len(base["effects"]) == len(chat["effects"]) == 4
@@ -159,7 +160,8 @@ def test_the_command_has_a_table_for_each_subject(setting):
     code, out, err = ask(*words)
     assert code == 0, err
     assert "base: log P(' the')" in out + err
-    assert "counted: every position of the prompt" in err
+    assert "counted: every position of the prompt but for the first 1" in err
+    assert ask(*words, "--skip", 0)[2].endswith("counted: every position of the prompt")
 
 
 def test_rows_choose_the_positions_of_a_window_that_count(pair, tmp_path):
@@ -184,6 +186,9 @@ def test_rows_choose_the_positions_of_a_window_that_count(pair, tmp_path):
         assert found["error"] == pytest.approx(float(every.error[0][keep].sum()), rel=1e-3, abs=1e-5)
         assert {effect["position"] for effect in found["effects"]} <= set(np.flatnonzero(counted).tolist())
     assert ask(*words, "--rows", "{}")[0] == 0
+    found = json.loads(ask(*words, "--rows", "{min_offset: 9}", "--skip", 5, "--json")[1])
+    assert found["rows"] == "min_offset=9 but for the first 5"
+    assert all(effect["position"] >= 5 for effect in found["effects"])
 
 
 def test_a_crosscoder_reads_windows_too(setting):
@@ -203,7 +208,11 @@ def test_a_crosscoder_reads_windows_too(setting):
         (("--prompt", "the fox", "--answer", " the", "--rows", "{}"), "whose tokens have no labels"),
         (("--window", 99_999), "--window: expected 0 to"),
         (("--window", 0, "--at", 99), "--at: expected 1 to"),
-        (("--window", 0, "--at", 9, "--rows", "{roles: [assistant]}"), "got none"),
+        (
+            ("--window", 0, "--at", 9, "--rows", "{roles: [assistant]}"),
+            "of those with roles=assistant, got none",
+        ),
+        (("--window", 0, "--at", 1, "--rows", "{}"), "a row before position 1, got none"),
         (("--window", 0, "--rows", "{roles: [nobody]}"), "rows.roles"),
     ],
 )
