@@ -13,7 +13,8 @@ kernels if they are interpreted; its figures mean nothing.
    that the encoder cuts a batch into, how far the kernels are from their dense equivalents.
 2. `sizes`: medians of paired ratios to torch's bfloat16 product of the shape, and the parts of a step.
    The product writes [B, N] into a reused buffer, which no step needs: an encoder may take less than it.
-3. `memory`: peak bytes of a step over `winnow estimate`.
+3. `sets`: the same of transcoder sets, over the bfloat16 products of all their encoders, and their peak.
+4. `memory`: peak bytes of a step over `winnow estimate`.
 
 Random rows make all latents equally active, which no real dictionary is. In `skewed` data some latents are
 active in every row, the others' frequencies spread over orders of magnitude, and nearly half of the active
@@ -40,13 +41,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import set_step
 from benchmarks.report import write_report
-from benchmarks.train_step import DEAD_SHARE, Size, make_run, seconds
+from benchmarks.train_step import AUXK, DEAD_SHARE, Size, make_run, seconds
 from winnow.common.device import torch_settings
 from winnow.schemas.training import TrainSpec
 from winnow.trainer.kernels import Backend, choose, encode_topk, reference
 from winnow.trainer.kernels.segment_grad import chunk_size, segments_of
-from winnow.trainer.kernels.step_ops import step_ops
+from winnow.trainer.kernels.step_ops import Dead, step_ops
 from winnow.trainer.plan.memory import gpu_memory
 from winnow.trainer.plan.paper import step_on_paper
 from winnow.trainer.plan.rates import GPUS, Rates, parts_of
@@ -59,10 +61,11 @@ MILLION = Size(16_384, 768, 1_048_576, 32)
 # One latent is active in every row, and has more entries than a chunk. The interpreter's time is by rows and
 # latents.
 TINY, TINY_HERE, TINY_MILLION = [Size(132, 16, 32, 4)], Size(16, 16, 32, 4), Size(16, 16, 48, 4)
+SET, TINY_SET = set_step.Size(12, 768, 16_384, 32, 16_384), set_step.Size(2, 16, 32, 4, 16)
 CHECKED_ROWS = 256
 """Rows on which kernels are compared with their dense equivalents."""
 PYTEST = ["-m", "pytest", "-c", "benchmarks/gpu.ini", "--rootdir=.", "--confcutdir=tests/gpu"]
-TESTS = [f"tests/gpu/test_{name}.py" for name in ("triton", "fused_ops", "cross")]
+TESTS = [f"tests/gpu/test_{name}.py" for name in ("triton", "fused_ops", "auxk", "bounded", "cross")]
 OPTIONS = ["--no-skips", "-q", "-p", "no:cacheprovider"]
 SPREAD = 0.5
 """Of `skewed` biases, in standard deviations of the pre-activations."""
@@ -85,6 +88,9 @@ STEP = "a step with bfloat16 products, float32 Adam, clipping and average, over 
 RATIOS = {
     "encode_topk_over_product": Case("`encode_topk` of bfloat16 operands over the product", step=False),
     "encode_topk_over_product_skewed": Case("the same on skewed data", step=False, skewed=True),
+    "encode_topk_over_product_dead10": Case(
+        "`encode_topk` that also writes every number of a tenth of the latents", step=False, auxk=True
+    ),
     "step_over_product": Case(STEP),
     "step_over_product_skewed": Case("the same on skewed data", skewed=True),
     "step_over_product_dead10": Case("the same with AuxK and a tenth dead", auxk=True),
@@ -98,6 +104,28 @@ SIZE_FIGURES = {
     "product_seconds": "the bfloat16 product",
     "float32_product_seconds": "the float32 product",
     "items": "parts of the step: operations, bytes, FLOP, seconds at the rates of `card`, measured seconds",
+}
+
+
+class SetCase(NamedTuple):
+    """A part of `sets`."""
+
+    what: str
+    cross: bool = True
+    auxk: bool = False
+
+
+SETS = {
+    "cross-layer": SetCase("a step of a cross-layer set of 12 layers"),
+    "cross-layer, a tenth dead": SetCase("the same with AuxK and a tenth dead", auxk=True),
+    "per-layer": SetCase("the steps of a per-layer set of 12 layers, one after another", cross=False),
+}
+SET_FIGURES = {
+    "step_over_products": "over the bfloat16 products of its encoders",
+    "quartiles": "of these ratios",
+    "step_seconds": "",
+    "products_seconds": "of its encoders",
+    "peak_over_estimate": "of memory",
 }
 EXACT = {
     "encode_topk": "largest difference from the dense equivalent, over its largest number",
@@ -126,6 +154,12 @@ def listing(sizes: Sequence[Size]) -> dict[str, str]:
     found["card.rates"] = "FLOP/s of the bfloat16 product, bytes/s of a copy"
     told = {name: case.what for name, case in RATIOS.items()} | SIZE_FIGURES
     found |= {f"sizes.{size.rows}.{name}": what for size in sizes for name, what in told.items()}
+    found |= {
+        f"sets.{name}.{figure}": ": ".join(filter(None, (case.what, what)))
+        for name, case in SETS.items()
+        for figure, what in SET_FIGURES.items()
+    }
+    found["sets.cross-layer.items"] = SIZE_FIGURES["items"]
     for name, (million, fields) in MEMORY.items():
         size = MILLION if million else SIZES[0]
         given = ", ".join(f"{key} {value}" for key, value in fields.items())
@@ -261,6 +295,10 @@ def ratios(
         if case.step:
             run = make_run(size, kernels, device, auxk=case.auxk, compute_dtype=case.compute_dtype)
             call = stepper(run, x, skew=case.skewed)
+        elif case.auxk:
+            ids = torch.arange(0, size.latents, round(1 / DEAD_SHARE), device=device)
+            dead = Dead(ids, min(AUXK, len(ids)), dense=True)
+            call = partial(step_ops(kernels, "bfloat16").encode, half, W_half, biases[False], size.k, dead)
         else:
             call = partial(encode_topk, half, W_half, biases[case.skewed], size.k, kernels)
         found: list[float] = []
@@ -304,7 +342,7 @@ def spec_of(run: Run | None) -> TrainSpec:
 
 
 def items(
-    size: Size,
+    size: Size | set_step.Size,
     spec: TrainSpec,
     step: Callable[[], object],
     took: tuple[float, int],
@@ -379,6 +417,71 @@ def memory(
     }
 
 
+def set_steps(
+    case: SetCase,
+    size: set_step.Size,
+    rounds: int,
+    device: torch.device,
+    kernels: Backend,
+    rates: dict[str, float],
+) -> dict[str, Any]:
+    """Medians of paired ratios of a set's step to the bfloat16 products of its encoders, and its peak."""
+    cuda = device.type == "cuda"
+    x, W = (torch.randn(n, size.width, device=device).bfloat16() for n in (size.rows, size.latents))
+    out = torch.empty(size.rows, size.latents, device=device, dtype=torch.bfloat16)
+
+    def products() -> None:
+        for _ in range(size.layers):
+            torch.mm(x, W.T, out=out)
+
+    before = torch.cuda.memory_allocated() if cuda else 0
+    fields: dict[str, object] = {"kernels": kernels, "device": str(device), **HALF}
+    if case.auxk:
+        fields |= {"auxk_coefficient": 1 / 32, "auxk_k": min(AUXK, size.latents // 2)}
+    runs = set_step.make_runs(size, cross=case.cross, **fields)
+    data = set_step.Data.of(size, size.rows, seed=2)
+    inputs, targets = ([rows.to(device) for rows in some] for some in (data.inputs, data.targets))
+    # the next batch, which arrives during a step
+    _ahead = [torch.empty_like(rows) for rows in (*inputs, *targets)]
+    # weights are read on the host first
+    data = set_step.Data(inputs, targets, data.weights)
+    silent = torch.arange(0, size.latents, round(1 / DEAD_SHARE), device=device)
+    if case.auxk:
+        for run, rows in zip(runs, inputs, strict=True):
+            deviation = (rows[:256] @ run.sae.W_enc.detach().T).std()
+            run.sae.b_enc.data[silent] = QUIET * deviation
+
+    def step() -> None:
+        for run in runs if case.auxk else ():
+            run.dead.since[silent] = run.recipe.dead_after
+        set_step.take(runs, data, cross=case.cross)
+
+    found: list[tuple[float, float]] = []
+    for number in range(-2 if cuda else 0, rounds):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        pair = seconds(products, device), seconds(step, device)
+        found += [pair] if number >= 0 else []
+    peak = torch.cuda.max_memory_allocated() - before if cuda else None
+    ratios = [above / below for below, above in found]
+    spec = set_step.spec_of(size, cross=case.cross, **fields)
+    estimate = gpu_memory(spec, size.width, stored="float32").total
+    figures: dict[str, Any] = {
+        **size._asdict(),
+        "step_over_products": statistics.median(ratios),
+        "quartiles": set_step.quartiles(ratios),
+        "products_seconds": statistics.median(below for below, _ in found),
+        "step_seconds": statistics.median(above for _, above in found),
+        "peak": peak,
+        "estimate": estimate,
+        "peak_over_estimate": None if peak is None else peak / estimate,
+    }
+    if case.cross and not case.auxk:
+        taken = figures["step_seconds"], min(5, rounds)
+        figures["items"] = items(size, spec, step, taken, device, rates)
+    return figures
+
+
 def _clear(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
@@ -447,6 +550,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     for size in sizes:
         rates = figures["card"]["rates"]
         keep("sizes", str(size.rows), partial(ratios, size, rounds, device, kernels, rates))
+    for name, case in SETS.items():
+        size = TINY_SET if args.tiny else SET
+        keep("sets", name, partial(set_steps, case, size, rounds, device, kernels, figures["card"]["rates"]))
     for name, (large, fields) in MEMORY.items():
         size = million if large else here
         keep("memory", name, partial(memory, size, device, kernels, **fields))

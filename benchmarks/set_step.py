@@ -79,15 +79,15 @@ class Data(NamedTuple):
         return cls(inputs, [x.roll(1, 1).relu() + x / 2 for x in inputs], torch.ones(rows))
 
 
-def make_runs(size: Size, *, cross: bool, **fields: object) -> list[Run]:
-    """The runs of a set, initialised; `fields` override those of the spec."""
-    spec = TrainSpec.model_validate(
+def spec_of(size: Size, *, cross: bool, **fields: object) -> TrainSpec:
+    """The spec of a set; `fields` override its own."""
+    return TrainSpec.model_validate(
         {
             "out": "unused",
             "set": {"layers": [0, size.layers - 1], "cross": cross},
             "latents": size.latents,
             "k": size.k,
-            "batch_rows": size.rows,
+            "batch_rows": -(-size.rows // 64) * 64,
             "epochs": 10_000,
             "clip_norm": CLIP,
             "auxk_coefficient": 0.0,
@@ -96,11 +96,16 @@ def make_runs(size: Size, *, cross: bool, **fields: object) -> list[Run]:
         }
         | fields
     )
+
+
+def make_runs(size: Size, *, cross: bool, **fields: object) -> list[Run]:
+    """The runs of a set, initialised; `fields` as for `spec_of`."""
+    spec = spec_of(size, cross=cross, **fields)
     runs: list[Run] = []
     for layer in range(size.layers):
         of = spec.layer_spec(layer)
         parts = of.parts(dict.fromkeys(of.target_hooks, size.width))
-        sae = Sae(size.width, size.latents, size.k, spec.normalize, parts)
+        sae = Sae(size.width, size.latents, size.k, spec.normalize, parts, device=torch.device(spec.device))
         runs.append(Run(sae, Recipe.resolve(of, size.width, steps_per_epoch=1), 1.0))
     sample = Data.of(size, 256, seed=1)
     if cross:

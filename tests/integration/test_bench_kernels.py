@@ -118,7 +118,7 @@ def test_gpu_where_torch_triton_and_pytest_are_almost_all_there_is(bare, tmp_pat
     )
     result = json.loads(out.read_text())
     assert result["tests"]["triton"]["passed"]
-    assert "3 passed" in result["tests"]["triton"]["said"][0]
+    assert "4 passed" in result["tests"]["triton"]["said"][0]
     for path in gpu.listing(gpu.TINY):
         found = result
         for name in path.split("."):
@@ -133,6 +133,15 @@ def test_gpu_where_torch_triton_and_pytest_are_almost_all_there_is(bare, tmp_pat
     for name in gpu.RATIOS:
         assert 0 < size[name] < math.inf
     assert size["float32_step_over_float32_product"] > 0
+    assert set(result["sets"]) == set(gpu.SETS)
+    for one in result["sets"].values():
+        assert one["step_over_products"] > 0
+        assert one["peak_over_estimate"] is None
+    # decoders of two targets in one layer of two, and dead latents' copies
+    per_layer, cross, dead = (
+        result["sets"][name]["estimate"] for name in ("per-layer", "cross-layer", "cross-layer, a tenth dead")
+    )
+    assert per_layer < cross < dead
     for part in size["items"].values():
         assert min(part.values()) > 0
     assert result["memory"]["million"]["estimate"] > result["memory"]["here"]["estimate"]
