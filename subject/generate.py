@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -80,7 +80,8 @@ class Steer:
     positions: Positions = "all"
     skip: int = 1
     part: str = ""
-    codes: Tensor | None = None
+    # Not compared: whether two tensors are equal is no single truth value.
+    codes: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         latents = self.sae.W_dec.shape[0]
