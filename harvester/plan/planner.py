@@ -47,7 +47,7 @@ log = logging.getLogger("winnow.harvester")
 
 PUT_UNITS = 8
 """Units that are made and stored at the same time."""
-PUT_THREADS = 56
+PUT_THREADS = 32
 """Chunks of theirs that are stored at the same time: each waits for the disk or for a reply."""
 OTHER_TOKENIZER = (
     "Its tokens were made by another tokenizer (the one that an earlier version rebuilt from a GGUF file "

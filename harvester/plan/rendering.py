@@ -74,6 +74,8 @@ class _Leaf:
 
 _Path = tuple[Any, ...]
 """Keys and indices that lead from the list of messages to a text."""
+_Marked = tuple[str, list[tuple[int, tuple[_Path, int]]]]
+"""A text without its marks, and (place in it, (text, place in that)) of each."""
 
 
 class ChatTemplate:
@@ -124,10 +126,16 @@ class _Proof:
         self.places: list[tuple[_Path, int]] = []
         """Of each mark, the text and the place in it."""
         self.pieces: set[tuple[_Path, int, int]] = set()
-        self.levels = self._levels()
+        self.levels = dict.fromkeys(self.leaves, _OUTER)
+        whole = self._unchanged(self.levels)
+        if whole is None:
+            self.levels = self._levels()
+            whole = self._marked(self.messages, self.levels)
+        self.whole = whole
+        """The text without its marks, and the marks: of `_marked`'s last call, whose `pieces` are kept."""
 
     def rendered(self) -> Rendered:
-        text, marks = self._marked(self.messages, self.levels)
+        text, marks = self.whole
         if text != self.text:
             raise Unproved("marks in several of its texts change what the template writes")
         self.marks = marks
@@ -140,29 +148,27 @@ class _Proof:
         return Rendered(text, tuple(message["role"] for message in self.messages), owner, written)
 
     def _levels(self) -> dict[_Path, int]:
-        """How each text is marked: as widely as it can be without another text."""
-        outer = dict.fromkeys(self.leaves, _OUTER)
-        if self._same(outer):
-            return outer
+        """How each text is marked, where not all can be at their ends: as widely as alone changes nothing."""
         found: dict[_Path, int] = {}
         for path, leaf in self.leaves.items():
             bare = dict.fromkeys(self.leaves, _BARE)
-            levels = (level for level in (_OUTER, _CORE, _PIECES) if self._same({**bare, path: level}))
+            wide = (_OUTER, _CORE, _PIECES)
+            levels = (level for level in wide if self._unchanged({**bare, path: level}) is not None)
             found[path] = next(levels, _BARE)
             plain = _TAG.sub("", leaf.text).strip()
             if leaf.text.strip() and (found[path] == _BARE or (found[path] == _PIECES and not plain)):
                 raise Unproved("the template looks into a text that cannot be marked")
         return found
 
-    def _same(self, levels: Mapping[_Path, int]) -> bool:
+    def _unchanged(self, levels: Mapping[_Path, int]) -> _Marked | None:
+        """What `_marked` gives for the conversation, or None if these marks change the text."""
         try:
-            return self._marked(self.messages, levels)[0] == self.text
+            made = self._marked(self.messages, levels)
         except TemplateRefusal:
-            return False
+            return None
+        return made if made[0] == self.text else None
 
-    def _marked(
-        self, messages: list[dict[str, Any]], levels: Mapping[_Path, int]
-    ) -> tuple[str, list[tuple[int, tuple[_Path, int]]]]:
+    def _marked(self, messages: list[dict[str, Any]], levels: Mapping[_Path, int]) -> _Marked:
         """The text without its marks, and (place in it, (text, place in that)) of each."""
         self.places, self.pieces = [], set()
         marked = [
