@@ -82,7 +82,7 @@ COMMANDS = {
         "recovery",
         "Train SAEs on synthetic rows whose true directions are known, and count how many they recover.",
     ),
-    "info": Entry("store", "Describe a dataset and its progress, or a set. Digests in full: --json."),
+    "info": Entry("store", "Describe a dataset and its progress, an SAE or a set. Digests in full: --json."),
     "verify": Entry("store", "List what is missing, incomplete or corrupted; exit with 1 if anything is."),
     "index": Entry(
         "explore", "Index an SAE's latents: best windows, random windows, histograms, logits, neighbours."
