@@ -199,7 +199,7 @@ def explain(
             said, given = "no such field" + (_near(model, item["loc"]) if model else ""), ""
         if item["type"] == "literal_error":
             given += nearest(
-                str(item["input"]), re.findall(r"'([^']+)'", item.get("ctx", {}).get("expected", ""))
+                str(item["input"]), re.findall(r"'([^']+)'", str((item.get("ctx") or {}).get("expected", "")))
             )
         lines.append(f"{path}: {said}{given}")
     return "; ".join(lines)

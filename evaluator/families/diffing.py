@@ -19,9 +19,10 @@ from torch import Tensor
 from winnow.common.reporter import Progress
 from winnow.evaluator.setting import Codes, Measured, Setting
 from winnow.sae.model import Sae
-from winnow.schemas.errors import ConfigError, IntegrityError
+from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import Figure
 from winnow.schemas.parts import part_names
+from winnow.store.read.readings import none_held_out
 
 # Of two parts, those of Minder et al. 2025: 0.4 to 0.6 is shared, above 0.9 is only one's.
 ONLY = 0.9
@@ -114,6 +115,7 @@ def measure(setting: Setting) -> Measured:
     Raises:
         ConfigError: The SAE is not a crosscoder.
         IntegrityError: There is no row of weight above 0, or a stored one is damaged.
+        ConfigError: Rows were chosen, and none is held out.
     """
     sae = setting.sae
     if not sae.parts.widths:
@@ -136,7 +138,7 @@ def measure(setting: Setting) -> Measured:
             if scaling is not None:
                 scaling.add(kept)
     if not rows:
-        raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
+        raise none_held_out(setting.dataset.reading)
     return _report(setting, firings.cpu().numpy(), rows, scaling)
 
 

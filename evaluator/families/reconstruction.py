@@ -16,9 +16,9 @@ from winnow.evaluator.bootstrap import figure
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.metrics import L0, Fvu
 from winnow.sae.model import Sae
-from winnow.schemas.errors import IntegrityError
 from winnow.schemas.evaluation import Figure
 from winnow.schemas.parts import part_names
+from winnow.store.read.readings import none_held_out
 
 _EDGES = np.arange(-7.0, 0.51, 0.5)
 """Edges of the density histogram in half decades: log10 of the share of rows."""
@@ -68,6 +68,7 @@ def measure(setting: Setting) -> Measured:
 
     Raises:
         IntegrityError: There is no row of weight above 0, or a stored one is damaged.
+        ConfigError: Rows were chosen, and none is held out.
     """
     sae, count, seed = setting.sae, len(setting.windows), setting.spec.seed
     widths = {} if setting.partial else _widths(setting)
@@ -96,7 +97,7 @@ def measure(setting: Setting) -> Measured:
             np.add.at(active, windows, (values > 0).sum(1).cpu().numpy())
             firings += torch.bincount(indices[values > 0], minlength=sae.latents)
     if not rows_in.any():
-        raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
+        raise none_held_out(setting.dataset.reading)
     # The values come from `Fvu` and `L0`, as in training; the sums per window are for the intervals.
     figures = [sums[name].figure(name, fvu, seed) for name, fvu in spaces.items()]
     made = figure("l0", lambda a, n: a / n, active[rows_in > 0], rows_in[rows_in > 0], seed=seed)

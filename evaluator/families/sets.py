@@ -23,10 +23,10 @@ from winnow.evaluator.set_setting import SetRows, SetSetting
 from winnow.evaluator.setting import Measured
 from winnow.sae.metrics import L0, Fvu
 from winnow.sae.sets import TranscoderSet
-from winnow.schemas.errors import IntegrityError
 from winnow.schemas.evaluation import Figure
 from winnow.schemas.layers import WRITES
 from winnow.store import ActivationStore
+from winnow.store.read.readings import none_held_out
 from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement
 
@@ -48,6 +48,7 @@ def reconstruction(setting: SetSetting) -> Measured:
 
     Raises:
         IntegrityError: There is no row of weight above 0, or a stored one is damaged.
+        ConfigError: Rows were chosen, and none is held out.
     """
     whole, count, seed = setting.whole, len(setting.windows), setting.spec.seed
     layers = {
@@ -61,7 +62,7 @@ def reconstruction(setting: SetSetting) -> Measured:
     first = layers[whole.layers.start]
     used = first.rows > 0
     if not used.any():
-        raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
+        raise none_held_out(setting.dataset.reading)
     figures = [
         figure(
             name,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from winnow.common.cores import usable_cores
 from winnow.common.reporter import Progress
 from winnow.schemas.base import canonical_json, sha256_hex
-from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError
+from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, StoreError, WinnowError
 from winnow.schemas.harvest import SLICES, HarvestPlan
 from winnow.schemas.labels import LAST_TURN, SPECIAL
 from winnow.schemas.readings import ReadingCard, RowsSpec
@@ -32,6 +32,19 @@ _THREADS = 8
 """Units whose labels are read at a time from a remote root."""
 _MASKS = 256
 """Masks that are kept; a group's lanes are shuffled by several threads, which all want its units' masks."""
+
+
+def none_held_out(reading: Reading | None) -> WinnowError:
+    """Make the error that no held-out row counts: of chosen ones, none is chosen there."""
+    if reading is None:
+        return IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
+    return ConfigError(
+        f"rows: {reading.rows.words}",
+        expected="a choice of at least one held-out row",
+        got="none",
+        fix="`winnow info` shows the tokens of each role, source and turn; a dataset with more validation "
+        "units may have such rows",
+    )
 
 
 class Counts(NamedTuple):
@@ -184,6 +197,12 @@ class Reading:
                 fix="`winnow info` shows the tokens of each role, source and turn",
             )
         return found
+
+    def require_held_out(self) -> None:
+        """Raise ConfigError if no held-out row is chosen, on which a trained SAE could be measured."""
+        units = self.plan.split_units("validation")
+        if not self.counts.slices[units.start : units.stop].any():
+            raise none_held_out(self)
 
     def _load(self) -> Counts | None:
         counts_key, card_key = self._keys

@@ -98,8 +98,21 @@ def test_only_chosen_rows_are_learnt_and_every_figure_names_them(trained, config
     assert "of rows with roles=assistant special=false only" in shown.output.replace("\n", " ")
     refused = CliRunner().invoke(app, [*asked, "--rows", "{roles: [narrator]}"])
     assert refused.exit_code == 2
+    refused = CliRunner().invoke(app, [*asked, "--rows", str(NONE_HELD_OUT)])
+    assert refused.exit_code == 2
+    assert "at least one held-out row" in refused.output
     # readings are part of a sound dataset
     assert not verify(open_store(config.root), level="list")
+
+
+NONE_HELD_OUT = {"roles": ["system"], "min_offset": 498}  # some in units 5 to 9, none in unit 1
+
+
+def test_rows_of_which_none_is_held_out_are_refused_before_the_first_step(config_of):
+    config = config_of(rows=NONE_HELD_OUT)
+    with pytest.raises(ConfigError, match=r"roles=system min_offset=498: expected .* one held-out row"):
+        train(config)
+    assert list(open_store(config.train.out).list()) == []
 
 
 def test_an_index_is_of_the_same_rows_unless_others_are_asked_for(trained, tmp_path):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from winnow.common.reporter import Progress
 from winnow.sae.metrics import L0, Fvu
-from winnow.schemas.errors import IntegrityError
 from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
+from winnow.store.read.readings import none_held_out
 from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.step import Run
 
@@ -91,8 +91,6 @@ class _Totals:
 
     def figures(self) -> dict[str, float]:
         """See `heldout_figures`."""
-        if not self.normalised.rows:
-            raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
         latent = self.shard.world.latent
         # every shard counted the rows, so the sum over shards has counted them `size` times
         active = self.l0.over(latent.sum).value * latent.size
@@ -109,6 +107,7 @@ def heldout_figures(
 
     Raises:
         IntegrityError: There is no such row, or a stored one is damaged.
+        ConfigError: Rows were chosen, and none is held out.
     """
     world, device = shards[0].world, shards[0].sae.W_enc.device
     totals = [_Totals(shard) for shard in shards]
@@ -117,6 +116,8 @@ def heldout_figures(
         moved = rows.to(device), None if wanted is None else wanted.to(device), weights.to(device)
         for total in totals:
             total.add(*moved)
+    if not totals[0].normalised.rows:
+        raise none_held_out(dataset.reading)
     return [total.figures() for total in totals]
 
 

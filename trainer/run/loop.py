@@ -134,12 +134,14 @@ def train_fleet(
     with torch_settings(device, cpu_threads(first)), ExitStack() as cleanup:
         todo, members = [], []
         for spec in specs:  # all are checked before any is begun, and none may fail hours later
+            if (reading := readings[spec.rows].reading) is not None:
+                reading.require_held_out()
             order = plan_order(spec, readings[spec.rows])
             recipe = resolve_recipe(spec, dataset, order)
             out = open_store(spec.out, config.storage)
             summary = finished_summary(out, spec, identity, extend=extend)
             if summary is None:
-                if not spec.rows.everything:
+                if reading is not None:
                     total = len(order.units) * order.rows_per_unit
                     say(f"rows with {spec.rows.words}: an epoch is {order.rows_per_epoch:,} of {total:,}")
                 todo.append((recipe, order, out))

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from winnow.sae.metrics import L0, Fvu
 from winnow.sae.sets import hooks_of_layer, put_set_card
-from winnow.schemas.errors import IntegrityError
 from winnow.schemas.layers import SetSpec, layer_folder
 from winnow.schemas.training import SaeCard, SaeIdentity
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import ObjectStore
+from winnow.store.read.readings import none_held_out
 from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.run.heldout import CHUNK_ROWS, calibration_rows, candidate_saes, chunks, shown
 from winnow.trainer.run.publish import Summary, counted, put_summary
@@ -147,8 +147,6 @@ class _Totals:
 
     def figures(self) -> dict[int, Figures]:
         """See `heldout_of_set`."""
-        if not self.fvus[self.of.range[0]].rows:
-            raise IntegrityError("the held-out windows", expected="rows of weight above 0", got="none")
         found: dict[int, Figures] = {}
         for layer in self.of.range:
             # every shard counted the rows, so the sum over shards has counted them `size` times
@@ -172,6 +170,7 @@ def heldout_of_set(
 
     Raises:
         IntegrityError: There is no such row, or a stored one is damaged.
+        ConfigError: Rows were chosen, and none is held out.
     """
     some = next(iter(candidates[0].values()))
     device, totals = some.sae.W_enc.device, [_Totals(shards, of) for shards in candidates]
@@ -180,6 +179,8 @@ def heldout_of_set(
         moved = {hook: t.to(device) for hook, t in rows.items()}, weights.to(device)
         for total in totals:
             total.add(*moved)
+    if not totals[0].fvus[of.range[0]].rows:
+        raise none_held_out(dataset.reading)
     return [total.figures() for total in totals]
 
 
