@@ -9,9 +9,12 @@
 export function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
   set(node, props);
-  node.append(...children.flat(4).filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...shown(children));
   return node;
 }
+
+/** Children without those that are none: the browser itself would write "null". @param {any[]} children @returns {any[]} */
+const shown = (children) => children.flat(4).filter((child) => child !== null && child !== undefined && child !== false);
 
 /** @param {string} tag @param {Props} [props] @param {...any} children @returns {any} */
 export function svg(tag, props = {}, ...children) {
@@ -78,7 +81,7 @@ export async function waiting(place, why, work) {
   const timer = setTimeout(() => current() && place.replaceChildren(el("p", { class: "waiting", role: "status" }, why)), 200);
   try {
     const made = await work();
-    if (current() && made) place.replaceChildren(...[made].flat());
+    if (current() && made) place.replaceChildren(...shown([made]));
   } catch (error) {
     if (current()) place.replaceChildren(el("p", { class: "error", role: "alert" }, error instanceof Error ? error.message : String(error)));
   } finally {

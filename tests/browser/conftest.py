@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -109,5 +110,7 @@ def page(chromium, served) -> Iterator:
     )
     page.set_default_timeout(60_000)
     yield page
+    written = page.inner_text("body") if page.url.startswith(served.url) else ""
     context.close()
     assert served.complaints == []
+    assert not re.search(r"\b(null|undefined|NaN)\b|\[object ", written), "a value that is no words"
