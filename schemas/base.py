@@ -197,10 +197,8 @@ def explain(
         said = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             said, given = "no such field" + (_near(model, item["loc"]) if model else ""), ""
-        if item["type"] == "literal_error":
-            given += nearest(
-                str(item["input"]), re.findall(r"'([^']+)'", str((item.get("ctx") or {}).get("expected", "")))
-            )
+        if item["type"] == "literal_error" and "ctx" in item:
+            given += nearest(str(item["input"]), re.findall(r"'([^']+)'", str(item["ctx"]["expected"])))
         lines.append(f"{path}: {said}{given}")
     return "; ".join(lines)
 
