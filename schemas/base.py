@@ -192,13 +192,15 @@ def explain(
         if places and place in places:
             path += f" (line {places[place]})"
         # A complaint about a whole section names its fields itself; printing the section would bury it.
-        plain = item["type"] != "missing" and not isinstance(item["input"], dict)
-        given = f" (got {item['input']!r:.80})" if plain else ""
+        entered: object = item["input"]
+        plain = item["type"] != "missing" and not isinstance(entered, dict)
+        given = f" (got {entered!r:.80})" if plain else ""
         said = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             said, given = "no such field" + (_near(model, item["loc"]) if model else ""), ""
-        if item["type"] == "literal_error" and "ctx" in item:
-            given += nearest(str(item["input"]), re.findall(r"'([^']+)'", str(item["ctx"]["expected"])))
+        if item["type"] == "literal_error":
+            # pydantic's own words: "Input should be 'a', 'b' or 'c'"
+            given += nearest(f"{entered}", re.findall(r"'([^']+)'", said))
         lines.append(f"{path}: {said}{given}")
     return "; ".join(lines)
 
