@@ -22,11 +22,11 @@ def describe_sae(store: ObjectStore) -> dict[str, Any]:
     Raises:
         IntegrityError, UnsupportedVersion: The card cannot be read.
     """
-    from winnow.schemas.sets import CARD_KEY
+    from winnow.schemas.sets import CARD_KEY, WEIGHTS_KEY
     from winnow.schemas.training import SaeCard
 
     card = SaeCard.from_json(store.get(CARD_KEY), origin=f"{store.uri}/{CARD_KEY}")
-    return {"sae": card.model_dump(mode="json"), "bytes": store.size("sae.safetensors") or 0}
+    return {"sae": card.model_dump(mode="json"), "bytes": store.size(WEIGHTS_KEY) or 0}
 
 
 def show_sae(uri: str, value: dict[str, Any]) -> None:
@@ -64,11 +64,11 @@ def describe_set(store: ObjectStore) -> dict[str, Any]:
         MissingObject, IntegrityError: A layer's card is missing or not the one that the set names.
     """
     from winnow.sae.sets import layer_card
-    from winnow.schemas.sets import SET_KEY, SetCard
+    from winnow.schemas.sets import SET_KEY, WEIGHTS_KEY, SetCard
 
     card = SetCard.from_json(store.get(SET_KEY), origin=f"{store.uri}/{SET_KEY}")
     layers = {entry.layer: layer_card(store, entry) for entry in card.layers}
-    size = sum(store.size(f"{entry.folder}/sae.safetensors") or 0 for entry in card.layers)
+    size = sum(store.size(f"{entry.folder}/{WEIGHTS_KEY}") or 0 for entry in card.layers)
     return {
         "set": card.model_dump(mode="json"),
         "layers": {str(layer): each.model_dump(mode="json") for layer, each in layers.items()},

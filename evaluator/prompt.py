@@ -76,7 +76,7 @@ def window_text(setting: Setting | SetSetting, window: int, at: int | None, skip
     reading = setting.dataset.reading
     rows = (reading.rows.words if reading else "all rows") + _but_for(skip or 0)
     if not counted.any():
-        chosen = f" of those with {rows}" if reading else f"{_but_for(skip or 0)}"
+        chosen = f" of those with {rows}" if reading else _but_for(skip or 0)
         raise ConfigError(f"window {window}", expected=f"a row before position {at}{chosen}", got="none")
     dataset = setting.dataset
     parts = dataset.parts if isinstance(dataset, JoinedStore) else {"": dataset}

@@ -43,7 +43,7 @@ from winnow.sae.codes import encode_topk, sum_by_latent
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, NoSae
-from winnow.schemas.sets import CARD_KEY, SET_KEY, SetCard
+from winnow.schemas.sets import CARD_KEY, SET_KEY, WEIGHTS_KEY, SetCard
 from winnow.schemas.training import Normalize, SaeCard, SaeIdentity, SaeParts, TrainSpec
 from winnow.schemas.window import WindowRule
 
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PARAMETERS", "Sae", "Scale", "encode_topk", "sum_by_latent"]
 
-_WEIGHTS_KEY = "sae.safetensors"
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_pre")
 """The trained tensors that every SAE has, in the optimiser's order; see `Sae.parameter_names` for all of
 them."""
@@ -367,7 +366,7 @@ class Sae(nn.Module):
         card = SaeCard.model_validate(facts)
         # The card last: an SAE exists once its card does, and a kill in between leaves no card with a digest
         # of weights that are not there.
-        store.put(_WEIGHTS_KEY, data)
+        store.put(WEIGHTS_KEY, data)
         store.put(CARD_KEY, card.to_json())
         self.card = card
         return card
@@ -402,10 +401,10 @@ class Sae(nn.Module):
         store = open_store(uri, storage or StorageSpec())
         card = read_card(store, uri)
         # Bounded by the card, since the file is read whole: a wrong one of any size would fill the memory.
-        data = store.get(_WEIGHTS_KEY, limit=_largest_file(card))
+        data = store.get(WEIGHTS_KEY, limit=_largest_file(card))
         if sha256_hex(data) != card.weights_sha256:
             raise IntegrityError(
-                f"{uri}/{_WEIGHTS_KEY} is not the file that {CARD_KEY} describes",
+                f"{uri}/{WEIGHTS_KEY} is not the file that {CARD_KEY} describes",
                 expected=f"sha256 {card.weights_sha256}",
                 got=sha256_hex(data),
                 fix="Publish or copy the two files together again",
@@ -413,7 +412,7 @@ class Sae(nn.Module):
         try:
             tensors = safetensors.torch.load(data)
         except SafetensorError as error:
-            raise IntegrityError(f"{uri}/{_WEIGHTS_KEY} is not safetensors", got=error) from error
+            raise IntegrityError(f"{uri}/{WEIGHTS_KEY} is not safetensors", got=error) from error
         sae = cls(card.d_model, card.latents, card.k, card.normalize, card.parts, device=device)
         sae.fill(tensors)
         sae.card = card

@@ -14,6 +14,8 @@ from winnow.schemas.window import WindowRule
 
 CARD_KEY = "sae.json"
 """Where an SAE's card is, in its folder."""
+WEIGHTS_KEY = "sae.safetensors"
+"""Where its weights are."""
 SET_KEY = "set.json"
 """The file that makes a folder a set. Sets hold no `sae.json` themselves: their layers do."""
 

@@ -196,8 +196,8 @@ class FeatureTable:
             meta = FeatureIndex.from_json(store.get(INDEX_KEY), origin=f"{uri}/{INDEX_KEY}")
         except MissingObject as error:
             # The folder of an index is `features` in that of its SAE, unless another was named.
-            sae = uri.rstrip("/").removesuffix("/features")
-            fix = f"Run `winnow index {sae if sae != uri.rstrip('/') else 'SAE'}` first"
+            sae, _, own = uri.rstrip("/").rpartition("/")
+            fix = f"Run `winnow index {sae if sae and own == 'features' else 'SAE'}` first"
             raise ConfigError(f"{uri} holds no finished index", expected=INDEX_KEY, fix=fix) from error
         if sae_sha256 not in (None, meta.sae_sha256):
             raise ConfigError(

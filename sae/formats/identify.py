@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from winnow.sae.formats.files import Kind, kind_of_file
 from winnow.schemas.errors import ConfigError
+from winnow.schemas.sets import CARD_KEY, WEIGHTS_KEY
 
 LAYOUTS = {
     "openai": "a `.pt` state dict with encoder.weight, latent_bias and pre_bias",
@@ -43,7 +44,7 @@ _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
 """The files of a folder of each format: all of one of the tuples. `*` is any text."""
 _NOBODYS = (Kind.LFS, Kind.MARKUP, Kind.EMPTY, Kind.GGUF)
 """Kinds that no importer reads, whatever the file's name is."""
-OWN = ("sae.json", "sae.safetensors")
+OWN = (CARD_KEY, WEIGHTS_KEY)
 _LONE = {
     "openai": (Kind.TORCH, Kind.PICKLE),
     "gemma-scope": (Kind.NPZ, Kind.SAFETENSORS, Kind.PICKLE),

@@ -18,6 +18,7 @@ from winnow.schemas.training import TrainSpec
 from winnow.store import ActivationStore
 from winnow.store.read.readings import none_held_out
 from winnow.trainer.mesh.shard import Shard
+from winnow.trainer.mesh.world import World
 from winnow.trainer.step import Run
 
 log = logging.getLogger("winnow.trainer")
@@ -70,6 +71,12 @@ def shown(batches: Iterator[T], dataset: ActivationStore, rows: Callable[[T], in
             progress.advance(rows(batch))
 
 
+def of_all_shards(l0: L0, world: World) -> float:
+    """The L0 of all shards' latents together, given that of this one's; a collective over the latent axis."""
+    # every shard counted the rows, so the sum over shards has counted them `size` times
+    return l0.over(world.latent.sum).value * world.latent.size
+
+
 class _Totals:
     """Both FVUs and the L0 of one SAE, or of this rank's part of it."""
 
@@ -91,9 +98,7 @@ class _Totals:
 
     def figures(self) -> dict[str, float]:
         """See `heldout_figures`."""
-        latent = self.shard.world.latent
-        # every shard counted the rows, so the sum over shards has counted them `size` times
-        active = self.l0.over(latent.sum).value * latent.size
+        active = of_all_shards(self.l0, self.shard.world)
         return {"fvu_normalised": self.normalised.value, "fvu_raw": self.raw.value, "l0": active}
 
 

@@ -21,7 +21,14 @@ from winnow.store import ActivationStore
 from winnow.store.objects import ObjectStore
 from winnow.store.read.readings import none_held_out
 from winnow.trainer.mesh.shard import Shard
-from winnow.trainer.run.heldout import CHUNK_ROWS, calibration_rows, candidate_saes, chunks, shown
+from winnow.trainer.run.heldout import (
+    CHUNK_ROWS,
+    calibration_rows,
+    candidate_saes,
+    chunks,
+    of_all_shards,
+    shown,
+)
 from winnow.trainer.run.publish import Summary, counted, put_summary
 from winnow.trainer.run.telemetry import PLOT_KEY, Telemetry, draw_curves
 from winnow.trainer.run.threshold import calibrate
@@ -127,7 +134,7 @@ class _Totals:
 
     def __init__(self, shards: Mapping[int, Shard], of: SetSpec) -> None:
         some = next(iter(shards.values()))
-        self.shards, self.of, self.latent, self.width = shards, of, some.world.latent, some.sae.d_model
+        self.shards, self.of, self.world, self.width = shards, of, some.world, some.sae.d_model
         self.fvus = {layer: Fvu(self.width, some.sae.W_enc.device) for layer in of.range}
         self.l0s = {layer: L0() for layer in of.range}
 
@@ -149,9 +156,7 @@ class _Totals:
         """See `heldout_of_set`."""
         found: dict[int, Figures] = {}
         for layer in self.of.range:
-            # every shard counted the rows, so the sum over shards has counted them `size` times
-            active = self.l0s[layer].over(self.latent.sum).value * self.latent.size
-            fvu = self.fvus[layer].value
+            fvu, active = self.fvus[layer].value, of_all_shards(self.l0s[layer], self.world)
             found[layer] = {"fvu_normalised": fvu, "fvu_raw": fvu, "l0": active}
         return found
 
