@@ -148,7 +148,7 @@ def _threshold(
     if threshold < 0:
         raise ConfigError(
             f"{file}: no threshold was estimated in training",
-            fix="Train past its `threshold_start_step`: without one the library cannot encode either",
+            fix="Train past its `threshold_start_step`: until then every positive latent is active there",
         )
     if name == "NONE":
         return "batchtopk", threshold

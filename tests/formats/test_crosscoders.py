@@ -167,7 +167,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         ({"encoder.bias": None}, {}, IntegrityError, r"encoder\.bias"),
         ({"W_skip": draw(D, D)}, {}, ConfigError, "W_skip"),
         ({"encoder.weight": draw(H, D, N) * float("inf")}, {}, NonFiniteError, "W_enc"),
-        ({"threshold": torch.tensor(-1.0)}, {}, ConfigError, "no threshold"),
+        ({"threshold": torch.tensor(-1.0)}, {}, ConfigError, "no threshold.*every positive latent is active"),
         ({"code_normalization_id": torch.tensor(5)}, {}, ConfigError, "DECOUPLED"),
         ({"code_normalization_id": torch.tensor(9)}, {}, ConfigError, "1 to 5"),
         ({}, {"code_normalization": "SAE"}, ConfigError, "code_normalization"),
