@@ -62,17 +62,15 @@ def entries(registry: dict[str, Any]) -> list[Entry]:
         overrides = about.get("config_overrides") or {}
         for one in about["saes"]:
             path = str(one["path"])
-            refused = _refused(release, loader, overrides, one)
+            refused = _refused(loader, overrides, one)
             found.append(Entry(release, loader, path, refused, _at_hook(loader, path)))
     return found
 
 
-def _refused(release: str, loader: str, overrides: dict[str, Any], one: dict[str, Any]) -> str:
+def _refused(loader: str, overrides: dict[str, Any], one: dict[str, Any]) -> str:
     """Why Winnow does not read an SAE that the registry describes; empty if it does."""
     if FROM[loader] is None:
         return "no reader"
-    if "_gated_" in release:
-        return "gated"
     # Only these: Llama Scope's files hold their own factors.
     if loader == LIBRARY and "norm_scaling_factor" in one:
         return "its scaling factor is in the registry, not in the files"

@@ -7,6 +7,7 @@
 | AutoEncoder | yes | ReLU |
 | AutoEncoderNew | no | ReLU |
 | JumpReluAutoEncoder | no | above each latent's `threshold` |
+| GatedAutoEncoder | yes (`decoder_bias`) | ReLU where a gate is above 0: a JumpReLU here |
 
 All read raw rows. `nn.Linear` holds a decoder as [D, N]. `submodule_name` is free text: except for the
 residual stream, only its author knows what it stands for.
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from winnow.sae.formats.fields import refuse_tensors, require_size, unknown_fields, words
 from winnow.sae.formats.files import folder_of, read_json, read_pt, refuse, take, write_json
+from winnow.sae.formats.gated import as_jumprelu
 from winnow.sae.formats.names import HOOK, added_note, layer_of, module_path
 from winnow.sae.formats.plain import Plain
 from winnow.schemas.errors import ConfigError, IntegrityError
@@ -34,18 +36,20 @@ _LINEAR = {
     "BatchTopKSAE": "batchtopk",
     "AutoEncoder": "relu",
     "AutoEncoderNew": "relu",
+    "GatedAutoEncoder": "jumprelu",
 }
 _MATRICES = {"MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu"}
 # Per class, what its state dict holds beside the matrices: a tensor of no class is refused, not ignored.
 _WEIGHTS_OF = {
-    "AutoEncoderTopK": {"b_dec", "k", "threshold"},
-    "BatchTopKSAE": {"b_dec", "k", "threshold"},
-    "AutoEncoder": {"bias"},
-    "AutoEncoderNew": {"decoder.bias"},
+    "AutoEncoderTopK": {"encoder.bias", "b_dec", "k", "threshold"},
+    "BatchTopKSAE": {"encoder.bias", "b_dec", "k", "threshold"},
+    "AutoEncoder": {"encoder.bias", "bias"},
+    "AutoEncoderNew": {"encoder.bias", "decoder.bias"},
+    "GatedAutoEncoder": {"decoder_bias", "gate_bias", "mag_bias", "r_mag"},
     "MatryoshkaBatchTopKSAE": {"k", "threshold", "group_sizes"},
     "JumpReluAutoEncoder": {"threshold"},
 }
-_OF_LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
+_OF_LINEAR = {"encoder.weight", "decoder.weight"}
 _OF_MATRICES = {"W_enc", "b_enc", "W_dec", "b_dec"}
 USED = words("activation_dim dict_class dict_size k layer lm_name submodule_name winnow_hook")
 OF_TRAINING = words(
@@ -76,15 +80,21 @@ def read(path: Path) -> Plain:
         raise ConfigError(f"{path / CONFIG}: dict_class", expected=", ".join(known), got=name)
     state, activation = read_pt(file), known[name]
     refuse_tensors(state, _WEIGHTS_OF[name] | (_OF_LINEAR if name in _LINEAR else _OF_MATRICES), file)
+    W_enc, b_enc, W_dec, b_dec = _linear(state, file) if name in _LINEAR else _matrices(state, file)
     # TopK has a threshold in its files too, of an option that uses it in place of the K best: not needed.
-    threshold = take(state, "threshold", file) if activation in ("batchtopk", "jumprelu") else None
+    threshold = None
+    if name == "GatedAutoEncoder":
+        W_enc, threshold = as_jumprelu(
+            W_enc, take(state, "gate_bias", file), b_enc, take(state, "r_mag", file)
+        )
+    elif activation in ("batchtopk", "jumprelu"):
+        threshold = take(state, "threshold", file)
     # -1 is the library's initial value: training ended before the threshold was estimated.
     if activation == "batchtopk" and threshold is not None and threshold < 0:
         raise ConfigError(
             f"{file}: no threshold was estimated in training",
             fix="Train past its `threshold_start_step`: until then every positive latent is active there",
         )
-    W_enc, b_enc, W_dec, b_dec = _linear(state, file) if name in _LINEAR else _matrices(state, file)
     for field, size in zip(("dict_size", "activation_dim"), W_enc.shape, strict=True):
         require_size(origin, field, trainer.get(field), size)
     taken = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
@@ -119,11 +129,12 @@ def read(path: Path) -> Plain:
 
 
 def _linear(state: dict[str, Any], file: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_enc [N, D], b_enc [N], W_dec [N, D] and b_dec [D] of a class built of `nn.Linear`."""
-    bias = next((name for name in ("b_dec", "bias", "decoder.bias") if name in state), "b_dec")
+    """W_enc [N, D], b_enc or `mag_bias` [N], W_dec [N, D] and b_dec [D] of a class built of `nn.Linear`."""
+    biases = ("b_dec", "bias", "decoder.bias", "decoder_bias")
+    bias = next((name for name in biases if name in state), "b_dec")
     return (
         take(state, "encoder.weight", file),
-        take(state, "encoder.bias", file),
+        take(state, "mag_bias" if "mag_bias" in state else "encoder.bias", file),
         take(state, "decoder.weight", file).T,
         take(state, bias, file),
     )

@@ -58,6 +58,7 @@ _SIGNS: tuple[tuple[str, Kind, set[str]], ...] = (
     ("openai", Kind.TORCH, {"encoder.weight", "latent_bias", "pre_bias"}),
     ("crosscoder", Kind.TORCH, {"encoder.weight", "decoder.weight", "code_normalization_id"}),
     ("dictionary_learning", Kind.TORCH, {"encoder.weight", "encoder.bias", "decoder.weight"}),
+    ("dictionary_learning", Kind.TORCH, {"encoder.weight", "gate_bias", "decoder.weight"}),
     # Of an older version, which has nothing that dictionary_learning has not.
     ("crosscoder", Kind.TORCH, {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}),
     ("crosscoder", Kind.SAFETENSORS, {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}),

@@ -1,6 +1,7 @@
 """SAELens: `cfg.json` and `sae_weights.safetensors`.
 
-`W_enc` [D, N], `b_enc` [N], `W_dec` [N, O], `b_dec` [O], `threshold` [N] (JumpReLU), `W_skip` [O, D].
+`W_enc` [D, N], `b_enc` [N], `W_dec` [N, O], `b_dec` [O], `threshold` [N] (JumpReLU), `W_skip` [O, D]; a gated
+SAE has `b_gate`, `b_mag` and `r_mag` [N] in place of `b_enc`.
 `apply_b_dec_to_input` says whether `b_dec` is subtracted from the input; a transcoder's never is. With
 `normalize_activations: layer_norm` rows are layer-normed; a transcoder's output is raw nevertheless.
 BatchTopK is saved as JumpReLU.
@@ -24,16 +25,16 @@ from winnow.sae.formats.files import (
     write_json,
     write_safetensors,
 )
+from winnow.sae.formats.gated import as_jumprelu
 from winnow.sae.formats.lens import CENTRES, read_loading
 from winnow.sae.formats.names import from_lens, is_at, is_lens_name, layer_of, to_lens
 from winnow.sae.formats.plain import Plain
 from winnow.sae.formats.saelens_fields import (
-    OF_EVERY_SAE,
-    THRESHOLDS,
     is_layer_normed,
     kind_of,
     matryoshka_of,
     notes_on,
+    tensors_of,
 )
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.training import Activation
@@ -73,10 +74,15 @@ def read(path: Path, *, centred: bool | None = None) -> Plain:
     origin, about = path / CONFIG, config | (config.get("metadata") or {})
     architecture, activation = kind_of(config, origin)
     transcoder, epsilon = "transcoder" in architecture, EPSILON if is_layer_normed(config, origin) else None
-    allowed = OF_EVERY_SAE | THRESHOLDS.get(activation, set())
-    refuse_tensors(tensors, allowed | ({"W_skip"} if "skip" in architecture else set()), file)
+    refuse_tensors(tensors, tensors_of(architecture), file)
     _refuse_parts(config, tensors, path, transcoder=transcoder, layer_normed=epsilon is not None)
-    W_enc, b_enc, W_dec, b_dec = _matrices(config, tensors, path, activation)
+    W_enc, b_enc, W_dec, b_dec = _matrices(config, tensors, path, architecture)
+    if architecture == "gated":
+        W_enc, threshold = as_jumprelu(
+            W_enc, take(tensors, "b_gate", file), b_enc, take(tensors, "r_mag", file)
+        )
+    else:
+        threshold = _threshold(activation, tensors, file)
     taken, k = not transcoder and config.get("apply_b_dec_to_input", True), _k(config)
     if activation == "topk" and k is None:
         raise IntegrityError(f"{origin}: k", expected="a number")
@@ -97,7 +103,7 @@ def read(path: Path, *, centred: bool | None = None) -> Plain:
         b_in=b_dec if taken else torch.zeros(W_enc.shape[1]),
         b_out=b_dec,
         k=k,
-        threshold=_threshold(activation, tensors, file),
+        threshold=threshold,
         W_skip=take(tensors, "W_skip", file) if "W_skip" in tensors else None,
         epsilon=epsilon,
         transcoder=transcoder,
@@ -144,17 +150,17 @@ def _refuse_parts(
 
 
 def _matrices(
-    config: dict[str, Any], tensors: dict[str, Tensor], path: Path, activation: Activation
+    config: dict[str, Any], tensors: dict[str, Tensor], path: Path, architecture: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_enc [N, D], b_enc [N], W_dec [N, O] and b_dec [O], with the decoder's norms folded."""
-    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    """W_enc [N, D], b_enc (a gated SAE's b_mag) [N], W_dec [N, O] and b_dec [O], decoder norms folded."""
+    names = ("W_enc", "b_mag" if architecture == "gated" else "b_enc", "W_dec", "b_dec")
     W_enc, b_enc, W_dec, b_dec = (take(tensors, name, path / WEIGHTS) for name in names)
     W_enc = W_enc.T
     for name, size in zip(("d_sae", "d_in", "d_out"), (*W_enc.shape, W_dec.shape[-1]), strict=True):
         require_size(path / CONFIG, name, config.get(name), size)
     # Such an SAE selects by pre-activation times decoder norm: the same latents as those of an encoder scaled
     # by it, with unit decoder rows. Others ignore the option, as SAELens does (`notes_on`).
-    if config.get("rescale_acts_by_decoder_norm") and activation in ("topk", "batchtopk"):
+    if config.get("rescale_acts_by_decoder_norm") and "topk" in architecture:
         norms = W_dec.double().norm(dim=1).clamp_min(1e-8)
         W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
     return W_enc, b_enc, W_dec, b_dec

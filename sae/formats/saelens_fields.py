@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "standard": "relu",
     "topk": "topk",
     "jumprelu": "jumprelu",
+    "gated": "jumprelu",
     "batchtopk": "batchtopk",
     "matryoshka_batchtopk": "batchtopk",
     "transcoder": "relu",
@@ -22,8 +23,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-OF_EVERY_SAE = {"W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor"}
-THRESHOLDS = {"jumprelu": {"threshold", "log_threshold"}, "batchtopk": {"topk_threshold"}}
+_OF_EVERY_SAE = {"W_enc", "W_dec", "b_dec", "scaling_factor"}
+_THRESHOLDS = {"jumprelu": {"threshold", "log_threshold"}, "batchtopk": {"topk_threshold"}}
 
 USED = words("""
     activation_fn activation_fn_kwargs activation_fn_str apply_b_dec_to_input architecture d_in d_out
@@ -93,6 +94,14 @@ def kind_of(config: Mapping[str, Any], origin: Path) -> tuple[str, Activation]:
     if settings:
         raise ConfigError(f"{origin}: activation_fn_kwargs", expected="k alone", got=settings)
     return architecture, ACTIVATIONS[architecture]
+
+
+def tensors_of(architecture: str) -> set[str]:
+    """Every tensor that an SAE of an architecture may have."""
+    if architecture == "gated":
+        return _OF_EVERY_SAE | {"b_gate", "b_mag", "r_mag"}
+    skip = {"W_skip"} if "skip" in architecture else set[str]()
+    return _OF_EVERY_SAE | {"b_enc"} | _THRESHOLDS.get(ACTIVATIONS[architecture], set()) | skip
 
 
 def is_layer_normed(config: Mapping[str, Any], origin: Path) -> bool:

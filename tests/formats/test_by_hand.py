@@ -227,6 +227,35 @@ def test_a_threshold_that_was_never_estimated_is_refused(tmp_path):
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("name", ["saelens", "dictionary_learning"])
+def test_gated_saes_are_jumprelu_here(tmp_path, name):
+    """The gate and the magnitude share an encoder, so that the gate is a threshold of the magnitude."""
+    draw = torch.Generator().manual_seed(6)
+    W_enc, W_dec = torch.randn(D, N, generator=draw), torch.randn(N, D, generator=draw)
+    gate, mag, r_mag = (torch.randn(N, generator=draw) for _ in range(3))
+    b, folder, x = torch.randn(D, generator=draw), tmp_path / "theirs", rows()
+    folder.mkdir()
+    if name == "saelens":
+        state = {"W_enc": W_enc, "W_dec": W_dec, "b_dec": b, "b_gate": 9 * gate, "b_mag": mag, "r_mag": r_mag}
+        safetensors.torch.save_file(state, folder / "sae_weights.safetensors")
+        about = {"architecture": "gated", "d_in": D, "d_sae": N, "apply_b_dec_to_input": True}
+        (folder / "cfg.json").write_text(json.dumps(about | {"metadata": {"sae_lens_version": "6.5.0"}}))
+    else:
+        state = {"encoder.weight": W_enc.T.contiguous(), "decoder.weight": W_dec.T.contiguous()}
+        state |= {"decoder_bias": b, "gate_bias": 9 * gate, "mag_bias": mag, "r_mag": r_mag}
+        torch.save(state, folder / "ae.pt")
+        about = {"trainer": {"dict_class": "GatedAutoEncoder", "activation_dim": D, "dict_size": N}}
+        (folder / "config.json").write_text(json.dumps(about))
+    import_sae(folder, name, str(tmp_path / "ours"))
+    ours, shared = Sae.load(tmp_path / "ours"), (x - b) @ W_enc
+    open_, magnitude = shared + 9 * gate > 0, (r_mag.exp() * shared + mag).relu()
+    assert (magnitude[open_] == 0).any()  # either may close a latent
+    assert (magnitude[~open_] > 0).any()
+    assert error(dense(*ours.encode(x)), open_ * magnitude) < LARGEST_ERROR
+    assert error(ours(x), (open_ * magnitude) @ W_dec + b) < LARGEST_ERROR
+    assert ours.parts.activation == "jumprelu"
+
+
 def test_openai_tied_weights_are_read(tmp_path):
     draw = torch.Generator().manual_seed(4)
     state = {

@@ -80,6 +80,7 @@ LENS = {
     "topk": {"k": K},
     "standard": {},
     "jumprelu": {},
+    "gated": {},
     "transcoder": {"d_out": OUT},
     "skip_transcoder": {"d_out": OUT},
     "jumprelu_transcoder": {"d_out": OUT},
@@ -172,6 +173,7 @@ def dictionary(name):
         "AutoEncoder",
         "AutoEncoderNew",
         "JumpReluAutoEncoder",
+        "GatedAutoEncoder",
     ],
 )
 def test_dictionary_learning_files_are_read(tmp_path, name):
