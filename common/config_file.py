@@ -47,9 +47,7 @@ def parse_config(text: str, where: str, sets: Sequence[str] = ()) -> Config:
         changed = _override(tree, item)
         lines = {place: line for place, line in lines.items() if place[: len(changed)] != changed}
     # After the overrides: a file may be invalid by itself and completed by `--set`.
-    config = validate(Config, tree, origin=where, lines=lines)
-    _refuse_flags(tree, config, (), where)
-    return config
+    return validate(Config, tree, origin=where, lines=lines)
 
 
 def _override(tree: dict[str, Any], item: str) -> tuple[str | int, ...]:
@@ -73,22 +71,6 @@ def _override(tree: dict[str, Any], item: str) -> tuple[str | int, ...]:
         return (*changed, int(leaf))
     node[leaf] = value
     return (*changed, leaf)
-
-
-def _refuse_flags(given: Any, taken: Any, path: tuple[str | int, ...], where: str) -> None:
-    """Raise ConfigError if `true` or `false` was taken for the number 1 or 0."""
-    # pydantic converts a bool to int and float: `epochs: true` would train one epoch.
-    if isinstance(given, bool) and type(taken) in (int, float):
-        name = ".".join(map(str, path))
-        raise ConfigError(f"{where}: {name}", expected="a number", got=str(given).lower(), fix="Correct it")
-    if isinstance(given, dict):
-        for key, value in cast("dict[str, Any]", given).items():
-            inner: Any = taken.get(key) if isinstance(taken, dict) else getattr(taken, key, None)  # pyright: ignore
-            _refuse_flags(value, inner, (*path, key), where)
-    elif isinstance(given, list) and isinstance(taken, tuple):
-        pairs = zip(cast("list[Any]", given), cast("tuple[Any, ...]", taken), strict=False)
-        for index, (value, inner) in enumerate(pairs):
-            _refuse_flags(value, inner, (*path, index), where)
 
 
 def _child(node: Any, part: str) -> Any:

@@ -63,7 +63,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Path, int]]:
         if node is None:
             return None, lines
         # Before construction, which knows no lines any more and lets the last of two equal keys win.
-        _walk(node, (), lines, set(), where)
+        _walk(loader, node, (), lines, set(), where)
         return loader.construct_document(node), lines
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):  # ours, from `_walk`: it is a ValueError too
@@ -79,34 +79,42 @@ def parse_value(text: str, where: str) -> Any:
     Raises:
         ConfigError: As `parse_yaml`, or the value contains a comment, which YAML would ignore.
     """
+    quoted = "'" + text.replace("'", "''") + "'"
+    fix = f'Quote it for YAML and for the shell, if it is text: {where}="{quoted}"'
+    # Of these YAML would take a part only (`&name dir`, `--- dir`), or another line than was written.
+    if re.match(r"\s*(&|---)", text) or re.search("[\n\r\x85]", text.strip()):
+        raise ConfigError(where, expected="a YAML value on one line", got=repr(text), fix=fix)
+    try:
+        value, _ = parse_yaml(text, where)
+    except ConfigError as error:
+        # What names begin with in file systems and patterns, YAML reserves: `*.txt`, `[1].txt`, `@x`.
+        if isinstance(error.__cause__, yaml.YAMLError):
+            raise ConfigError(where, expected="a YAML value", got=repr(text), fix=fix) from error
+        raise
     # `--set subject.model=org/name #2` would otherwise be taken without its end, and without a word.
-    value, _ = parse_yaml(text, where)
     node = yaml.compose(text, Loader=_Loader)
     if text[node.end_mark.index if node else 0 :].strip():
-        raise ConfigError(
-            where,
-            expected="a YAML value",
-            got=f"a comment in {text!r}",
-            fix=f"Quote the value: {where}='\"{text}\"'",
-        )
+        raise ConfigError(where, expected="a YAML value", got=f"a comment in {text!r}", fix=fix)
     return value
 
 
-def _walk(node: Any, path: Path, lines: dict[Path, int], seen: set[int], where: str) -> None:
+def _walk(loader: Any, node: Any, path: Path, lines: dict[Path, int], seen: set[int], where: str) -> None:
     """Record the line of each value of `node`; refuse what is ambiguous."""
     line = node.start_mark.line + 1
     lines[path] = line
     if id(node) in seen:  # an alias: its anchor was checked, and may contain the alias itself
         return
     seen.add(id(node))
+    _check_tag(loader, node, where)
     if isinstance(node, yaml.ScalarNode):
         _check_scalar(node, f"{where}, line {line}")
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(cast("list[Any]", node.value)):
-            _walk(item, (*path, index), lines, seen, where)
+            _walk(loader, item, (*path, index), lines, seen, where)
     else:
         first: dict[tuple[str, str], int] = {}
         for key, value in cast("list[tuple[Any, Any]]", node.value):
+            _check_tag(loader, key, where)
             name = str(key.value)
             if (key.tag, name) in first:
                 raise ConfigError(
@@ -116,7 +124,20 @@ def _walk(node: Any, path: Path, lines: dict[Path, int], seen: set[int], where: 
                     fix="Keep one of the two",
                 )
             first[key.tag, name] = key.start_mark.line + 1
-            _walk(value, (*path, name), lines, seen, where)
+            _walk(loader, value, (*path, name), lines, seen, where)
+
+
+def _check_tag(loader: Any, node: Any, where: str) -> None:
+    # `!!int '010'` is 8, `!!float 1:30` is 90, and `!!timestamp x` an AttributeError.
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    untagged = loader.resolve(type(node), node.value, (plain, not plain))
+    if node.tag not in (untagged, _TAG + "str"):
+        raise ConfigError(
+            f"{where}, line {node.start_mark.line + 1}",
+            expected="a value without a tag, or with !!str",
+            got=node.tag.replace(_TAG, "!!"),
+            fix="Leave the tag out",
+        )
 
 
 def _check_scalar(node: Any, where: str) -> None:

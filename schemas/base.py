@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args
 
@@ -184,8 +184,12 @@ def explain(
         model: What was validated; with it, names like a misspelt one are suggested.
     """
     lines: list[str] = []
+    found = error.errors(include_url=False)
+    # Entries that are wrong are not counted by pydantic, which then calls a list of them too short as well.
+    wrong = {item["loc"][:depth] for item in found for depth in range(len(item["loc"]))}
+    found = [item for item in found if item["type"] != "too_short" or item["loc"] not in wrong]
     # Eight at most: a long list of wrong entries fails once for each, and the first few show the mistake.
-    for item in error.errors(include_url=False)[:8]:
+    for item in found[:8]:
         path = ".".join(str(part) for part in item["loc"]) or "(top)"
         # An absent field has no line of its own: the line of what should contain it is named.
         place = item["loc"][:-1] if item["type"] == "missing" else item["loc"]
@@ -212,11 +216,30 @@ def validate(model: type[M], raw: Any, *, origin: str, lines: Places | None = No
     """Validate `raw` as `model`.
 
     Raises:
-        ConfigError: Fields that are wrong, each named with its line.
+        ConfigError: Fields that are wrong, each named with its line; `true` or `false` where a number is due.
     """
     try:
-        return model.model_validate(raw)
+        taken = model.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(
             f"{origin} is not valid: {explain(error, lines, model)}", fix="Correct the named fields"
         ) from error
+    for place, flag in _flags_as_numbers(raw, taken, ()):
+        name = ".".join(map(str, place)) + (f" (line {lines[place]})" if lines and place in lines else "")
+        raise ConfigError(f"{origin}: {name}", expected="a number", got=str(flag).lower(), fix="Correct it")
+    return taken
+
+
+def _flags_as_numbers(given: Any, taken: Any, place: tuple[str | int, ...]) -> Iterator[tuple[Any, bool]]:
+    """Yield (place, flag) of each `true` or `false` of `given` that became the number 1 or 0 in `taken`."""
+    # pydantic converts a bool to int and float: `epochs: true` would train one epoch.
+    if isinstance(given, bool) and type(taken) in (int, float):
+        yield place, given
+    elif isinstance(given, dict):
+        for key, value in cast("dict[str, Any]", given).items():
+            inner: Any = taken.get(key) if isinstance(taken, dict) else getattr(taken, key, None)  # pyright: ignore
+            yield from _flags_as_numbers(value, inner, (*place, key))
+    elif isinstance(given, list) and isinstance(taken, tuple):
+        pairs = zip(cast("list[Any]", given), cast("tuple[Any, ...]", taken), strict=False)
+        for index, (value, inner) in enumerate(pairs):
+            yield from _flags_as_numbers(value, inner, (*place, index))

@@ -66,7 +66,9 @@ def expand_hooks(names: Any) -> Any:
         match = _RANGE.match(name) if isinstance(name, str) else None
         # Only so many digits: a typing error must not make a list of millions of names.
         layers = range(int(match[2]), int(match[3]) + 1) if match else ()
-        found += [f"{match[1]}.{layer}" for layer in layers] if match and layers else [name]
+        if match and not layers:
+            raise ValueError(f"a range of layers runs upwards, got {name!r}")
+        found += [f"{match[1]}.{layer}" for layer in layers] if match else [name]
     return found
 
 

@@ -24,7 +24,7 @@ def grid_specs(config: Config) -> list[TrainSpec]:
 
     Raises:
         ConfigError: A field that `train` lacks, or `out`; a value that does not fit its field; two
-            combinations with the same name; or no combination.
+            combinations with the same name or the same values; or no combination.
     """
     base, sweep = section(config.train, "train"), section(config.sweep, "sweep")
     for field, values in sweep.grid.items():
@@ -36,7 +36,7 @@ def grid_specs(config: Config) -> list[TrainSpec]:
             raise ConfigError(f"sweep.grid.{field}", expected="one or more values, each once", got=values)
     # a seed also orders the stream; with one order for all, SAEs that differ in seed share one read
     fixed: dict[str, Any] = {"order_seed": base.stream_seed} if "seed" in sweep.grid else {}
-    specs: dict[str, TrainSpec] = {}
+    specs, names = dict[str, TrainSpec](), dict[str, str]()
     for values in itertools.product(*sweep.grid.values()):
         chosen = {**fixed, **dict(zip(sweep.grid, values, strict=True))}
         fields = {**base.model_dump(), **chosen}
@@ -50,6 +50,12 @@ def grid_specs(config: Config) -> list[TrainSpec]:
         if name in specs:
             raise ConfigError("sweep.grid", expected="combinations of different names", got=name)
         specs[name] = validate(TrainSpec, fields, origin=f"sweep.grid at {name}")
+        # `3` and `3.0`, or `1e-3` and text that spells it, have different names and are the same value.
+        trained = specs[name].model_dump_json(exclude={"out"})
+        if trained in names:
+            got = f"{names[trained]} and {name}, which are the same"
+            raise ConfigError("sweep.grid", expected="combinations that differ", got=got)
+        names[trained] = name
     if not specs:
         raise ConfigError("sweep.grid", expected="a combination with k at most latents", got="none")
     return list(specs.values())

@@ -48,6 +48,8 @@ def test_seeds_share_the_order():
         ({"k": [4, 4]}, "each once"),
         ({"k": []}, "one or more"),
         ({"k": [65]}, "at most latents"),
+        ({"k": [2, True]}, "sweep.grid at k-True: k: expected a number, got true"),
+        ({"k": [3, 3.0]}, "differ, got k-3 and k-3.0, which are the same"),
         ({"k": ["many"]}, "k-many"),
         ({"batch_rows": [100]}, "lanes"),
         ({"hook": ["a.b", "a b"]}, "hook"),
