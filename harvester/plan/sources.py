@@ -11,7 +11,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape, has_magic
@@ -167,7 +167,7 @@ def _match(uri: str) -> list[tuple[AbstractFileSystem, str, int | None]]:
             f"corpus source {uri!r} matches nothing",
             expected="at least one file",
             got="none",
-            fix="Check corpus.sources"
+            fix="Check corpus.sources (wildcards are *, ? and [...])"
             + ("" if "://" in uri else ": relative paths start at the working directory"),
         )
     for name, info in found.items():
@@ -269,31 +269,40 @@ def _is_local(filesystem: AbstractFileSystem) -> bool:
 def _decompress(raw: Any, file: SourceFile) -> Any:
     if file.compression is None:
         return raw
+    if not raw.read(1):
+        raise EOFError("the file is empty")
+    raw.seek(0)
     if file.compression == "gzip":
         return gzip.GzipFile(fileobj=raw)
+    return io.BufferedReader(_Frames(raw, *_frames(file)), 2**17)
+
+
+def _frames(file: SourceFile) -> tuple[Callable[[], Any], type[Exception]]:
+    """What makes a decompressor of one frame of `file`, and the error that it raises."""
     if file.compression == "bz2":
-        return bz2.BZ2File(raw)
+        return bz2.BZ2Decompressor, OSError
     if file.compression == "xz":
-        return lzma.LZMAFile(raw)
-    return io.BufferedReader(_Zstd(raw, file), 2**17)
+        return lzma.LZMADecompressor, lzma.LZMAError
+    try:
+        import zstandard  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise DependencyMissing(
+            f"corpus file {file.name} needs the package zstandard",
+            fix=f"Install it: {install_command('zstd')}",
+        ) from error
+    # The largest window that the format's long mode may use; the library's default refuses such files.
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj, zstandard.ZstdError
 
 
-class _Zstd(io.RawIOBase):
-    """Reads every frame of a zstd file, and raises if the last one is truncated."""
+class _Frames(io.RawIOBase):
+    """Reads every frame of a bz2, xz or zstd file; raises if anything but a whole frame follows one."""
 
-    # fsspec's own opener stops silently after the first frame, and zstandard's reader stops at a cut.
+    # What the libraries' own files do with it: bz2's and lzma's stop without a word at bytes after a frame
+    # that begin no other (lzma's also at the padding that xz allows there), zstandard's at a cut; fsspec's
+    # opener of zstd files reads the first frame only.
 
-    def __init__(self, raw: IO[bytes], file: SourceFile) -> None:
-        try:
-            import zstandard  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise DependencyMissing(
-                f"corpus file {file.name} needs the package zstandard",
-                fix=f"Install it: {install_command('zstd')}",
-            ) from error
-        self._raw, self._error = raw, zstandard.ZstdError
-        # The largest window that the format's long mode may use; the library's default refuses such files.
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    def __init__(self, raw: IO[bytes], new: Callable[[], Any], error: type[Exception]) -> None:
+        self._raw, self._new, self._error = raw, new, error
         self._frame: Any = None
         self._pending = b""
 
@@ -302,19 +311,31 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._pending:
-            # The chunk that ended the last frame also holds the beginning of the next one.
-            rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            data = rest or self._raw.read(2**16)
-            if not data:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the last zstd frame is cut short")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._decompressor.decompressobj()
-            try:
-                self._pending = self._frame.decompress(data)
-            except self._error as error:
-                raise EOFError(str(error)) from error
+            data = b""
+            if self._frame is not None and self._frame.eof:
+                # The chunk that ended the last frame also holds the beginning of the next one.
+                data, self._frame = self._frame.unused_data, None
+            # What a bounded decompressor holds back comes first.
+            if getattr(self._frame, "needs_input", True):
+                data = data or self._raw.read(2**16)
+                if not data:
+                    if self._frame is not None:
+                        raise EOFError("the last frame is cut short")
+                    return 0
+            if self._frame is None:
+                # Padding between the frames of an xz file.
+                if self._error is lzma.LZMAError and not (data := data.lstrip(b"\0")):
+                    continue
+                self._frame = self._new()
+            self._pending = self._decompressed(data)
         count = min(len(buffer), len(self._pending))
         buffer[:count], self._pending = self._pending[:count], self._pending[count:]
         return count
+
+    def _decompressed(self, data: bytes) -> bytes:
+        # Bounded where the library allows it: 64 KiB of bz2 may hold a gigabyte of zeros.
+        bound = (2**20,) if hasattr(self._frame, "needs_input") else ()
+        try:
+            return self._frame.decompress(data, *bound)
+        except self._error as error:
+            raise EOFError(str(error)) from error

@@ -95,9 +95,10 @@ def test_a_package_file_named_like_a_pattern_is_found_by_its_name():
     assert _matching(listed, "d/*.txt") == listed[:2]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
-)
+PACKERS = [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PACKERS)
 def test_compression_follows_the_suffix(tmp_path, suffix, pack):
     packed = pack(b"one half, ") + pack(b"and the other")  # two members in one file
     (tmp_path / f"a.txt.{suffix}").write_bytes(packed)
@@ -105,6 +106,32 @@ def test_compression_follows_the_suffix(tmp_path, suffix, pack):
     (tmp_path / f"a.txt.{suffix}").write_bytes(packed[:-9])
     with pytest.raises(ConfigError, match=rf"a\.txt\.{suffix} is damaged"):
         texts(f"{tmp_path}/*")
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PACKERS)
+@pytest.mark.parametrize("after", [b"junk that begins no stream", b"BZh9 and no more"])
+def test_what_follows_a_compressed_stream_is_another_or_an_error(tmp_path, suffix, pack, after):
+    (tmp_path / f"a.txt.{suffix}").write_bytes(pack(b"one half") + after + pack(b"and the other"))
+    with pytest.raises(ConfigError, match=rf"a\.txt\.{suffix} is damaged"):
+        texts(f"{tmp_path}/*")
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PACKERS)
+@pytest.mark.parametrize("content", [b"", b"text that was never packed"])
+def test_a_file_that_is_no_compressed_stream_is_damaged(tmp_path, suffix, pack, content):
+    del pack
+    (tmp_path / "b.txt").write_text("another file")
+    (tmp_path / f"a.txt.{suffix}").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"a\.txt\.{suffix} is damaged: expected a whole"):
+        texts(f"{tmp_path}/*")
+
+
+def test_padding_between_xz_streams_and_much_text_in_few_bytes(tmp_path):
+    much = b"again " * 2**20
+    for suffix, pack, padding in (("xz", lzma.compress, bytes(8)), ("bz2", bz2.compress, b"")):
+        path = tmp_path / f"a.txt.{suffix}"
+        path.write_bytes(pack(much) + padding + pack(b"the end") + padding)
+        assert "".join(texts(path, deduplicate=False)) == much.decode() + "the end"
 
 
 def test_zstd(tmp_path):
@@ -121,7 +148,7 @@ def test_zstd(tmp_path):
 
 def test_zstd_absent_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    (tmp_path / "a.txt.zst").write_bytes(b"")
+    (tmp_path / "a.txt.zst").write_bytes(b"any")
     with pytest.raises(DependencyMissing, match=r"winnow-sae\[zstd\]"):
         texts(f"{tmp_path}/*")
 
