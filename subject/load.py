@@ -478,13 +478,13 @@ class Subject:
     def _widths(self, taps: list[Tap]) -> dict[Tap, int]:
         """D at each tap, from a forward pass; without weights, of the named sites only, from the config."""
         width = int(self.model.config.get_text_config().hidden_size)
-        named = all(tap.named for tap in taps)
-        if self.device.type == "meta" and named:
+        if self.device.type == "meta" and all(tap.named for tap in taps):
             return {tap: width if tap.of_stream else self._width_of(tap) for tap in taps}
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         with torch.no_grad():
-            # To the end of the pass if there are module paths, so that one that runs twice is refused here.
-            found = read_taps(self.model, taps, lambda: self._body(ids), (1, 2), stop=named)
+            # To the end, so that a module in a loop is refused here: the harvest stops at the last hook, and
+            # would store its first run.
+            found = read_taps(self.model, taps, lambda: self._body(ids), (1, 2), stop=False)
         widths = {tap: found[tap.hook].shape[-1] for tap in taps}
         for tap, got in widths.items():
             if tap.of_stream and got != width:

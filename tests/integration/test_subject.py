@@ -65,6 +65,7 @@ def test_truncated_whole_and_hidden_states_agree(architecture: str, tmp_path: Pa
 
 def test_a_whole_subject_stops_early_and_a_truncated_one_has_nothing_more(folder: Path) -> None:
     whole = Subject.load(folder)
+    whole.sites(["resid_post.1", "resid_pre.2"])  # takes a short pass to the end, once
     ran = count_runs(whole)
     whole.activations(IDS, ["resid_post.1"])
     blocks = {name.split(".")[2] for name in ran if name.startswith("model.layers.")}
@@ -75,6 +76,7 @@ def test_a_whole_subject_stops_early_and_a_truncated_one_has_nothing_more(folder
     assert not [name for name in ran if name.startswith("model.layers.2.")], "only the input was asked for"
 
     cut = Subject.load(folder, until=["resid_post.1"])
+    cut.sites(["resid_post.1"])
     ran = count_runs(cut)
     cut.activations(IDS, ["resid_post.1"])
     assert "model.norm" not in ran
@@ -356,6 +358,23 @@ def test_the_attention_that_the_architecture_has_is_taken_and_recorded(
     if taken == "eager":
         with pytest.raises(ConfigError, match=r"Set subject\.attention to auto or eager"):
             Subject.load({"model": str(folder), "attention": "sdpa"})
+
+
+@pytest.mark.parametrize("until", [None, ["resid_post.2"]])
+def test_a_block_in_a_loop_is_refused_before_a_row_of_its_first_run_is_read(
+    until: list[str] | None, folder: Path
+) -> None:
+    """Dory and Inkling 2 Loop run some blocks several times; a harvest stops at the first run of its last."""
+    subject = Subject.load(folder, until)
+    blocks = subject.model.get_submodule(subject.layout.blocks)
+    again = blocks.get_submodule("1")
+    blocks.get_submodule("2").register_forward_pre_hook(
+        lambda _, args, kwargs: ((again(*args, **kwargs), *args[1:]), kwargs), with_kwargs=True
+    )
+    for hook in ("resid_pre.1", "resid_post.1", "mlp_out.1", "model.layers.1.mlp"):
+        with pytest.raises(ConfigError, match=f"hook '{hook}': .* runs more than once in a forward pass"):
+            subject.activations(IDS, [hook])
+    assert subject.activations(IDS, ["resid_post.0"])["resid_post.0"].shape == (3, 16, 32)
 
 
 def test_a_soft_cap_on_attention_is_never_given_to_sdpa(
