@@ -109,9 +109,13 @@ def attention_of(model: transformers.PreTrainedModel, spec: SubjectSpec) -> Lite
 
 
 def _read_config(folder: Path, spec: SubjectSpec) -> Any:
-    return transformers.AutoConfig.from_pretrained(
+    config: Any = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=spec.trust_remote_code
     )
+    # Tuples, which a config may ask for, are nothing that the head of a model reads a stream from.
+    for part in (config, config.get_text_config()):
+        part.return_dict = True
+    return config
 
 
 def _auto_class(config: Any) -> Any:

@@ -377,6 +377,19 @@ def test_a_block_in_a_loop_is_refused_before_a_row_of_its_first_run_is_read(
     assert subject.activations(IDS, ["resid_post.0"])["resid_post.0"].shape == (3, 16, 32)
 
 
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_a_config_that_asks_for_tuples_runs_as_any_other(family: str, tmp_path: Path) -> None:
+    folder = make_family(tmp_path, family)
+    expected = Subject.load(folder).logits(IDS)
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config.get("text_config", {})):
+        part["return_dict"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    subject = Subject.load(folder)
+    assert torch.equal(subject.logits(IDS), expected)
+    assert subject.activations(IDS, ["resid_post.1"])["resid_post.1"].shape == (3, 16, 32)
+
+
 def test_a_soft_cap_on_attention_is_never_given_to_sdpa(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
