@@ -42,7 +42,7 @@ _CHOSEN = ("index_topk", "indexer_budget", "keep_window_size")
 """Fields of a config with the number of earlier positions, the best ones, that each attends to."""
 
 # Not Reformer's past_buckets_states: past a chunk its logits are others than a whole pass gives.
-_CACHES = ("past_key_values", "cache_params", "state", "mems")
+_CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
 # SmolLM2-135M in bfloat16 has up to 0.036 with a cache that is right.
 _NOISE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.15}
 """Largest float noise: root mean square of a difference over the logits' spread."""
@@ -71,6 +71,11 @@ def trial_ids(model: transformers.PreTrainedModel, windows: int, length: int) ->
     # Of its own, so that a trial does not disturb torch's global random numbers.
     draw = torch.Generator().manual_seed(0)
     return torch.randint(embedding.num_embeddings, (windows, length), generator=draw).to(model.device)
+
+
+def cache_argument(model: transformers.PreTrainedModel) -> str:
+    """The argument of a pass that takes a cache: `past_key_values`, and `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def turning_points(config: Any) -> frozenset[int]:
@@ -126,7 +131,7 @@ class Steps:
 
     def _cached(self, way: _Way, ids: Tensor, end: int, kept: Kept | None) -> tuple[Tensor, Kept | None]:
         if kept is None:
-            kept = {"past_key_values": DynamicCache()} if way.plain else {}
+            kept = {cache_argument(self._model): DynamicCache()} if way.plain else {}
         if way.positions:
             kept = {**kept, "position_ids": torch.arange(end - ids.shape[1], end, device=ids.device)[None]}
         output = self._model(input_ids=ids, use_cache=True, **kept)

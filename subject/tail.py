@@ -31,7 +31,7 @@ from winnow.schemas.subject import parse_hook
 from winnow.subject.hooks import require_writable, resolve_hook
 from winnow.subject.load import Subject
 from winnow.subject.splice import Replacement, read_taps, rebuilt, replaced
-from winnow.subject.steps import same_logits, trial_ids, turning_points
+from winnow.subject.steps import cache_argument, same_logits, trial_ids, turning_points
 
 log = logging.getLogger("winnow.subject")
 
@@ -244,7 +244,7 @@ class Tail:
         return _Spared(False, False)
 
     def _forward(self, ids: Tensor, cache: Any, positions: Tensor | None) -> Tensor:
-        kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        kept: dict[str, Any] = {} if cache is None else {cache_argument(self._model): cache}
         if positions is not None:
             kept["position_ids"] = positions
         return self._model(input_ids=ids, use_cache=cache is not None, **kept).logits

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import Phi3Config
+from torch import Tensor
+from transformers import LlamaForCausalLM, Phi3Config
+from transformers.utils import ModelOutput
 
 from tests.support.tiny import tiny_config
-from winnow.subject.steps import same_logits, turning_points
+from winnow.subject.steps import Steps, cache_argument, same_logits, turning_points
 
 
 def test_logits_are_the_same_up_to_the_noise_of_their_dtype():
@@ -33,3 +37,26 @@ def test_longrope_turns_at_the_original_context():
     assert turning_points(config) == {16}
     assert turning_points(tiny_config("llama")) == set()
     assert turning_points(tiny_config("gpt2")) == set()
+
+
+def test_a_cache_has_the_name_that_the_model_gives_it():
+    """`cache` from transformers 5.24 on, which warns of the old name, `past_key_values`."""
+    named = cache_argument(LlamaForCausalLM(tiny_config("llama")))
+    given: list[Any] = []
+
+    class Renamed(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, position_ids: Any = None, cache: Any = None, **rest: Any) -> Any:  # pyright: ignore
+            given.append(cache)
+            inner: dict[str, Any] = {named: cache, "position_ids": position_ids, **rest}
+            output = super().forward(input_ids, **inner)
+            return ModelOutput(logits=output.logits, cache=output.get(named))
+
+    model = Renamed(tiny_config("llama")).eval().requires_grad_(False)
+    steps, ids = Steps(model), torch.arange(20, 30)[None]
+    whole = model(ids, use_cache=False).logits[0]
+    logits, kept = steps.run(ids[:, :-1], 9, None)
+    assert same_logits(logits, whole[-2])
+    assert kept is not None
+    assert [*kept] == ["cache"]
+    assert same_logits(steps.run(ids[:, -1:], 10, kept)[0], whole[-1])
+    assert given[-1] is given[-2] is not None
