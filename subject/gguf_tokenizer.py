@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
         (Punctuation("contiguous"), _GPT2, Digits(individual_digits=False), *_cut("[0-9][0-9][0-9]"))
     ),
     **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "lfm2"),
+        ("llama-bpe", "llama3", "llama-v3", "lfm2"),
         Rule((*_cut(_LLAMA3), _BYTES), whole_words=True, bos=True),
     ),
     **dict.fromkeys(("dbrx", "smaug-bpe"), Rule((*_cut(_LLAMA3), _BYTES))),
@@ -103,6 +103,8 @@ RULES: dict[str, Rule] = {
     "deepseek-llm": Rule((*_cut(*_DEEPSEEK_LLM), _DIGITS, _BYTES)),
     "deepseek-coder": Rule((*_cut(*_DEEPSEEK_CODER), _DIGITS, _BYTES)),
 }
+# `falcon3` and `falcon-h1` are not here. llama.cpp reads both by Llama 3's rule, but Falcon-H1's report says
+# that its tokenizers split digits and punctuation (arXiv:2507.22448); Falcon 3's rule could not be compared.
 """Name -> rule. Which models each name stands for is in llama.cpp's src/llama-vocab.cpp."""
 
 

@@ -95,7 +95,15 @@ def test_nfc_belongs_to_the_rule(tmp_path):
     assert text.encode("e\u0301") == text.encode("é")
 
 
-@pytest.mark.parametrize(("name", "said"), [("bailingmoe", "got 'bailingmoe'"), (None, "got nothing")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bailingmoe", "got 'bailingmoe'"),
+        ("falcon-h1", "got 'falcon-h1'"),
+        ("default", "got 'default'"),
+        (None, "got nothing"),
+    ],
+)
 def test_a_name_that_is_not_known_is_refused(tmp_path, name, said):
     write(tmp_path / "t.gguf", train("gpt-2"), name)
     with pytest.raises(ConfigError, match=rf"t\.gguf.*tokenizer\.ggml\.pre.*{said}.*tokenizer\.json"):
