@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -190,7 +191,15 @@ def load_tokenizer(folder: Path, spec: SubjectSpec) -> transformers.PreTrainedTo
             expected="a tokenizer.json of the tokenizers library",
             got=type(tokenizer).__name__,
         )
+    # transformers 5 drops this field where there is a tokenizer.json, whose post-processor may add nothing
+    # (DeepSeek's). Put back for `TextTokenizer.bos`, not as a post-processor, which would change the digest.
+    if _facts(folder / "tokenizer_config.json").get("add_bos_token") is True:
+        tokenizer.init_kwargs["add_bos_token"] = True
     return tokenizer
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def tokenizer_digest(tokenizer: transformers.PreTrainedTokenizerBase) -> str:

@@ -202,8 +202,8 @@ def windows_of(subject: Subject, set_: TranscoderSet, text: str, length: int, mo
         ConfigError: The text is shorter than one window.
     """
     rule = set_.card.window if set_.card is not None else None
-    ids = subject.encode(text, rule)
-    head = ids[:1] if rule is not None and rule.bos else []
+    # What precedes any text: a set that others trained may have no rule, and the tokenizer its own.
+    ids, head = subject.encode(text, rule), subject.encode("", rule)
     body, step = ids[len(head) :], length - len(head)
     windows = [head + body[low : low + step] for low in range(0, len(body) - step + 1, step)][:most]
     if not windows:

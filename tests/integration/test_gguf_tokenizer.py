@@ -13,7 +13,7 @@ from tests.support.tiny import SENTENCES
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import SubjectSpec
 from winnow.subject.gguf_tokenizer import RULES, gguf_tokenizer
-from winnow.subject.pretrained import load_tokenizer
+from winnow.subject.pretrained import load_tokenizer, tokenizer_digest
 from winnow.subject.tokenizer import TextTokenizer
 
 TEXT = "In 1914, don't  DON'T\n\n  naïveCamelCase 12345½ \u65e5\u672c e\u0301 <|end|> a  1!?\r\n\t x"
@@ -181,3 +181,22 @@ def test_a_folder_is_cut_as_its_tokenizer_json_says(tmp_path, declared, architec
     loaded = load_tokenizer(tmp_path, SubjectSpec(model="m"))
     assert TextTokenizer(loaded).encode(TEXT) == TextTokenizer(original).encode(TEXT)
     assert loaded.eos_token_id == 0
+
+
+@pytest.mark.parametrize("declared", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize(
+    ("said", "bos"), [({"add_bos_token": True}, 1), ({"add_bos_token": False}, None), ({}, None)]
+)
+def test_bos_is_added_where_only_a_folders_configuration_says_so(tmp_path, declared, said, bos):
+    """DeepSeek's tokenizer.json adds none; transformers 5 drops the configuration's `add_bos_token`."""
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=train("deepseek-v3"), eos_token="<|end|>", bos_token="<|start|>"
+    )
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said, "tokenizer_class": declared}))
+    loaded = load_tokenizer(tmp_path, SubjectSpec(model="m"))
+    assert TextTokenizer(loaded).bos == bos
+    # Datasets that were planned without it keep their tokenizer.
+    assert tokenizer_digest(loaded) == tokenizer_digest(made)

@@ -10,12 +10,15 @@ import torch
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from tests.support.bos_subject import BOS, bos_config
+from tests.support.bos_subject import BOS, bos_config, make_bos_subject
 from tests.support.evaluated import HOOK, random_sae, toy_config
 from tests.support.explorer_site import SPEC
 from tests.support.pipeline import pipeline_config
+from tests.support.sets import random_set
+from tests.support.tiny import SENTENCES
 from winnow.cli.main import app
 from winnow.evaluator import sequences
+from winnow.evaluator.circuits.report import windows_of
 from winnow.evaluator.judge import family as judge
 from winnow.evaluator.n2g import family as n2g
 from winnow.evaluator.n2g import learn as n2g_learn
@@ -28,11 +31,13 @@ from winnow.explorer.site.desk import open_desk
 from winnow.explorer.site.monitor import monitor
 from winnow.explorer.site.reading import read_tokens, tokenise
 from winnow.explorer.site.serve import make_app
+from winnow.harvester.plan.tokenise import DocumentTokenizer
 from winnow.sae.formats.convert import export_sae, import_sae
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import EvaluateSpec
 from winnow.schemas.features import FeatureIndex
+from winnow.schemas.harvest import PlanSpec
 from winnow.schemas.window import WindowRule
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
@@ -199,6 +204,24 @@ def test_a_tokenizer_without_bos_adds_none_and_cannot_be_made_to(tmp_path):
     assert subject.encode("every harvest") == subject.encode("every harvest", WindowRule())
     with pytest.raises(ConfigError, match="BOS token"):
         subject.generate("every harvest", bos=True)
+
+
+def test_text_begins_with_a_bos_that_only_the_configuration_adds(tmp_path):
+    """In plans, and in every window for a set whose card says nothing of how its windows began."""
+    folder = make_bos_subject(tmp_path)
+    for name, field, value in (
+        ("tokenizer.json", "post_processor", None),
+        ("tokenizer_config.json", "add_bos_token", True),
+    ):
+        facts = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**facts, field: value}))
+    subject = Subject.load(str(folder))
+    bos = subject.tokenizer.convert_tokens_to_ids(BOS)
+    planned = DocumentTokenizer(subject.tokenizer, subject.identity, PlanSpec(hooks=(HOOK,)))
+    assert (planned.spec.bos, planned.bos) == ("window", bos)
+    windows = windows_of(subject, random_set(), " ".join(SENTENCES), 8, 3)
+    assert windows[:, 0].tolist() == [bos] * 3
+    assert windows[:, 1:].flatten().tolist() == subject.encode(" ".join(SENTENCES), WindowRule())[:21]
 
 
 def pipeline_subject(folder) -> str:
