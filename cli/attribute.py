@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say_what_takes_long
+from winnow.cli.console import emit, guard, print_table
 from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError
 
@@ -70,7 +70,6 @@ def command(
     """Attribute; the help text is `HELP`."""
     # In every command the imports stand here: a help needs none of them.
     with guard():
-        say_what_takes_long()
         from winnow.evaluator.prompt import attribute_prompt, attribute_window
 
         _check_text(prompt, answer, window, at, rows)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say_what_takes_long
+from winnow.cli.console import emit, guard, print_table
 from winnow.common.figures import count_of
 from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError
@@ -97,7 +97,6 @@ def command(
 ) -> None:
     """Trace, edit or measure; the help text is `HELP`."""
     with guard():
-        say_what_takes_long()
         _require_one_question(prompt, graph, text, root, edit, faithfulness)
         from winnow.common.config_file import load_config
         from winnow.evaluator.circuits import report

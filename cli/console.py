@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
 from typing import Annotated, Any
 
 import typer
@@ -151,6 +152,30 @@ def serving_metrics_if(port: int | None, host: str) -> Generator[None]:
         yield
 
 
+class _TorchAnnouncer(MetaPathFinder):
+    """Says that PyTorch is being loaded when it is first looked for, and leaves the finding to others."""
+
+    def find_spec(self, fullname: str, *_: object) -> None:
+        """See `importlib.abc.MetaPathFinder`."""
+        if fullname == "torch":
+            sys.meta_path.remove(self)
+            say("loading PyTorch")
+
+
+@contextmanager
+def _announcing_torch() -> Generator[None]:
+    """Say once, in the block, that PyTorch is being loaded: ten seconds on a cold disk."""
+    announcer = _TorchAnnouncer()
+    # Of a launch each rank would say it before it knows its rank.
+    if "torch" not in sys.modules and "RANK" not in os.environ:
+        sys.meta_path.insert(0, announcer)
+    try:
+        yield
+    finally:
+        if announcer in sys.meta_path:
+            sys.meta_path.remove(announcer)
+
+
 @contextmanager
 def guard() -> Generator[None]:
     """Report a command's work on stderr, and turn its errors into exit codes.
@@ -158,7 +183,7 @@ def guard() -> Generator[None]:
     A `WinnowError` becomes a sentence on stderr and its own exit code; lack of memory gives 1, Ctrl-C 130.
     """
     try:
-        with reporting_to_console():
+        with reporting_to_console(), _announcing_torch():
             yield
     except WinnowError as error:
         stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
@@ -178,13 +203,6 @@ def guard() -> Generator[None]:
         stderr.print("interrupted: run the same command again to resume", style="yellow")
         # 128 + SIGINT, as a shell says it.
         raise typer.Exit(130) from error
-
-
-def say_what_takes_long() -> None:
-    """Say that PyTorch is being loaded, in a command that is about to import it."""
-    # Ten seconds on a cold disk. Of a launch each rank would say it before it knows its rank.
-    if "torch" not in sys.modules and "RANK" not in os.environ:
-        say("loading PyTorch")
 
 
 def emit(value: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say_what_takes_long
+from winnow.cli.console import emit, guard, print_table
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.layers import WRITES
 
@@ -60,7 +60,6 @@ def estimate_command(
     Example: `winnow estimate configs/paper-16m.yaml --gpu h100 --count 16 --tokens 40e9 --d-model 768`
     """
     with guard():
-        say_what_takes_long()
         from winnow.common.config_file import load_config
         from winnow.schemas.config import section
         from winnow.trainer.plan.estimate import as_json, data_volume, estimate, table_rows

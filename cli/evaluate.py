@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say_what_takes_long
+from winnow.cli.console import emit, guard, print_table
 from winnow.common.reporter import say
 from winnow.common.signals import interrupted_by_signals
 from winnow.schemas.errors import ConfigError
@@ -88,7 +88,6 @@ def evaluate_command(
 ) -> None:
     """Measure a trained SAE; the help text is `EVALUATE_HELP`."""
     with guard(), interrupted_by_signals():
-        say_what_takes_long()
         from winnow.common.yaml_text import parse_value
         from winnow.evaluator.report import evaluate
         from winnow.schemas.base import validate
@@ -166,7 +165,6 @@ def compare_command(
     Example: `winnow compare runs/k16 runs/k32 runs/k64 --out runs/frontier`
     """
     with guard():
-        say_what_takes_long()
         from winnow.evaluator.frontier import draw_frontiers
         from winnow.evaluator.report import (
             find_common_dataset,

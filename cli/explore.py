@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say_what_takes_long
+from winnow.cli.console import emit, guard, print_table
 from winnow.common.figures import count_of
 from winnow.common.reporter import say
 from winnow.common.signals import interrupted_by_signals
@@ -104,7 +104,6 @@ def index_command(
     Example: `winnow index runs/quickstart --config configs/quickstart.yaml`
     """
     with guard(), interrupted_by_signals():
-        say_what_takes_long()
         from winnow.explorer.index.make import Staff, make_index, make_indexes
         from winnow.explorer.place import Place, default_index
         from winnow.sae.model import read_set_card
@@ -217,7 +216,6 @@ def explore_command(
     Example: `winnow explore runs/quickstart --config configs/quickstart.yaml`
     """
     with guard():
-        say_what_takes_long()
         from winnow.explorer.place import Place
         from winnow.explorer.site.desk import open_desk
         from winnow.explorer.site.serve import listen, make_app, serve
@@ -260,7 +258,6 @@ def export_command(
     Example: `winnow export-features runs/quickstart --latents 3,10-12 --out site`
     """
     with guard():
-        say_what_takes_long()
         from winnow.explorer.place import Place, default_index, layer_places
         from winnow.explorer.site.bundle import export_all
         from winnow.sae.model import read_set_card

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from winnow.cli.console import emit, guard, say_what_takes_long
+from winnow.cli.console import emit, guard
 from winnow.common.figures import count_of
 from winnow.common.reporter import say
 
@@ -71,7 +71,6 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="Print the card on stdout.")] = False,
     ) -> None:
         with guard():
-            say_what_takes_long()
             from winnow.sae.formats.convert import UNKNOWN_HOOK, import_sae
 
             if _is_graph(format_name):
@@ -127,7 +126,6 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="Print the files as JSON on stdout.")] = False,
     ) -> None:
         with guard():
-            say_what_takes_long()
             from winnow.sae.formats.convert import export_sae
 
             if _is_graph(format_name):

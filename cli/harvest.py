@@ -15,7 +15,6 @@ from winnow.cli.console import (
     emit,
     guard,
     print_table,
-    say_what_takes_long,
     serving_metrics_if,
 )
 from winnow.common.figures import count_of, human_bytes
@@ -57,7 +56,6 @@ def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> No
     Example: `winnow plan configs/quickstart.yaml --set root=s3://bucket/data`
     """
     with guard(), interrupted_by_signals():
-        say_what_takes_long()
         from winnow.common.config_file import load_config
         from winnow.harvester.run.driver import ensure_plan
         from winnow.store.objects import open_store
@@ -124,7 +122,6 @@ def harvest_command(
     # At INFO Ray prints its start and its dashboard's address between our lines.
     logging.getLogger("ray").setLevel(logging.WARNING)
     with guard(), interrupted_by_signals():
-        say_what_takes_long()
         from winnow.common.config_file import load_config
         from winnow.store.objects import open_store
 

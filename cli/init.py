@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say_what_takes_long
+from winnow.cli.console import emit, guard, print_table
 from winnow.cli.harvest import AsJson
 from winnow.common.reporter import say
 
@@ -91,7 +91,6 @@ def init_command(
             )
         if not out.parent.is_dir():
             raise ConfigError("--out", expected="a file in a folder that exists", got=out)
-        say_what_takes_long()
         from winnow.cli.draft import config_text, draft
         from winnow.common.config_file import parse_config
         from winnow.harvester.plan.survey import describe_sources

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say_what_takes_long
+from winnow.cli.console import emit, guard, print_table
 from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError
 
@@ -41,7 +41,6 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> None:
         with guard():
-            say_what_takes_long()
             from winnow.evaluator.recovery import page
             from winnow.evaluator.recovery.runs import recover
             from winnow.store.objects import open_store

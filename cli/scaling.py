@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from winnow.cli.console import emit, guard, print_table, say_what_takes_long
+from winnow.cli.console import emit, guard, print_table
 from winnow.common.reporter import say
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ def scaling_command(
     Example: `winnow scaling runs/sweep --out docs/results`
     """
     with guard():
-        say_what_takes_long()
         from winnow.evaluator.scaling.report import as_json, fit_laws, read_sweep
         from winnow.store.objects import open_store
 

@@ -16,7 +16,6 @@ from winnow.cli.console import (
     emit,
     guard,
     print_table,
-    say_what_takes_long,
     serving_metrics_if,
 )
 from winnow.common.figures import count_of, human_bytes
@@ -105,7 +104,6 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
         # every run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard(), interrupted_by_signals():
-            say_what_takes_long()
             from winnow.common.config_file import load_config
             from winnow.trainer.mesh.world import launch_of, only_the_first_tells
             from winnow.trainer.run.loop import train
@@ -150,7 +148,6 @@ def register_sweep(app: typer.Typer) -> None:
         # As in `train`: each SAE must get the bits that `train` alone would give it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard(), interrupted_by_signals():
-            say_what_takes_long()
             from winnow.common.config_file import load_config
             from winnow.store.read.joined import open_roots
             from winnow.trainer.plan.sweep import grid_specs, require_room

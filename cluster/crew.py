@@ -72,6 +72,7 @@ def cluster(settings: CrewSettings) -> Generator[None]:
 
     Raises:
         ConfigError: No such cluster, or it requires a token that was not given.
+        WorkerError: Ray did not start on this machine.
     """
     with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is the result's
         yield from _session(settings)
@@ -98,8 +99,15 @@ def _session(settings: CrewSettings) -> Generator[None]:
             log_to_driver=False,
             **local,
         )
-    except (ConnectionError, RuntimeError) as error:
+    except Exception as error:  # of a start that takes longer than 30 s Ray raises Exception itself
         if not address:
+            raise WorkerError(
+                f"{settings.named.who}: Ray did not start on this machine",
+                got=last_line(error),
+                fix="Run the same command again when the machine is less busy. If it is not, see Ray's logs: "
+                "session_latest/logs in its folder, by default /tmp/ray",
+            ) from error
+        if not isinstance(error, ConnectionError | RuntimeError):
             raise
         raise ConfigError(
             f"{settings.named.address} {address!r}: no Ray cluster can be joined there",

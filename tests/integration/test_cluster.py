@@ -10,6 +10,7 @@ import ray
 
 from winnow.cluster.crew import CrewSettings, Named, cluster, threads_per_actor
 from winnow.common.cores import usable_cores
+from winnow.schemas.errors import WorkerError
 
 
 @pytest.fixture
@@ -38,3 +39,18 @@ def test_actors_share_the_cores_and_what_is_configured_stands():
     assert threads_per_actor(settings()) == usable_cores()
     assert threads_per_actor(settings(actors=2)) == max(1, usable_cores() // 2)
     assert threads_per_actor(settings(threads=5)) == 5
+
+
+# What Ray raises when its processes take longer than 30 s to start, and when one of them dies.
+@pytest.mark.parametrize("kind", [Exception, RuntimeError, ConnectionError])
+def test_a_ray_that_does_not_start_here_is_a_sentence_that_says_what_to_do(monkeypatch, kind):
+    def slow(**_: object) -> None:
+        raise kind("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", slow)
+    with pytest.raises(
+        WorkerError, match=r"test: Ray did not start .* timed out .* the same command"
+    ) as caught:
+        with cluster(settings()):
+            pass
+    assert caught.value.exit_code == 1

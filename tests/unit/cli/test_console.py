@@ -1,7 +1,9 @@
+import importlib.util
 import io
 import json
 import logging
 import re
+import sys
 
 import pytest
 import typer
@@ -260,3 +262,32 @@ def test_a_table_in_a_pipe_is_never_cut(capsys, monkeypatch):
     print_table("runs", [names], header=names)
     shown = capsys.readouterr().out
     assert [shown.count(name) for name in names] == [2] * 4
+
+
+# Any command, whichever of its libraries imports PyTorch first; a search alone stands in for the import.
+@pytest.mark.parametrize(
+    ("loaded", "rank", "said"), [(False, None, ["loading PyTorch"]), (True, None, []), (False, "1", [])]
+)
+def test_a_command_says_once_that_pytorch_is_loaded(monkeypatch, capsys, loaded, rank, said):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    if loaded:
+        monkeypatch.setitem(sys.modules, "torch", json)  # any module
+    else:
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+    finders = list(sys.meta_path)
+    with guard():
+        for _ in range(2):
+            importlib.util.find_spec("torch")
+    assert capsys.readouterr().err.splitlines() == said
+    assert sys.meta_path == finders
+
+
+def test_a_command_that_needs_no_pytorch_says_nothing_of_it(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    finders = list(sys.meta_path)
+    with guard():
+        say("a fact")
+    assert capsys.readouterr().err.splitlines() == ["a fact"]
+    assert sys.meta_path == finders
