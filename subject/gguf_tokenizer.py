@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Punctuati
 from tokenizers.processors import TemplateProcessing
 
 from winnow.schemas.errors import ConfigError
+from winnow.subject.tokenizer import TextTokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4
 """Token types of GGUF: special tokens, and added ones that are ordinary text (runs of spaces, `<think>`)."""
@@ -127,6 +128,9 @@ def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
     made = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if read("tokenizer.ggml.model") == "llama" and not read("general.architecture").startswith("gemma"):
         _space_before(made.backend_tokenizer, read("tokenizer.ggml.add_space_prefix", True))
+    # transformers passes over this field of Gemma 4, whose chat template writes BOS: other texts need it too.
+    if read("tokenizer.ggml.add_bos_token", False) and TextTokenizer(made).bos is None:
+        made.add_bos_token = True
     return made
 
 

@@ -170,6 +170,30 @@ def test_sentencepiece_puts_a_space_before_every_text(tmp_path, prefix):
         assert TextTokenizer(tokenizer).bos == 0
 
 
+@pytest.mark.parametrize(("said", "bos"), [(True, 1), (False, None)])
+def test_gemma_4_begins_as_its_file_says(tmp_path, said, bos):
+    tokens = ["<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "gemma4")
+    writer.add_tokenizer_model("gemma4")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[6] * 256, 1, 1, 1])
+    writer.add_token_merges(["▁ a"])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_unk_token_id(2)
+    writer.add_add_space_prefix(False)
+    writer.add_add_bos_token(said)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made = gguf_tokenizer(tmp_path / "t.gguf")
+    assert made.tokenize("a a") == ["a", "▁a"]
+    assert TextTokenizer(made).bos == bos
+    made.save_pretrained(tmp_path)
+    assert TextTokenizer(Tokenizer.from_file(str(tmp_path / "tokenizer.json"))).bos == bos
+
+
 @pytest.mark.parametrize("declared", ["GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_a_folder_is_cut_as_its_tokenizer_json_says(tmp_path, declared, architecture):
