@@ -8,6 +8,7 @@ other tokens. SentencePiece vocabularies are rebuilt by transformers, except for
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,6 +129,8 @@ def gguf_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
     made = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if read("tokenizer.ggml.model") == "llama" and not read("general.architecture").startswith("gemma"):
         _space_before(made.backend_tokenizer, read("tokenizer.ggml.add_space_prefix", True))
+        if read("general.architecture") == "phi3":
+            made._tokenizer = _with_stripping(made.backend_tokenizer)
     # transformers passes over this field of Gemma 4, whose chat template writes BOS: other texts need it too.
     if read("tokenizer.ggml.add_bos_token", False) and TextTokenizer(made).bos is None:
         made.add_bos_token = True
@@ -170,6 +173,14 @@ def _space_before(backend: Tokenizer, prefix: bool) -> None:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
     )
+
+
+def _with_stripping(backend: Tokenizer) -> Tokenizer:
+    """The same, whose tokens of Phi-3's chats take the white space after them: a GGUF does not say it."""
+    facts = json.loads(backend.to_str())
+    for token in facts["added_tokens"]:
+        token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    return Tokenizer.from_str(json.dumps(facts))
 
 
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

@@ -31,7 +31,7 @@ from winnow.subject.pretrained import convert, first_line, load_tokenizer, token
 
 log = logging.getLogger("winnow.subject")
 
-CONVERSION = "v2"
+CONVERSION = "v3"
 """Version of what a conversion writes; part of the cache key."""
 
 # As strict as the hub's own: anything else is a mistyped path, for which no request is made.

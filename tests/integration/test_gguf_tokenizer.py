@@ -170,6 +170,29 @@ def test_sentencepiece_puts_a_space_before_every_text(tmp_path, prefix):
         assert TextTokenizer(tokenizer).bos == 0
 
 
+def test_tokens_of_phi_3s_chats_take_the_line_break_after_them(tmp_path):
+    tokens = ["<s>", "<|endoftext|>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "phi3")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*tokens, "<|user|>", "<|end|>"])
+    writer.add_token_types([3, 3, 2, *[6] * 256, 1, 1, 1, 3, 3])
+    writer.add_token_scores([0.0] * 259 + [-9.0, -8.0, -1.0, 0.0, 0.0])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made = gguf_tokenizer(tmp_path / "t.gguf")
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
+    for tokenizer in (made, load_tokenizer(tmp_path, SubjectSpec(model="m"))):
+        ids = TextTokenizer(tokenizer, control="token").encode("<|user|>\na<|end|>\n<s>\n")
+        assert tokenizer.convert_ids_to_tokens(ids) == ["<|user|>", "▁a", "<|end|>", "<s>", "▁", "<0x0A>"]
+        assert TextTokenizer(tokenizer).bos == 0
+
+
 @pytest.mark.parametrize(("said", "bos"), [(True, 1), (False, None)])
 def test_gemma_4_begins_as_its_file_says(tmp_path, said, bos):
     tokens = ["<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
