@@ -20,7 +20,7 @@ from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.model import read_card
 from winnow.schemas.base import canonical_json, sha256_hex
 from winnow.schemas.config import Config
-from winnow.schemas.errors import ConfigError, MissingObject
+from winnow.schemas.errors import ConfigError, MissingObject, Unmeasurable
 from winnow.schemas.evaluation import FAMILIES, Evaluation, Family, FamilyResult, Figure
 from winnow.schemas.readings import RowsSpec
 from winnow.schemas.training import SaeCard
@@ -219,6 +219,7 @@ def evaluate_setting(
 
     Raises:
         ConfigError: A family lacks what it needs.
+        Unmeasurable: A family that was named has nothing to measure; raised once the others are measured.
         IntegrityError, StoreError: Data or an earlier evaluation cannot be read.
     """
     store = open_store(out or setting.uri, setting.storage)
@@ -228,7 +229,7 @@ def evaluate_setting(
     digests: dict[Family, str] = {
         family: _settings_digest(setting, family) for family in _chosen_families(setting)
     }
-    found = resumed(blank, load_evaluation(store))
+    found, unmeasured = resumed(blank, load_evaluation(store)), list[Unmeasurable]()
     for family, digest in digests.items():
         kept: KeptLosses | None = None
         known = [result for result in found.results(family) if result.settings_sha256 == digest]
@@ -238,7 +239,14 @@ def evaluate_setting(
         else:
             # The one family that also resumes within: by far the most of a transcoder set's hours.
             kept = KeptLosses(store, digest) if family == "downstream" else None
-            result = _result(setting, family, digest, found, kept)
+            try:
+                result = _result(setting, family, digest, found, kept)
+            # Whether there is anything to measure shows in the data only; the other families have a right
+            # to their figures all the same.
+            except Unmeasurable as error:
+                unmeasured.append(error)
+                say(f"left out: {family}: {error}")
+                continue
         # Read again: another process may have added a family meanwhile, which must not be overwritten.
         stored = resumed(blank, load_evaluation(store))
         found = stored.having(family, result)
@@ -248,6 +256,8 @@ def evaluate_setting(
         # Only now: a kill before the figures are stored must find them.
         if kept is not None:
             kept.delete()
+    if unmeasured and setting.spec.metrics is not None:
+        raise unmeasured[0]
     return found
 
 

@@ -90,6 +90,10 @@ class SaeMismatch(ConfigError):
     """The SAE does not fit the dataset, SAE or subject that it is used with. Raised by `schemas.fit`."""
 
 
+class Unmeasurable(ConfigError):
+    """A family of figures has nothing to measure in this data; other families may have."""
+
+
 class UnsupportedVersion(WinnowError, ValueError):
     """An artefact of a kind or major version this code does not read."""
 

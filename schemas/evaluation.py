@@ -99,8 +99,8 @@ class EvaluateSpec(Contract):
     against: tuple[str, ...] = ()
     """stability: folders or URIs of SAEs that were trained with other seeds."""
     ablation_rows: int = Field(default=64, ge=2)
-    """ablation: rows to sample, each from another window as long as there are unused windows. A row costs
-    2 `ablation_latents` + 1 runs above the hook, which is why not all rows are taken."""
+    """ablation: rows to sample, each from another window as long as there are unused windows; no row twice. A
+    row costs 2 `ablation_latents` + 1 runs above the hook, which is why not all rows are taken."""
     ablation_latents: int = Field(default=8, ge=1)
     """ablation: active latents to sample at each row, and as many residual channels."""
     ablation_tokens: int = Field(default=16, ge=1)

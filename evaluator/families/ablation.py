@@ -28,7 +28,7 @@ from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import figure, mean_figure
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.model import Sae
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import Unmeasurable
 
 
 def effect_sparsity(logits: Tensor, clean: Tensor) -> Tensor:
@@ -92,8 +92,10 @@ def without_channels(row: Tensor, channels: Tensor) -> Tensor:
 def sample_rows(setting: Setting, draw: np.random.Generator) -> list[tuple[int, int]]:
     """Draw (window, position) pairs, windows in turn: stored positions of weight above 0 with T tokens left.
 
+    Fewer than `ablation_rows` if there are no more; no pair is drawn twice.
+
     Raises:
-        ConfigError: No position has T tokens left in its window, or none of those that a reading chooses.
+        Unmeasurable: No position has T tokens left in its window, or none of those that a reading chooses.
     """
     length = setting.spec.ablation_tokens
     windows = draw.permutation(len(setting.windows))
@@ -105,15 +107,20 @@ def sample_rows(setting: Setting, draw: np.random.Generator) -> list[tuple[int, 
         # Of a reading it may be the choice of rows that leaves none, however few the tokens.
         reading = setting.dataset.reading
         rows = "a held-out row" if reading is None else f"a held-out row with {reading.rows.words}"
-        raise ConfigError(
+        raise Unmeasurable(
             "evaluate.ablation_tokens",
             expected=f"{rows} and that many tokens left in its window of {fit.shape[1]}",
             got=f"no such row for {length}",
             fix="Lower it, or choose more rows" if reading is not None else "Lower it",
         )
-    # Rows of one window are alike: each window is used once before any is used again.
-    chosen = [usable[i % len(usable)] for i in range(setting.spec.ablation_rows)]
-    return [(window, int(draw.choice(positions))) for window, positions in chosen]
+    chosen: list[tuple[int, int]] = []
+    # Rows of one window are alike: each window is used once before any is used again. One row twice would
+    # be no second sample, and narrow the interval.
+    while usable and (lacking := setting.spec.ablation_rows - len(chosen)):
+        drawn = [(window, left, int(draw.choice(left))) for window, left in usable[:lacking]]
+        chosen += [(window, position) for window, _, position in drawn]
+        usable = [(window, left[left != position]) for window, left, position in drawn if len(left) > 1]
+    return chosen
 
 
 class _Passes:
@@ -199,7 +206,7 @@ def measure(setting: Setting) -> Measured:
     """Sample rows; at each, ablate sampled latents and sampled channels, one at a time.
 
     Raises:
-        ConfigError: The windows are too short.
+        Unmeasurable: The windows are too short.
     """
     spec, draw = setting.spec, np.random.default_rng(setting.spec.seed)
     latent_means, channel_means, every, active = [], [], list[float](), list[int]()

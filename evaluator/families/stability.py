@@ -16,7 +16,7 @@ from winnow.common.reporter import Progress
 from winnow.evaluator.bootstrap import mean_figure
 from winnow.evaluator.setting import Measured, Setting
 from winnow.sae.model import Sae
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import ConfigError, Unmeasurable
 from winnow.schemas.fit import check_same_place
 
 _MAX_BYTES = 4 << 30
@@ -47,7 +47,7 @@ def matched_cosines(first: Tensor, second: Tensor) -> NDArray[np.float64]:
     # 12: four bytes of float32, and eight of the float64 copy that scipy makes.
     needed = len(first) * len(second) * 12
     if needed > _MAX_BYTES:
-        raise ConfigError(
+        raise Unmeasurable(
             "one-to-one matching",
             expected=f"at most {human_bytes(_MAX_BYTES)} of cosines",
             got=f"{human_bytes(needed)} for {len(first):,} x {len(second):,} latents",

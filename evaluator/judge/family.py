@@ -157,7 +157,7 @@ class Judged:
             units = train_units(setting)
             stream = observed(setting.codes(units), "judge search", len(units) * plan.rows_per_unit)
             self._found = gather(stream, total, top=judge.examples, positives=0, context=context)
-            self.latents = choose(self._found, judge.latents, judge.examples, self._seed)
+            self.latents = choose(self._found, judge.latents, judge.examples, self._seed, "judge.examples")
             windows = unit_windows(setting, units)
             self._training = ActivePlaces(self.latents, windows, context, total)
             # A second pass: which latents to follow is known only after the first, and following all of them

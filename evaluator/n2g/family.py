@@ -29,7 +29,7 @@ from winnow.evaluator.families.downstream import Reached, Variant, runs_for, spl
 from winnow.evaluator.n2g.learn import Example, learn
 from winnow.evaluator.n2g.tries import WILDCARD, Firings, Pattern, Trie, fire
 from winnow.evaluator.setting import Codes, Measured, Setting
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import Unmeasurable
 from winnow.schemas.evaluation import Figure
 
 # Bounds of `evaluation.json`, which with `n2g_latents: null` would otherwise describe every latent.
@@ -75,19 +75,21 @@ def observed(stream: Iterable[Codes], label: str, rows: int) -> Iterable[Codes]:
             bar.advance(len(codes.rows))
 
 
-def choose(found: Activations, spec_latents: int | None, examples: int, seed: int) -> NDArray[np.int64]:
+def choose(
+    found: Activations, spec_latents: int | None, examples: int, seed: int, field: str = "n2g_examples"
+) -> NDArray[np.int64]:
     """Choose latents with `examples` top windows, all or `spec_latents` drawn at random; ascending.
 
     Raises:
-        ConfigError: There is no such latent.
+        Unmeasurable: There is no such latent; `field` of `evaluate` is named.
     """
     often = np.flatnonzero((found.top.windows >= 0).sum(1) >= examples)
     if not len(often):
-        raise ConfigError(
-            "evaluate.n2g_examples",
+        raise Unmeasurable(
+            f"evaluate.{field}",
             expected=f"a latent active in {examples} of the training windows searched",
             got="none",
-            fix="Lower evaluate.n2g_examples or raise evaluate.n2g_train_rows",
+            fix=f"Lower evaluate.{field} or raise evaluate.n2g_train_rows",
         )
     if spec_latents is None or spec_latents >= len(often):
         return often
@@ -335,7 +337,7 @@ def measure(setting: Setting) -> Measured:
     """Learn tries on training windows, judge them on held-out ones, simulate with them.
 
     Raises:
-        ConfigError: No latent is active often enough.
+        Unmeasurable: No latent is active often enough.
     """
     spec, plan, total = setting.spec, setting.dataset.plan, setting.sae.latents
     context, units = plan.spec.context_length, train_units(setting)

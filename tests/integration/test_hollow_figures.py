@@ -11,11 +11,11 @@ from winnow.evaluator import heldout, kept_losses
 from winnow.evaluator.families import ablation, compute, downstream
 from winnow.evaluator.heldout import measure_in_subject
 from winnow.evaluator.n2g import family as n2g
-from winnow.evaluator.report import evaluate_setting, list_notes, tabulate
+from winnow.evaluator.report import evaluate_setting, list_notes, load_evaluation, tabulate
 from winnow.evaluator.setting import Setting
 from winnow.explorer.site.monitor import monitor
 from winnow.sae import Sae
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import ConfigError, Unmeasurable
 from winnow.schemas.evaluation import LOSSES_KEY, ComputeLaw, EvaluateSpec
 from winnow.store.objects import open_store
 
@@ -94,6 +94,34 @@ def test_an_ablation_that_moves_nothing_is_said(toy, tmp_path):
         assert found[id].value is None
         assert found[id].note.startswith("3 of 3 rows left out")
     assert found["ablation_sparsity_channels"].samples == 3
+
+
+def test_a_family_without_anything_to_measure_does_not_end_the_evaluation(last_only, tmp_path, told):
+    dead = random_sae()
+    dead.b_enc.data.fill_(-100.0)
+    uri = save_sae(last_only, tmp_path / "sae", dead)
+    spec = EvaluateSpec(windows=8, n2g_train_rows=64, probe_train=8, probe_test=4)
+    found = evaluate_setting(Setting.open(uri, last_only.root, spec))
+    assert set(found.families) == {"reconstruction", "downstream", "probes"}
+    assert any(line.startswith("left out: ablation: evaluate.ablation_tokens") for line in told)
+    assert any(line.startswith("left out: n2g: evaluate.n2g_examples: expected a latent") for line in told)
+    # asked for by name it is an error, but only once the others are measured
+    named = spec.model_copy(update={"metrics": ("ablation", "reconstruction", "n2g"), "seed": 1})
+    with pytest.raises(Unmeasurable, match=r"evaluate\.ablation_tokens"):
+        evaluate_setting(Setting.open(uri, last_only.root, named), out=str(tmp_path / "named"))
+    assert set(load_evaluation(open_store(str(tmp_path / "named"))).families) == {"reconstruction"}
+
+
+def test_a_row_is_one_sample_however_many_are_asked_for(toy, tmp_path):
+    uri = save_sae(toy, tmp_path / "sae", random_sae())
+    for windows, tokens, rows in ((1, 16, 1), (2, 14, 6), (2, 14, 4)):
+        spec = EvaluateSpec(windows=windows, ablation_tokens=tokens, ablation_rows=max(rows, 2))
+        setting = Setting.open(uri, toy.root, spec)
+        drawn = ablation.sample_rows(setting, np.random.default_rng(0))
+        assert len(drawn) == len(set(drawn)) == rows
+        assert len({window for window, _ in drawn[:windows]}) == windows
+    found = ablation.measure(Setting.open(uri, toy.root, EvaluateSpec(windows=1))).figures[0]
+    assert (found.samples, found.low, found.high) == (1, None, None)
 
 
 def test_a_text_without_a_position_that_is_read_is_refused(toy, tmp_path):
