@@ -7,9 +7,21 @@ from typing import Literal
 from pydantic import Field
 
 from winnow.schemas.base import Artefact, Contract, HookName, ReadHook, RootName, Sha256
+from winnow.schemas.joined import split_hook
 from winnow.schemas.readings import RowsSpec
-from winnow.schemas.subject import SubjectIdentity
+from winnow.schemas.subject import SubjectIdentity, parse_hook
 from winnow.schemas.window import WindowRule
+
+INSIDE = {"mlp_in": "the MLP alone reads", "router": "only chooses experts"}
+"""Sites whose rows reach the residual stream by no linear path -> what becomes of them."""
+HEADS = "attn_z"
+"""The site whose rows reach it through a projection."""
+
+
+def site_of(hook: str) -> str | None:
+    """The site of a hook, such as `attn_z`, with or without its dataset's name; None of a module's path."""
+    named = parse_hook(split_hook(hook)[1])
+    return None if named is None else named[0]
 
 
 class IndexSpec(Contract):
@@ -104,6 +116,10 @@ class FeatureIndex(Artefact):
     window: WindowRule | None = Field(default=None, exclude_if=lambda rule: rule is None)
     """How windows begin; null in an index built before this was recorded, for which the dataset's plan says
     it."""
+    # Left out of the JSON while false: the index of any other hook is written as before the field existed.
+    projected: bool = Field(default=False, exclude_if=lambda projected: not projected)
+    """Whether promoted tokens of latents at `attn_z` are those of what their rows add to the residual stream,
+    behind the projection. An index made before this was so has the tokens of the rows themselves."""
     windows: int = Field(gt=0)
     """Windows read."""
     rows: int = Field(ge=0)
@@ -112,6 +128,21 @@ class FeatureIndex(Artefact):
     """Bins of a latent's histogram, of equal width from 0 to its largest activation."""
     created: str
     """When it was built: UTC, ISO 8601."""
+
+    @property
+    def written_hooks(self) -> tuple[str, ...]:
+        """The hooks that the latents' decoder rows are of."""
+        return self.target_hooks or tuple(part.hook for part in self.parts) or (self.hook,)
+
+    @property
+    def misread_hook(self) -> str | None:
+        """The hook whose rows an earlier version took for directions of the residual stream, if any."""
+        if self.spec.logits:
+            for hook in self.written_hooks:
+                site = site_of(hook)
+                if site in INSIDE or (site == HEADS and not self.projected):
+                    return hook
+        return None
 
 
 class Explanation(Contract):

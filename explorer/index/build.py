@@ -54,12 +54,13 @@ from winnow.explorer.index.table import (
     figure_columns,
     lists,
     part_key,
+    read_index,
 )
 from winnow.sae.model import Sae, read_card
 from winnow.schemas.base import Contract, Sha256
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, MissingObject
-from winnow.schemas.features import FeatureIndex, IndexSpec
+from winnow.schemas.features import HEADS, FeatureIndex, IndexSpec, site_of
 from winnow.schemas.fit import check_dataset
 from winnow.schemas.subject import SubjectSpec
 from winnow.schemas.window import WindowRule
@@ -183,10 +184,10 @@ class Indexer:
         """The existing index; None if there is none.
 
         Raises:
-            ConfigError: The existing index was made of other inputs.
+            ConfigError: The existing index was made of other inputs, or lists wrong promoted tokens.
         """
         try:
-            meta = FeatureIndex.from_json(self.out.get(INDEX_KEY), origin=f"{self.out.uri}/{INDEX_KEY}")
+            meta = read_index(self.out)
         except MissingObject:
             return None
         there = IndexInputs(**{name: getattr(meta, name) for name in IndexInputs.model_fields})
@@ -390,6 +391,7 @@ class Indexer:
             drop_leading=plan.spec.drop_leading,
             sink_multiple=plan.spec.sink_multiple,
             window=WindowRule.of(plan),
+            projected=self.spec.logits > 0 and HEADS in map(site_of, self.card.output_hooks),
             windows=self.units * plan.spec.windows_per_unit,
             # Rows of weight above 0, not windows x T: densities are shares of what the SAE was trained on.
             rows=int(sum(int(block.read.sum()) for block in self._blocks)),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from winnow.explorer.index.latents import Near
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
-from winnow.schemas.joined import split_hook
+from winnow.schemas.features import HEADS, INSIDE, site_of
 from winnow.schemas.subject import parse_hook
 from winnow.subject.load import Subject
 
@@ -25,8 +25,6 @@ _LOGIT_NUMBERS = 1 << 24
 # A set's cross-layer decoder of 24 layers of 768 is wider: its covariance would be 2.7 GB, and take minutes.
 _PRINCIPAL_WIDTH = 8192
 """Largest D of which principal components are computed."""
-_INSIDE = {"mlp_in": "the MLP alone reads", "router": "only chooses experts"}
-"""Sites whose rows reach the stream by no linear path -> what becomes of them."""
 COSINE_COLUMNS = 1 << 14
 """Latents that a part is compared with at a time: with 1,024 per part, also 67 MB."""
 
@@ -109,12 +107,12 @@ def require_written(hooks: Sequence[str]) -> None:
         ConfigError: It is not at one of them.
     """
     for hook in hooks:
-        named = parse_hook(split_hook(hook)[1])
-        if named is not None and named[0] in _INSIDE:
+        site = site_of(hook)
+        if site in INSIDE:
             raise ConfigError(
                 "promoted tokens",
                 expected="a hook whose rows are added to the residual stream",
-                got=f"{hook}, which {_INSIDE[named[0]]}",
+                got=f"{hook}, which {INSIDE[site]}",
                 fix="Index with `--logits 0`",
             )
 
@@ -128,7 +126,7 @@ def added_rows(subject: Subject, hook: str, rows: Tensor) -> Tensor:
     taken for rows of the stream.
     """
     named = parse_hook(hook)
-    if named is None or named[0] != "attn_z":
+    if named is None or named[0] != HEADS:
         return rows
     layout, layer = subject.layout, named[1]
     project = subject.model.get_submodule(str(layout.path(layer, "projection")))

@@ -46,6 +46,24 @@ COMPONENTS = ("direction_1", "direction_2")
 """Further columns: the decoder row along two principal components of all; absent in older indexes."""
 
 
+def read_index(store: ObjectStore) -> FeatureIndex:
+    """`index.json` of a folder.
+
+    Raises:
+        ConfigError: It is of an earlier version and lists wrong promoted tokens.
+        MissingObject: There is none.
+        IntegrityError, UnsupportedVersion: It cannot be read.
+    """
+    meta = FeatureIndex.from_json(store.get(INDEX_KEY), origin=f"{store.uri}/{INDEX_KEY}")
+    if (hook := meta.misread_hook) is not None:
+        raise ConfigError(
+            f"{store.uri} lists wrong promoted tokens: an earlier version took the rows at {hook} for "
+            "directions of the residual stream",
+            fix="Delete this folder and run `winnow index` again",
+        )
+    return meta
+
+
 def part_key(part: int) -> str:
     """Key of a part of the latents."""
     return f"latents/part-{part:05d}.parquet"
@@ -188,12 +206,12 @@ class FeatureTable:
             sae_sha256: Digest of the weights that it must belong to; None accepts any.
 
         Raises:
-            ConfigError: No finished index there, or another SAE's.
+            ConfigError: No finished index there, another SAE's, or one that lists wrong promoted tokens.
             IntegrityError, UnsupportedVersion: It cannot be read.
         """
         store = open_store(uri, storage)
         try:
-            meta = FeatureIndex.from_json(store.get(INDEX_KEY), origin=f"{uri}/{INDEX_KEY}")
+            meta = read_index(store)
         except MissingObject as error:
             # The folder of an index is `features` in that of its SAE, unless another was named.
             sae, _, own = uri.rstrip("/").rpartition("/")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from winnow.cli.main import app
 from winnow.explorer.index.directions import require_written
 from winnow.explorer.index.promoted import promoted_columns
 from winnow.explorer.index.subjects import LazySubject
+from winnow.explorer.index.table import FeatureTable
 from winnow.sae import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.store.objects import open_store
@@ -66,3 +69,41 @@ def test_what_the_stream_never_holds_is_refused_before_a_row_is_encoded(tmp_path
     assert index("--logits", "0")[0] == 0
     with pytest.raises(ConfigError, match=r"got base/router\.3, which only chooses experts"):
         require_written(["base/resid_post.3", "base/router.3"])
+
+
+def test_an_index_with_tokens_of_rows_that_are_no_directions_is_refused(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, units=1, plan={"hooks": ["attn_z.1", "mlp_in.1"]})
+
+    def index(hook: str, *more: str) -> tuple[Path, Callable[[], tuple[int, str]]]:
+        uri = save_sae(config, tmp_path / hook, identity_sae(), hook=hook)
+
+        def run() -> tuple[int, str]:
+            done = CliRunner().invoke(app, ["index", uri, "--root", config.root, *more])
+            return done.exit_code, " ".join(done.stderr.split())
+
+        assert run()[0] == 0
+        return tmp_path / hook / "features" / "index.json", run
+
+    def change(path: Path, **fields: object) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    # Written now: read again. As an earlier version wrote it, without the mark: not read, and not kept.
+    heads, again = index("attn_z.1")
+    assert json.loads(heads.read_text())["projected"]
+    FeatureTable.open(str(heads.parent))
+    assert again()[0] == 0
+    change(heads, projected=False)
+    code, told = again()
+    assert code == 2
+    assert "an earlier version took the rows at attn_z.1 for directions of the residual stream" in told
+    assert "Delete this folder and run `winnow index` again" in told
+    with pytest.raises(ConfigError, match=r"wrong promoted tokens.* attn_z\.1"):
+        FeatureTable.open(str(heads.parent))
+
+    mlp, _ = index("mlp_in.1", "--logits", "0")
+    written = json.loads(mlp.read_text())
+    assert "projected" not in written
+    FeatureTable.open(str(mlp.parent))
+    change(mlp, spec=written["spec"] | {"logits": 12})
+    with pytest.raises(ConfigError, match=r"wrong promoted tokens.* mlp_in\.1"):
+        FeatureTable.open(str(mlp.parent))
