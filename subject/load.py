@@ -412,7 +412,7 @@ class Subject:
 
     @cached_property
     def _steps(self) -> Steps:
-        return Steps(self.model)
+        return Steps(self.model, self.layout.blocks)
 
     def _require_whole(self) -> None:
         if self.truncated:

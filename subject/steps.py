@@ -21,6 +21,8 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
+from winnow.subject.precise import in_float32
+
 log = logging.getLogger("winnow.subject")
 
 Kept = dict[str, Any]
@@ -101,14 +103,19 @@ def _choice_begins(config: Any) -> float:
 
 
 class Steps:
-    """Runs a whole causal LM token by token; several runs may be interleaved."""
+    """Runs a whole causal LM token by token; several runs may be interleaved.
 
-    def __init__(self, model: transformers.PreTrainedModel) -> None:
+    Args:
+        model: The model.
+        blocks: Path of the list of its blocks.
+    """
+
+    def __init__(self, model: transformers.PreTrainedModel, blocks: str) -> None:
         config = model.config.get_text_config()
         self._model: Any = model
         self._turns = turning_points(config)
         self._limit = _choice_begins(config)
-        self._way = self._proved()
+        self._way = self._proved(blocks)
 
     def run(self, ids: Tensor, end: int, kept: Kept | None) -> tuple[Tensor, Kept | None]:
         """Run one pass.
@@ -141,12 +148,12 @@ class Steps:
         ends = end in self._turns or end >= self._limit
         return output.logits[0, -1], None if ends else {name: output[name]}
 
-    def _proved(self) -> _Way | None:
+    def _proved(self, blocks: str) -> _Way | None:
         """The first way of using a cache that gives the logits of whole passes; None if there is none."""
         ids = trial_ids(self._model, 1, _TOKENS)
         ends = range(min(_PROMPT, ids.shape[1]), ids.shape[1] + 1)
         told = "position_ids" in inspect.signature(self._model.forward).parameters
-        with torch.no_grad():
+        with torch.no_grad(), in_float32(self._model, blocks):
             whole = torch.stack([self._whole(ids[:, :end]) for end in ends])
             for way in (way for way in _WAYS if told or not way.positions):
                 try:

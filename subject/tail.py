@@ -30,6 +30,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.subject import parse_hook
 from winnow.subject.hooks import require_writable, resolve_hook
 from winnow.subject.load import Subject
+from winnow.subject.precise import in_float32
 from winnow.subject.splice import Replacement, read_taps, rebuilt, replaced
 from winnow.subject.steps import cache_argument, same_logits, trial_ids, turning_points
 
@@ -219,9 +220,6 @@ class Tail:
             x[:, place] = x[:, place].flip(-1)
             return x.flatten(0, 1)
 
-        clean = self.subject.logits(ids)
-        changed = self.subject.logits(ids, {self.hook: change})
-
         def holds(spares: _Spared) -> bool:
             start = self._start(ids, True, True, spares)
             row = start.rows[1, place].flip(-1)
@@ -233,13 +231,16 @@ class Tail:
                 )
             )
 
-        for spares in (_Spared(True, True), _Spared(True, False)):
-            try:
-                if holds(spares):
-                    return spares
-            # Gemma 4 with shared keys raises a KeyError, other models other errors.
-            except Exception as error:
-                log.debug("%s at %s, %s: %r", self.subject.spec.model, self.hook, spares, error)
+        with in_float32(self._model, self._layout.blocks):
+            clean = self.subject.logits(ids)
+            changed = self.subject.logits(ids, {self.hook: change})
+            for spares in (_Spared(True, True), _Spared(True, False)):
+                try:
+                    if holds(spares):
+                        return spares
+                # Gemma 4 with shared keys raises a KeyError, other models other errors.
+                except Exception as error:
+                    log.debug("%s at %s, %s: %r", self.subject.spec.model, self.hook, spares, error)
         log.warning("subject %s: every pass of %s is a whole one", self.subject.spec.model, self.hook)
         return _Spared(False, False)
 

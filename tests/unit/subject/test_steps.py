@@ -52,7 +52,7 @@ def test_a_cache_has_the_name_that_the_model_gives_it():
             return ModelOutput(logits=output.logits, cache=output.get(named))
 
     model = Renamed(tiny_config("llama")).eval().requires_grad_(False)
-    steps, ids = Steps(model), torch.arange(20, 30)[None]
+    steps, ids = Steps(model, "model.layers"), torch.arange(20, 30)[None]
     whole = model(ids, use_cache=False).logits[0]
     logits, kept = steps.run(ids[:, :-1], 9, None)
     assert same_logits(logits, whole[-2])
