@@ -105,8 +105,16 @@ class Scaling:
         return error, self._reconstruction / total
 
     def ratios(self) -> tuple[Tensor, Tensor]:
-        """float64 [N, H] each: every part's beta over that of the home, of errors and of reconstructions."""
-        return tuple(beta / beta.gather(1, self.home[:, None]) for beta in self.betas())  # pyright: ignore
+        """float64 [N, H] each: every part's beta over that of the home, of errors and of reconstructions.
+
+        NaN where the home's is not above 0: the latent is not found at home, and the ratio compares nothing.
+        """
+        # Otherwise a latent that is found elsewhere and not at home had a ratio below 0: the best there is.
+        found: list[Tensor] = []
+        for beta in self.betas():
+            home = beta.gather(1, self.home[:, None])
+            found.append(beta / home.where(home > 0, torch.nan))
+        return found[0], found[1]
 
 
 def measure(setting: Setting) -> Measured:
@@ -208,9 +216,12 @@ def _worst(ratio: NDArray[np.float64], part: int) -> NDArray[np.float64]:
 
 
 def _median(id: str, values: NDArray[np.float64]) -> Figure:
-    value = float(np.median(values)) if len(values) else None
+    found = values[~np.isnan(values)]
+    value = float(np.median(found)) if len(found) else None
     note = "" if len(values) else "no latent belongs to it only"
-    return Figure(id=id, value=value, samples=len(values), unit="latents", note=note)
+    if lost := len(values) - len(found):
+        note = f"{lost} of {len(values)} latents left out: their beta at home is not above 0"
+    return Figure(id=id, value=value, samples=len(found), unit="latents", note=note)
 
 
 def _top(
@@ -227,6 +238,8 @@ def _top(
         line: dict[str, float | int] = {"latent": latent, "relative_norm": float(norms[latent])}
         line["density"] = float(density[latent])
         for key, ratio in zip(("scaling_error", "scaling_reconstruction"), ratios or (), strict=False):
-            line[key] = float(_worst(ratio[latent : latent + 1], part)[0])
+            worst = float(_worst(ratio[latent : latent + 1], part)[0])
+            if not np.isnan(worst):
+                line[key] = worst
         found.append(line)
     return found

@@ -98,6 +98,22 @@ def test_latents_are_told_apart_and_shrunk_ones_found_out(roots, tmp_path):
     assert fvu["fvu_raw.base"] > 3 * fvu["fvu_raw.chat"]
 
 
+@torch.no_grad()
+def test_a_latent_that_is_not_found_at_home_is_not_specific_to_it(roots, tmp_path):
+    sae = crosscoder()
+    # its direction points away from what it reads: beta of the error is -1 at home and 0 in the base
+    sae.W_dec[2, D + 2] = -1
+    config = Config.model_validate({"root": roots["base"], "evaluate": NO_SUBJECT})
+    found = evaluate(saved(roots, tmp_path, sae), config, out=tmp_path / "out")
+    figures = {figure.id: figure for figure in found.families["diffing"].figures}
+    assert (figures["latents_specific.chat"].value, figures["latents_specific.chat"].samples) == (0, 2)
+    error = figures["latent_scaling_error.chat"]
+    assert (error.value, error.samples) == (pytest.approx(0.6, abs=0.01), 1)
+    assert error.note == "1 of 2 latents left out: their beta at home is not above 0"
+    (line,) = [each for each in found.families["diffing"].details["top"]["chat"] if each["latent"] == 2]
+    assert "scaling_error" not in line
+
+
 def test_the_scaling_is_the_least_squares_solution():
     draw = torch.Generator().manual_seed(0)
     sae = Sae(2 * D, 12, 4, "none", SaeParts(widths=(D, D)))
