@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 RUN = $(BIN)/winnow $(if $(RAY_ADDRESS),submit --address $(RAY_ADDRESS) $(JOB) --)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats test-subjects peers notebooks docs docs-serve lint format bench servers minio clean
+.PHONY: help setup setup-dev plan harvest train test test-gpu explore test-browser test-faults test-formats test-subjects peers notebooks docs docs-serve lint format bench servers readers minio clean
 
 help:  ## Show this list
 	@echo "make TARGET [CONFIG=configs/quickstart.yaml] [ARGS='--set key=value'] [RAY_ADDRESS=http://HEAD:8265]"; echo
@@ -113,6 +113,9 @@ bench: setup-dev  ## Run the benchmarks into OUT, one JSON each
 
 servers: setup-dev  ## Try the store on every S3 server that is installed here; prints the table of docs/data.md
 	$(BIN)/python -m benchmarks.servers_tried $(ARGS)
+
+readers: setup-dev  ## Try other zarr readers on sound and damaged datasets; prints the tables of docs/data.md
+	$(BIN)/python -m benchmarks.readers_tried
 
 minio: $(WINNOW_TOOLS)/bin/minio  ## Build MinIO for the S3 tests (needs Go; a few minutes, once)
 

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from s3fs import S3FileSystem
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore
 
 from tests.conftest import S3Server
+from tests.support.snippets import blocks
 from winnow.schemas.harvest import HarvestPlan
 from winnow.store.check.repair import repair
 from winnow.store.check.verify import verify
-from winnow.store.format.layout import BFLOAT16_NAN, shard_key
+from winnow.store.format.layout import BFLOAT16_NAN, row_permutation, shard_key
 from winnow.store.format.shards import to_float32, to_stored
 from winnow.store.format.zarr_metadata import zarr_objects
 from winnow.store.objects import ObjectStore, open_store
-from winnow.store.testing import flip_bit, make_plan, synthetic_rows, synthetic_tokens, write_dataset
+from winnow.store.testing import (
+    flip_bit,
+    make_plan,
+    planned_rows,
+    synthetic_labels,
+    synthetic_rows,
+    synthetic_tokens,
+    write_dataset,
+)
 
 HOOKS = {"resid_post.1": 8, "model.layers.0.mlp": 5}
+DOCUMENTED = ("bfloat16", "rows and labels", "the row of a token", "rows, tokens and labels with zarr alone")
+"""The first lines of the blocks of Python in docs/data.md."""
 
 
 def check(group: zarr.Group, plan: HarvestPlan) -> None:
@@ -83,17 +95,69 @@ def test_a_dataset_with_the_dimension_names_of_before_is_sound(tmp_path: Path) -
     assert {key: store.get(key) for key in zarr_objects(plan)} == before
 
 
+def documented(title: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run the block of Python in docs/data.md that begins with `# title` on `names`; return all names."""
+    page = Path(__file__).parents[2] / "docs/data.md"
+    found = [block.text for block in blocks(page) if block.text.startswith(f"# {title}\n")]
+    assert len(found) == 1
+    exec(compile(found[0], title, "exec"), names)
+    return names
+
+
+def test_every_block_of_python_is_run_here() -> None:
+    page = Path(__file__).parents[2] / "docs/data.md"
+    titles = [block.text.splitlines()[0] for block in blocks(page) if block.language == "python"]
+    assert sorted(titles) == sorted(f"# {title}" for title in DOCUMENTED)
+
+
 def test_bfloat16_is_decoded_as_documented(tmp_path: Path) -> None:
     plan = make_plan(hooks=HOOKS)
     write_dataset(open_store(str(tmp_path)), plan)
     stored = zarr.open_group(tmp_path, mode="r")["activations/resid_post.1"][:]
-    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
-    snippet = re.search(r"```python\n(# bfloat16\n.*?)```", page, re.DOTALL)
-    assert snippet is not None
-    names = {"stored": stored}
-    exec(snippet[1], names)
-    assert names["rows"].dtype == np.float32
-    assert np.array_equal(names["rows"], to_float32(stored, "bfloat16"))
+    rows = documented("bfloat16", {"stored": stored})["rows"]
+    assert rows.dtype == np.float32
+    assert np.array_equal(rows, to_float32(stored, "bfloat16"))
+    assert np.array_equal(rows, torch.from_numpy(stored).view(torch.bfloat16).float().numpy())
+
+
+@pytest.mark.parametrize("drop_leading", [0, 1])
+def test_rows_and_labels_are_read_as_documented(tmp_path: Path, drop_leading) -> None:
+    plan = make_plan(hooks=HOOKS, labels=True, drop_leading=drop_leading)
+    write_dataset(open_store(str(tmp_path)), plan)
+    for unit in range(plan.units):
+        given = {"root": str(tmp_path), "hook": "resid_post.1", "unit": unit}
+        names = documented("rows and labels", given.copy())
+        # The planned order is that of the windows: token after token, without the first positions.
+        grids = {
+            name: grid[:, drop_leading:].reshape(-1) for name, grid in synthetic_labels(plan, unit).items()
+        }
+        order = row_permutation(plan, unit)
+        for name, grid in grids.items():
+            assert np.array_equal(names["labels"][name], grid[order])
+        assistant = grids["role"][order] == 3
+        assert 0 < assistant.sum() < len(assistant)
+        assert np.array_equal(names["rows"], synthetic_rows(plan, unit, "resid_post.1")[assistant])
+
+        outside = documented("rows, tokens and labels with zarr alone", given.copy())
+        assert np.array_equal(
+            outside["stored"], to_stored(synthetic_rows(plan, unit, "resid_post.1"), "bfloat16")
+        )
+        tokens = synthetic_tokens(plan, unit)[:, drop_leading:].reshape(-1)[order]
+        assert np.array_equal(outside["tokens"], tokens)
+        assert np.array_equal(outside["roles"] == "assistant", assistant)
+
+
+def test_the_row_of_a_token_is_found_as_documented(tmp_path: Path) -> None:
+    plan = make_plan(hooks=HOOKS, labels=True)
+    write_dataset(open_store(str(tmp_path)), plan)
+    given = {"root": str(tmp_path), "hook": "resid_post.1", "unit": 0}
+    names = documented("rows and labels", given)
+    labels = synthetic_labels(plan, 2)
+    names |= {"document": labels["document"][5, 3], "offset": labels["offset"][5, 3]}
+    names = documented("the row of a token", names)
+    # Planned row of window 5, position 3: one position of each window has no row.
+    wanted = planned_rows(plan, 2, "resid_post.1")[5 * plan.rows_per_window + 2]
+    assert np.array_equal(names["activation"], wanted)
 
 
 def test_a_missing_shard_is_made_an_error_as_documented(
