@@ -168,8 +168,7 @@ def compare_command(
         from winnow.evaluator.frontier import draw_frontiers
         from winnow.evaluator.report import (
             find_common_dataset,
-            load_evaluation,
-            require_one,
+            require_evaluation,
             tabulate_several,
         )
         from winnow.store.objects import open_store
@@ -177,7 +176,7 @@ def compare_command(
         if len(saes) < 2:
             raise ConfigError("SAEs to compare", expected="two or more", got=len(saes))
         # All are read and found comparable before the first file is written.
-        stored = [require_one(load_evaluation(open_store(uri)), uri) for uri in saes]
+        stored = [require_evaluation(uri) for uri in saes]
         found = find_common_dataset(stored, saes)
         labels = short_labels(saes)
         store = open_store(out)

@@ -11,6 +11,8 @@ import typer
 from winnow.cli.console import emit, guard
 from winnow.common.figures import count_of
 from winnow.common.reporter import say
+from winnow.schemas.base import nearest
+from winnow.schemas.errors import ConfigError
 
 log = logging.getLogger("winnow.cli")
 
@@ -88,6 +90,7 @@ def register(app: typer.Typer) -> None:
                 _refuse_options(given, f"one of a single SAE, not of --from {format_name}")
                 _import_set(source, format_name, out, reads, as_json)
                 return
+            _require_known("--from", format_name, READ, SETS_READ)
             _refuse_options({"--reads": reads}, f"of a transcoder set, --from {SETS_READ}")
 
             card = import_sae(source, format_name, out, hook=hook, target_hook=target_hook, centred=centred)
@@ -135,9 +138,22 @@ def register(app: typer.Typer) -> None:
             if _is_of_sets(format_name):
                 _export_set(sae, format_name, out, model, dataset, as_json)
                 return
+            _require_known("--to", format_name, WRITTEN, SETS_WRITTEN)
             _refuse_options({"--dataset": dataset}, f"of a transcoder set, --to {SETS_WRITTEN}")
             files = [str(file) for file in export_sae(sae, format_name, out, model=model)]
             emit({"files": files}, as_json, lambda: say("\n".join(files)))
+
+
+def _require_known(option: str, format_name: str, saes: str, sets: str) -> None:
+    """Refuse a format that neither an SAE, a set nor a graph has, with all that there are."""
+    from winnow.sae.formats.convert import bare
+
+    names = [*saes.split(", "), *sets.split(", "), GRAPH]
+    if bare(format_name) not in map(bare, names):
+        raise ConfigError(
+            f"{option} {format_name!r}{nearest(format_name, names)}",
+            expected=f"{saes}; sets: {sets}; {GRAPH}",
+        )
 
 
 def _is_of_sets(format_name: str) -> bool:

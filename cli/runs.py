@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from winnow.jobs.runs import RunView
+    from winnow.schemas.service import RunStatus
     from winnow.store.objects import ObjectStore
 
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URI that holds runs")]
@@ -99,11 +100,8 @@ def _look(run: str, store: ObjectStore) -> tuple[RunView, Table]:
     from rich.table import Table
 
     from winnow.jobs.runs import RunView, last_records, watch_rows
-    from winnow.trainer.run.status import read_status
 
-    status = read_status(store)
-    if status is None:
-        raise ConfigError(f"{run} is no run", expected="a status.json that can be read", got="none")
+    status = _require_status(store, run)
     # Never `stopping`: a view ends with the state `training`, but a run that was asked to stop still trains.
     seen = RunView("", status, False, time.time())
     table = Table(show_header=False)
@@ -121,12 +119,10 @@ def stop_command(run: RunUri) -> None:
     """
     with guard():
         from winnow.store.objects import open_store
-        from winnow.trainer.run.status import ask_to_stop, read_status
+        from winnow.trainer.run.status import ask_to_stop
 
         store = open_store(run)
-        status = read_status(store)
-        if status is None:
-            raise ConfigError(f"{run} is no run", expected="a status.json that can be read", got="none")
+        status = _require_status(store, run)
         # The mark would stay in the folder and stop a later `winnow train --extend`.
         if status.state == "finished":
             raise ConfigError(f"{run} is finished", fix="There is nothing to stop")
@@ -143,9 +139,25 @@ def resume_command(run: RunUri) -> None:
         from winnow.store.objects import open_store
         from winnow.trainer.run.status import withdraw_stop
 
+        store = open_store(run)
+        _require_status(store, run)
         # An error, since this command starts nothing: silence would promise a run that nobody restarts.
-        if not withdraw_stop(open_store(run)):
+        if not withdraw_stop(store):
             raise ConfigError(
                 f"{run} was not asked to stop", fix="Run its command again if it is not training"
             )
         say(f"{run} may resume: its service restarts it; without one, run its own command again")
+
+
+def _require_status(store: ObjectStore, run: str) -> RunStatus:
+    from winnow.trainer.run.status import read_status
+
+    status = read_status(store)
+    if status is None:
+        raise ConfigError(
+            f"{run} is no run",
+            expected="a status.json that can be read",
+            got="none",
+            fix="Name its `train.out`; `winnow runs` lists the runs below a folder",
+        )
+    return status

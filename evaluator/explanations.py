@@ -14,12 +14,11 @@ import typer
 from winnow.cli.console import guard
 from winnow.common.reporter import say
 from winnow.common.yaml_text import parse_yaml
-from winnow.evaluator.report import EVALUATION_KEY, load_evaluation, require_one
+from winnow.evaluator.report import EVALUATION_KEY, require_evaluation
 from winnow.evaluator.setting import subject_spec_of
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.evaluation import Evaluation, Figure
 from winnow.store import ActivationStore
-from winnow.store.objects import open_store
 from winnow.subject.load import Subject
 
 BEFORE, AFTER = 14, 4
@@ -40,7 +39,7 @@ def main(
     Example: `python -m winnow.evaluator.explanations runs/quickstart --root data/quickstart`
     """
     with guard():
-        stored = require_one(load_evaluation(open_store(evaluated)), evaluated)
+        stored = require_evaluation(evaluated)
         dataset = ActivationStore.open(root)
         evaluation = stored.on(dataset.plan.fingerprint)
         if evaluation is None:

@@ -17,7 +17,7 @@ from winnow.evaluator.probes import family as probes
 from winnow.evaluator.probes.tasks import tasks_identity
 from winnow.evaluator.set_setting import SetSetting, open_setting
 from winnow.evaluator.setting import Measured, Setting
-from winnow.sae.model import read_card
+from winnow.sae.model import read_card, require_some_sae
 from winnow.schemas.base import canonical_json, sha256_hex
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, MissingObject, Unmeasurable
@@ -454,9 +454,18 @@ def tabulate_several(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     return [[id, *(cell(evaluation, id) for evaluation in evaluations)] for id in ids]
 
 
-def require_one(evaluation: Evaluation | None, uri: str) -> Evaluation:
-    """Return an SAE's evaluation; raise ConfigError if it has none yet."""
+def require_evaluation(uri: str) -> Evaluation:
+    """Load the evaluation in the folder of an SAE, or in one that was named with `--out`.
+
+    Raises:
+        NoSae: There is none, and no SAE either.
+        ConfigError: The SAE has none yet.
+        IntegrityError, UnsupportedVersion: It cannot be read.
+    """
+    store = open_store(uri)
+    evaluation = load_evaluation(store)
     if evaluation is None:
+        require_some_sae(store, uri)
         raise ConfigError(
             f"{uri} has no {EVALUATION_KEY}",
             expected="an evaluated SAE",

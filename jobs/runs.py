@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from winnow.schemas.service import RunStatus
+from winnow.schemas.service import STATUS_KEY, RunStatus
 from winnow.store.objects import ObjectStore
-from winnow.trainer.run.status import STATUS_KEY, STOP_KEY, read_status
+from winnow.trainer.run.status import STOP_KEY, read_status
 from winnow.trainer.run.telemetry import METRICS_KEY, Record
 
 _SILENT_SECONDS = 60.0

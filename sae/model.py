@@ -43,6 +43,7 @@ from winnow.sae.codes import encode_topk, sum_by_latent
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject, NoSae
+from winnow.schemas.service import STATUS_KEY
 from winnow.schemas.sets import CARD_KEY, SET_KEY, WEIGHTS_KEY, SetCard
 from winnow.schemas.training import Normalize, SaeCard, SaeIdentity, SaeParts, TrainSpec
 from winnow.schemas.window import WindowRule
@@ -445,13 +446,28 @@ def no_sae(store: ObjectStore, uri: str, *, a_set: bool = False) -> NoSae:
     """Make the error that there is no SAE (or no set) at `uri`: it says what is there in its place."""
     from winnow.store.format.layout import PLAN_KEY
 
-    got, fix = "nothing there", "Check the path; one that is still training is published when it is finished"
+    got, fix = "nothing there", "Check the path"
     if store.size(PLAN_KEY) is not None:
         got, fix = "a dataset", "Name what was trained on it: the config's `train.out`"
     elif store.size(CARD_KEY) is not None:
         got, fix = "one SAE", "`train.set` trains a set (docs/circuits.md)"
+    elif store.size(STATUS_KEY) is not None:
+        got, fix = (
+            "a run that has published none yet",
+            f"It does so at its end; `winnow watch {uri}` shows it",
+        )
     what, key = ("transcoder set", SET_KEY) if a_set else ("SAE", CARD_KEY)
     return NoSae(f"{uri} holds no {what}", expected=key, got=got, fix=fix)
+
+
+def require_some_sae(store: ObjectStore, uri: str) -> None:
+    """Check that there is an SAE or a set at `uri`, which `store` has open.
+
+    Raises:
+        NoSae: There is neither.
+    """
+    if store.size(CARD_KEY) is None and store.size(SET_KEY) is None:
+        raise no_sae(store, uri)
 
 
 def read_set_card(store: ObjectStore) -> SetCard | None:

@@ -9,6 +9,8 @@ from pydantic import Field, StringConstraints
 from winnow.schemas.base import Artefact
 from winnow.schemas.config import Config
 
+STATUS_KEY = "status.json"
+"""In a run's folder: its `RunStatus`."""
 JOBS = "jobs"
 """Folder of the queue below a service's root."""
 # From the config's content, so that submitting the same config twice makes one job.

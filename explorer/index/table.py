@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from winnow.explorer.index.latents import Examples, Figures
+from winnow.sae.model import require_some_sae
 from winnow.schemas.base import Sha256, validate
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
@@ -206,6 +207,7 @@ class FeatureTable:
             sae_sha256: Digest of the weights that it must belong to; None accepts any.
 
         Raises:
+            NoSae: No index there, and no SAE that it would be of.
             ConfigError: No finished index there, another SAE's, or one that lists wrong promoted tokens.
             IntegrityError, UnsupportedVersion: It cannot be read.
         """
@@ -215,6 +217,8 @@ class FeatureTable:
         except MissingObject as error:
             # The folder of an index is `features` in that of its SAE, unless another was named.
             sae, _, own = uri.rstrip("/").rpartition("/")
+            if own == "features":
+                require_some_sae(open_store(sae, storage), sae)
             fix = f"Run `winnow index {sae if sae and own == 'features' else 'SAE'}` first"
             raise ConfigError(f"{uri} holds no finished index", expected=INDEX_KEY, fix=fix) from error
         if sae_sha256 not in (None, meta.sae_sha256):

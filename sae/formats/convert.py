@@ -31,6 +31,7 @@ from winnow.sae.formats.names import hooked_note
 from winnow.sae.formats.plain import Plain, from_sae, to_sae
 from winnow.sae.model import CARD_KEY, Sae
 from winnow.sae.sets import SET_KEY
+from winnow.schemas.base import nearest
 from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.sets import SetCard
@@ -223,7 +224,7 @@ def choose(table: Mapping[str, T], option: str, name: str) -> T:
     # People write `dictionary-learning` and `SAELens`; the names in the table are those of the libraries.
     found = [value for known, value in table.items() if bare(known) == bare(name)]
     if not found:
-        raise ConfigError(f"{option} {name!r}", expected=", ".join(table))
+        raise ConfigError(f"{option} {name!r}{nearest(name, table)}", expected=", ".join(table))
     return found[0]
 
 

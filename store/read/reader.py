@@ -17,6 +17,7 @@ from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError, IntegrityError, MissingObject
 from winnow.schemas.harvest import MOMENT_UNITS, SLICES, HarvestManifest, HarvestPlan, UnitReceipt
 from winnow.schemas.readings import RowsSpec
+from winnow.schemas.service import STATUS_KEY
 from winnow.schemas.sets import CARD_KEY, SET_KEY
 from winnow.store.format import layout
 from winnow.store.format.labels import LABELS
@@ -58,6 +59,8 @@ def load_plan(store: ObjectStore) -> HarvestPlan:
         got, fix = "nothing there", "Check the root, or run `winnow plan` and `winnow harvest` first"
         if sae:
             got, fix = "an SAE", "Name the dataset that it was trained on, the config's `root`"
+        elif store.size(STATUS_KEY) is not None:
+            got, fix = "a run that has published no SAE yet", f"`winnow watch {store.uri}` shows it"
         what = f"{store.uri} holds no dataset"
         raise ConfigError(what, expected=layout.PLAN_KEY, got=got, fix=fix) from error
     return HarvestPlan.from_json(data, origin=f"{store.uri}/{layout.PLAN_KEY}")

@@ -8,8 +8,10 @@ import logging
 import pytest
 import safetensors.torch
 import torch
+from typer.testing import CliRunner
 
 from tests.support.making import LARGEST_ERROR, D, K, N, dense, error, make_sae, rows, save
+from winnow.cli.main import app
 from winnow.sae import Sae
 from winnow.sae.formats.convert import WRITERS, export_sae, import_sae
 from winnow.sae.formats.lens import CENTRES
@@ -281,3 +283,19 @@ def test_a_module_names_its_place_both_ways(tmp_path):
     assert (told["hook_name"], told["model_class_name"]) == ("model.layers.3.mlp", "AutoModelForCausalLM")
     export_sae(save(make_sae(), tmp_path / "site"), "saelens", tmp_path / "site-back")
     assert "model_class_name" not in json.loads((tmp_path / "site-back/cfg.json").read_text())["metadata"]
+
+
+def test_a_format_that_there_is_not_is_told_all_that_there_are_and_the_nearest(tmp_path):
+    def refused(*arguments):
+        done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+        assert done.exit_code == 2
+        return " ".join(done.stderr.split())
+
+    told = refused("import", "nowhere", "--from", "safelens")
+    assert "--from 'safelens'; did you mean saelens: expected openai, saelens" in told
+    assert "sets: circuit-tracer, gemma-scope-2, clt-forge; neuronpedia-graph." in told
+    told = refused("export", "nowhere", "--to", "circuit-trace")
+    assert "--to 'circuit-trace'; did you mean circuit-tracer: expected openai" in told
+    assert "neuronpedia; sets: circuit-tracer, clt-forge; neuronpedia-graph." in told
+    with pytest.raises(ConfigError, match="--from 'safelens'; did you mean saelens: expected openai"):
+        import_sae(tmp_path, "safelens", str(tmp_path / "out"))

@@ -393,6 +393,28 @@ def test_a_folder_that_is_something_else_is_named_as_what_it_is(toy, tmp_path):
     assert "expected sae.json, got a dataset" in refused("evaluate", toy.root, "--root", toy.root)
     assert "holds no dataset: expected plan.json, got an SAE" in refused("evaluate", uri, "--root", uri)
     assert "expected set.json, got one SAE" in refused("circuit", uri, "--prompt", "a")
+
+    # What belongs to an SAE is asked for only where there is one.
+    none = str(tmp_path / "none")
+    for asked in (("compare", none, uri), ("explore", none), ("index", none, "--root", toy.root)):
+        assert f"{none} holds no SAE: expected sae.json, got nothing there. Check the path." in refused(
+            *asked
+        )
+    assert f"{uri} has no evaluation.json: expected an evaluated SAE" in refused("compare", uri, uri)
+    assert f"Run `winnow index {uri}` first" in refused("explore", uri)
+    for command in ("watch", "stop", "resume"):
+        assert f"{none} is no run: expected a status.json that can be read, got none." in refused(
+            command, none
+        )
+
+    # A run that still trains.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text("{}")
+    run = str(tmp_path / "run")
+    assert f"got a run that has published no SAE yet. `winnow watch {run}` shows it." in refused("info", run)
+    told = "got a run that has published none yet. It does so at its end; `winnow watch"
+    assert told in refused("evaluate", run, "--root", toy.root)
+    assert told in refused("explore", run)
     assert "hook 'blocks.1.hook_resid_post' is not in the dataset" in refused(
         *("train", str(tmp_path / "run.yaml"), "--set", "train.hook=blocks.1.hook_resid_post")
     )

@@ -8,12 +8,11 @@ import time
 
 from winnow.schemas.config import PricesSpec
 from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
-from winnow.schemas.service import RunState, RunStatus
+from winnow.schemas.service import STATUS_KEY, RunState, RunStatus
 from winnow.store.objects import ObjectStore
 from winnow.trainer.run.metrics import RUNS
 from winnow.trainer.step import Run, SetRun
 
-STATUS_KEY = "status.json"
 STOP_KEY = "stop.json"
 """Its presence asks the run to make a checkpoint and end; `winnow resume` removes it."""
 BEAT_SECONDS = 5.0
