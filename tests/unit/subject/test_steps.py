@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import LlamaForCausalLM, Phi3Config
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from tests.support.tiny import tiny_config
 from winnow.subject.steps import Steps, cache_argument, same_logits, turning_points
@@ -41,17 +40,18 @@ def test_longrope_turns_at_the_original_context():
 
 def test_a_cache_has_the_name_that_the_model_gives_it():
     """`cache` from transformers 5.24 on, which warns of the old name, `past_key_values`."""
-    named = cache_argument(LlamaForCausalLM(tiny_config("llama")))
+    config: Any = tiny_config("llama")
+    named = cache_argument(LlamaForCausalLM(config))
     given: list[Any] = []
 
     class Renamed(LlamaForCausalLM):
-        def forward(self, input_ids: Tensor, position_ids: Any = None, cache: Any = None, **rest: Any) -> Any:  # pyright: ignore
+        def forward(self, input_ids: Any, position_ids: Any = None, cache: Any = None, **rest: Any) -> Any:  # pyright: ignore
             given.append(cache)
             inner: dict[str, Any] = {named: cache, "position_ids": position_ids, **rest}
             output = super().forward(input_ids, **inner)
             return ModelOutput(logits=output.logits, cache=output.get(named))
 
-    model = Renamed(tiny_config("llama")).eval().requires_grad_(False)
+    model = Renamed(config).eval().requires_grad_(False)
     steps, ids = Steps(model, "model.layers"), torch.arange(20, 30)[None]
     whole = model(ids, use_cache=False).logits[0]
     logits, kept = steps.run(ids[:, :-1], 9, None)
