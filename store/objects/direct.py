@@ -180,10 +180,13 @@ class Direct:
                 connection.putheader(name, value)
             connection.putheader("Content-Length", str(sum(len(piece) for piece in pieces)))
             connection.endheaders()
-            _send(connection, pieces, deadline)
+            whole = _send(connection, pieces, deadline)
             reply = connection.getresponse()
             refused, code = _refusal(reply)
-            if reply.isclosed():  # its body, up to MAX_REPLY, was read to the end
+            # Of a body that the server did not take to the end, only a refusal is believed.
+            if not whole and reply.status < 300:
+                return FirstPut()
+            if whole and reply.isclosed():  # its body, up to MAX_REPLY, was read to the end
                 self._keep(connection, reply, opened)
             # 412 is a clear answer too: the form was accepted, the object exists.
             if reply.status in (200, 412):
@@ -227,7 +230,8 @@ class Direct:
 
     def _keep(self, connection: HTTPConnection, reply: HTTPResponse, opened: ExitStack) -> None:
         """Keep a connection for the next request instead of closing it, unless there are enough."""
-        if not reply.will_close and len(self._idle) < _IDLE_CONNECTIONS:
+        # After an interim reply (103) the one that counts is still to come: the next request would get it.
+        if not reply.will_close and reply.status >= 200 and len(self._idle) < _IDLE_CONNECTIONS:
             reply.close()
             opened.pop_all()
             self._idle.append(connection)
@@ -286,15 +290,22 @@ def _plain(connection: HTTPConnection) -> bool:
     return sys.platform == "linux" and type(connection.sock) is socket.socket
 
 
-def _send(connection: HTTPConnection, pieces: Sequence[Data], deadline: float) -> None:
-    """Send pieces from where they are; OSError if the server does not take them in time."""
+def _send(connection: HTTPConnection, pieces: Sequence[Data], deadline: float) -> bool:
+    """Send pieces from where they are; OSError if the server does not take them in time.
+
+    Returns:
+        False if the server hung up before the end. It may have answered before: "exists" needs no body.
+    """
     left = [memoryview(piece).cast("B") for piece in pieces]
     while left:
-        if _plain(connection):
-            sent = connection.sock.sendmsg(left[:_PIECES_TOGETHER])
-        else:
-            sent = len(left[0])
-            connection.sock.sendall(left[0])
+        try:
+            if _plain(connection):
+                sent = connection.sock.sendmsg(left[:_PIECES_TOGETHER])
+            else:
+                sent = len(left[0])
+                connection.sock.sendall(left[0])
+        except (BrokenPipeError, ConnectionResetError):
+            return False
         while left and sent >= len(left[0]):
             sent -= len(left.pop(0))
         if sent:
@@ -302,6 +313,7 @@ def _send(connection: HTTPConnection, pieces: Sequence[Data], deadline: float) -
         # The socket's time-out covers one call only: a server that drips would never reach it.
         if time.monotonic() > deadline:
             raise TimeoutError
+    return True
 
 
 class _Body:

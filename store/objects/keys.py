@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -89,12 +89,20 @@ def find_keys() -> Keys | None:
 
 
 def _configured() -> Callable[[], tuple[str, str, str | None]]:
+    from botocore.credentials import RefreshableCredentials  # pyright: ignore[reportMissingTypeStubs]
+
     with _as_store_errors():
         found = _aws_session().get_credentials()
     if found is None:
         raise _missing("no AWS_ACCESS_KEY_ID, no profile in ~/.aws and no instance role")
 
     def ask() -> tuple[str, str, str | None]:
+        nonlocal found
+        # botocore renews roles and the like, and reads a file once; sign-in tools rewrite it every hour.
+        if not isinstance(found, RefreshableCredentials):
+            # Caught half-written, the file is read again next time.
+            with suppress(StoreError), _as_store_errors():
+                found = _aws_session().get_credentials() or found
         with _as_store_errors():
             now = found.get_frozen_credentials()
         return now.access_key, now.secret_key, now.token

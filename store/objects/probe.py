@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn, Protocol
 
@@ -13,6 +13,11 @@ from winnow.schemas.errors import IntegrityError, StoreError
 
 RACERS = 8
 """Threads that create one key at the same time."""
+ONE_WRITER = (
+    "Use a store that honours if-none-match; or, if nothing else will ever write to this root, set "
+    "storage.single_writer: true"
+)
+"""What to do where create-only puts are not what they should be."""
 
 log = logging.getLogger("winnow.store")
 
@@ -33,6 +38,7 @@ class _Storage(Protocol):
     ) -> list[bytes | memoryview]: ...
     def get_suffix(self, key: str, length: int, /) -> bytes | memoryview: ...
     def size(self, key: str, /) -> int | None: ...
+    def list(self, prefix: str, /) -> Iterator[tuple[str, int]]: ...
     def delete(self, key: str, /) -> None: ...
     def examine(self, key: Callable[[], str], /) -> None: ...
 
@@ -58,10 +64,10 @@ def race(store: _Storage, key: str, bodies: list[bytes]) -> list[bool]:
 
 
 def probe_requests(store: _Storage) -> tuple[int, int]:
-    """Count the puts and gets of one probe; a delete counts as a put."""
+    """Count the puts and gets of one probe; a delete counts as a put, a listing as a get."""
     races = store.probe_races
     # Puts: two creates and a delete; per race its creates and a delete; on S3 `examine`'s put and delete.
-    return 3 + races * (RACERS + 1) + store.remote * 2, 8 + races
+    return 3 + races * (RACERS + 1) + store.remote * 2, 9 + races
 
 
 class Probe:
@@ -119,10 +125,13 @@ class Probe:
             # A server may answer "exists" and replace the object all the same.
             if second or store.get(key) != body:
                 got = "success" if second else "'already exists', but the object was replaced"
-                self._lies("create-only put (if-none-match)", "a second put to be refused", got, _ONE_WRITER)
+                self._lies("create-only put (if-none-match)", "a second put to be refused", got, ONE_WRITER)
         size = store.size(key)
         if store.get(key) != body or size != len(body):
             self._lies("read after write", f"the {len(body)} bytes just written", f"other bytes ({size})")
+        listed = list(store.list(self._place))
+        if listed != [(key, len(body))]:
+            self._lies("listing", f"{key} of {len(body)} bytes, just written", str(listed)[:200])
         try:
             middle, last = store.get_range(key, 7, 29), store.get_suffix(key, 16)
             several = store.get_ranges(key, [0, 40], [8, 64])
@@ -143,7 +152,7 @@ class Probe:
                 "create-only put (if-none-match) under a race",
                 f"one of {RACERS} puts at the same moment to create the object",
                 f"'created' for {sum(won)} of them",
-                _ONE_WRITER,
+                ONE_WRITER,
             )
         # If all of them failed, as on a full disk, a put alone succeeds or says why.
         if not any(won) and self._store.size(key) is None:
@@ -154,7 +163,7 @@ class Probe:
                 "create-only put (if-none-match) under a race",
                 "the body of the put that created the object",
                 "another's",
-                _ONE_WRITER,
+                ONE_WRITER,
             )
 
     def _tidy(self) -> None:
@@ -176,9 +185,3 @@ class Probe:
             got=got,
             fix=fix or "Use a store that implements this part of S3",
         ) from None
-
-
-_ONE_WRITER = (
-    "Use a store that honours if-none-match; or, if nothing else will ever write to this root, set "
-    "storage.single_writer: true"
-)

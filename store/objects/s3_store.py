@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import secrets
 import threading
 import time
@@ -28,10 +27,7 @@ from numpy.typing import NDArray
 from obstore.exceptions import (
     AlreadyExistsError,
     GenericError,
-    NotSupportedError,
-    PermissionDeniedError,
     PreconditionError,
-    UnauthenticatedError,
 )
 from obstore.store import S3Store as ObstoreS3
 
@@ -48,6 +44,8 @@ from winnow.store.objects.base import (
     joined,
 )
 from winnow.store.objects.direct import Direct, FirstPut
+from winnow.store.objects.probe import ONE_WRITER
+from winnow.store.objects.s3_errors import advice, describe_failure, is_missing_feature, is_outage, is_refused
 
 # S3 takes 5 GiB in one part. A create-only put is one request, so this is also the limit of `put_new`.
 SINGLE_PUT_BYTES = 4 << 30
@@ -55,6 +53,9 @@ SINGLE_PUT_BYTES = 4 << 30
 # S3 takes 10,000 parts: 1.2 TiB.
 MULTIPART_BYTES = 128 << 20
 """Length of a part of a longer object."""
+# S3 lists 1,000 keys per page.
+_PAGE = 1000
+"""Objects of one page of a listing."""
 _PAUSE_SECONDS = 1.0
 """Between two rounds of obstore's tries while a server is away."""
 log = logging.getLogger("winnow.store")
@@ -129,7 +130,7 @@ class S3Store(ObjectStore):
                 raise
             except GenericError as error:
                 # A put may have taken effect: asked again, it is answered "exists", as after obstore's own.
-                if not server.answered or not _OUTAGE.search(str(error)):
+                if not server.answered or not is_outage(error):
                     raise
                 # After a wait in vain, or an interrupted one, nothing waits again until it has answered: a
                 # command that ends has its status to write, and more.
@@ -191,7 +192,7 @@ class S3Store(ObjectStore):
         except AlreadyExistsError:
             return False
         except _FAILURES as error:
-            self._fail(error, key, "writing")
+            self._fail(error, key, "writing", ONE_WRITER if is_missing_feature(error) else None)
         self._direct.outdone("PUT", first.refused)
         # Before anything relies on the object: the receipt is put after this returns.
         self._confirm(key, pieces, made["e_tag"])
@@ -224,7 +225,7 @@ class S3Store(ObjectStore):
             if not first.created:
                 return
             server.unchecked = True
-            server.etag_is_md5 = first.etag is not None and first.etag.strip('"') == _md5((body,))
+            server.etag_is_md5 = first.etag is not None and _unquoted(first.etag) == _md5((body,))
             log.warning(
                 "%s does not check bytes against the SHA-256 that their put is signed with: every object "
                 "is %s after its put",
@@ -244,20 +245,20 @@ class S3Store(ObjectStore):
 
     def _confirm(self, key: str, pieces: Pieces, etag: str | None) -> None:
         """Raise IntegrityError if other bytes arrived than were sent, on a server that does not check."""
-        if not self._server.unchecked:
+        server = self._server
+        if not server.unchecked:
             return
-        if self._server.etag_is_md5 and etag:
-            whole = etag.strip('"') == _md5(pieces)
-        else:
-            # Read back in parts, so that a shard is not held twice.
-            sent, stored = hashlib.sha256(), hashlib.sha256()
-            for piece in pieces:
-                sent.update(piece)
-            size = sum(memoryview(piece).nbytes for piece in pieces)
-            for start in range(0, size, MULTIPART_BYTES):
-                stored.update(self.get_range(key, start, min(start + MULTIPART_BYTES, size)))
-            whole = sent.digest() == stored.digest() and self.size(key) == size
-        if not whole:
+        # Only a match decides: servers that store large objects in parts give those another kind of ETag.
+        if server.etag_is_md5 and etag and _unquoted(etag) == _md5(pieces):
+            return
+        # Read back in parts, so that a shard is not held twice.
+        sent, stored = hashlib.sha256(), hashlib.sha256()
+        for piece in pieces:
+            sent.update(piece)
+        size = sum(memoryview(piece).nbytes for piece in pieces)
+        for start in range(0, size, MULTIPART_BYTES):
+            stored.update(self.get_range(key, start, min(start + MULTIPART_BYTES, size)))
+        if sent.digest() != stored.digest() or self.size(key) != size:
             raise IntegrityError(
                 f"{self.uri}/{key} was corrupted on its way to the server, which does not check digests",
                 expected="the bytes that were sent",
@@ -281,28 +282,39 @@ class S3Store(ObjectStore):
         if version is None:
             return self.put(key, data)
         # Ceph's gateway 16.2.15 knows an ETag only without its quotes and answers 412 to the standard's form:
-        # a repair there never ended (`findings/ceph_if_match.sh`).
-        for etag in dict.fromkeys((version, version.strip('"'))):
+        # a repair there never ended (`findings/ceph_if_match.sh`). A weak ETag, as proxies make of an ETag,
+        # matches no condition; the server's own is what follows its mark.
+        strong = version.removeprefix("W/")
+        changed = False
+        for etag in dict.fromkeys((strong, strong.strip('"'))):
             mode: Any = {"e_tag": etag}
             put = partial(obstore.put, self._client, self._path(key), data, mode=mode, use_multipart=False)
             try:
                 made = self._ask(put)
             except PreconditionError:
                 # The same ETag as before: the server refused its form, not the object's state.
-                if self.version(key) != version:
+                changed = self.version(key) != version
+                if changed:
                     break
-            except (NotImplementedError, NotSupportedError):
-                return self.put(key, data)
             except _FAILURES as error:
+                if is_missing_feature(error):
+                    return self.put(key, data)
                 self._fail(error, key, "writing")
             else:
                 return self._confirm(key, (data,), made["e_tag"])
         # An earlier try may have replaced the object and lost its reply: then its retry fails the condition.
         if self._stored_is(key, data):
             return None
+        if changed:
+            raise StoreError(
+                f"{self.uri}/{key} changed while it was repaired",
+                fix="Repair when nobody else writes to this root",
+            )
         raise StoreError(
-            f"{self.uri}/{key} changed while it was repaired",
-            fix="Repair when nobody else writes to this root",
+            f"replacing {self.uri}/{key} failed: the server refuses If-Match with the object's own ETag",
+            expected="an object that is replaced only if its ETag is still the same",
+            got=f"412 for the ETag {version}",
+            fix="Remove the object while nobody else writes to this root, then run the same command again",
         )
 
     def _stored_is(self, key: str, data: Data) -> bool:
@@ -319,7 +331,9 @@ class S3Store(ObjectStore):
 
         def read() -> tuple[int, bytes]:
             reply = obstore.get(self._client, path)
-            size = reply.meta["size"]
+            size, encoding = reply.meta["size"], reply.attributes.get("Content-Encoding")
+            if encoding:  # no object of a root has one: a proxy compressed it
+                raise ValueError(f"the reply has the Content-Encoding {str(encoding)[:40]!r}")
             # The headers have the length: an object that is too large is refused before its body is read.
             return size, bytes(reply.bytes()) if size <= limit else b""
 
@@ -399,17 +413,37 @@ class S3Store(ObjectStore):
         folder = self._path(prefix) if prefix else self._prefix
         cut = len(self._prefix) + 1 if self._prefix else 0
 
-        def listed() -> list[tuple[str, int]]:
+        def listed(offset: str | None = None) -> dict[str, int]:
             chunks = obstore.list(  # pyright: ignore[reportUnknownMemberType]
-                self._client, folder or None, chunk_size=1000
+                self._client, folder or None, offset=offset, chunk_size=_PAGE
             )
-            return [(item["path"][cut:], item["size"]) for chunk in chunks for item in chunk]
+            return {item["path"]: item["size"] for chunk in chunks for item in chunk}
 
         try:
-            # Sorted: promised by the interface, whatever order the server has.
-            return iter(sorted(self._ask(listed)))
+            found = self._ask(listed)
+            # A server of the older listing marks a full page as cut short in a way that obstore does not see.
+            while found and len(found) % _PAGE == 0:
+                last = max(found)
+                more = self._ask(partial(listed, last))
+                if not more:
+                    break
+                if min(more) <= last:
+                    raise ValueError(f"the server lists no more than {len(found):,} objects (ListObjectsV2)")
+                found |= more
+            for path in found:
+                # Cut all the same, it would be another key, and every object would seem to be missing.
+                if folder and not f"{path}/".startswith(f"{folder}/"):
+                    raise ValueError(
+                        f"of the folder {folder!r} the server lists {path!r}, which is not in it"
+                    )
         except _FAILURES as error:
             self._fail(error, prefix, "listing")
+        # Consoles make an empty object of a new folder: `root/`, which obstore calls `root`.
+        folders = {path[:end] for path in found for end, sign in enumerate(path) if sign == "/"}
+        folders.add(self._prefix)
+        kept = ((path, size) for path, size in found.items() if size or path not in folders)
+        # Sorted: promised by the interface, whatever order the server has.
+        return iter(sorted((path[cut:], size) for path, size in kept))
 
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`."""
@@ -426,7 +460,7 @@ class S3Store(ObjectStore):
         facts = (self._direct, self._patience, self._single_writer, self._server)
         return S3Store(self._client, self._bucket, self._path(prefix), *facts)
 
-    def _fail(self, error: Exception, key: str, doing: str) -> NoReturn:
+    def _fail(self, error: Exception, key: str, doing: str, fix: str | None = None) -> NoReturn:
         """Raise what `error` means, as a StoreError."""
         # Always `from None`: S3's replies can quote signed headers, and a traceback would print them.
         reason = self._direct.conceal(describe_failure(error))
@@ -438,23 +472,16 @@ class S3Store(ObjectStore):
             ) from None
         if isinstance(error, FileNotFoundError):
             raise MissingObject(f"{where} does not exist") from None
-        refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
-        if refused or _REFUSED.search(reason):
-            raise StoreError(
-                f"{doing} {where} was refused: {reason}",
-                fix="Check the credentials, their rights on this bucket, and AWS_REGION",
-            ) from None
-        raise StoreError(
-            f"{doing} {where} failed: {reason}",
-            fix="Check AWS_ENDPOINT_URL and the network, raise storage.timeout_seconds for slow links",
-        ) from None
+        verdict = "was refused" if is_refused(error) else "failed"
+        raise StoreError(f"{doing} {where} {verdict}: {reason}", fix=fix or advice(error)) from None
 
 
-# A refused listing comes as obstore's generic error, which only its text tells from others.
-_REFUSED = re.compile(r"AccessDenied|SignatureDoesNotMatch|InvalidAccessKeyId|ExpiredToken|\b40[13]\b")
-# What obstore has tried again itself: connections refused or broken, time-outs, 429 and 5xx.
-_OUTAGE = re.compile(r"after [1-9]\d* retries")
 _FAILURES = (obstore.exceptions.BaseError, OSError, ValueError)
+
+
+def _unquoted(etag: str) -> str:
+    """Return an ETag without quotes and the mark of a weak one."""
+    return etag.removeprefix("W/").strip('"')
 
 
 def _md5(pieces: Pieces) -> str:
@@ -463,20 +490,3 @@ def _md5(pieces: Pieces) -> str:
     for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()
-
-
-def describe_failure(error: Exception) -> str:
-    """Describe an obstore error in one line, with the S3 code if it has one, and no credential."""
-    # After "Debug source" obstore repeats the error in full, which can quote signed headers.
-    text = str(error)
-    code, message = re.search(r"<Code>(.*?)</Code>", text), re.search(r"<Message>(.*?)</Message>", text)
-    if code:
-        text = f"{code[1]}: {message[1]}" if message else code[1]
-    else:
-        text = re.split(r"\n\nDebug source|\nDebug source", text)[0]
-    text = " ".join(text.split())[:300]
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_TOKEN", "AWS_ACCESS_KEY_ID"):
-        value = os.environ.get(name)
-        if value:
-            text = text.replace(value, "***")
-    return text

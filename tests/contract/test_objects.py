@@ -22,7 +22,8 @@ from winnow.store.objects import ObjectStore, open_store
 from winnow.store.objects.local import LocalStore
 from winnow.store.objects.probe import RACERS
 from winnow.store.objects.s3 import check_endpoint, s3_endpoint
-from winnow.store.objects.s3_store import S3Store, describe_failure
+from winnow.store.objects.s3_errors import describe_failure
+from winnow.store.objects.s3_store import S3Store
 from winnow.store.testing import FaultyStore, StoreConformance, make_plan, synthetic_rows, write_dataset
 
 

@@ -1,6 +1,7 @@
 """A small S3 server for the tests: as much of S3 as the store asks for, wrong where it is told to be.
 
-It keeps objects in memory and believes every signature. What it can get wrong has been seen on real servers::
+It keeps objects in memory and believes every signature. What it can get wrong has been seen on real servers,
+or is allowed by HTTP, or made by proxies::
 
     window       looks whether the object is there before the body comes, and writes it after
     bare_etags   knows an If-Match without quotes only; to the others it answers 412
@@ -9,21 +10,32 @@ It keeps objects in memory and believes every signature. What it can get wrong h
     no_urls      answers 403 to signed URLs
     no_digests   answers 400 to puts that are signed with a digest by hand (`winnow.store.objects.signing`)
     no_deletes   answers 403 to deletes
+    no_if_match  answers 501 to If-Match
+    weak_etags   ETags marked as weak in its replies; an If-Match is compared with the strong one
+    part_etags   ETags of bodies beyond 200 bytes as of an upload in parts
+    old_pages    lists 1,000 keys at most, in the pages of the older ListObjects
+    encoded_keys lists keys as they are in URLs
+    compressed   compresses whole objects on their way
+    early        answers 412 before the body is read, and hangs up
+    interim      says 103 before it answers a put
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import re
 import threading
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 MEETING_SECONDS, MEETING_BYTES = 5.0, 1 << 20
 """Where there is a window, a put of so many bytes waits so long for another one to look as well."""
+OLD_PAGE = 1000
+"""Keys of one page of the older listing."""
 
 
 class SmallS3:
@@ -42,6 +54,8 @@ class SmallS3:
         """(key, body sent) -> the body that arrives."""
         self.answer: Callable[[str, str], tuple[int, str] | None] = lambda _, __: None
         """(method, key) -> status and S3 code to answer instead."""
+        self.tokens: Callable[[str], bool] = lambda _: True
+        """Whether a session's token is valid; to others it answers that they are expired."""
         self.lock, self.met = threading.Lock(), dict[str, threading.Event]()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.s3 = self
@@ -58,6 +72,8 @@ class SmallS3:
     def etag(self, body: bytes) -> str:
         """An object's ETag, with its quotes."""
         digest = hashlib.md5(body).hexdigest()
+        if "part_etags" in self.wrong and len(body) > 200:
+            return f'"{digest[::-1]}-2"'
         return f'"{digest[::-1]}-x"' if "opaque" in self.wrong else f'"{digest}"'
 
     def meet(self, key: str) -> None:
@@ -104,8 +120,15 @@ class _Handler(BaseHTTPRequestHandler):
         by_url = "X-Amz-Signature" in self.query
         self.s3.asked[f"{self.command} url" if by_url else self.command] += 1
         self.there = self.key in self.s3.objects  # before the body comes
+        if self.there and "early" in self.s3.wrong and self.headers.get("If-None-Match") == "*":
+            self.close_connection = True
+            self.fail(412, "PreconditionFailed")
+            return False
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         said = self.s3.answer(self.command, self.key)
+        token = self.query.get("X-Amz-Security-Token", [self.headers.get("x-amz-security-token", "")])[0]
+        if said is None and not self.s3.tokens(token):
+            said = 400, "ExpiredToken"
         if said is None and by_url and "no_urls" in self.s3.wrong:
             said = 403, "AccessDenied"
         by_hand = not self.headers.get("User-Agent")  # obstore names itself
@@ -119,6 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.begin():
             return None
         s3 = self.s3
+        if "interim" in s3.wrong:
+            self.send_response_only(103)
+            self.end_headers()
+        if "no_if_match" in s3.wrong and "If-Match" in self.headers:
+            return self.fail(501, "NotImplemented")
         slow = "window" in s3.wrong and not self.there and len(self.body) >= MEETING_BYTES
         if slow and self.headers.get("If-None-Match") == "*":
             s3.meet(self.key)
@@ -185,23 +213,34 @@ class _Handler(BaseHTTPRequestHandler):
         return self.reply(200, f"<DeleteResult>{told}</DeleteResult>".encode())
 
     def listing(self) -> None:
-        prefix = self.query.get("prefix", [""])[0]
-        found = [(key, body) for key, body in sorted(self.s3.objects.items()) if key.startswith(prefix)]
+        wrong, prefix = self.s3.wrong, self.query.get("prefix", [""])[0]
+        after = "" if "old_pages" in wrong else self.query.get("start-after", [""])[0]
+        everything = sorted(self.s3.objects.items())
+        found = [(key, body) for key, body in everything if key.startswith(prefix) and key > after]
+        more, cut = "false", ""
+        if "old_pages" in wrong and len(found) > OLD_PAGE:
+            found, more = found[:OLD_PAGE], "true"
+            cut = f"<NextMarker>{escape(found[-1][0])}</NextMarker>"
+        spelt = quote if "encoded_keys" in wrong else str
         told = "".join(
-            f"<Contents><Key>{escape(key)}</Key><Size>{len(body)}</Size>"
+            f"<Contents><Key>{escape(spelt(key))}</Key><Size>{len(body)}</Size>"
             f"<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
             for key, body in found
         )
-        self.reply(
-            200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{told}</ListBucketResult>".encode()
-        )
+        told = f"<IsTruncated>{more}</IsTruncated>{cut}{told}"
+        self.reply(200, f"<ListBucketResult>{told}</ListBucketResult>".encode())
 
     def fail(self, status: int, code: str) -> None:
         self.reply(status, f"<Error><Code>{code}</Code><Message>said the server</Message></Error>".encode())
 
     def reply(self, status: int, body: bytes = b"", etag: str = "", where: str = "") -> None:
+        wrong, encoding = self.s3.wrong, ""
+        if "weak_etags" in wrong and etag:
+            etag = f"W/{etag}"
+        if "compressed" in wrong and self.command == "GET" and etag and not where:
+            body, encoding = gzip.compress(body), "gzip"
         self.send_response_only(status)
-        for name, value in (("ETag", etag), ("Content-Range", where)):
+        for name, value in (("ETag", etag), ("Content-Range", where), ("Content-Encoding", encoding)):
             if value:
                 self.send_header(name, value)
         self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
