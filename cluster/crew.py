@@ -8,13 +8,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.job_config import JobConfig
 
 from winnow.common.cores import cores_each, usable_cores
 from winnow.common.figures import count_of
@@ -95,6 +96,7 @@ def _session(settings: CrewSettings) -> Generator[None]:
     try:
         ray.init(
             address=address or "local",
+            job_config=_without_working_directory(),
             logging_level=logging.ERROR,
             log_to_driver=False,
             **local,
@@ -122,6 +124,21 @@ def _session(settings: CrewSettings) -> Generator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+class _NoPaths(list[str]):
+    def extend(self, iterable: Iterable[str]) -> None:
+        del iterable
+
+
+def _without_working_directory() -> JobConfig:
+    """A job whose workers do not look for modules in the driver's working directory."""
+    # Ray looks there before anywhere else: a user's `random.py` or `datasets.py` would be imported instead of
+    # what our libraries mean, and every worker would die of it. The command itself does not look there.
+    # Ray has no option for it; if this attribute of its own went away, it would look there again.
+    config = JobConfig()
+    config._py_driver_sys_path = _NoPaths()  # pyright: ignore[reportPrivateUsage]
+    return config
 
 
 def threads_per_actor(settings: CrewSettings) -> int:

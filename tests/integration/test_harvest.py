@@ -185,3 +185,13 @@ def test_two_actors_make_the_same_rows(tmp_path, harvested):
         rtol=2**-6,
         atol=1e-2,
     )
+
+
+def test_modules_in_the_working_directory_are_not_taken_for_the_libraries(tmp_path, harvested, monkeypatch):
+    for name in ("random", "numpy", "datasets", "store", "trainer"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the user's own')\n")
+    monkeypatch.chdir(tmp_path)
+    # a relative root is still one of the working directory, which the workers share
+    code, _, err = winnow("harvest", harvested[0], "--set", "root=here")
+    assert code == 0, err
+    assert ActivationStore.open(str(tmp_path / "here")).rows == harvested[1]["rows"]
