@@ -19,7 +19,8 @@ def open_store(uri: str | os.PathLike[str], storage: StorageSpec | None = None) 
         storage: Time-outs and permissions.
 
     Raises:
-        ConfigError: Another scheme, no bucket, or a plain `http://` endpoint beyond loopback.
+        ConfigError: Another scheme, or one with a single slash, no bucket, or a plain `http://` endpoint
+            beyond loopback.
         StoreError: S3 credentials are missing.
     """
     # Imported when needed: a training step alone needs this package's types, on machines without obstore.
@@ -28,6 +29,14 @@ def open_store(uri: str | os.PathLike[str], storage: StorageSpec | None = None) 
 
     uri, storage = os.fspath(uri), storage or StorageSpec()
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    # `Path("s3://bucket/x")` is `s3:/bucket/x`: as a folder it would take the data without a word.
+    if slipped := re.match(r"(s3|file):/(?!/)", uri, re.IGNORECASE):
+        raise ConfigError(
+            f"root {uri!r} has one slash",
+            expected="s3://bucket/prefix or file:///absolute/path, as text: a Path takes slashes out",
+            got=slipped[0],
+            fix=f"Put ./ before it if it is a folder called {slipped[1]}:",
+        )
     if scheme is None:
         return LocalStore(uri)
     if scheme[1].lower() == "file":

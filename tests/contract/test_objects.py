@@ -38,8 +38,15 @@ class TestLocal(StoreConformance):
             assert open_store(uri).uri == str(tmp_path / "a b")
         with pytest.raises(ConfigError, match="another machine"):
             open_store("file://elsewhere/x")
+        # what pathlib makes of `s3://bucket/x`: as a folder it would take the data without a word
+        for lost in (Path("s3://bucket/x"), "s3:/bucket/x", "S3:/bucket", Path("file:///data"), "file:/data"):
+            with pytest.raises(ConfigError, match="has one slash"):
+                open_store(lost)
+        assert open_store("./s3:/bucket/x").uri == str(tmp_path / "s3:/bucket/x")
         odd = (
             "date=1/a#b",
+            "s3:",
+            "file:x",
             "a?b",
             "[a]",
             "-a",
