@@ -16,7 +16,11 @@ _AROUND = 12
 # Every style is an attribute: a notebook and a page of somebody else have a style sheet of their own, and
 # some of them drop `<style>`. Half transparent, so that text keeps its contrast on light and on dark.
 _HEAT = "background:rgba(240,150,30,{:.2f})"
-_TOKEN = "background:rgba(128,128,128,.18);border-radius:3px;padding:0 .3em;white-space:pre"
+# As `.token` in style.css: a vocabulary has tokens of sixty dashes.
+_TOKEN = (
+    "background:rgba(128,128,128,.18);border-radius:3px;padding:0 .3em;"
+    "display:inline-block;max-width:12rem;white-space:pre-wrap;overflow-wrap:break-word"
+)
 _NUMBER = "opacity:.75;display:inline-block;min-width:3.5em"
 _PAGE = (
     "margin:.5em;background:Canvas;color:CanvasText;font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere"

@@ -356,3 +356,23 @@ def test_refusals_are_sentences(page, served):
     assert f"0 to {served.latents - 1}" in page.locator(".error").text_content()
     assert any("400" in complaint for complaint in served.complaints)  # Chromium notes the status itself
     served.complaints.clear()
+
+
+# Vocabularies have such tokens, of dashes or of an address, and none of them has a place to break.
+@pytest.mark.parametrize("width", [1280, 380])
+def test_a_token_of_sixty_letters_widens_no_page(page, served, width):
+    page.set_viewport_size({"width": width, "height": 844})
+    for address in ("?page=map", "?page=feature&latent=3", "embed/0/3"):
+        open_page(page, served, address, "code")
+        page.evaluate(
+            """() => document.querySelectorAll(".token, code").forEach((token) => {
+                token.textContent = " #" + "-".repeat(63);
+            })"""
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, address
+        past = page.evaluate(
+            """() => [...document.querySelectorAll("table")].filter(
+                (table) => table.scrollWidth > table.parentElement.clientWidth + 1
+            ).map((table) => table.textContent.slice(0, 80))"""
+        )
+        assert past == [], address
