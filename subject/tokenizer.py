@@ -40,16 +40,20 @@ class TextTokenizer:
         self._declared_bos: int | None = tokenizer.bos_token_id if declared else None
 
     @cached_property
+    def before(self) -> list[int]:
+        """The tokens that the post-processor puts before a text."""
+        plain = self.encode("x")
+        ids = self._tokenizer.encode("x", add_special_tokens=True).ids
+        return ids[: next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)]
+
+    @property
     def bos(self) -> int | None:
         """The token that the tokenizer itself puts before a text (the first, if several), or None.
 
         If its post-processor puts none, the BOS token, where its configuration says `add_bos_token: true`.
         """
         # Not by `bos_token_id` alone: that of Qwen and of SmolLM2-Instruct begins a chat's turn, and no text.
-        plain = self.encode("x")
-        ids = self._tokenizer.encode("x", add_special_tokens=True).ids
-        before = next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)
-        return ids[0] if before else self._declared_bos
+        return self.before[0] if self.before else self._declared_bos
 
     @cached_property
     def special(self) -> frozenset[str]:

@@ -207,6 +207,14 @@ def _warn_of_bos(spec: PlanSpec, tokenizer: DocumentTokenizer, identity: Subject
             identity.model,
             tokenizer.added_bos,
         )
+    elif tokenizer.bos is not None and tokenizer.added > 1:
+        log.warning(
+            "plan: the tokenizer of %s puts %d tokens before every text, and windows begin with the first of "
+            "them alone (token %d): with plan.bos: none they begin with text",
+            identity.model,
+            tokenizer.added,
+            tokenizer.bos,
+        )
 
 
 def _plan_of(

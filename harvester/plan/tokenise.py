@@ -178,6 +178,7 @@ class DocumentTokenizer:
         join: The token after each document.
         bos: The token that windows start with, or None.
         added_bos: The token that the tokenizer itself puts before a text, or None.
+        added: Number of tokens that its post-processor puts there.
 
     Raises:
         ConfigError: A slow tokenizer, or one without the token asked for.
@@ -202,7 +203,7 @@ class DocumentTokenizer:
         self._text = TextTokenizer(
             tokenizer, control="token" if spec.control_tokens == "token" else "text", model=identity.model
         )
-        self.added_bos = self._text.bos
+        self.added_bos, self.added = self._text.bos, len(self._text.before)
         spec = spec.settled({"bos": "none" if self.added_bos is None else "window"})
         self.spec: PlanSpec = spec.settled({"join": self._trained_with()})
         self.bos: int | None = None

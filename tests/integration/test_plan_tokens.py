@@ -87,6 +87,19 @@ def test_windows_begin_with_the_bos_that_the_tokenizer_adds(tmp_path, caplog):
     assert "plan: bos is none, though the tokenizer of testing/tokenizer-only puts a BOS" in line
 
 
+def test_windows_that_begin_with_the_first_of_several_tokens_are_warned_of(tmp_path, caplog):
+    """GLM's tokenizer puts `[gMASK]<sop>` before a text."""
+    write_corpus(tmp_path)
+    subject = byte_subject()
+    both = [("<bos>", BOS), ("<eos>", EOS)]
+    subject.tokenizer.post_processor = TemplateProcessing("<bos> <eos> $A", None, both)
+    plan, _, tokens = planned(make_config(tmp_path), subject=subject)
+    assert (plan.spec.bos, plan.bos_token) == ("window", BOS)
+    assert (tokens[..., 0] == BOS).all()
+    (line,) = caplog.messages
+    assert "puts 2 tokens before every text, and windows begin with the first of them alone" in line
+
+
 def test_a_bos_that_the_tokenizer_does_not_add_is_left_out(tmp_path):
     write_corpus(tmp_path)
     plan, _, tokens = planned(make_config(tmp_path))
