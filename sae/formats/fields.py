@@ -11,13 +11,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import ConfigError, IntegrityError
 
 # Values of an option that is off. A field unknown to us that is off changes nothing, and notes on such fields
 # would hide the one that matters. 0 equals False here, and is off too.
 _SAYS_NOTHING: tuple[object, ...] = (None, False, "", "none", [], {})
 _SHOWN_LENGTH = 60
 """Characters of a value in a note."""
+_KINDS = {bool: "true or false", str: "a text", dict: "an object", list: "a list"}
 
 
 def words(text: str) -> frozenset[str]:
@@ -60,6 +61,23 @@ def require_size(origin: Path, name: str, said: object, found: int) -> None:
     # The tensors are right by themselves; a config that disagrees belongs to other weights.
     if said is not None and said != found:
         raise ConfigError(f"{origin}: {name}", expected=f"{found}, the tensors' size", got=said)
+
+
+def require_types(fields: Mapping[str, Any], kinds: Mapping[type, Collection[str]], origin: Path) -> None:
+    """Check the types of fields; one that is absent or null passes.
+
+    Args:
+        fields: The config.
+        kinds: Type -> the fields that must be of it.
+        origin: The config's file, for the message.
+
+    Raises:
+        IntegrityError: A field is of another type.
+    """
+    for kind, names in kinds.items():
+        for name in names:
+            if not isinstance(value := fields.get(name), kind | None):
+                raise IntegrityError(f"{origin}: {name}", expected=_KINDS[kind], got=_short(value))
 
 
 def _short(value: object) -> str:

@@ -20,8 +20,8 @@ LAYOUTS = {
     "saelens": "a folder with cfg.json and sae_weights.safetensors",
     "sparsify": "a folder with cfg.json and sae.safetensors",
     "dictionary_learning": "a folder with config.json and ae.pt",
-    "gemma-scope": "params.npz, params.safetensors or params_layer_N.safetensors with W_enc, b_enc, W_dec, "
-    "b_dec and threshold",
+    "gemma-scope": "params.npz with W_enc, b_enc, W_dec, b_dec and threshold, or params.safetensors or "
+    "params_layer_N.safetensors with w_enc and w_dec in their place",
     "crosscoder": "a folder with config.json and model.safetensors, or a `.pt`, with encoder.weight of three "
     "axes",
     "llama-scope": "a folder with config.json and sae_weights.safetensors, or hyperparams.json and "

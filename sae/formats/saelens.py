@@ -31,6 +31,8 @@ from winnow.sae.formats.names import from_lens, is_at, is_lens_name, layer_of, t
 from winnow.sae.formats.plain import Plain
 from winnow.sae.formats.saelens_fields import (
     is_layer_normed,
+    joined,
+    k_of,
     kind_of,
     matryoshka_of,
     notes_on,
@@ -69,9 +71,8 @@ def read(path: Path, *, centred: bool | None = None) -> Plain:
     """
     path = folder_of(path)
     config, tensors, file = read_json(path / CONFIG), read_safetensors(path / WEIGHTS), path / WEIGHTS
-    # Up to version 5 everything was at the top level; version 6 moved what an SAE does not compute with to
-    # `metadata`.
-    origin, about = path / CONFIG, config | (config.get("metadata") or {})
+    origin = path / CONFIG
+    about = joined(config, origin)
     architecture, activation = kind_of(config, origin)
     transcoder, epsilon = "transcoder" in architecture, EPSILON if is_layer_normed(config, origin) else None
     refuse_tensors(tensors, tensors_of(architecture), file)
@@ -83,7 +84,7 @@ def read(path: Path, *, centred: bool | None = None) -> Plain:
         )
     else:
         threshold = _threshold(activation, tensors, file)
-    taken, k = not transcoder and config.get("apply_b_dec_to_input", True), _k(config)
+    taken, k = not transcoder and config.get("apply_b_dec_to_input", True), k_of(config, len(W_enc), origin)
     if activation == "topk" and k is None:
         raise IntegrityError(f"{origin}: k", expected="a number")
     loading, hook = read_loading(about), _hook(about, "hook_name", "hook_point", "hf_hook_name")
@@ -177,12 +178,6 @@ def _hook(about: dict[str, Any], *names: str) -> str | None:
     """The first of the fields that is one of Winnow's hooks or a module, otherwise the first there is."""
     found = [hook for name in names if (hook := from_lens(about.get(name)))]
     return next((hook for hook in found if not is_lens_name(hook)), found[0] if found else None)
-
-
-def _k(config: dict[str, Any]) -> int | None:
-    """K, of any version; rounded, since BatchTopK may have been trained with a fraction."""
-    k = config.get("k") or (config.get("activation_fn_kwargs") or {}).get("k")
-    return None if k is None else round(k)
 
 
 def _threshold(activation: Activation, tensors: dict[str, Tensor], file: Path) -> Tensor | None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from winnow.sae.formats.fields import unknown_fields, words
+from winnow.sae.formats.fields import require_types, unknown_fields, words
 from winnow.sae.formats.names import LENS_ANY
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.training import Activation
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -59,6 +59,15 @@ OF_TRAINING = words("""
     wandb_log_frequency wandb_project
     """)
 """Fields about training, data and devices, which do not affect what the SAE computes."""
+_TYPES: dict[type, frozenset[str]] = {
+    bool: words("apply_b_dec_to_input rescale_acts_by_decoder_norm"),
+    str: words("""
+        activation_fn activation_fn_str architecture dtype hf_hook_name hf_hook_name_out hook_name
+        hook_name_out hook_point model_class_name model_name reshape_activations
+        """),
+    dict: words("activation_fn_kwargs metadata model_from_pretrained_kwargs training_architecture_details"),
+    list: words("matryoshka_widths"),
+}
 # Values of `seqpos_slice` that select every position.
 _ALL_POSITIONS = (None, [], [None], [None, None], [0, None], [None, None, None])
 _NORMALISATIONS = {
@@ -66,6 +75,20 @@ _NORMALISATIONS = {
     "constant_norm_rescale": "It scales each row to one norm and does not centre it: Winnow has no such part",
     "covariance_whitening": "Its matrices are not in the files: fold them with SAELens first",
 }
+
+
+def joined(config: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    """All fields of a `cfg.json` at one level.
+
+    Raises:
+        IntegrityError: A field is of another type than SAELens writes.
+    """
+    # Up to version 5 everything was at the top level; version 6 moved what an SAE does not compute with to
+    # `metadata`.
+    require_types(config, _TYPES, origin)
+    about = {**config, **(config.get("metadata") or {})}
+    require_types(about, _TYPES, origin)
+    return about
 
 
 def kind_of(config: Mapping[str, Any], origin: Path) -> tuple[str, Activation]:
@@ -124,6 +147,12 @@ def is_layer_normed(config: Mapping[str, Any], origin: Path) -> bool:
 def notes_on(config: Mapping[str, Any], about: Mapping[str, Any], origin: Path) -> tuple[str, ...]:
     """Notes on what the fields say about the rows and an SAE cannot hold, and on unknown fields."""
     notes: list[str] = []
+    # Its own rows and weights are rounded to it; ours are float32 whatever the file holds.
+    if (dtype := str(about.get("dtype") or "")).endswith("float16"):
+        notes.append(
+            f"SAELens computes it in {dtype} (dtype), Winnow in float32: codes differ by that rounding, and "
+            "a latent near its threshold or the K-th place may be active in one alone"
+        )
     if about.get("prepend_bos"):
         notes.append("its contexts began with BOS (prepend_bos): harvest with `plan.bos: window`")
     for name in ("hook_head_index", "hook_point_head_index", "hook_head_index_out"):
@@ -146,6 +175,27 @@ def notes_on(config: Mapping[str, Any], about: Mapping[str, Any], origin: Path) 
     if about.get("rescale_acts_by_decoder_norm") and "topk" not in str(config.get("architecture")):
         notes.append("rescale_acts_by_decoder_norm is ignored, as SAELens does unless it is a TopK")
     return (*notes, *unknown_fields(about, USED | OF_TRAINING, origin))
+
+
+def k_of(config: Mapping[str, Any], latents: int, origin: Path) -> int | None:
+    """K, of any version; rounded, since BatchTopK may have been trained with a fraction.
+
+    Raises:
+        IntegrityError: It is no number from 1 to the number of latents, or is given twice and differs.
+    """
+    said = [config.get("k"), (config.get("activation_fn_kwargs") or {}).get("k")]
+    numbers = [k for k in said if k is not None]
+    if not numbers:
+        return None
+    k = numbers[0]
+    # Version 6 uses the first, earlier ones the second.
+    if not isinstance(k, int | float) or not 0 < k <= latents or numbers[-1] != k:
+        raise IntegrityError(
+            f"{origin}: k and activation_fn_kwargs.k",
+            expected=f"one number from 1 to {latents}",
+            got=" and ".join(map(repr, said)),
+        )
+    return max(1, round(k))
 
 
 def matryoshka_of(config: Mapping[str, Any], latents: int) -> tuple[int, ...]:

@@ -28,8 +28,8 @@ from winnow.schemas.errors import ConfigError, IntegrityError
 
 NAME = "sparsify"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-USED = words("activation d_in expansion_factor k num_latents signed skip_connection transcode")
-OF_TRAINING = words("multi_topk normalize_decoder")
+USED = words("activation d_in expansion_factor k multi_topk num_latents signed skip_connection transcode")
+OF_TRAINING = words("normalize_decoder")
 _TENSORS = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
 
 
@@ -57,6 +57,12 @@ def read(path: Path) -> Plain:
     name = path.resolve().name
     reads, gives = from_module(name)
     notes = unknown_fields(config, USED | OF_TRAINING, path / CONFIG)
+    # findings/sparsify_multi_topk_forward.sh
+    if config.get("multi_topk"):
+        notes += (
+            f"sparsify's forward pass reconstructs from {4 * config['k']} latents, without a skip "
+            f"(multi_topk); its encode takes {config['k']}, as Winnow does",
+        )
     # Winnow reads modules' outputs only; the input of this one is the output of some other.
     if transcode and gives and not reads:
         notes += (

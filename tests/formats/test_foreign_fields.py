@@ -16,7 +16,7 @@ from winnow.sae import Sae
 from winnow.sae.formats.convert import WRITERS, export_sae, import_sae
 from winnow.sae.formats.lens import CENTRES
 from winnow.schemas.config import StorageSpec
-from winnow.schemas.errors import ConfigError
+from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.training import SaeParts
 from winnow.trainer.run.warm_start import load_source
 
@@ -247,6 +247,42 @@ def test_what_would_give_other_numbers_is_refused_by_name(tmp_path, fields, says
     with pytest.raises(ConfigError, match=says):
         lens_import(tmp_path, **fields)
     assert not (tmp_path / "ours/sae.json").exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architecture": "topk", "k": N + 1},
+        {"architecture": "topk", "k": "6"},
+        {"architecture": "topk", "activation_fn_kwargs": {"k": K + 1}},
+        {"activation_fn_str": ["relu"]},
+        {"activation_fn_kwargs": "k"},
+        {"apply_b_dec_to_input": 0.5},
+        {"hook_name": 3},
+        {"metadata": {"hook_name": 3}},
+        {"matryoshka_widths": 16},
+    ],
+    ids=str,
+)
+def test_a_field_of_another_type_or_two_that_disagree_are_refused(tmp_path, fields):
+    with pytest.raises(
+        IntegrityError, match=str(next(reversed(fields))).replace("metadata", "metadata|hook_name")
+    ):
+        lens_import(tmp_path, **fields)
+
+
+def test_a_computation_in_low_precision_is_named(tmp_path):
+    [note] = lens_import(tmp_path, dtype="bfloat16").notes
+    assert "bfloat16 (dtype)" in note
+
+
+def test_the_four_k_latents_of_sparsify_s_forward_pass_are_named(tmp_path):
+    export_sae(save(make_sae(normalize="none"), tmp_path / "ours"), "sparsify", tmp_path / "layers.4")
+    config = tmp_path / "layers.4/cfg.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"multi_topk": True}))
+    card = import_sae(tmp_path / "layers.4", "sparsify", str(tmp_path / "back"))
+    assert card.k == K
+    assert [f"{4 * K} latents" in note for note in card.notes] == [True]
 
 
 def test_rescaling_by_decoder_norm_is_for_topk_alone(tmp_path):

@@ -192,7 +192,7 @@ def test_gemma_scope_2_is_read(tmp_path, points, path, hook, target):
 @pytest.mark.parametrize(
     ("name", "config", "harmless", "odd"),
     [
-        ("sparsify", "cfg.json", {"multi_topk": True, "normalize_decoder": False}, {"jumprelu": 0.5}),
+        ("sparsify", "cfg.json", {"normalize_decoder": False}, {"jumprelu": 0.5}),
         (
             "dictionary_learning",
             "config.json",
