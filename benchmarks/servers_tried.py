@@ -1,10 +1,17 @@
 """Tests the store on every S3 server that is installed here, and prints a row of docs/data.md for each.
 
 Outside CI: `make servers`. For each server: the probe, the conformance suite, a dataset that is damaged and
-repaired, and whether it checks signed digests. It looks for `minio` and `s3s-fs` in Winnow's tools or on the
-PATH (`make minio`; `cargo install s3s-fs --features binary`), `rclone` and moto of the development packages,
-and Ceph's gateway (Debian: ceph-mon, ceph-osd, ceph-mgr, ceph-common, radosgw), one node on loopback, in
-memory.
+repaired, and whether it checks signed digests. It looks for programs on the PATH and in Winnow's tools
+(`bin` of the folder WINNOW_TOOLS):
+
+- `minio`: `make minio`;
+- `s3s-fs`: `cargo install s3s-fs --features binary`;
+- `versitygw`: `go install github.com/versity/versitygw/cmd/versitygw@latest`;
+- `gofakes3`: `go install github.com/johannesboyne/gofakes3/cmd/gofakes3@latest`;
+- `rclone`, moto: of the development packages;
+- Ceph's gateway: Debian's ceph-mon, ceph-osd, ceph-mgr, ceph-common, radosgw; one node, in memory;
+- S3Proxy and S3Mock, if there is Java: the jars in `java/s3proxy` and `java/s3mock` of the tools, from
+  `mvn dependency:copy-dependencies` of org.gaul:s3proxy, and com.adobe.testing:s3mock:VERSION:jar:exec.
 """
 
 from __future__ import annotations
@@ -67,8 +74,8 @@ rgw frontends = beast endpoint=127.0.0.1:{port}
 
 
 def found(name: str) -> str | None:
-    """A program of Winnow's tools, of this environment, or of the PATH."""
-    places = (tools() / "bin", Path(sys.executable).parent)
+    """A program or a folder of jars of Winnow's tools, or a program of this environment or of the PATH."""
+    places = (tools() / "bin", tools() / "java", Path(sys.executable).parent)
     return next((str(place / name) for place in places if (place / name).exists()), shutil.which(name))
 
 
@@ -77,6 +84,15 @@ def told(*command: str) -> str:
     said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     match = re.search(r"\d+\.\d+[\w.+-]*|RELEASE\.[\w-]+|DEVELOPMENT\.\S+", said.stdout + said.stderr)
     return match[0] if match else "?"
+
+
+def go_version(name: str) -> str:
+    """The version of the module that `go install` made a program of."""
+    said = subprocess.run(
+        ["go", "version", "-m", found(name) or ""], capture_output=True, text=True, check=False
+    )
+    match = re.search(r"^\s*mod\s+\S+\s+v(\S+)", said.stdout, re.MULTILINE)
+    return match[1] if match else "?"
 
 
 @contextmanager
@@ -134,6 +150,59 @@ def moto(folder: str, port: int) -> Generator[None]:
 
 
 @contextmanager
+def versitygw(folder: str, port: int) -> Generator[None]:
+    """Versity's gateway over a folder."""
+    (Path(folder) / "data").mkdir()
+    command = [found("versitygw") or "", "--access", KEY, "--secret", SECRET, "--port", f"127.0.0.1:{port}"]
+    with process([*command, "posix", f"{folder}/data"], folder):
+        yield
+
+
+@contextmanager
+def gofakes3(folder: str, port: int) -> Generator[None]:
+    """gofakes3, in memory."""
+    command = [found("gofakes3") or "", "-host", f"127.0.0.1:{port}", "-backend", "memory"]
+    with process(command, folder):
+        yield
+
+
+def jar_version(name: str) -> str:
+    """The version in the name of a server's jar."""
+    names = "".join(path.name for path in Path(found(name) or "").glob(f"{name}-*.jar"))
+    match = re.search(r"-(\d[\d.]*\d)", names)
+    return match[1] if match else "?"
+
+
+@contextmanager
+def s3proxy(folder: str, port: int) -> Generator[None]:
+    """S3Proxy over a folder."""
+    (Path(folder) / "data").mkdir()
+    settings = {
+        "s3proxy.endpoint": f"http://127.0.0.1:{port}",
+        "s3proxy.authorization": "aws-v2-or-v4",
+        "s3proxy.identity": KEY,
+        "s3proxy.credential": SECRET,
+        "jclouds.provider": "filesystem-nio2",
+        "jclouds.filesystem.basedir": f"{folder}/data",
+    }
+    file = Path(folder) / "s3proxy.conf"
+    file.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    command = ["java", "-cp", f"{found('s3proxy')}/*", "org.gaul.s3proxy.Main", "--properties", str(file)]
+    with process(command, folder):
+        yield
+
+
+@contextmanager
+def s3mock(folder: str, port: int) -> Generator[None]:
+    """Adobe's S3Mock."""
+    jar = next(Path(found("s3mock") or "").glob("s3mock-*.jar"))
+    ports = [f"--com.adobe.testing.s3mock.http-port={port}", f"--server.port={free_port()}"]
+    root = f"--com.adobe.testing.s3mock.store.root={folder}/data"
+    with process(["java", "-jar", str(jar), *ports, root], folder):
+        yield
+
+
+@contextmanager
 def ceph(folder: str, port: int) -> Generator[None]:
     """Ceph's gateway over a monitor, a manager and a store in memory."""
     for name in ("mon", "mgr", "osd"):
@@ -165,6 +234,10 @@ SERVERS: dict[str, tuple[Callable[..., object], str, Callable[[], str]]] = {
     "MinIO": (minio, "minio", lambda: told(found("minio") or "", "--version")),
     "Ceph's gateway": (ceph, "radosgw", lambda: told("radosgw", "--version")),
     "s3s-fs": (s3s_fs, "s3s-fs", lambda: told(found("s3s-fs") or "", "--version")),
+    "versitygw": (versitygw, "versitygw", lambda: go_version("versitygw")),
+    "gofakes3": (gofakes3, "gofakes3", lambda: go_version("gofakes3")),
+    "S3Proxy": (s3proxy, "s3proxy", lambda: jar_version("s3proxy")),
+    "S3Mock": (s3mock, "s3mock", lambda: jar_version("s3mock")),
     "rclone serve s3": (rclone, "rclone", lambda: told(found("rclone") or "", "--version")),
     "moto": (moto, "python", lambda: metadata.version("moto")),
 }
@@ -172,7 +245,8 @@ SERVERS: dict[str, tuple[Callable[..., object], str, Callable[[], str]]] = {
 
 def await_bucket(port: int) -> str:
     """A new bucket, once the server answers."""
-    end, opener = time.monotonic() + 3 * START_SECONDS, urllib.request.build_opener()
+    # S3Mock takes over a minute on two busy cores.
+    end, opener = time.monotonic() + 6 * START_SECONDS, urllib.request.build_opener()
     while True:
         try:
             opener.open(f"http://127.0.0.1:{port}/", timeout=1).close()
