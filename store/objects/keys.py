@@ -89,17 +89,19 @@ def find_keys() -> Keys | None:
 
 
 def _configured() -> Callable[[], tuple[str, str, str | None]]:
-    from botocore.credentials import RefreshableCredentials  # pyright: ignore[reportMissingTypeStubs]
+    from botocore.credentials import Credentials  # pyright: ignore[reportMissingTypeStubs]
 
     with _as_store_errors():
         found = _aws_session().get_credentials()
     if found is None:
         raise _missing("no AWS_ACCESS_KEY_ID, no profile in ~/.aws and no instance role")
 
+    # botocore renews roles and the like, and reads a file once; sign-in tools rewrite it every hour.
+    renews = type(found) is not Credentials
+
     def ask() -> tuple[str, str, str | None]:
         nonlocal found
-        # botocore renews roles and the like, and reads a file once; sign-in tools rewrite it every hour.
-        if not isinstance(found, RefreshableCredentials):
+        if not renews:
             # Caught half-written, the file is read again next time.
             with suppress(StoreError), _as_store_errors():
                 found = _aws_session().get_credentials() or found
