@@ -28,6 +28,7 @@ from winnow.schemas.errors import ConfigError, IntegrityError, NonFiniteError
 from winnow.schemas.evaluation import LOSSES_KEY
 from winnow.store import ActivationStore
 from winnow.store.objects import open_store
+from winnow.store.objects.local import LocalStore
 from winnow.store.testing import make_plan, write_dataset
 from winnow.trainer.mesh.shard import Shard
 from winnow.trainer.run.heldout import heldout_figures
@@ -323,6 +324,21 @@ def test_bad_input_is_one_sentence_exit_2_and_nothing_written(folder, tmp_path, 
     assert result.exit_code == 2, result.output
     assert words in " ".join(result.stderr.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(folder, tmp_path, monkeypatch):
+    path = planted_config(folder, out=str(tmp_path / "run"))
+    assert CliRunner().invoke(make_app(), [str(path)]).exit_code == 0
+    sizes = [file.stat().st_size for file in (tmp_path / "run").glob("checkpoints/*/*.safetensors")]
+    # what is asked for is no more than what a checkpoint takes, and most of it
+    free = {"enough": max(sizes), "short": int(0.9 * max(sizes))}
+    for name, size in free.items():
+        monkeypatch.setattr(LocalStore, "free_bytes", lambda _, size=size: size)
+        path = planted_config(folder, out=str(tmp_path / name))
+        result = CliRunner().invoke(make_app(), [str(path)])
+        assert result.exit_code == (0 if name == "enough" else 2), result.output
+    assert "too small for one checkpoint: expected" in " ".join(result.stderr.split())
+    assert not list((tmp_path / "short").glob("checkpoints/*"))
 
 
 def test_a_dataset_that_is_not_finished_is_refused(folder, tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 from winnow.schemas.errors import ConfigError, IntegrityError
 from winnow.schemas.training import SaeIdentity, TrainSpec
 from winnow.trainer.step import Counts, Run, SetRun
+from winnow.trainer.step.moments import BYTES
 
 _FREE_FIELDS = {"out", "device", "threads", "checkpoint_seconds", "checkpoints_kept", "log_every_steps"}
 _FREE_FIELDS |= {"follow", "follow_seconds", "mesh", "tensorboard", "wandb", "accumulate"}
@@ -51,6 +52,16 @@ def require_same_run(spec: TrainSpec, identity: SaeIdentity, now: TrainSpec, dat
             got="; ".join(differing),
             fix="Restore these fields, or train into another `out`",
         )
+
+
+def least_bytes(run: Run | SetRun) -> int:
+    """The bytes that a checkpoint of this rank's shard takes at least: weights, both moments, the average."""
+    total = 0
+    for part in run.parts.values():
+        weights = sum(tensor.nbytes for tensor in part.sae.tensors().values())
+        moments = 2 * weights * BYTES[part.recipe.spec.moments] // BYTES["float32"]
+        total += weights + moments + (weights if part.ema is not None else 0)
+    return total
 
 
 # ---- state to tensors and back -------------------------------------------------------------------

@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 import torch
 
 from winnow.common.device import cpu_threads
+from winnow.common.figures import human_bytes
 from winnow.common.reporter import say
 from winnow.schemas.config import Config
 from winnow.schemas.errors import NonFiniteError, StoreError
@@ -21,6 +22,7 @@ from winnow.store.read.follow import Follower
 from winnow.store.read.torch_stream import Batch
 from winnow.trainer.mesh.witness import Witness
 from winnow.trainer.mesh.world import World
+from winnow.trainer.run.checkpoint import least_bytes
 from winnow.trainer.run.checkpoint_files import Saver
 from winnow.trainer.run.loggers import Loggers
 from winnow.trainer.run.metrics import RUNS
@@ -88,6 +90,7 @@ class Member:
 
         Raises:
             KeyboardInterrupt: There is one, and it is heeded.
+            StoreError: The folder cannot be written to, or its disk has no room for a checkpoint.
         """
         world = self.run.world
         # decided by all ranks together: one that raised alone would leave the others in a collective
@@ -95,7 +98,9 @@ class Member:
         if stopped:
             raise KeyboardInterrupt
         with world.together():
-            # storage that cannot be written to is found before hours of work, not at the first checkpoint
+            # storage that is full or cannot be written to is found before hours of work, not at the first
+            # checkpoint
+            self._require_space()
             self._files.probe(single_writer=True)
             if world.leads:
                 withdraw_stop(self.out)
@@ -105,6 +110,18 @@ class Member:
         followed = [part for part in self.dataset.datasets if part.arrivals is not None]
         for part in followed if world.leads else ():
             self.followers.append(cleanup.enter_context(self._following(part)))
+
+    def _require_space(self) -> None:
+        # what is certainly too little: how many checkpoints there will be at once, only the run's time tells
+        need, free = least_bytes(self.run), self._files.free_bytes()
+        if free is not None and need > free:
+            raise StoreError(
+                f"disk of {self._files.uri} is too small for one checkpoint",
+                expected=f"{human_bytes(need)} free, and the same again for each of "
+                f"{self.spec.checkpoints_kept} that are kept",
+                got=human_bytes(free),
+                fix="Free space, or choose another train.out",
+            )
 
     def _following(self, dataset: ActivationStore) -> Follower:
         """Open what tells a harvest how far this run is."""
