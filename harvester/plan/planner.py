@@ -390,14 +390,15 @@ def refuse_other(
         )
     lines = _plan_differences(plan, config, identity, sites)
     if lines:
-        retokenised = any(line.startswith("subject.tokenizer_sha256") for line in lines)
-        raise PlanMismatch(
-            f"{store.uri} already holds another plan",
-            got="; ".join(lines[:12]),
-            fix=OTHER_TOKENIZER
-            if retokenised
-            else "Name another root, or restore these fields in the config",
-        )
+        fix = "Name another root, or restore these fields in the config"
+        if any(line.startswith("subject.tokenizer_sha256") for line in lines):
+            fix = OTHER_TOKENIZER
+        # what is at the new place is not read to find out: it may be all of a crawl
+        elif all(line.startswith("corpus.sources") for line in lines) and not missing_tokens(plan, store):
+            fix += (
+                "; if the files have only moved, leave them out (--set corpus=null): the plan has their text"
+            )
+        raise PlanMismatch(f"{store.uri} already holds another plan", got="; ".join(lines[:12]), fix=fix)
     if config.subject is not None and config.subject.model != plan.subject.model:
         say(
             f"{config.subject.model} holds the weights and the tokenizer that were planned as "

@@ -97,12 +97,14 @@ def _check_store_space(
 def ensure_plan(config: Config, store: ObjectStore) -> HarvestPlan:
     """The root's plan if it is whole and fits the config, else a freshly made or completed one."""
     section(config.subject, "subject")
-    if section(config.plan, "plan").tokens_from is None:
-        section(config.corpus, "corpus")
+    spec = section(config.plan, "plan")
     plan = find_plan(config, store)
     if plan is not None:
         _check_store_space(plan, store, 0)
         return plan
+    # only now: a whole plan is harvested without its corpus, which may have moved
+    if spec.tokens_from is None:
+        section(config.corpus, "corpus")
     with Progress("plan", None, "tokens") as bar:
         return make_plan(config, store, progress=lambda tokens, **facts: bar.update(tokens, **facts))
 

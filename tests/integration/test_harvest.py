@@ -98,6 +98,26 @@ def test_a_subject_that_moves_stops_no_harvest(tmp_path):
     assert "subject.model: stored" in " ".join(err.split())
 
 
+def test_a_corpus_that_moves_stops_no_harvest(tmp_path):
+    config = pipeline_config(tmp_path)
+    loaded = load_config(config)
+    store = open_store(loaded.root)
+    plan = ensure_plan(loaded, store)
+    moved = tmp_path / "moved.jsonl"
+    (tmp_path / "corpus.jsonl").rename(moved)
+    code, _, err = winnow("harvest", config, "--set", f"corpus.sources.0.uri={moved}", "--single-writer")
+    assert code == 2
+    assert "have only moved, leave them out (--set corpus=null)" in " ".join(err.split())
+    # as it says; and with the old name, since a whole plan is harvested without its corpus
+    assert ensure_plan(loaded, store) == plan
+    code, out, err = winnow("harvest", config, "--set", "corpus=null", "--single-writer", "--json")
+    assert code == 0, err
+    assert json.loads(out)["plan_fingerprint"] == plan.fingerprint
+    assert verify(store, "full") == []
+    code, _, err = winnow("harvest", config, "--set", "corpus=null", "--set", f"root={tmp_path / 'new'}")
+    assert (code, "section 'corpus'" in err) == (2, True)
+
+
 def test_batch_shape_is_no_part_of_the_identity(harvested):
     config, facts = harvested
     code, out, err = winnow("harvest", config, "--json", "--set", "harvest.batch_windows=64")
