@@ -76,6 +76,20 @@ def test_the_bound_is_above_every_number(module, device):
     assert above[there].max() < 0.02 * (x.norm(dim=1).max() * W.norm(dim=1).max())
 
 
+@pytest.mark.parametrize("scale", [1e-19, 1e-22])
+def test_the_bound_holds_where_squares_are_lost(module, device, scale):
+    """Rows so small that the squares of their numbers, or of what rounding took, are 0 in float32."""
+    x, W, b = data(11, 40, 300, device)
+    x, b = x * scale, torch.zeros_like(b)
+    rounded = module.round_rows(x)
+    assert (rounded.norms.double() >= x.double().norm(dim=1)).all()
+    assert (rounded.lost.double() >= (x.double() - rounded.low.double()).norm(dim=1)).all()
+    values, indices = module.encode_topk_bounded(x, W, b, 5)
+    exact = (x.double() @ W.double().T).clamp(min=0).topk(5).values
+    torch.testing.assert_close(values.double(), exact, rtol=1e-4, atol=0)
+    assert indices.shape == values.shape
+
+
 @pytest.mark.parametrize("by", [0.0, 3.0, 30.0])
 def test_nothing_of_the_result_depends_on_the_bounds(module, device, monkeypatch, by):
     """Near-ties of float32, far closer than bfloat16 tells apart, in and outside of one group; any bounds."""

@@ -46,6 +46,8 @@ from winnow.trainer.kernels.support_triton import block_of, cdiv, interpreted, l
 
 LEAST = 1e-30
 """Of a bound: products below 2^-126 are rounded by no share of their own."""
+_SQUARED = tl.constexpr(2.0**-63)
+"""Numbers below it have squares that float32 may round to 0."""
 SCAN = 1024
 """Groups looked at at a time, if more may hold one of the best than were selected."""
 MEMBERS = 1024
@@ -83,8 +85,10 @@ def _round_rows(rows, low, norms, lost, R, D, LINES: tl.constexpr, BLOCK_D: tl.c
         apart = data - rounded.to(tl.float32)
         square += data * data
         error += apart * apart
-    tl.store(norms + row, tl.sqrt(tl.sum(square, axis=1)), mask=row < R)
-    tl.store(lost + row, tl.sqrt(tl.sum(error, axis=1)), mask=row < R)
+    # what no square shows: D numbers below 2^-63 have a norm below D 2^-63
+    unseen = _SQUARED * D
+    tl.store(norms + row, tl.sqrt(tl.sum(square, axis=1)) + unseen, mask=row < R)
+    tl.store(lost + row, tl.sqrt(tl.sum(error, axis=1)) + unseen, mask=row < R)
 
 
 @triton.jit
