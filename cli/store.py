@@ -212,20 +212,26 @@ def _show_problems(
     deeper = LEVELS[-1] if level != LEVELS[-1] else None
     if broken:
         say(f"{uri}: {count_of(broken, 'problem')} at level {level}")
-        for line in _advice(uri, damage(problems), repaired):
+        for line in _advice(uri, damage(problems), facts, repaired):
             say(line)
     else:
         hint = f" (--level {deeper} reads every byte)" if deeper else ""
         say(f"{uri}: nothing wrong at level {level}{hint}")
 
 
-def _advice(uri: str, broken: list[Problem], repaired: bool) -> list[str]:
+def _advice(uri: str, broken: list[Problem], facts: DatasetInfo | None, repaired: bool) -> list[str]:
     """Return lines on what repairs the problems, cheapest first."""
     from winnow.store.format.layout import PLAN_KEY
 
     if any(problem.key == PLAN_KEY for problem in broken):
         return [f"nothing else says what {PLAN_KEY} held: put back a copy of it, byte for byte"]
     again = "`winnow harvest CONFIG --repair` makes again {}, from corpus and subject"
+    if facts and facts.derived:  # no corpus and no subject gives its rows
+        made = f"dataset {facts.derived.parent[:12]}: {facts.derived.rule.words}, stored as {facts.dtype}"
+        again = (
+            f"`winnow derive` with the same options into another root makes the same objects (from {made}): "
+            "copy from there {}"
+        )
     # `verify --repair` cannot recompute rows and tokens, and has nothing left to do if it just ran.
     if repaired or all(problem.lost for problem in broken):
         return [again.format("what is damaged")]

@@ -392,7 +392,9 @@ def read_orphan(store: ObjectStore, plan: HarvestPlan, unit: int, hook: str) -> 
             f"unit {unit}, hook {hook!r}: the shard of an earlier attempt at {store.uri}/{key} is incomplete",
             expected=f"{size} bytes",
             got=f"{len(data)} bytes",
-            fix="Run `winnow harvest CONFIG --repair` while no other harvest runs on this root",
+            fix="Delete it while nothing else writes to this root, and run the same command again"
+            if plan.derived is not None
+            else "Run `winnow harvest CONFIG --repair` while no other harvest runs on this root",
         )
     lengths = tuple((np.diff(starts) - 4).tolist()) if packed else ()
     check_index(data[-INDEX_BYTES:], plan, hook, unit, lengths)

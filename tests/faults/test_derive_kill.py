@@ -17,7 +17,7 @@ from winnow.schemas.readings import RowsSpec
 from winnow.store import ActivationStore
 from winnow.store.check.verify import verify
 from winnow.store.format.labels import label_key
-from winnow.store.format.layout import shard_key, tokens_key
+from winnow.store.format.layout import receipt_key, shard_key, tokens_key
 from winnow.store.objects import open_store
 from winnow.store.testing import make_plan, write_dataset
 
@@ -109,3 +109,50 @@ def test_tokens_or_labels_that_changed_places_end_it_before_anything_is_written(
     with pytest.raises(IntegrityError, match=f"unit {unit}"):
         derive(ActivationStore.open(root), open_store(str(tmp_path / "out")), DeriveRule(rows=ROWS))
     assert not (tmp_path / "out").exists()
+
+
+def told(*arguments: str) -> str:
+    """What a command that fails says."""
+    command = [sys.executable, "-m", "winnow", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 1
+    return result.stderr
+
+
+def test_lost_objects_are_copied_from_another_root_as_verify_says(parent, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    for root in (out, again):
+        finish(parent, root, "regrouped")
+    store, other = open_store(str(out)), open_store(str(again))
+    lost = (shard_key("mlp_out.2", 1), label_key("role", 2), tokens_key(0))
+    for key in lost:
+        store.delete(key)
+    said = told("verify", str(out))
+    made = ActivationStore.open(parent).dataset_sha256
+    assert made is not None
+    assert (
+        f"(from dataset {made[:12]}: special=false, stored as bfloat16): copy from there what is damaged"
+        in said
+    )
+    assert "harvest" not in said
+    for key in lost:
+        store.put(key, other.get(key))
+    assert not verify(store, level="full")
+
+
+def test_an_incomplete_shard_is_deleted_and_made_again_as_the_error_says(parent, tmp_path):
+    out = tmp_path / "out"
+    finish(parent, out, "kept")
+    store = open_store(str(out))
+    key = shard_key("resid_post.1", 1)
+    whole = store.get(key)
+    store.put(key, whole[:-1])
+    for told_of in (receipt_key(1), "manifest.json"):
+        store.delete(told_of)
+    said = told(*words(parent, out, "kept")[1:])
+    assert "is incomplete" in said
+    assert "Delete it while nothing else writes to this root" in said
+    store.delete(key)
+    finish(parent, out, "kept")
+    assert store.get(key) == whole
+    assert not verify(store, level="full")
