@@ -1,7 +1,7 @@
 """P2 over every kind of object a dataset is made of: damaged in every way, it gives its rows or an error.
 
-What is read is compared with the sound dataset's rows, sink marks and tokens: an error is a WinnowError that
-names something to do, never a wrong value, and never a bare exception of a parser.
+What is read is compared with the sound dataset's rows, sink marks, tokens and labels: an error is a
+WinnowError that names something to do, never a wrong value, and never a bare exception of a parser.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from winnow.store.objects import open_store
 from winnow.store.testing import make_plan, write_dataset
 
 HOOK = "resid_post.1"
-PLAN = make_plan(units=2, hooks={HOOK: 4})
+PLAN = make_plan(units=2, hooks={HOOK: 4}, labels=True)
 KINDS = {
     "shard": f"activations/{HOOK}/c/1/0",
     "plan": "plan.json",
@@ -29,6 +29,8 @@ KINDS = {
     "receipt": "receipts/00000001.json",
     "tokens": "tokens/c/1/0",
     "token digests": "token_digests/c/*/0",
+    "labels": "labels/role/c/1/0",
+    "label digests": "label_digests/c/0/0/0",
     "zarr group": "zarr.json",
     "zarr array": f"activations/{HOOK}/zarr.json",
 }
@@ -47,11 +49,12 @@ def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def everything(root: Path) -> list[np.ndarray]:
-    """All that a consumer can get: rows and tokens, and of a sealed dataset sink marks too."""
+    """All that a consumer can get: rows, tokens and labels, and of a sealed dataset sink marks too."""
     sealed = (root / "manifest").exists()
     store = ActivationStore.open(str(root), follow=not sealed, timeout_seconds=0.1)
     found = [store.read_rows(HOOK, 0, store.rows)]
-    found += [store.unit_tokens(unit) for unit in range(PLAN.units)]
+    for unit in range(PLAN.units):
+        found += [store.unit_tokens(unit), *store.unit_labels(unit).values()]
     return [*found, store.weights([HOOK], 0, store.rows)] if sealed else found
 
 
