@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from winnow.cli.console import print_table
-from winnow.common.figures import human_bytes
+from winnow.common.figures import human_bytes, human_figure
 
 if TYPE_CHECKING:
     from winnow.schemas.sets import SetCard
@@ -49,7 +49,7 @@ def show_sae(uri: str, value: dict[str, Any]) -> None:
         facts.append(("trained on", f"plan {card.identity.plan_fingerprint[:16]}..."))
     if not card.rows.everything:
         facts.append(("rows", card.rows.model_dump_json(exclude_defaults=True)))
-    facts += [(name, f"{figure:.4g}") for name, figure in card.metrics.items()]
+    facts += [(name, human_figure(figure)) for name, figure in card.metrics.items()]
     facts += [("note", note) for note in card.notes]
     print_table(uri, facts)
 
@@ -93,7 +93,7 @@ def show_set(uri: str, value: dict[str, Any]) -> None:
             " to ".join(dict.fromkeys((each.target_hooks[0], each.target_hooks[-1]))),
             f"{each.latents:,}",
             str(each.k),
-            *(f"{each.metrics[name]:.4g}" if name in each.metrics else "" for name in names),
+            *(human_figure(each.metrics[name]) if name in each.metrics else "" for name in names),
         ]
         for layer, each in layers.items()
     ]
@@ -112,6 +112,6 @@ def _facts(card: SetCard, first: SaeCard, size: int) -> list[tuple[str, object]]
     if card.identity:
         facts.append(("subject", card.identity.subject_model))
         facts.append(("trained on", f"plan {card.identity.plan_fingerprint[:16]}..."))
-    facts += [(name, f"{figure:.4g}") for name, figure in card.metrics.items()]
+    facts += [(name, human_figure(figure)) for name, figure in card.metrics.items()]
     facts += [("note", note) for note in card.notes]
     return facts

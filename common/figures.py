@@ -13,6 +13,11 @@ def human_rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
+def human_figure(figure: float) -> str:
+    """Format a figure with four digits, or a whole number with all of them: `0.2578`, `63,488`."""
+    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.4g}"
+
+
 def human_bytes(count: float) -> str:
     """Format bytes: `1.5 GiB`."""
     for suffix in ("B", "KiB", "MiB", "GiB", "TiB"):

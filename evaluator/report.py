@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from winnow.common.figures import human_figure
 from winnow.common.reporter import say
 from winnow.evaluator.families import ablation, compute, diffing, downstream, reconstruction, sets, stability
 from winnow.evaluator.judge import family as judge
@@ -308,17 +309,17 @@ def _measure(
 
 
 def _show_value(figure: Figure | None) -> str:
-    """Format a figure's value with four significant digits."""
+    """Format a figure's value; empty if there is none."""
     if figure is None:
         return ""
-    return "none" if figure.value is None else format(figure.value, ".4g")
+    return "none" if figure.value is None else human_figure(figure.value)
 
 
 def _show_interval(figure: Figure) -> str:
     """Format an interval as `[low … high]`; empty if there is none."""
     if figure.low is None or figure.high is None:
         return ""
-    return f"[{figure.low:.4g} … {figure.high:.4g}]"
+    return f"[{human_figure(figure.low)} … {human_figure(figure.high)}]"
 
 
 def tabulate(evaluation: Evaluation) -> list[list[str]]:

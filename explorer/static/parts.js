@@ -1,5 +1,4 @@
 // Changes of latents as addresses hold them, and the parts of a crosscoder in which they are made.
-import { number } from "./dom.js";
 
 /** @typedef {{sae: number, latent: number, op: string, strength: number, part: string}} Edit */
 /** @param {Edit[]} edits */
@@ -13,8 +12,10 @@ export const fit = (site, edit) => {
   if (names.length) edit.op = "add";
   return edit;
 };
+/** A strength to begin with: twice the latent's largest activation, which depends on the SAE's units; a factor of 2. @param {string} op @param {{largest: number}} brief */
+export const strong = (op, brief) => (op === "scale" ? 2 : Number((2 * brief.largest).toPrecision(3)));
 /** The address's text for steering with a latent at twice its largest activation; of a crosscoder in the part with its longest decoder row. @param {import("./main.js").Site} site @param {string} sae @param {any} brief */
 export const steerWith = (site, sae, brief) => {
   const names = partsOf(site, Number(sae)), part = names[(brief.norms ?? []).indexOf(Math.max(...(brief.norms ?? [])))] ?? "";
-  return written([fit(site, { sae: Number(sae), latent: brief.latent, op: "clamp", strength: Number(number(2 * brief.largest).replace(",", "")), part })]);
+  return written([fit(site, { sae: Number(sae), latent: brief.latent, op: "clamp", strength: strong("clamp", brief), part })]);
 };

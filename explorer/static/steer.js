@@ -2,7 +2,7 @@
 import { ask, get, remember } from "./api.js";
 import { el, field, number, select } from "./dom.js";
 import { begins, slow } from "./text.js";
-import { fit, partsOf, written } from "./parts.js";
+import { fit, partsOf, written, strong } from "./parts.js";
 import { about, link } from "./tokens.js";
 
 /** @typedef {import("./parts.js").Edit} Edit */
@@ -17,6 +17,8 @@ const parse = (text) => (text ?? "").split(",").filter(Boolean).map((one) => {
 /** @param {import("./main.js").Site} site @param {Record<string, string>} fields */
 export function steerPage(site, fields) {
   const edits = parse(fields.edits ?? "0:0:clamp:1").map((edit) => fit(site, edit));
+  // Those whose strength somebody chose; of the others it follows latent and operation.
+  const chosen = new WeakSet(fields.edits === undefined ? [] : edits);
   const now = { prompt: "The king said to his", tokens: "40", temperature: "0.8", seed: "0", ...fields };
   const list = el("div"), status = el("p", { class: "soft small", role: "status" });
   const clean = el("p", { class: "out", role: "log", "aria-label": "Clean" }), steered = el("p", { class: "out", role: "log", "aria-label": "Steered" });
@@ -32,10 +34,11 @@ export function steerPage(site, fields) {
       try {
         const brief = await get(`saes/${edit.sae}/brief/${edit.latent}`);
         says.replaceChildren(link(edit.sae, edit.latent), "  ", ...about(brief), el("span", { class: "soft" }, `  largest seen ${number(brief.largest)}`));
+        if (!chosen.has(edit)) strength.value = String(edit.strength = strong(edit.op, brief));
       } catch (error) { says.replaceChildren(el("span", { class: "soft" }, error instanceof Error ? error.message : "")); }
     };
     name();
-    const strength = el("input", { type: "number", step: "any", min: -10000, max: 10000, value: edit.strength, disabled: edit.op === "ablate", onchange: (/** @type {any} */ event) => { edit.strength = Number(event.target.value) || 0; save(); } });
+    const strength = el("input", { type: "number", step: "any", min: -10000, max: 10000, value: edit.strength, disabled: edit.op === "ablate", onchange: (/** @type {any} */ event) => { edit.strength = Number(event.target.value) || 0; chosen.add(edit); save(); } });
     return el("div", { class: "edit" },
       site.saes.length > 1 && field("SAE", select("sae", site.saes.map((sae, k) => [String(k), sae.name]), String(edit.sae), (value) => { edit.sae = Number(value); fit(site, edit); save(); draw(); })),
       field("Latent", el("input", { type: "number", min: 0, max: site.saes[edit.sae]?.latents - 1, value: edit.latent, onchange: (/** @type {any} */ event) => { edit.latent = Number(event.target.value) || 0; save(); name(); } })),

@@ -166,6 +166,35 @@ def test_two_saes_side_by_side(page, served):
     picture(page, served, "compare-latent")
 
 
+def test_a_change_begins_at_a_strength_of_its_latent(page, served):
+    open_page(page, served, "?page=steer", "text=largest seen")
+
+    def largest(latent: int) -> float:
+        return page.evaluate(f"fetch('/api/saes/0/brief/{latent}').then((r) => r.json())")["largest"]
+
+    def settled(strength: float) -> None:
+        page.wait_for_function(
+            "(value) => Math.abs(document.querySelectorAll('.edit input')[1].value / value - 1) < 0.01",
+            arg=strength,
+        )
+
+    settled(2 * largest(0))
+    latent, strength = (page.locator(".edit input").nth(n) for n in (0, 1))
+    latent.fill("5")
+    latent.blur()
+    settled(2 * largest(5))
+    # One that somebody chose stays, also by its address.
+    strength.fill("0.7")
+    strength.blur()
+    latent.fill("6")
+    latent.blur()
+    page.wait_for_selector(".says a:has-text('#6')")
+    settled(0.7)
+    page.reload()
+    page.wait_for_selector(".says a:has-text('#6')")
+    settled(0.7)
+
+
 def test_steering_streams_both_runs(page, served):
     open_page(page, served, "?page=feature&latent=5", ".strip span")
     page.get_by_role("link", name="Steer with it").click()

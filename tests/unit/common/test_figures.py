@@ -1,6 +1,6 @@
 import pytest
 
-from winnow.common.figures import count_of, human_bytes, human_hours, human_rate
+from winnow.common.figures import count_of, human_bytes, human_figure, human_hours, human_rate
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,18 @@ def test_one_thing_is_no_plural():
 def test_hours_are_shown_in_the_largest_unit_that_fits():
     shown = [human_hours(hours) for hours in (60, 3.2, 0.5, 0.005, 1e-5, 0)]
     assert shown == ["2.5 days", "3.2 h", "30.0 min", "18 s", "under 1 s", "0 s"]
+
+
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [
+        (0.25784, "0.2578"),
+        (32.0, "32"),
+        (0.0, "0"),
+        (999.96, "1000"),
+        (63_488.0, "63,488"),
+        (-1.43e6, "-1,430,000"),
+    ],
+)
+def test_a_figure_has_four_digits_and_a_count_all(figure, text):
+    assert human_figure(figure) == text
