@@ -33,6 +33,7 @@ help:  ## Show this list
 # The clone is installed as it lies, on purpose: no page of advice about that.
 .venv/ready .venv/ready-dev: export PYTHONWARNINGS = ignore:Editable installation
 .venv/ready: pyproject.toml constraints.txt configs/embedded.txt
+	@echo "Setting up .venv: Winnow's libraries are some gigabytes, and pip is silent for minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .

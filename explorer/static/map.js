@@ -83,7 +83,7 @@ export function mapPage(site, fields) {
       field("Up", select("y", axes.map(([name]) => [name, short[name]]), now.y, (y) => change({ y }))),
       shown.axes.includes("direction_1") && el("a", { class: "button quiet", href: now.x === "direction_1" ? address({ page: "map", sae: now.sae }) : address({ page: "map", sae: now.sae, x: "direction_1", y: "direction_2" }) }, now.x === "direction_1" ? "By density" : "By direction"),
       shown.classes.length > 0 && field("Whose", select("of", [["", "all"], .../** @type {[string, string][]} */ (shown.classes.map((/** @type {string} */ name) => [name, whose(name)]))], now.of, (of) => change({ of, from: "0" }))),
-      field("Density from, %", edge("low", "0")), field("to, %", edge("high", "100"))),
+      el("div", { class: "row" }, field("Density from, %", edge("low", "0")), field("to, %", edge("high", "100")))),
     chart, list,
   ];
 }

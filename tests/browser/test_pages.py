@@ -387,6 +387,14 @@ def test_refusals_are_sentences(page, served):
     served.complaints.clear()
 
 
+def test_the_two_ends_of_the_density_are_side_by_side_on_a_phone(page, served):
+    page.set_viewport_size({"width": 390, "height": 844})
+    open_page(page, served, "?page=map", "main table a")
+    low, high = (page.locator(f"input[name={name}]").bounding_box() for name in ("low", "high"))
+    assert low["y"] == high["y"]
+    assert low["x"] + low["width"] < high["x"]
+
+
 # Vocabularies have such tokens, of dashes or of an address, and none of them has a place to break.
 @pytest.mark.parametrize("width", [1280, 380])
 def test_a_token_of_sixty_letters_widens_no_page(page, served, width):
