@@ -55,18 +55,13 @@ def load_plan(store: ObjectStore) -> HarvestPlan:
     try:
         data = store.get(layout.PLAN_KEY, limit=MAX_JSON_BYTES)
     except MissingObject as error:
-        sae = any(store.size(key) is not None for key in (CARD_KEY, SET_KEY))
         got, fix = "nothing there", "Check the root, or run `winnow plan` and `winnow harvest` first"
-        if sae:
+        if any(store.size(key) is not None for key in (CARD_KEY, SET_KEY)):
             got, fix = "an SAE", "Name the dataset that it was trained on, the config's `root`"
         elif store.size(STATUS_KEY) is not None:
             got, fix = "a run that has published no SAE yet", f"`winnow watch {store.uri}` shows it"
-        what = f"{store.uri} holds no dataset"
-        raise ConfigError(what, expected=layout.PLAN_KEY, got=got, fix=fix) from error
+        raise ConfigError(f"{store.uri} holds no dataset", expected="plan.json", got=got, fix=fix) from error
     return HarvestPlan.from_json(data, origin=f"{store.uri}/{layout.PLAN_KEY}")
-
-
-# Tokens
 
 
 def load_token_digests(store: ObjectStore, plan: HarvestPlan) -> NDArray[np.uint8]:
