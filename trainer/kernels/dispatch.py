@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
+from importlib.metadata import requires
 from types import ModuleType
 from typing import Literal
 
@@ -20,6 +22,7 @@ Backend = Literal["eager", "cpu", "triton"]
 _BACKENDS: tuple[Backend, ...] = ("eager", "cpu", "triton")
 TRITON = "3.7.1"
 """The version of Triton that torch 2.13's wheels for CUDA ask for, and with which the kernels are tested."""
+_ASKED = re.compile(r"triton==([\w.]+)")
 _LOG = logging.getLogger("winnow.trainer")
 
 
@@ -81,9 +84,15 @@ def triton_module(name: str) -> ModuleType:
             "kernels: triton",
             expected="the package triton",
             got="it is not installed",
-            fix=f"`pip install triton=={TRITON}`, or a CUDA build of torch, which brings it; "
+            fix=f"`pip install triton=={_wanted()}`, or a CUDA build of torch, which brings it; "
             "or set kernels: eager",
         ) from error
+
+
+def _wanted() -> str:
+    """The version of Triton that the installed torch asks for; builds for the CPU ask for none."""
+    asked = filter(None, map(_ASKED.match, requires("torch") or []))
+    return next((match[1] for match in asked), TRITON)
 
 
 def unknown(backend: str) -> ConfigError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,19 @@ def test_triton_asked_for_and_absent_says_what_to_install(monkeypatch):
     with pytest.raises(DependencyMissing, match=r"pip install triton==3\.7\.1"):
         choose("triton", torch.device("cpu"))
     with pytest.raises(DependencyMissing, match=r"pip install triton==3\.7\.1"):
+        choose("auto", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"), [(['triton==3.9.0; platform_system == "Linux"'], "3.9.0"), ([], dispatch.TRITON)]
+)
+def test_the_version_that_the_message_names_is_the_installed_torchs(monkeypatch, asked, named):
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    monkeypatch.setattr(dispatch, "requires", lambda _: ["filelock", *asked])
+    monkeypatch.setattr(dispatch.importlib, "import_module", absent)
+    with pytest.raises(DependencyMissing, match=re.escape(f"pip install triton=={named}`")):
         choose("auto", torch.device("cuda"))
 
 
