@@ -23,6 +23,7 @@ def test_the_formats_agree_with_their_libraries():
         "tests/formats/test_libraries.py",
         "tests/formats/test_lens.py",
         "tests/formats/test_loaders.py",
+        "tests/formats/test_figures.py",
         "-q",
     ]
     command += ["-k", "not quality_table"]
