@@ -144,8 +144,18 @@ def _asked_attention(spec: SubjectSpec, config: Any) -> str | None:
             got="sdpa",
             fix="Set subject.attention to auto or eager",
         )
+    # Eager Falcon adds ALiBi to the scores and again with the mask: another model than with sdpa
+    # (`findings/falcon_eager_alibi_twice.sh`).
+    biased = config.model_type == "falcon" and config.alibi
+    if biased and spec.attention == "eager":
+        raise ConfigError(
+            f"subject.model {spec.model!r} has ALiBi, which transformers' eager attention adds twice",
+            expected="attention: sdpa",
+            got="eager",
+            fix="Set subject.attention to auto or sdpa",
+        )
     if spec.attention == "auto":
-        return "eager" if capped else None
+        return "eager" if capped else "sdpa" if biased else None
     return spec.attention
 
 

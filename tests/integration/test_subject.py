@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.subjects import catalogue
 from tests.subjects.catalogue import make_subject as make_family
 from tests.support.tiny import ARCHITECTURES, OTHERS, make_subject, make_tokenizer
 from winnow.common.packages import resolve_package
@@ -408,6 +409,19 @@ def test_a_soft_cap_on_attention_is_never_given_to_sdpa(
             ConfigError, match=r"caps the logits of its attention.*Set subject\.attention to auto"
         ):
             make({"model": str(folder), "attention": "sdpa"})
+
+
+def test_falcon_s_alibi_is_never_given_to_eager_attention(tmp_path: Path) -> None:
+    """Transformers adds it to the scores and again with the mask there: other rows, without a word."""
+    folder = catalogue.make_subject(tmp_path / "falcon", "falcon, alibi")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "eager"}))
+    assert Subject.load(folder).attention == "sdpa"
+    for make in (Subject.load, lambda spec: Subject.outline(SubjectSpec(**spec), gpu=False)):
+        with pytest.raises(ConfigError, match=r"adds twice.*Set subject\.attention to auto or sdpa"):
+            make({"model": str(folder), "attention": "eager"})
+    rotary = catalogue.make_subject(tmp_path / "rotary", "falcon")
+    assert Subject.load({"model": str(rotary), "attention": "eager"}).attention == "eager"
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "electra"])
