@@ -105,8 +105,8 @@ RULES: dict[str, Rule] = {
     "deepseek-llm": Rule((*_cut(*_DEEPSEEK_LLM), _DIGITS, _BYTES)),
     "deepseek-coder": Rule((*_cut(*_DEEPSEEK_CODER), _DIGITS, _BYTES)),
 }
-# `falcon3` and `falcon-h1` are not here. llama.cpp reads both by Llama 3's rule, but Falcon-H1's report says
-# that its tokenizers split digits and punctuation (arXiv:2507.22448); Falcon 3's rule could not be compared.
+# `falcon3` and `falcon-h1` are not here: llama.cpp reads both by Llama 3's rule, which could not be compared
+# with their original tokenizers.
 """Name -> rule. Which models each name stands for is in llama.cpp's src/llama-vocab.cpp."""
 
 

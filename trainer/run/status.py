@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import time
+from typing import TYPE_CHECKING
 
 from winnow.schemas.config import PricesSpec
 from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
 from winnow.schemas.service import STATUS_KEY, RunState, RunStatus
 from winnow.store.objects import ObjectStore
 from winnow.trainer.run.metrics import RUNS
-from winnow.trainer.step import Run, SetRun
+
+if TYPE_CHECKING:
+    from winnow.trainer.step import Run, SetRun
 
 STOP_KEY = "stop.json"
 """Its presence asks the run to make a checkpoint and end; `winnow resume` removes it."""
