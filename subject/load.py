@@ -55,6 +55,7 @@ class Subject:
         model: The transformers model, in eval mode, without gradients.
         device: The device it runs on; with `device_map`, the first one.
         dtype: dtype of its weights and activations.
+        d_model: D of the residual stream, as the config has it.
         layout: Its blocks.
         attention: The attention implementation in use.
         truncated: Whether later layers and the LM head were dropped at loading.
@@ -75,6 +76,7 @@ class Subject:
         self.layout = layout
         self.device = device
         self.dtype = cast(torch.dtype, model.dtype)
+        self.d_model = int(model.config.get_text_config().hidden_size)
         self.attention: Literal["sdpa", "eager"] = attention_of(model, spec)
         self._located = located
         self._modules = modules
@@ -477,9 +479,8 @@ class Subject:
 
     def _widths(self, taps: list[Tap]) -> dict[Tap, int]:
         """D at each tap, from a forward pass; without weights, of the named sites only, from the config."""
-        width = int(self.model.config.get_text_config().hidden_size)
         if self.device.type == "meta" and all(tap.named for tap in taps):
-            return {tap: width if tap.of_stream else self._width_of(tap) for tap in taps}
+            return {tap: self.d_model if tap.of_stream else self._width_of(tap) for tap in taps}
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         with torch.no_grad():
             # To the end, so that a module in a loop is refused here: the harvest stops at the last hook, and
@@ -487,11 +488,11 @@ class Subject:
             found = read_taps(self.model, taps, lambda: self._body(ids), (1, 2), stop=False)
         widths = {tap: found[tap.hook].shape[-1] for tap in taps}
         for tap, got in widths.items():
-            if tap.of_stream and got != width:
+            if tap.of_stream and got != self.d_model:
                 raise ConfigError(
                     f"hook {tap.hook!r}: {tap.path} gives rows of another width than the residual stream of "
                     f"{self.layout.architecture!r} has",
-                    expected=f"D = {width}",
+                    expected=f"D = {self.d_model}",
                     got=f"D = {got}",
                     fix="Name the path of a module that gives what you want to read",
                 )
@@ -500,11 +501,9 @@ class Subject:
     def _width_of(self, tap: Tap) -> int:
         """The width that a linear layer reads, or that a router gives, from its shape alone."""
         layer = self.model.get_submodule(tap.path)
-        if tap.read_only:
-            found = router_width(layer)
-        else:
-            # GPT-2's layer of this kind has another field for it.
-            found = getattr(layer, "in_features", None) or getattr(layer, "nx", None)
+        # GPT-2's layer of this kind has another field for it.
+        read = getattr(layer, "in_features", None) or getattr(layer, "nx", None)
+        found = router_width(layer) if tap.read_only else read
         if found is None:
             raise ConfigError(
                 f"hook {tap.hook!r}: the width of {tap.path} cannot be told without running the subject",

@@ -35,7 +35,7 @@ def check_set(subject: Subject, set_: TranscoderSet) -> None:
         raise mismatch(
             "layers", "the set", expected=f"0 to {layers - 1}", of="the subject", got=set_.layers[-1]
         )
-    width = subject.sites(["resid_pre.0"])[0].d_model
+    width = subject.d_model
     if set_.d_model != width:
         raise mismatch("width D", "the set", expected=width, of="the subject", got=set_.d_model)
     device = set_[set_.layers.start].W_enc.device

@@ -61,7 +61,7 @@ class DirectLogits:
         self._norm = _final_norm(subject)
         self._head: Any = subject.model.get_output_embeddings()
         self._device, self._dtype = subject.device, subject.dtype
-        self._width = int(subject.model.config.get_text_config().hidden_size)
+        self._width = subject.d_model
 
     @torch.no_grad()
     def __call__(self, directions: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _final_norm(subject: Subject) -> nn.Module:
         ConfigError: There is none, or several.
     """
     # By class and shape, not by name: families call it `norm`, `ln_f` or `final_layer_norm`.
-    width = int(subject.model.config.get_text_config().hidden_size)
+    width = subject.d_model
     owner = subject.model.get_submodule(subject.layout.blocks.rpartition(".")[0])
     found = {
         name: child

@@ -292,7 +292,7 @@ def _linear_norm(subject: Subject, layer: int) -> HeldNorm | None:
         return None
     # A copy in float32: in bfloat16 no norm is linear to four digits.
     module = copy.deepcopy(subject.model.get_submodule(path)).float().cpu()
-    width = int(subject.model.config.get_text_config().hidden_size)
+    width = subject.d_model
     probe = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
     held = HeldNorm.fit(module, probe, module(probe))
     if held is None:
