@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -96,7 +97,7 @@ def _session(settings: CrewSettings) -> Generator[None]:
     try:
         ray.init(
             address=address or "local",
-            job_config=_without_working_directory(),
+            job_config=_looking_where_the_driver_looks(),
             logging_level=logging.ERROR,
             log_to_driver=False,
             **local,
@@ -126,18 +127,19 @@ def _session(settings: CrewSettings) -> Generator[None]:
         ray.shutdown()
 
 
-class _NoPaths(list[str]):
+class _DriversPaths(list[str]):
     def extend(self, iterable: Iterable[str]) -> None:
-        del iterable
+        own = {Path(path).resolve() for path in sys.path}
+        super().extend(path for path in iterable if Path(path).resolve() in own)
 
 
-def _without_working_directory() -> JobConfig:
-    """A job whose workers do not look for modules in the driver's working directory."""
+def _looking_where_the_driver_looks() -> JobConfig:
+    """A job whose workers look for modules in the driver's working directory only if the driver does."""
     # Ray looks there before anywhere else: a user's `random.py` or `datasets.py` would be imported instead of
     # what our libraries mean, and every worker would die of it. The command itself does not look there.
     # Ray has no option for it; if this attribute of its own went away, it would look there again.
     config = JobConfig()
-    config._py_driver_sys_path = _NoPaths()  # pyright: ignore[reportPrivateUsage]
+    config._py_driver_sys_path = _DriversPaths()  # pyright: ignore[reportPrivateUsage]
     return config
 
 

@@ -583,7 +583,8 @@ def _truncate(model: transformers.PreTrainedModel, layout: Layout, layers: int) 
     for path, module in list(model.named_modules()):
         if module is head:
             owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, None)
+            # Not None: where `base_model` is the whole model (Llama 4's text model), a pass runs it.
+            setattr(model.get_submodule(owner), name, nn.Identity())
 
 
 def _told(positions: Tensor | None) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from winnow.explorer.site.lane import Busy, Lane
 from winnow.explorer.site.serve import make_app
 from winnow.sae.model import Sae
 from winnow.schemas.config import StorageSpec
-from winnow.schemas.errors import ConfigError, SaeMismatch
+from winnow.schemas.errors import ConfigError, NoSae, SaeMismatch
 from winnow.schemas.evaluation import Evaluation
 from winnow.schemas.features import Explanation
 from winnow.store import ActivationStore
@@ -456,9 +456,13 @@ def test_every_reply_carries_the_policy(client):
         assert "*" not in policy
 
 
-def test_what_is_not_indexed_is_refused(site):
+def test_what_is_not_indexed_is_refused(site, tmp_path):
+    place = Place.of(site.config_path, None)
+    sae = shutil.copytree(site.saes[0], tmp_path / "sae", ignore=shutil.ignore_patterns("features"))
     with pytest.raises(ConfigError, match="no finished index"):
-        open_desk([site.root], None, Place.of(site.config_path, None), 1)
+        open_desk([str(sae)], None, place, 1)
+    with pytest.raises(NoSae, match=r"holds no SAE: .* got a dataset"):
+        open_desk([site.root], None, place, 1)
 
 
 def test_an_sae_that_is_not_the_one_that_was_indexed_is_refused(site):
