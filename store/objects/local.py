@@ -7,11 +7,11 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,14 @@ from winnow.common.paths import expand_user
 from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
 from winnow.store.objects.base import MAX_GET_BYTES, Data, Digest, ObjectStore, Pieces, Ready, check_key
 
+T = TypeVar("T")
+
 _TEMP = ".tmp"
 # Longer than any put takes: a younger file may belong to a process that is still writing it.
 _STALE_SECONDS = 24 * 3600
+# How often a folder that another process removes between our mkdir and our use is made again. Each probe and
+# each delete removes its folder once, so a few tries do.
+_TRIES = 100
 # Linux writes less than 2 GiB in one call, whatever it is asked for.
 _WRITE_BYTES = 64 << 20
 
@@ -58,17 +63,15 @@ class LocalStore(ObjectStore):
         if path.exists():
             return False
         try:
-            _make_folder(path.parent)
+            _again(lambda: _make_folder(path.parent))
             temp = self._write_temp(data, ready)
             try:
                 # A link and not a rename, which would silently replace another writer's object.
-                os.link(temp, path)
+                _in_folder(path.parent, lambda: os.link(temp, path))
             except FileExistsError:
                 return False
             finally:
                 temp.unlink(missing_ok=True)
-            # Without it a power cut may lose the name although the bytes are on the disk.
-            _sync_folder(path.parent)
         except OSError as error:
             self._fail(error, key, "writing")
         return True
@@ -77,13 +80,12 @@ class LocalStore(ObjectStore):
         """See `ObjectStore.put`."""
         path = self._path(key)
         try:
-            _make_folder(path.parent)
+            _again(lambda: _make_folder(path.parent))
             temp = self._write_temp(data)
             try:
-                temp.replace(path)
+                _in_folder(path.parent, lambda: temp.replace(path))
             finally:
                 temp.unlink(missing_ok=True)
-            _sync_folder(path.parent)
         except OSError as error:
             self._fail(error, key, "writing")
 
@@ -116,16 +118,13 @@ class LocalStore(ObjectStore):
     def _open_temp(self) -> tuple[Path, int]:
         """Create a temporary file; its path and descriptor."""
         temp = self._temp / secrets.token_hex(16)
-        for _ in range(2):
-            # Another process's probe may remove its empty folders between our mkdir and our open.
-            with suppress(FileNotFoundError):
-                return self._create(temp)
-        return self._create(temp)
 
-    def _create(self, temp: Path) -> tuple[Path, int]:
-        # O_EXCL: two writers must never share a temporary file, whatever its name.
-        _make_folder(self._temp)
-        return temp, os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        def create() -> int:
+            _make_folder(self._temp)
+            # O_EXCL: two writers must never share a temporary file, whatever its name.
+            return os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+        return temp, _again(create)
 
     def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:
         """See `ObjectStore.get`."""
@@ -219,9 +218,11 @@ class LocalStore(ObjectStore):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 place = Path(folder)
                 for name in files:
-                    if not name.startswith("."):
-                        path = place / name
-                        found.append((path.relative_to(self._root).as_posix(), path.stat().st_size))
+                    path = place / name
+                    # An object that was deleted meanwhile is not listed.
+                    with suppress(FileNotFoundError):
+                        if not name.startswith("."):
+                            found.append((path.relative_to(self._root).as_posix(), path.stat().st_size))
         except OSError as error:
             self._fail(error, prefix, "listing")
         found.sort()
@@ -255,13 +256,16 @@ class LocalStore(ObjectStore):
     def probe(self, single_writer: bool = False) -> None:
         """See `ObjectStore.probe`; also removes day-old leftovers of killed processes.
 
-        A root that did not exist before does not exist afterwards either.
+        A root that did not exist before does not exist afterwards either, unless another process uses it
+        meanwhile.
         """
         try:
-            leftovers = list(self._temp.iterdir()) if self._temp.is_dir() else []
-            for path in leftovers:
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink(missing_ok=True)
+            # What vanishes meanwhile is another's: a put that ends, or a probe that removes its folders.
+            with suppress(FileNotFoundError, NotADirectoryError):
+                for path in self._temp.iterdir():
+                    with suppress(FileNotFoundError):
+                        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                            path.unlink()
         except OSError as error:
             self._fail(error, "", "tidying")
         # `winnow plan` probes before it reads the corpus; a plan that is then refused must leave no folder.
@@ -307,6 +311,32 @@ def _some(views: list[memoryview]) -> list[memoryview]:
         chosen.append(view[:room])
         room -= len(chosen[-1])
     return chosen
+
+
+def _again(act: Callable[[], T]) -> T:
+    """Call `act`, which makes folders and uses them, until no other process removes them in between.
+
+    Object storage has no folders, so `delete` and `probe` remove those that they leave empty, and a put
+    beside them may find its own gone.
+    """
+    for _ in range(_TRIES - 1):
+        with suppress(FileNotFoundError):
+            return act()
+    return act()
+
+
+def _in_folder(folder: Path, place: Callable[[], object]) -> None:
+    """Make `folder`, `place` a file in it, and sync the folder."""
+
+    def act() -> None:
+        _make_folder(folder)
+        place()
+
+    _again(act)
+    # Without it a power cut may lose the name although the bytes are on the disk. A folder that is gone held
+    # an object that was deleted since.
+    with suppress(FileNotFoundError):
+        _sync_folder(folder)
 
 
 def _make_folder(path: Path) -> None:
