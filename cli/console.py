@@ -126,7 +126,7 @@ MetricsPort = Annotated[
     typer.Option(
         "--metrics-port",
         metavar="PORT",
-        help="Serve Prometheus metrics (/metrics) and /healthz on this port meanwhile; 0: a free one",
+        help="Serve Prometheus metrics (/metrics) and /healthz on this port meanwhile; 0: a free one.",
     ),
 ]
 MetricsHost = Annotated[
@@ -134,7 +134,7 @@ MetricsHost = Annotated[
     typer.Option(
         "--metrics-host",
         metavar="ADDRESS",
-        help="Address that --metrics-port listens on; 0.0.0.0: anyone who reaches the machine may read",
+        help="Address that --metrics-port listens on; 0.0.0.0: anyone who reaches the machine may read.",
     ),
 ]
 

@@ -28,27 +28,27 @@ def register(app: typer.Typer) -> None:
 
 
 def estimate_command(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with a section `train`")],
-    gpu: Annotated[str, typer.Option(help=CARDS)] = "h100",
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with a section `train`.")],
+    gpu: Annotated[str, typer.Option(help=f"{CARDS}.")] = "h100",
     count: Annotated[
-        int, typer.Option(help="Number of GPUs; `train.mesh` says how they share the work", min=1)
+        int, typer.Option(help="Number of GPUs; `train.mesh` says how they share the work.", min=1)
     ] = 1,
     # A float, so that `40e9` can be given.
     tokens: Annotated[
         float,
-        typer.Option(help="Rows of the whole run; default from the dataset and `train.epochs`", min=0),
+        typer.Option(help="Rows of the whole run; default from the dataset and `train.epochs`.", min=0),
     ] = 0,
-    d_model: Annotated[int, typer.Option(help="Width of the rows; default the dataset's", min=0)] = 0,
+    d_model: Annotated[int, typer.Option(help="Width of the rows; default the dataset's.", min=0)] = 0,
     price: Annotated[
-        float, typer.Option(help="Price of one GPU per hour; default `prices.trainer_hour`", min=0)
+        float, typer.Option(help="Price of one GPU per hour; default `prices.trainer_hour`.", min=0)
     ] = 0,
     set: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a field; repeatable, the last of a field wins"
+            "--set", metavar="KEY=VALUE", help="Override a field; repeatable, the last of a field wins."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Estimate a run on some GPUs: memory, step time, tokens/s, hours, cost. Trains nothing.
 

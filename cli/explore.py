@@ -22,19 +22,19 @@ TOKEN_VARIABLE = "WINNOW_EXPLORER_TOKEN"
 """Environment variable with the token that requests must carry; if it is not set, one is drawn."""
 
 SaeUri = Annotated[
-    str, typer.Argument(metavar="SAE", help="Folder or URI of a published SAE or transcoder set")
+    str, typer.Argument(metavar="SAE", help="Folder or URI of a published SAE or transcoder set.")
 ]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
-        "--config", metavar="FILE", help="YAML file with `root` and, if wanted, `subject` and `storage`"
+        "--config", metavar="FILE", help="YAML file with `root` and, if wanted, `subject` and `storage`."
     ),
 ]
 Root = Annotated[
     str | None,
-    typer.Option("--root", metavar="ROOT", help="The dataset: folder or URI; overrides the config's"),
+    typer.Option("--root", metavar="ROOT", help="The dataset: folder or URI; overrides the config's."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,16 +50,18 @@ def index_command(
     root: Root = None,
     out: Annotated[
         str | None,
-        typer.Option("--out", metavar="DIR", help="Folder of the index; default SAE/features, of each layer"),
+        typer.Option(
+            "--out", metavar="DIR", help="Folder of the index; default SAE/features, of each layer."
+        ),
     ] = None,
     scratch: Annotated[
         str | None,
         typer.Option(
-            "--scratch", metavar="DIR", help="Local folder for intermediate codes; default OUT/scratch"
+            "--scratch", metavar="DIR", help="Local folder for intermediate codes; default OUT/scratch."
         ),
     ] = None,
     units: Annotated[
-        int | None, typer.Option(help="Read this many units of the dataset; default all")
+        int | None, typer.Option(help="Read this many units of the dataset; default all.")
     ] = None,
     rows: Annotated[
         str | None,
@@ -67,30 +69,30 @@ def index_command(
             "--rows",
             metavar="YAML",
             help="Rows by their labels: '{roles: [assistant]}'; '{}' for all; "
-            "default those that the SAE was trained on",
+            "default those that the SAE was trained on.",
         ),
     ] = None,
-    top: Annotated[int, typer.Option(help="Best windows kept per latent")] = 16,
+    top: Annotated[int, typer.Option(help="Best windows kept per latent.")] = 16,
     logits: Annotated[
-        int, typer.Option(help="Promoted and suppressed tokens kept per latent; 0 skips the subject")
+        int, typer.Option(help="Promoted and suppressed tokens kept per latent; 0 skips the subject.")
     ] = 12,
     neighbours: Annotated[
-        int, typer.Option(help="Nearest latents kept per latent, by cosine and by co-activation")
+        int, typer.Option(help="Nearest latents kept per latent, by cosine and by co-activation.")
     ] = 12,
     workers: Annotated[
-        int, typer.Option(min=1, help="Workers, Ray actors if more than one; 1 runs in this process")
+        int, typer.Option(min=1, help="Workers, Ray actors if more than one; 1 runs in this process.")
     ] = 1,
     threads: Annotated[
-        int, typer.Option(min=0, help="CPU threads per worker; 0 divides a machine's cores")
+        int, typer.Option(min=0, help="CPU threads per worker; 0 divides a machine's cores.")
     ] = 0,
     gpus: Annotated[
         float | None,
-        typer.Option(min=0, help="GPUs per worker, or a share of one; default one if there are any"),
+        typer.Option(min=0, help="GPUs per worker, or a share of one; default one if there are any."),
     ] = None,
     ray_address: Annotated[
         str | None,
         typer.Option(
-            envvar="RAY_ADDRESS", help="A running Ray cluster, auto or host:6379; default a new one"
+            envvar="RAY_ADDRESS", help="A running Ray cluster, auto or host:6379; default a new one."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -170,7 +172,7 @@ def explore_command(
         list[str] | None,
         typer.Argument(
             metavar="[SAE...]",
-            help="Published SAEs with an index, two can be compared; or one transcoder set",
+            help="Published SAEs with an index, two can be compared; or one transcoder set.",
         ),
     ] = None,
     config: ConfigFile = None,
@@ -180,7 +182,7 @@ def explore_command(
         typer.Option(
             "--index",
             metavar="DIR",
-            help="Folder of an SAE's index, in the SAEs' order; default SAE/features",
+            help="Folder of an SAE's index, in the SAEs' order; default SAE/features.",
         ),
     ] = None,
     graph: Annotated[
@@ -190,18 +192,20 @@ def explore_command(
             metavar="FILE",
             exists=True,
             dir_okay=False,
-            help="An attribution graph to show beside those in SET/graphs; may be repeated",
+            help="An attribution graph to show beside those in SET/graphs; may be repeated.",
         ),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one")] = 8517,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")
+    ] = 8517,
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen on. Beyond loopback requests need a token, printed at the start"
+            help="Address to listen on. Beyond loopback requests need a token, printed at the start."
         ),
     ] = "127.0.0.1",
     seats: Annotated[
-        int, typer.Option(min=1, help="Requests to the model at a time, waiting ones included")
+        int, typer.Option(min=1, help="Requests to the model at a time, waiting ones included.")
     ] = 8,
 ) -> None:
     """Look at SAEs in the browser: what each latent fires on, what it promotes, what it does to the text.
@@ -241,11 +245,11 @@ def explore_command(
 def export_command(
     sae: SaeUri,
     latents: Annotated[
-        str, typer.Option(metavar="LIST", help="3,10-12 for instance, or all (at most 10,000)")
+        str, typer.Option(metavar="LIST", help="3,10-12 for instance, or all (at most 10,000).")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Local folder for the files")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Local folder for the files.")],
     index: Annotated[
-        str | None, typer.Option("--index", metavar="DIR", help="Folder of the index; default SAE/features")
+        str | None, typer.Option("--index", metavar="DIR", help="Folder of the index; default SAE/features.")
     ] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,

@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
             Path, typer.Argument(metavar="SRC", help="The file or folder of the other library.")
         ],
         format_name: Annotated[
-            str, typer.Option("--from", metavar="FORMAT", help=f"{READ}; sets: {SETS_READ}; {GRAPH}")
+            str, typer.Option("--from", metavar="FORMAT", help=f"{READ}; sets: {SETS_READ}; {GRAPH}.")
         ],
         out: Annotated[str, typer.Option(help="Folder or URI to write the SAE or set to.")],
         hook: Annotated[
@@ -82,7 +82,7 @@ def register(app: typer.Typer) -> None:
                     "--centred": centred,
                     "--reads": reads,
                 }
-                _refuse_options(options, f"no option with --from {GRAPH}")
+                _refuse_options(options, f"no option with --from {GRAPH}.")
                 _import_graph(source, out, as_json)
                 return
             if _is_of_sets(format_name):
@@ -115,7 +115,7 @@ def register(app: typer.Typer) -> None:
             str, typer.Argument(metavar="SAE", help="Folder or URI of the SAE or set; a graph's file.")
         ],
         format_name: Annotated[
-            str, typer.Option("--to", metavar="FORMAT", help=f"{WRITTEN}; sets: {SETS_WRITTEN}; {GRAPH}")
+            str, typer.Option("--to", metavar="FORMAT", help=f"{WRITTEN}; sets: {SETS_WRITTEN}; {GRAPH}.")
         ],
         out: Annotated[Path, typer.Option(help="Folder to write into; must be empty or absent.")],
         model: Annotated[
@@ -132,7 +132,7 @@ def register(app: typer.Typer) -> None:
             from winnow.sae.formats.convert import export_sae
 
             if _is_graph(format_name):
-                _refuse_options({"--model": model, "--dataset": dataset}, f"no option with --to {GRAPH}")
+                _refuse_options({"--model": model, "--dataset": dataset}, f"no option with --to {GRAPH}.")
                 _export_graph(Path(sae), out, as_json)
                 return
             if _is_of_sets(format_name):

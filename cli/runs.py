@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from winnow.schemas.service import RunStatus
     from winnow.store.objects import ObjectStore
 
-Root = Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URI that holds runs")]
-RunUri = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI (its train.out)")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URI that holds runs.")]
+RunUri = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI (its train.out).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -68,8 +68,8 @@ def _show(root: str, found: list[RunView], jobs: list[dict[str, Any]], rows: lis
 
 def watch_command(
     run: RunUri,
-    every: Annotated[float, typer.Option(help="Seconds between two updates", min=0.2)] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Show it once and exit")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two updates.", min=0.2)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show it once and exit.")] = False,
 ) -> None:
     """Show a run while it trains, wherever it does: progress, curves, where a step's time goes.
 

@@ -22,13 +22,13 @@ def register(app: typer.Typer) -> None:
 
 
 def scaling_command(
-    runs: Annotated[str, typer.Argument(metavar="RUNS", help="Folder or URI of a sweep (its sweep.out)")],
+    runs: Annotated[str, typer.Argument(metavar="RUNS", help="Folder or URI of a sweep (its sweep.out).")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for scaling.md, .json, .png, .svg; default beside the runs")
+        Path | None, typer.Option(help="Folder for scaling.md, .json, .png, .svg; default beside the runs.")
     ] = None,
-    bootstraps: Annotated[int, typer.Option(help="Bootstrap draws for the intervals", min=20)] = 400,
-    seed: Annotated[int, typer.Option(help="Seed of the fits' starts and of the draws", min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")] = False,
+    bootstraps: Annotated[int, typer.Option(help="Bootstrap draws for the intervals.", min=20)] = 400,
+    seed: Annotated[int, typer.Option(help="Seed of the fits' starts and of the draws.", min=0)] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Fit scaling laws to the SAEs of a sweep, and report how well they predict the largest ones.
 

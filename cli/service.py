@@ -18,15 +18,15 @@ def register(app: typer.Typer) -> None:
 
 
 def serve_command(
-    root: Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URI that holds the queue")],
-    workers: Annotated[int, typer.Option(help="Jobs at a time on a CPU; with GPUs, one per GPU", min=1)] = 1,
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URI that holds the queue.")],
+    workers: Annotated[int, typer.Option(help="Jobs at a time on a CPU; with GPUs, one per GPU.", min=1)] = 1,
     gpus: Annotated[
-        str, typer.Option(help="GPUs to use, such as `0,2`; `all`, or `none` for the CPU")
+        str, typer.Option(help="GPUs to use, such as `0,2`; `all`, or `none` for the CPU.")
     ] = "all",
-    port: Annotated[int, typer.Option(help="Port of /healthz and /metrics on 127.0.0.1; 0: a free one")] = 0,
-    poll: Annotated[float, typer.Option(help="Seconds between two reads of the queue", min=0.05)] = 2.0,
+    port: Annotated[int, typer.Option(help="Port of /healthz and /metrics on 127.0.0.1; 0: a free one.")] = 0,
+    poll: Annotated[float, typer.Option(help="Seconds between two reads of the queue.", min=0.05)] = 2.0,
     until_empty: Annotated[
-        bool, typer.Option("--until-empty", help="Exit once no job is left that can be trained here")
+        bool, typer.Option("--until-empty", help="Exit once no job is left that can be trained here.")
     ] = False,
 ) -> None:
     """Train what `winnow submit CONFIG --to ROOT` puts into the queue, each job in its own processes.

@@ -35,25 +35,29 @@ def submit_command(
         list[str],
         typer.Argument(
             metavar="-- COMMAND CONFIG [ARGS]... | CONFIG [--set KEY=VALUE]...",
-            help="Command that `winnow` runs there; with --to, the config to train",
+            help="Command that `winnow` runs there; with --to, the config to train.",
         ),
     ],
     to: Annotated[
-        str, typer.Option(metavar="ROOT", help="Put a config into the queue of `winnow serve-trainer ROOT`")
+        str, typer.Option(metavar="ROOT", help="Put a config into the queue of `winnow serve-trainer ROOT`.")
     ] = "",
-    attempts: Annotated[int, typer.Option(help="With --to: attempts before the job has failed", min=1)] = 3,
+    attempts: Annotated[int, typer.Option(help="With --to: attempts before the job has failed.", min=1)] = 3,
     address: Annotated[
-        str, typer.Option(envvar="RAY_ADDRESS", help="The cluster's dashboard, http://HEAD:8265")
+        str, typer.Option(envvar="RAY_ADDRESS", help="The cluster's dashboard, http://HEAD:8265.")
     ] = "",
-    working_dir: Annotated[Path, typer.Option(help="Folder to upload; must contain the config")] = Path(),
+    working_dir: Annotated[Path, typer.Option(help="Folder to upload; must contain the config.")] = Path(),
     env: Annotated[
         list[str],
-        typer.Option(metavar="NAME", help="Pass a variable of this shell to the job; no secrets; repeatable"),
+        typer.Option(
+            metavar="NAME", help="Pass a variable of this shell to the job; no secrets; repeatable."
+        ),
     ] = [],  # noqa: B006
-    cpus: Annotated[float, typer.Option(help="CPUs for the command itself (not for its actors)", min=0)] = 0,
-    gpus: Annotated[float, typer.Option(help="GPUs for the command itself, such as `train`", min=0)] = 0,
-    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave it running")] = False,
-    python: Annotated[str, typer.Option(help="The cluster's Python, with Winnow's dependencies")] = "python",
+    cpus: Annotated[float, typer.Option(help="CPUs for the command itself (not for its actors).", min=0)] = 0,
+    gpus: Annotated[float, typer.Option(help="GPUs for the command itself, such as `train`.", min=0)] = 0,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Print the job's id and leave it running.")
+    ] = False,
+    python: Annotated[str, typer.Option(help="The cluster's Python, with Winnow's dependencies.")] = "python",
 ) -> None:
     """Put a config into a trainer service's queue, or run a Winnow command as a job on a Ray cluster.
 

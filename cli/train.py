@@ -150,7 +150,8 @@ def register_sweep(app: typer.Typer) -> None:
         with guard(), interrupted_by_signals():
             from winnow.common.config_file import load_config
             from winnow.store.read.joined import open_roots
-            from winnow.trainer.plan.sweep import grid_specs, require_room
+            from winnow.trainer.plan.grid import grid_specs
+            from winnow.trainer.plan.sweep import require_room
             from winnow.trainer.run.loop import train_fleet
 
             settings = load_config(config, set_ or [])

@@ -30,8 +30,8 @@ from winnow.schemas.service import JOBS, JobBeat, JobClaim, JobEnd, TrainJob
 from winnow.store.format.layout import PLAN_KEY
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.records.commit import settle
-from winnow.trainer.mesh.world import check_mesh
-from winnow.trainer.plan.sweep import grid_specs
+from winnow.trainer.mesh.fit import check_mesh
+from winnow.trainer.plan.grid import grid_specs
 from winnow.trainer.run.status import STOP_KEY
 
 # Strict, since keys come from a listing: other objects below a root are not ours.

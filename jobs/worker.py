@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         from winnow.cli.console import reporting_to_console
         from winnow.jobs.queue import Queue
         from winnow.trainer.mesh.world import launch_of, only_the_first_tells
-        from winnow.trainer.plan.sweep import grid_specs
+        from winnow.trainer.plan.grid import grid_specs
         from winnow.trainer.run.loop import train_fleet
 
         queue = Queue(open_store(root))

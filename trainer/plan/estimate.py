@@ -21,7 +21,7 @@ from winnow.common.figures import count_of, human_bytes, human_hours
 from winnow.schemas.errors import ConfigError, DependencyMissing
 from winnow.schemas.harvest import Dtype, row_bytes
 from winnow.schemas.training import SaeParts, TrainSpec
-from winnow.trainer.mesh.world import check_mesh
+from winnow.trainer.mesh.fit import check_mesh
 from winnow.trainer.plan.memory import DEAD_SHARE, Memory, gpu_memory, standing_memory
 from winnow.trainer.plan.no_triton import has_triton
 from winnow.trainer.plan.paper import Paper, step_on_paper

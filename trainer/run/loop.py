@@ -30,8 +30,9 @@ from winnow.store import ActivationStore
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.joined import JoinedStore, open_roots
 from winnow.store.read.torch_stream import Batch
+from winnow.trainer.mesh.fit import check_mesh
 from winnow.trainer.mesh.rows import SharedRows
-from winnow.trainer.mesh.world import Launch, World, check_mesh, open_world
+from winnow.trainer.mesh.world import Launch, World, open_world
 from winnow.trainer.run.member import Member
 from winnow.trainer.run.publish import Summary, finished_summary, put_summary
 from winnow.trainer.run.start import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import winnow
 from winnow.cli.estimate import CARDS
 from winnow.cli.evaluate import FAMILIES
 from winnow.cli.formats import READ, WRITTEN
-from winnow.cli.main import COMMANDS, app, load_command
+from winnow.cli.main import COMMANDS, ELSEWHERE, app, load_command
 from winnow.cli.recovery import ALL
 
 STAGES = {"fastapi", "matplotlib", "numpy", "obstore", "pyarrow", "ray", "scipy", "torch", "transformers"}
@@ -146,6 +147,46 @@ def test_a_mistyped_command_is_corrected_and_none_shows_the_list():
     assert result.exit_code == 2
     assert "Did you mean 'train'?" in result.stderr
     assert all(name in CliRunner().invoke(app, []).output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("word", ELSEWHERE)
+def test_what_is_elsewhere_is_said_to_be_there(word):
+    assert word not in COMMANDS
+    result = CliRunner().invoke(app, [word, "runs/x"])
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert f"No such command '{word}'." in said
+    assert re.search(r"`winnow (explore|evaluate|runs) ", said)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_help_says_what_each_argument_and_option_is_in_a_sentence_and_shows_an_example(name):
+    command = load_command(name)
+    for parameter in command.params:
+        assert parameter.help, parameter.name
+        assert parameter.help.endswith("."), parameter.help
+    assert "Example" in f"{command.help} {command.epilog}"
+
+
+@pytest.mark.parametrize("arguments", [["runs", "."], ["watch", "."], ["stop", "."], ["resume", "."]])
+def test_what_only_reads_a_status_waits_for_no_large_library(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [[code, _]], modules = json.loads(python(IMPORTED, json.dumps([arguments])))
+    assert code == 2  # nothing is there: each has looked
+    assert not set(modules) & {"torch", "pyarrow", "scipy", "transformers", "ray", "zarr", "matplotlib"}
+
+
+def test_what_fills_and_lists_a_queue_waits_for_no_large_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        "root: data/x\ntrain: {out: runs/x, hook: a.b, latents: 8, k: 2}\n"
+        "sweep: {out: runs/grid, grid: {k: [1, 2]}}\n"
+    )
+    arguments = [["submit", "run.yaml", "--to", "queue"], ["runs", "queue"]]
+    results, modules = json.loads(python(IMPORTED, json.dumps(arguments)))
+    assert [code for code, _ in results] == [0, 0]
+    assert "waiting" in results[1][1]
+    assert not set(modules) & {"torch", "pyarrow", "scipy", "transformers", "ray", "zarr", "matplotlib"}
 
 
 def test_version():

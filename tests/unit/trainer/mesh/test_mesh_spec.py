@@ -6,7 +6,7 @@ import pytest
 
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import TrainSpec
-from winnow.trainer.mesh.world import check_mesh
+from winnow.trainer.mesh.fit import check_mesh
 
 
 def spec(**fields):

@@ -10,7 +10,8 @@ import pytest
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.layers import SetSpec
 from winnow.schemas.training import MeshSpec, TrainSpec
-from winnow.trainer.mesh.world import Axis, World, check_mesh
+from winnow.trainer.mesh.fit import check_mesh
+from winnow.trainer.mesh.world import Axis, World
 from winnow.trainer.plan import estimate as estimate_module
 from winnow.trainer.plan.estimate import as_json, data_volume, estimate, table_rows
 from winnow.trainer.plan.memory import gpu_memory

@@ -13,7 +13,7 @@ from winnow.schemas.errors import ConfigError
 from winnow.schemas.service import RunStatus
 from winnow.store.objects import open_store
 from winnow.trainer.plan import sweep
-from winnow.trainer.plan.sweep import grid_specs
+from winnow.trainer.plan.grid import grid_specs
 from winnow.trainer.run.status import ask_to_stop
 
 BASE = {"out": "unused", "hook": "h.1", "latents": 64, "k": 4, "seed": 3}

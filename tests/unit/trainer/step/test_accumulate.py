@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from tests.unit.trainer.step.test_fused import B, K, N, make, rows, target_of
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.training import MeshSpec, TrainSpec
-from winnow.trainer.mesh.world import check_mesh
+from winnow.trainer.mesh.fit import check_mesh
 from winnow.trainer.run.checkpoint import pack
 from winnow.trainer.step import Run, auxk, train_step
 
