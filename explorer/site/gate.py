@@ -16,8 +16,10 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, RedirectResponse
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from winnow.explorer.site.refusal import refuse
 
 # The largest honest body is a text of 4,000 characters, up to 48 kB if JSON escapes every one of them.
 _MAX_BODY_BYTES = 64 * 1024
@@ -77,22 +79,22 @@ class Gate:
             return
         await self._app(scope, _bounded(receive), send_guarded)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | RedirectResponse | None:
+    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """The reply to a request that does not pass; None if it passes."""
         # Host first: after DNS rebinding the Origin agrees with the Host, and only the name is wrong.
         host = headers.get("host", "")
         if self._token is None and _name(host) not in LOOPBACK:
-            return _no(421, "This server answers to loopback names only, such as http://127.0.0.1")
+            return refuse(scope, 421, "This server answers to loopback names only, such as http://127.0.0.1")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
-            return _no(403, "Requests from other sites are refused")
+            return refuse(scope, 403, "Requests from other sites are refused")
         length = headers.get("content-length", "0")
         # At most 12 digits: `int` raises on a number of more than 4,300, which would be a server error.
         if not length.isdecimal() or len(length) > 12 or int(length) > _MAX_BODY_BYTES:
-            return _no(413, f"A request's body is at most {_MAX_BODY_BYTES} bytes")
+            return refuse(scope, 413, f"A request's body is at most {_MAX_BODY_BYTES} bytes")
         return self._without_token(scope, headers)
 
-    def _without_token(self, scope: Scope, headers: Headers) -> JSONResponse | RedirectResponse | None:
+    def _without_token(self, scope: Scope, headers: Headers) -> Response | None:
         if self._token is None:
             return None
         query = parse_qsl(scope["query_string"].decode("latin-1"))
@@ -106,7 +108,9 @@ class Gate:
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
         if self._right(bearer) or self._right(_cookie(headers.get("cookie", ""))):
             return None
-        return _no(401, "This server needs its token: open the address that it printed when it started")
+        return refuse(
+            scope, 401, "This server needs its token: open the address that it printed when it started"
+        )
 
     def _right(self, given: str) -> bool:
         # In constant time: a comparison that stops at the first difference tells how much was right.
@@ -128,10 +132,6 @@ def _cookie(header: str) -> str:
     except CookieError:
         return ""
     return morsel.value if morsel else ""
-
-
-def _no(status: int, why: str) -> JSONResponse:
-    return JSONResponse({"error": why}, status)
 
 
 def _bounded(receive: Receive) -> Receive:

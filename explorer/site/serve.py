@@ -10,13 +10,17 @@ from typing import Annotated
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi import Path as PathParameter
-from fastapi.responses import JSONResponse, Response
+from fastapi.exception_handlers import request_validation_exception_handler
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from winnow.explorer.site.api import make_router
 from winnow.explorer.site.card import Card
 from winnow.explorer.site.desk import Desk
 from winnow.explorer.site.gate import EMBED, Gate
 from winnow.explorer.site.lane import Busy
+from winnow.explorer.site.refusal import API, refuse
 from winnow.schemas.errors import ConfigError, StoreError, WinnowError
 
 log = logging.getLogger("winnow.explorer")
@@ -28,6 +32,7 @@ KINDS = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+_NOWHERE = "The explorer has nothing at this address"
 _RETRY_SECONDS = 3
 _EMBEDDED_EXAMPLES = 5
 
@@ -55,15 +60,26 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
     app.include_router(make_router(desk))
 
     @app.exception_handler(WinnowError)
-    def refused(_: Request, error: WinnowError) -> JSONResponse:
+    def refused(request: Request, error: WinnowError) -> Response:
         if isinstance(error, Busy):
-            return JSONResponse({"error": str(error)}, 503, {"Retry-After": str(_RETRY_SECONDS)})
+            return refuse(request.scope, 503, str(error), {"Retry-After": str(_RETRY_SECONDS)})
         if isinstance(error, ConfigError):
-            return JSONResponse({"error": str(error)}, 400)
+            return refuse(request.scope, 400, str(error))
         # The text of any other error may contain addresses of storage: it goes to the log, not to visitors.
         log.error("%s", error)
         kind = "storage" if isinstance(error, StoreError) else "the index or the SAE"
-        return JSONResponse({"error": f"Reading {kind} failed; the server's log says more"}, 500)
+        return refuse(request.scope, 500, f"Reading {kind} failed; the server's log says more")
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        if request.scope["path"].startswith(API):
+            return await request_validation_exception_handler(request, error)
+        return refuse(request.scope, 404, _NOWHERE)
+
+    @app.exception_handler(HTTPException)
+    def not_served(request: Request, error: HTTPException) -> Response:
+        why = _NOWHERE if error.status_code == 404 else f"{error.detail}: {request.method}"
+        return refuse(request.scope, error.status_code, why, error.headers)
 
     # Registered after the router, so that `/api/...` is never taken for a file's name.
     files = _load_files()
@@ -85,8 +101,10 @@ def make_app(desk: Desk, token: str | None = None) -> FastAPI:
 
     @app.get("/{name}", include_in_schema=False)
     def page(name: str) -> Response:
-        data, kind = files.get(name, (b"There is no such page.\n", None))
-        return Response(data, 200 if kind else 404, media_type=kind or "text/plain")
+        if name not in files:
+            raise HTTPException(404)
+        data, kind = files[name]
+        return Response(data, media_type=kind)
 
     # The gate is outermost: it also guards errors, unknown paths and the API's description.
     app.add_middleware(Gate, token=token)
