@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def command(
-    sae: Annotated[str, typer.Argument(metavar="SAE_URI", help="Folder or URI with sae.json or set.json.")],
+    sae: Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI with sae.json or set.json.")],
     prompt: Annotated[str | None, typer.Option(help="Text before the answer.")] = None,
     answer: Annotated[
         str | None,

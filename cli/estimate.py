@@ -36,11 +36,20 @@ def estimate_command(
     # A float, so that `40e9` can be given.
     tokens: Annotated[
         float,
-        typer.Option(help="Rows of the whole run; default from the dataset and `train.epochs`.", min=0),
+        typer.Option(
+            help="Rows of the whole run; default from the dataset and `train.epochs`.",
+            min=0,
+            show_default=False,
+        ),
     ] = 0,
-    d_model: Annotated[int, typer.Option(help="Width of the rows; default the dataset's.", min=0)] = 0,
+    d_model: Annotated[
+        int, typer.Option(help="Width of the rows; default the dataset's.", min=0, show_default=False)
+    ] = 0,
     price: Annotated[
-        float, typer.Option(help="Price of one GPU per hour; default `prices.trainer_hour`.", min=0)
+        float,
+        typer.Option(
+            help="Price of one GPU per hour; default `prices.trainer_hour`.", min=0, show_default=False
+        ),
     ] = 0,
     set: Annotated[
         list[str] | None,

@@ -49,7 +49,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 def evaluate_command(
-    sae: Annotated[str, typer.Argument(metavar="SAE_URI", help="Folder or URI with sae.json or set.json.")],
+    sae: Annotated[str, typer.Argument(metavar="SAE", help="Folder or URI with sae.json or set.json.")],
     config: Annotated[
         Path | None, typer.Option(help="YAML file with `root`; optionally `subject` and `evaluate`.")
     ] = None,
@@ -151,7 +151,7 @@ def _show(found: Evaluation) -> None:
 
 
 def compare_command(
-    saes: Annotated[list[str], typer.Argument(metavar="SAE_URI...", help="Evaluated SAEs, two or more.")],
+    saes: Annotated[list[str], typer.Argument(metavar="SAE", help="Evaluated SAEs, two or more.")],
     out: Annotated[
         str, typer.Option(help="Folder or URI for frontier.png, frontier.svg and compare.json.")
     ] = "runs/compare",

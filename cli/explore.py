@@ -171,7 +171,7 @@ def explore_command(
     saes: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SAE...]",
+            metavar="SAE",
             help="Published SAEs with an index, two can be compared; or one transcoder set.",
         ),
     ] = None,

@@ -43,7 +43,7 @@ def init_command(
     ],
     more: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILES]", help="More files, such as the rest of an unquoted *.txt."),
+        typer.Argument(metavar="FILES", help="More files, such as the rest of an unquoted *.txt."),
     ] = None,
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="The config that is written; must not exist.")

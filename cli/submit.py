@@ -34,8 +34,8 @@ def submit_command(
     command: Annotated[
         list[str],
         typer.Argument(
-            metavar="-- COMMAND CONFIG [ARGS]... | CONFIG [--set KEY=VALUE]...",
-            help="Command that `winnow` runs there; with --to, the config to train.",
+            metavar="-- COMMAND CONFIG [ARGS] | CONFIG",
+            help="Command that `winnow` runs there; with --to, the config to train, and --set KEY=VALUE.",
         ),
     ],
     to: Annotated[

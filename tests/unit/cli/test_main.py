@@ -165,6 +165,12 @@ def test_a_help_says_what_each_argument_and_option_is_in_a_sentence_and_shows_an
     for parameter in command.params:
         assert parameter.help, parameter.name
         assert parameter.help.endswith("."), parameter.help
+        # A default that the help names is not shown a second time as the number that stands for it.
+        named = "default" in parameter.help.lower() and parameter.default not in (None, [], ())
+        assert not (named and parameter.show_default), parameter.help
+        assert not (parameter.nargs == -1 and "..." in parameter.metavar), (
+            parameter.metavar
+        )  # typer adds them
     assert "Example" in f"{command.help} {command.epilog}"
 
 
