@@ -27,6 +27,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from winnow.common.figures import human_rate
+from winnow.common.memory import out_of_memory
 from winnow.common.reporter import Display, Lines, Progress, reporting, say
 from winnow.schemas.errors import WinnowError
 
@@ -188,7 +189,9 @@ def guard() -> Generator[None]:
     except WinnowError as error:
         stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or out_of_memory(error)):
+            raise
         # A sentence in place of a traceback: the question is what was lost, and nothing was.
         detail = f" ({' '.join(str(error).split())})" if str(error) else ""
         stderr.print(

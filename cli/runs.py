@@ -110,21 +110,28 @@ def _look(run: str, store: ObjectStore) -> tuple[RunView, Table]:
     return seen, table
 
 
-def stop_command(run: RunUri) -> None:
+def stop_command(
+    run: RunUri,
+    queue: Annotated[
+        str, typer.Option(metavar="ROOT", help="The queue in which the run's job still waits.")
+    ] = "",
+) -> None:
     """Ask a run to write a checkpoint and exit, wherever it trains; takes about 5 s and a step.
 
-    A service does not restart it before `winnow resume`.
+    A service does not restart it before `winnow resume`. With --queue a job is stopped that has not begun.
 
     Example: `winnow stop runs/quickstart`
     """
     with guard():
+        from winnow.jobs.queue import require_job
         from winnow.store.objects import open_store
-        from winnow.trainer.run.status import ask_to_stop
+        from winnow.trainer.run.status import ask_to_stop, read_status
 
         store = open_store(run)
-        status = _require_status(store, run)
+        if queue and read_status(store) is None:
+            require_job(open_store(queue), run)
         # The mark would stay in the folder and stop a later `winnow train --extend`.
-        if status.state == "finished":
+        elif _require_status(store, run).state == "finished":
             raise ConfigError(f"{run} is finished", fix="There is nothing to stop")
         ask_to_stop(store)
         say(f"{run} was asked to stop; `winnow runs` shows when it has")
@@ -140,9 +147,9 @@ def resume_command(run: RunUri) -> None:
         from winnow.trainer.run.status import withdraw_stop
 
         store = open_store(run)
-        _require_status(store, run)
         # An error, since this command starts nothing: silence would promise a run that nobody restarts.
         if not withdraw_stop(store):
+            _require_status(store, run)
             raise ConfigError(
                 f"{run} was not asked to stop", fix="Run its command again if it is not training"
             )
@@ -158,6 +165,7 @@ def _require_status(store: ObjectStore, run: str) -> RunStatus:
             f"{run} is no run",
             expected="a status.json that can be read",
             got="none",
-            fix="Name its `train.out`; `winnow runs` lists the runs below a folder",
+            fix="Name its `train.out`; `winnow runs` lists the runs below a folder, and a job that waits in "
+            "a queue is stopped with --queue",
         )
     return status

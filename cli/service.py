@@ -64,11 +64,20 @@ def serve_command(
 def submit_config(config: Path, root: str, sets: list[str], attempts: int, as_json: bool) -> None:
     """Put a config into the queue below `root` and print the job's name."""
     from winnow.common.config_file import load_config
-    from winnow.jobs.queue import Queue
+    from winnow.jobs.queue import Queue, job_facts
+    from winnow.schemas.service import JOBS
     from winnow.store.objects import open_store
 
     # A job's name comes from its config, so that submitting it again changes nothing.
     store = open_store(root)
     name, new = Queue(store).submit(load_config(config, sets), attempts)
-    told = f"job {name} is in the queue of {root}" if new else f"job {name} exists already: same config"
+    told = f"job {name} is in the queue of {root}"
+    if not new:
+        fact = next(fact for fact in job_facts(store) if fact["job"] == name)
+        told = f"job {name} exists already, of the same config, and is {fact['state']}"
+        if fact["state"] == "failed":
+            told = (
+                f"job {name} of the same config has failed ({fact['cause']}). To try it again, delete "
+                f"{root.rstrip('/')}/{JOBS}/{name} and submit it"
+            )
     emit({"job": name, "new": new}, as_json, lambda: say(told))

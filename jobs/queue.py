@@ -211,20 +211,27 @@ def _key(name: str, attempt: int, kind: str) -> str:
     return f"{JOBS}/{name}/{attempt:04d}.{kind}.json"
 
 
+def require_job(store: ObjectStore, out: str) -> None:
+    """Check that a job of the queue trains into `out`; ConfigError if none does."""
+    wanted = _fixed(out).rstrip("/")
+    if wanted not in {one.rstrip("/") for job in Queue(store).jobs() for one in job.outs}:
+        raise ConfigError(f"the queue {store.uri}", expected=f"a job that trains into {wanted}", got="none")
+
+
+def _fixed(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).resolve())
+
+
 def absolute(config: Config) -> Config:
     """The config with absolute local paths."""
-
-    def fixed(uri: str) -> str:
-        return uri if "://" in uri else str(Path(uri).resolve())
-
-    changes: dict[str, Any] = {"root": fixed(config.root)}
+    changes: dict[str, Any] = {"root": _fixed(config.root)}
     if config.train is not None:
-        places: dict[str, Any] = {"out": fixed(config.train.out)}
+        places: dict[str, Any] = {"out": _fixed(config.train.out)}
         if config.train.roots is not None:
-            places["roots"] = {name: fixed(uri) for name, uri in config.train.roots.items()}
+            places["roots"] = {name: _fixed(uri) for name, uri in config.train.roots.items()}
         changes["train"] = config.train.model_copy(update=places)
     if config.sweep is not None:
-        changes["sweep"] = config.sweep.model_copy(update={"out": fixed(config.sweep.out)})
+        changes["sweep"] = config.sweep.model_copy(update={"out": _fixed(config.sweep.out)})
     return config.model_copy(update=changes)
 
 

@@ -327,7 +327,7 @@ class Service:
 
     def _record(self, attempt: Attempt, code: int) -> None:
         """Record how an attempt ended, and the job's outcome if that decides it."""
-        job, number = attempt.job, attempt.number
+        job, number, cause = attempt.job, attempt.number, ""
         # A worker that a drain kills after its time limit counts as stopped too: it is not the job's failure.
         stopped = code == STOPPED or (attempt.asked_to_end is not None and self.draining.is_set())
         if code == 0:
@@ -336,7 +336,8 @@ class Service:
             self.queue.end(job.name, number, "released", "a checkpoint was written")
         else:
             died = f" (signal {-code})" if code < 0 else f" (exit code {code})"
-            self.queue.end(job.name, number, "failed", attempt.last_words() + died)
+            cause = attempt.last_words() + died
+            self.queue.end(job.name, number, "failed", cause)
         job.claims = number + 1
         job.ends.add(number)
         outcome = self.queue.conclude(job, permanent=code == PERMANENT)
@@ -350,7 +351,7 @@ class Service:
         elif stopped:
             say(f"job {job.name} is stopped; a checkpoint is kept")
         else:
-            log.warning("job %s: attempt %d failed, it will be retried from its checkpoint", job.name, number)
+            log.warning("job %s: attempt %d failed, and is tried again: %s", job.name, number, cause)
 
     # ---- the end ---------------------------------------------------------------------------------
 

@@ -169,13 +169,14 @@ def _check_targets(name: str, card: SaeCard, plan: HarvestPlan) -> None:
             )
 
 
-def require_hooks(name: str, hooks: Sequence[str], plan: HarvestPlan) -> None:
+def require_hooks(name: str, hooks: Sequence[str], plan: HarvestPlan, *, instead: str = "") -> None:
     """Check that a dataset holds all hooks that something reads.
 
     Args:
         name: What reads them, as the user named it.
         hooks: The hooks.
         plan: The dataset's plan.
+        instead: What helps without another harvest: a sentence and a space, or empty.
 
     Raises:
         SaeMismatch: Some are missing; the message says what to harvest, and the bytes that it would take for
@@ -194,7 +195,7 @@ def require_hooks(name: str, hooks: Sequence[str], plan: HarvestPlan) -> None:
         expected=f"hooks among {', '.join(ranges(plan.spec.hooks))}",
         of="the dataset",
         got=f"also {', '.join(ranges(missing))}",
-        fix=f"Harvest into another root with plan.hooks = [{', '.join(ranges(hooks))}]{takes}",
+        fix=f"{instead}Harvest into another root with plan.hooks = [{', '.join(ranges(hooks))}]{takes}",
     )
 
 

@@ -50,11 +50,3 @@ def dtype_of(spec: SubjectSpec, device: torch.device) -> torch.dtype:
     if spec.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[spec.dtype]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether torch found no memory for a tensor, on a GPU or on the CPU."""
-    # On a CPU torch raises a plain RuntimeError, which only its message tells from others.
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )

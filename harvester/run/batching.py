@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import torch
 
+from winnow.common.memory import out_of_memory
 from winnow.schemas.harvest import BatchRecord, HarvestPlan
 from winnow.store.format.layout import batch_key, batches_prefix
 from winnow.store.objects import ObjectStore
 from winnow.store.records.commit import settle
-from winnow.subject.devices import out_of_memory
 from winnow.subject.divided import DividedSubject
 from winnow.subject.engine import EngineReader
 from winnow.subject.load import Subject

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from winnow.common.memory import out_of_memory
 from winnow.harvester.run.batching import choose_batch, free_memory, record_smaller_batch
 from winnow.harvester.run.copyout import CopyOut
 from winnow.harvester.run.engine_check import EngineCheck
@@ -36,7 +37,6 @@ from winnow.store.objects import open_store
 from winnow.store.read.labels import read_positions
 from winnow.store.read.reader import read_tokens
 from winnow.store.write.writer import commit_unit
-from winnow.subject.devices import out_of_memory
 from winnow.subject.divided import DividedSubject, refuse_documents
 from winnow.subject.engine import EngineReader, reader_of
 from winnow.subject.load import Subject

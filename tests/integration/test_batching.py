@@ -11,8 +11,9 @@ import torch
 
 from tests.support.pipeline import pipeline_config
 from winnow.common.config_file import load_config
+from winnow.common.memory import out_of_memory
 from winnow.harvester.run import batching
-from winnow.harvester.run.batching import choose_batch, kind_of, out_of_memory, smallest_best
+from winnow.harvester.run.batching import choose_batch, kind_of, smallest_best
 from winnow.harvester.run.driver import ensure_plan
 from winnow.harvester.run.worker import UnitWorker
 from winnow.schemas.config import Config

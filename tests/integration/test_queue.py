@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from winnow.cli.main import app
 from winnow.jobs.queue import Queue, job_facts, job_rows
 from winnow.schemas.base import validate
 from winnow.schemas.config import Config
@@ -115,6 +119,55 @@ def test_a_stopped_run_shows_and_foreign_objects_are_left_alone(tmp_path):
     store.put(f"jobs/{'0' * 16}/0000.claim.json", b"a claim without a job")
     ask_to_stop(open_store(str(tmp_path / "a")))
     assert [fact["state"] for fact in job_facts(store)] == ["stopped"]
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("root: data\ntrain: {out: runs/a, hook: h.1, latents: 64, k: 4}\n")
+    return "run.yaml"
+
+
+def winnow(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_a_job_that_waits_is_stopped_and_resumed_by_its_run(run_yaml):
+    assert winnow("submit", run_yaml, "--to", "queue")[0] == 0
+    code, said = winnow("stop", "runs/a")
+    assert code == 2
+    assert "is no run" in said
+    assert "--queue" in said
+    code, said = winnow("stop", "runs/b", "--queue", "queue")
+    assert code == 2
+    assert "expected a job that trains into" in said
+    assert winnow("stop", "runs/a/", "--queue", "queue/")[0] == 0
+    (fact,) = job_facts(open_store("queue"))
+    assert fact["state"] == "stopped"
+    assert "and is stopped" in winnow("submit", run_yaml, "--to", "queue")[1]
+    assert winnow("resume", "runs/a")[0] == 0
+    (fact,) = job_facts(open_store("queue"))
+    assert fact["state"] == "waiting"
+    assert winnow("resume", "runs/a")[0] == 2
+
+
+def test_a_job_that_has_failed_is_submitted_again_once_its_folder_is_deleted(run_yaml):
+    store = open_store("queue")
+    queue = Queue(store)
+    name = winnow("submit", run_yaml, "--to", "queue") and only(queue).name
+    queue.claim(only(queue), "s", "machine", 1)
+    queue.end(name, 0, "failed", "the disk is full")
+    queue.conclude(only(queue), permanent=True)
+    code, said = winnow("submit", run_yaml, "--to", "queue")
+    assert code == 0
+    assert f"job {name} of the same config has failed (the disk is full)" in said
+    folder = Path("queue/jobs") / name
+    assert f"delete {folder} and submit it" in said
+    shutil.rmtree(folder)
+    assert "is in the queue" in winnow("submit", run_yaml, "--to", "queue")[1]
+    job = only(queue)
+    assert (job.name, job.state, job.claims) == (name, "waiting", 0)
 
 
 def test_a_grid_is_one_job_and_a_wrong_one_never_gets_in(tmp_path):

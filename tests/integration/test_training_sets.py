@@ -14,8 +14,10 @@ from winnow.common.config_file import load_config
 from winnow.jobs.runs import find_runs
 from winnow.sae import Sae, TranscoderSet
 from winnow.schemas.errors import ConfigError, NonFiniteError
+from winnow.store import ActivationStore
 from winnow.store.objects import open_store
 from winnow.trainer.run.loop import train
+from winnow.trainer.run.start import plan_order
 
 RANGE = [0, LAYERS - 1]
 
@@ -48,6 +50,21 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         return original(run, *batch)
 
     monkeypatch.setattr(member, "train_set", step)
+
+
+def test_a_dataset_that_lacks_layers_is_trained_on_those_that_it_has(folder):
+    config = load_config(set_config(folder))
+    dataset = ActivationStore.open(config.root)
+    spec = config.train
+    assert spec is not None
+    assert spec.set is not None
+    beyond = spec.model_copy(update={"set": spec.set.model_copy(update={"layers": (1, LAYERS + 3)})})
+    with pytest.raises(ConfigError, match=rf"set train\.set\.layers to \[1, {LAYERS - 1}\]\. Harvest into"):
+        plan_order(beyond, dataset)
+    none = spec.model_copy(update={"set": spec.set.model_copy(update={"layers": (LAYERS, LAYERS + 3)})})
+    with pytest.raises(ConfigError, match="Harvest into another root") as caught:
+        plan_order(none, dataset)
+    assert "train.set.layers" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from winnow.sae.init import initialise
 from winnow.sae.model import Sae
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.fit import require_hooks
+from winnow.schemas.layers import WRITES, SetSpec
 from winnow.schemas.stream import StreamState
 from winnow.schemas.training import SaeIdentity, TrainSpec
 from winnow.store import ActivationStore
@@ -43,13 +44,22 @@ def plan_order(spec: TrainSpec, dataset: ActivationStore) -> LaneOrder:
     for hook in () if spec.set is not None else spec.stream_hooks:
         plan.d_model(hook)
     if spec.set is not None:
-        require_hooks("train.set", spec.set.hooks, plan)
+        require_hooks("train.set", spec.set.hooks, plan, instead=_other_layers(spec.set, plan.spec.hooks))
     unit_bytes = sum(plan.shard_bytes(hook) for hook in spec.stream_hooks)
     units = spec.group_units or group_units_for(
         spec.group_bytes, unit_bytes=unit_bytes, units=len(plan.split_units("train"))
     )
     return dataset.only(spec.rows).order(
         batch_rows=spec.batch_rows, seed=spec.stream_seed, lanes=spec.lanes, group_units=units
+    )
+
+
+def _other_layers(of: SetSpec, hooks: Sequence[str]) -> str:
+    """How to train the first layers in a row of which a dataset has the hooks; empty if it has none."""
+    held = [layer for layer in of.range if {of.read_hook(layer), f"{WRITES}.{layer}"} <= set(hooks)]
+    row = [layer for place, layer in enumerate(held) if layer - place == held[0]]
+    return (
+        f"To train the layers that are there, set train.set.layers to [{row[0]}, {row[-1]}]. " if row else ""
     )
 
 

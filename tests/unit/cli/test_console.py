@@ -194,6 +194,29 @@ def test_errors_become_exit_codes(error, code, capsys):
     assert "thing: expected x, got y. Do z." in shown
 
 
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's of a GPU, which is known by its name."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 3 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes"),
+        OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_lack_of_memory_is_a_sentence_whichever_library_finds_it(error, capsys):
+    with pytest.raises(typer.Exit) as caught, guard():
+        raise error
+    assert caught.value.exit_code == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.startswith(f"error: this process ran out of memory ({error}).")
+    assert "run the same command again" in shown
+    with pytest.raises(RuntimeError, match="shapes"), guard():
+        raise RuntimeError("shapes")
+
+
 def test_errors_are_their_builtins_too():
     assert issubclass(ConfigError, ValueError)
     assert issubclass(MissingObject, FileNotFoundError)
