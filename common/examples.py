@@ -11,6 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from winnow.common.packages import package_name
+from winnow.common.shared_files import write_whole
 from winnow.schemas.config import Config
 from winnow.schemas.errors import DependencyMissing
 
@@ -29,8 +30,7 @@ def write_examples(folder: Path) -> list[Path]:
     for path, source in sorted(_examples(resources.files("winnow.configs")).items()):
         target = folder / path
         if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(source.read_bytes())
+            write_whole(target, source.read_bytes())
             written.append(target)
     return written
 

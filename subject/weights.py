@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 
 from winnow.common.packages import is_package_uri, resolve_package
 from winnow.common.paths import expand_user
+from winnow.common.shared_files import write_whole
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.errors import ConfigError, StoreError
 from winnow.schemas.subject import SubjectIdentity, SubjectSpec
@@ -174,11 +174,7 @@ def digest_files(paths: Sequence[Path]) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="ascii") as file:
-            file.write(digest.hexdigest())
-        # By a rename, so that processes that start at once never read half a digest.
-        Path(file.name).replace(memory)
+        write_whole(memory, digest.hexdigest().encode())
     except OSError as error:
         log.info("the digest of %s is not remembered: %s", paths[0].name, error)
     return digest.hexdigest()

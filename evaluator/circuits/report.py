@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from winnow.common.reporter import say
+from winnow.common.shared_files import write_whole
 from winnow.evaluator.circuits.editing import Edited, edit
 from winnow.evaluator.circuits.graph import Graph, Node
 from winnow.evaluator.circuits.paths import strongest_paths
@@ -58,10 +59,7 @@ def read_graph(path: Path) -> Graph:
 
 def write_graph(graph: Graph, path: Path) -> None:
     """Write a graph's file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(graph.to_json())
-    part.replace(path)
+    write_whole(path, graph.to_json())
 
 
 def trace_prompt(

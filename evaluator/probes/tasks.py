@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from random import Random
@@ -22,6 +20,7 @@ import pyarrow.parquet as pq
 
 from winnow.common.packages import resolve_package
 from winnow.common.reporter import say
+from winnow.common.shared_files import write_whole
 from winnow.evaluator.probes.texts import BIBLE, PLAYS, SUITE, Example
 from winnow.schemas.base import sha256_hex
 from winnow.schemas.errors import ConfigError, IntegrityError
@@ -105,23 +104,15 @@ def suite_folder() -> Path:
 
 def build_suite(folder: Path) -> dict[str, str]:
     """Build every task into `folder`, then `suite.json`; return name -> SHA-256 of its file."""
-    folder.mkdir(parents=True, exist_ok=True)
     digests: dict[str, str] = {}
     for pool in SUITE:
         buffer = io.BytesIO()
         pq.write_table(_build_task(pool.__name__, pool()), buffer)
         digests[pool.__name__] = sha256_hex(buffer.getvalue())
-        _put(folder / f"{pool.__name__}.parquet", buffer.getvalue())
+        write_whole(folder / f"{pool.__name__}.parquet", buffer.getvalue())
     # Last: as long as it is absent, the suite is taken as not built.
-    _put(folder / "suite.json", json.dumps(digests, indent=1).encode() + b"\n")
+    write_whole(folder / "suite.json", json.dumps(digests, indent=1).encode() + b"\n")
     return digests
-
-
-def _put(path: Path, data: bytes) -> None:
-    """Write a whole file or none, also beside another process that does the same."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)  # noqa: PTH105
 
 
 def own_suite() -> list[Task]:

@@ -26,6 +26,8 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from winnow.common.reporter import say
+from winnow.common.shared_files import locked, write_whole
 from winnow.evaluator.families.diffing import relative_norms
 from winnow.explorer.index import latents as per_latent
 from winnow.explorer.index.blocks import Block, block_folder, firing_counts, make_block, merge
@@ -207,9 +209,14 @@ class Indexer:
         meta = self.finished()
         if meta is not None:
             return meta
+        # Of two commands at once the second would delete the parts that the first has just made, and the
+        # first the blocks that the second is making.
+        with locked(self.scratch, lambda: say(f"another process is making {self.out.uri}: waiting for it")):
+            return self.finished() or self._make(progress, make_all or self._alone)
+
+    def _make(self, progress: Callable[[str, int, int], object], make_all: MakeAll) -> FeatureIndex:
         # Before the first block: workers compare the mark with their own inputs (`require_claim`).
         self._claim()
-        make_all = make_all or self._alone
         missing = [unit for unit in range(self.units) if not block_folder(self.scratch, unit).exists()]
         self._step(make_all, "block", missing, lambda left: progress("units", self.units - left, self.units))
         # A part needs every block: one latent's activations are spread over all units.
@@ -354,7 +361,7 @@ class Indexer:
         # and `run` would keep them as finished. They are deleted before the mark allows them to be kept.
         for key, _ in list(self.out.list("latents")):
             self.out.delete(key)
-        mark.write_bytes(self.inputs.canonical())
+        write_whole(mark, self.inputs.canonical())
 
     def _same(self, there: IndexInputs, what: str) -> None:
         if there != self.inputs:
