@@ -78,8 +78,8 @@ class CorpusSpec(Contract):
     document."""
     # Left out of the JSON while it is the default: plans stored before it existed keep their fingerprints.
     bad_records: Literal["refuse", "skip"] = Field(default="refuse", exclude_if=lambda how: how == "refuse")
-    """What is done with a record without readable text: a line that is not JSON or longer than 64 MiB, an
-    absent column, text of another type or not UTF-8. `refuse` ends the plan and names it; `skip` leaves it
-    out and counts it. So it is with a conversation that is none, or that the chat template refuses. A record
-    of txt is the whole file, which `skip` reads twice. A damaged file, and a
-    Parquet file without the column, are always refused. Null counts as empty text."""
+    """What is done with a record without readable text: a line that is not JSON or longer than 64 MiB, a key
+    that stands twice, an absent column, text of another type, not UTF-8 or with NUL bytes. `refuse` ends the
+    plan and names it; `skip` leaves it out and counts it. So it is with a conversation that is none, or that
+    the chat template refuses. A record of txt is the whole file, which `skip` reads twice. A damaged file,
+    and a Parquet file without the column, are always refused. Null counts as empty text."""

@@ -9,14 +9,22 @@ from typing import Any, cast
 
 import fsspec
 
-from winnow.harvester.plan.records import BadRecord, Reading, bad_record, jsonl_values, parquet_values
+from winnow.harvester.plan.messages import conversation, parsed, without_none
+from winnow.harvester.plan.records import (
+    BadRecord,
+    KeyTwice,
+    Reading,
+    bad_record,
+    jsonl_values,
+    key_twice,
+    parquet_values,
+)
 from winnow.harvester.plan.rendering import ChatTemplate, Rendered, TemplateRefusal, Unproved
 from winnow.harvester.plan.sources import SourceFile
 from winnow.schemas.corpus import CorpusSpec
 from winnow.schemas.errors import ConfigError
-from winnow.schemas.labels import MAX_TURNS
 
-TOOLS_COLUMN = "tools"
+TOOLS_COLUMN, SYSTEM_COLUMN = "tools", "system"
 _SKIP = "Set the source's unproved to skip to leave such conversations out"
 
 
@@ -78,14 +86,24 @@ def read_chat(reading: Reading, template: ChatTemplate) -> Iterator[tuple[bytes,
     """Yield (canonical JSON of the conversation, the rendered conversation) of each record of a file."""
     file = reading.file
     read = parquet_values if file.format == "parquet" else jsonl_values
-    for place, value, tools in read(reading, file.source.column, TOOLS_COLUMN):
+    for place, value, (tools, system) in read(reading, file.source.column, (TOOLS_COLUMN, SYSTEM_COLUMN)):
+
+        def bad(reason: str, expected: str, got: Any, place: str = place) -> BadRecord:
+            return bad_record(file, place, reason, expected=expected, got=got)
+
         try:
-            messages = _messages(_parsed(value), file, place)
-            tools = _without_none(_parsed(tools)) or None
-            data = json.dumps([messages, tools], sort_keys=True, ensure_ascii=False).encode()
+            messages = conversation(value, system, file.source.column, bad)
+            tools = _tools(tools)
+            data = _canonical(messages, tools)
             rendered = _rendered(reading, template, messages, tools, place)
-        except (BadRecord, UnicodeEncodeError) as error:
-            reading.settle(error if isinstance(error, BadRecord) else _not_unicode(file, place))
+        except BadRecord as error:
+            reading.settle(error)
+            continue
+        except KeyTwice as error:
+            reading.settle(key_twice(file, place, error))
+            continue
+        except UnicodeEncodeError:
+            reading.settle(_not_unicode(file, place))
             continue
         if rendered is not None and rendered.text:
             yield data, rendered
@@ -117,66 +135,19 @@ def _rendered(
         return None
 
 
+def _tools(value: Any) -> Any:
+    """Tools as a template takes them; None for none. A list may hold the JSON of each."""
+    value = parsed(value)
+    if isinstance(value, list):
+        value = [parsed(tool) for tool in cast("list[Any]", value)]
+    return without_none(value) or None
+
+
+def _canonical(messages: list[dict[str, Any]], tools: Any) -> bytes:
+    """What a conversation is compared and digested by."""
+    # Parquet's messages may also hold times, decimals and bytes, which JSON has not.
+    return json.dumps([messages, tools], sort_keys=True, ensure_ascii=False, default=str).encode()
+
+
 def _not_unicode(file: SourceFile, place: str) -> BadRecord:
     return bad_record(file, place, "not Unicode", expected="valid Unicode", got="a lone surrogate")
-
-
-def _parsed(value: Any) -> Any:
-    # Parquet files often hold messages and tools as JSON.
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _messages(value: Any, file: SourceFile, place: str) -> list[dict[str, Any]]:
-    def bad(reason: str, expected: str, got: Any) -> BadRecord:
-        return bad_record(file, place, reason, expected=expected, got=got)
-
-    if not isinstance(value, list) or not value:
-        got = "an empty list" if value == [] else type(value).__name__
-        raise bad("no conversation", f"a list of messages in column {file.source.column!r}", got)
-    made: list[dict[str, Any]] = []
-    for number, message in enumerate(cast("list[Any]", value)):
-        if not isinstance(message, dict):
-            raise bad("no conversation", f"message {number} as an object", type(message).__name__)
-        fields = cast("dict[str, Any]", message)
-        role = fields.get("role")
-        if not isinstance(role, str) or not role or len(role) > 64:
-            raise bad("no role", f"a role in message {number}", repr(role)[:80])
-        content = _content(fields.get("content"))
-        if content is None:
-            raise bad("content not text", f"text or parts of text in message {number}", "another content")
-        # A template asks whether a field is there; Parquet has all of them in every message.
-        made.append({**_without_none(fields), "content": content})
-    if len(made) >= MAX_TURNS:
-        raise bad("too many messages", f"fewer than {MAX_TURNS} messages", len(made))
-    return made
-
-
-def _content(value: Any) -> str | None:
-    """Text as it is, parts of text joined; None for anything else."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        return None
-    texts: list[str] = []
-    for part in cast("list[Any]", value):
-        text = cast("dict[str, Any]", part).get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            return None
-        texts.append(text)
-    return "".join(texts)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        items = cast("dict[str, Any]", value).items()
-        return {key: _without_none(item) for key, item in items if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in cast("list[Any]", value)]
-    return value

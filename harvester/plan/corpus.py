@@ -31,6 +31,7 @@ from winnow.harvester.plan.records import (
     BadRecord,
     Reading,
     Record,
+    has_nul,
     jsonl_records,
     not_utf8,
     parquet_records,
@@ -187,6 +188,8 @@ def _decoded(file: SourceFile) -> Iterator[tuple[str, int, bool]]:
                 raise not_utf8(file, "", offset - pending + error.start, error) from error
             if offset == 0:
                 text = text.removeprefix("\ufeff")
+            if (nul := chunk.find(0)) >= 0:
+                raise has_nul(file, "", offset + nul)
             offset += len(chunk)
             yield text, raw.tell(), not chunk
             if not chunk:

@@ -59,10 +59,10 @@ def _read_column(reading: Reading, rules: IdRules) -> Iterator[GivenIds]:
     file = reading.file
     read = parquet_values if file.format == "parquet" else jsonl_values
     roles_column = file.source.roles
-    for place, value, roles in read(reading, file.source.column, roles_column or ""):
+    for place, value, beside in read(reading, file.source.column, (roles_column,) if roles_column else ()):
         try:
             ids = _ids(value, file, place)
-            names = _roles(roles, len(ids), file, place) if roles_column else None
+            names = _roles(beside[0], len(ids), file, place) if roles_column else None
             document = GivenIds(_checked(ids, rules, file, place), names)
         except BadRecord as error:
             reading.settle(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -102,8 +102,10 @@ def parquet_records(reading: Reading) -> Iterator[Record]:
             tally.bytes_done = before + (file.size or 0) * row // rows
 
 
-def jsonl_values(reading: Reading, column: str, beside: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (place, value of `column`, value of `beside` or None) of each record of a jsonl file."""
+def jsonl_values(
+    reading: Reading, column: str, beside: Sequence[str]
+) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield (place, value of `column`, those of `beside`, None if absent) of each record of a jsonl file."""
     file, before = reading.file, reading.tally.bytes_done
     with open_file(file) as (stream, raw):
         for number, offset, line in _lines(stream, reading):
@@ -120,11 +122,13 @@ def jsonl_values(reading: Reading, column: str, beside: str) -> Iterator[tuple[s
             except BadRecord as error:
                 reading.settle(error)
                 continue
-            yield place, record[column], record.get(beside)
+            yield place, record[column], tuple(record.get(name) for name in beside)
 
 
-def parquet_values(reading: Reading, column: str, beside: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (place, value of `column`, value of `beside` or None) of each row of a Parquet file."""
+def parquet_values(
+    reading: Reading, column: str, beside: Sequence[str]
+) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield (place, value of `column`, those of `beside`, None if absent) of each row of a Parquet file."""
     import pyarrow.parquet as pq
 
     file, tally = reading.file, reading.tally
@@ -135,12 +139,18 @@ def parquet_values(reading: Reading, column: str, beside: str) -> Iterator[tuple
         if column not in names:
             parts = _no_column(column, names, file, "")
             raise ConfigError(parts.pop("what"), **parts)
-        rows, chosen = max(parquet.metadata.num_rows, 1), [name for name in (column, beside) if name in names]
+        rows = max(parquet.metadata.num_rows, 1)
+        chosen = [name for name in (column, *beside) if name in names]
+        _refuse_repeated(names, chosen, file)
         for batch in parquet.iter_batches(_PARQUET_ROWS, columns=chosen, use_threads=False):
-            values = {name: _plain_column(batch.column(name)).to_pylist() for name in chosen}
-            others = values.get(beside) or [None] * len(batch)
-            for index, (value, other) in enumerate(zip(values[column], others, strict=True)):
-                yield f", row {row + index}", value, other
+            columns = (_values(batch.column(name)) for name in chosen)
+            for index, values in enumerate(zip(*columns, strict=True)):
+                place = f", row {row + index}"
+                if error := next((value for value in values if isinstance(value, UnicodeDecodeError)), None):
+                    reading.settle(not_utf8(file, place, error.start, error, row=f"{place}, a text in it,"))
+                    continue
+                found = dict(zip(chosen, values, strict=True))
+                yield place, found[column], tuple(found.get(name) for name in beside)
             row += len(batch)
             tally.bytes_done = before + (file.size or 0) * row // rows
 
@@ -158,6 +168,26 @@ def not_utf8(
         got=f"0x{error.object[error.start]:02x} ({error.reason})",
         fix="Convert it, for instance with iconv -f ENCODING -t utf-8",
     )
+
+
+def has_nul(file: SourceFile, place: str, offset: int) -> BadRecord:
+    """The error for a NUL byte, which no text has; `offset` counts from the start of the file."""
+    # UTF-16 of Latin or Cyrillic letters without a byte-order mark is valid UTF-8 with control characters.
+    return bad_record(
+        file,
+        place,
+        "not text",
+        what=f"corpus file {file.name}{place} is not text",
+        expected="UTF-8",
+        got=f"a NUL at byte {offset}, as in UTF-16, UTF-32 and binary files",
+        fix="Convert it, for instance with iconv -f UTF-16LE -t utf-8",
+    )
+
+
+def key_twice(file: SourceFile, place: str, error: KeyTwice) -> BadRecord:
+    """The error for a JSON object with a key twice: which of the two values is meant cannot be told."""
+    got = f"{str(error)[:80]!r} twice"
+    return bad_record(file, place, "a key twice", expected="every key of an object once", got=got)
 
 
 def bad_record(
@@ -216,13 +246,37 @@ def _json(line: bytes, file: SourceFile, number: int, offset: int) -> Any:
     if number == 1 and line.startswith(_BOM):
         line, skipped = line[len(_BOM) :], len(_BOM)
     try:
-        return json.loads(line.decode())
+        text = line.decode()
     except UnicodeDecodeError as error:
         raise not_utf8(file, place, offset + skipped + error.start, error) from error
+    if (nul := line.find(0)) >= 0:  # JSON has none, not even in its strings
+        raise has_nul(file, place, offset + skipped + nul)
+    try:
+        return parse_json(text)
+    except KeyTwice as error:
+        raise key_twice(file, place, error) from error
     except (ValueError, RecursionError) as error:  # the latter: thousands of nested brackets
-        raise bad_record(
-            file, place, "not JSON", expected="one JSON value per line", got=str(error)
-        ) from error
+        expected, got = "one JSON value per line", str(error)
+        if b"\r" in line.strip():
+            expected, got = f"{expected}, each ending with a line feed", f"carriage returns alone ({got})"
+        raise bad_record(file, place, "not JSON", expected=expected, got=got) from error
+
+
+class KeyTwice(ValueError):
+    """A JSON object has a key twice; its text is the key."""
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON; KeyTwice (a ValueError) where Python's own parser would keep the last of two values."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise KeyTwice(next(key for key in keys if keys.count(key) > 1))
+    return made
 
 
 def _parse(line: bytes, file: SourceFile, number: int, offset: int) -> Record:
@@ -261,15 +315,19 @@ def _text_and_groups(schema: Any, file: SourceFile) -> list[str]:
         parts = _no_column(lacking, schema.names, file, "")
         raise ConfigError(parts.pop("what"), **parts)
     columns = list(dict.fromkeys((source.column, *source.group_by)))
-    for name in columns:
-        if (count := schema.names.count(name)) > 1:
-            where = f"corpus file {file.name}, column {name!r}"
-            raise ConfigError(where, expected="one column of that name", got=count)
+    _refuse_repeated(schema.names, columns, file)
     kind = schema.field(source.column).type
     if not _is_text(kind):
         where = f"corpus file {file.name}, column {source.column!r}"
         raise ConfigError(where, expected="text", got=str(kind))
     return columns
+
+
+def _refuse_repeated(names: list[str], columns: list[str], file: SourceFile) -> None:
+    for name in columns:
+        if (count := names.count(name)) > 1:
+            where = f"corpus file {file.name}, column {name!r}"
+            raise ConfigError(where, expected="one column of that name", got=count)
 
 
 def _is_text(kind: Any) -> bool:
@@ -291,6 +349,22 @@ def _plain_column(column: Any) -> Any:
     if isinstance(column, pa.ExtensionArray):
         return _plain_column(column.storage)
     return column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; in the place of one with a text that is not UTF-8, the error."""
+    plain = _plain_column(column)
+    try:
+        return plain.to_pylist()
+    except UnicodeDecodeError:  # which of the rows it is, is not in the error
+        return [_value(each) for each in plain]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _texts(column: Any) -> list[Any]:

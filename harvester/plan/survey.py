@@ -183,7 +183,7 @@ def _kind(value: Any) -> str | None:
     if not isinstance(value, list) or not value:
         return None
     items = cast("list[Any]", value)
-    if all(isinstance(item, dict) and "role" in item for item in items):
+    if all(isinstance(item, dict) and ("role" in item or {"from", "value"} <= item.keys()) for item in items):
         return _CHAT
     return _TOKENS if all(type(item) is int for item in items) else None
 

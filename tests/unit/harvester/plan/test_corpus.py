@@ -330,12 +330,40 @@ def test_not_utf8_names_file_and_byte(tmp_path, name, before, bad):
         ('{"txt": "x", "url": 1}', r"line 2.*no column 'text'.*txt, url"),
         ('{"text": 3}', r"line 2.*text in the column.*int"),
         ('"\\ud800"', r"line 2.*surrogate"),
+        ('{"text": "a", "text": "b"}', r"line 2: expected every key of an object once, got 'text' twice"),
+        ('{"text": "a", "meta": [{"k": 1, "k": 1}]}', r"line 2.*got 'k' twice"),
+        ('{"text": NaN}', r"line 2.*text in the column.*float"),
+        ('"one"\r"two"', r"line 2.*each ending with a line feed, got carriage returns alone"),
+        ('\ufeff"a file appended"', r"line 2.*one JSON value per line.*BOM"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, line, complaint):
     (tmp_path / "a.jsonl").write_text('"fine"\n' + line)
     with pytest.raises(ConfigError, match=complaint):
         texts(tmp_path / "a.jsonl")
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(("name", "text"), [("a.txt", "Привет, мир"), ("a.jsonl", '{"text": "hi"}\n')])
+def test_utf16_and_utf32_without_a_mark_are_refused(tmp_path, encoding, name, text):
+    # Both are valid UTF-8, full of control characters.
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(
+        ConfigError, match=r"is not text: expected UTF-8, got a NUL at byte \d+, as in UTF-16"
+    ):
+        texts(tmp_path / name)
+    (tmp_path / "b.txt").write_text("fine")
+    tally = Tally()
+    left = corpus(tmp_path / name, tmp_path / "b.txt", bad_records="skip")
+    assert list(documents(left, tally)) == ["fine"]
+    assert tally.bad.keys() == {"not text"}
+
+
+def test_a_field_that_is_not_read_may_be_no_json(tmp_path):
+    # Python writes NaN and Infinity, which JSON does not have.
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "score": NaN, "loss": -Infinity}\n"b \\u0000"')
+    assert texts(tmp_path / "a.jsonl") == ["a", "b \0"]
 
 
 def test_group_by_wants_objects_with_the_fields(tmp_path):
@@ -388,7 +416,7 @@ def test_bad_lines_are_left_out_counted_and_named(tmp_path, monkeypatch):
     long = b'{"text": "' + b"x" * 2**18 + b'"}'
     lines = [
         b'{"text": "one"}', b"{", b'{"text": "\xff"}', b'{"txt": "x"}', b'{"text": 3}', b'"\\ud800"', b"[1]",
-        long, b'{"text": null}', b'{"text": "two"}', b"{}", b'"three"', long,
+        long, b'{"text": null}', b'{"text": "two"}', b"{}", b'"three"', long, b'{"text": "a", "text": "b"}',
     ]  # fmt: skip
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     tally = Tally()
@@ -401,6 +429,7 @@ def test_bad_lines_are_left_out_counted_and_named(tmp_path, monkeypatch):
         "not Unicode": 1,
         "no record": 1,
         "line too long": 2,
+        "a key twice": 1,
     }
     assert tally.bad_first == [
         "a.jsonl, line 2: not JSON",
