@@ -9,7 +9,13 @@ from typing import Any, cast
 
 import fsspec
 
-from winnow.harvester.plan.messages import conversation, parsed, without_none
+from winnow.harvester.plan.messages import (
+    argument_forms,
+    conversation,
+    parsed,
+    without_none,
+    written_by_python,
+)
 from winnow.harvester.plan.records import (
     BadRecord,
     KeyTwice,
@@ -114,7 +120,7 @@ def _rendered(
 ) -> Rendered | None:
     file = reading.file
     try:
-        return template.render(messages, tools)
+        return template.render(_in_one_form(template, messages, tools), tools)
     except TemplateRefusal as error:
         raise bad_record(
             file,
@@ -133,6 +139,17 @@ def _rendered(
             ) from error
         reading.leave_out(place, "messages not proved")
         return None
+
+
+def _in_one_form(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any) -> list[dict[str, Any]]:
+    """The messages with the arguments of tool calls in the form that the template takes."""
+    objects, *texts = argument_forms(messages)
+    if not texts:
+        return objects
+    try:
+        return texts[0] if written_by_python(objects, template.text(objects, tools)) else objects
+    except TemplateRefusal:
+        return texts[0]
 
 
 def _tools(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -88,26 +89,59 @@ def _message(number: int, value: Any, bad: Bad) -> dict[str, Any]:
     if content is None:
         got = _kinds(fields.get("content"))
         raise bad("content not text", f"text or parts of text in message {number}", got)
-    calls = _calls(fields.pop("tool_calls", None))
+    calls = parsed(fields.pop("tool_calls", None))
     return {**fields, "role": role, "content": content, **({"tool_calls": calls} if calls else {})}
 
 
-def _calls(value: Any) -> Any:
-    """Calls of tools, with arguments as objects: OpenAI writes them as JSON, which templates quote again."""
-    value = parsed(value)
-    if not isinstance(value, list):
-        return value
-    return [_call(call) for call in cast("list[Any]", value)]
+def argument_forms(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The messages with the arguments of tool calls as objects, then as text; once if there are none.
+
+    OpenAI's arguments are text, JSON. Most templates write objects as JSON themselves, and quote text again;
+    some, such as DeepSeek's, take text alone. Text that was given keeps its spaces.
+    """
+    objects, texts = ([_with_calls(message, form) for message in messages] for form in (_as_object, _as_text))
+    return [objects] if objects == texts else [objects, texts]
 
 
-def _call(call: Any) -> Any:
+def written_by_python(messages: list[dict[str, Any]], text: str) -> bool:
+    """Whether `text` holds an object among the arguments as Python prints it, and not as JSON."""
+    found: list[str] = []
+
+    def look(arguments: Any) -> Any:
+        if isinstance(arguments, dict) and arguments:
+            found.append(repr(cast("dict[str, Any]", arguments)))
+        return arguments
+
+    for message in messages:
+        _with_calls(message, look)
+    return any(each in text for each in found)
+
+
+def _with_calls(message: dict[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_arguments(call, form) for call in cast("list[Any]", calls)]}
+
+
+def _with_arguments(call: Any, form: Callable[[Any], Any]) -> Any:
     if not isinstance(call, dict):
         return call
     fields = cast("dict[str, Any]", call)
     if isinstance(fields.get("function"), dict):
-        return {**fields, "function": _call(fields["function"])}
-    arguments = parsed(fields.get("arguments"))
-    return {**fields, "arguments": arguments} if isinstance(arguments, dict) else call
+        return {**fields, "function": _with_arguments(fields["function"], form)}
+    return {**fields, "arguments": form(fields["arguments"])} if "arguments" in fields else call
+
+
+def _as_object(arguments: Any) -> Any:
+    found = parsed(arguments)
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    if isinstance(arguments, dict):
+        return json.dumps(arguments, ensure_ascii=False, default=str)
+    return arguments
 
 
 def _text(value: Any) -> str | None:

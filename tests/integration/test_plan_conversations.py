@@ -82,15 +82,26 @@ def test_parquet_of_every_type_gives_the_same_plan(tmp_path: Path, kind: Any, mo
     assert np.array_equal(found, wanted)
 
 
-def test_arguments_of_calls_may_be_json(tmp_path: Path) -> None:
+# As DeepSeek's joins them, as templates that write what they are given, and as most write them.
+JOINED = "{{ '' + call.function.arguments }}"
+PRINTED = "{{ call.function.arguments }}"
+WRITTEN = "{{ call.function.arguments | tojson }}"
+
+
+@pytest.mark.parametrize("how", [JOINED, PRINTED, WRITTEN])
+def test_arguments_of_calls_may_be_objects_or_json(tmp_path: Path, how: str) -> None:
     def called(arguments: Any) -> list[list[Message]]:
         call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
         asked = {"role": "assistant", "content": None, "tool_calls": [call]}
         return [[*chat, asked, {"role": "tool", "content": "18", "tool_call_id": "1"}] for chat in CHATS]
 
-    template = SHAPES["tools"][0]
+    assert WRITTEN in SHAPES["tools"][0]
     write_chats(tmp_path, called({"city": "Rome"}))
+    template = SHAPES["tools"][0]
     wanted = tokens_of(config_of(tmp_path, template=template), "wanted")
+    template = template.replace(WRITTEN, how)
+    write_chats(tmp_path, called({"city": "Rome"}))
+    assert np.array_equal(tokens_of(config_of(tmp_path, template=template), "objects"), wanted)
     write_chats(tmp_path, called('{"city": "Rome"}'))
     assert np.array_equal(tokens_of(config_of(tmp_path, template=template), "found"), wanted)
 
