@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,7 @@ A graph is a claim: --edit changes latents in the subject and shows the foretold
 does so on the held-out windows of the harvested dataset, whose beginnings are prompts for --faithfulness.
 """
 EPILOG = (
-    "Examples: `winnow circuit runs/clt --prompt 'The capital of France is' --out graph.json`; then "
+    "Examples: `winnow circuit runs/clt --prompt 'The capital of France is'`; with `--out graph.json`, "
     "`winnow circuit runs/clt --graph graph.json --edit '3.1207@5=0' --edit '7.88@5*2'` takes one latent "
     "away and doubles another (LAYER.LATENT@POSITION, as the paths name them); "
     "`winnow circuit runs/clt --graph graph.json --faithfulness 200`; "
@@ -49,7 +50,12 @@ def command(
     graph: Annotated[
         Path | None, typer.Option(help="A graph that was traced before, in place of --prompt.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the graph is written.")] = Path("graph.json"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the graph. Default: one in SET/graphs, which `winnow explore SET` shows."
+        ),
+    ] = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,13 +134,32 @@ def command(
                 result |= _faithful(model, set_, graphs, faithfulness)
         if prompt is not None:
             limits = {"max_features": max_features}
-            whole = report.trace_prompt(model, set_, prompt, targets or [], slug=out.stem[:200], **limits)
+            name = out.stem[:200] if out else _name_of(prompt)
+            whole = report.trace_prompt(model, set_, prompt, targets or [], slug=name, **limits)
             known = whole.prune(prune, prune_edges)
-            report.write_graph(known, out)
-            say(f"wrote {out}")
+            say(_write(known, set_uri, name, out))
         if known is not None:
             result |= _asked(known, model, set_, edit, faithfulness, top)
         emit(result, as_json, lambda: show(result))
+
+
+def _name_of(prompt: str) -> str:
+    """The name of a prompt's graph: its first words, in characters that every storage accepts."""
+    return re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "graph"
+
+
+def _write(graph: Graph, set_uri: str, name: str, out: Path | None) -> str:
+    """Write a graph to `out`, or where the explorer of the set finds it; returns what to say of it."""
+    from winnow.evaluator.circuits import report
+    from winnow.explorer.site.graphs import GRAPHS
+    from winnow.store.objects import open_store
+
+    if out is not None:
+        report.write_graph(graph, out)
+        return f"wrote {out}; `winnow explore {set_uri} --graph {out}` shows it"
+    key = f"{GRAPHS}/{name}.json"
+    open_store(set_uri).put(key, graph.to_json())
+    return f"wrote {set_uri.rstrip('/')}/{key}; `winnow explore {set_uri}` shows it"
 
 
 def _require_one_question(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from winnow.cli.main import app
 from winnow.evaluator.circuits import Edit, Graph, edit, faithfulness, set_quality, trace
 from winnow.evaluator.circuits.editing import Prompt, total_effects
 from winnow.evaluator.circuits.paths import strongest_paths
+from winnow.explorer.site.graphs import GRAPHS, Shelf
 from winnow.sae.sets import TranscoderSet
 from winnow.schemas.errors import ConfigError, SaeMismatch
 from winnow.store.objects import open_store
@@ -199,6 +201,21 @@ def run(*arguments: object, code: int = 0) -> str:
     done = CliRunner().invoke(app, ["circuit", *map(str, arguments)])
     assert done.exit_code == code, done.output
     return done.output if code else done.stdout
+
+
+def test_a_graph_is_written_where_the_explorer_of_its_set_finds_it(folder: Path, saved: Path, tmp_path: Path):
+    own = tmp_path / "set"
+    shutil.copytree(saved, own)
+    prompt = "It is a truth, universally"
+    done = CliRunner().invoke(
+        app, ["circuit", f"{own}/", "--subject", str(folder), "--prompt", prompt, "--max-features", "20"]
+    )
+    assert done.exit_code == 0, done.output
+    written = own / "graphs" / "it-is-a-truth-universally.json"
+    assert Graph.from_json(written.read_bytes()).nodes
+    said = " ".join(done.stderr.split())
+    assert f"wrote {written}; `winnow explore {own}/` shows it" in said
+    assert list(Shelf(open_store(str(own / GRAPHS))).sources()) == [written.stem]
 
 
 def test_the_command_traces_edits_and_measures(folder: Path, saved: Path, tmp_path: Path):
