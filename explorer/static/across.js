@@ -1,6 +1,6 @@
 // Latents of other layers of a set: those that feed a latent, and those that it feeds.
 import { get, remember } from "./api.js";
-import { el, field, level, select, waiting } from "./dom.js";
+import { el, field, level, percent, select, waiting } from "./dom.js";
 import { about, link } from "./tokens.js";
 
 /** @typedef {import("./api.js").Brief & {sae: number, layer: number, weight: number, expected: number|null, together: number|null}} Related */
@@ -49,7 +49,7 @@ function side(reply, by, of, title, none) {
   /** @type {[string, string, (row: Related) => string][]} */
   const columns = [["weight", by === "by_weight" ? "num" : "num wide", (row) => signed(row.weight)]];
   if (reply.rows) columns.unshift(["expected", by === "expected" ? "num" : "num wide", (row) => signed(row.expected ?? 0)]);
-  if (reply.rows) columns.push(["together", "num", (row) => `${(100 * (row.together ?? 0)).toFixed(0)} %`]);
+  if (reply.rows) columns.push(["together", "num", (row) => percent(row.together ?? 0)]);
   const rows = /** @type {Related[]} */ (reply[of][by]);
   return el("div", { class: "relations" }, el("h3", {}, title), !rows.length ? el("p", { class: "note" }, none) : el("div", { class: "scroll" }, el("table", {},
     el("thead", {}, el("tr", {}, el("th", {}, "layer"), el("th", {}, "latent"), el("th", {}, "fires on"), columns.map(([name, kind]) => el("th", { class: kind }, name)))),

@@ -13,7 +13,7 @@ const AROUND = 12; // tokens of a window on each side of its peak
 /** A node in a few words. @param {import("./circuit.js").Circuit} graph @param {number} i */
 export function says(graph, i) {
   const { nodes, tokens } = graph;
-  if (nodes.kind[i] === LOGIT) return `${logit(nodes.label[i])} ${(100 * nodes.probability[i]).toFixed(0)} %`;
+  if (nodes.kind[i] === LOGIT) return `${logit(nodes.label[i])} ${percentage(nodes.probability[i])}`;
   if (nodes.kind[i] === EMBEDDING) return JSON.stringify(tokens[nodes.position[i]] ?? "");
   if (nodes.kind[i] === ERROR) return "error";
   return nodes.label[i] || `#${nodes.latent[i] ?? "?"}`;

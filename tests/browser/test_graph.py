@@ -211,10 +211,26 @@ def test_nodes_are_gathered_under_a_name_and_downloaded(page, served, graphs):
     assert page.evaluate(mark, one) != page.evaluate(mark, other)
 
 
+@pytest.mark.parametrize(("share", "said"), [(0.832, "83 %"), (0.0043, "0.43 %"), (1.0, "100 %")])
+def test_an_improbable_logit_is_not_called_impossible(page, served, share, said):
+    open_graph(page, served, "graph=small")
+    label = page.evaluate(
+        """async share => (await import("/card.js")).says(
+            {nodes: {kind: [3], label: ["Output \\"x\\" (p=0)"], probability: [share]}}, 0)""",
+        share,
+    )
+    assert label.endswith(f" {said}")
+
+
 def test_an_edit_shows_what_was_foretold_beside_what_was_found(page, served, graphs):
     open_graph(page, served, f"graph=small&pinned={node_of(graphs['small'], 1)}")
+    strength = page.locator("input[name=strength]")
+    faint = "field => Number(getComputedStyle(field).opacity) < 1"
+    assert strength.is_disabled()  # a latent that is taken away has none
+    assert strength.evaluate(faint), "what cannot be filled in looks so"
     page.locator("select[name=op]").select_option("clamp")
-    page.locator("input[name=strength]").fill("3")
+    assert not strength.evaluate(faint)
+    strength.fill("3")
     page.get_by_role("button", name="Run in the subject").click()
     page.wait_for_selector("table.outcome")
     first = page.locator("table.outcome tbody tr").first
