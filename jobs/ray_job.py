@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.common.config_file import load_config
+from winnow.common.figures import human_bytes
 from winnow.common.reporter import say
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, StoreError, WorkerError
@@ -24,7 +25,7 @@ log = logging.getLogger("winnow.jobs")
 
 COMMANDS = ("plan", "harvest", "train", "sweep", "verify", "info")
 _EXCLUDES = (
-    ".git", ".venv", "/data", "/runs", "/build", "/dist", "__pycache__", "*.egg-info",
+    ".git", ".venv", "venv", "/data", "/runs", "/build", "/dist", "__pycache__", "*.egg-info",
     ".pytest_cache", ".ruff_cache", ".hypothesis", ".import_linter_cache", ".env",
 )  # fmt: skip
 """Never uploaded with the working folder (patterns as in .gitignore)."""
@@ -241,6 +242,8 @@ def run_job(
 
 
 def _submit(client: Any, job: RayJob) -> None:
+    # Ray's own list is part of ours; by itself it warns of each folder that it leaves out.
+    os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
     end = time.monotonic() + _AGENT_SECONDS
     while True:
         try:
@@ -262,9 +265,23 @@ def _submit(client: Any, job: RayJob) -> None:
                 raise ConfigError(
                     "the cluster did not accept the job",
                     got=_brief(str(error)),
-                    fix=_NO_AGENT if starting else "If the folder is too large, name a smaller --working-dir",
+                    fix=_NO_AGENT if starting else _smaller(job.working_dir),
                 ) from error
         time.sleep(1)
+
+
+def _smaller(folder: Path) -> str:
+    """What to do about a folder that is too large to be sent: its largest file is what nobody thought of."""
+    largest, size = "", 0
+    for place, folders, names in os.walk(folder):
+        top = Path(place) == folder
+        folders[:] = [name for name in folders if not {name, f"/{name}" if top else name} & set(_EXCLUDES)]
+        for path in (Path(place, name) for name in names):
+            if path.is_file() and path.stat().st_size > size:
+                largest, size = str(path.relative_to(folder)), path.stat().st_size
+    found = f" (its largest file is {largest}, {human_bytes(size)})" if largest else ""
+    advice = "add to .rayignore what is not needed, or name another --working-dir"
+    return f"If the folder is too large{found}, {advice}"
 
 
 async def _follow(client: Any, job_id: str, write: Callable[[str], object]) -> None:
@@ -330,4 +347,4 @@ def _print(text: str) -> None:
 
 
 def _brief(text: str) -> str:
-    return " ".join(text.split())[:400]
+    return " ".join(text.split())[:400].rstrip(".")

@@ -286,3 +286,22 @@ def test_a_head_without_an_agent_is_not_blamed_on_the_folder(monkeypatch, tmp_pa
     monkeypatch.setattr(ray_job, "_AGENT_SECONDS", -1)
     with pytest.raises(ConfigError, match="agent-listen-port"):
         ray_job.run_job(Client(), ray_job.RayJob("true", tmp_path, id="winnow-x"))
+
+
+def test_a_folder_that_is_too_large_is_refused_with_its_largest_file(tmp_path):
+    class Client:
+        def submit_job(self, **facts):
+            assert os.environ["RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"] == ""
+            assert {".git", ".venv", "venv", "__pycache__"} <= set(facts["runtime_env"]["excludes"])
+            raise RuntimeError("Request failed with status code 413: Maximum request body size 1 exceeded.")
+
+    for name, size in (("run.yaml", 9), ("models/a.safetensors", 3000), ("data/x", 9000), (".venv/x", 9000)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    with pytest.raises(ConfigError) as caught:
+        ray_job.run_job(Client(), ray_job.RayJob("true", tmp_path, id="winnow-x"))
+    said = str(caught.value)
+    assert (
+        "size 1 exceeded. If the folder is too large (its largest file is models/a.safetensors, 2.9" in said
+    )
+    assert ".rayignore" in said
