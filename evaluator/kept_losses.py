@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from winnow.common.figures import count_of
 from winnow.common.reporter import say
-from winnow.schemas.errors import IntegrityError, UnsupportedVersion
+from winnow.schemas.errors import IntegrityError, MissingObject, UnsupportedVersion
 from winnow.schemas.evaluation import LOSSES_KEY, PartialLosses
 from winnow.store.objects import ObjectStore
 
@@ -63,12 +63,10 @@ class KeptLosses:
             self._out.delete(LOSSES_KEY)
 
     def _found(self) -> PartialLosses | None:
-        if self._out.size(LOSSES_KEY) is None:
-            return None
         try:
             found = PartialLosses.from_json(self._out.get(LOSSES_KEY), origin=f"{self._out.uri}/{LOSSES_KEY}")
         # What cannot be read is measured again: the file only saves time.
-        except (IntegrityError, UnsupportedVersion):
+        except (MissingObject, IntegrityError, UnsupportedVersion):
             return None
         return found if found.settings_sha256 == self._settings else None
 

@@ -156,9 +156,12 @@ def load_evaluation(store: ObjectStore) -> Evaluation | None:
         IntegrityError, UnsupportedVersion: It cannot be read.
     """
     try:
-        data = store.get(EVALUATION_KEY)
+        return _parsed(store, store.get(EVALUATION_KEY))
     except MissingObject:
         return None
+
+
+def _parsed(store: ObjectStore, data: bytes) -> Evaluation:
     return Evaluation.from_json(data, origin=f"{store.uri}/{EVALUATION_KEY}")
 
 
@@ -248,17 +251,27 @@ def evaluate_setting(
                 unmeasured.append(error)
                 say(f"left out: {family}: {error}")
                 continue
-        # Read again: another process may have added a family meanwhile, which must not be overwritten.
-        stored = resumed(blank, load_evaluation(store))
-        found = stored.having(family, result)
         # After every family, so that an interruption loses one at most.
-        if found != stored:
-            store.put(EVALUATION_KEY, found.to_json())
+        found = _stored_with(store, blank, family, result)
         # Only now: a kill before the figures are stored must find them.
         if kept is not None:
             kept.delete()
     if unmeasured and setting.spec.metrics is not None:
         raise unmeasured[0]
+    return found
+
+
+def _stored_with(store: ObjectStore, blank: Evaluation, family: Family, result: FamilyResult) -> Evaluation:
+    """Add a result to what is stored, and return that; other processes may add theirs meanwhile."""
+    found = blank
+
+    def change(data: bytes | None) -> bytes:
+        nonlocal found
+        stored = resumed(blank, None if data is None else _parsed(store, data))
+        found = stored.having(family, result)
+        return data if data is not None and found == stored else found.to_json()
+
+    store.update(EVALUATION_KEY, change)
     return found
 
 

@@ -123,6 +123,10 @@ class MissingObject(StoreError, FileNotFoundError):
     exit_code = 1
 
 
+class ConditionFailed(StoreError):
+    """An object was not replaced: it changed meanwhile, or the server fails every condition."""
+
+
 class NoSae(MissingObject):
     """The folder or URI that was named holds no SAE, or no transcoder set: another name is the remedy."""
 

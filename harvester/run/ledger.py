@@ -40,9 +40,13 @@ class UnitFacts:
 def read_ledger(store: ObjectStore) -> HarvestLedger:
     """The ledger beside the manifest; empty if no run has written one."""
     try:
-        return HarvestLedger.from_json(store.get(LEDGER_KEY), origin=LEDGER_KEY)
+        return _parsed(store.get(LEDGER_KEY))
     except MissingObject:
         return HarvestLedger()
+
+
+def _parsed(data: bytes | None) -> HarvestLedger:
+    return HarvestLedger() if data is None else HarvestLedger.from_json(data, origin=LEDGER_KEY)
 
 
 def account(plan: HarvestPlan, manifest: HarvestManifest | None = None) -> TokenAccount:
@@ -131,17 +135,26 @@ class RunLedger:
         )
 
     def _write(self, *, ended: bool) -> None:
-        # Read and put without a condition: two harvests that write at the same moment may lose an entry until
-        # the next write. The ledger is provenance; no reader of the rows relies on it.
-        ledger = read_ledger(self._store)
-        others = tuple(run for run in ledger.runs if run.id != self._id)
-        ledger = ledger.model_copy(update={"runs": (*others, self.entry(ended=ended))})
-        self._store.put(LEDGER_KEY, ledger.to_json())
+        own = self.entry(ended=ended)
+
+        def change(data: bytes | None) -> bytes:
+            ledger = _parsed(data)
+            others = tuple(run for run in ledger.runs if run.id != self._id)
+            return ledger.model_copy(update={"runs": (*others, own)}).to_json()
+
+        # Each job of an array writes its entry, the last ones at about the same moment.
+        self._store.update(LEDGER_KEY, change)
         self._written = time.monotonic()
 
 
 def settle_account(store: ObjectStore, plan: HarvestPlan, manifest: HarvestManifest) -> None:
     """Write the account of tokens once the dataset is sealed, unless it is there already."""
-    ledger, found = read_ledger(store), account(plan, manifest)
-    if ledger.account != found:
-        store.put(LEDGER_KEY, ledger.model_copy(update={"account": found}).to_json())
+    found = account(plan, manifest)
+
+    def change(data: bytes | None) -> bytes:
+        ledger = _parsed(data)
+        if data is not None and ledger.account == found:
+            return data
+        return ledger.model_copy(update={"account": found}).to_json()
+
+    store.update(LEDGER_KEY, change)

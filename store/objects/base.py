@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from winnow.schemas.errors import StoreError
+from winnow.schemas.errors import ConditionFailed, MissingObject, StoreError
 from winnow.store.objects.probe import Probe
 
 Data = bytes | bytearray | memoryview
@@ -29,6 +30,10 @@ MAX_GET_BYTES = 1 << 31
 # S3 allows 1,024 bytes for prefix and key together; the rest is left to the root's prefix.
 MAX_KEY = 512
 """Longest key below a root, in characters, all of them ASCII."""
+
+# Each turn in vain is another process's success: so many at one moment do not rewrite one object.
+_UPDATES = 20
+"""How often `update` tries."""
 
 # No name begins with a dot: that rules out `..`, and leaves `.tmp` to `LocalStore`.
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
@@ -96,10 +101,35 @@ class ObjectStore(ABC):
                 object has changed since.
 
         Raises:
-            StoreError: Somebody else wrote the object meanwhile.
+            ConditionFailed: Somebody else wrote the object meanwhile.
         """
         del version
         self.put(key, data)
+
+    def update(self, key: str, change: Callable[[bytes | None], bytes]) -> None:
+        """Rewrite an object that other processes rewrite too, such that none of their changes is lost.
+
+        Args:
+            key: The object's key.
+            change: Returns the object's new bytes for those that are stored, None without an object. It is
+                called again if another process has written meanwhile. Its errors are raised.
+        """
+        for left in range(_UPDATES, -1, -1):
+            version = self.version(key)
+            try:
+                stored = self.get(key)
+            except MissingObject:
+                stored = None
+            data = change(stored)
+            if data == stored or (stored is None and self.put_new(key, data)):
+                return
+            # None: it was created since, or is gone again; or this storage has no marks.
+            if stored is None or (version is None and self.version(key) is not None):
+                continue
+            with suppress(ConditionFailed):
+                # At last without a condition, for servers that fail every one.
+                self.replace(key, data, version if left else None)
+                return
 
     @abstractmethod
     def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:

@@ -32,7 +32,7 @@ from obstore.exceptions import (
 from obstore.store import S3Store as ObstoreS3
 
 from winnow.schemas.base import sha256_hex
-from winnow.schemas.errors import IntegrityError, MissingObject, StoreError
+from winnow.schemas.errors import ConditionFailed, IntegrityError, MissingObject, StoreError
 from winnow.store.objects.base import (
     MAX_GET_BYTES,
     Data,
@@ -306,11 +306,11 @@ class S3Store(ObjectStore):
         if self._stored_is(key, data):
             return None
         if changed:
-            raise StoreError(
+            raise ConditionFailed(
                 f"{self.uri}/{key} changed while it was repaired",
                 fix="Repair when nobody else writes to this root",
             )
-        raise StoreError(
+        raise ConditionFailed(
             f"replacing {self.uri}/{key} failed: the server refuses If-Match with the object's own ETag",
             expected="an object that is replaced only if its ETag is still the same",
             got=f"412 for the ETag {version}",

@@ -20,6 +20,7 @@ from winnow.explorer.index.subjects import LazySubject
 from winnow.explorer.index.table import INDEX_KEY
 from winnow.sae.model import Sae
 from winnow.store import ActivationStore
+from winnow.store.objects import open_store
 
 WRITERS = 4
 
@@ -55,6 +56,33 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space"):
         write_whole(path, b"new")
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("digest", b"old")]
+
+
+ADDS = (
+    "import json, sys; from winnow.store.objects import open_store\n"
+    "store = open_store(sys.argv[1]); print('ready', flush=True); sys.stdin.readline()\n"
+    "for number in range(20):\n"
+    "    mine = f'{sys.argv[2]}-{number}'\n"
+    "    change = lambda old: json.dumps(sorted({*json.loads(old or '[]'), mine})).encode()\n"
+    "    store.update('list.json', change)\n"
+)
+
+
+def test_updates_of_one_object_by_several_processes_are_all_kept(root_uri: str) -> None:
+    # A result of one `winnow evaluate` was lost if another was stored between its read and its put.
+    words = [sys.executable, "-c", ADDS, root_uri]
+    processes = [
+        subprocess.Popen([*words, str(each)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for each in range(WRITERS)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.communicate("go\n", timeout=200)
+    assert [process.returncode for process in processes] == [0] * WRITERS
+    expected = sorted(f"{each}-{number}" for each in range(WRITERS) for number in range(20))
+    assert json.loads(open_store(root_uri).get("list.json")) == expected
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
