@@ -6,12 +6,15 @@ instances. Keys stay in this process's memory: they are neither stored nor pickl
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from winnow.common.paths import expand_user
 from winnow.schemas.errors import StoreError
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 # that expire before it is asked again.
 RENEW = timedelta(minutes=5)
 """Time after which keys are asked for again."""
+log = logging.getLogger("winnow.store")
 TRUE = ("1", "true", "yes", "on", "y", "t")
 """How obstore's switches in the environment are spelt when they are on."""
 
@@ -135,6 +139,47 @@ def aws_setting(name: str) -> str | None:
         # As botocore does for its own clients: also a `[services]` section and AWS_ENDPOINT_URL_S3.
         told = session.get_scoped_config()
         return ConfiguredEndpointProvider(session.full_config, told, "s3").provide()
+
+
+def asks_for_virtual_host() -> bool:
+    """Return whether the profile in use wants the bucket in the host's name (`addressing_style: virtual`).
+
+    Settings of the profile that change which endpoint is used, or how requests are signed, and that Winnow
+    does not use are named in a warning, once per process.
+    """
+    named = os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config"
+    if not expand_user(named).is_file():
+        return False  # without importing botocore
+    from botocore.exceptions import BotoCoreError  # pyright: ignore[reportMissingTypeStubs]
+
+    # With keys and endpoint in the environment, a file that cannot be read was no error before either.
+    with suppress(BotoCoreError):
+        session = _aws_session()
+        told = session.get_config_variable("s3") or {}
+        found = {f"s3.{name}": told.get(name) for name in _UNUSED_S3} | {
+            name: session.get_config_variable(name) for name in _UNUSED
+        }
+        if told.get("signature_version") not in (None, "s3v4"):
+            found["s3.signature_version"] = told["signature_version"]
+        if unused := [f"{name} = {value}" for name, value in found.items() if value]:
+            _warn_unused(", ".join(unused))
+        return told.get("addressing_style") == "virtual"
+    return False
+
+
+# Of FIPS and the like a user must know that they do not apply. Checksums, retries and time-outs of a profile
+# are not among them: Winnow has its own, at least as strict.
+_UNUSED_S3 = ("use_accelerate_endpoint", "payload_signing_enabled")
+_UNUSED = ("use_fips_endpoint", "use_dualstack_endpoint")
+
+
+@cache
+def _warn_unused(settings: str) -> None:
+    log.warning(
+        "settings of AWS's configuration that Winnow does not use: %s. If it must be another endpoint, "
+        "name it with AWS_ENDPOINT_URL",
+        settings,
+    )
 
 
 def _aws_session() -> Any:

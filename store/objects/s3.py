@@ -16,7 +16,7 @@ from winnow.schemas.config import StorageSpec
 from winnow.schemas.errors import ConfigError
 from winnow.store.objects.base import MAX_KEY
 from winnow.store.objects.direct import Direct
-from winnow.store.objects.keys import TRUE, aws_setting, find_keys
+from winnow.store.objects.keys import TRUE, asks_for_virtual_host, aws_setting, find_keys
 from winnow.store.objects.s3_store import S3Store
 
 _MAX_PREFIX_BYTES = 1024 - MAX_KEY - 1
@@ -45,8 +45,14 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or aws_setting("region")
     # A request is signed for some region; servers other than AWS take any.
     config: dict[str, Any] = {"region": region or "us-east-1"}
+    virtual = "AWS_VIRTUAL_HOSTED_STYLE_REQUEST" not in env and asks_for_virtual_host()
     if endpoint:
-        config["endpoint"] = endpoint.rstrip("/")
+        endpoint = endpoint.rstrip("/")
+        if virtual:
+            endpoint, virtual = _with_bucket(endpoint, bucket)
+        config["endpoint"] = endpoint
+    if virtual:
+        config["virtual_hosted_style_request"] = True
     client = ObstoreS3(
         bucket,
         config=cast(Any, config),
@@ -70,6 +76,19 @@ def open_s3(bucket: str, prefix: str, storage: StorageSpec) -> S3Store:
     )
     direct = Direct(client, keys, storage.timeout_seconds)
     return S3Store(client, bucket, prefix, direct, limit.total_seconds(), storage.single_writer)
+
+
+def _with_bucket(endpoint: str, bucket: str) -> tuple[str, bool]:
+    """Put the bucket before an endpoint's host; unchanged, and False, if the host is an address."""
+    parts = urlsplit(endpoint)
+    host = parts.hostname or ""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        # The client expects the bucket in the endpoint that it is given.
+        named = parts.netloc if host.startswith(f"{bucket}.".lower()) else f"{bucket}.{parts.netloc}"
+        return parts._replace(netloc=named).geturl(), True
+    return endpoint, False
 
 
 def _check_prefix(prefix: str) -> None:
