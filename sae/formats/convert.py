@@ -193,6 +193,8 @@ def export_sae(
     notes = hooked_note(plain.hook) if write in _HOOK_MODULES else ()
     if write is saelens.write and (plain.model or "").startswith("package://"):
         notes += (f"no other library finds the subject {plain.model!r}: name it with --model",)
+    if write is saelens.write and plain.W_skip is not None:
+        notes += ("SAELens adds the skip in the transcoder's forward pass alone, not where it splices it in",)
     for note in notes:
         log.warning("%s", note)
     # Said: who compares a latent's activation here and there would take the export for broken.

@@ -28,19 +28,19 @@ _THRESHOLDS = {"jumprelu": {"threshold", "log_threshold"}, "batchtopk": {"topk_t
 
 USED = words("""
     activation_fn activation_fn_kwargs activation_fn_str apply_b_dec_to_input architecture d_in d_out
-    d_sae exclude_special_tokens finetuning_scaling_factor hf_hook_name hf_hook_name_out hook_head_index
-    hook_head_index_out hook_layer hook_name hook_name_out hook_point hook_point_head_index
-    hook_point_layer k matryoshka_widths metadata model_class_name model_from_pretrained_kwargs
-    model_kwargs model_name normalize_activations prepend_bos rescale_acts_by_decoder_norm
-    reshape_activations sae_lens_training_version sae_lens_version seqpos_slice
-    training_architecture_details use_chat_formatting
+    d_sae disable_concat_sequences exclude_special_tokens finetuning_scaling_factor hf_hook_name
+    hf_hook_name_out hook_head_index hook_head_index_out hook_layer hook_name hook_name_out hook_point
+    hook_point_head_index hook_point_layer k matryoshka_widths metadata model_class_name
+    model_from_pretrained_kwargs model_kwargs model_name normalize_activations prepend_bos
+    rescale_acts_by_decoder_norm reshape_activations sae_lens_training_version sae_lens_version
+    seqpos_slice sequence_separator_token training_architecture_details use_chat_formatting
     """)
 OF_TRAINING = words("""
     act_store_device activations_mixing_fraction adam_beta1 adam_beta2 autocast autocast_lm
     aux_loss_coefficient b_dec_init_method cached_activations_path checkpoint_path compile_llm compile_sae
     context_size data_dir dataset_path dataset_trust_remote_code dead_feature_threshold
     dead_feature_window decoder_heuristic_init decoder_heuristic_init_norm decoder_init_norm
-    decoder_orthogonal_init device disable_concat_sequences dtype eval_batch_size_prompts
+    decoder_orthogonal_init device dtype eval_batch_size_prompts
     eval_every_n_wandb_logs expansion_factor feature_sampling_method feature_sampling_window
     finetuning_method finetuning_tokens from_pretrained_path hook_eval hook_layer_out hook_point_eval
     hook_point_layer_out init_encoder_as_decoder_transpose is_dataset_tokenized jumprelu_bandwidth
@@ -52,7 +52,7 @@ OF_TRAINING = words("""
     n_restart_cycles neuronpedia_id new_cached_activations_path noise_scale normalize_sae_decoder
     output_path pre_act_loss_coefficient prefetch_llm_batches resume resume_from_checkpoint run_name
     sae_compilation_mode save_final_checkpoint scale_sparsity_penalty_by_decoder_norm seed
-    sequence_separator_token sparsity_penalty store_batch_size store_batch_size_prompts streaming
+    sparsity_penalty store_batch_size store_batch_size_prompts streaming
     target_l0 tokens_per_buffer topk_threshold_lr total_training_steps total_training_tokens
     train_batch_size train_batch_size_tokens training_architecture training_tokens use_cached_activations
     use_ghost_grads use_matryoshka_aux_loss use_sparse_activations verbose wandb_entity wandb_id
@@ -154,7 +154,11 @@ def notes_on(config: Mapping[str, Any], about: Mapping[str, Any], origin: Path) 
             "a latent near its threshold or the K-th place may be active in one alone"
         )
     if about.get("prepend_bos"):
-        notes.append("its contexts began with BOS (prepend_bos): harvest with `plan.bos: window`")
+        notes.append(
+            "its contexts began with BOS (prepend_bos), unless its dataset was tokenised already: to such a "
+            "one SAELens adds none. Harvest with `plan.bos: window`"
+        )
+    notes.extend(_notes_on_joins(about))
     for name in ("hook_head_index", "hook_point_head_index", "hook_head_index_out"):
         if about.get(name) is not None:
             notes.append(f"it reads one head alone ({name}: {about[name]}), which Winnow does not read")
@@ -175,6 +179,24 @@ def notes_on(config: Mapping[str, Any], about: Mapping[str, Any], origin: Path) 
     if about.get("rescale_acts_by_decoder_norm") and "topk" not in str(config.get("architecture")):
         notes.append("rescale_acts_by_decoder_norm is ignored, as SAELens does unless it is a TopK")
     return (*notes, *unknown_fields(about, USED | OF_TRAINING, origin))
+
+
+def _notes_on_joins(about: Mapping[str, Any]) -> list[str]:
+    """A note on what its contexts hold beside BOS and text; none if the files do not say."""
+    if about.get("disable_concat_sequences"):
+        return [
+            "its contexts were beginnings of documents, one each, and shorter documents were left out "
+            "(disable_concat_sequences)"
+        ]
+    if "sequence_separator_token" not in about:
+        return []
+    token = about["sequence_separator_token"]
+    if token is None:
+        return [
+            "nothing stood between its documents (sequence_separator_token): Winnow joins them by a token"
+        ]
+    how = f"`plan.join: {token}`" if token in ("bos", "eos") else "`plan.join` and that token's text"
+    return [f"its documents were joined by the token {token} (sequence_separator_token): harvest with {how}"]
 
 
 def k_of(config: Mapping[str, Any], latents: int, origin: Path) -> int | None:

@@ -108,6 +108,32 @@ def test_saelens_explained_variance_is_one_less_fvu_raw_and_its_legacy_figure_is
     assert abs(legacy - (1 - fvu(rows))) > 0.01
 
 
+def test_saelens_compares_a_transcoders_prediction_with_the_rows_that_it_reads(model, tokens):
+    from sae_lens.evals import get_sparsity_and_variance_metrics
+    from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    theirs = SkipTranscoder(SkipTranscoderConfig(d_in=D, d_out=D, d_sae=N, apply_b_dec_to_input=False))
+    source, target = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"
+    theirs.cfg.metadata.hook_name, theirs.cfg.metadata.hook_name_out = source, target
+    with torch.no_grad():
+        for name, value in (*PARTS.items(), ("skip", torch.eye(D))):
+            parameter = {"encoder": "W_enc", "decoder": "W_dec", "bias": "b_dec", "skip": "W_skip"}[name]
+            getattr(theirs, parameter).copy_(value)
+        cache = model.run_with_cache(tokens)[1]
+        read = cache[source].flatten(0, 1)
+        predicted = torch.relu(read @ PARTS["encoder"]) @ PARTS["decoder"] + PARTS["bias"]
+        assert torch.allclose(theirs(read), predicted + read, atol=1e-4)
+    found = get_sparsity_and_variance_metrics(
+        theirs, model, batches_of(tokens), ActivationScaler(), n_batches=2, compute_l2_norms=False,
+        compute_sparsity_metrics=False, compute_variance_metrics=True, eval_batch_size_prompts=WINDOWS // 2,
+        compute_featurewise_density_statistics=False, model_kwargs={},
+    )[0]  # fmt: skip
+    # Neither the target nor the skip occurs in it.
+    away = (read - predicted).square().sum() / (read - read.mean(0)).square().sum()
+    assert found["explained_variance"] == pytest.approx(1 - away.item(), rel=1e-4)
+
+
 def test_saelens_scores_are_loss_recovered_zero_and_its_kl_has_one_more_position(model, tokens, lens):
     from sae_lens.evals import get_downstream_reconstruction_metrics
     from sae_lens.training.activation_scaler import ActivationScaler

@@ -197,6 +197,7 @@ NAMED = {
     "exclude_special_tokens": [0, 1],
     "use_chat_formatting": True,
     "model_kwargs": {"attention_mask": 1},
+    "sequence_separator_token": "bos",
     "some_new_field": 0.5,
 }
 
@@ -214,6 +215,31 @@ def test_every_field_with_a_meaning_is_named_and_no_other(tmp_path):
     harmless |= {"context_size": 128, "dataset_path": "a/b", "dataset_trust_remote_code": True, "lr": 4e-4}
     harmless |= {"neuronpedia_id": "gpt2-small/8-res-jb", "hook_layer": 3, "another_new_field": None}
     assert lens_import(tmp_path, out="quiet", **harmless).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"sequence_separator_token": "eos"}, "`plan.join: eos`"),
+        ({"sequence_separator_token": 3}, "joined by the token 3"),
+        ({"sequence_separator_token": None}, "nothing stood between its documents"),
+        ({"sequence_separator_token": "bos", "disable_concat_sequences": True}, "beginnings of documents"),
+        ({"disable_concat_sequences": False}, None),
+    ],
+    ids=str,
+)
+def test_what_stood_between_the_documents_is_named(tmp_path, fields, says):
+    notes = lens_import(tmp_path, metadata=PYTHIA | fields).notes
+    assert len(notes) == (says is not None)
+    assert says is None or says in notes[0]
+
+
+def test_a_skip_that_saelens_leaves_out_where_it_splices_is_named(tmp_path, caplog):
+    for kind in ("transcoder", "skip_transcoder"):
+        lens_import(tmp_path / kind, kind, d_out=D)
+        caplog.clear()
+        export_sae(str(tmp_path / kind / "ours"), "saelens", tmp_path / kind / "out")
+        assert any("forward pass alone" in said for said in caplog.messages) == ("skip" in kind)
 
 
 @pytest.mark.parametrize(
