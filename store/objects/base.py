@@ -113,6 +113,9 @@ class ObjectStore(ABC):
             key: The object's key.
             change: Returns the object's new bytes for those that are stored, None without an object. It is
                 called again if another process has written meanwhile. Its errors are raised.
+
+        Raises:
+            ConditionFailed: Others created or removed the object at every try.
         """
         for left in range(_UPDATES, -1, -1):
             version = self.version(key)
@@ -130,6 +133,7 @@ class ObjectStore(ABC):
                 # At last without a condition, for servers that fail every one.
                 self.replace(key, data, version if left else None)
                 return
+        raise ConditionFailed(f"{self.uri}/{key} was created or removed by others at every try")
 
     @abstractmethod
     def get(self, key: str, limit: int = MAX_GET_BYTES) -> bytes:
