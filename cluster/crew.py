@@ -19,7 +19,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.job_config import JobConfig
 
 from winnow.common.cores import cores_each, usable_cores
-from winnow.common.figures import count_of
+from winnow.common.figures import brief, count_of
 from winnow.common.reporter import say
 from winnow.schemas.errors import ConfigError, WinnowError, WorkerError
 
@@ -363,7 +363,7 @@ def _verdict(actor: Any, error: RayActorError) -> RayActorError | None:
 
 
 def last_line(error: Exception) -> str:
-    """The last line that is not blank, of an error from Ray, at most 300 characters."""
+    """The last line that is not blank, of an error from Ray, in at most 300 characters."""
     # Ray's messages are tracebacks: the error itself is at their end.
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    return brief(lines[-1], 300) if lines else type(error).__name__

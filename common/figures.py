@@ -33,3 +33,11 @@ def human_hours(hours: float) -> str:
         if hours >= size:
             return f"{hours / size:,.1f} {unit}"
     return f"{hours * 3600:.0f} s" if hours == 0 or hours * 3600 >= 1 else "under 1 s"
+
+
+def brief(text: str, most: int) -> str:
+    """One line of at most `most` characters: whole sentences, or of a longer first one its first words."""
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line.rstrip(".")
+    return line[:most].rpartition(". ")[0] or line[: most - 6].rpartition(" ")[0] + " [...]"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.common.config_file import load_config
-from winnow.common.figures import human_bytes
+from winnow.common.figures import brief, human_bytes
 from winnow.common.reporter import say
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError, StoreError, WorkerError
@@ -29,6 +29,7 @@ _EXCLUDES = (
     ".pytest_cache", ".ruff_cache", ".hypothesis", ".import_linter_cache", ".env",
 )  # fmt: skip
 """Never uploaded with the working folder (patterns as in .gitignore)."""
+_AGAIN = "Run the same command again: what is finished is kept"
 STOP_SECONDS = 30
 """Time limit for a stopped job to end by itself: a trainer writes a checkpoint."""
 # A head that answers may not have an agent yet that starts jobs.
@@ -190,7 +191,7 @@ def connect(address: str, token: str | None) -> Any:
     except (OSError, RuntimeError) as error:
         raise StoreError(
             f"the Ray cluster at {address} does not answer",
-            got=" ".join(str(error).split())[:200],
+            got=brief(str(error), 200),
             fix="Check the address and the dashboard's port (8265 unless it was set), and a tunnel to it",
         ) from error
 
@@ -236,7 +237,7 @@ def run_job(
     if details.status == "SUCCEEDED":
         return 0
     if code is None:  # it never ran: no such Python, no room, a node lost
-        raise WorkerError(f"job {job.id} failed", got=_brief(details.message or "no message"))
+        raise WorkerError(f"job {job.id} failed", got=brief(details.message or "no message", 400), fix=_AGAIN)
     # As a shell would say it: Ray gives -n for signal n.
     return 128 - code if code < 0 else code
 
@@ -264,7 +265,7 @@ def _submit(client: Any, job: RayJob) -> None:
             if not starting or time.monotonic() > end:
                 raise ConfigError(
                     "the cluster did not accept the job",
-                    got=_brief(str(error)),
+                    got=brief(str(error), 400),
                     fix=_NO_AGENT if starting else _smaller(job.working_dir),
                 ) from error
         time.sleep(1)
@@ -319,7 +320,7 @@ async def _follow(client: Any, job_id: str, write: Callable[[str], object]) -> N
 def _out_of_reach(job_id: str, error: Exception) -> WorkerError:
     return WorkerError(
         f"the cluster cannot be reached, and job {job_id} may still be running",
-        got=_brief(str(error)),
+        got=brief(str(error), 400),
         fix=f"See `ray job status {job_id}` once the cluster answers; if it has lost the job, the same "
         "command resumes",
     )
@@ -338,13 +339,9 @@ def _stop(client: Any, job_id: str) -> None:
     except KeyboardInterrupt:
         say(f"job {job_id} may still be running")
     except (RuntimeError, OSError) as error:
-        say(f"job {job_id} could not be stopped and may still be running: {_brief(str(error))}")
+        say(f"job {job_id} could not be stopped and may still be running: {brief(str(error), 400)}")
 
 
 def _print(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _brief(text: str) -> str:
-    return " ".join(text.split())[:400].rstrip(".")

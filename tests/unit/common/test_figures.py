@@ -1,6 +1,6 @@
 import pytest
 
-from winnow.common.figures import count_of, human_bytes, human_figure, human_hours, human_rate
+from winnow.common.figures import brief, count_of, human_bytes, human_figure, human_hours, human_rate
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,16 @@ def test_hours_are_shown_in_the_largest_unit_that_fits():
 )
 def test_a_figure_has_four_digits_and_a_count_all(figure, text):
     assert human_figure(figure) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "shown"),
+    [
+        ("It  failed.\n", 40, "It failed"),
+        ("It failed. Lease ID: 06. Some causes", 28, "It failed. Lease ID: 06"),
+        ("a sentence that is longer than the line", 26, "a sentence that is [...]"),
+    ],
+)
+def test_a_long_cause_ends_with_a_sentence_or_says_that_it_was_cut(text, most, shown):
+    assert brief(text, most) == shown
+    assert len(brief(text, most)) <= most
