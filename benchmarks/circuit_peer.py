@@ -4,11 +4,13 @@
     run encode SET ROWS OUT
     run save SET OUT
     run graph SET SUBJECT TOKENS OUT
+    run intervene SET SUBJECT TOKENS EDITS OUT
     run check GRAPH.json
 
 It imports nothing of Winnow's: its transformers is another version. SET is a folder that `winnow export --to
 circuit-tracer` wrote, SUBJECT a folder of transformers' whose path holds no family's name (TransformerLens
-would take it for that one), TOKENS are ids with commas between them, the first of a special token.
+would take it for that one), TOKENS are ids with commas between them, the first of a special token. EDITS is a
+JSON list of [layer, position, latent, activation].
 """
 
 # The other library is installed in an environment of its own, where the checker does not look.
@@ -141,6 +143,25 @@ def graph(options: argparse.Namespace) -> None:
     )
 
 
+def intervene(options: argparse.Namespace) -> None:
+    """Write the last position's logits [V]: unedited, and edited with what each of its options holds."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    model = replacement(options.subject, load_set(options.set), options.out / "tokenizer")
+    tokens = torch.tensor([int(token) for token in options.tokens.split(",")])
+    edits = [tuple(edit) for edit in json.loads(options.edits)]
+    ways = {
+        "default": {},
+        "nothing": {"freeze_attention": False},
+        "all": {"constrained_layers": range(model.cfg.n_layers)},
+    }
+    with torch.no_grad():
+        found = {"unedited": model(tokens[None])[0, -1]}
+        for name, way in ways.items():
+            logits, _ = model.feature_intervention(tokens, edits, **way)
+            found[name] = logits.reshape(-1, logits.shape[-1])[-1]
+    save_file({name: each.clone() for name, each in found.items()}, options.out / "logits.safetensors")
+
+
 def check(options: argparse.Namespace) -> None:
     """Validate a graph with its own models, and say how many nodes and links it holds."""
     from circuit_tracer.frontend.graph_models import Link, Model
@@ -175,6 +196,10 @@ def main() -> None:
     one.add_argument("--threads", type=int, default=torch.get_num_threads())
     one.add_argument("--write-json", action="store_true")
     one.set_defaults(run=graph)
+    one = commands.add_parser("intervene")
+    for name, kind in (("set", Path), ("subject", Path), ("tokens", str), ("edits", str), ("out", Path)):
+        one.add_argument(name, type=kind)
+    one.set_defaults(run=intervene)
     one = commands.add_parser("check")
     one.add_argument("graph", type=Path)
     one.set_defaults(run=check)

@@ -3,7 +3,8 @@
 Letters: P positions, D width of the residual stream, F features of a graph, W variants, V vocabulary.
 
 An edit changes what a latent writes: ``decoder row x (new - old activation)`` is added to the MLP output of
-every layer that it writes to, at its position. The rest of the subject reacts as it does.
+every layer that it writes to, at its position. The rest of the subject reacts as it does. Old is the
+activation in the unedited prompt: changes of several edits add up, also where one latent feeds another.
 """
 
 from __future__ import annotations

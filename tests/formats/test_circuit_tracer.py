@@ -15,7 +15,7 @@ from benchmarks.peers import CIRCUITS, environment, installed
 from tests.support.making import dense
 from tests.support.sets import random_set
 from tests.support.tiny import make_subject
-from winnow.evaluator.circuits import Graph, trace
+from winnow.evaluator.circuits import Graph, edit, trace
 from winnow.sae.formats.sets import export_set, import_set
 from winnow.sae.sets import TranscoderSet
 from winnow.schemas.errors import IntegrityError
@@ -136,6 +136,41 @@ def test_a_graph_has_its_nodes_and_edges(exported, subjects, tmp_path, name):
     else:
         read = Graph.from_json(written)
         assert {node[:4] for node in read.nodes if node.kind == "feature"} <= set(theirs)
+
+
+@pytest.mark.parametrize("name", ["llama-plt", "llama-clt"])
+def test_its_intervention_that_holds_nothing_is_our_edit(exported, subjects, tmp_path, name):
+    subject = Subject.load(SubjectSpec(model=str(subjects["llama"]), dtype="float32", device="cpu"))
+    set_ = TranscoderSet.load(exported[name] / "ours")
+    graph = trace(subject, set_, TOKENS, max_features=10_000)
+    of_layer: dict[int, list] = {}
+    for node in graph.nodes:
+        if node.kind == "feature" and node.position > 0:
+            of_layer.setdefault(node.layer, []).append(node)
+    # Another of the last layer may read what the first writes; at the last position it moves the logits.
+    first = max(of_layer[0], key=lambda node: node.position)
+    later = max(of_layer[L - 1], key=lambda node: node.position)
+    for number, nodes in enumerate(([first], [first, later])):
+        edits = [f"{node.layer}.{node.number}@{node.position}=0" for node in nodes]
+        asked = [[node.layer, node.position, node.number, 0.0] for node in nodes]
+        out, tokens = tmp_path / str(number), ",".join(map(str, TOKENS))
+        run("intervene", exported[name] / "theirs", subjects["llama"], tokens, json.dumps(asked), out)
+        logits = load_file(out / "logits.safetensors")
+        ours = edit(subject, set_, graph, edits)
+        at = [node.number for node in ours.logits]
+
+        def change(way, logits=logits, at=at):
+            moved = logits[way] - logits["unedited"]
+            return (moved - moved.mean())[at]
+
+        if len(nodes) == 1:
+            assert torch.allclose(ours.found, change("nothing"), atol=1e-5)
+            # It holds attention's patterns unless told otherwise, or norms and MLPs as well.
+            assert all((ours.found - change(way)).abs().max() > 1e-3 for way in ("default", "all"))
+        elif name == "llama-plt":
+            # Ours add up changes from the unedited prompt; it sets the later latent as it then stands.
+            assert later.position == len(TOKENS) - 1
+            assert (ours.found - change("nothing")).abs().max() > 1e-2
 
 
 def test_its_models_read_our_graph(exported, subjects, tmp_path):
