@@ -22,7 +22,7 @@ Backend = Literal["eager", "cpu", "triton"]
 _BACKENDS: tuple[Backend, ...] = ("eager", "cpu", "triton")
 TRITON = "3.7.1"
 """The version of Triton that torch 2.13's wheels for CUDA ask for, and with which the kernels are tested."""
-_ASKED = re.compile(r"triton==([\w.]+)")
+_ASKED = re.compile(r"triton[=~]=([\w.]+)")
 _LOG = logging.getLogger("winnow.trainer")
 
 

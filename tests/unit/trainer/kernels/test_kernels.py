@@ -254,7 +254,12 @@ def test_triton_asked_for_and_absent_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "named"), [(['triton==3.9.0; platform_system == "Linux"'], "3.9.0"), ([], dispatch.TRITON)]
+    ("asked", "named"),
+    [
+        (['triton==3.8.0; platform_system == "Linux"'], "3.8.0"),
+        (['triton~=3.9.0; platform_system == "Linux" and python_version < "3.16"'], "3.9.0"),  # torch 2.15's
+        ([], dispatch.TRITON),
+    ],
 )
 def test_the_version_that_the_message_names_is_the_installed_torchs(monkeypatch, asked, named):
     def absent(name):
