@@ -113,6 +113,8 @@ class Steps:
     def __init__(self, model: transformers.PreTrainedModel, blocks: str) -> None:
         config = model.config.get_text_config()
         self._model: Any = model
+        self._parameters = inspect.signature(model.forward).parameters
+        self._cache_argument = cache_argument(model)
         self._turns = turning_points(config)
         self._limit = _choice_begins(config)
         self._way = self._proved(blocks)
@@ -138,21 +140,23 @@ class Steps:
 
     def _cached(self, way: _Way, ids: Tensor, end: int, kept: Kept | None) -> tuple[Tensor, Kept | None]:
         if kept is None:
-            kept = {cache_argument(self._model): DynamicCache()} if way.plain else {}
+            kept = {self._cache_argument: DynamicCache()} if way.plain else {}
         if way.positions:
             kept = {**kept, "position_ids": torch.arange(end - ids.shape[1], end, device=ids.device)[None]}
         output = self._model(input_ids=ids, use_cache=True, **kept)
         name = next(name for name in _CACHES if getattr(output, name, None) is not None)
+        # transformers 5.24 returns every cache as `cache`, also of code that takes it by an older name.
+        taken = next((other for other in (name, *_CACHES) if other in self._parameters), name)
         # Where cached and whole passes part, the cache is given up: once at LongRoPE's turn, for good where
         # attention begins to choose.
         ends = end in self._turns or end >= self._limit
-        return output.logits[0, -1], None if ends else {name: output[name]}
+        return output.logits[0, -1], None if ends else {taken: output[name]}
 
     def _proved(self, blocks: str) -> _Way | None:
         """The first way of using a cache that gives the logits of whole passes; None if there is none."""
         ids = trial_ids(self._model, 1, _TOKENS)
         ends = range(min(_PROMPT, ids.shape[1]), ids.shape[1] + 1)
-        told = "position_ids" in inspect.signature(self._model.forward).parameters
+        told = "position_ids" in self._parameters
         with torch.no_grad(), in_float32(self._model, blocks):
             whole = torch.stack([self._whole(ids[:, :end]) for end in ends])
             for way in (way for way in _WAYS if told or not way.positions):

@@ -98,6 +98,7 @@ class Tail:
         layer = self._tap.layer or 0
         self._first = layer + 1 if named and named[0] == "resid_post" else layer
         self._turns = turning_points(subject.model.config.get_text_config())
+        self._cache_argument = cache_argument(subject.model)
 
     @property
     def spared(self) -> float:
@@ -245,7 +246,7 @@ class Tail:
         return _Spared(False, False)
 
     def _forward(self, ids: Tensor, cache: Any, positions: Tensor | None) -> Tensor:
-        kept: dict[str, Any] = {} if cache is None else {cache_argument(self._model): cache}
+        kept: dict[str, Any] = {} if cache is None else {self._cache_argument: cache}
         if positions is not None:
             kept["position_ids"] = positions
         return self._model(input_ids=ids, use_cache=cache is not None, **kept).logits

@@ -60,3 +60,29 @@ def test_a_cache_has_the_name_that_the_model_gives_it():
     assert [*kept] == ["cache"]
     assert same_logits(steps.run(ids[:, -1:], 10, kept)[0], whole[-1])
     assert given[-1] is given[-2] is not None
+
+
+def test_a_cache_is_given_back_by_the_name_that_the_pass_takes():
+    """Code that comes with weights says `past_key_values`; transformers 5.24 returns `cache` all the same."""
+    config: Any = tiny_config("llama")
+    named = cache_argument(LlamaForCausalLM(config))
+
+    class Older(LlamaForCausalLM):
+        def forward(  # pyright: ignore
+            self,
+            input_ids: Any,
+            position_ids: Any = None,
+            past_key_values: Any = None,
+            use_cache: bool = True,
+        ) -> Any:
+            inner: dict[str, Any] = {named: past_key_values, "position_ids": position_ids}
+            output = super().forward(input_ids, use_cache=use_cache, **inner)
+            return ModelOutput(logits=output.logits, cache=output.get(named))
+
+    model = Older(config).eval().requires_grad_(False)
+    steps, ids = Steps(model, "model.layers"), torch.arange(20, 30)[None]
+    whole = model(ids, use_cache=False).logits[0]
+    _, kept = steps.run(ids[:, :-1], 9, None)
+    assert kept is not None, "every token would take a whole pass"
+    assert [*kept] == ["past_key_values"]
+    assert same_logits(steps.run(ids[:, -1:], 10, kept)[0], whole[-1])
