@@ -50,7 +50,8 @@ def _end(total, out, at, more, directions, squares, latent, d, D, stride, ADD: t
         total += tl.load(out + here, mask=inside, other=0.0)
     if at is not None:
         place = tl.load(at + latent).to(tl.int64)
-        total += tl.load(more + place * D + d, mask=inside & (place >= 0), other=0.0)
+        # a mask of the numbers & a flag of the row, which Triton 3.9's interpreter refuses, in one comparison
+        total += tl.load(more + place * D + d, mask=d < tl.where(place >= 0, D, 0), other=0.0)
     if directions is not None:
         direction = tl.load(directions + here, mask=inside, other=0.0)
         total -= tl.sum(total * direction, axis=0) * direction
