@@ -71,10 +71,12 @@ def estimate_command(
     with guard():
         from winnow.common.config_file import load_config
         from winnow.schemas.config import section
-        from winnow.trainer.plan.estimate import as_json, data_volume, estimate, table_rows
 
         settings = load_config(config, set or [])
         spec = section(settings.train, "train")
+        # After the config is read: a mistake in it is told at once.
+        from winnow.trainer.plan.estimate import as_json, data_volume, estimate, table_rows
+
         size = _size(settings, spec, tokens, d_model)
         spec, rows, width = size.spec, size.rows, size.width
         prices = settings.prices

@@ -57,10 +57,12 @@ def plan_command(config: ConfigPath, set: Sets = [], json: AsJson = False) -> No
     """
     with guard(), interrupted_by_signals():
         from winnow.common.config_file import load_config
-        from winnow.harvester.run.driver import ensure_plan
         from winnow.store.objects import open_store
 
         cfg = load_config(config, set)
+        # After the config is read: a mistake in it is told at once.
+        from winnow.harvester.run.driver import ensure_plan
+
         store = open_store(cfg.root, cfg.storage)
         plan = ensure_plan(cfg, store)
         emit(_plan_facts(plan, store), json, lambda: _show_plan(plan, store))

@@ -105,10 +105,12 @@ def register_train(app: typer.Typer, *, subject_figures: bool = True) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard(), interrupted_by_signals():
             from winnow.common.config_file import load_config
+
+            settings = load_config(config, set_ or [])
+            # After the config is read: a mistake in it is told at once.
             from winnow.trainer.mesh.world import launch_of, only_the_first_tells
             from winnow.trainer.run.loop import train
 
-            settings = load_config(config, set_ or [])
             launch = launch_of(os.environ)
             after_train = _measure_in_subject() if subject_figures and figures else None
             # The ranks of one machine share its ports, and the first one's figures are the run's.
@@ -149,13 +151,15 @@ def register_sweep(app: typer.Typer) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with guard(), interrupted_by_signals():
             from winnow.common.config_file import load_config
-            from winnow.store.read.joined import open_roots
             from winnow.trainer.plan.grid import grid_specs
-            from winnow.trainer.plan.sweep import require_room
-            from winnow.trainer.run.loop import train_fleet
 
             settings = load_config(config, set_ or [])
             specs = grid_specs(settings)
+            # As in `train`, after the config is read.
+            from winnow.store.read.joined import open_roots
+            from winnow.trainer.plan.sweep import require_room
+            from winnow.trainer.run.loop import train_fleet
+
             # One read serves the whole grid, so the first spec says how to follow a harvest.
             dataset = open_roots(
                 settings.root,

@@ -174,6 +174,15 @@ def test_a_help_says_what_each_argument_and_option_is_in_a_sentence_and_shows_an
     assert "Example" in f"{command.help} {command.epilog}"
 
 
+@pytest.mark.parametrize("command", ["plan", "harvest", "train", "sweep", "estimate"])
+def test_a_mistake_in_a_config_is_told_before_a_large_library_is_loaded(command, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("root: data\ntrain: {out: runs/x, hook: a.b, latents: 8, k: 2, epoch: 3}\n")
+    [[code, _]], modules = json.loads(python(IMPORTED, json.dumps([[command, str(path)]])))
+    assert code == 2
+    assert not set(modules) & {"torch", "scipy", "transformers", "ray"}
+
+
 @pytest.mark.parametrize("arguments", [["runs", "."], ["watch", "."], ["stop", "."], ["resume", "."]])
 def test_what_only_reads_a_status_waits_for_no_large_library(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
