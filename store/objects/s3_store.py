@@ -56,6 +56,9 @@ MULTIPART_BYTES = 128 << 20
 # S3 lists 1,000 keys per page.
 _PAGE = 1000
 """Objects of one page of a listing."""
+# 100, 128, 250, 256, 500, 512, 1,000 and so on; of other listings one in thirty costs a request in vain.
+_CUTS = (50, 64)
+"""Any server's page is a multiple of one of these."""
 _PAUSE_SECONDS = 1.0
 """Between two rounds of obstore's tries while a server is away."""
 log = logging.getLogger("winnow.store")
@@ -421,13 +424,17 @@ class S3Store(ObjectStore):
 
         try:
             found = self._ask(listed)
-            # A server of the older listing marks a full page as cut short in a way that obstore does not see.
-            while found and len(found) % _PAGE == 0:
+            # Servers cut a listing at a page without a word, or, as the older listing, in a way that obstore
+            # does not see.
+            while found and any(len(found) % keys == 0 for keys in _CUTS):
                 last = max(found)
                 more = self._ask(partial(listed, last))
                 if not more:
                     break
                 if min(more) <= last:
+                    # It ignores where to begin: only a full page of S3's own says that there is more.
+                    if len(found) % _PAGE:
+                        break
                     raise ValueError(f"the server lists no more than {len(found):,} objects (ListObjectsV2)")
                 found |= more
             for path in found:

@@ -340,6 +340,23 @@ def test_a_listing_in_pages_that_nobody_asked_for_is_refused(serve: Serve) -> No
     assert len(list(store.list("many"))) == OLD_PAGE + 1
 
 
+@pytest.mark.parametrize("page", [100, 250, 256, 500, 1000])
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 1300])
+def test_a_listing_that_is_cut_without_a_word_is_read_on(serve: Serve, page: int, beyond: int) -> None:
+    server, store = serve()
+    server.silent_page = page
+    for number in range(page + beyond):
+        server.objects[f"root/many/{number:04d}"] = b"x"
+    assert len(list(store.list("many"))) == page + beyond
+
+
+def test_a_server_that_begins_again_has_listed_all(serve: Serve) -> None:
+    server, store = serve("old_pages")
+    for number in range(100):
+        server.objects[f"root/many/{number:04d}"] = b"x"
+    assert len(list(store.list("many"))) == 100
+
+
 def test_a_listing_that_lags_behind_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     _, store = serve()
     monkeypatch.setattr(store, "list", lambda _: iter([]))

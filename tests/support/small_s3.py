@@ -56,6 +56,8 @@ class SmallS3:
         """(method, key) -> status and S3 code to answer instead."""
         self.tokens: Callable[[str], bool] = lambda _: True
         """Whether a session's token is valid; to others it answers that they are expired."""
+        self.silent_page: int | None = None
+        """Objects after which a listing ends and says that it is whole."""
         self.lock, self.met = threading.Lock(), dict[str, threading.Event]()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.s3 = self
@@ -221,6 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "old_pages" in wrong and len(found) > OLD_PAGE:
             found, more = found[:OLD_PAGE], "true"
             cut = f"<NextMarker>{escape(found[-1][0])}</NextMarker>"
+        found = found[: self.s3.silent_page]
         spelt = quote if "encoded_keys" in wrong else str
         told = "".join(
             f"<Contents><Key>{escape(spelt(key))}</Key><Size>{len(body)}</Size>"
