@@ -107,6 +107,7 @@ def verify_command(
     Example: winnow verify s3://bucket/run7 --level full
     """
     with guard():
+        from winnow.schemas.errors import IntegrityError, UnsupportedVersion
         from winnow.store.check.info import dataset_info
         from winnow.store.check.repair import repair
         from winnow.store.check.verify import damage
@@ -118,9 +119,13 @@ def verify_command(
             for key in repair(store).restored:
                 say(f"repair: {key} was written anew")
         problems = _verify(store, level, threads)
-        # Without its plan a dataset has no state to report; the problem itself says so.
-        facts = dataset_info(store) if not any(p.key == "plan.json" for p in problems) else None
-        broken = damage(problems)
+        broken, facts = damage(problems), None
+        try:
+            facts = dataset_info(store)
+        except (IntegrityError, UnsupportedVersion):
+            # Without plan or manifest a dataset has no state to report; the problem itself says so.
+            if not broken:
+                raise
         value = {
             "uri": store.uri,
             "level": level.value,
@@ -224,7 +229,10 @@ def _advice(uri: str, broken: list[Problem], facts: DatasetInfo | None, repaired
     from winnow.store.format.layout import PLAN_KEY
 
     if any(problem.key == PLAN_KEY for problem in broken):
-        return [f"nothing else says what {PLAN_KEY} held: put back a copy of it, byte for byte"]
+        return [
+            f"nothing else says what {PLAN_KEY} held: put back a copy of it, byte for byte. If it is gone, "
+            "`winnow plan` with the same config, or `winnow derive` with the same options, makes it again"
+        ]
     again = "`winnow harvest CONFIG --repair` makes again {}, from corpus and subject"
     if facts and facts.derived:  # no corpus and no subject gives its rows
         made = f"dataset {facts.derived.parent[:12]}: {facts.derived.rule.words}, stored as {facts.dtype}"

@@ -34,7 +34,14 @@ from winnow.schemas.errors import (
 from winnow.schemas.harvest import SLICES, Attempt, HarvestManifest, HarvestPlan, ShardRecord, UnitReceipt
 from winnow.store.check.verify import damage, verify
 from winnow.store.format.labels import LABELS, label_digests, label_keys
-from winnow.store.format.layout import manifest_key, receipt_key, shard_key, slice_starts, tokens_key
+from winnow.store.format.layout import (
+    MANIFEST_DIR,
+    manifest_key,
+    receipt_key,
+    shard_key,
+    slice_starts,
+    tokens_key,
+)
 from winnow.store.format.shards import (
     Stored,
     crc32c,
@@ -328,7 +335,7 @@ class _Repair:
         """Seal again if the manifest no longer agrees with the receipts."""
         present = [_MANIFEST_KEY.fullmatch(key) for key, _ in self.store.list()]
         revisions = sorted(int(match[1] or 0) for match in present if match)
-        if not revisions:
+        if not revisions and next(self.store.list(MANIFEST_DIR), None) is None:
             return  # not sealed: that is for the harvest
         try:
             fresh = gather(self.store, self.plan, repair=True)
@@ -359,7 +366,7 @@ class _Repair:
             return
         parent: str | None = None
         # The chain is broken, and each link contains the digest of the one before: all are written again.
-        for revision in range(revisions[-1] + 1):
+        for revision in range(max(revisions, default=0) + 1):
             manifest = fresh.model_copy(update={"revision": revision, "parent": parent})
             key, body = manifest_key(revision), manifest.to_json()
             self.put_back(key, body, self.store.version(key))

@@ -50,11 +50,17 @@ def load_plan(store: ObjectStore) -> HarvestPlan:
 
     Raises:
         ConfigError: There is no dataset.
-        IntegrityError, UnsupportedVersion: It cannot be read.
+        IntegrityError, UnsupportedVersion: It cannot be read, or only it is missing.
     """
     try:
         data = store.get(layout.PLAN_KEY, limit=MAX_JSON_BYTES)
     except MissingObject as error:
+        # Receipts are of some plan. Another one, made in this place, would never fit them.
+        if next(store.list(layout.RECEIPTS_DIR), None) is not None:
+            raise IntegrityError(
+                f"{store.uri}/{layout.PLAN_KEY} is missing, which a dataset with receipts has",
+                fix="Put back a copy of it; `winnow plan` with the same config makes the same plan again",
+            ) from error
         got, fix = "nothing there", "Check the root, or run `winnow plan` and `winnow harvest` first"
         if any(store.size(key) is not None for key in (CARD_KEY, SET_KEY)):
             got, fix = "an SAE", "Name the dataset that it was trained on, the config's `root`"

@@ -111,6 +111,7 @@ def create_dataset(
         made = np.zeros((0,)) if label_digests is None else label_digests
         shape = (plan.units, len(LABELS), 32)
         digests[LABEL_DIGESTS_KEY] = _checked_digests("label", made, shape, plan.labels.sha256)
+    _refuse_strangers(store, plan)
     # The plan first: it is the identity, and of two harvests on one root the later one is refused here.
     found = settle(store, PLAN_KEY, plan.to_json())
     if found is not None:
@@ -129,6 +130,23 @@ def create_dataset(
         for each in puts:
             each.result()
     return plan
+
+
+def _refuse_strangers(store: ObjectStore, plan: HarvestPlan) -> None:
+    """Raise PlanMismatch for a root whose plan.json was lost and whose receipts are another plan's."""
+    if store.size(PLAN_KEY) is not None:
+        return
+    for unit, revision in list_receipts(store, plan).items():
+        try:
+            load_receipt(store, plan, unit, revision)
+        except IntegrityError as error:
+            raise PlanMismatch(
+                f"{store.uri} has receipts of another plan, whose {PLAN_KEY} is missing",
+                expected=error.expected,
+                got=error.got,
+                fix="Put back a copy of it, plan with the same config as then, or choose another root",
+            ) from error
+        return  # one tells
 
 
 def _checked_digests(

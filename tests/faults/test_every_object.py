@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from winnow.schemas.errors import WinnowError
+from winnow.cli.main import app
+from winnow.schemas.errors import PlanMismatch, WinnowError
 from winnow.store import ActivationStore
-from winnow.store.check.verify import verify
+from winnow.store.check.repair import repair
+from winnow.store.check.verify import damage, verify
 from winnow.store.objects import open_store
 from winnow.store.testing import make_plan, write_dataset
 
@@ -108,3 +111,54 @@ def test_verify_names_what_is_not_whole(sound: Path, tmp_path: Path, kind: str) 
                 continue
             key = path.relative_to(root).as_posix()
             assert any(problem.key == key for problem in problems), f"{what}: {problems}"
+
+
+def test_each_object_that_is_lost_is_named_and_comes_back_if_the_rest_determines_it(tmp_path: Path) -> None:
+    write_dataset(open_store(str(tmp_path / "whole")), PLAN)
+    digest = ActivationStore.open(str(tmp_path / "whole")).dataset_sha256
+    for number, (key, _) in enumerate(list(open_store(str(tmp_path / "whole")).list())):
+        store = open_store(str(shutil.copytree(tmp_path / "whole", tmp_path / str(number))))
+        store.delete(key)
+        assert key in {problem.key for problem in damage(verify(store))}, key
+        # Rows, tokens, labels and the identity: nothing else in the root determines them.
+        if key == "plan.json" or (key.startswith(("activations/", "tokens/", "labels/")) and "/c/" in key):
+            continue
+        repair(store)
+        assert verify(store, "full") == [], key
+        assert ActivationStore.over(store).dataset_sha256 == digest
+
+
+def test_only_the_plan_that_was_lost_is_made_again_in_its_place(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    write_dataset(store, PLAN)
+    store.delete("plan.json")
+    with pytest.raises(PlanMismatch, match=r"receipts of another plan, whose plan.json is missing"):
+        write_dataset(store, make_plan(units=2, hooks={HOOK: 4}, labels=True, seed=9))
+    assert store.size("plan.json") is None
+    write_dataset(store, PLAN)
+    assert verify(store, "full") == []
+
+
+def test_a_dataset_that_is_not_sealed_lacks_no_manifest(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    write_dataset(store, PLAN)
+    store.delete("manifest.json")
+    for key, _ in list(store.list("manifest")):
+        store.delete(key)
+    assert verify(store, "full") == []
+    assert repair(store).manifest is None
+
+
+@pytest.mark.parametrize("key", ["plan.json", "manifest.json", "receipts/00000001.json", "zarr.json"])
+@pytest.mark.parametrize("body", [None, b"", b"{}"], ids=["lost", "emptied", "another"])
+def test_the_command_lists_the_damage_and_says_what_mends_it(
+    tmp_path: Path, key: str, body: bytes | None
+) -> None:
+    store = open_store(str(tmp_path))
+    write_dataset(store, PLAN)
+    store.delete(key) if body is None else store.put(key, body)
+    found = CliRunner().invoke(app, ["verify", str(tmp_path), "--level", "full"])
+    assert found.exit_code == 1, found.stderr
+    assert f"[{key}]" in found.stdout
+    said = "put back a copy of it" if key == "plan.json" else "--repair"
+    assert said in " ".join(found.stderr.split())
