@@ -45,3 +45,6 @@ class PlannedLabels(Contract):
     """Tokens of each turn; the 32nd number is of that turn and all later ones. Text is turn 0."""
     special: Count = 0
     """Tokens with the flag `SPECIAL`."""
+    own_bos: Count | None = Field(default=None, exclude_if=lambda count: count is None)
+    """Windows that begin with a document which has the BOS itself, so that none was put before it. Null if
+    no document does where a window begins; in a plan made before, such windows begin with two BOS."""

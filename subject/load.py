@@ -189,7 +189,9 @@ class Subject:
         ids = self._text_tokenizer(rule.control_tokens).encode(text)
         if not rule.bos:
             return ids
-        return [self._bos if rule.bos_token is None else rule.bos_token, *ids]
+        first = self._bos if rule.bos_token is None else rule.bos_token
+        # A text may spell it, where spellings are tokens; a window has it once.
+        return ids if ids[:1] == [first] else [first, *ids]
 
     def _text_tokenizer(self, control: ControlTokens) -> TextTokenizer:
         if control not in self._texts:  # copying a large tokenizer takes seconds

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from winnow.common.cores import usable_cores
-from winnow.schemas.labels import COUNTED_TURNS, SPECIAL, PlannedLabels
+from winnow.schemas.labels import COUNTED_TURNS, FIRST, SPECIAL, PlannedLabels
 from winnow.store.format.labels import LABELS, Labels, label_digests
 from winnow.store.write.writer import tokens_digest
 
@@ -45,6 +45,7 @@ class PlanDigests:
     by_source: NDArray[np.int64]
     by_turn: NDArray[np.int64]
     special: int
+    own_bos: int | None
 
     def planned_labels(self) -> PlannedLabels:
         """What the plan says of the labels."""
@@ -56,20 +57,24 @@ class PlanDigests:
             tokens_by_source=tuple(self.by_source.tolist()),
             tokens_by_turn=tuple(turns),
             special=self.special,
+            own_bos=self.own_bos,
         )
 
 
-def digests_of(makers: Iterable[MakeUnit], roles: tuple[str, ...], sources: int) -> PlanDigests:
+def digests_of(
+    makers: Iterable[MakeUnit], roles: tuple[str, ...], sources: int, *, own_bos: bool = False
+) -> PlanDigests:
     """Make every unit once and describe it; as many at a time as there are cores.
 
     Args:
         makers: Makes each unit, in their order; called by threads.
         roles: Names of the roles.
         sources: Number of the corpus's sources.
+        own_bos: Whether windows begin with BOS, some of them with a document's own.
     """
     tokens, labels = list[bytes](), list[NDArray[np.uint8]]()
     by_role, by_source = np.zeros(len(roles), np.int64), np.zeros(sources, np.int64)
-    by_turn, special = np.zeros(COUNTED_TURNS, np.int64), 0
+    by_turn, special, own = np.zeros(COUNTED_TURNS, np.int64), 0, 0
 
     def describe(make: MakeUnit) -> _UnitFacts:
         return _facts_of(make(), len(roles), sources)
@@ -81,6 +86,7 @@ def digests_of(makers: Iterable[MakeUnit], roles: tuple[str, ...], sources: int)
         by_source += unit.by_source
         by_turn += unit.by_turn
         special += unit.special
+        own += unit.first
     return PlanDigests(
         np.frombuffer(b"".join(tokens), np.uint8).reshape(-1, 32),
         np.array(labels, np.uint8).reshape(-1, len(LABELS), 32),
@@ -89,6 +95,7 @@ def digests_of(makers: Iterable[MakeUnit], roles: tuple[str, ...], sources: int)
         by_source,
         by_turn,
         special,
+        own if own_bos else None,
     )
 
 
@@ -101,6 +108,8 @@ class _UnitFacts(NamedTuple):
     by_source: NDArray[np.int64]
     by_turn: NDArray[np.int64]
     special: int
+    first: int
+    """Windows that begin with the first token of a document."""
 
 
 def _facts_of(unit: PlannedUnit, roles: int, sources: int) -> _UnitFacts:
@@ -112,6 +121,7 @@ def _facts_of(unit: PlannedUnit, roles: int, sources: int) -> _UnitFacts:
         _counts(labels["source"], sources),
         _counts(np.minimum(labels["turn"], COUNTED_TURNS - 1), COUNTED_TURNS),
         int(np.count_nonzero(labels["flags"].astype(np.uint8, copy=False) & SPECIAL)),
+        int(np.count_nonzero(labels["flags"][:, 0].astype(np.uint8) & FIRST)),
     )
 
 

@@ -70,7 +70,8 @@ def labels_of(
 
     Args:
         windows: [n] of `window_dtype`.
-        lead: Tokens before the stream's in each window: 1 with a BOS, otherwise 0.
+        lead: Tokens before the stream's in each window: 1 with a BOS, otherwise 0. A window that begins with
+            the first token of a document has none.
         documents: The number of each document of the stream.
         source_starts: The first document of each source, or of the next one if a source has none.
     """
@@ -78,7 +79,9 @@ def labels_of(
     count, length = marks.shape
     # What begins where the window's own text does is counted in `run` already.
     begins = (marks & FIRST_MARK).astype(bool)
-    begins[:, : lead + 1] = False
+    leads = np.where(begins[:, 0], 0, lead)
+    begins[:, 0] = False
+    begins[leads > 0, 1:2] = False
     # Pieces of one document in one window, from the first token of either: what is the same for all tokens of
     # a piece is computed once for each.
     begins[:, 0] = True
@@ -89,9 +92,9 @@ def labels_of(
     document = documents[windows["run"][row] + before.astype(np.uint64)]
     source = np.searchsorted(source_starts, document, side="right") - 1
     # Where each piece's document would begin, were it all in a row.
-    origin = np.where(place == 0, at - windows["offset"][row].astype(np.int64) + lead, at)
+    origin = np.where(place == 0, at - windows["offset"][row].astype(np.int64) + leads[row], at)
     offset = (np.arange(marks.size) - np.repeat(origin, sizes)).reshape(count, length)
-    offset[:, :lead] = windows["offset"][:, None]
+    offset[leads > 0, 0] = windows["offset"][leads > 0]
     found = {
         "role": marks >> _FLAG_BITS,
         "turn": windows["turn"] if "turn" in (windows.dtype.names or ()) else np.zeros_like(marks),

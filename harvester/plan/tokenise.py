@@ -177,6 +177,7 @@ class DocumentTokenizer:
         spec: The spec with every `auto` resolved.
         join: The token after each document.
         bos: The token that windows start with, or None.
+        bos_twice: Whether windows start with it also where a document does (`Packer`): in plans made before.
         added_bos: The token that the tokenizer itself puts before a text, or None.
         added: Number of tokens that its post-processor puts there.
 
@@ -209,6 +210,7 @@ class DocumentTokenizer:
         self.bos: int | None = None
         if spec.bos == "window":
             self.bos = plan.bos_token if plan else self._found("plan.bos", "bos")
+        self.bos_twice = plan is not None and (plan.labels is None or plan.labels.own_bos is None)
         join = plan.join_token if plan else None
         self.join: int = self._found("plan.join", self.spec.join) if join is None else join
         self.roles = list[str](ROLES)

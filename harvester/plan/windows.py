@@ -152,8 +152,9 @@ class CorpusWindows:
         """Read, tokenise, pack and spill the whole corpus."""
         spec = self._spec
         held_out = spec.validation_units * spec.windows_per_unit
-        holdout = Holdout(held_out * self._packer.payload if self._by_document else 0)
         tokenizer = self._tokenizer
+        own = None if tokenizer.bos_twice else tokenizer.bos
+        holdout = Holdout(held_out * self._packer.payload if self._by_document else 0, own)
         texts = documents(self._corpus, self._tally, self._files, tokenizer.templates, tokenizer.rules)
         checked = MEASURE_BYTES
         with closing(tokenised(texts, tokenizer)) as stream:
@@ -174,7 +175,8 @@ class CorpusWindows:
 
     def _new_packer(self) -> Packer:
         tokenizer = self._tokenizer
-        return Packer(self._spec.context_length, tokenizer.bos, tokenizer.dtype, tokenizer.turns)
+        length, bos = self._spec.context_length, tokenizer.bos
+        return Packer(length, bos, tokenizer.dtype, tokenizer.turns, twice=tokenizer.bos_twice)
 
     def _for_training(self, documents: list[Tokens], holdout: Holdout) -> Iterable[Numbered]:
         """Count `documents`; return those that go to training now, with those that the hold-out releases."""
@@ -239,7 +241,9 @@ class CorpusWindows:
 
     def digests(self) -> PlanDigests:
         """The digests of all units, and the counts of their labels."""
-        return digests_of(self.makers(), tuple(self._tokenizer.roles), len(self._corpus.sources))
+        roles, sources = tuple(self._tokenizer.roles), len(self._corpus.sources)
+        own = self._packer.own + self._held_packer.own > 0
+        return digests_of(self.makers(), roles, sources, own_bos=own)
 
     def facts(self) -> CorpusFacts:
         """What was read, and everything left over."""

@@ -51,13 +51,17 @@ def _parsed(data: bytes | None) -> HarvestLedger:
 
 def account(plan: HarvestPlan, manifest: HarvestManifest | None = None) -> TokenAccount:
     """The account of the corpus's tokens; with sinks and void rows once the dataset is sealed."""
-    bos = plan.spec.bos == "window"
-    payload = plan.spec.context_length - bos
-    facts = plan.corpus_facts
+    facts, length = plan.corpus_facts, plan.spec.context_length
+    bos = plan.windows if plan.spec.bos == "window" else 0
+    beyond = facts.windows_unused * (length - (bos > 0))
+    if plan.labels and plan.labels.own_bos is not None:
+        bos -= plan.labels.own_bos
+        # The rest: how many of these windows begin with a document's own BOS is not recorded.
+        beyond = facts.tokens + bos - facts.tokens_unused - plan.windows * length
     return TokenAccount(
         corpus=facts.tokens,
-        bos_added=plan.windows * bos,
-        beyond_plan=facts.windows_unused * payload,
+        bos_added=bos,
+        beyond_plan=beyond,
         tails=facts.tokens_unused,
         leading=plan.windows * plan.spec.drop_leading,
         stored=plan.rows,

@@ -9,10 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from tests.integration.test_planner import make_config, planned, tree
 from tests.support.chat_templates import CHATML, CONTROL, SHAPES, Message
+from winnow.harvester.plan import packing
 from winnow.harvester.plan.planner import find_plan
+from winnow.harvester.run import ledger as ledgers
 from winnow.schemas.config import Config
 from winnow.schemas.errors import ConfigError
 from winnow.schemas.harvest import HarvestPlan
@@ -20,7 +23,19 @@ from winnow.schemas.labels import FIRST, LAST_TURN, SPECIAL
 from winnow.store.check.info import dataset_info
 from winnow.store.objects import ObjectStore, open_store
 from winnow.store.read.labels import read_labels
-from winnow.subject.testing import EOS, TokenizerSubject, byte_tokenizer, tokenizer_subject
+from winnow.subject.testing import BOS, EOS, TokenizerSubject, byte_tokenizer, tokenizer_subject
+
+BOS_TEXT = "<bos>"
+
+
+def bos_subject(adds: bool) -> TokenizerSubject:
+    """`chat_subject` with a BOS, which the post-processor puts before every text if it `adds` one."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in CONTROL])
+    if adds:
+        made = TemplateProcessing(single=f"{BOS_TEXT} $A", special_tokens=[(BOS_TEXT, BOS)])
+        tokenizer.post_processor = made
+    return tokenizer_subject(tokenizer, EOS, BOS)
 
 
 def chat_subject() -> TokenizerSubject:
@@ -235,3 +250,55 @@ def test_another_template_is_another_plan(tmp_path: Path) -> None:
         planned(other, subject=chat_subject())
     assert {name: before[name] for name in tree(tmp_path / "root")} == tree(tmp_path / "root")
     assert plan.units > 1
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("bos", ["auto", "none", "window"])
+def test_bos_stands_once_where_windows_and_conversations_begin(
+    tmp_path: Path, bos: str, writes: bool, adds: bool
+) -> None:
+    write_chats(tmp_path, [conversation(number) for number in range(120)])
+    template = f"{{{{ '{BOS_TEXT}' }}}}{CHATML}" if writes else CHATML
+    config = config_of(tmp_path, template=template, plan={"bos": bos})
+    subject = bos_subject(adds)
+    plan, store, tokens = planned(config, subject=subject)
+    assert plan.labels is not None
+    windows = tokens.reshape(-1, tokens.shape[-1])
+    first = (labels_of(store, plan)["flags"] & FIRST).astype(bool).reshape(windows.shape)
+    begins = bos == "window" or (bos == "auto" and adds)
+    # Anywhere but at a window's beginning it is the first token of a conversation, if the template writes it.
+    assert ((windows == BOS)[:, 1:] == (first[:, 1:] & writes)).all()
+    if not begins:
+        assert plan.labels.own_bos is None
+        assert ((windows[:, 0] == BOS) == (first[:, 0] & writes)).all()
+        return
+    assert (windows[:, 0] == BOS).all()
+    own = int(first[:, 0].sum())
+    assert plan.labels.own_bos == (own if writes else None)
+    if writes:
+        assert own > 0
+        assert not (windows[:, 1] == BOS).any()
+        account = ledgers.account(plan)
+        assert account.bos_added == plan.windows - own
+        used = account.beyond_plan + account.tails + account.leading + account.stored
+        assert account.corpus + account.bos_added == used
+        # Lost chunks are made again by the rule that the plan was made with.
+        store.delete("tokens/c/0/0")
+        assert planned(config, subject=subject)[0] == plan
+
+
+def test_a_plan_made_with_two_bos_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_chats(tmp_path, [conversation(number) for number in range(120)])
+    config = config_of(tmp_path, template=f"{{{{ '{BOS_TEXT}' }}}}{CHATML}", plan={"bos": "window"})
+    subject = bos_subject(adds=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "begin_with", lambda _, documents: np.zeros(len(documents), np.bool_))
+        plan, store, tokens = planned(config, subject=subject)
+    assert (tokens.reshape(-1, tokens.shape[-1])[:, :2] == BOS).all(1).any()
+    assert plan.labels is not None
+    assert plan.labels.own_bos is None
+    store.delete("tokens/c/0/0")
+    same, _, found = planned(config, subject=subject)
+    assert same == plan
+    assert np.array_equal(found, tokens)

@@ -107,6 +107,15 @@ def test_a_texts_rows_are_the_stored_rows_of_its_tokens(setting, stored):
     torch.testing.assert_close(reading.of(7), dense[:, 7], **TIGHT)
 
 
+def test_a_text_that_spells_bos_has_it_once(setting, stored):
+    text, tokens, _, _ = stored
+    spelt = WindowRule(bos=True, control_tokens="token")
+    assert setting.subject.encode(BOS + text, spelt) == tokens
+    assert setting.subject.encode(BOS + text, spelt.inside) == tokens
+    # Read as text, the spelling is none.
+    assert len(setting.subject.encode(BOS + text, setting.window)) > len(tokens)
+
+
 def test_the_text_page_and_the_monitor_read_what_is_stored(desk, stored):
     text, tokens, _, dense = stored
     client = TestClient(make_app(desk), base_url="http://127.0.0.1:8517")

@@ -99,6 +99,37 @@ def test_windows_and_tail_give_the_stream_back(lengths, context, bos, batch):
     assert len(packer.tail) < packer.payload
 
 
+@given(document_lengths, st.integers(2, 9), st.integers(1, 7), st.data())
+def test_a_documents_own_bos_is_the_windows(lengths, context, batch, data):
+    bos = 999_999
+    documents = numbered_documents([length + 1 for length in lengths])
+    for ids in documents:
+        if data.draw(st.booleans()):
+            ids[0] = bos
+    # Reckoned token by token.
+    stream = [(n, at, int(t)) for n, ids in enumerate(documents) for at, t in enumerate(ids)]
+    wanted, at, owned = [], 0, []
+    while at < len(stream):
+        own = stream[at][1:] == (0, bos)
+        part = stream[at : at + context - (not own)]
+        first = [] if own else [(*part[0][:2], bos, SPECIAL)]
+        wanted.append([*first, *((*token, FIRST if token[1] == 0 else 0) for token in part)])
+        owned.append(own)
+        at += len(part)
+    packer = Packer(context, bos, UINT32)
+    blocks = [packer.push(part) for part in batched(numbered(documents), batch)]
+    starts, numbers = np.zeros(1, np.uint64), np.array(packer.documents, np.uint64)
+    found = []
+    for block in blocks:
+        labels = labels_of(block, 1, numbers, starts)
+        columns = (labels["document"], labels["offset"], block["token"], labels["flags"])
+        found += [list(zip(*(c[row].tolist() for c in columns), strict=True)) for row in range(len(block))]
+    whole = [window for window in wanted if len(window) == context]
+    assert found == whole
+    assert packer.tail["token"].tolist() == [t for _, _, t in stream[len(stream) - len(packer.tail) :]]
+    assert packer.own == sum(owned[: len(whole)])
+
+
 @given(document_lengths, st.integers(2, 9), st.integers(1, 7), st.integers(1, 7))
 def test_windows_do_not_depend_on_batches(lengths, context, one, other):
     documents = numbered_documents(lengths)
