@@ -213,11 +213,14 @@ class Sae(nn.Module):
             values [B, S], descending, and their latents [B, S]. S is K with `topk`, or `k` if it is given,
             otherwise the largest number of active latents of any row.
         """
-        # W_enc (x - b_pre) + b_enc with the bias multiplied out: the product takes x itself, without a copy.
-        b = self.b_enc - self.W_enc @ self.b_pre
-        if k is not None:
-            return encode_topk(x, self.W_enc, b, k)
-        return activation_of(self.parts.activation).select(self, x, b)
+        # Not in the autocast of a subject's pass: W_enc x and W_enc b_pre cancel, and of bfloat16 products of
+        # rows far from 0 other latents would be left.
+        with torch.autocast(x.device.type, enabled=False):
+            # W_enc (x - b_pre) + b_enc with the bias multiplied out: the product takes x itself, no copy.
+            b = self.b_enc - self.W_enc @ self.b_pre
+            if k is not None:
+                return encode_topk(x, self.W_enc, b, k)
+            return activation_of(self.parts.activation).select(self, x, b)
 
     def reconstruct(self, values: Tensor, indices: Tensor | None, x: Tensor | None = None) -> Tensor:
         """Decode codes to *normalised* output [B, O]; equal to `scatter(values) @ W_dec + bias`.
@@ -227,11 +230,12 @@ class Sae(nn.Module):
             indices: Their latents [B, S]; None if the values are dense, [B, N].
             x: The normalised rows [B, D] of the codes; only a transcoder with `skip` needs them.
         """
-        if indices is None:
-            return self.add_bias(values @ self.W_dec, x)
-        # A weighted gather of S rows of N: the dense product would take N / S times the work.
-        x_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
-        return self.add_bias(x_hat, x)
+        with torch.autocast(values.device.type, enabled=False):
+            if indices is None:
+                return self.add_bias(values @ self.W_dec, x)
+            # A weighted gather of S rows of N: the dense product would take N / S times the work.
+            x_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
+            return self.add_bias(x_hat, x)
 
     def add_bias(self, x_hat: Tensor, x: Tensor | None = None) -> Tensor:
         """Add to an output [B, O] what it holds beside the latents' directions: bias, and skip path."""

@@ -168,3 +168,20 @@ def test_a_transcoder_with_skip_cannot_decode_without_its_rows():
 def test_parts_that_do_not_go_together_are_refused_in_words(fields, words):
     with pytest.raises(ValidationError, match=words):
         TrainSpec.model_validate({"out": "x", "hook": "h.1", "latents": 32, "k": 4} | fields)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_autocast_of_a_subjects_pass_changes_nothing(name):
+    """In bfloat16 products of rows far from 0 a third of the latents were others."""
+    sae = make(PARTS[name], "none").float()
+    with torch.no_grad():
+        sae.b_pre += 100.0
+    x = draw(B, D, seed=1).float() + 100.0
+
+    def codes_and_output():
+        return (*sae.encode(x), sae(x), sae.decode(*sae.encode(x), like=x))
+
+    plain = codes_and_output()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = codes_and_output()
+    assert all(torch.equal(one, other) for one, other in zip(plain, inside, strict=True))
