@@ -175,7 +175,7 @@ def test_the_autocast_of_a_subjects_pass_changes_nothing(name):
     """In bfloat16 products of rows far from 0 a third of the latents were others."""
     sae = make(PARTS[name], "none").float()
     with torch.no_grad():
-        sae.b_pre += 100.0
+        sae.b_pre.add_(100.0)
     x = draw(B, D, seed=1).float() + 100.0
 
     def codes_and_output():
