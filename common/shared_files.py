@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def locked(folder: Path, waiting: Callable[[], object]) -> Iterator[None]:
+def locked(folder: Path, waiting: Callable[[], object]) -> Generator[None]:
     """Hold the lock of a folder, which another process of this machine may hold; a kill releases it.
 
     The lock is the file `.NAME.lock` beside the folder, which stays there: one that was removed would let two

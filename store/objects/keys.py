@@ -155,8 +155,8 @@ def asks_for_virtual_host() -> bool:
     # With keys and endpoint in the environment, a file that cannot be read was no error before either.
     with suppress(BotoCoreError):
         session = _aws_session()
-        told = session.get_config_variable("s3") or {}
-        found = {f"s3.{name}": told.get(name) for name in _UNUSED_S3} | {
+        told: dict[str, Any] = session.get_config_variable("s3") or {}
+        found: dict[str, Any] = {f"s3.{name}": told.get(name) for name in _UNUSED_S3} | {
             name: session.get_config_variable(name) for name in _UNUSED
         }
         if told.get("signature_version") not in (None, "s3v4"):
