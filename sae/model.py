@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -215,7 +216,7 @@ class Sae(nn.Module):
         """
         # Not in the autocast of a subject's pass: W_enc x and W_enc b_pre cancel, and of bfloat16 products of
         # rows far from 0 other latents would be left.
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             # W_enc (x - b_pre) + b_enc with the bias multiplied out: the product takes x itself, no copy.
             b = self.b_enc - self.W_enc @ self.b_pre
             if k is not None:
@@ -230,7 +231,7 @@ class Sae(nn.Module):
             indices: Their latents [B, S]; None if the values are dense, [B, N].
             x: The normalised rows [B, D] of the codes; only a transcoder with `skip` needs them.
         """
-        with torch.autocast(values.device.type, enabled=False):
+        with _without_autocast(values):
             if indices is None:
                 return self.add_bias(values @ self.W_dec, x)
             # A weighted gather of S rows of N: the dense product would take N / S times the work.
@@ -422,6 +423,12 @@ class Sae(nn.Module):
         sae.fill(tensors)
         sae.card = card
         return sae.requires_grad_(False)
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context without the autocast of the tensor's device; some, such as `meta`, have none."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def read_card(store: ObjectStore, uri: str) -> SaeCard:
