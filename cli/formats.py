@@ -82,7 +82,7 @@ def register(app: typer.Typer) -> None:
                     "--centred": centred,
                     "--reads": reads,
                 }
-                _refuse_options(options, f"no option with --from {GRAPH}.")
+                _refuse_options(options, f"no option with --from {GRAPH}")
                 _import_graph(source, out, as_json)
                 return
             if _is_of_sets(format_name):
@@ -132,7 +132,7 @@ def register(app: typer.Typer) -> None:
             from winnow.sae.formats.convert import export_sae
 
             if _is_graph(format_name):
-                _refuse_options({"--model": model, "--dataset": dataset}, f"no option with --to {GRAPH}.")
+                _refuse_options({"--model": model, "--dataset": dataset}, f"no option with --to {GRAPH}")
                 _export_graph(Path(sae), out, as_json)
                 return
             if _is_of_sets(format_name):
